@@ -1,0 +1,331 @@
+"""The configuration: one typed, frozen tree. Every field says what it does and in which unit.
+
+A run's complete configuration is stored in its folder and runs again. Unknown keys are errors (see
+:func:`validate`), never ignored. Tensor shape letters: B users, L positions, D hidden size, V_m rows and
+D_m columns of token table m, K kept tokens.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mltfr_dist.errors import ConfigError
+
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of every configuration section: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+# --- preparation -------------------------------------------------------------------------------------------------
+
+
+class PrepareConfig(Section):
+    """`mltfr prepare`: raw interactions to shards."""
+
+    format: Literal["auto", "csv", "tsv", "parquet", "jsonl", "sequences"] = Field(
+        "auto", description="File format; auto goes by the ending. sequences: one `user item item ...` a line, oldest first."
+    )
+    user_column: str = Field("user_id", description="Column that holds the user.")
+    item_column: str = Field("item_id", description="Column that holds the item.")
+    time_column: str = Field("timestamp", description="Column that holds the time (number, date or date-time).")
+    titles: Path | None = Field(None, description="Table of item titles (csv, tsv, parquet or jsonl), shown by `recommend`.")
+    titles_item_column: str = Field("item_id", description="Column of --titles that holds the item.")
+    titles_title_column: str = Field("title", description="Column of --titles that holds the title.")
+    duplicates: Literal["exact", "first", "keep"] = Field(
+        "exact",
+        description="exact: drop rows equal in user, item and time; first: keep a user's first row with an item; keep: keep all.",
+    )
+    user_core: Count = Field(5, description="k-core: interactions that every kept user has at least.")
+    item_core: Count = Field(5, description="k-core: interactions that every kept item has at least.")
+    split: Literal["leave_one_out", "global_temporal"] = Field(
+        "leave_one_out",
+        description="leave_one_out: a user's last item is test, the one before it validation. "
+        "global_temporal: two points in time cut all users alike.",
+    )
+    valid_fraction: Fraction = Field(0.1, description="global_temporal: share of interactions in the validation period.")
+    test_fraction: Fraction = Field(0.1, description="global_temporal: share of interactions in the test period.")
+    sequences_per_block: Count = Field(4096, description="Sequences packed in one shard member.")
+    sequences_per_shard: Count = Field(65536, description="Sequences in one shard file.")
+
+    @model_validator(mode="after")
+    def _leaves_training_data(self) -> PrepareConfig:
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise ValueError("valid_fraction + test_fraction must stay below 1, so that training data remains")
+        return self
+
+
+class TableConfig(Section):
+    """`mltfr tables`: a language model's input embeddings to a clean token table."""
+
+    tensor: str | None = Field(None, description="Name of the embedding tensor; found from the checkpoint when not given.")
+    vocabulary: Path | None = Field(
+        None,
+        description="tokenizer.json, tokenizer_config.json, vocab.json or vocab.txt; found beside the source when not given.",
+    )
+    normalise: Literal["scale", "whiten", "none"] = Field(
+        "scale",
+        description="scale: centre the rows, divide by their root mean square; whiten: centre, then ZCA; none: raw values.",
+    )
+    keep_special: bool = Field(False, description="Keep special, unused and byte tokens, which carry no meaning of their own.")
+
+
+# --- a run -------------------------------------------------------------------------------------------------------
+
+
+class DataConfig(Section):
+    """What is trained on."""
+
+    path: Path = Field(description="Folder written by `mltfr prepare` (it holds manifest.json).")
+    max_len: Count = Field(50, description="Items of a history that the model sees, the most recent ones.")
+    shuffle_shards: Count = Field(
+        8, description="Shards whose sequences are shuffled together; the order of shards is shuffled too."
+    )
+
+
+class BackboneConfig(Section):
+    """The sequential recommender that MLTFR adds to."""
+
+    name: Literal["sasrec"] = Field("sasrec", description="sasrec: Kang and McAuley 2018 (pre-norm transformer, causal).")
+    hidden_dim: Count = Field(64, description="D, size of item embeddings and hidden states.")
+    num_layers: Count = Field(2, description="Transformer blocks. MLTFR is added to the output of the first.")
+    num_heads: Count = Field(2, description="Attention heads of a block; divides hidden_dim.")
+    dropout: Probability = Field(0.2, description="Dropout probability on embeddings, attention output and feed-forward.")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> BackboneConfig:
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must divide hidden_dim ({self.hidden_dim})")
+        return self
+
+
+class FilterConfig(Section):
+    """The user-guided token filter: which rows of a token table a user's history selects."""
+
+    top_k: Count | None = Field(16, description="Tokens kept per table and query. Give this or filter_ratio.")
+    filter_ratio: Fraction | None = Field(None, description="Share of a table's vocabulary kept per query. Give this or top_k.")
+    temperature: Positive = Field(0.05, description="tau_s: cosine scores are divided by it (start value if learned).")
+    learn_temperature: bool = Field(True, description="Whether tau_s is trained.")
+    query_every: Count = Field(
+        4,
+        description="Positions that share one query, taken at the first of them, so that it stays causal. 1: a query a position.",
+    )
+    shortlist_size: Count | None = Field(
+        2048,
+        description="Rows per table that are searched exactly: those that recent users' queries keep most often. "
+        "null: search the whole vocabulary at every query.",
+    )
+    shortlist_refresh_steps: Count = Field(50, description="Steps between two refreshes of the shortlist.")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> FilterConfig:
+        if (self.top_k is None) == (self.filter_ratio is None):
+            raise ValueError("give exactly one of top_k and filter_ratio (set the other to null)")
+        if self.top_k and self.shortlist_size and self.top_k > self.shortlist_size:
+            raise ValueError(f"top_k ({self.top_k}) must not exceed shortlist_size ({self.shortlist_size})")
+        return self
+
+    def num_kept(self, num_rows: int) -> int:
+        """K for a table of ``num_rows`` tokens."""
+        if self.top_k is not None:
+            return self.top_k
+        assert self.filter_ratio is not None
+        return max(1, round(self.filter_ratio * num_rows))
+
+
+class ExpertConfig(Section):
+    """The cross-attention experts, one per token table."""
+
+    num_heads: Count = Field(4, description="Attention heads of an expert.")
+    head_dim: Count = Field(16, description="Size of one head.")
+    dropout: Probability = Field(0.1, description="Dropout probability on attention weights and on the expert's output.")
+
+
+class RouterConfig(Section):
+    """The gate that mixes the experts."""
+
+    balance_weight: NonNegative = Field(
+        0.01, description="Weight of the load-balancing term in the loss; 0 leaves the gate alone."
+    )
+
+
+class ConsensusConfig(Section):
+    """The Fisher-weighted consensus expert, built between the two stages."""
+
+    enabled: bool = Field(True, description="Whether there is a second stage with the consensus expert.")
+    weight: NonNegative = Field(0.1, description="lambda: weight of the consensus expert's output.")
+    fisher_sequences: Count = Field(1024, description="Training sequences over which the per-sample Fisher is averaged.")
+    fresh_start: bool = Field(
+        False, description="Stage 2 starts from a new initialisation (as published) and not from stage 1's best weights."
+    )
+
+
+class MLTFRConfig(Section):
+    """Multi-LLM token filtering and routing."""
+
+    enabled: bool = Field(True, description="False trains the bare backbone.")
+    tables: tuple[Path, ...] = Field((), description="Token tables written by `mltfr tables`, one expert each.")
+    filter: FilterConfig = Field(FilterConfig(), description="The user-guided token filter.")
+    expert: ExpertConfig = Field(ExpertConfig(), description="The experts.")
+    router: RouterConfig = Field(RouterConfig(), description="The gate.")
+    consensus: ConsensusConfig = Field(ConsensusConfig(), description="The consensus expert.")
+
+    @model_validator(mode="after")
+    def _has_tables(self) -> MLTFRConfig:
+        if self.enabled and not self.tables:
+            raise ValueError("MLTFR needs at least one token table (mltfr.tables), or mltfr.enabled=false for the bare backbone")
+        return self
+
+
+class LossConfig(Section):
+    """The training loss, over real positions only."""
+
+    name: Literal["cross_entropy", "bce"] = Field(
+        "cross_entropy", description="cross_entropy: softmax over all items; bce: binary, against sampled negatives."
+    )
+    num_negatives: Count = Field(1, description="bce: negatives per position, never an item of the user's history.")
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: Positive = Field(1e-3, description="Peak learning rate.")
+    betas: tuple[Probability, Probability] = Field((0.9, 0.98), description="Decay of the first and second moment.")
+    weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay of matrices (never of biases, norms, embeddings).")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps over which the learning rate rises from 0.")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="After warm-up: constant, or cosine to 0 at the stage's last possible step."
+    )
+    max_grad_norm: Positive | None = Field(None, description="Global gradient norm is clipped to this; null: no clipping.")
+
+
+class TrainingConfig(Section):
+    """How long, in which batches, with which numbers."""
+
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of initialisation, data order, dropout and negatives.")
+    global_batch_size: Count = Field(256, description="Sequences per update over all ranks.")
+    micro_batch_size: Count | None = Field(
+        None, description="Sequences per forward-backward pass of a rank; null: global_batch_size / world_size."
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Numbers of the forward and backward pass.")
+    epochs: Count = Field(20, description="Epochs at most of stage 1 (of the whole run for a bare backbone).")
+    consensus_epochs: Count = Field(10, description="Epochs at most of stage 2, with the consensus expert.")
+    patience: Count = Field(5, description="Validations without a better NDCG@10 after which a stage stops.")
+    log_every_steps: Count = Field(10, description="Steps between two lines of metrics.jsonl and TensorBoard points.")
+    threads: Count | None = Field(None, description="CPU threads of a rank; null: cores / ranks of the node.")
+
+
+class EvaluationConfig(Section):
+    """Full ranking: every item is a candidate."""
+
+    cutoffs: tuple[Count, ...] = Field((5, 10, 20), description="K of HR@K and NDCG@K; 10 must be among them.")
+    batch_size: Count = Field(256, description="Users ranked at a time.")
+    filter_seen: bool = Field(True, description="Items of the history are no candidates (the target always is).")
+    ties: Literal["pessimistic", "mean", "optimistic"] = Field(
+        "pessimistic", description="Rank of a target among equal scores: last, middle, first."
+    )
+    every_epochs: Count = Field(1, description="Epochs between two validations.")
+
+    @model_validator(mode="after")
+    def _selects(self) -> EvaluationConfig:
+        if 10 not in self.cutoffs:
+            raise ValueError("cutoffs must hold 10: NDCG@10 selects the best checkpoint")
+        return self
+
+
+class CheckpointConfig(Section):
+    """What is saved, and when."""
+
+    every_steps: Count | None = Field(None, description="Steps between two checkpoints; null: one at the end of each epoch.")
+    keep_last: Count = Field(2, description="Newest checkpoints that stay.")
+
+
+BASELINES = ("popularity", "item_knn", "backbone")
+
+
+class RunConfig(Section):
+    """A complete training run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "run", description="The run's folder under runs_dir (letters, digits, dot, dash, underscore)."
+    )
+    runs_dir: Path = Field(Path("runs"), description="Folder of all runs; `tensorboard --logdir` reads it.")
+    data: DataConfig = Field(description="What is trained on.")
+    backbone: BackboneConfig = Field(BackboneConfig(), description="The sequential recommender.")
+    mltfr: MLTFRConfig = Field(description="Token filtering and routing.")
+    loss: LossConfig = Field(LossConfig(), description="The training loss.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and its schedule.")
+    training: TrainingConfig = Field(TrainingConfig(), description="Epochs, batches, precision.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Full ranking.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is saved, and when.")
+    baselines: tuple[Literal["popularity", "item_knn", "backbone"], ...] = Field(
+        (), description="Compared in the report. backbone: the same run without MLTFR, with the epochs of both stages."
+    )
+    deepspeed: Path = Field(Path("ds_configs/zero1.json"), description="DeepSpeed file: sharding and offload only.")
+
+    @property
+    def folder(self) -> Path:
+        """The run's own folder."""
+        return self.runs_dir / self.name
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> SectionT:
+    """Build ``model`` from plain ``values``.
+
+    Raises:
+        ConfigError: naming every offending path, its value, the rule, and for an unknown key the nearest valid one.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            path = ".".join(str(part) for part in item["loc"]) or "(whole configuration)"
+            if item["type"] == "extra_forbidden":
+                near = nearest_key(path, field_paths(model))
+                problems.append(f"`{path}` is not a field" + (f"; the nearest is `{near}`" if near else ""))
+            elif item["type"] == "missing":
+                problems.append(f"`{path}` is required and was not given")
+            else:
+                given = "" if isinstance(item["input"], dict | Section) else f" (given: {item['input']!r})"
+                problems.append(f"`{path}`: {item['msg'].removeprefix('Value error, ')}{given}")
+        raise ConfigError(
+            f"The configuration from {source} is not valid: {'; '.join(problems)}.",
+            remedy="Correct it; `train.py --help` lists every field with its default and unit.",
+        ) from None
+
+
+def field_paths(model: type[Section], prefix: str = "") -> list[str]:
+    """Every dotted key of ``model``, sections included."""
+    paths = []
+    for name, field in model.model_fields.items():
+        paths.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            paths += field_paths(field.annotation, f"{prefix}{name}.")
+    return paths
+
+
+def nearest_key(path: str, valid: list[str]) -> str | None:
+    """The valid dotted key most like ``path``: by the whole path, or by its last part alone."""
+    by_path = difflib.get_close_matches(path, valid, n=1, cutoff=0.6)
+    if by_path:
+        return by_path[0]
+    leaf = path.rpartition(".")[2]
+    by_leaf = difflib.get_close_matches(leaf, [key.rpartition(".")[2] for key in valid], n=1, cutoff=0.6)
+    return next((key for key in valid if by_leaf and key.rpartition(".")[2] == by_leaf[0]), None)

@@ -1,0 +1,1 @@
+"""Interactions: raw files to prepared shards to training batches."""

@@ -1,0 +1,1 @@
+"""Token tables: the input-embedding matrices of language models, extracted once and stored clean."""

@@ -1,0 +1,1 @@
+"""The training run: loop, evaluation, tracking, report."""
