@@ -1,0 +1,282 @@
+"""The `mltfr` command: prepare, tables, train, evaluate, recommend, report; and what train.py shares with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from mltfr_dist import __version__
+from mltfr_dist.config import PrepareConfig, RunConfig, Section, TableConfig, validate
+from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, MltfrError
+from mltfr_dist.presets import PRESETS, preset
+
+
+def fail(error: MltfrError) -> int:
+    """Print a user's error without a traceback; returns the exit code."""
+    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return EXIT_BAD_INPUT
+
+
+# --- configuration from the command line -------------------------------------------------------------------------
+
+
+def resolve_config(preset_name: str | None, file: str | Path | None, overrides: Sequence[str]) -> RunConfig:
+    """Preset, then file, then overrides, each over the one before.
+
+    Raises:
+        ConfigError: Nothing given, an override without `=`, or a configuration that is not valid.
+    """
+    from mltfr_dist.training.run_folder import read_yaml
+
+    if preset_name is None and file is None:
+        raise ConfigError("No configuration is given.", remedy=f"Use --preset ({', '.join(PRESETS)}) or --config FILE.")
+    values: dict[str, Any] = preset(preset_name).model_dump(mode="json") if preset_name else {}
+    sources = [f"preset `{preset_name}`"] if preset_name else []
+    if file is not None:
+        values = merge_values(values, read_yaml(Path(file)))
+        sources.append(str(file))
+    for override in overrides:
+        values = merge_values(values, parse_override(override))
+        sources.append(f"`{override}`")
+    return validate(RunConfig, values, source=", ".join(sources))
+
+
+def merge_values(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``under``, mapping by mapping."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge_values(merged[key], value) if both else value
+    return merged
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=value` (value as in YAML) to a nested mapping."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"The override `{text}` is not understood.", rule="An override is KEY=VALUE.", remedy="Add the `=`.")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        nested = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return nested  # type: ignore[no-any-return]
+
+
+def config_epilog() -> str:
+    """Every field of a run's configuration, with its default."""
+    return "configuration (YAML or KEY=VALUE):\n" + "\n".join(_describe(RunConfig, ""))
+
+
+def _describe(model: type[Section], prefix: str) -> list[str]:
+    lines = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            lines.append(f"\n  {prefix}{name}: {field.description}")
+            lines += _describe(field.annotation, f"{prefix}{name}.")
+        else:
+            lines.append(f"    {prefix}{name} ({type_text(field)}; default: {default_text(field)})\n        {field.description}")
+    return lines
+
+
+def type_text(field: FieldInfo) -> str:
+    """A field's type as a user writes it, with its bounds."""
+    choices = _choices(field.annotation)
+    if choices:
+        return " | ".join(choices)
+    bounds = [f"{symbol}{getattr(m, name)}" for m in _metadata(field) for name, symbol in _BOUNDS if hasattr(m, name)]
+    options = [_type_name(a) for a in _options(field.annotation)]
+    return " or ".join(options) + (f", {', '.join(bounds)}" if bounds else "")
+
+
+_BOUNDS = (("gt", "> "), ("ge", ">= "), ("lt", "< "), ("le", "<= "))
+
+
+def _metadata(field: FieldInfo) -> list[Any]:
+    found = list(field.metadata)
+    for option in get_args(field.annotation):
+        found += [m for info in getattr(option, "__metadata__", ()) for m in getattr(info, "metadata", [info])]
+    return found
+
+
+def _options(annotation: Any) -> list[Any]:
+    return list(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else [annotation]
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is NoneType:
+        return "null"
+    if get_origin(annotation) is tuple:
+        return "list of " + _type_name(get_args(annotation)[0])
+    if hasattr(annotation, "__metadata__"):
+        return _type_name(annotation.__origin__)
+    choices = _choices(annotation)
+    return " | ".join(choices) if choices else getattr(annotation, "__name__", str(annotation)).lower()
+
+
+def _choices(annotation: Any) -> list[str]:
+    return [str(a) for a in get_args(annotation) if isinstance(a, str)]
+
+
+def default_text(field: FieldInfo) -> str:
+    """A field's default as a user writes it."""
+    if field.default is PydanticUndefined:
+        return "required"
+    value = field.default
+    if isinstance(value, Path):
+        value = str(value)
+    return json.dumps(value)
+
+
+def add_section(parser: argparse.ArgumentParser, model: type[Section]) -> None:
+    """One option for each field of a flat section."""
+    for name, field in model.model_fields.items():
+        options: dict[str, Any] = {"help": f"{field.description} ({type_text(field)}; default: {default_text(field)})"}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        parser.add_argument("--" + name.replace("_", "-"), default=None, **{k: _escape(v) for k, v in options.items()})
+
+
+def _escape(value: Any) -> Any:
+    return value.replace("%", "%%") if isinstance(value, str) else value
+
+
+def section_from(model: type[Section], options: argparse.Namespace) -> Any:
+    """The section that the given options describe."""
+    given = {name: getattr(options, name) for name in model.model_fields if getattr(options, name) is not None}
+    return validate(model, given, source="the command line")
+
+
+# --- commands ----------------------------------------------------------------------------------------------------
+
+
+def command_prepare(options: argparse.Namespace) -> None:
+    """Interactions to shards."""
+    from mltfr_dist.data.prepare import prepare
+
+    prepare(options.source, Path(options.output), section_from(PrepareConfig, options), packages_dir=options.packages)
+
+
+def command_tables(options: argparse.Namespace) -> None:
+    """Language models to token tables."""
+    from mltfr_dist.tables.build import DEMO_TABLES, build_demo_table, build_table
+
+    config: TableConfig = section_from(TableConfig, options)
+    if options.name and len(options.sources) > 1:
+        raise ConfigError("--name is given for several sources.", remedy="Extract them one at a time.")
+    for source in options.sources:
+        if source in DEMO_TABLES and not Path(source).exists():
+            build_demo_table(source, options.output, config, packages=options.packages)
+        else:
+            build_table(source, options.output, config, name=options.name)
+
+
+def command_train(options: argparse.Namespace) -> None:
+    """The same as `python train.py`."""
+    from mltfr_dist.distributed.ranks import stop_ranks
+    from mltfr_dist.training.fit import fit
+
+    fit(resolve_config(options.preset, options.config, options.overrides), resume=options.resume == "auto")
+    stop_ranks()
+
+
+def command_evaluate(options: argparse.Namespace) -> None:
+    """A run's numbers again, from its best checkpoint."""
+    from mltfr_dist.training.inference import evaluate_run
+
+    print(json.dumps(evaluate_run(Path(options.run), options.split), indent=2))
+
+
+def command_recommend(options: argparse.Namespace) -> None:
+    """The best items after a history."""
+    from mltfr_dist.training.inference import load_run, recommendation_text
+
+    history = [part.strip() for part in options.history.split(",") if part.strip()]
+    loaded = load_run(Path(options.run))
+    print(recommendation_text(loaded, history, k=options.k, explain=options.explain, keep_seen=options.keep_seen))
+
+
+def command_report(options: argparse.Namespace) -> None:
+    """report.md of a finished run."""
+    from mltfr_dist.training.run_folder import REPORT, load_config
+
+    folder = Path(options.run)
+    load_config(folder)
+    if not (folder / REPORT).exists():
+        raise ConfigError(f"The run {folder} is not finished.", remedy=f"Go on: `python train.py --config {folder}/config.yaml`.")
+    print((folder / REPORT).read_text(), end="")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="mltfr", description="Multi-LLM token filtering and routing for sequential recommendation."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser("prepare", help="raw interactions to shards", description=command_prepare.__doc__)
+    prepare.add_argument("source", help="a file (csv, tsv, parquet, jsonl, sequence text; .gz too), or the named set ml-100k")
+    prepare.add_argument("output", help="folder to write; it must not hold other data")
+    prepare.add_argument("--packages", type=Path, help="folder of unpacked packages that hold the named set")
+    add_section(prepare, PrepareConfig)
+
+    tables = commands.add_parser("tables", help="language models to token tables", description=command_tables.__doc__)
+    tables.add_argument(
+        "sources", nargs="+", help="safetensors or GGUF file, checkpoint folder, hub id, or a demo table: llama2, smollm2, minilm"
+    )
+    tables.add_argument("--output", type=Path, default=Path("data/tables"), help="folder of tables (default: data/tables)")
+    tables.add_argument("--name", help="name of the table (default: from the source)")
+    tables.add_argument("--packages", type=Path, help="folder of unpacked packages that hold the demo tables")
+    add_section(tables, TableConfig)
+
+    train = commands.add_parser("train", help="train in one process (several: `deepspeed train.py`)")
+    train.add_argument("--preset", help=f"one of {', '.join(PRESETS)}")
+    train.add_argument("--config", help="YAML file; its keys go over the preset's")
+    train.add_argument("--resume", choices=("auto", "never"), default="auto")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+
+    evaluate = commands.add_parser("evaluate", help="repeat a run's numbers", description=command_evaluate.__doc__)
+    evaluate.add_argument("run", help="run folder, such as runs/demo")
+    evaluate.add_argument("--split", choices=("valid", "test"), default="test")
+
+    recommend = commands.add_parser("recommend", help="items for a history", description=command_recommend.__doc__)
+    recommend.add_argument("run", help="run folder, such as runs/demo")
+    recommend.add_argument("--history", required=True, help="item ids of the raw data, oldest first, comma-separated")
+    recommend.add_argument("--k", type=int, default=10, help="items to list (default: 10)")
+    recommend.add_argument("--explain", action="store_true", help="also the kept tokens per table and the gate weights")
+    recommend.add_argument("--keep-seen", action="store_true", help="let items of the history be recommended again")
+
+    report = commands.add_parser("report", help="show a finished run's report", description=command_report.__doc__)
+    report.add_argument("run", help="run folder, such as runs/demo")
+    return parser
+
+
+COMMANDS = {
+    "prepare": command_prepare,
+    "tables": command_tables,
+    "train": command_train,
+    "evaluate": command_evaluate,
+    "recommend": command_recommend,
+    "report": command_report,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        COMMANDS[options.command](options)
+    except MltfrError as error:
+        return fail(error)
+    return 0

@@ -1,0 +1,59 @@
+"""Batches: typed, immutable, and tuples, so that DeepSpeed's hooks see the tensors inside.
+
+Shapes: B sequences, L positions (the longest history of the batch), N negatives.
+Sequences start at column 0 and are padded behind their end, so that a causal model never sees padding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PADDING_IDX = 0
+"""Item id of an empty position. Real items are ``1..num_items``."""
+
+
+class SequenceBatch(NamedTuple):
+    """Histories to train on: at every real position the model predicts the next item."""
+
+    item_ids: Tensor
+    """[B, L] int64, oldest first."""
+    target_ids: Tensor
+    """[B, L] int64, the item that follows each position; ``PADDING_IDX`` where nothing is to be predicted."""
+    sample_ids: Tensor
+    """[B] int64, place of the sequence in the epoch's global order: keys its random numbers at any world size."""
+    negative_ids: Tensor | None = None
+    """[B, L, N] int64, sampled items that the user has not interacted with, where the loss needs them."""
+
+    @property
+    def num_targets(self) -> int:
+        """Positions that are scored."""
+        return int((self.target_ids != PADDING_IDX).sum())
+
+    def to(self, device: torch.device) -> SequenceBatch:
+        """The same batch on ``device``."""
+        return SequenceBatch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]
+
+
+class RankingBatch(NamedTuple):
+    """Histories whose next item is to be ranked among all items."""
+
+    item_ids: Tensor
+    """[B, L] int64, oldest first."""
+    target_ids: Tensor
+    """[B] int64, the true next item; ``PADDING_IDX`` marks a row that only fills the batch and counts for nothing."""
+    seen_rows: Tensor
+    """[S] int64, row of each (user, item) pair of the *full* histories."""
+    seen_items: Tensor
+    """[S] int64, item of each of those pairs."""
+
+    def to(self, device: torch.device) -> RankingBatch:
+        """The same batch on ``device``."""
+        return RankingBatch(*(t.to(device, non_blocking=True) for t in self))
+
+
+def lengths(item_ids: Tensor) -> Tensor:
+    """[B] number of real items of each row of ``item_ids`` [B, L]."""
+    return (item_ids != PADDING_IDX).sum(dim=1)

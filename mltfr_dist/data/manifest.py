@@ -1,0 +1,183 @@
+"""`manifest.json`: what a prepared folder holds, with the size and hash of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from mltfr_dist.config import PrepareConfig, Section
+from mltfr_dist.errors import DataError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
+"""A file name without any folder, so that a manifest never points outside its own folder."""
+_REMEDY = "Copy the folder again, or run `mltfr prepare` into a new folder."
+
+
+class ShardInfo(Section):
+    """One tar file."""
+
+    file: PlainName
+    num_sequences: int
+    num_blocks: int
+    num_items: int = Field(description="Items of all its sequences together.")
+    bytes: int
+    sha256: str
+
+
+class SplitInfo(Section):
+    """One split: its shards and their sums."""
+
+    num_sequences: int
+    num_items: int = Field(description="Items of all its sequences together, targets included.")
+    max_length: int
+    shards: tuple[ShardInfo, ...]
+
+
+class SourceInfo(Section):
+    """What the data was prepared from. File names only: a manifest is the same wherever it was made."""
+
+    file: str
+    bytes: int
+    sha256: str
+    titles_file: str | None = None
+    titles_sha256: str | None = None
+
+
+class CoreRound(Section):
+    """One round of the k-core."""
+
+    users_removed: int
+    items_removed: int
+    interactions_left: int
+
+
+class PrepareReport(Section):
+    """What preparation kept, dropped and met."""
+
+    rows_read: int
+    duplicates_dropped: int
+    core_rounds: tuple[CoreRound, ...]
+    ties: int = Field(description="Interactions at the same time as the user's one before; they keep file order.")
+    train_only_users: int = Field(description="leave_one_out: users with fewer than 3 interactions.")
+    short_train_sequences: int = Field(description="Users whose training part has one item and is not stored.")
+    cold_targets: dict[str, int] = Field(description="Targets of valid and test that no stored training sequence holds.")
+    cut_times: tuple[str, str] | None = Field(None, description="global_temporal: start of validation and of test.")
+    items_with_title: int = 0
+
+
+SPLITS = ("train", "valid", "test")
+
+
+class Manifest(Section):
+    """`manifest.json`: everything about a prepared folder."""
+
+    schema_version: int = SCHEMA_VERSION
+    num_users: int
+    num_items: int = Field(description="Item ids are 1..num_items; 0 is padding.")
+    num_interactions: int
+    splits: dict[str, SplitInfo] = Field(description="train, valid and test.")
+    source: SourceInfo
+    prepare: PrepareConfig
+    report: PrepareReport
+    files: dict[PlainName, str] = Field(description="sha256 of items.parquet and users.parquet.")
+
+    @field_validator("splits")
+    @classmethod
+    def _all_splits(cls, splits: dict[str, SplitInfo]) -> dict[str, SplitInfo]:
+        if set(splits) != set(SPLITS):
+            raise ValueError(f"must be exactly {', '.join(SPLITS)}, not {', '.join(splits)}")
+        return splits
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json` and see that every file it lists is there, shards with their size (a fast check).
+
+    Raises:
+        DataError: no manifest, malformed, another schema version, a file missing or of another size.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise DataError(
+            f"{folder} holds no {MANIFEST_NAME}.", rule="It is the last thing that `mltfr prepare` writes.", remedy=_REMEDY
+        )
+    try:
+        values = _json_object(path.read_bytes())
+        version = values.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise DataError(
+                f"{path} has schema version {version}; this program reads version {SCHEMA_VERSION}.",
+                remedy="Run `mltfr prepare` again with this version, into a new folder.",
+            )
+        manifest = Manifest.model_validate(values)
+    except ValueError as error:  # also of JSON, of UTF-8 and of pydantic
+        reason = error.errors()[0] if isinstance(error, ValidationError) else str(error)
+        if isinstance(reason, dict):
+            reason = f"`{'.'.join(map(str, reason['loc']))}`: {reason['msg']}"
+        raise DataError(f"{path} is malformed: {reason}.", remedy=_REMEDY) from None
+    for name in manifest.files:
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name} is missing, though the manifest lists it.", remedy=_REMEDY)
+    for shard in _all_shards(manifest):
+        check_size(folder / shard.file, shard)
+    return manifest
+
+
+def verify_folder(folder: Path) -> Manifest:
+    """:func:`load_manifest`, and every listed file read through and compared with its sha256.
+
+    Raises:
+        DataError: as load_manifest, and for a file whose content has changed.
+    """
+    manifest = load_manifest(folder)
+    hashes = manifest.files | {shard.file: shard.sha256 for shard in _all_shards(manifest)}
+    for name, expected in hashes.items():
+        check_hash(folder / name, file_sha256(folder / name), expected)
+    return manifest
+
+
+def _all_shards(manifest: Manifest) -> list[ShardInfo]:
+    return [shard for split in manifest.splits.values() for shard in split.shards]
+
+
+def check_size(path: Path, info: ShardInfo) -> None:
+    """Refuse a shard that is missing or of another size than its entry says."""
+    if not path.is_file():
+        raise DataError(f"The shard {path} is missing, though the manifest lists it.", remedy=_REMEDY)
+    size = path.stat().st_size
+    if size != info.bytes:
+        raise damaged(path, f"it has {size:,} bytes, the manifest says {info.bytes:,}")
+
+
+def check_hash(path: Path, found: str, expected: str) -> None:
+    """Refuse a file whose sha256 is not the expected one."""
+    if found != expected:
+        raise damaged(path, f"its sha256 begins {found[:12]}, the manifest says {expected[:12]}")
+
+
+def damaged(path: Path, reason: str) -> DataError:
+    """The error for a file that is not what was written."""
+    return DataError(f"{path} is damaged: {reason}.", rule="A file must be exactly what `mltfr prepare` wrote.", remedy=_REMEDY)
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        ValueError: it is not JSON, or not an object.
+    """
+    values = json.loads(content)
+    if not isinstance(values, dict):
+        raise ValueError("not a JSON object")
+    return values

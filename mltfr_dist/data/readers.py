@@ -1,0 +1,186 @@
+"""Files of any supported format -> DuckDB tables of text columns, with every bad line named.
+
+A file is read in file order and its rows are numbered, so that an error can say where it is.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import itertools
+from pathlib import Path
+from typing import Any, TextIO
+
+import duckdb
+
+from mltfr_dist.errors import DataError
+
+EMPTY = "({0} IS NULL OR trim({0}) = '')"
+"""SQL condition on the column {0}."""
+_MAX_LINE_BYTES = 64_000_000
+_MAX_REJECTS = 1000
+
+
+def quote_identifier(name: str) -> str:
+    """``name`` as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quote_text(value: str) -> str:
+    """``value`` as an SQL string literal."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+def read_columns(
+    connection: duckdb.DuckDBPyConnection, path: Path, format: str, columns: list[str], table: str, names: list[str]
+) -> None:
+    """Create ``table(row_number, *names)``, all text, from the named ``columns`` of a file with column names."""
+    # row_number() OVER () streams: DuckDB reads in file order and keeps that order (preserve_insertion_order).
+    try:
+        if format == "jsonl":
+            read_lines(connection, path, "lines")
+            _check_json(connection, path, columns)
+            pointers = [quote_text("/" + name.replace("~", "~0").replace("/", "~1")) for name in columns]
+            fields = [f"line ->> {pointer} AS {name}" for pointer, name in zip(pointers, names)]
+            connection.execute(f"CREATE TABLE {table} AS SELECT row_number, {', '.join(fields)} FROM lines ORDER BY row_number")
+            connection.execute("DROP TABLE lines")
+            return
+        if format == "parquet":
+            reader, header = f"read_parquet({_path_literal(path)})", []
+            header = [str(row[0]) for row in connection.execute(f"DESCRIBE SELECT * FROM {reader}").fetchall()]
+            fields = [quote_identifier(header[_column_index(path, name, header)]) for name in columns]
+        else:
+            header = _csv_header(path, format)
+            reader = _csv_reader(path, format, len(header), f"rejects_{table}")
+            fields = [f"c{_column_index(path, name, header)}" for name in columns]
+        fields = [f"CAST({field} AS VARCHAR) AS {name}" for field, name in zip(fields, names)]
+        connection.execute(
+            f"CREATE TABLE {table} AS SELECT row_number() OVER () AS row_number, {', '.join(fields)} FROM {reader}"
+        )
+    except duckdb.Error as error:
+        raise unreadable(path, format, error) from None
+    if format != "parquet":
+        _refuse_rejects(connection, path, f"rejects_{table}")
+
+
+def read_lines(connection: duckdb.DuckDBPyConnection, path: Path, table: str) -> None:
+    """Create ``table(row_number, line)``: the lines of a text file that are not blank; row_number counts all from 1."""
+    # The unit separator is no legal character of JSON and none of ids: a line that holds one is refused, not cut.
+    options = (
+        f"delim='\x1f', quote='', escape='', header=false, columns={{'line': 'VARCHAR'}}, {_csv_options(path, 'rejects_lines')}"
+    )
+    connection.execute(
+        f"CREATE TABLE {table} AS SELECT * FROM (SELECT row_number() OVER () AS row_number, line "
+        f"FROM read_csv({_path_literal(path)}, {options})) WHERE NOT {EMPTY.format('line')}"
+    )
+    _refuse_rejects(connection, path, "rejects_lines")
+
+
+def _check_json(connection: duckdb.DuckDBPyConnection, path: Path, columns: list[str]) -> None:
+    """Refuse lines that are no JSON object, and columns that the first line does not have."""
+    bad = connection.execute(
+        "SELECT row_number, line FROM lines WHERE CASE WHEN json_valid(line) THEN json_type(line) <> 'OBJECT' ELSE true END "
+        "ORDER BY row_number LIMIT 1"
+    ).fetchall()
+    for row_number, line in bad:
+        raise DataError(
+            f"{path}, line {row_number}: `{line[:80]}` is no JSON object.",
+            rule="Each line of a jsonl file is one JSON object.",
+            remedy="Correct or remove that line.",
+        )
+    first = connection.execute("SELECT json_keys(line) FROM lines ORDER BY row_number LIMIT 1").fetchall()
+    for name in columns if first else []:
+        _column_index(path, name, list(first[0][0]))
+
+
+def _csv_reader(path: Path, format: str, num_columns: int, rejects: str) -> str:
+    # Tab separated files have no quoting: a title may begin with a quotation mark.
+    quoting = "delim=',', quote='\"', escape='\"'" if format == "csv" else "delim='\t', quote='', escape=''"
+    columns = ", ".join(f"'c{index}': 'VARCHAR'" for index in range(num_columns))
+    return f"read_csv({_path_literal(path)}, {quoting}, header=true, columns={{{columns}}}, {_csv_options(path, rejects)})"
+
+
+def _csv_options(path: Path, rejects: str) -> str:
+    compression = "gzip" if path.suffix.lower() == ".gz" else "none"
+    return (
+        f"auto_detect=false, compression='{compression}', max_line_size={_MAX_LINE_BYTES}, store_rejects=true, "
+        f"rejects_table='{rejects}', rejects_scan='{rejects}_scan', rejects_limit={_MAX_REJECTS}"
+    )
+
+
+def _refuse_rejects(connection: duckdb.DuckDBPyConnection, path: Path, rejects: str) -> None:
+    bad = connection.execute(f"SELECT line, csv_line, error_message FROM {rejects} ORDER BY line LIMIT 1").fetchall()
+    for line, text, reason in bad:
+        raise DataError(
+            f"{path}, line {line}: `{str(text).strip()[:80]}` cannot be read: {str(reason).splitlines()[0].rstrip('.')}.",
+            rule="Every row has as many fields as the file has columns, in UTF-8.",
+            remedy="Correct or remove that line.",
+        )
+    connection.execute(f"DROP TABLE {rejects}; DROP TABLE {rejects}_scan")
+
+
+def _column_index(path: Path, name: str, header: list[str]) -> int:
+    """Where ``name`` is among the columns; RecBole's `name:type` counts as `name`."""
+    if name in header:
+        return header.index(name)
+    bare = [column.partition(":")[0] for column in header]
+    if name in bare:
+        return bare.index(name)
+    near = difflib.get_close_matches(name, header, n=1, cutoff=0.4)
+    raise DataError(
+        f"{path} has no column `{name}`; its columns are {', '.join(f'`{column}`' for column in header)}"
+        + (f", the nearest is `{near[0]}`." if near else "."),
+        remedy="Name it with user_column, item_column or time_column (for titles: titles_item_column, titles_title_column).",
+    )
+
+
+def _csv_header(path: Path, format: str) -> list[str]:
+    try:
+        with _open_text(path) as handle:
+            header: list[str] | None = next(_csv_records(handle, format), None)
+    except (OSError, EOFError, csv.Error) as error:
+        raise unreadable(path, format, error) from None
+    if not header:
+        raise DataError(f"{path} holds no rows.", remedy="Give a file with a line of column names and at least one row.")
+    return header
+
+
+def _csv_records(handle: TextIO, format: str) -> Any:
+    if format == "csv":
+        return csv.reader(handle)
+    return csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _open_text(path: Path) -> TextIO:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
+    return path.open(encoding="utf-8-sig", errors="replace", newline="")
+
+
+def where(path: Path, format: str, row_number: int) -> str:
+    """`file, line N` of a row; only an error pays for the search, since blank and quoted line ends shift lines."""
+    if format not in ("csv", "tsv"):
+        return f"{path}, {'row' if format == 'parquet' else 'line'} {row_number}"
+    with _open_text(path) as handle:
+        reader = _csv_records(handle, format)
+        next(itertools.islice((record for record in reader if record), row_number, None), None)
+        return f"{path}, line {reader.line_num}"
+
+
+def unreadable(path: Path, format: str, error: Exception) -> DataError:
+    """The error for a file that is not of its format at all."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return DataError(f"{path} cannot be read as {format}: {reason}.", remedy="Check the file, or name its true format.")
+
+
+def _path_literal(path: Path) -> str:
+    # DuckDB takes a path as a pattern; a bracket expression makes each special character mean itself.
+    return quote_text("".join(f"[{character}]" if character in "*?[" else character for character in str(path)))
+
+
+def one(connection: duckdb.DuckDBPyConnection, sql: str, parameters: list[Any] | None = None) -> tuple[Any, ...]:
+    """The single row that ``sql`` selects."""
+    # fetchall, not fetchone: an unfinished result would block the connection for later streaming reads.
+    row: tuple[Any, ...] = connection.execute(sql, parameters).fetchall()[0]
+    return row

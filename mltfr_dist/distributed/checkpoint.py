@@ -1,0 +1,175 @@
+"""Checkpoints: whole tensors in safetensors and a JSON header. No pickle; complete or absent, never half.
+
+A checkpoint is a folder, written beside its place and renamed into it. Learning rate, dropout, negatives and data order
+are functions of (seed, stage, step), so beside tensors the state is a few numbers, and the same at any world size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mltfr_dist.config import Section
+from mltfr_dist.distributed.engine import Engine
+from mltfr_dist.distributed.state import restore_masters, restore_moments, whole_moments, whole_parameters
+from mltfr_dist.errors import CheckpointError
+
+SCHEMA_VERSION = 1
+HEADER = "state.json"
+MODEL, MOMENTS = "model.safetensors", "optimizer.safetensors"
+
+
+class Progress(Section):
+    """Where a run stands: enough to go on from."""
+
+    stage: str
+    """"train" (bare or stage 1) or "consensus" (stage 2)."""
+    step: int = 0
+    """Updates made in the stage."""
+    epoch: int = 0
+    """Epoch in which the next update falls."""
+    step_in_epoch: int = 0
+    """Updates made in that epoch; with ``epoch`` the state of the stream."""
+    best_value: float = -1.0
+    """Best validation NDCG@10 of the stage so far; -1 before the first validation."""
+    best_epoch: int = -1
+    """Epochs completed when it was reached."""
+    train_seconds: float = 0.0
+    """Wall time spent on updates and validations."""
+
+
+class Header(Section):
+    """``state.json`` of a checkpoint."""
+
+    schema_version: int
+    progress: Progress
+    sha256: dict[str, str]
+    """File name to hash."""
+
+
+def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bool = True) -> None:
+    """Write a checkpoint to ``folder``, replacing one of that name. All ranks must call; rank 0 writes."""
+    tensors = {MODEL: whole_parameters(engine)}
+    if with_optimizer:
+        tensors[MOMENTS] = whole_moments(engine)
+    if engine.ranks.is_main:
+        write(folder, tensors, progress)
+    engine.ranks.barrier()
+
+
+def write(folder: Path, tensors: dict[str, dict[str, Tensor]], progress: Progress) -> None:
+    """Write files of tensors with their header, atomically."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    hashes = {}
+    for name, state in tensors.items():
+        save_file({key: t.contiguous() for key, t in state.items()}, partial / name)
+        hashes[name] = file_hash(partial / name)
+    header = Header(schema_version=SCHEMA_VERSION, progress=progress, sha256=hashes)
+    (partial / HEADER).write_text(header.model_dump_json(indent=2) + "\n")
+    for file in partial.iterdir():
+        _flush(file)
+    _flush(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_header(folder: Path) -> Header:
+    """Header of a checkpoint.
+
+    Raises:
+        CheckpointError: Missing, unreadable, or of another schema version.
+    """
+    try:
+        content: Any = json.loads((folder / HEADER).read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: {error}.", remedy="Name a run folder that `train.py` wrote, or train again."
+        ) from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"The checkpoint {folder} has schema version {version}; this program reads version {SCHEMA_VERSION}.",
+            remedy="Use the mltfr_dist release that wrote it, or train again in another folder.",
+        )
+    try:
+        return Header.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"The header of {folder} is damaged: {error}.", remedy="Delete this checkpoint folder.") from None
+
+
+def read(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
+    """Tensors of one file of a checkpoint, its hash verified.
+
+    Raises:
+        CheckpointError: The file is missing or its content is not what was written.
+    """
+    header = read_header(folder)
+    path = folder / name
+    if name not in header.sha256 or not path.exists() or file_hash(path) != header.sha256[name]:
+        raise CheckpointError(
+            f"{path} is missing or damaged.",
+            rule="Its sha256 must equal the one in state.json.",
+            remedy="Delete this checkpoint folder; the run goes on from the one before it.",
+        )
+    return load_file(path)
+
+
+def restore_optimizer(folder: Path, engine: Engine) -> None:
+    """Bring a fresh engine, whose module was loaded from ``folder``, to the checkpoint's state. All ranks must call."""
+    restore_masters(engine, read(folder))
+    restore_moments(engine, read(folder, MOMENTS), read_header(folder).progress.step)
+
+
+def step_folder(folder: Path, progress: Progress) -> Path:
+    """Place of the checkpoint that a run goes on from."""
+    return folder / f"{progress.stage}-step{progress.step:09d}"
+
+
+def best_folder(folder: Path, progress: Progress) -> Path:
+    """Place of the weights with the best validation so far. Its name changes with each, so it is never overwritten."""
+    return folder / f"{progress.stage}-best{progress.best_epoch:05d}"
+
+
+def latest(folder: Path, stage: str) -> Path | None:
+    """Newest complete checkpoint of a stage; None where there is none."""
+    complete = _complete(folder, f"{stage}-step")
+    return complete[-1] if complete else None
+
+
+def prune(folder: Path, progress: Progress, keep_last: int) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints of the stage, and weights that are no longer the best."""
+    best = best_folder(folder, progress)
+    superseded = _complete(folder, f"{progress.stage}-step")[:-keep_last]
+    superseded += [path for path in _complete(folder, f"{progress.stage}-best") if path != best]
+    for old in superseded:
+        shutil.rmtree(old)
+
+
+def _complete(folder: Path, prefix: str) -> list[Path]:
+    return sorted(path for path in folder.glob(f"{prefix}[0-9]*") if (path / HEADER).exists())

@@ -1,0 +1,236 @@
+"""DeepSpeed: one engine for one stage of training, and a strict reading of its file.
+
+The run's configuration owns batch sizes, precision, clipping and the optimizer; the DeepSpeed file owns sharding and
+offload. DeepSpeed ignores keys it does not know, so the file is checked here, before any work.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from mltfr_dist.config import OptimizerConfig, RunConfig, nearest_key
+from mltfr_dist.data.batch import SequenceBatch
+from mltfr_dist.data.stream import Part
+from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.errors import ConfigError
+from mltfr_dist.models.recommender import Recommender, TrainingOutput
+
+FILE_KEYS = ("zero_optimization", "zero_force_ds_cpu_optimizer", "aio")
+"""What a DeepSpeed file may hold."""
+
+RUN_KEYS = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+}
+"""What the run sets, and where."""
+
+
+def read_deepspeed_file(path: Path) -> dict[str, Any]:
+    """Read and check a DeepSpeed file.
+
+    Raises:
+        ConfigError: Missing, not JSON, holds a key that the run sets, or one that DeepSpeed does not know.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"The DeepSpeed file {path} does not exist.", remedy="Set `deepspeed` to one of ds_configs/*.json."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"The DeepSpeed file {path} is not JSON: {error}.", remedy="Correct it, or start from ds_configs/zero1.json."
+        ) from None
+    for key in content:
+        if key in RUN_KEYS:
+            raise ConfigError(
+                f"`{key}` is set in {path} (to {json.dumps(content[key])}).",
+                rule="The DeepSpeed file holds sharding and offload only, so that no number has two sources.",
+                remedy=f"Remove it there and set `{RUN_KEYS[key]}` in the run's configuration.",
+            )
+        if key not in FILE_KEYS:
+            near = nearest_key(key, list(FILE_KEYS))
+            raise ConfigError(
+                f"`{key}` in {path} is not a key of a sharding file" + (f"; the nearest is `{near}`." if near else "."),
+                rule="DeepSpeed would ignore it without a word.",
+                remedy=f"Remove or correct it; valid keys: {', '.join(FILE_KEYS)}.",
+            )
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    _check_keys(content.get("zero_optimization", {}), DeepSpeedZeroConfig, "zero_optimization", path)
+    return content  # type: ignore[no-any-return]
+
+
+def _check_keys(values: dict[str, Any], model: type[BaseModel], where: str, path: Path) -> None:
+    fields = {(field.alias or name): field for name, field in model.model_fields.items()}
+    for key, value in values.items():
+        if key not in fields:
+            near = nearest_key(key, list(fields))
+            raise ConfigError(
+                f"`{where}.{key}` in {path} is not a DeepSpeed key" + (f"; the nearest is `{near}`." if near else "."),
+                rule="DeepSpeed would ignore it without a word.",
+                remedy="Remove or correct it.",
+            )
+        if value == "auto":
+            raise ConfigError(
+                f'`{where}.{key}` in {path} is "auto".',
+                rule="Nothing fills it in here, and DeepSpeed would drop it.",
+                remedy="Give a value.",
+            )
+        if isinstance(value, dict):
+            section = next((a for a in _models(fields[key].annotation)), None)
+            if section is not None:
+                _check_keys(value, section, f"{where}.{key}", path)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    options = getattr(annotation, "__args__", (annotation,))
+    return [a for a in options if isinstance(a, type) and issubclass(a, BaseModel)]
+
+
+def deepspeed_config(config: RunConfig, part: Part) -> dict[str, Any]:
+    """The complete DeepSpeed configuration: the file's sharding with the run's numbers."""
+    content = read_deepspeed_file(config.deepspeed)
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if config.training.precision == "bf16" and stage == 0:
+        raise ConfigError(
+            f"training.precision=bf16 with ZeRO stage 0 ({config.deepspeed}).",
+            rule="DeepSpeed's stage 0 keeps no faithful fp32 master in bf16: losses drift from those of stages 1 to 3.",
+            remedy="Use deepspeed=ds_configs/zero1.json.",
+        )
+    return content | {
+        "train_batch_size": part.global_batch_size,
+        "train_micro_batch_size_per_gpu": part.micro_batch_size,
+        "gradient_accumulation_steps": part.grad_accum_steps,
+        "gradient_clipping": config.optimizer.max_grad_norm or 0.0,
+        "bf16": {"enabled": config.training.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 62,
+    }
+
+
+def make_part(config: RunConfig, ranks: Ranks) -> Part:
+    """How the global batch is divided.
+
+    Raises:
+        ConfigError: It cannot be divided evenly.
+    """
+    size = config.training.global_batch_size
+    if size < ranks.world_size:
+        raise ConfigError(
+            f"training.global_batch_size {size} is below the number of ranks, {ranks.world_size}.",
+            rule="Every rank needs at least one sequence of a batch.",
+            remedy="Raise training.global_batch_size or start fewer ranks.",
+        )
+    micro = config.training.micro_batch_size or size // ranks.world_size
+    return Part(ranks.rank, ranks.world_size, size, micro)
+
+
+class Engine:
+    """A model under DeepSpeed with its optimizer."""
+
+    def __init__(self, model: Recommender, config: RunConfig, ranks: Ranks, part: Part, total_steps: int) -> None:
+        import deepspeed
+
+        self.config, self.ranks, self.part, self.total_steps = config, ranks, part, total_steps
+        ds_config = deepspeed_config(config, part)
+        self.zero_stage: int = ds_config.get("zero_optimization", {}).get("stage", 0)
+        offloads = "offload_optimizer" in ds_config.get("zero_optimization", {})
+        if offloads:
+            ds_config.setdefault("zero_force_ds_cpu_optimizer", False)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.optimizer.weight_decay),
+            lr=config.optimizer.learning_rate,
+            betas=config.optimizer.betas,
+            fused=ranks.device.type == "cuda" and not offloads,
+        )
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        self.balance_weight = config.mltfr.router.balance_weight
+
+    @property
+    def module(self) -> Recommender:
+        """The model itself."""
+        return self.deepspeed.module  # type: ignore[no-any-return]
+
+    def update(self, micro_batches: list[SequenceBatch], num_targets: int, step: int) -> list[TrainingOutput]:
+        """One optimizer step from this rank's micro-batches.
+
+        The loss is the mean over the *global* batch's real positions, whatever the division over ranks and micro-batches.
+
+        Args:
+            micro_batches: This rank's share of the global batch.
+            num_targets: Real positions of the global batch, over all ranks.
+            step: Steps taken before this one in the stage: sets the learning rate.
+        """
+        # DeepSpeed averages over ranks and micro-batches; we want sums over the one global denominator.
+        scale = self.part.world_size * self.part.grad_accum_steps / num_targets
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.optimizer, step, self.total_steps)
+        outputs = []
+        for batch in micro_batches:
+            output: TrainingOutput = self.deepspeed(batch.to(self.ranks.device))
+            loss = output.loss_sum
+            if output.routing is not None:
+                loss = loss + self.balance_weight * output.routing.balance_sum.squeeze()
+            self.deepspeed.backward(loss * scale)
+            self.deepspeed.step()
+            outputs.append(TrainingOutput(output.loss_sum.detach(), output.routing))
+        return outputs
+
+    def grad_norm(self) -> float | None:
+        """Global gradient norm of the last update before clipping, where DeepSpeed has formed it."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def destroy(self) -> None:
+        """Free what DeepSpeed holds, so that another engine can follow in the same process."""
+        self.deepspeed.destroy()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with decay; biases, norms, embeddings and temperatures without."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def decays(p: Tensor) -> bool:
+        return p.ndim > 1 and id(p) not in embeddings
+
+    groups = [
+        {"params": [p for p in trained if decays(p)], "weight_decay": weight_decay},
+        {"params": [p for p in trained if not decays(p)], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Learning rate of step number ``step`` (from 0): a function, so there is no scheduler state to lose."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def peak_memory_bytes() -> int:
+    """This process's peak memory: of the GPU where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    unit = 1 if os.uname().sysname == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,121 @@
+"""The processes of a run: who am I, which device is mine, and the few collectives that are not DeepSpeed's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mltfr_dist.errors import ConfigError
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks and writes."""
+        return self.rank == 0
+
+    def say(self, message: str) -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            print(message, flush=True)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of ``values`` over all ranks, on every rank."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Tensor) -> Tensor:
+        """Elementwise maximum of ``values`` over all ranks, on every rank."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        reduced = values.to(self.device, copy=True)
+        if self.world_size > 1:
+            dist.all_reduce(reduced, op=operation)
+        return reduced
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def first_error(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank has an error: nobody is left waiting in a collective.
+
+        Raises:
+            Exception: this rank's error, or a ConfigError that points to the rank that failed.
+        """
+        failed = self.max(torch.tensor([float(self.rank + 1) if error else 0.0]))
+        if error is not None:
+            raise error
+        if failed.item():
+            raise ConfigError(f"Rank {int(failed.item()) - 1} cannot start.", remedy="See that rank's message.")
+
+
+def start_ranks(threads: int | None = None) -> Ranks:
+    """Join the process group that a launcher (deepspeed, torchrun) has set up, or form one of a single process.
+
+    Args:
+        threads: CPU threads of this process; None divides the cores among the node's ranks.
+
+    Raises:
+        ConfigError: The launcher's environment is incomplete.
+    """
+    on_gpu = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
+    given = [name for name in LAUNCHER_VARIABLES if name in os.environ]
+    launched = "RANK" in given and "WORLD_SIZE" in given
+    if launched and len(given) < len(LAUNCHER_VARIABLES):
+        missing = sorted(set(LAUNCHER_VARIABLES) - set(given))
+        raise ConfigError(
+            f"The environment sets {', '.join(given)} but not {', '.join(missing)}.",
+            rule="A launched process needs all of them.",
+            remedy="Start with `deepspeed train.py` or `torchrun train.py`, or unset RANK and WORLD_SIZE for one process.",
+        )
+    rank, world_size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    if not dist.is_initialized():
+        _init_process_group(launched, on_gpu, rank, world_size, local_rank)
+    return Ranks(rank, world_size, device)
+
+
+def _init_process_group(launched: bool, on_gpu: bool, rank: int, world_size: int, local_rank: int) -> None:
+    backend = "nccl" if on_gpu else "gloo"
+    if launched:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # no port to collide on
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # A compiled shared-memory all-reduce for one CPU node: a minute of compilation, and a killed rank leaks its buffers.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def stop_ranks() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

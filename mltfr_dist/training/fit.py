@@ -1,0 +1,223 @@
+"""A run: baselines, stage 1, Fisher and consensus, stage 2, and the one reading of the test split."""
+
+from __future__ import annotations
+
+import gc
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed import checkpoint
+from mltfr_dist.distributed.checkpoint import Progress
+from mltfr_dist.distributed.engine import Engine, deepspeed_config, make_part, peak_memory_bytes
+from mltfr_dist.distributed.fisher import fisher_diagonals
+from mltfr_dist.distributed.ranks import Ranks, start_ranks
+from mltfr_dist.errors import MltfrError
+from mltfr_dist.models.consensus import State, merge
+from mltfr_dist.training import baselines, report
+from mltfr_dist.training.evaluate import Scorer, evaluate
+from mltfr_dist.training.explain import kept_token_texts
+from mltfr_dist.training.inputs import (
+    Inputs,
+    build_model,
+    load_inputs,
+    load_model,
+    ranking_stream,
+    record_inputs,
+    train_stream,
+)
+from mltfr_dist.training.loop import Stage, train_stage
+from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, claim, load_result, write_atomically
+from mltfr_dist.training.tracking import STAGES, Tracker
+
+TRAIN, CONSENSUS = STAGES
+CORE, FISHER = "core.safetensors", "fisher.safetensors"
+
+
+def fit(config: RunConfig, *, resume: bool = True) -> list[Result]:
+    """Train and compare as ``config`` says; all ranks must call.
+
+    Everything that can be checked is checked first, on all ranks, before anything is written. A run that was
+    interrupted goes on from its last checkpoint; one that is finished is only reported.
+
+    Returns:
+        Outcomes in the report's order, the configured model last.
+
+    Raises:
+        MltfrError: Bad input.
+    """
+    ranks = start_ranks(config.training.threads)
+    error: MltfrError | None = None
+    inputs: Inputs | None = None
+    try:
+        inputs = load_inputs(config)
+        part = make_part(config, ranks)
+        deepspeed_config(config, part)
+        train_stream(config, part)
+        if ranks.is_main:
+            claim(config.folder, config, resume=resume)
+            record_inputs(config.folder, inputs)
+    except MltfrError as caught:
+        error = caught
+    ranks.first_error(error)
+    assert inputs is not None
+    ranks.say(report.opening(config, inputs, ranks))
+    results = [compare(name, config, inputs, ranks) for name in config.baselines]
+    results.append(fit_model(config, inputs, ranks))
+    if ranks.is_main:
+        report.write(config, inputs, results)
+        print(report.closing(config, results), flush=True)
+    ranks.barrier()
+    return results
+
+
+def compare(name: str, config: RunConfig, inputs: Inputs, ranks: Ranks) -> Result:
+    """A baseline's outcome."""
+    if name == "backbone":
+        bare = bare_config(config)
+        if ranks.is_main:
+            claim(bare.folder, bare, resume=True)
+            record_inputs(bare.folder, Inputs(inputs.manifest, (), inputs.hashes))
+        ranks.barrier()
+        return fit_model(bare, Inputs(inputs.manifest, (), inputs.hashes), ranks)
+    started = time.monotonic()
+    train = baselines.training_sequences(config.data.path, inputs.manifest)
+    scorer: Scorer = getattr(baselines, name)(train, inputs.manifest.num_items)
+    seconds = time.monotonic() - started
+    valid, test = (
+        evaluate(scorer, ranking_stream(config, split, ranks), config.evaluation, ranks) for split in ("valid", "test")
+    )
+    return Result(name=name, valid=valid, test=test, seconds=seconds, world_size=ranks.world_size)
+
+
+def bare_config(config: RunConfig) -> RunConfig:
+    """The same run without MLTFR, with the epochs of both stages, in a folder inside the run's."""
+    training = config.training
+    if config.mltfr.consensus.enabled:
+        training = training.model_copy(update={"epochs": training.epochs + training.consensus_epochs})
+    mltfr = config.mltfr.model_copy(update={"enabled": False})
+    return config.model_copy(
+        update={"name": "backbone", "runs_dir": config.folder, "mltfr": mltfr, "training": training, "baselines": ()}
+    )
+
+
+def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks) -> Result:
+    """Train one model through its stages, choose by validation, read the test split once."""
+    name = f"{config.backbone.name} + MLTFR" if config.mltfr.enabled else config.backbone.name
+    finished = load_result(config.folder)
+    if finished:
+        ranks.say(f"{name}: finished before, see {config.folder}")
+        return finished
+    ranks.say(f"{name}: up to {config.training.epochs} epochs")
+    folder = config.folder / CHECKPOINTS
+    outcomes = {TRAIN: run_stage(TRAIN, config, inputs, ranks)}
+    if config.mltfr.enabled and config.mltfr.consensus.enabled:
+        merged = consensus_core(config, inputs, ranks, outcomes[TRAIN])
+        ranks.say(f"{name}, with the consensus expert: up to {config.training.consensus_epochs} epochs")
+        outcomes[CONSENSUS] = run_stage(CONSENSUS, config, inputs, ranks, outcomes[TRAIN], merged)
+    stage, progress = max(outcomes.items(), key=lambda pair: (pair[1].best_value, pair[0] == CONSENSUS))
+    best = checkpoint.best_folder(folder, progress)
+    model = load_model(config, inputs, best, with_consensus=stage == CONSENSUS, device=ranks.device)
+    valid, test = (evaluate(model, ranking_stream(config, split, ranks), config.evaluation, ranks) for split in ("valid", "test"))
+    memory = ranks.max(torch.tensor([float(peak_memory_bytes())], dtype=torch.float64))
+    result = Result(
+        name=name,
+        valid=valid,
+        test=test,
+        seconds=sum(p.train_seconds for p in outcomes.values()),
+        stage=stage,
+        checkpoint=best.name,
+        epoch=progress.best_epoch,
+        parameters=sum(p.numel() for p in model.parameters()),
+        peak_memory_bytes=int(memory.item()),
+        world_size=ranks.world_size,
+    )
+    if ranks.is_main:
+        final = list(outcomes.values())[-1]
+        base = outcomes[TRAIN].step if len(outcomes) > 1 else 0
+        tracker = Tracker(config.folder, active=True, stage=final.stage, step=final.step, base_step=base)
+        tracker.log("test", final.step, test)
+        for tag, text in kept_token_texts(config, inputs, model).items():
+            tracker.text(tag, text, final.step)
+        tracker.close()
+        write_atomically(config.folder / RESULT, result.model_dump_json(indent=2) + "\n")
+    ranks.barrier()
+    return result
+
+
+def run_stage(
+    name: str, config: RunConfig, inputs: Inputs, ranks: Ranks, before: Progress | None = None, merged: State | None = None
+) -> Progress:
+    """Train one stage from its last checkpoint, or from its start.
+
+    Args:
+        name: "train" or "consensus".
+        config: The run.
+        inputs: Its data and tables.
+        ranks: All processes.
+        before: Stage 1's outcome, for stage 2.
+        merged: The consensus expert's parameters, for stage 2.
+    """
+    folder = config.folder / CHECKPOINTS
+    epochs = config.training.epochs if name == TRAIN else config.training.consensus_epochs
+    last = checkpoint.latest(folder, name)
+    progress = checkpoint.read_header(last).progress if last else Progress(stage=name)
+    if last:
+        ranks.say(f"  going on from {last.name} (epoch {progress.epoch}, step {progress.step})")
+    part = make_part(config, ranks)
+    stream = train_stream(config, part)
+    model = build_model(config, inputs, with_consensus=name == CONSENSUS)
+    if last:
+        model.load_state_dict(checkpoint.read(last))
+    elif before is not None and merged is not None:
+        start_from_stage_one(model, config, checkpoint.best_folder(folder, before), merged)
+    engine = Engine(model.to(ranks.device), config, ranks, part, epochs * stream.steps_per_epoch)
+    if last:
+        checkpoint.restore_optimizer(last, engine)
+    base = before.step if before else 0
+    tracker = Tracker(config.folder, active=ranks.is_main, stage=name, step=progress.step, base_step=base)
+    valid = ranking_stream(config, "valid", ranks)
+    stage = Stage(name, epochs, config, folder, ranks, engine, stream, valid, tracker, inputs.table_names)
+    progress = train_stage(stage, progress)
+    tracker.close()
+    engine.destroy()
+    del stage, engine, model
+    gc.collect()
+    return progress
+
+
+def start_from_stage_one(model: torch.nn.Module, config: RunConfig, best: Path, merged: State) -> None:
+    """Put stage 1's best weights (unless a fresh start is asked for) and the consensus expert into ``model``."""
+    state = model.state_dict()
+    if not config.mltfr.consensus.fresh_start:
+        state |= checkpoint.read(best)
+    model.load_state_dict(state | {f"mltfr.consensus.{name}": t for name, t in merged.items()})
+
+
+def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Progress) -> State:
+    """The consensus expert from stage 1's best experts, made once and kept."""
+    place = config.folder / CHECKPOINTS / "fisher"
+    if not (place / checkpoint.HEADER).exists():
+        started = time.monotonic()
+        best = checkpoint.best_folder(place.parent, before)
+        model = load_model(config, inputs, best, with_consensus=False, device=ranks.device)
+        part = make_part(config, ranks)
+        stream = train_stream(config, part)
+        samples = min(config.mltfr.consensus.fisher_sequences, stream.split.num_sequences)
+        steps = -(-samples // part.global_batch_size)
+        batches = (batch for step in islice(stream.epoch(0), steps) for batch in step.micro_batches)
+        fishers = fisher_diagonals(model, batches, ranks, samples)
+        assert model.mltfr is not None
+        cores = [core.state_dict() for core in model.mltfr.cores]
+        if ranks.is_main:
+            fisher_state = {f"{m}.{name}": t.cpu() for m, f in enumerate(fishers) for name, t in f.items()}
+            merged = merge(
+                [{k: v.cpu() for k, v in c.items()} for c in cores], [{k: v.cpu() for k, v in f.items()} for f in fishers]
+            )
+            checkpoint.write(place, {CORE: merged, FISHER: fisher_state}, before)
+        ranks.barrier()
+        ranks.say(f"  Fisher information of {len(cores)} experts over {samples} sequences: {time.monotonic() - started:.0f} s")
+    return checkpoint.read(place, CORE)

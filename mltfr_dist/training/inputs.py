@@ -1,0 +1,141 @@
+"""What a run reads, checked before any work, and the models that are built from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.data.manifest import file_sha256
+from mltfr_dist.data.shards import Manifest, load_manifest
+from mltfr_dist.data.stream import Part, RankingStream, TrainStream
+from mltfr_dist.distributed import checkpoint
+from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.errors import CheckpointError, ConfigError
+from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.tables.store import TokenTable, load_table
+from mltfr_dist.training.tracking import seed_all
+
+INPUTS = "inputs.json"
+INITIALISATION = 1 << 32
+"""Key of the random numbers of initialisation, apart from any stage's."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Prepared data and token tables of a run."""
+
+    manifest: Manifest
+    tables: tuple[TokenTable, ...]
+    hashes: dict[str, str]
+    """sha256 of the manifest and of each table, by name."""
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """Names of the tables in the order of the experts."""
+        return tuple(table.name for table in self.tables)
+
+
+def load_inputs(config: RunConfig) -> Inputs:
+    """Read and check the manifest and the token tables of a run.
+
+    Raises:
+        DataError: Missing or damaged data or tables.
+        ConfigError: Tables and filter that do not go together.
+    """
+    manifest = load_manifest(config.data.path)
+    tables = tuple(load_table(path) for path in config.mltfr.tables) if config.mltfr.enabled else ()
+    names = [table.name for table in tables]
+    for table in tables:
+        if names.count(table.name) > 1:
+            raise ConfigError(
+                f"The token table `{table.name}` is given more than once.",
+                rule="Experts are told apart by their table's name.",
+                remedy="List each table once in mltfr.tables.",
+            )
+        kept, rows = config.mltfr.filter.num_kept(len(table.rows)), len(table.rows)
+        searched = min(rows, config.mltfr.filter.shortlist_size or rows)
+        if kept > searched:
+            raise ConfigError(
+                f"The filter keeps {kept} tokens of table `{table.name}`, of which {searched} rows are searched.",
+                rule="It cannot keep more than it searches.",
+                remedy="Lower mltfr.filter.top_k or filter_ratio, or raise mltfr.filter.shortlist_size.",
+            )
+    hashes = {"data": file_sha256(config.data.path / "manifest.json")} | {table.name: table.info.table_sha256 for table in tables}
+    return Inputs(manifest, tables, hashes)
+
+
+def record_inputs(folder: Path, inputs: Inputs) -> None:
+    """Note the hashes of what a run reads; when it goes on or is used, they must be the same.
+
+    Raises:
+        CheckpointError: The data or a table has changed since.
+    """
+    path = folder / INPUTS
+    if not path.exists():
+        path.write_text(json.dumps(inputs.hashes, indent=2) + "\n")
+        return
+    recorded = json.loads(path.read_text())
+    changed = [name for name in inputs.hashes if recorded.get(name) != inputs.hashes[name]]
+    if changed:
+        raise CheckpointError(
+            f"The run {folder} was made from other inputs: {', '.join(changed)} changed since.",
+            rule="A run's numbers belong to the data and tables whose sha256 it recorded.",
+            remedy="Restore them, or train again under another `name`.",
+        )
+
+
+def build_model(config: RunConfig, inputs: Inputs, *, with_consensus: bool) -> Recommender:
+    """A freshly initialised model, the same on every rank."""
+    seed_all(config.training.seed, INITIALISATION)
+    model = Recommender(
+        config.backbone,
+        config.mltfr,
+        config.loss,
+        num_items=inputs.manifest.num_items,
+        max_len=config.data.max_len,
+        table_rows=[table.rows for table in inputs.tables],
+    )
+    if with_consensus:
+        assert model.mltfr is not None
+        model.mltfr.add_consensus()
+    return model
+
+
+def load_model(config: RunConfig, inputs: Inputs, folder: Path, *, with_consensus: bool, device: torch.device) -> Recommender:
+    """The model of a checkpoint, in fp32, ready to be evaluated.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or does not fit the configuration.
+    """
+    model = build_model(config, inputs, with_consensus=with_consensus)
+    state = checkpoint.read(folder)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The checkpoint {folder} does not fit its run's configuration: {error}.",
+            remedy="Restore config.yaml and the data it names as they were.",
+        ) from None
+    return model.to(device).eval()
+
+
+def ranking_stream(config: RunConfig, split: str, ranks: Ranks) -> RankingStream:
+    """This rank's users of a split."""
+    return RankingStream(
+        config.data.path,
+        split,
+        max_len=config.data.max_len,
+        batch_size=config.evaluation.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+
+def train_stream(config: RunConfig, part: Part) -> TrainStream:
+    """This rank's share of the training sequences."""
+    num_negatives = config.loss.num_negatives if config.loss.name == "bce" else 0
+    return TrainStream(config.data.path, config.data, part, seed=config.training.seed, num_negatives=num_negatives)

@@ -1,0 +1,214 @@
+"""Training: a step, an epoch, a stage. `fit.py` puts stages together to a run."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.data.batch import PADDING_IDX, SequenceBatch
+from mltfr_dist.data.stream import RankingStream, StepBatches, TrainStream
+from mltfr_dist.distributed.checkpoint import Progress, best_folder, prune, save, step_folder
+from mltfr_dist.distributed.engine import Engine, peak_memory_bytes
+from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.state import whole_parameter
+from mltfr_dist.errors import MltfrError
+from mltfr_dist.models.recommender import TrainingOutput
+from mltfr_dist.training.evaluate import evaluate
+from mltfr_dist.training.tracking import STAGES, Tracker, seed_all
+
+SELECTION = "NDCG@10"
+"""The validation metric that picks the best checkpoint."""
+
+
+@dataclass
+class StepTotals:
+    """Means over the global batch of one step."""
+
+    loss: float
+    gate_weights: Tensor | None = None
+    """[M]."""
+    top_share: Tensor | None = None
+    """[M]."""
+    entropy: float = 0.0
+    balance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Everything that one stage of training needs."""
+
+    name: str
+    epochs: int
+    config: RunConfig
+    checkpoints: Path
+    ranks: Ranks
+    engine: Engine
+    stream: TrainStream
+    valid: RankingStream
+    tracker: Tracker
+    table_names: tuple[str, ...]
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the stage if nothing stops it early."""
+        return self.epochs * self.stream.steps_per_epoch
+
+
+def train_stage(stage: Stage, progress: Progress) -> Progress:
+    """Train until the epochs or the patience are used up; checkpoints as it goes."""
+    if progress.step == 0 and stage.name != STAGES[0]:
+        progress = validate(stage, progress)  # what the new expert changes before any training
+    while progress.epoch < stage.epochs and not out_of_patience(stage.config, progress):
+        progress = train_epoch(stage, progress)
+        if progress.epoch % stage.config.evaluation.every_epochs == 0 or progress.epoch == stage.epochs:
+            progress = validate(stage, progress)
+        save_checkpoint(stage, progress)
+    return progress
+
+
+def out_of_patience(config: RunConfig, progress: Progress) -> bool:
+    """Whether `training.patience` validations have passed without a better one."""
+    return progress.best_epoch >= 0 and (
+        progress.epoch - progress.best_epoch >= config.training.patience * config.evaluation.every_epochs
+    )
+
+
+def train_epoch(stage: Stage, progress: Progress) -> Progress:
+    """Train to the end of the epoch that ``progress`` is in."""
+    every = stage.config.checkpoint.every_steps
+    started, before = time.monotonic(), progress.train_seconds
+    stage.engine.deepspeed.train()
+    for batches in stage.stream.epoch(progress.epoch, progress.step_in_epoch):
+        totals = train_step(stage, batches, progress.step)
+        progress = progress.model_copy(
+            update={
+                "step": progress.step + 1,
+                "step_in_epoch": progress.step_in_epoch + 1,
+                "train_seconds": before + time.monotonic() - started,
+            }
+        )
+        log_step(stage, progress, totals, batches.num_targets)
+        if every and progress.step % every == 0 and progress.step_in_epoch < stage.stream.steps_per_epoch:
+            save_checkpoint(stage, progress)
+    return progress.model_copy(update={"epoch": progress.epoch + 1, "step_in_epoch": 0})
+
+
+def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
+    """One update: filter's shortlist when due, forward, backward, optimizer, router load.
+
+    Raises:
+        MltfrError: The loss is not finite, seen by all ranks alike.
+    """
+    engine, ranks, config = stage.engine, stage.ranks, stage.config
+    mltfr = engine.module.mltfr
+    if mltfr is not None and mltfr.uses_shortlist and step % config.mltfr.filter.shortlist_refresh_steps == 0:
+        refresh_shortlist(stage, batches.micro_batches, step)
+    seed_all(config.training.seed, STAGES.index(stage.name), step, ranks.rank)
+    outputs = engine.update(batches.micro_batches, batches.num_targets, step)
+    totals = reduce_outputs(ranks, outputs, batches.num_targets)
+    if not math.isfinite(totals.loss):
+        raise MltfrError(
+            f"The loss of step {step} of stage `{stage.name}` is {totals.loss}.",
+            rule="Training cannot go on from it.",
+            remedy="The last checkpoint is intact: lower optimizer.learning_rate or set optimizer.max_grad_norm.",
+        )
+    if mltfr is not None and totals.gate_weights is not None:
+        mltfr.router.update_load(totals.gate_weights)
+    return totals
+
+
+def reduce_outputs(ranks: Ranks, outputs: list[TrainingOutput], num_targets: int) -> StepTotals:
+    """Sum a step's outputs over micro-batches and ranks, in one collective."""
+    vectors = []
+    for output in outputs:
+        routing = output.routing
+        parts = [output.loss_sum.view(1)]
+        if routing is not None:
+            parts += [routing.entropy_sum, routing.balance_sum.detach(), routing.gate_sum, routing.top_sum]
+        vectors.append(torch.cat([p.double() for p in parts]))
+    means = (ranks.sum(torch.stack(vectors).sum(0)) / num_targets).cpu()
+    if len(means) == 1:
+        return StepTotals(float(means[0]))
+    gate, top = means[3:].float().chunk(2)
+    return StepTotals(float(means[0]), gate, top, float(means[1]), float(means[2]))
+
+
+@torch.no_grad()
+def refresh_shortlist(stage: Stage, batches: list[SequenceBatch], step: int) -> None:
+    """Search from now on the rows nearest to the queries of this global batch, on all ranks alike."""
+    module, ranks = stage.engine.module, stage.ranks
+    mltfr = module.mltfr
+    assert mltfr is not None
+    module.eval()
+    inputs = []
+    for batch in batches:
+        item_ids = batch.item_ids.to(ranks.device)
+        inputs.append((module.backbone.embed(item_ids), item_ids != PADDING_IDX))
+    recall, queries = mltfr.shortlist_recall(*inputs[0])  # of the outgoing list, on users it was not made from
+    found = ranks.sum(torch.cat([recall.double().cpu(), torch.tensor([float(queries)], dtype=torch.float64)])).cpu()
+    relevance = [mltfr.relevance(*pair) for pair in inputs]
+    mltfr.set_shortlist([ranks.max(torch.stack(rows).amax(0)) for rows in zip(*relevance, strict=True)])
+    module.train()
+    if step:
+        values = {f"filter_shortlist_recall/{name}": float(found[m] / found[-1]) for m, name in enumerate(stage.table_names)}
+        stage.tracker.log("filter", step, values)
+
+
+def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: int) -> None:
+    """metrics.jsonl, TensorBoard and the screen, on schedule. All ranks must call."""
+    step, config = progress.step, stage.config
+    stage.tracker.progress(step, stage.total_steps, config.training.global_batch_size, totals.loss)
+    if step % config.training.log_every_steps and progress.step_in_epoch < stage.stream.steps_per_epoch:
+        return
+    values = {
+        "loss": totals.loss,
+        "learning_rate": float(stage.engine.optimizer.param_groups[0]["lr"]),
+        "positions": float(num_targets),
+    }
+    norm = stage.engine.grad_norm()
+    if norm is not None:
+        values["grad_norm"] = norm
+    if totals.gate_weights is not None and totals.top_share is not None:
+        values |= {"balance_loss": totals.balance, "gate/entropy": totals.entropy}
+        values["gate/max_weight"] = float(totals.gate_weights.max())
+        mltfr = stage.engine.module.mltfr
+        assert mltfr is not None
+        for m, name in enumerate(stage.table_names):
+            values[f"gate_weight/{name}"] = float(totals.gate_weights[m])
+            values[f"gate_top_share/{name}"] = float(totals.top_share[m])
+            log_temperature = mltfr.filters[m].log_temperature
+            values[f"filter_temperature/{name}"] = math.exp(float(whole_parameter(stage.engine, log_temperature)))
+    stage.tracker.log("step", step, values, epoch=progress.epoch)
+    speed = progress.step * config.training.global_batch_size / max(1e-9, progress.train_seconds)
+    stage.tracker.board({"speed/sequences_per_second": speed, "memory/peak_gib": peak_memory_bytes() / 2**30}, step)
+
+
+def validate(stage: Stage, progress: Progress) -> Progress:
+    """Full ranking of the validation split; keeps the checkpoint if it is the best so far."""
+    started = time.monotonic()
+    stage.engine.deepspeed.eval()
+    metrics = evaluate(stage.engine.module, stage.valid, stage.config.evaluation, stage.ranks)
+    progress = progress.model_copy(update={"train_seconds": progress.train_seconds + time.monotonic() - started})
+    best = metrics[SELECTION] > progress.best_value
+    if best:
+        progress = progress.model_copy(update={"best_value": metrics[SELECTION], "best_epoch": progress.epoch})
+        save(best_folder(stage.checkpoints, progress), stage.engine, progress, with_optimizer=False)
+    stage.tracker.log("valid", progress.step, metrics, epoch=progress.epoch)
+    stage.tracker.say(
+        f"  {stage.name} epoch {progress.epoch}/{stage.epochs}  validation HR@10 {metrics['HR@10']:.4f}  "
+        f"NDCG@10 {metrics['NDCG@10']:.4f}{' *' if best else ''}  ({progress.train_seconds:.0f} s)"
+    )
+    return progress
+
+
+def save_checkpoint(stage: Stage, progress: Progress) -> None:
+    """Save, then delete what it supersedes. All ranks must call."""
+    save(step_folder(stage.checkpoints, progress), stage.engine, progress)
+    if stage.ranks.is_main:
+        prune(stage.checkpoints, progress, stage.config.checkpoint.keep_last)

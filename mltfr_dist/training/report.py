@@ -1,0 +1,98 @@
+"""`report.md` and what the screen shows at the end."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import torch
+
+from mltfr_dist import __version__
+from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.training.inputs import Inputs
+from mltfr_dist.training.run_folder import REPORT, Result, write_atomically
+
+SHOWN = ("HR@10", "NDCG@10")
+
+
+def hardware() -> str:
+    """What the run was measured on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{platform.machine()} CPU"
+
+
+def opening(config: RunConfig, inputs: Inputs, ranks: Ranks) -> str:
+    """What is about to happen."""
+    manifest = inputs.manifest
+    lines = [
+        f"mltfr_dist {__version__}: run `{config.name}` on {ranks.world_size} rank(s), {hardware()}, "
+        f"{torch.get_num_threads()} thread(s) each, {config.deepspeed}, {config.training.precision}",
+        f"  data    {config.data.path}: {manifest.num_users:,} users, {manifest.num_items:,} items, "
+        f"{manifest.num_interactions:,} interactions",
+    ]
+    lines += [f"  table   {t.name}: {len(t.rows):,} tokens x {t.rows.shape[1]}" for t in inputs.tables]
+    lines.append(f"  folder  {config.folder}  (tensorboard --logdir {config.runs_dir})")
+    return "\n".join(lines)
+
+
+def rows(results: list[Result]) -> list[list[str]]:
+    """The comparison: one row a model."""
+    table = [["model", *(f"test {m}" for m in SHOWN), *(f"valid {m}" for m in SHOWN), "time"]]
+    for r in results:
+        metrics = [f"{values[m]:.4f}" for values in (r.test, r.valid) for m in SHOWN]
+        table.append([r.name, *metrics, f"{r.seconds:.0f} s"])
+    return table
+
+
+def closing(config: RunConfig, results: list[Result]) -> str:
+    """The comparison as aligned text, and what to do next."""
+    table = rows(results)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = [
+        "",
+        *("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in table),
+    ]
+    rule = f"seen items {'left out' if config.evaluation.filter_seen else 'kept'}, ties {config.evaluation.ties}"
+    lines += ["", f"Full ranking of every item, {rule}; test read once, checkpoints picked on validation."]
+    lines.append(f"One seed ({config.training.seed}): differences of this size need several to mean anything.")
+    lines.append(f"Report: {config.folder / REPORT}   Use it: mltfr recommend {config.folder} --history ID,ID,... --k 10")
+    return "\n".join(lines)
+
+
+def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
+    """Write report.md."""
+    manifest, final = inputs.manifest, results[-1]
+    table = rows(results)
+    text = [f"# {config.name}", "", "| " + " | ".join(table[0]) + " |", "|" + "---|" * len(table[0])]
+    text += ["| " + " | ".join(row) + " |" for row in table[1:]]
+    text += [
+        "",
+        "## Every metric",
+        "",
+        "| model | split | " + " | ".join(final.test) + " |",
+        "|---|---|" + "---|" * len(final.test),
+    ]
+    for r in results:
+        for split, values in (("valid", r.valid), ("test", r.test)):
+            text.append(f"| {r.name} | {split} | " + " | ".join(f"{v:.6f}" for v in values.values()) + " |")
+    text += [
+        "",
+        "## How",
+        "",
+        f"- Full ranking: every one of {manifest.num_items:,} items is a candidate"
+        + (", except those of the user's own history" if config.evaluation.filter_seen else "")
+        + f"; among equal scores the target's rank is {config.evaluation.ties}.",
+        f"- Split `{manifest.prepare.split}`; {manifest.splits['test'].num_sequences:,} test users. Validation NDCG@10 picks the "
+        "checkpoint; the test split is read once, at the end.",
+        f"- The chosen model comes from stage `{final.stage}`, epoch {final.epoch}, and has {final.parameters:,} trained parameters.",
+        f"- Seed {config.training.seed}. One seed is no evidence: repeat with several before you compare.",
+        f"- {final.world_size} rank(s), {hardware()}, peak memory of a rank {final.peak_memory_bytes / 2**30:.2f} GiB, "
+        f"{config.training.precision}, {config.deepspeed}.",
+        f"- mltfr_dist {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}. Configuration: `config.yaml`.",
+        "",
+        "Time is training with validation; baselines without a loop show the time to fit.",
+        "",
+    ]
+    write_atomically(config.folder / REPORT, "\n".join(text))

@@ -1,0 +1,122 @@
+"""`runs/NAME/`: config.yaml, metrics.jsonl, report.md, result.json, tb/, checkpoints/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mltfr_dist.config import RunConfig, Section, validate
+from mltfr_dist.errors import CheckpointError, ConfigError
+
+CONFIG, RESULT, REPORT, CHECKPOINTS = "config.yaml", "result.json", "report.md", "checkpoints"
+
+
+class Result(Section):
+    """The outcome of a model: what the report's table shows."""
+
+    name: str
+    valid: dict[str, float]
+    test: dict[str, float]
+    seconds: float
+    """Wall time of training and validation (fitting, for baselines without a loop)."""
+    stage: str = ""
+    """Stage whose best checkpoint was chosen."""
+    checkpoint: str = ""
+    """Folder name under checkpoints/."""
+    epoch: int = 0
+    """Epochs of that stage behind it."""
+    parameters: int = 0
+    """Trained parameters."""
+    peak_memory_bytes: int = 0
+    """Largest over ranks: GPU memory where there is a GPU, else resident memory."""
+    world_size: int = 1
+
+
+def dump_config(config: RunConfig) -> str:
+    """The complete configuration as YAML; it loads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping.
+
+    Raises:
+        ConfigError: Missing, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"The configuration file {path} does not exist.", remedy="Check the path.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}.", remedy="Correct the line it names.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} does not hold a mapping.", rule="A configuration is `key: value` lines.", remedy="Correct it.")
+    return content
+
+
+def load_config(folder: Path) -> RunConfig:
+    """The configuration of a run.
+
+    Raises:
+        CheckpointError: The folder holds no run.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder} holds no run: there is no {CONFIG}.", remedy="Name a run folder that `train.py` wrote, such as runs/demo."
+        )
+    return validate(RunConfig, read_yaml(path), source=str(path))
+
+
+def load_result(folder: Path) -> Result | None:
+    """The outcome of a finished run; None while it is not finished."""
+    path = folder / RESULT
+    return Result.model_validate_json(path.read_text()) if path.exists() else None
+
+
+def claim(folder: Path, config: RunConfig, *, resume: bool) -> None:
+    """Make ``folder`` this run's own.
+
+    Raises:
+        ConfigError: It holds another run, or this one and ``resume`` is off. Nothing is changed.
+    """
+    path = folder / CONFIG
+    if path.exists():
+        differences = differing_fields(load_config(folder).model_dump(mode="json"), config.model_dump(mode="json"))
+        if differences:
+            raise ConfigError(
+                f"{folder} already holds a different run: {'; '.join(differences)}.",
+                rule="A run's folder belongs to one configuration.",
+                remedy="Give this run another `name`, or delete the folder.",
+            )
+        if not resume:
+            raise ConfigError(
+                f"{folder} already holds this run.", remedy="Use `--resume auto` to go on with it, another `name`, or delete it."
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} exists and is not a run.", remedy="Give this run another `name`.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, dump_config(config))
+
+
+def differing_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf that differs."""
+    found = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differing_fields(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} is {json.dumps(before)} there and {json.dumps(after)} here")
+    return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file in one step."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text)
+    partial.rename(path)

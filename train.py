@@ -1,0 +1,42 @@
+"""Train MLTFR: `deepspeed train.py --preset demo`, `torchrun train.py ...` or `python train.py ...`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mltfr_dist.cli import config_epilog, fail, resolve_config
+from mltfr_dist.errors import MltfrError
+from mltfr_dist.presets import PRESETS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=config_epilog(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", help=f"start from a complete configuration: {', '.join(PRESETS)}")
+    parser.add_argument("--config", help="YAML file; its keys go over the preset's")
+    parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from the run folder (default: auto)")
+    parser.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers pass it; the environment has it too
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys, such as optimizer.learning_rate=0.0005")
+    options = parser.parse_args(arguments)
+    try:
+        config = resolve_config(options.preset, options.config, options.overrides)
+        if options.print_config:
+            from mltfr_dist.training.run_folder import dump_config
+
+            print(dump_config(config), end="")
+            return 0
+        from mltfr_dist.distributed.ranks import stop_ranks
+        from mltfr_dist.training.fit import fit
+
+        fit(config, resume=options.resume == "auto")
+        stop_ranks()
+    except MltfrError as error:
+        return fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
