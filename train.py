@@ -11,6 +11,7 @@ from mltfr_dist.presets import PRESETS
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Train; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=config_epilog(), formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -17,7 +17,7 @@ MAX_ATTEMPTS = 100
 
 def hash_u64(*keys: npt.NDArray[np.uint64] | int) -> npt.NDArray[np.uint64]:
     """Mix broadcastable integer ``keys`` into uniform 64-bit words (the SplitMix64 finaliser, Steele et al. 2014)."""
-    state = np.uint64(0x9E3779B97F4A7C15)
+    state = np.asarray(0x9E3779B97F4A7C15, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for key in keys:
             word = np.asarray(key, dtype=np.uint64)
@@ -25,7 +25,7 @@ def hash_u64(*keys: npt.NDArray[np.uint64] | int) -> npt.NDArray[np.uint64]:
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))
-    return np.asarray(state)
+    return state
 
 
 def sample_negatives(

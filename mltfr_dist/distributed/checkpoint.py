@@ -137,7 +137,8 @@ def read(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
             rule="Its sha256 must equal the one in state.json.",
             remedy="Delete this checkpoint folder; the run goes on from the one before it.",
         )
-    return load_file(path)
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
 
 
 def restore_optimizer(folder: Path, engine: Engine) -> None:

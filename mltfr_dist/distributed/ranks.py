@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from mltfr_dist.errors import ConfigError
 
@@ -104,7 +105,7 @@ def _init_process_group(launched: bool, on_gpu: bool, rank: int, world_size: int
     if launched:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # no port to collide on
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)  # no port to collide on
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     import deepspeed
     from deepspeed.utils import logger

@@ -46,24 +46,43 @@ def _whole(engine: Engine, parameter: nn.Parameter, key: str | None) -> Tensor:
     else:
         value = safe_get_full_optimizer_state(parameter, key)
     # fp32 master copies, always: what bf16 rounds away is part of the state.
-    return value.detach().float().cpu().clone().reshape(parameter.ds_shape if engine.zero_stage == 3 else parameter.shape)
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # stage 3 leaves an empty shell
+    return value.detach().float().cpu().clone().reshape(shape)
+
+
+def _set_whole(engine: Engine, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+    """Set this rank's part of a parameter's fp32 master, or of one of its moments, from the whole."""
+    from deepspeed import utils
+
+    value = value.to(engine.ranks.device)
+    if engine.zero_stage == 0:
+        (parameter if key is None else engine.optimizer.state[parameter][key]).copy_(value)
+    elif engine.zero_stage == 3:
+        # DeepSpeed's own setter of whole tensors fails where ranks do not divide the size: the last part is padded.
+        local = utils.safe_get_local_fp32_param(parameter) if key is None else utils.safe_get_local_optimizer_state(parameter, key)
+        padded = value.new_zeros(local.numel() * engine.ranks.world_size)
+        padded[: value.numel()] = value.flatten()
+        part = padded[local.numel() * engine.ranks.rank :][: local.numel()]
+        if key is None:
+            utils.safe_set_local_fp32_param(parameter, part)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, part, key)
+    elif key is None:
+        utils.safe_set_full_fp32_param(parameter, value)
+    else:
+        utils.safe_set_full_optimizer_state(parameter, value, key)
 
 
 @torch.no_grad()
 def restore_masters(engine: Engine, parameters: State) -> None:
     """Set the fp32 masters, which a bf16 module has rounded. The module itself must already hold ``parameters``."""
-    from deepspeed.utils import safe_set_full_fp32_param
-
-    if engine.zero_stage:
-        for name, p in engine.module.named_parameters():
-            safe_set_full_fp32_param(p, parameters[name].to(engine.ranks.device))
+    for name, p in engine.module.named_parameters():
+        _set_whole(engine, p, None, parameters[name])
 
 
 @torch.no_grad()
 def restore_moments(engine: Engine, moments: State, num_updates: int) -> None:
     """Set Adam's moments and its number of updates. All ranks must call."""
-    from deepspeed.utils import safe_set_full_optimizer_state
-
     inner = engine.optimizer if engine.zero_stage == 0 else engine.optimizer.optimizer
     for part in _optimizer_tensors(engine):
         on_device = inner.defaults.get("fused") or inner.defaults.get("capturable")
@@ -73,11 +92,7 @@ def restore_moments(engine: Engine, moments: State, num_updates: int) -> None:
     link_moments(engine)
     for name, p in engine.module.named_parameters():
         for key in MOMENTS:
-            value = moments[f"{name}/{key}"].to(engine.ranks.device)
-            if engine.zero_stage == 0:
-                inner.state[p][key].copy_(value)
-            else:
-                safe_set_full_optimizer_state(p, value, key)
+            _set_whole(engine, p, key, moments[f"{name}/{key}"])
 
 
 def link_moments(engine: Engine) -> None:

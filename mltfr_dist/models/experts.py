@@ -45,7 +45,7 @@ class ExpertCore(nn.Module):
     def __init__(self, config: ExpertConfig, hidden_dim: int) -> None:
         super().__init__()
         inner = config.num_heads * config.head_dim
-        self.num_heads = config.num_heads
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.query = nn.Linear(hidden_dim, inner)
         self.key = nn.Linear(hidden_dim, inner)
         self.value = nn.Linear(hidden_dim, inner)
@@ -73,12 +73,12 @@ class ExpertCore(nn.Module):
         query = self._tap("query", x, self.query(x))
 
         def split(t: Tensor) -> Tensor:
-            return t.view(groups, t.shape[1], self.num_heads, -1).transpose(1, 2)  # [G, H, r, d]
+            return t.view(groups, t.shape[1], self.num_heads, self.head_dim).transpose(1, 2)  # [G, H, r, d]
 
-        logits = split(query) @ split(keys).transpose(2, 3) / (query.shape[-1] // self.num_heads) ** 0.5
+        logits = split(query) @ split(keys).transpose(2, 3) / self.head_dim**0.5
         weights = torch.softmax(logits.float() + log_weights[:, None, None, :].float(), dim=-1).to(x.dtype)
         mixed = self.attention_dropout(weights) @ split(values)  # [G, H, n, d]
-        mixed = mixed.transpose(1, 2).reshape(groups, positions, -1)
+        mixed = mixed.transpose(1, 2).reshape(groups, positions, self.num_heads * self.head_dim)
         return self.output_dropout(self._tap("out", mixed, self.out(mixed)))  # type: ignore[no-any-return]
 
     def _gather(self, projected: Tensor, memory: Memory, parameter: str) -> Tensor:

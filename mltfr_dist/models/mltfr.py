@@ -43,6 +43,11 @@ class Explanation(NamedTuple):
     """[M]."""
 
 
+def in_blocks(t: Tensor, block_len: int) -> Tensor:
+    """[B, L, ...] -> [B, L / n, n, ...]."""
+    return t.view(t.shape[0], -1, block_len, *t.shape[2:])
+
+
 class MLTFR(nn.Module):
     """Reads token tables on behalf of a backbone. Tables are buffers outside the state: never trained, never saved."""
 
@@ -71,6 +76,12 @@ class MLTFR(nn.Module):
     def shortlist(self, m: int) -> Tensor:
         """Row numbers of table m that are searched, [S]."""
         return self.get_buffer(f"shortlist_{m}")
+
+    def log_temperature(self, m: int) -> Tensor:
+        """Logarithm of the filter temperature of table m, [1] (sharded under ZeRO-3)."""
+        log_temperature = self.filters[m].log_temperature
+        assert isinstance(log_temperature, Tensor)
+        return log_temperature
 
     @property
     def uses_shortlist(self) -> bool:
@@ -107,8 +118,8 @@ class MLTFR(nn.Module):
         n = self.block_len
         pad = -x.shape[1] % n
         queries = F.pad(prefix_mean(x, valid_mask), (0, 0, 0, pad))[:, ::n]  # [B, L/n, D]
-        occupied = F.pad(valid_mask, (0, pad)).unflatten(1, (-1, n))[..., 0]  # sequences start at 0 and have no gaps
-        positions = F.pad(x, (0, 0, 0, pad)).unflatten(1, (-1, n))  # [B, L/n, n, D]
+        occupied = in_blocks(F.pad(valid_mask, (0, pad)), n)[..., 0]  # sequences start at 0 and have no gaps
+        positions = in_blocks(F.pad(x, (0, 0, 0, pad)), n)  # [B, L/n, n, D]
         return positions[occupied], queries[occupied], occupied
 
     def select(self, queries: Tensor) -> list[KeptTokens]:
@@ -130,7 +141,7 @@ class MLTFR(nn.Module):
         spread = output.new_zeros(*occupied.shape, self.block_len, x.shape[-1])  # [B, L/n, n, D]
         spread[occupied] = output
         added = spread.flatten(1, 2)[:, : x.shape[1]] * valid_mask[..., None]
-        real = F.pad(valid_mask, (0, -x.shape[1] % self.block_len)).unflatten(1, (-1, self.block_len))[occupied]
+        real = in_blocks(F.pad(valid_mask, (0, -x.shape[1] % self.block_len)), self.block_len)[occupied]
         return added, self._stats(gate_weights[real])
 
     def _stats(self, gate_weights: Tensor) -> RoutingStats:

@@ -86,14 +86,14 @@ class TokenFilter(nn.Module):
 def search(unit_query: Tensor, unit_rows: Tensor, num_kept: int) -> Tensor:
     """[G, K] places of the K largest products per query, in chunks of queries so that memory is bounded."""
     chunk = max(1, CHUNK_ELEMENTS // unit_rows.shape[0])
-    return torch.cat([(part @ unit_rows.T).topk(num_kept, dim=1).indices for part in unit_query.split(chunk)])
+    return torch.cat([(part @ unit_rows.T).topk(num_kept, dim=1).indices for part in torch.split(unit_query, chunk)])
 
 
 def row_relevance(unit_query: Tensor, unit_rows: Tensor) -> Tensor:
     """[S] largest cosine of each row with any of the queries; -1 where there is no query."""
     best = torch.full((unit_rows.shape[0],), -1.0, device=unit_rows.device, dtype=unit_rows.dtype)
     chunk = max(1, CHUNK_ELEMENTS // unit_rows.shape[0])
-    for part in unit_query.split(chunk):
+    for part in torch.split(unit_query, chunk):
         if len(part):
             torch.maximum(best, (part @ unit_rows.T).amax(dim=0), out=best)
     return best

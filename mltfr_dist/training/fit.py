@@ -29,7 +29,7 @@ from mltfr_dist.training.inputs import (
     record_inputs,
     train_stream,
 )
-from mltfr_dist.training.loop import Stage, train_stage
+from mltfr_dist.training.loop import Stage, is_finished, train_stage
 from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, claim, load_result, write_atomically
 from mltfr_dist.training.tracking import STAGES, Tracker
 
@@ -165,6 +165,8 @@ def run_stage(
     epochs = config.training.epochs if name == TRAIN else config.training.consensus_epochs
     last = checkpoint.latest(folder, name)
     progress = checkpoint.read_header(last).progress if last else Progress(stage=name)
+    if last and is_finished(config, progress, epochs):
+        return progress
     if last:
         ranks.say(f"  going on from {last.name} (epoch {progress.epoch}, step {progress.step})")
     part = make_part(config, ranks)
@@ -178,7 +180,7 @@ def run_stage(
     if last:
         checkpoint.restore_optimizer(last, engine)
     base = before.step if before else 0
-    tracker = Tracker(config.folder, active=ranks.is_main, stage=name, step=progress.step, base_step=base)
+    tracker = Tracker(config.folder, active=ranks.is_main, stage=name, step=progress.step if last else None, base_step=base)
     valid = ranking_stream(config, "valid", ranks)
     stage = Stage(name, epochs, config, folder, ranks, engine, stream, valid, tracker, inputs.table_names)
     progress = train_stage(stage, progress)

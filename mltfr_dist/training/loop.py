@@ -64,7 +64,7 @@ def train_stage(stage: Stage, progress: Progress) -> Progress:
     """Train until the epochs or the patience are used up; checkpoints as it goes."""
     if progress.step == 0 and stage.name != STAGES[0]:
         progress = validate(stage, progress)  # what the new expert changes before any training
-    while progress.epoch < stage.epochs and not out_of_patience(stage.config, progress):
+    while not is_finished(stage.config, progress, stage.epochs):
         progress = train_epoch(stage, progress)
         if progress.epoch % stage.config.evaluation.every_epochs == 0 or progress.epoch == stage.epochs:
             progress = validate(stage, progress)
@@ -72,11 +72,10 @@ def train_stage(stage: Stage, progress: Progress) -> Progress:
     return progress
 
 
-def out_of_patience(config: RunConfig, progress: Progress) -> bool:
-    """Whether `training.patience` validations have passed without a better one."""
-    return progress.best_epoch >= 0 and (
-        progress.epoch - progress.best_epoch >= config.training.patience * config.evaluation.every_epochs
-    )
+def is_finished(config: RunConfig, progress: Progress, epochs: int) -> bool:
+    """Whether a stage has used up its epochs, or `training.patience` validations without a better one."""
+    waited = progress.epoch - progress.best_epoch if progress.best_epoch >= 0 else 0
+    return progress.epoch >= epochs or waited >= config.training.patience * config.evaluation.every_epochs
 
 
 def train_epoch(stage: Stage, progress: Progress) -> Progress:
@@ -182,8 +181,8 @@ def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: 
         for m, name in enumerate(stage.table_names):
             values[f"gate_weight/{name}"] = float(totals.gate_weights[m])
             values[f"gate_top_share/{name}"] = float(totals.top_share[m])
-            log_temperature = mltfr.filters[m].log_temperature
-            values[f"filter_temperature/{name}"] = math.exp(float(whole_parameter(stage.engine, log_temperature)))
+            log_temperature = whole_parameter(stage.engine, mltfr.log_temperature(m))
+            values[f"filter_temperature/{name}"] = math.exp(float(log_temperature))
     stage.tracker.log("step", step, values, epoch=progress.epoch)
     speed = progress.step * config.training.global_batch_size / max(1e-9, progress.train_seconds)
     stage.tracker.board({"speed/sequences_per_second": speed, "memory/peak_gib": peak_memory_bytes() / 2**30}, step)

@@ -86,7 +86,7 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
         + f"; among equal scores the target's rank is {config.evaluation.ties}.",
         f"- Split `{manifest.prepare.split}`; {manifest.splits['test'].num_sequences:,} test users. Validation NDCG@10 picks the "
         "checkpoint; the test split is read once, at the end.",
-        f"- The chosen model comes from stage `{final.stage}`, epoch {final.epoch}, and has {final.parameters:,} trained parameters.",
+        f"- The chosen model: stage `{final.stage}`, epoch {final.epoch}, {final.parameters:,} trained parameters.",
         f"- Seed {config.training.seed}. One seed is no evidence: repeat with several before you compare.",
         f"- {final.world_size} rank(s), {hardware()}, peak memory of a rank {final.peak_memory_bytes / 2**30:.2f} GiB, "
         f"{config.training.precision}, {config.deepspeed}.",

@@ -20,7 +20,7 @@ QUIET_SECONDS = 30.0
 class Tracker:
     """Writes a stage's metrics; on ranks other than 0 it does nothing."""
 
-    def __init__(self, folder: Path, *, active: bool, stage: str, step: int, base_step: int = 0) -> None:
+    def __init__(self, folder: Path, *, active: bool, stage: str, step: int | None, base_step: int = 0) -> None:
         """Continue the records of ``folder`` at ``step`` of ``stage``.
 
         Lines written after the checkpoint that the run goes on from are dropped, for they will be written again.
@@ -29,19 +29,19 @@ class Tracker:
             folder: The run's folder.
             active: Whether this is rank 0.
             stage: One of :data:`STAGES`.
-            step: Updates already made in the stage.
+            step: Updates already made in the stage; None where it starts anew, without a checkpoint.
             base_step: Updates of earlier stages: TensorBoard's axis goes on across stages.
         """
         self.active, self.stage, self.base_step = active, stage, base_step
-        self._shown, self._started, self._start_step = 0.0, time.monotonic(), step
+        self._shown, self._started, self._start_step = 0.0, time.monotonic(), step or 0
         self._on_terminal = sys.stdout.isatty()
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
             self._path = folder / "metrics.jsonl"
-            drop_later_lines(self._path, stage, step)
+            drop_later_lines(self._path, stage, -1 if step is None else step)  # a validation may stand at step 0
             self._file = self._path.open("a")
-            self._board = SummaryWriter(str(folder / "tb"), purge_step=base_step + step + 1)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(folder / "tb"), purge_step=base_step + (step or 0) + 1)
 
     def log(self, kind: str, step: int, values: dict[str, float], **extra: Any) -> None:
         """Write one line and its TensorBoard points.
@@ -63,12 +63,12 @@ class Tracker:
         """Write TensorBoard points only: what differs from run to run (speed, memory) and would blur a comparison."""
         if self.active:
             for tag, value in values.items():
-                self._board.add_scalar(tag, value, self.base_step + step)  # type: ignore[no-untyped-call]
+                self._board.add_scalar(tag, value, self.base_step + step)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Write a TensorBoard text."""
         if self.active:
-            self._board.add_text(tag, markdown, self.base_step + step)  # type: ignore[no-untyped-call]
+            self._board.add_text(tag, markdown, self.base_step + step)
 
     def progress(self, step: int, total_steps: int, sequences_per_step: int, loss: float) -> None:
         """Show rate and time left: in place on a terminal, now and then in a log file."""
@@ -93,7 +93,7 @@ class Tracker:
         """Flush and close."""
         if self.active:
             self._file.close()
-            self._board.close()  # type: ignore[no-untyped-call]
+            self._board.close()
 
 
 def drop_later_lines(path: Path, stage: str, step: int) -> None:

@@ -1,0 +1,65 @@
+"""Real ranks under real DeepSpeed: the numbers must not depend on how the work is divided."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support import run_ranks, tiny_config
+
+WORKER = Path(__file__).parent / "worker.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("zero")
+    tiny_config(place)
+    return place
+
+
+def findings(task: str, folder: Path, num_ranks: int) -> dict[str, list[float]]:
+    output = folder / f"{task}-{num_ranks}.json"
+    run_ranks(num_ranks, WORKER, task, str(folder), str(output))
+    return json.loads(output.read_text())
+
+
+def relative_difference(first: list[float], second: list[float]) -> float:
+    assert len(first) == len(second) > 0
+    return max(abs(a - b) / abs(a) for a, b in zip(first, second, strict=True))
+
+
+def test_losses_are_the_same_at_any_stage_and_world_size(folder: Path) -> None:
+    one, two = findings("losses", folder, 1), findings("losses", folder, 2)
+    reference = one["zero0"]
+    assert len(reference) == 20
+    assert reference[-1] < 0.8 * reference[0], "nothing was learned, so equality would say nothing"
+    for name in ("zero0", "zero1", "zero2", "zero3", "accumulated"):
+        assert relative_difference(reference, one[name]) < 1e-5, f"{name} on one rank"
+        assert relative_difference(reference, two[name]) < 1e-5, f"{name} on two ranks"
+    for name in ("bce", "bare"):
+        assert relative_difference(one[name], two[name]) < 1e-5, name
+        assert relative_difference(reference, one[name]) > 1e-4, f"{name} is no variant of its own"
+
+
+def test_checkpoints_continue_exactly_and_at_other_world_sizes(folder: Path) -> None:
+    saved = findings("saved", folder, 2)
+    for stage in range(4):
+        assert saved[f"zero{stage} resumed"] == saved[f"zero{stage} uninterrupted"], f"stage {stage}"
+    for num_ranks in (1, 4):
+        elsewhere = findings("elsewhere", folder, num_ranks)
+        for name, losses in elsewhere.items():
+            uninterrupted = saved[name.replace("resumed", "uninterrupted")]
+            assert relative_difference(uninterrupted, losses) < 1e-5, f"{name} on {num_ranks} ranks"
+
+
+def test_fisher_is_the_same_at_any_batch_size_world_size_and_stage(folder: Path) -> None:
+    one, two = findings("fisher", folder, 1), findings("fisher", folder, 2)
+    reference = one["batch 8"]
+    largest = max(reference)
+    assert largest > 0
+    for name in ("batch 8", "batch 32", "zero1", "zero3"):
+        for found in (one, two):
+            assert max(abs(a - b) for a, b in zip(reference, found[name], strict=True)) < 1e-5 * largest, name
+    # Forming it must leave nothing behind in DeepSpeed's gradient buckets.
+    assert relative_difference(one["zero1 still trains"], two["zero3 still trains"]) < 1e-5

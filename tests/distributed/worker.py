@@ -1,0 +1,155 @@
+"""What the ranks of the distributed tests do; started by torchrun, writes its findings as JSON.
+
+Usage: worker.py TASK FOLDER OUTPUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from support import REPOSITORY, tiny_config
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.data.stream import Part
+from mltfr_dist.distributed import checkpoint
+from mltfr_dist.distributed.checkpoint import Progress
+from mltfr_dist.distributed.engine import Engine
+from mltfr_dist.distributed.fisher import fisher_diagonals
+from mltfr_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
+from mltfr_dist.distributed.state import whole_parameters
+from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
+from mltfr_dist.training.loop import reduce_outputs
+
+STEPS = 20
+HALF = 10
+
+
+def no_dropout(folder: Path, stage: int, **changes: object) -> RunConfig:
+    return tiny_config(
+        folder,
+        backbone__dropout=0.0,
+        mltfr__expert__dropout=0.0,
+        optimizer__learning_rate=0.01,
+        optimizer__weight_decay=0.1,
+        optimizer__max_grad_norm=0.5,
+        deepspeed=str(REPOSITORY / "ds_configs" / f"zero{stage}.json"),
+        **changes,
+    )
+
+
+def steps(engine: Engine, config: RunConfig, ranks: Ranks, start: int, end: int) -> list[float]:
+    """Losses of steps start..end-1."""
+    stream = train_stream(config, engine.part)
+    per_epoch = stream.steps_per_epoch
+    losses = []
+    for step in range(start, end):
+        batches = next(stream.epoch(step // per_epoch, step % per_epoch))
+        outputs = engine.update(batches.micro_batches, batches.num_targets, step)
+        totals = reduce_outputs(ranks, outputs, batches.num_targets)
+        if totals.gate_weights is not None:
+            engine.module.mltfr.router.update_load(totals.gate_weights)
+        losses.append(totals.loss)
+    return losses
+
+
+def make_engine(config: RunConfig, ranks: Ranks, micro_batch_size: int | None = None) -> Engine:
+    size = config.training.global_batch_size
+    part = Part(ranks.rank, ranks.world_size, size, micro_batch_size or size // ranks.world_size)
+    model = build_model(config, load_inputs(config), with_consensus=False)
+    return Engine(model, config, ranks, part, STEPS)
+
+
+def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Per ZeRO stage, losses of 20 steps; also with micro-batches, BCE and a bare backbone."""
+    found = {}
+    for stage in range(4):
+        config = no_dropout(folder, stage)
+        engine = make_engine(config, ranks)
+        found[f"zero{stage}"] = steps(engine, config, ranks, 0, STEPS)
+        engine.destroy()
+    variants = {
+        "accumulated": (no_dropout(folder, 2), 8),
+        "bce": (no_dropout(folder, 1, loss__name="bce", loss__num_negatives=3), None),
+        "bare": (no_dropout(folder, 1, mltfr__enabled=False), None),
+    }
+    for name, (config, micro) in variants.items():
+        engine = make_engine(config, ranks, micro)
+        found[name] = steps(engine, config, ranks, 0, STEPS)
+        engine.destroy()
+    return found
+
+
+def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Per ZeRO stage: save after 10 steps, go on; and go on from the file in a new engine."""
+    found = {}
+    for stage in range(4):
+        config = no_dropout(folder, stage)
+        place = folder / f"checkpoint-{ranks.world_size}-zero{stage}"
+        engine = make_engine(config, ranks)
+        steps(engine, config, ranks, 0, HALF)
+        checkpoint.save(place, engine, Progress(stage="train", step=HALF))
+        found[f"zero{stage} uninterrupted"] = steps(engine, config, ranks, HALF, STEPS)
+        engine.destroy()
+        found[f"zero{stage} resumed"] = resumed(config, ranks, place)
+    return found
+
+
+def elsewhere(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Go on from the checkpoints that 2 ranks wrote, at this world size."""
+    return {
+        f"zero{stage} resumed": resumed(no_dropout(folder, stage), ranks, folder / f"checkpoint-2-zero{stage}")
+        for stage in (1, 3)
+    }
+
+
+def resumed(config: RunConfig, ranks: Ranks, place: Path) -> list[float]:
+    part = Part(ranks.rank, ranks.world_size, 32, 32 // ranks.world_size)
+    model = build_model(config, load_inputs(config), with_consensus=False)
+    model.load_state_dict(checkpoint.read(place))
+    engine = Engine(model, config, ranks, part, STEPS)
+    checkpoint.restore_optimizer(place, engine)
+    found = steps(engine, config, ranks, HALF, STEPS)
+    engine.destroy()
+    return found
+
+
+def fisher(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Fisher diagonals, flattened, of a plain model at two batch sizes and of engines at stages 1 and 3."""
+    found = {}
+    config = no_dropout(folder, 1)
+    inputs = load_inputs(config)
+    model = build_model(config, inputs, with_consensus=False)
+    for size in (8, 32):
+        stream = train_stream(config, Part(ranks.rank, ranks.world_size, size, size // ranks.world_size))
+        batches = (b for step in islice(stream.epoch(0), -(-50 // size)) for b in step.micro_batches)
+        found[f"batch {size}"] = flat(fisher_diagonals(model, batches, ranks, 50))
+    for stage in (1, 3):
+        engine = make_engine(no_dropout(folder, stage), ranks)
+        stream = train_stream(config, engine.part)
+        batches = (b for step in islice(stream.epoch(0), 2) for b in step.micro_batches)
+        found[f"zero{stage}"] = flat(fisher_diagonals(engine.module, batches, ranks, 50))
+        before = whole_parameters(engine)
+        found[f"zero{stage} still trains"] = steps(engine, config, ranks, 0, 3)
+        assert any(not torch.equal(before[name], t) for name, t in whole_parameters(engine).items())
+        engine.destroy()
+    return found
+
+
+def flat(states: list[dict[str, torch.Tensor]]) -> list[float]:
+    return torch.cat([t.flatten() for state in states for _, t in sorted(state.items())]).tolist()
+
+
+if __name__ == "__main__":
+    task, folder, output = sys.argv[1:]
+    all_ranks = start_ranks(1)
+    result = {"losses": losses, "saved": saved, "elsewhere": elsewhere, "fisher": fisher}[task](Path(folder), all_ranks)
+    if all_ranks.is_main:
+        Path(output).write_text(json.dumps(result))
+    stop_ranks()

@@ -1,0 +1,119 @@
+"""Small real inputs for tests, and real multi-process launches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mltfr_dist.config import PrepareConfig, RunConfig, TableConfig, validate
+from mltfr_dist.data.prepare import prepare
+from mltfr_dist.tables.store import save_table
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def write_data(folder: Path, *, num_users: int = 120, num_items: int = 40, longest: int = 14, seed: int = 0) -> Path:
+    """Prepared interactions with something to learn: an item is followed by its successor more often than not."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for user in range(num_users):
+        item = int(rng.integers(num_items))
+        items = []
+        for _ in range(int(rng.integers(4, longest))):
+            items.append(f"i{item}")
+            item = (item + 1) % num_items if rng.random() < 0.7 else int(rng.integers(num_items))
+        lines.append(" ".join([f"u{user}", *items]))
+    source = folder / "interactions.txt"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text("\n".join(lines) + "\n")
+    config = PrepareConfig(format="sequences", user_core=1, item_core=1, sequences_per_block=16, sequences_per_shard=32)
+    prepare(str(source), folder / "data", config, log=lambda _: None)
+    return folder / "data"
+
+
+def write_table(folder: Path, name: str, *, num_rows: int, dim: int, seed: int) -> Path:
+    """A stored token table of random rows."""
+    rows = torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(seed))
+    described: dict[str, Any] = {
+        "source_files": ("random",),
+        "source_sha256": "0" * 64,
+        "tensor": "random",
+        "source_dtype": "F32",
+        "source_rows": num_rows,
+        "vocabulary_file": "random",
+        "licence": None,
+        "dropped": {},
+        "mean_cosine_before": 0.0,
+        "mean_cosine_after": 0.0,
+        "config": TableConfig(),
+    }
+    save_table(folder, rows, [f" {name}-{i}" for i in range(num_rows)], name=name, **described)
+    return folder / name
+
+
+def tiny_config(folder: Path, **changes: Any) -> RunConfig:
+    """A complete run over small data and two random tables, written under ``folder`` where they are not there yet.
+
+    Args:
+        folder: Where inputs and runs go.
+        changes: Dotted keys with `.` written as `__`, such as ``training__seed=1``.
+    """
+    if not (folder / "data").exists():
+        write_data(folder)
+        write_table(folder / "tables", "first", num_rows=90, dim=12, seed=1)
+        write_table(folder / "tables", "second", num_rows=70, dim=20, seed=2)
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "runs_dir": str(folder / "runs"),
+        "data": {"path": str(folder / "data"), "max_len": 10, "shuffle_shards": 2},
+        "backbone": {"hidden_dim": 16, "num_heads": 2},
+        "mltfr": {
+            "tables": [str(folder / "tables" / "first"), str(folder / "tables" / "second")],
+            "filter": {"top_k": 4, "query_every": 2, "shortlist_size": 40, "shortlist_refresh_steps": 4},
+            "expert": {"num_heads": 2, "head_dim": 4},
+            "consensus": {"fisher_sequences": 50},
+        },
+        "training": {"global_batch_size": 32, "epochs": 3, "consensus_epochs": 2, "log_every_steps": 1, "threads": 1},
+        "evaluation": {"batch_size": 50},
+        "deepspeed": str(REPOSITORY / "ds_configs" / "zero1.json"),
+    }
+    for key, value in changes.items():
+        *sections, leaf = key.split("__")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    return validate(RunConfig, values, source="a test")
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """The environment without any launcher's variables."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in names}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | more
+
+
+def torchrun(num_ranks: int, script: Path, *arguments: str) -> list[str]:
+    """The command that starts ``script`` on ``num_ranks`` processes; torchrun finds a free port itself."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    return [*launcher, str(script), *arguments]
+
+
+def run_ranks(num_ranks: int, script: Path, *arguments: str, timeout: int = 240) -> str:
+    """Run ``script`` on real processes to its end; returns what it printed, and fails the test if it failed."""
+    command = torchrun(num_ranks, script, *arguments)
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return done.stdout
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

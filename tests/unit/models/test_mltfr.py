@@ -1,0 +1,610 @@
+"""MLTFR in repaired form: properties of the method, and a restatement of its formulas, loop by loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mltfr_dist.config import BackboneConfig, ConsensusConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig
+from mltfr_dist.data.batch import RankingBatch, SequenceBatch
+from mltfr_dist.losses import full_cross_entropy
+from mltfr_dist.models import token_filter
+from mltfr_dist.models.experts import ExpertCore, Memory, Router
+from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.recommender import Recommender, TrainingOutput
+from mltfr_dist.models.token_filter import prefix_mean, row_relevance, search
+from mltfr_dist.tables.store import table_hash
+
+NUM_ITEMS, MAX_LEN, DIM, TOP_K = 30, 10, 16, 4
+SHAPES = ((60, 24), (90, 32), (50, 8))
+EVERY = [1, 3, 4]
+HISTORY = st.lists(st.integers(1, NUM_ITEMS), min_size=1, max_size=MAX_LEN)
+few = settings(max_examples=15, deadline=None, derandomize=True)
+
+
+def make(
+    query_every: int = 4, *, consensus: bool = False, shortlist: int | None = None, spread: float = 0.3, **fields: object
+) -> Recommender:
+    """A model whose parameters are moved far from their start, so that nothing is near zero by accident."""
+    torch.manual_seed(0)
+    fields = {"top_k": TOP_K, "temperature": 0.1} | fields
+    config = MLTFRConfig(
+        tables=tuple(f"table{m}" for m in range(len(SHAPES))),
+        filter=FilterConfig(query_every=query_every, shortlist_size=shortlist, **fields),
+        expert=ExpertConfig(num_heads=2, head_dim=4, dropout=0.1),
+        consensus=ConsensusConfig(weight=0.7),
+    )
+    backbone = BackboneConfig(hidden_dim=DIM, num_layers=2, num_heads=2, dropout=0.2)
+    tables = [torch.randn(*shape) for shape in SHAPES]
+    made = Recommender(backbone, config, LossConfig(), num_items=NUM_ITEMS, max_len=MAX_LEN, table_rows=tables)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "log_temperature" not in name:
+                parameter.add_(spread * torch.randn_like(parameter))
+        made.backbone.item_embedding.weight[0] = 0
+    if consensus:
+        mltfr_of(made).add_consensus({name: 0.4 * torch.randn_like(p) for name, p in mltfr_of(made).cores[0].named_parameters()})
+    return made.eval()
+
+
+shared = cache(make)
+
+
+@cache
+def exact(query_every: int) -> Recommender:
+    """In float64: a leak shows far below the rounding of fp32."""
+    return make(query_every, consensus=True).double()
+
+
+def mltfr_of(model: Recommender) -> MLTFR:
+    assert model.mltfr is not None
+    return model.mltfr
+
+
+def padded(histories: list[list[int]], width: int = 0) -> Tensor:
+    width = max(width, 1, *(len(h) for h in histories))
+    return torch.tensor([h + [0] * (width - len(h)) for h in histories])
+
+
+def inputs(histories: list[list[int]], model: Recommender) -> tuple[Tensor, Tensor]:
+    """What MLTFR is given: input embeddings and the valid mask."""
+    item_ids = padded(histories)
+    with torch.no_grad():
+        return model.backbone.embed(item_ids), item_ids != 0
+
+
+def training_batch(histories: list[list[int]]) -> SequenceBatch:
+    return SequenceBatch(padded([h[:-1] for h in histories]), padded([h[1:] for h in histories]), torch.arange(len(histories)))
+
+
+def some_histories(count: int = 6, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(2, MAX_LEN + 1, (count,), generator=generator).tolist()
+    return [torch.randint(1, NUM_ITEMS + 1, (size,), generator=generator).tolist() for size in sizes]
+
+
+# --- properties of the repaired method ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("query_every", EVERY)
+@few
+@given(histories=st.lists(HISTORY, min_size=1, max_size=5), width=st.integers(0, MAX_LEN))
+def test_a_user_is_the_same_alone_and_in_any_batch_of_any_width(query_every: int, histories: list[list[int]], width: int) -> None:
+    model = shared(query_every, consensus=True)
+    together, _ = model.hidden(padded([*histories, []], width))
+    for row, history in zip(together, histories):
+        alone, _ = model.hidden(padded([history]))
+        torch.testing.assert_close(row[: len(history)], alone[0], rtol=0, atol=2e-6)
+        assert row[len(history) :].abs().sum() == 0
+    assert together[-1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("query_every", EVERY)
+@few
+@given(histories=st.lists(HISTORY, min_size=1, max_size=4))
+def test_what_mltfr_adds_is_zero_at_padding_and_equal_alone(query_every: int, histories: list[list[int]]) -> None:
+    model = shared(query_every)
+    added, _ = mltfr_of(model)(*inputs(histories, model))
+    for row, history in zip(added, histories, strict=True):
+        alone, _ = mltfr_of(model)(*inputs([history], model))
+        torch.testing.assert_close(row[: len(history)], alone[0], rtol=0, atol=2e-6)
+        assert row[len(history) :].abs().sum() == 0
+        assert row[: len(history)].abs().amax(1).min() > 1e-3
+
+
+@pytest.mark.parametrize("query_every", EVERY)
+@few
+@given(history=HISTORY, data=st.data())
+def test_a_later_item_changes_no_earlier_position(query_every: int, history: list[int], data: st.DataObject) -> None:
+    place = data.draw(st.integers(0, len(history) - 1))
+    other = history.copy()
+    other[place] = history[place] % NUM_ITEMS + 1
+    model = shared(query_every, consensus=True)
+    (before, _), (after, _) = model.hidden(padded([history])), model.hidden(padded([other]))
+    torch.testing.assert_close(after[0, :place], before[0, :place], rtol=0, atol=2e-6)
+    assert (after[0, place:] - before[0, place:]).abs().amax(1).min() > 1e-4
+
+
+@pytest.mark.usefixtures("keep_float64")
+@pytest.mark.parametrize("query_every", EVERY)
+def test_in_float64_neither_batch_nor_padding_nor_future_shows(query_every: int) -> None:
+    model, histories = exact(query_every), some_histories()
+    with torch.no_grad():
+        together, _ = model.hidden(padded(histories))
+        for row, history in zip(together, histories, strict=True):
+            for length in range(1, len(history) + 1):
+                prefix, _ = model.hidden(padded([history[:length]]))
+                torch.testing.assert_close(prefix[0], row[:length], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("query_every", EVERY)
+def test_a_blocks_query_is_the_prefix_mean_at_its_first_position(query_every: int) -> None:
+    model = shared(query_every)
+    histories = some_histories()
+    x, valid = inputs(histories, model)
+    positions, queries, occupied = mltfr_of(model).blocks(x, valid)
+    group = 0
+    for user, history in enumerate(histories):
+        for start in range(0, len(history), query_every):
+            torch.testing.assert_close(queries[group], x[user, : start + 1].mean(0))
+            here = min(query_every, len(history) - start)
+            assert torch.equal(positions[group, :here], x[user, start : start + here])
+            assert occupied[user, start // query_every]
+            group += 1
+    assert group == len(queries) == len(positions) == occupied.sum()
+
+
+def test_prefix_mean_by_hand_and_blind_to_the_values_at_padding() -> None:
+    x = torch.tensor([[[1.0], [3.0], [8.0], [99.0]], [[2.0], [99.0], [99.0], [99.0]]])
+    valid = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    means = prefix_mean(x, valid)
+    assert means[0, :3, 0].tolist() == [1, 2, 4]
+    assert means[1, 0, 0] == 2
+
+
+@pytest.mark.parametrize("consensus", [False, True])
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_every_parameter_gets_a_gradient(consensus: bool, spread: float) -> None:
+    model = make(consensus=consensus, spread=spread)
+    output = model(training_batch(some_histories()))
+    assert isinstance(output, TrainingOutput)
+    output.loss_sum.backward()
+    largest = {name: float(p.grad.abs().max()) for name, p in mltfr_of(model).named_parameters() if p.grad is not None}
+    assert set(largest) == {name for name, _ in mltfr_of(model).named_parameters()}
+    # A key's bias adds q.b to every logit of a row alike, and softmax does not change when all its logits shift.
+    key_biases = {name for name in largest if name.endswith("key.bias")}
+    assert len(key_biases) == len(SHAPES)
+    scale = max(largest.values())
+    for name, value in largest.items():
+        assert math.isfinite(value)
+        if name in key_biases:
+            assert value < 1e-6 * scale, name
+        else:
+            assert value > 1e-8 * scale, name
+
+
+@pytest.mark.parametrize("top_k", [2, 7])
+def test_the_filter_gets_a_gradient_at_any_k_that_is_allowed(top_k: int) -> None:
+    model = make(top_k=top_k)
+    model(training_batch(some_histories())).loss_sum.backward()
+    for one in mltfr_of(model).filters:
+        assert one.projection.weight.grad.abs().max() > 1e-5
+        assert one.log_temperature.grad.abs().max() > 1e-6
+
+
+@pytest.mark.xfail(strict=True, reason="log_softmax over one kept token is 0: with K = 1 no gradient reaches the filter (D1)")
+@pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_k": None, "filter_ratio": 0.01}])
+def test_the_filter_gets_a_gradient_even_when_one_token_is_kept(fields: dict[str, object]) -> None:
+    model = make(**fields)
+    model(training_batch(some_histories())).loss_sum.backward()
+    assert all(one.projection.weight.grad.abs().max() > 1e-6 for one in mltfr_of(model).filters)
+
+
+def test_two_evaluations_agree_to_the_bit() -> None:
+    item_ids = padded(some_histories())
+    batch = RankingBatch(item_ids, torch.ones(len(item_ids), dtype=torch.int64), torch.zeros(0).long(), torch.zeros(0).long())
+    for model in (shared(3, consensus=True), shared(4, shortlist=20)):
+        with torch.no_grad():
+            assert torch.equal(model(batch), model(batch))
+
+
+def test_training_never_touches_a_table_or_the_consensus_expert() -> None:
+    model = make(consensus=True, shortlist=40).train()
+    mltfr = mltfr_of(model)
+    hashes = [table_hash(mltfr.table(m)) for m in range(len(SHAPES))]
+    assert mltfr.consensus is not None
+    consensus = {name: t.clone() for name, t in mltfr.consensus.state_dict().items()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(4):
+        optimizer.zero_grad()
+        output = model(training_batch(some_histories(seed=step)))
+        (output.loss_sum + output.routing.balance_sum.sum()).backward()
+        optimizer.step()
+    assert [table_hash(mltfr.table(m)) for m in range(len(SHAPES))] == hashes
+    assert all(torch.equal(t, consensus[name]) for name, t in mltfr.consensus.state_dict().items())
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_tables_are_neither_parameters_nor_state() -> None:
+    model = make(consensus=True, shortlist=55)
+    mltfr = mltfr_of(model)
+    tables = {mltfr.table(m).data_ptr() for m in range(len(SHAPES))}
+    assert not tables & {p.data_ptr() for p in model.parameters()}
+    assert not tables & {t.data_ptr() for t in model.state_dict().values()}
+    assert not [name for name in model.state_dict() if "table_" in name]
+    assert {n for n in model.state_dict() if "shortlist" in n} == {
+        "mltfr.shortlist_0",
+        "mltfr.shortlist_1",
+    }  # table 2 has 50 rows
+    other = make(consensus=True, shortlist=55, spread=0.1)
+    other.load_state_dict(model.state_dict())
+    item_ids = padded(some_histories())
+    assert torch.equal(other.hidden(item_ids)[0], model.hidden(item_ids)[0])
+
+
+def test_gate_weights_sum_to_one_and_their_sums_are_additive() -> None:
+    model = shared()
+    histories = some_histories()
+    positions = sum(map(len, histories))
+    x, valid = inputs(histories, model)
+    _, whole = mltfr_of(model)(x, valid)
+    gate = mltfr_of(model).router(x).detach()
+    torch.testing.assert_close(gate.sum(-1), torch.ones(x.shape[:2]))
+    assert gate.min() > 0
+    torch.testing.assert_close(whole.gate_sum, gate[valid].sum(0), rtol=1e-5, atol=1e-5)
+    assert whole.gate_sum.sum() == pytest.approx(positions, rel=1e-6)
+    assert whole.top_sum.tolist() == torch.bincount(gate[valid].argmax(-1), minlength=len(SHAPES)).tolist()
+    assert whole.entropy_sum.item() == pytest.approx(-(gate[valid] * gate[valid].log()).sum().item(), rel=1e-5)
+    parts = [mltfr_of(model)(x[i : i + 2], valid[i : i + 2])[1] for i in range(0, len(histories), 2)]
+    for name in whole._fields:
+        torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name), rtol=1e-5, atol=1e-5)
+
+
+def test_the_balance_term_is_one_a_position_when_balanced_and_pushes_off_the_loaded_expert() -> None:
+    router = Router(DIM, 3)
+    gate = torch.softmax(torch.randn(11, 3), -1).requires_grad_()
+    assert router.balance_loss(gate).item() == pytest.approx(11, rel=1e-6)
+    router.load.copy_(torch.tensor([0.5, 0.3, 0.2]))
+    assert torch.autograd.grad(router.balance_loss(gate), gate)[0][0].tolist() == pytest.approx([1.5, 0.9, 0.6])
+    router.update_load(torch.tensor([0.0, 1.0, 0.0]))
+    assert router.load.tolist() == pytest.approx([0.45, 0.37, 0.18])
+
+
+def test_a_batch_of_padding_costs_nothing_and_gives_finite_gradients() -> None:
+    model = make(consensus=True)
+    empty = SequenceBatch(torch.zeros(2, 1).long(), torch.zeros(2, 1).long(), torch.full((2,), -1))
+    output = model(empty)
+    (output.loss_sum + output.routing.balance_sum.sum()).backward()
+    assert output.loss_sum.item() == 0
+    assert output.routing.gate_sum.sum() == 0
+    assert all(p.grad is None or torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
+
+
+# --- the formulas, restated --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keep_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `.float()`, which lifts bf16 to fp32 in the model, leave float64 as it is."""
+    monkeypatch.setattr(Tensor, "float", lambda t: t if t.dtype == torch.float64 else t.to(torch.float32))
+
+
+def norm_by_hand(row: Tensor, layer: nn.LayerNorm) -> Tensor:
+    mean = row.mean()
+    return (row - mean) / torch.sqrt(((row - mean) ** 2).mean() + layer.eps) * layer.weight + layer.bias
+
+
+def kept_by_hand(mltfr: MLTFR, m: int, query: Tensor) -> tuple[list[int], Tensor]:
+    """Row numbers of the K largest cosines of the whole table, best first, and their log-weights."""
+    table, one = mltfr.table(m), mltfr.filters[m]
+    cosines = []
+    for row in table:
+        projected = one.projection.weight @ row + one.projection.bias
+        cosines.append(float(projected @ query / (projected.norm() * query.norm())))
+    kept = sorted(range(len(table)), key=lambda v: -cosines[v])[: one.num_kept]
+    scores = torch.tensor([cosines[v] for v in kept], dtype=torch.float64) / math.exp(float(one.log_temperature))
+    return kept, scores - torch.log(torch.exp(scores).sum())
+
+
+def attend_by_hand(core: ExpertCore, position: Tensor, rows: list[Tensor], log_weights: Tensor) -> Tensor:
+    size = core.query.weight.shape[0] // core.num_heads
+    query = core.query.weight @ position + core.query.bias
+    mixed = []
+    for head in range(core.num_heads):
+        part = slice(head * size, (head + 1) * size)
+        keys = [(core.key.weight @ row + core.key.bias)[part] for row in rows]
+        values = [(core.value.weight @ row + core.value.bias)[part] for row in rows]
+        logits = torch.stack([query[part] @ key / math.sqrt(size) for key in keys]) + log_weights
+        weights = torch.exp(logits) / torch.exp(logits).sum()
+        mixed.append(sum(w * v for w, v in zip(weights, values, strict=True)))
+    return core.out.weight @ torch.cat(mixed) + core.out.bias
+
+
+@torch.no_grad()
+def forward_by_hand(mltfr: MLTFR, x: Tensor, history_lengths: list[int]) -> Tensor:
+    """What is added to block 0's output, position by position."""
+    added = torch.zeros_like(x)
+    for user, length in enumerate(history_lengths):
+        for t in range(length):
+            start = t // mltfr.block_len * mltfr.block_len
+            query = sum(x[user, s] for s in range(start + 1)) / (start + 1)
+            all_rows: list[Tensor] = []
+            all_weights: list[Tensor] = []
+            experts = []
+            for m, core in enumerate(mltfr.cores):
+                kept, log_weights = kept_by_hand(mltfr, m, query)
+                linear, layer_norm = mltfr.adapters[m].linear, mltfr.adapters[m].norm
+                rows = [norm_by_hand(linear.weight @ mltfr.table(m)[v] + linear.bias, layer_norm) for v in kept]
+                experts.append(attend_by_hand(core, x[user, t], rows, log_weights))
+                all_rows += rows
+                all_weights.append(log_weights)
+            gate = torch.exp(mltfr.router.linear.weight @ x[user, t] + mltfr.router.linear.bias)
+            gate = gate / gate.sum()
+            added[user, t] = sum(g * e for g, e in zip(gate, experts, strict=True))
+            if mltfr.consensus is not None:
+                consensus = attend_by_hand(mltfr.consensus, x[user, t], all_rows, torch.cat(all_weights))
+                added[user, t] += mltfr.config.consensus.weight * consensus
+    return added
+
+
+@pytest.mark.usefixtures("keep_float64")
+@pytest.mark.parametrize("consensus", [False, True])
+@pytest.mark.parametrize("query_every", [1, 3])
+def test_forward_equals_the_formulas(query_every: int, consensus: bool) -> None:
+    model = make(query_every, consensus=consensus).double()
+    histories = [[3, 7, 7, 1, 30], [5, 2], [9]]
+    x, valid = inputs(histories, model)
+    assert x.dtype == torch.float64
+    with torch.no_grad():
+        added, _ = mltfr_of(model)(x, valid)
+    expected = forward_by_hand(mltfr_of(model), x, [len(h) for h in histories])
+    torch.testing.assert_close(added, expected, rtol=0, atol=1e-10)
+    assert expected.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("query_every", [1, 4])
+def test_fp32_stays_near_the_formulas(query_every: int) -> None:
+    model = make(query_every, consensus=True)
+    x, valid = inputs([[3, 7, 7, 1, 30], [5, 2]], model)
+    with torch.no_grad():
+        added, _ = mltfr_of(model)(x, valid)
+    expected = forward_by_hand(mltfr_of(copy.deepcopy(model).double()), x.double(), [5, 2])
+    torch.testing.assert_close(added.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_kept_tokens_are_the_exact_top_k_by_cosine() -> None:
+    model = make(3).double()
+    mltfr = mltfr_of(model)
+    _, queries, _ = mltfr.blocks(*inputs(some_histories(4), model))
+    with torch.no_grad():
+        for m, kept in enumerate(mltfr.select(queries)):
+            assert kept.places.shape == kept.log_weights.shape == (len(queries), TOP_K)
+            for g, query in enumerate(queries):
+                expected, log_weights = kept_by_hand(mltfr, m, query)
+                assert kept.places[g].tolist() == expected
+                torch.testing.assert_close(kept.log_weights[g].double(), log_weights, rtol=0, atol=1e-5)
+
+
+def test_scaling_a_query_changes_neither_tokens_nor_weights() -> None:
+    mltfr = mltfr_of(shared())
+    queries = torch.randn(5, DIM)
+    for one, other in zip(mltfr.select(queries), mltfr.select(queries * 37.0), strict=True):
+        assert torch.equal(one.places, other.places)
+        torch.testing.assert_close(one.log_weights, other.log_weights, rtol=0, atol=1e-5)
+
+
+def test_a_lower_temperature_sharpens_the_weights() -> None:
+    mltfr = mltfr_of(make())
+    queries = torch.randn(5, DIM)
+    before = [kept.log_weights.exp().amax(1) for kept in mltfr.select(queries)]
+    for one in mltfr.filters:
+        one.log_temperature.data.sub_(2.0)
+    for old, kept in zip(before, mltfr.select(queries), strict=True):
+        assert (kept.log_weights.exp().amax(1) > old).all()
+        torch.testing.assert_close(kept.log_weights.exp().sum(1), torch.ones(5))
+
+
+def test_a_temperature_that_is_not_learned_is_no_parameter() -> None:
+    mltfr = mltfr_of(make(learn_temperature=False, temperature=0.25))
+    assert not [name for name, _ in mltfr.named_parameters() if "temperature" in name]
+    assert mltfr.filters[0].temperature.item() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.05, (3, 4, 2)), (0.001, (1, 1, 1)), (1.0, (60, 90, 50)), (0.1, (6, 9, 5))])
+def test_filter_ratio_gives_k(ratio: float, expected: tuple[int, ...]) -> None:
+    model = make(top_k=None, filter_ratio=ratio)
+    assert (
+        tuple(one.num_kept for one in mltfr_of(model).filters) == expected == tuple(max(1, round(ratio * v)) for v, _ in SHAPES)
+    )
+    kept = mltfr_of(model).select(torch.randn(3, DIM))
+    assert tuple(k.places.shape[1] for k in kept) == expected
+    assert all(len(set(row.tolist())) == k.places.shape[1] for k in kept for row in k.places)
+
+
+def test_searching_in_chunks_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, rows = F.normalize(torch.randn(9, DIM), dim=-1), F.normalize(torch.randn(40, DIM), dim=-1)
+    whole, relevance = search(queries, rows, 5), row_relevance(queries, rows)
+    torch.testing.assert_close(relevance, (queries @ rows.T).amax(0))
+    for elements in (1, 80, 130):
+        monkeypatch.setattr(token_filter, "CHUNK_ELEMENTS", elements)
+        assert torch.equal(search(queries, rows, 5), whole)
+        torch.testing.assert_close(row_relevance(queries, rows), relevance)
+    assert row_relevance(queries[:0], rows).tolist() == [-1.0] * 40
+    assert search(queries[:0], rows, 5).shape == (0, 5)
+
+
+# --- shortlist and explanation -----------------------------------------------------------------------------------
+
+
+def test_set_shortlist_keeps_the_rows_of_highest_relevance() -> None:
+    mltfr = mltfr_of(make(shortlist=5))
+    relevance = [torch.zeros(rows) for rows, _ in SHAPES]
+    relevance[0][[50, 7, 33]] = torch.tensor([0.9, 0.5, 0.7])
+    relevance[1][:] = torch.arange(90.0)
+    mltfr.set_shortlist(relevance)
+    assert mltfr.shortlist(0).tolist() == [0, 1, 7, 33, 50]  # ties go to the lower row number
+    assert mltfr.shortlist(1).tolist() == [85, 86, 87, 88, 89]
+    assert mltfr.shortlist(2).tolist() == [0, 1, 2, 3, 4]
+    assert mltfr.uses_shortlist
+    assert torch.equal(mltfr.candidates(0), mltfr.table(0)[mltfr.shortlist(0)])
+
+
+def test_a_shortlist_that_holds_the_top_k_gives_the_full_search() -> None:
+    full, short = make(3, consensus=True), make(3, consensus=True, shortlist=45)
+    short.load_state_dict(full.state_dict(), strict=False)
+    histories = some_histories(3)
+    x, valid = inputs(histories, full)
+    _, queries, _ = mltfr_of(full).blocks(x, valid)
+    needed = []
+    for kept, (rows, _) in zip(mltfr_of(full).select(queries), SHAPES, strict=True):
+        marks = torch.zeros(rows)
+        marks[kept.places.flatten()] = 1.0
+        needed.append(marks)
+    assert all(marks.sum() < 45 for marks in needed)
+    mltfr_of(short).set_shortlist(needed)
+    with torch.no_grad():
+        torch.testing.assert_close(mltfr_of(short)(x, valid)[0], mltfr_of(full)(x, valid)[0], rtol=0, atol=1e-6)
+        for m in range(len(SHAPES)):
+            found = mltfr_of(short).shortlist(m)[mltfr_of(short).select(queries)[m].places]
+            assert torch.equal(found, mltfr_of(full).select(queries)[m].places)
+    recall, count = mltfr_of(short).shortlist_recall(x, valid)
+    assert count == len(queries)
+    assert recall.tolist() == [count] * len(SHAPES)
+
+
+def test_shortlist_recall_is_the_share_of_the_exact_top_k() -> None:
+    model = make(3, shortlist=20)
+    x, valid = inputs(some_histories(3), model)
+    mltfr = mltfr_of(model)
+    _, queries, _ = mltfr.blocks(x, valid)
+    recall, count = mltfr.shortlist_recall(x, valid, max_queries=3)
+    assert count == 3
+    for m in range(len(SHAPES)):
+        exact = [set(kept_by_hand(mltfr, m, query)[0]) for query in queries[:3]]
+        assert recall[m].item() == pytest.approx(sum(len(kept & set(range(20))) / TOP_K for kept in exact))
+    mltfr.set_shortlist([-r for r in mltfr.relevance(x, valid)])  # the rows furthest from all queries
+    assert mltfr.shortlist_recall(x, valid)[0].sum() == 0
+
+
+def test_relevance_puts_a_single_users_top_k_on_the_shortlist() -> None:
+    model = make(16, shortlist=TOP_K)  # one query a user
+    x, valid = inputs([[4, 8, 15]], model)
+    mltfr = mltfr_of(model)
+    relevance = mltfr.relevance(x, valid)
+    assert [len(r) for r in relevance] == [rows for rows, _ in SHAPES]
+    mltfr.set_shortlist(relevance)
+    recall, count = mltfr.shortlist_recall(x, valid)
+    assert (recall / count).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_shortlist_as_long_as_the_table_is_the_whole_table() -> None:
+    mltfr = mltfr_of(make(shortlist=1000))
+    assert not mltfr.uses_shortlist
+    assert mltfr.candidates(1).data_ptr() == mltfr.table(1).data_ptr()
+    assert not [name for name in mltfr.state_dict() if "shortlist" in name]
+    x, valid = inputs(some_histories(2), shared())
+    recall, count = mltfr.shortlist_recall(x, valid)
+    assert recall.tolist() == [count] * len(SHAPES)
+
+
+@pytest.mark.parametrize("shortlist", [None, 40])
+@pytest.mark.parametrize("query_every", EVERY)
+def test_explain_agrees_with_forward(query_every: int, shortlist: int | None) -> None:
+    model = make(query_every, shortlist=shortlist)
+    mltfr = mltfr_of(model)
+    histories = some_histories()
+    x, valid = inputs(histories, model)
+    if shortlist:
+        mltfr.set_shortlist(mltfr.relevance(x, valid))
+    explanations = model.explain(padded(histories))
+    with torch.no_grad():
+        added, _ = mltfr(x, valid)
+        for user, (history, found) in enumerate(zip(histories, explanations, strict=True)):
+            last = len(history) - 1
+            position = x[user, last].view(1, 1, DIM)
+            experts = []
+            for m, (ids, weights) in enumerate(zip(found.kept_ids, found.kept_weights, strict=True)):
+                assert weights.sum().item() == pytest.approx(1, rel=1e-5)
+                assert (weights[:-1] >= weights[1:] - 1e-6).all()  # best first
+                rows = mltfr.adapters[m](mltfr.table(m)[ids])
+                experts.append(mltfr.cores[m](position, [Memory(rows, torch.arange(TOP_K)[None], weights.log()[None])])[0, 0])
+            mixed = sum(g * e for g, e in zip(found.gate_weights, experts, strict=True))
+            torch.testing.assert_close(mixed, added[user, last], rtol=0, atol=1e-5)
+
+
+# --- the whole recommender ---------------------------------------------------------------------------------------
+
+
+def test_scores_are_products_of_the_last_hidden_state_and_item_vectors() -> None:
+    model = shared()
+    histories = [[1, 2, 3, 4, 5], [6], [7, 8]]
+    none = torch.zeros(0).long()
+    with torch.no_grad():
+        scores = model(RankingBatch(padded(histories), torch.tensor([1, 1, 1]), none, none))
+        hidden, _ = model.hidden(padded(histories))
+    assert scores.shape == (3, NUM_ITEMS + 1)
+    assert torch.isneginf(scores[:, 0]).all()
+    for user, history in enumerate(histories):
+        expected = model.backbone.item_embedding.weight[1:] @ hidden[user, len(history) - 1]
+        torch.testing.assert_close(scores[user, 1:], expected)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "bce"])
+def test_the_loss_is_a_weighted_sum_over_real_positions(name: str) -> None:
+    loss = LossConfig(name=name, num_negatives=2)
+    model = make()
+    model.loss_config = loss
+    histories = some_histories(3)
+    batch = training_batch(histories)
+    batch = batch._replace(negative_ids=torch.randint(1, NUM_ITEMS + 1, (*batch.item_ids.shape, 2)))
+    weights = torch.rand(batch.item_ids.shape)
+    vectors = model.backbone.item_embedding.weight
+    with torch.no_grad():
+        hidden, _ = model.hidden(batch.item_ids)
+        expected = 0.0
+        for user, history in enumerate(histories):
+            for t, target in enumerate(history[1:]):
+                state = hidden[user, t]
+                if name == "cross_entropy":
+                    value = F.cross_entropy(vectors[1:] @ state, torch.tensor(target - 1))
+                else:
+                    negatives = vectors[batch.negative_ids[user, t]] @ state
+                    value = -F.logsigmoid(vectors[target] @ state) - F.logsigmoid(-negatives).mean()
+                expected += float(weights[user, t] * value)
+        assert model(batch, weights).loss_sum.item() == pytest.approx(expected, rel=1e-5)
+        assert model(batch).loss_sum.item() == pytest.approx(model(batch, torch.ones_like(weights)).loss_sum.item(), rel=1e-6)
+
+
+def test_the_bare_backbone_has_no_routing() -> None:
+    bare = Recommender(
+        BackboneConfig(hidden_dim=DIM),
+        MLTFRConfig(enabled=False),
+        LossConfig(),
+        num_items=NUM_ITEMS,
+        max_len=MAX_LEN,
+        table_rows=[],
+    ).eval()
+    batch = training_batch(some_histories(3))
+    output = bare(batch)
+    assert output.routing is None
+    hidden = bare.backbone(batch.item_ids)[batch.target_ids != 0]
+    targets = batch.target_ids[batch.target_ids != 0]
+    expected = full_cross_entropy(hidden, bare.backbone.item_embedding.weight[1:], targets, torch.ones(len(targets)))
+    assert output.loss_sum.item() == pytest.approx(expected.item())
+
+
+def test_all_cores_start_equal_and_apart() -> None:
+    mltfr = mltfr_of(make(spread=0.0))
+    first, *others = (core.state_dict() for core in mltfr.cores)
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+        assert all(first[name].data_ptr() != other[name].data_ptr() for name in first)

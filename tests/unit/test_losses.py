@@ -1,0 +1,153 @@
+"""Losses against PyTorch's own and against loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mltfr_dist import losses
+from mltfr_dist.losses import binary_cross_entropy, full_cross_entropy
+
+
+def drawn(
+    n: int = 13, items: int = 31, dim: int = 8, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n * 1000 + items)
+    hidden = torch.randn(n, dim, generator=generator, dtype=dtype).requires_grad_()
+    vectors = torch.randn(items, dim, generator=generator, dtype=dtype).requires_grad_()
+    targets = torch.randint(1, items + 1, (n,), generator=generator)
+    return hidden, vectors, targets, torch.rand(n, generator=generator)
+
+
+def reference(hidden: Tensor, vectors: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value and gradients by F.cross_entropy in float64."""
+    hidden, vectors = (t.detach().double().requires_grad_() for t in (hidden, vectors))
+    value = (F.cross_entropy(hidden @ vectors.T, targets - 1, reduction="none") * weights.double()).sum()
+    return value.detach(), *torch.autograd.grad(value, [hidden, vectors])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("chunk", [1, 31, 31 * 5, 31 * 13, 1 << 24], ids=lambda c: f"chunk{c}")
+def test_cross_entropy_equals_pytorchs_whatever_the_chunks(
+    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
+    hidden, vectors, targets, weights = drawn(dtype=dtype)
+    value, grad_hidden, grad_vectors = reference(hidden, vectors, targets, weights)
+    result = full_cross_entropy(hidden, vectors, targets, weights)
+    result.backward()
+    assert result.item() == pytest.approx(value.item(), rel=1e-6)
+    assert hidden.grad is not None
+    assert vectors.grad is not None
+    assert hidden.grad.dtype == vectors.grad.dtype == dtype
+    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(vectors.grad.double(), grad_vectors, rtol=1e-5, atol=1e-6)
+
+
+def test_cross_entropy_is_a_weighted_sum() -> None:
+    hidden, vectors, targets, _ = drawn()
+    weights = torch.zeros(len(targets))
+    weights[4] = 2.5
+    expected = 2.5 * F.cross_entropy(hidden[4:5] @ vectors.T, targets[4:5] - 1)
+    assert float(full_cross_entropy(hidden, vectors, targets, weights)) == pytest.approx(float(expected), rel=1e-6)
+    parts = [full_cross_entropy(hidden[i : i + 5], vectors, targets[i : i + 5], weights[i : i + 5]) for i in (0, 5, 10)]
+    assert float(sum(parts)) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_cross_entropy_of_a_hand_worked_case() -> None:
+    # Logits 0, ln 2, ln 5: probabilities 1/8, 2/8, 5/8.
+    vectors = torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
+    result = full_cross_entropy(torch.ones(2, 1), vectors, torch.tensor([1, 3]), torch.tensor([1.0, 2.0]))
+    assert result.item() == pytest.approx(math.log(8) + 2 * math.log(8 / 5))
+
+
+def test_cross_entropy_scales_with_the_outer_gradient() -> None:
+    hidden, vectors, targets, weights = drawn()
+    _, grad_hidden, grad_vectors = reference(hidden, vectors, targets, weights)
+    (full_cross_entropy(hidden, vectors, targets, weights) * -0.5).backward()
+    torch.testing.assert_close(hidden.grad, -0.5 * grad_hidden.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(vectors.grad, -0.5 * grad_vectors.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_cross_entropy_passes_gradcheck() -> None:
+    hidden, vectors, targets, weights = drawn(n=4, items=6, dim=3, dtype=torch.float64)
+    # The loss is rounded to fp32, so differences are taken over a wide step.
+    assert torch.autograd.gradcheck(
+        lambda h, v: full_cross_entropy(h, v, targets, weights).double(), (hidden, vectors), eps=1e-2, atol=1e-3, rtol=1e-2
+    )
+
+
+def test_cross_entropy_of_no_position_is_zero_and_differentiable() -> None:
+    hidden, vectors, targets, weights = drawn(n=0)
+    result = full_cross_entropy(hidden, vectors, targets, weights)
+    result.backward()
+    assert result.item() == 0
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 8)
+    assert torch.equal(vectors.grad, torch.zeros_like(vectors))
+
+
+def test_cross_entropy_survives_huge_logits() -> None:
+    vectors = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    hidden = torch.tensor([[1e4]], requires_grad=True)
+    result = full_cross_entropy(hidden, vectors, torch.tensor([2]), torch.ones(1))
+    result.backward()
+    assert result.item() == pytest.approx(2e4)
+    assert hidden.grad.item() == pytest.approx(2.0)
+
+
+def test_cross_entropy_changes_none_of_its_inputs() -> None:
+    hidden, vectors, targets, weights = drawn()
+    before = [t.detach().clone() for t in (hidden, vectors, targets, weights)]
+    full_cross_entropy(hidden, vectors, targets, weights).backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, (hidden, vectors, targets, weights), strict=True))
+
+
+def test_cross_entropy_in_bf16_stays_near_fp32() -> None:
+    hidden, vectors, targets, weights = drawn()
+    low = [t.detach().bfloat16().requires_grad_() for t in (hidden, vectors)]
+    value, grad_hidden, _ = reference(low[0].float(), low[1].float(), targets, weights)
+    result = full_cross_entropy(*low, targets, weights)
+    result.backward()
+    assert result.dtype == torch.float32
+    assert low[0].grad.dtype == torch.bfloat16
+    assert result.item() == pytest.approx(value.item(), rel=2e-2)
+    torch.testing.assert_close(low[0].grad.double(), grad_hidden, rtol=5e-2, atol=3e-2)
+
+
+def naive_binary(hidden: Tensor, positive: Tensor, negative: Tensor, weights: Tensor) -> float:
+    total = 0.0
+    for n in range(len(hidden)):
+        loss = -math.log(1 / (1 + math.exp(-float(hidden[n] @ positive[n]))))
+        others = [-math.log(1 - 1 / (1 + math.exp(-float(hidden[n] @ row)))) for row in negative[n]]
+        total += float(weights[n]) * (loss + sum(others) / len(others))
+    return total
+
+
+@pytest.mark.parametrize("num_negatives", [1, 3])
+def test_binary_cross_entropy_equals_a_loop(num_negatives: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden, positive = (torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    negative = torch.randn(6, num_negatives, 4, generator=generator, dtype=torch.float64)
+    weights = torch.rand(6, generator=generator)
+    result = binary_cross_entropy(hidden, positive, negative, weights)
+    assert result.item() == pytest.approx(naive_binary(hidden, positive, negative, weights), rel=1e-6)
+
+
+def test_binary_cross_entropy_passes_gradients_to_all_three() -> None:
+    hidden, positive = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    negative = torch.randn(3, 2, 4, requires_grad=True)
+    binary_cross_entropy(hidden, positive, negative, torch.tensor([1.0, 0.0, 2.0])).backward()
+    # d/d positive of -log s(h.p) is (s - 1) h; a position of weight 0 gets none.
+    slope = (torch.sigmoid((hidden * positive).sum(1, keepdim=True)) - 1) * hidden * torch.tensor([[1.0], [0.0], [2.0]])
+    torch.testing.assert_close(positive.grad, slope.detach())
+    assert negative.grad[1].abs().sum() == 0
+    assert negative.grad[0].abs().sum() > 0
+
+
+def test_binary_cross_entropy_of_no_position_is_zero() -> None:
+    assert binary_cross_entropy(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0, 2, 4), torch.zeros(0)).item() == 0

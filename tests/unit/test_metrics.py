@@ -1,0 +1,83 @@
+"""Metrics, on tables worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mltfr_dist.metrics import Ties, metric_sums, target_ranks
+
+NO = -math.inf
+
+# Columns are item ids; 0 is padding.
+SCORES = torch.tensor(
+    [
+        [NO, 5.0, 4.0, 3.0, 2.0, 1.0],  # target 1: best
+        [NO, 5.0, 4.0, 3.0, 2.0, 1.0],  # target 4: fourth
+        [NO, 2.0, 2.0, 2.0, 1.0, 3.0],  # target 2: one better, two equal
+        [NO, 7.0, 7.0, 7.0, 7.0, 7.0],  # target 5: all equal
+        [NO, NO, NO, 0.0, NO, 1.0],  # target 3: excluded items do not count
+    ]
+)
+TARGETS = torch.tensor([1, 4, 2, 5, 3])
+
+
+@pytest.mark.parametrize(
+    ("ties", "expected"),
+    [("optimistic", [1, 4, 2, 1, 2]), ("mean", [1, 4, 3, 3, 2]), ("pessimistic", [1, 4, 4, 5, 2])],
+)
+def test_ranks_under_the_three_tie_rules(ties: Ties, expected: list[int]) -> None:
+    assert target_ranks(SCORES, TARGETS, ties).tolist() == expected
+
+
+def test_a_mean_rank_may_be_half_integral() -> None:
+    assert target_ranks(torch.tensor([[NO, 1.0, 1.0]]), torch.tensor([2]), "mean").tolist() == [1.5]
+
+
+def test_a_constant_model_does_not_look_good() -> None:
+    """All scores equal: only the pessimistic rule, the default, leaves nothing to gain from it."""
+    scores = torch.zeros(1, 101)
+    scores[:, 0] = NO
+    assert target_ranks(scores, torch.tensor([7]), "pessimistic").item() == 100
+
+
+def test_metrics_by_hand() -> None:
+    sums = metric_sums(torch.tensor([1.0, 2.0, 3.0, 7.0], dtype=torch.float64), (1, 3, 10))
+    assert sums == pytest.approx(
+        {
+            "HR@1": 1,
+            "NDCG@1": 1,
+            "HR@3": 3,
+            "NDCG@3": 1 + 1 / math.log2(3) + 1 / 2,
+            "HR@10": 4,
+            "NDCG@10": 1 + 1 / math.log2(3) + 1 / 2 + 1 / 3,
+            "MRR": 1 + 1 / 2 + 1 / 3 + 1 / 7,
+        }
+    )
+
+
+def test_a_rank_equal_to_the_cutoff_is_a_hit_and_half_a_rank_beyond_is_none() -> None:
+    assert metric_sums(torch.tensor([5.0]), (5,))["HR@5"] == 1
+    assert metric_sums(torch.tensor([5.5]), (5,))["HR@5"] == 0
+
+
+def test_sums_add_up_over_parts() -> None:
+    ranks = torch.tensor([1.0, 4.0, 9.0, 30.0, 2.0])
+    whole, left, right = (metric_sums(part, (5, 10)) for part in (ranks, ranks[:2], ranks[2:]))
+    assert {name: left[name] + right[name] for name in whole} == pytest.approx(whole)
+
+
+def test_no_user_gives_zeros() -> None:
+    assert set(metric_sums(torch.zeros(0), (10,)).values()) == {0.0}
+    assert target_ranks(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), "mean").shape == (0,)
+
+
+@pytest.mark.parametrize(("column", "value"), [(3, math.nan), (2, math.nan), (2, NO), (2, math.inf)])
+def test_scores_that_have_no_rank_raise(column: int, value: float) -> None:
+    """Target 2. A NaN compares false with everything, so an unchecked model that diverged would rank first."""
+    scores = torch.tensor([[NO, 1.0, 2.0, 3.0]])
+    scores[0, column] = value
+    with pytest.raises(ValueError, match="diverged"):
+        target_ranks(scores, torch.tensor([2]), "pessimistic")

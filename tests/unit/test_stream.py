@@ -1,0 +1,303 @@
+"""Streams over really prepared shards: exact epochs, any division, any resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mltfr_dist.config import DataConfig, PrepareConfig
+from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
+from mltfr_dist.data.prepare import prepare
+from mltfr_dist.data.shards import PackedSequences, load_manifest, read_shard
+from mltfr_dist.data.stream import Part, RankingStream, StepBatches, TrainStream
+from mltfr_dist.errors import ConfigError
+
+NUM_USERS, PER_SHARD, WINDOW = 43, 6, 2
+WHOLE = 64
+"""A max_len that cuts nothing."""
+Row = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """43 training sequences in shards of 6 (so windows of 12, 12, 12 and 7), histories of 2 to 14 items."""
+    root = tmp_path_factory.mktemp("stream")
+    random = np.random.default_rng(0)
+    lines = [f"u{u} " + " ".join(f"i{i}" for i in random.integers(0, 60, size=4 + u % 13)) for u in range(NUM_USERS)]
+    (root / "raw.txt").write_text("\n".join(lines) + "\n")
+    config = PrepareConfig(
+        format="sequences", user_core=1, item_core=1, duplicates="keep", sequences_per_block=4, sequences_per_shard=PER_SHARD
+    )
+    manifest = prepare(str(root / "raw.txt"), root / "data", config, log=lambda _: None)
+    assert manifest.splits["train"].num_sequences == NUM_USERS
+    assert len(manifest.splits["train"].shards) == 8
+    return root / "data"
+
+
+def stored(folder: Path, split: str) -> list[tuple[int, ...]]:
+    """Every stored sequence of a split."""
+    manifest = load_manifest(folder)
+    shards = [read_shard(folder, info, num_items=manifest.num_items) for info in manifest.splits[split].shards]
+    packed = PackedSequences.concatenate(shards)
+    return [tuple(map(int, packed[i])) for i in range(len(packed))]
+
+
+def stream(
+    folder: Path,
+    size: int = 8,
+    rank: int = 0,
+    world: int = 1,
+    micro: int | None = None,
+    *,
+    seed: int = 3,
+    max_len: int = WHOLE,
+    num_negatives: int = 0,
+    window: int = WINDOW,
+) -> TrainStream:
+    part = Part(rank, world, size, micro or size // world)
+    config = DataConfig(path=folder, max_len=max_len, shuffle_shards=window)
+    return TrainStream(folder, config, part, seed=seed, num_negatives=num_negatives)
+
+
+def rows(batch: SequenceBatch) -> list[Row]:
+    """(sample id, history, targets) of each row that holds a sequence."""
+    found = []
+    for items, targets, sample in zip(batch.item_ids.tolist(), batch.target_ids.tolist(), batch.sample_ids.tolist(), strict=True):
+        if sample >= 0:
+            found.append((sample, tuple(i for i in items if i), tuple(i for i in targets if i)))
+        else:
+            assert not any(items)
+            assert not any(targets)
+    return found
+
+
+def all_rows(steps: list[StepBatches]) -> list[list[Row]]:
+    return [[row for batch in step.micro_batches for row in rows(batch)] for step in steps]
+
+
+def same(left: list[StepBatches], right: list[StepBatches]) -> bool:
+    if [s.num_targets for s in left] != [s.num_targets for s in right]:
+        return False
+    pairs = zip((b for s in left for b in s.micro_batches), (b for s in right for b in s.micro_batches), strict=True)
+    return all((a is None and b is None) or torch.equal(a, b) for x, y in pairs for a, b in zip(x, y, strict=True))
+
+
+# --- exactness ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "world", "micro"), [(8, 1, 8), (8, 2, 2), (12, 4, 3), (5, 5, 1), (64, 4, 16), (1, 1, 1)])
+def test_every_sequence_comes_exactly_once_an_epoch(folder: Path, size: int, world: int, micro: int) -> None:
+    for epoch in (0, 3):
+        ranks = [list(stream(folder, size, rank, world, micro).epoch(epoch)) for rank in range(world)]
+        assert (
+            {len(steps) for steps in ranks} == {stream(folder, size, 0, world, micro).steps_per_epoch} == {-(-NUM_USERS // size)}
+        )
+        everything = [row for steps in ranks for step in all_rows(steps) for row in step]
+        assert sorted(history + targets[-1:] for _, history, targets in everything) == sorted(stored(folder, "train"))
+        assert sorted(sample for sample, _, _ in everything) == list(range(NUM_USERS))
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 4), (1, 1), (2, 4), (2, 2), (4, 2), (4, 1), (8, 1)])
+def test_global_batches_are_equal_for_any_ranks_and_micro_batches(folder: Path, world: int, micro: int) -> None:
+    whole = list(stream(folder, num_negatives=2).epoch(1))
+    ranks = [list(stream(folder, 8, rank, world, micro, num_negatives=2).epoch(1)) for rank in range(world)]
+    negatives = lambda steps: [  # noqa: E731
+        {int(s): b.negative_ids[i][b.target_ids[i] != 0].tolist() for b in step.micro_batches for i, s in enumerate(b.sample_ids)}
+        for step in steps
+    ]
+    for number, step in enumerate(whole):
+        assert sorted(r for steps in ranks for r in all_rows(steps)[number]) == sorted(all_rows(whole)[number])
+        assert {steps[number].num_targets for steps in ranks} == {step.num_targets}
+        merged: dict[int, list[list[int]]] = {}
+        for steps in ranks:
+            merged |= negatives(steps)[number]
+        assert merged | {-1: []} == negatives(whole)[number] | {-1: []}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_batches_have_their_shape_and_sample_ids_their_step(folder: Path, world: int) -> None:
+    for rank in range(world):
+        for number, step in enumerate(stream(folder, 8, rank, world, 2).epoch(0)):
+            assert len(step.micro_batches) == 8 // (world * 2)
+            for batch in step.micro_batches:
+                assert batch.item_ids.shape == batch.target_ids.shape
+                assert batch.item_ids.shape[0] == len(batch.sample_ids) == 2
+                assert batch.negative_ids is None
+                assert all(number * 8 <= sample < number * 8 + 8 for sample, _, _ in rows(batch))
+
+
+def test_ranks_get_nearly_equal_work(folder: Path) -> None:
+    for step in zip(*(stream(folder, 16, rank, 2).epoch(0) for rank in range(2)), strict=True):
+        longest = [int((s.micro_batches[0].item_ids != PADDING_IDX).sum(1).max()) for s in step]
+        assert abs(len(rows(step[0].micro_batches[0])) - len(rows(step[1].micro_batches[0]))) <= 1
+        assert abs(longest[0] - longest[1]) <= 4
+
+
+# --- order -------------------------------------------------------------------------------------------------------
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(folder: Path) -> None:
+    order = lambda epoch, **keys: [row for step in all_rows(list(stream(folder, **keys).epoch(epoch))) for row in step]  # noqa: E731
+    assert order(2) == order(2)
+    assert sorted(order(2, size=4)) == sorted(order(2)) == sorted(order(2, size=43))
+    by_sample = {sample: history for sample, history, _ in order(2)}
+    for change in (order(3), order(2, seed=4)):
+        assert {sample: history for sample, history, _ in change} != by_sample
+    used = stream(folder)
+    list(used.epoch(0)), list(used.epoch(1))  # what went before leaves no trace
+    assert same(list(used.epoch(2)), list(stream(folder).epoch(2)))
+
+
+def test_windows_hold_every_shard_once_and_shuffle_shards_together(folder: Path) -> None:
+    plain = stream(folder, 1)
+    windows = plain.windows(0)
+    assert sorted(i for window in windows for i in window) == list(range(8))
+    assert [len(window) for window in windows] == [WINDOW] * 4
+    assert plain.windows(1) != windows
+    assert stream(folder, 4, 1, 2).windows(0) == windows
+    shard_of = {sequence: i // PER_SHARD for i, sequence in enumerate(stored(folder, "train"))}
+    in_order = [shard_of[history + targets[-1:]] for [(_, history, targets)] in all_rows(list(plain.epoch(0)))]
+    for window in windows:
+        count = sum(plain.split.shards[i].num_sequences for i in window)
+        part, in_order = in_order[:count], in_order[count:]
+        assert set(part) == set(window)
+        assert part not in (sorted(part), sorted(part, reverse=True))  # mixed, not one shard after the other
+    assert not in_order
+
+
+# --- resume ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(size=st.sampled_from([4, 6, 8, 12, 24]), share=st.floats(0, 1), epoch=st.integers(0, 3), world=st.sampled_from([1, 2]))
+def test_resuming_at_any_step_equals_going_on(folder: Path, size: int, share: float, epoch: int, world: int) -> None:
+    rank = world - 1
+    whole = list(stream(folder, size, rank, world, num_negatives=1).epoch(epoch))
+    start = round(share * len(whole))
+    resumed = list(stream(folder, size, rank, world, num_negatives=1).epoch(epoch, start))
+    assert len(resumed) == len(whole) - start
+    assert same(resumed, whole[start:])
+
+
+@pytest.mark.parametrize("size", [4, 6, 12])
+def test_resuming_at_window_boundaries(folder: Path, size: int) -> None:
+    """Windows end after 12, 24 and 36 sequences or, where the last shard (of 1) comes earlier, 5 before."""
+    whole = list(stream(folder, size).epoch(0))
+    for start in range(len(whole) + 1):
+        assert same(list(stream(folder, size).epoch(0, start)), whole[start:])
+
+
+def test_resuming_reads_no_shard_that_is_not_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mltfr_dist.data import stream as module
+
+    read: list[str] = []
+    monkeypatch.setattr(
+        module, "read_shard", lambda f, info, num_items: (read.append(info.file), read_shard(f, info, num_items=num_items))[1]
+    )
+    resumed = stream(folder, 6)
+    list(resumed.epoch(0, 6))  # from sequence 36 of 43
+    last = {resumed.split.shards[i].file for i in (resumed.windows(0)[2] + resumed.windows(0)[3])}
+    assert set(read) <= last
+    assert len(read) <= 3
+
+
+# --- content -----------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_the_next_items_and_the_last_item_is_only_a_target(folder: Path) -> None:
+    for step in stream(folder).epoch(0):
+        for batch in step.micro_batches:
+            items, targets = batch.item_ids, batch.target_ids
+            assert torch.equal(targets[:, :-1] * (items[:, 1:] != 0), items[:, 1:])
+            assert torch.equal(items != 0, targets != 0)  # nothing is read that predicts nothing
+            lengths = (items != 0).sum(1)
+            assert all((row[:n] != 0).all() for row, n in zip(items, lengths, strict=True))  # starts at 0, no gaps
+        assert step.num_targets == sum(batch.num_targets for batch in step.micro_batches)
+
+
+@pytest.mark.parametrize("max_len", [1, 3, 5])
+def test_a_history_is_cut_to_its_most_recent_items(folder: Path, max_len: int) -> None:
+    expected = sorted((s[:-1][-max_len:], s[1:][-max_len:]) for s in stored(folder, "train"))
+    steps = list(stream(folder, max_len=max_len).epoch(0))
+    assert sorted((history, targets) for step in all_rows(steps) for _, history, targets in step) == expected
+    assert max(batch.item_ids.shape[1] for step in steps for batch in step.micro_batches) == max_len
+    assert [s.num_targets for s in steps] == [sum(b.num_targets for b in s.micro_batches) for s in steps]
+
+
+def test_negatives_avoid_the_full_history_even_where_it_is_cut(folder: Path) -> None:
+    whole = {
+        sample: set(history + targets) for step in all_rows(list(stream(folder).epoch(0))) for sample, history, targets in step
+    }
+    for step in stream(folder, max_len=2, num_negatives=40).epoch(0):
+        for batch in step.micro_batches:
+            assert batch.negative_ids is not None
+            assert batch.negative_ids.shape == (*batch.item_ids.shape, 40)
+            for sample, negatives in zip(batch.sample_ids.tolist(), batch.negative_ids, strict=True):
+                if sample >= 0:
+                    assert not whole[sample] & set(negatives.flatten().tolist())
+
+
+def test_the_last_batch_is_filled_with_empty_rows(folder: Path) -> None:
+    last = [list(stream(folder, 8, rank, 4, 2).epoch(0))[-1] for rank in range(4)]  # 43 = 5 * 8 + 3
+    batches = [step.micro_batches[0] for step in last]
+    assert [int((b.sample_ids >= 0).sum()) for b in batches] == [1, 1, 1, 0]
+    assert batches[3].item_ids.shape == (2, 1)
+    assert batches[3].num_targets == 0
+    assert {step.num_targets for step in last} == {sum(b.num_targets for b in batches)}
+
+
+@pytest.mark.parametrize(("size", "world", "micro"), [(8, 3, 1), (8, 2, 3), (8, 4, 4)])
+def test_a_batch_that_cannot_be_divided_is_an_error(size: int, world: int, micro: int) -> None:
+    with pytest.raises(ConfigError, match=f"training.global_batch_size {size} cannot be dealt out to {world} ranks") as caught:
+        Part(0, world, size, micro)
+    assert "multiple of world_size x micro_batch_size" in caught.value.rule
+    assert "training.micro_batch_size" in caught.value.remedy
+
+
+def test_more_ranks_than_sequences_is_an_error(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="64 ranks and 43 training sequences") as caught:
+        stream(folder, 64, 0, 64)
+    assert "fewer ranks" in caught.value.remedy
+
+
+# --- ranking -----------------------------------------------------------------------------------------------------
+
+
+def ranked(batch: RankingBatch) -> list[tuple[tuple[int, ...], int, tuple[int, ...]]]:
+    """(history, target, seen items) of each real row."""
+    found = []
+    for row, (items, target) in enumerate(zip(batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True)):
+        if target != PADDING_IDX:
+            found.append((tuple(i for i in items if i), target, tuple(batch.seen_items[batch.seen_rows == row].tolist())))
+    return found
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+@pytest.mark.parametrize("batch_size", [5, 7, 100])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranking_holds_each_user_once_and_the_same_batches_at_any_world_size(
+    folder: Path, split: str, batch_size: int, world: int
+) -> None:
+    alone = list(RankingStream(folder, split, max_len=WHOLE, batch_size=batch_size))
+    ranks = [
+        list(RankingStream(folder, split, max_len=WHOLE, batch_size=batch_size, rank=r, world_size=world)) for r in range(world)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1  # the same number of collectives
+    for number, batch in enumerate(alone):
+        assert all(torch.equal(a, b) for a, b in zip(batch, ranks[number % world][number // world], strict=True))
+    users = [user for batches in ranks for batch in batches for user in ranked(batch)]
+    assert sorted(users) == sorted((s[:-1], s[-1], s[:-1]) for s in stored(folder, split))
+    assert all(len(batch.target_ids) == batch_size for batch in alone[:-1])
+
+
+@pytest.mark.parametrize("max_len", [1, 4])
+def test_ranking_cuts_the_history_but_not_what_was_seen(folder: Path, max_len: int) -> None:
+    batches = RankingStream(folder, "test", max_len=max_len, batch_size=10)
+    users = [user for batch in batches for user in ranked(batch)]
+    assert users == [(s[:-1][-max_len:], s[-1], s[:-1]) for s in stored(folder, "test")]
+    assert batches.num_users == len(users) == NUM_USERS
