@@ -25,7 +25,16 @@ Positive = Annotated[float, Field(gt=0)]
 class Section(BaseModel):
     """Base of every configuration section: immutable, and unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_numbers(cls, values: Any) -> Any:
+        """`epochs: true` is a slip, and would count as 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:
+                raise ValueError(f"{name} must not be true or false (given: {value})")
+        return values
 
 
 # --- preparation -------------------------------------------------------------------------------------------------
@@ -62,7 +71,8 @@ class PrepareConfig(Section):
     @model_validator(mode="after")
     def _leaves_training_data(self) -> PrepareConfig:
         if self.valid_fraction + self.test_fraction >= 1:
-            raise ValueError("valid_fraction + test_fraction must stay below 1, so that training data remains")
+            given = f"{self.valid_fraction} + {self.test_fraction}"
+            raise ValueError(f"valid_fraction + test_fraction must stay below 1, so that training data remains (given: {given})")
         return self
 
 
@@ -113,7 +123,11 @@ class BackboneConfig(Section):
 class FilterConfig(Section):
     """The user-guided token filter: which rows of a token table a user's history selects."""
 
-    top_k: Count | None = Field(16, description="Tokens kept per table and query. Give this or filter_ratio.")
+    top_k: Annotated[int, Field(ge=2)] | None = Field(
+        16,
+        description="Tokens kept per table and query; at least 2, for the weight of a single one carries no gradient. "
+        "Give this or filter_ratio.",
+    )
     filter_ratio: Fraction | None = Field(None, description="Share of a table's vocabulary kept per query. Give this or top_k.")
     temperature: Positive = Field(0.05, description="tau_s: cosine scores are divided by it (start value if learned).")
     learn_temperature: bool = Field(True, description="Whether tau_s is trained.")
@@ -123,7 +137,7 @@ class FilterConfig(Section):
     )
     shortlist_size: Count | None = Field(
         2048,
-        description="Rows per table that are searched exactly: those that recent users' queries keep most often. "
+        description="Rows per table that are searched exactly: those nearest to any query of a recent global batch. "
         "null: search the whole vocabulary at every query.",
     )
     shortlist_refresh_steps: Count = Field(50, description="Steps between two refreshes of the shortlist.")
@@ -131,7 +145,8 @@ class FilterConfig(Section):
     @model_validator(mode="after")
     def _one_size(self) -> FilterConfig:
         if (self.top_k is None) == (self.filter_ratio is None):
-            raise ValueError("give exactly one of top_k and filter_ratio (set the other to null)")
+            given = f"top_k {self.top_k}, filter_ratio {self.filter_ratio}"
+            raise ValueError(f"give exactly one of top_k and filter_ratio, and null for the other (given: {given})")
         if self.top_k and self.shortlist_size and self.top_k > self.shortlist_size:
             raise ValueError(f"top_k ({self.top_k}) must not exceed shortlist_size ({self.shortlist_size})")
         return self
@@ -141,7 +156,7 @@ class FilterConfig(Section):
         if self.top_k is not None:
             return self.top_k
         assert self.filter_ratio is not None
-        return max(1, round(self.filter_ratio * num_rows))
+        return max(2, round(self.filter_ratio * num_rows))
 
 
 class ExpertConfig(Section):
@@ -213,7 +228,9 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """How long, in which batches, with which numbers."""
 
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of initialisation, data order, dropout and negatives.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Seed of initialisation, data order, dropout and negatives."
+    )
     global_batch_size: Count = Field(256, description="Sequences per update over all ranks.")
     micro_batch_size: Count | None = Field(
         None, description="Sequences per forward-backward pass of a rank; null: global_batch_size / world_size."
@@ -240,7 +257,7 @@ class EvaluationConfig(Section):
     @model_validator(mode="after")
     def _selects(self) -> EvaluationConfig:
         if 10 not in self.cutoffs:
-            raise ValueError("cutoffs must hold 10: NDCG@10 selects the best checkpoint")
+            raise ValueError(f"cutoffs must hold 10, for NDCG@10 selects the best checkpoint (given: {self.cutoffs})")
         return self
 
 
@@ -249,9 +266,6 @@ class CheckpointConfig(Section):
 
     every_steps: Count | None = Field(None, description="Steps between two checkpoints; null: one at the end of each epoch.")
     keep_last: Count = Field(2, description="Newest checkpoints that stay.")
-
-
-BASELINES = ("popularity", "item_knn", "backbone")
 
 
 class RunConfig(Section):
@@ -323,9 +337,12 @@ def field_paths(model: type[Section], prefix: str = "") -> list[str]:
 
 def nearest_key(path: str, valid: list[str]) -> str | None:
     """The valid dotted key most like ``path``: by the whole path, or by its last part alone."""
+    leaf = path.rpartition(".")[2]
+    same_leaf = [key for key in valid if key.rpartition(".")[2] == leaf]
+    if same_leaf:
+        return same_leaf[0]
     by_path = difflib.get_close_matches(path, valid, n=1, cutoff=0.6)
     if by_path:
         return by_path[0]
-    leaf = path.rpartition(".")[2]
     by_leaf = difflib.get_close_matches(leaf, [key.rpartition(".")[2] for key in valid], n=1, cutoff=0.6)
     return next((key for key in valid if by_leaf and key.rpartition(".")[2] == by_leaf[0]), None)

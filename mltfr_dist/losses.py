@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mltfr_dist.numerics import at_least_fp32
+
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at a time by :func:`full_cross_entropy` (64 MiB in fp32)."""
 
@@ -27,19 +29,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         needs_grad = hidden.requires_grad or weight.requires_grad
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = at_least_fp32(hidden.new_zeros(()))
         grad_hidden = torch.empty_like(hidden) if needs_grad else hidden
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else weight
+        grad_weight = at_least_fp32(torch.zeros_like(weight)) if needs_grad else weight
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
             target = targets[chunk, None]
-            logits = (hidden[chunk] @ weight.T).float()  # [n, I]
+            logits = at_least_fp32(hidden[chunk] @ weight.T)  # [n, I]
             logits -= logits.amax(dim=1, keepdim=True)
             target_logits = logits.gather(1, target)
             probabilities = logits.exp_()
             normaliser = probabilities.sum(dim=1, keepdim=True)
-            position_weight = weights[chunk, None].float()
+            position_weight = weights[chunk, None].to(logits.dtype)
             total += (position_weight * (normaliser.log() - target_logits)).sum()
             if needs_grad:
                 probabilities *= position_weight / normaliser
@@ -67,7 +69,7 @@ def full_cross_entropy(hidden: Tensor, item_vectors: Tensor, targets: Tensor, we
         weights: [N] weight of each position.
 
     Returns:
-        Scalar, the weighted sum in fp32.
+        Scalar, the weighted sum, in fp32 at least.
     """
     result: Tensor = _LinearCrossEntropy.apply(hidden, item_vectors, targets - 1, weights)  # type: ignore[no-untyped-call]
     return result
@@ -83,9 +85,9 @@ def binary_cross_entropy(hidden: Tensor, positive_vectors: Tensor, negative_vect
         weights: [N] weight of each position.
 
     Returns:
-        Scalar, the weighted sum in fp32: -log s(positive) - mean over negatives of log(1 - s(negative)).
+        Scalar, the weighted sum, in fp32 at least: -log s(positive) - mean over negatives of log(1 - s(negative)).
     """
-    positive = (hidden * positive_vectors).sum(-1).float()
-    negative = torch.einsum("nd,nsd->ns", hidden, negative_vectors).float()
+    positive = at_least_fp32((hidden * positive_vectors).sum(-1))
+    negative = at_least_fp32(torch.einsum("nd,nsd->ns", hidden, negative_vectors))
     losses = F.softplus(-positive) + F.softplus(negative).mean(dim=1)
-    return (weights.float() * losses).sum()
+    return (weights.to(losses.dtype) * losses).sum()

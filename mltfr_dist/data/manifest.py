@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from mltfr_dist.config import PrepareConfig, Section
 from mltfr_dist.errors import DataError
+from mltfr_dist.files import file_sha256
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -93,12 +93,6 @@ class Manifest(Section):
         if set(splits) != set(SPLITS):
             raise ValueError(f"must be exactly {', '.join(SPLITS)}, not {', '.join(splits)}")
         return splits
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -22,7 +22,6 @@ from mltfr_dist.data.manifest import (
     PrepareReport,
     SourceInfo,
     SplitInfo,
-    file_sha256,
     load_manifest,
     verify_folder,
 )
@@ -38,6 +37,7 @@ from mltfr_dist.data.steps import (
     order_by_time,
 )
 from mltfr_dist.errors import DataError
+from mltfr_dist.files import file_sha256
 
 _ROWS_PER_BATCH = 1_048_576
 

@@ -30,10 +30,10 @@ from mltfr_dist.data.manifest import (
     check_hash,
     check_size,
     damaged,
-    file_sha256,
     load_manifest,
     verify_folder,
 )
+from mltfr_dist.files import file_sha256
 
 __all__ = [
     "Manifest",

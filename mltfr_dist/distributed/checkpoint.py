@@ -6,7 +6,6 @@ are functions of (seed, stage, step), so beside tensors the state is a few numbe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from mltfr_dist.config import Section
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.state import restore_masters, restore_moments, whole_moments, whole_parameters
 from mltfr_dist.errors import CheckpointError
+from mltfr_dist.files import file_sha256
 
 SCHEMA_VERSION = 1
 HEADER = "state.json"
@@ -73,7 +73,7 @@ def write(folder: Path, tensors: dict[str, dict[str, Tensor]], progress: Progres
     hashes = {}
     for name, state in tensors.items():
         save_file({key: t.contiguous() for key, t in state.items()}, partial / name)
-        hashes[name] = file_hash(partial / name)
+        hashes[name] = file_sha256(partial / name)
     header = Header(schema_version=SCHEMA_VERSION, progress=progress, sha256=hashes)
     (partial / HEADER).write_text(header.model_dump_json(indent=2) + "\n")
     for file in partial.iterdir():
@@ -91,12 +91,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_header(folder: Path) -> Header:
@@ -131,7 +125,7 @@ def read(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
     """
     header = read_header(folder)
     path = folder / name
-    if name not in header.sha256 or not path.exists() or file_hash(path) != header.sha256[name]:
+    if name not in header.sha256 or not path.exists() or file_sha256(path) != header.sha256[name]:
         raise CheckpointError(
             f"{path} is missing or damaged.",
             rule="Its sha256 must equal the one in state.json.",

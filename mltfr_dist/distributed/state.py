@@ -59,7 +59,9 @@ def _set_whole(engine: Engine, parameter: nn.Parameter, key: str | None, value: 
         (parameter if key is None else engine.optimizer.state[parameter][key]).copy_(value)
     elif engine.zero_stage == 3:
         # DeepSpeed's own setter of whole tensors fails where ranks do not divide the size: the last part is padded.
-        local = utils.safe_get_local_fp32_param(parameter) if key is None else utils.safe_get_local_optimizer_state(parameter, key)
+        local = (
+            utils.safe_get_local_fp32_param(parameter) if key is None else utils.safe_get_local_optimizer_state(parameter, key)
+        )
         padded = value.new_zeros(local.numel() * engine.ranks.world_size)
         padded[: value.numel()] = value.flatten()
         part = padded[local.numel() * engine.ranks.rank :][: local.numel()]

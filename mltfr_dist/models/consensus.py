@@ -28,13 +28,15 @@ def merge(cores: list[State], fishers: list[State]) -> State:
         Parameter name to merged tensor, fp32. Equal cores merge to themselves.
 
     Raises:
-        ValueError: No expert, or names or shapes differ.
+        ValueError: No expert, names or shapes differ, or a Fisher value is not finite.
     """
     if not cores or len(cores) != len(fishers):
         raise ValueError(f"merge needs as many Fishers as cores, and at least one ({len(cores)} cores, {len(fishers)} Fishers)")
     shapes = [{name: tuple(t.shape) for name, t in state.items()} for state in cores + fishers]
     if any(s != shapes[0] for s in shapes):
         raise ValueError("experts to merge, and their Fishers, must have equal parameter names and shapes")
+    if not all(bool(torch.isfinite(t).all()) for fisher in fishers for t in fisher.values()):
+        raise ValueError("a Fisher value is not finite: the experts it comes from have diverged")
     weights = []
     for fisher in fishers:
         elements = sum(t.numel() for t in fisher.values())

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import ExpertConfig
 from mltfr_dist.models.transformer import init_weights
+from mltfr_dist.numerics import at_least_fp32
 
 
 class Memory(NamedTuple):
@@ -76,7 +77,7 @@ class ExpertCore(nn.Module):
             return t.view(groups, t.shape[1], self.num_heads, self.head_dim).transpose(1, 2)  # [G, H, r, d]
 
         logits = split(query) @ split(keys).transpose(2, 3) / self.head_dim**0.5
-        weights = torch.softmax(logits.float() + log_weights[:, None, None, :].float(), dim=-1).to(x.dtype)
+        weights = torch.softmax(at_least_fp32(logits) + at_least_fp32(log_weights)[:, None, None, :], dim=-1).to(x.dtype)
         mixed = self.attention_dropout(weights) @ split(values)  # [G, H, n, d]
         mixed = mixed.transpose(1, 2).reshape(groups, positions, self.num_heads * self.head_dim)
         return self.output_dropout(self._tap("out", mixed, self.out(mixed)))  # type: ignore[no-any-return]
@@ -125,7 +126,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> gate weights [..., M], each in (0, 1), summing to 1."""
-        return torch.softmax(self.linear(x).float(), dim=-1).to(x.dtype)
+        return torch.softmax(at_least_fp32(self.linear(x)), dim=-1).to(x.dtype)
 
     def balance_loss(self, gate_weights: Tensor) -> Tensor:
         """Sum over positions of M * <load, gate weights>: pushes weight off experts that have carried much of late.
@@ -136,7 +137,7 @@ class Router(nn.Module):
         Args:
             gate_weights: [N, M].
         """
-        return (gate_weights.float() @ self.load.float()).sum() * len(self.load)
+        return (at_least_fp32(gate_weights) @ self.load.to(at_least_fp32(gate_weights))).sum() * len(self.load)
 
     @torch.no_grad()
     def update_load(self, mean_gate_weights: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mltfr_dist.config import FilterConfig
+from mltfr_dist.numerics import at_least_fp32
 
 CHUNK_ELEMENTS = 1 << 24
 """Scores held at a time while searching (64 MiB in fp32)."""
@@ -80,7 +81,7 @@ class TokenFilter(nn.Module):
             index = search(unit_query, unit_rows, self.num_kept)  # [G, K]
         kept_rows = F.embedding(index, unit_rows)  # [G, K, D]
         cosines = torch.einsum("gd,gkd->gk", unit_query, kept_rows)
-        return KeptTokens(index, F.log_softmax(cosines.float() / self.temperature.float(), dim=-1).to(query.dtype))
+        return KeptTokens(index, F.log_softmax(at_least_fp32(cosines) / at_least_fp32(self.temperature), dim=-1).to(query.dtype))
 
 
 def search(unit_query: Tensor, unit_rows: Tensor, num_kept: int) -> Tensor:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from mltfr_dist.config import Count, Section, TableConfig
 from mltfr_dist.errors import DataError
+from mltfr_dist.files import file_sha256
 
 SCHEMA_VERSION = 1
 TENSOR_NAME = "token_table"
@@ -85,12 +86,6 @@ def table_hash(rows: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save_table(output: Path, rows: torch.Tensor, vocabulary: Sequence[str], **described: Any) -> TableInfo:
     """Write a token table to ``output / name``: all of it or nothing.
 
@@ -117,9 +112,9 @@ def save_table(output: Path, rows: torch.Tensor, vocabulary: Sequence[str], **de
         info = TableInfo(
             num_rows=rows.shape[0],
             dim=rows.shape[1],
-            table_sha256=file_hash(partial / TABLE_FILE),
+            table_sha256=file_sha256(partial / TABLE_FILE),
             rows_sha256=table_hash(rows),
-            vocabulary_sha256=file_hash(partial / VOCABULARY_FILE),
+            vocabulary_sha256=file_sha256(partial / VOCABULARY_FILE),
             **described,
         )
         (partial / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -170,7 +165,7 @@ def load_table(folder: Path, *, verify: bool = True) -> TokenTable:
     path = folder / TABLE_FILE
     if not path.is_file():
         raise DataError(f"The token table {folder} has no {TABLE_FILE}.", remedy=_REBUILD)
-    if verify and file_hash(path) != info.table_sha256:
+    if verify and file_sha256(path) != info.table_sha256:
         raise DataError(f"{path} was changed after it was written: its sha256 is not the one in {INFO_FILE}.", remedy=_REBUILD)
     try:
         # Mapped from the file, not read into memory.
@@ -206,7 +201,7 @@ def _read_vocabulary(folder: Path, info: TableInfo) -> tuple[str, ...]:
     path = folder / VOCABULARY_FILE
     if not path.is_file():
         raise DataError(f"The token table {folder} has no {VOCABULARY_FILE}.", remedy=_REBUILD)
-    if file_hash(path) != info.vocabulary_sha256:
+    if file_sha256(path) != info.vocabulary_sha256:
         raise DataError(f"{path} was changed after it was written: its sha256 is not the one in {INFO_FILE}.", remedy=_REBUILD)
     tokens = json.loads(path.read_text(encoding="utf-8"))
     if len(tokens) != info.num_rows:

@@ -61,6 +61,7 @@ def item_knn(train: PackedSequences, num_items: int, *, num_neighbours: int = 10
         history = sparse.csr_matrix(
             (data, (batch.seen_rows.cpu().numpy(), batch.seen_items.cpu().numpy())), shape=(users, num_items + 1)
         )
+        history.data[:] = 1.0
         scores = torch.from_numpy(sparse.csr_matrix(history @ neighbours).toarray().astype(np.float32)).to(batch.item_ids.device)
         scores[:, 0] = -torch.inf
         return scores

@@ -16,6 +16,7 @@ from mltfr_dist.distributed.engine import Engine, deepspeed_config, make_part, p
 from mltfr_dist.distributed.fisher import fisher_diagonals
 from mltfr_dist.distributed.ranks import Ranks, start_ranks
 from mltfr_dist.errors import MltfrError
+from mltfr_dist.files import write_atomically
 from mltfr_dist.models.consensus import State, merge
 from mltfr_dist.training import baselines, report
 from mltfr_dist.training.evaluate import Scorer, evaluate
@@ -30,7 +31,7 @@ from mltfr_dist.training.inputs import (
     train_stream,
 )
 from mltfr_dist.training.loop import Stage, is_finished, train_stage
-from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, claim, load_result, write_atomically
+from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, claim, load_result
 from mltfr_dist.training.tracking import STAGES, Tracker
 
 TRAIN, CONSENSUS = STAGES

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.data.manifest import file_sha256
 from mltfr_dist.data.shards import Manifest, load_manifest
 from mltfr_dist.data.stream import Part, RankingStream, TrainStream
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import CheckpointError, ConfigError
+from mltfr_dist.files import file_sha256
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.tables.store import TokenTable, load_table
 from mltfr_dist.training.tracking import seed_all

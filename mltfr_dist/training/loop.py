@@ -156,7 +156,7 @@ def refresh_shortlist(stage: Stage, batches: list[SequenceBatch], step: int) -> 
     module.train()
     if step:
         values = {f"filter_shortlist_recall/{name}": float(found[m] / found[-1]) for m, name in enumerate(stage.table_names)}
-        stage.tracker.log("filter", step, values)
+        stage.tracker.log("filter", step + 1, values)  # part of the update that it precedes
 
 
 def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: int) -> None:

@@ -10,8 +10,9 @@ import torch
 from mltfr_dist import __version__
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.files import write_atomically
 from mltfr_dist.training.inputs import Inputs
-from mltfr_dist.training.run_folder import REPORT, Result, write_atomically
+from mltfr_dist.training.run_folder import REPORT, Result
 
 SHOWN = ("HR@10", "NDCG@10")
 

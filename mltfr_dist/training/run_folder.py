@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from mltfr_dist.config import RunConfig, Section, validate
 from mltfr_dist.errors import CheckpointError, ConfigError
+from mltfr_dist.files import write_atomically
 
 CONFIG, RESULT, REPORT, CHECKPOINTS = "config.yaml", "result.json", "report.md", "checkpoints"
 
@@ -48,8 +50,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"The configuration file {path} does not exist.", remedy="Check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {path} cannot be read: {error}.", remedy="Check the path.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}.", remedy="Correct the line it names.") from None
     if not isinstance(content, dict):
@@ -72,9 +74,20 @@ def load_config(folder: Path) -> RunConfig:
 
 
 def load_result(folder: Path) -> Result | None:
-    """The outcome of a finished run; None while it is not finished."""
+    """The outcome of a finished run; None while it is not finished.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
     path = folder / RESULT
-    return Result.model_validate_json(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return Result.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}.", remedy="Delete it: the run evaluates its checkpoint again."
+        ) from None
 
 
 def claim(folder: Path, config: RunConfig, *, resume: bool) -> None:
@@ -97,7 +110,7 @@ def claim(folder: Path, config: RunConfig, *, resume: bool) -> None:
                 f"{folder} already holds this run.", remedy="Use `--resume auto` to go on with it, another `name`, or delete it."
             )
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_file() or (folder.exists() and any(not p.name.startswith(".partial-") for p in folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not a run.", remedy="Give this run another `name`.")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, dump_config(config))
@@ -113,10 +126,3 @@ def differing_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
         elif before != after:
             found.append(f"{prefix}{key} is {json.dumps(before)} there and {json.dumps(after)} here")
     return found
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text)
-    partial.rename(path)

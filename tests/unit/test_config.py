@@ -40,7 +40,6 @@ def refused(*overrides: str, name: str | None = "demo") -> ConfigError:
         pytest.param(
             "seed=3",
             "training.seed",
-            marks=pytest.mark.xfail(strict=True, reason="names `deepspeed`: an equal last part should win"),
         ),
     ],
 )
@@ -69,7 +68,7 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
         ("backbone.dropout=-0.1", "backbone.dropout", "-0.1", "greater than or equal to 0"),
         ("mltfr.filter.temperature=0", "mltfr.filter.temperature", "0", "greater than 0"),
         ("mltfr.filter.filter_ratio=1.5", "mltfr.filter.filter_ratio", "1.5", "less than or equal to 1"),
-        ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "nan", "greater than 0"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "nan", "finite"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1", "1.0", "less than 1"),
         ("loss.name=hinge", "loss.name", "'hinge'", "'cross_entropy' or 'bce'"),
         ("mltfr.enabled=perhaps", "mltfr.enabled", "'perhaps'", "valid boolean"),
@@ -98,7 +97,6 @@ def test_a_message_has_path_value_rule_and_remedy(override: str, path: str, valu
     assert "train.py --help" in error.remedy
 
 
-@pytest.mark.xfail(strict=True, reason="rules over several fields do not all say what was given")
 @pytest.mark.parametrize(
     ("override", "value"), [("evaluation.cutoffs=[5, 20]", "(5, 20)"), ("mltfr.filter.filter_ratio=0.25", "given: top_k 16")]
 )
@@ -124,9 +122,6 @@ def test_splits_that_leave_no_training_data(valid: float, test: float) -> None:
         validate(PrepareConfig, {"valid_fraction": valid, "test_fraction": test}, source="test")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="accepted: true counts as 1, an infinite rate passes, a seed beyond 64 bits fails in hashing"
-)
 @pytest.mark.parametrize(
     "override",
     ["training.epochs=true", "optimizer.learning_rate=.inf", "mltfr.router.balance_weight=.inf", f"training.seed={2**64}"],
@@ -228,7 +223,7 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, message: str
 
 
 def test_a_file_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.yaml does not exist"):
+    with pytest.raises(ConfigError, match=r"none\.yaml cannot be read"):
         resolve_config(None, tmp_path / "none.yaml", [])
 
 
@@ -288,7 +283,7 @@ def test_help_shows_every_field_with_its_description() -> None:
     assert "optimizer.learning_rate (float, > 0; default: 0.001)" in text
     assert "data.path (path; default: required)" in text
     assert 'loss.name (cross_entropy | bce; default: "cross_entropy")' in text
-    assert "mltfr.filter.top_k (int or null, >= 1; default: 16)" in text
+    assert "mltfr.filter.top_k (int or null, >= 2; default: 16)" in text
 
 
 def test_train_help_holds_the_fields(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +307,7 @@ def test_field_paths_and_nearest_key() -> None:
     assert nearest_key("x", []) is None
 
 
-@pytest.mark.parametrize(("ratio", "rows", "expected"), [(0.5, 7, 4), (0.001, 100, 1), (1.0, 9, 9), (0.01, 32_000, 320)])
+@pytest.mark.parametrize(("ratio", "rows", "expected"), [(0.5, 7, 4), (0.001, 100, 2), (1.0, 9, 9), (0.01, 32_000, 320)])
 def test_filter_ratio(ratio: float, rows: int, expected: int) -> None:
     assert FilterConfig(top_k=None, filter_ratio=ratio).num_kept(rows) == expected
 

@@ -53,9 +53,9 @@ def test_cross_entropy_is_a_weighted_sum() -> None:
     weights = torch.zeros(len(targets))
     weights[4] = 2.5
     expected = 2.5 * F.cross_entropy(hidden[4:5] @ vectors.T, targets[4:5] - 1)
-    assert float(full_cross_entropy(hidden, vectors, targets, weights)) == pytest.approx(float(expected), rel=1e-6)
+    assert full_cross_entropy(hidden, vectors, targets, weights).item() == pytest.approx(expected.item(), rel=1e-6)
     parts = [full_cross_entropy(hidden[i : i + 5], vectors, targets[i : i + 5], weights[i : i + 5]) for i in (0, 5, 10)]
-    assert float(sum(parts)) == pytest.approx(float(expected), rel=1e-6)
+    assert sum(part.item() for part in parts) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_cross_entropy_of_a_hand_worked_case() -> None:

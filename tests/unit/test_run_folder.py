@@ -9,6 +9,7 @@ import pytest
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import CheckpointError, ConfigError
+from mltfr_dist.files import write_atomically
 from mltfr_dist.presets import preset
 from mltfr_dist.training.run_folder import (
     CONFIG,
@@ -18,7 +19,6 @@ from mltfr_dist.training.run_folder import (
     differing_fields,
     load_config,
     load_result,
-    write_atomically,
 )
 from mltfr_dist.training.tracking import Tracker, drop_later_lines, seed_all
 

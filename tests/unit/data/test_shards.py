@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mltfr_dist.config import PrepareConfig
-from mltfr_dist.data.manifest import Manifest, PrepareReport, ShardInfo, SourceInfo, SplitInfo, file_sha256
+from mltfr_dist.data.manifest import Manifest, PrepareReport, ShardInfo, SourceInfo, SplitInfo
 from mltfr_dist.data.shards import PackedSequences, load_manifest, read_shard, verify_folder, write_split
 from mltfr_dist.errors import DataError
+from mltfr_dist.files import file_sha256
 
 SEQUENCES = {0: [3, 1, 2], 2: [2], 3: [1, 1], 7: [3, 3, 3, 3], 9: [2, 1]}
 

@@ -116,7 +116,6 @@ def test_what_does_not_fit_together_raises() -> None:
             merge(cores, [fishers[0], broken])
 
 
-@pytest.mark.xfail(strict=True, reason="a NaN Fisher makes every entry look uninformed: the plain mean is taken, silently")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_fisher_that_is_not_finite_raises(value: float) -> None:
     cores, fishers = drawn(4, 2)

