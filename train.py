@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from mltfr_dist.cli import config_epilog, fail, resolve_config
+from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.errors import MltfrError
 from mltfr_dist.presets import PRESETS
 
@@ -29,13 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(dump_config(config), end="")
             return 0
-        from mltfr_dist.distributed.ranks import stop_ranks
         from mltfr_dist.training.fit import fit
 
         fit(config, resume=options.resume == "auto")
-        stop_ranks()
     except MltfrError as error:
         return fail(error)
+    finally:
+        stop_ranks()
     return 0
 
 

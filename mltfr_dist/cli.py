@@ -16,12 +16,14 @@ from pydantic_core import PydanticUndefined
 
 from mltfr_dist import __version__
 from mltfr_dist.config import PrepareConfig, RunConfig, Section, TableConfig, validate
-from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, MltfrError
+from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, MltfrError, OtherRankError
 from mltfr_dist.presets import PRESETS, preset
 
 
 def fail(error: MltfrError) -> int:
     """Print a user's error without a traceback; returns the exit code."""
+    if isinstance(error, OtherRankError):
+        return EXIT_BAD_INPUT
     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     return EXIT_BAD_INPUT
 
@@ -183,11 +185,9 @@ def command_tables(options: argparse.Namespace) -> None:
 
 def command_train(options: argparse.Namespace) -> None:
     """The same as `python train.py`."""
-    from mltfr_dist.distributed.ranks import stop_ranks
     from mltfr_dist.training.fit import fit
 
     fit(resolve_config(options.preset, options.config, options.overrides), resume=options.resume == "auto")
-    stop_ranks()
 
 
 def command_evaluate(options: argparse.Namespace) -> None:
@@ -279,4 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[options.command](options)
     except MltfrError as error:
         return fail(error)
+    finally:
+        if options.command in ("train", "evaluate"):
+            from mltfr_dist.distributed.ranks import stop_ranks
+
+            stop_ranks()
     return 0

@@ -22,6 +22,10 @@ class ConfigError(MltfrError):
     """A configuration that cannot run: unknown key, wrong type, impossible combination."""
 
 
+class OtherRankError(MltfrError):
+    """Another rank met bad input and says so; this one only stops."""
+
+
 class DataError(MltfrError):
     """Interactions, shards or token tables that are missing, malformed or damaged."""
 

@@ -15,8 +15,11 @@ from torch.nn import functional as F
 
 from mltfr_dist.numerics import at_least_fp32
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits held at a time by :func:`full_cross_entropy` (64 MiB in fp32)."""
+CHUNK_ELEMENTS = 1 << 21
+"""Logits held at a time by :func:`full_cross_entropy` on a CPU (8 MiB in fp32, so that they stay in its cache)."""
+
+GPU_CHUNK_ELEMENTS = 1 << 26
+"""The same on a GPU (256 MiB in fp32), which wants large products."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,7 +35,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = at_least_fp32(hidden.new_zeros(()))
         grad_hidden = torch.empty_like(hidden) if needs_grad else hidden
         grad_weight = at_least_fp32(torch.zeros_like(weight)) if needs_grad else weight
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        elements = CHUNK_ELEMENTS if hidden.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+        rows = max(1, elements // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
             target = targets[chunk, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,9 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from mltfr_dist.errors import ConfigError
+from mltfr_dist.errors import ConfigError, OtherRankError
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+SINGLE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+"""What DeepSpeed wants to read where no launcher has set it."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,17 @@ class Ranks:
             dist.barrier()
 
     def first_error(self, error: Exception | None) -> None:
-        """Raise on every rank if any rank has an error: nobody is left waiting in a collective.
+        """Raise on every rank if any rank has an error: nobody is left waiting in a collective, and one rank speaks.
 
         Raises:
-            Exception: this rank's error, or a ConfigError that points to the rank that failed.
+            Exception: This rank's error, if no lower rank has one.
+            OtherRankError: Another rank's.
         """
-        failed = self.max(torch.tensor([float(self.rank + 1) if error else 0.0]))
-        if error is not None:
+        first = -int(self.max(torch.tensor([float(-self.rank if error else -self.world_size)])).item())
+        if error is not None and first == self.rank:
             raise error
-        if failed.item():
-            raise ConfigError(f"Rank {int(failed.item()) - 1} cannot start.", remedy="See that rank's message.")
+        if first < self.world_size:
+            raise OtherRankError(f"Rank {first} cannot start.", remedy="See its message.")
 
 
 def start_ranks(threads: int | None = None) -> Ranks:
@@ -106,17 +111,22 @@ def _init_process_group(launched: bool, on_gpu: bool, rank: int, world_size: int
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)  # no port to collide on
-        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+        os.environ.update(SINGLE_PROCESS)
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # DeepSpeed's own calls; nothing a user could change.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     # A compiled shared-memory all-reduce for one CPU node: a minute of compilation, and a killed rank leaks its buffers.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def stop_ranks() -> None:
-    """Leave the process group."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    if "MASTER_ADDR" not in os.environ:  # no launcher: these are ours
+        for name in SINGLE_PROCESS:
+            os.environ.pop(name, None)

@@ -7,7 +7,6 @@ a layer norm on the input embeddings.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig
@@ -30,13 +29,11 @@ class SASRec(Backbone):
         self.output_norm = nn.LayerNorm(dim)
         self.apply(init_weights)
 
-    def embed(self, item_ids: Tensor) -> Tensor:
-        """Item ids [B, L] -> item + position embeddings [B, L, D], zero at padding."""
-        positions = torch.arange(item_ids.shape[1], device=item_ids.device)
+    def embed(self, item_ids: Tensor, positions: Tensor) -> Tensor:
+        """Item ids [N] and positions [N] -> item + position embeddings [N, D]."""
         summed = self.item_embedding(item_ids) + self.position_embedding(positions)
-        valid = (item_ids != PADDING_IDX)[..., None]
-        return self.dropout(self.input_norm(summed)) * valid  # type: ignore[no-any-return]
+        return self.dropout(self.input_norm(summed))  # type: ignore[no-any-return]
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Final layer norm, [B, L, D]."""
+        """Final layer norm, [N, D]."""
         return self.output_norm(hidden)  # type: ignore[no-any-return]

@@ -1,12 +1,14 @@
 """Transformer blocks shared by the attention backbones.
 
-Shapes: B users, L positions, D hidden size, H heads.
+Shapes: B users, L positions, N real positions (no padding), D hidden size, H heads.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mltfr_dist.models.packing import Packing
 
 
 class SelfAttention(nn.Module):
@@ -18,14 +20,14 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(hidden_dim, 3 * hidden_dim)
         self.out = nn.Linear(hidden_dim, hidden_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]; position t sees positions <= t."""
-        batch, length, dim = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """[N, D] -> [N, D]; position t of a history sees its positions <= t, and so never the padding behind."""
+        dim = x.shape[-1]
+        qkv = packing.unpack(self.qkv(x).view(len(x), 3, self.num_heads, dim // self.num_heads))  # [B, L, 3, H, D/H]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, D/H]
         # No dropout on attention weights: it would forbid the fused kernels; the output is dropped out instead.
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, dim))  # type: ignore[no-any-return]
+        return self.out(packing.pack(mixed.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
 class TransformerBlock(nn.Module):
@@ -41,9 +43,9 @@ class TransformerBlock(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """[N, D] -> [N, D]."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), packing))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))  # type: ignore[no-any-return]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.data.manifest import verify_folder
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine, deepspeed_config, make_part, peak_memory_bytes
@@ -59,8 +60,10 @@ def fit(config: RunConfig, *, resume: bool = True) -> list[Result]:
         deepspeed_config(config, part)
         train_stream(config, part)
         if ranks.is_main:
+            verify_folder(config.data.path)
             claim(config.folder, config, resume=resume)
             record_inputs(config.folder, inputs)
+            check_checkpoints(config.folder)
     except MltfrError as caught:
         error = caught
     ranks.first_error(error)
@@ -73,6 +76,16 @@ def fit(config: RunConfig, *, resume: bool = True) -> list[Result]:
         print(report.closing(config, results), flush=True)
     ranks.barrier()
     return results
+
+
+def check_checkpoints(folder: Path) -> None:
+    """Refuse a run whose checkpoints cannot be read, before any work.
+
+    Raises:
+        CheckpointError: A header is damaged or of another schema version.
+    """
+    for header in (folder / CHECKPOINTS).glob(f"*/{checkpoint.HEADER}"):
+        checkpoint.read_header(header.parent)
 
 
 def compare(name: str, config: RunConfig, inputs: Inputs, ranks: Ranks) -> Result:

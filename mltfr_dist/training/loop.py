@@ -148,7 +148,7 @@ def refresh_shortlist(stage: Stage, batches: list[SequenceBatch], step: int) -> 
     inputs = []
     for batch in batches:
         item_ids = batch.item_ids.to(ranks.device)
-        inputs.append((module.backbone.embed(item_ids), item_ids != PADDING_IDX))
+        inputs.append((module.backbone.inputs(item_ids), item_ids != PADDING_IDX))
     recall, queries = mltfr.shortlist_recall(*inputs[0])  # of the outgoing list, on users it was not made from
     found = ranks.sum(torch.cat([recall.double().cpu(), torch.tensor([float(queries)], dtype=torch.float64)])).cpu()
     relevance = [mltfr.relevance(*pair) for pair in inputs]

@@ -1,0 +1,222 @@
+"""Bad input, through the real commands: one paragraph with its remedy, exit code 2, nothing written or lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import run_ranks, tiny_config
+
+import train
+from mltfr_dist.cli import main as mltfr
+from mltfr_dist.config import RunConfig
+from mltfr_dist.errors import EXIT_BAD_INPUT
+from mltfr_dist.training.run_folder import dump_config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, tables and the finished run `tiny`, trained by the real command."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = tiny_config(folder, training__epochs=1, training__consensus_epochs=1)
+    assert train.main(["--config", str(written(folder, config))]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    config = copy / "runs" / "tiny" / "config.yaml"
+    config.write_text(config.read_text().replace(str(finished), str(copy)))
+    return copy
+
+
+def written(folder: Path, config: RunConfig) -> Path:
+    path = folder / f"{config.name}.yaml"
+    path.write_text(dump_config(config))
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], command: Callable[[], int]) -> str:
+    """Run a command that must be refused; returns its message."""
+    before = contents(folder)
+    capsys.readouterr()
+    assert command() == EXIT_BAD_INPUT
+    message = capsys.readouterr().err.strip()
+    assert message
+    assert "\n" not in message, "an error is one paragraph"
+    assert "Traceback" not in message
+    assert contents(folder) == before, "something was written or lost"
+    return message
+
+
+def train_refused(folder: Path, capsys: pytest.CaptureFixture[str], name: str = "new", **changes: object) -> str:
+    config = tiny_config(folder, name=name, **changes)
+    path = written(folder, config)
+    return refused(folder, capsys, lambda: train.main(["--config", str(path)]))
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "expected"),
+    [
+        (None, [], ["in.csv", "in.csv"]),
+        ("user_id,item_id\nu,i\n", [], ["timestamp", "column"]),
+        ("user_id,item_id,timestamp\nu,i,1\nu,j\n", [], ["3"]),
+        ("user_id,item_id,timestamp\nu,i,1\nu,j,soon\n", [], ["line 3", "soon"]),
+        ("user_id,item_id,timestamp\nu,i,1\nv,j,2\n", [], ["core"]),
+        ("user_id,item_id,timestamp\nu,i,1\n", ["--user-core", "zero"], ["user_core", "zero"]),
+    ],
+    ids=["missing file", "missing column", "short row", "unparsable row", "empty after k-core", "wrong option"],
+)
+def test_prepare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, arguments: list[str], expected: list[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "in.csv").write_text(content)
+    command = ["prepare", str(tmp_path / "in.csv"), str(tmp_path / "out"), *arguments]
+    message = refused(tmp_path, capsys, lambda: mltfr(command))
+    for part in expected:
+        assert part in message, message
+    assert not (tmp_path / "out").exists()
+
+
+def test_recommend_with_an_unknown_item(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(folder / "runs" / "tiny")
+    message = refused(folder, capsys, lambda: mltfr(["recommend", run, "--history", "i1,i999", "--k", "3"]))
+    assert "i999" in message
+    assert "items.parquet" in message
+
+
+def test_recommend_and_evaluate_on_no_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["recommend", str(folder), "--history", "i1"], ["evaluate", str(folder / "nowhere")]):
+        assert "holds no run" in refused(folder, capsys, lambda command=command: mltfr(command))
+
+
+def test_damaged_shard(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = folder / "data" / "train-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    message = train_refused(folder, capsys)
+    assert "train-000001.tar" in message
+    assert "sha256" in message
+
+
+def test_table_whose_header_disagrees(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header = folder / "tables" / "first" / "table.json"
+    values = json.loads(header.read_text())
+    header.write_text(json.dumps(values | {"dim": values["dim"] + 1}))
+    assert "(90, 12)" in train_refused(folder, capsys)
+
+
+def test_table_whose_vocabulary_disagrees(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vocabulary = folder / "tables" / "second" / "vocabulary.json"
+    vocabulary.write_text(json.dumps(json.loads(vocabulary.read_text())[:-1]))
+    assert "vocabulary.json" in train_refused(folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"train_batch_size": 64}, ["train_batch_size", "training.global_batch_size"]),
+        ({"bf16": {"enabled": True}}, ["bf16", "training.precision"]),
+        ({"zero_optimisation": {}}, ["zero_optimization"]),
+        ({"zero_optimization": {"stage": 2, "reduce_buket_size": 1}}, ["reduce_bucket_size"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"devic": "cpu"}}}, ["offload_param.devic", "device"]),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, ["auto"]),
+    ],
+)
+def test_deepspeed_file(
+    folder: Path, capsys: pytest.CaptureFixture[str], content: dict[str, object], expected: list[str]
+) -> None:
+    file = folder / "mine.json"
+    file.write_text(json.dumps(content))
+    message = train_refused(folder, capsys, deepspeed=str(file))
+    for part in (*expected, "mine.json"):
+        assert part in message
+
+
+def test_bf16_without_sharding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    zero0 = str(Path(train.__file__).parent / "ds_configs" / "zero0.json")
+    assert "bf16" in train_refused(folder, capsys, deepspeed=zero0, training__precision="bf16")
+
+
+def test_folder_of_a_different_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = train_refused(folder, capsys, name="tiny", training__seed=7)
+    assert "training.seed is 0 there and 7 here" in message
+
+
+def test_checkpoint_of_another_schema_version(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = folder / "runs" / "tiny"
+    (run / "result.json").unlink()
+    header = next((run / "checkpoints").glob("train-step*/state.json"))
+    header.write_text(header.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    config = run / "config.yaml"
+    message = refused(folder, capsys, lambda: train.main(["--config", str(config)]))
+    assert "99" in message
+    assert "version 1" in message
+
+
+def test_changed_inputs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = folder / "data" / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    message = refused(folder, capsys, lambda: mltfr(["evaluate", str(folder / "runs" / "tiny")]))
+    assert "data changed" in message
+
+
+def test_filter_that_keeps_more_than_it_searches(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"mltfr__filter__top_k": None, "mltfr__filter__filter_ratio": 0.9}
+    assert "63 tokens" in train_refused(folder, capsys, **changes) or "81 tokens"
+
+
+def test_batch_that_cannot_be_divided(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "micro-batches of 5" in train_refused(folder, capsys, training__micro_batch_size=5)
+
+
+def test_more_ranks_than_sequences(tmp_path: Path) -> None:
+    """Two real ranks, one training sequence: one message, from one rank."""
+    (tmp_path / "in.txt").write_text("u a b c d e\n")
+    options = ["--format", "sequences", "--user-core", "1", "--item-core", "1"]
+    assert mltfr(["prepare", str(tmp_path / "in.txt"), str(tmp_path / "single"), *options]) == 0
+    config = tiny_config(tmp_path, data__path=str(tmp_path / "single"))
+    path = written(tmp_path, config)
+    with pytest.raises(AssertionError) as failure:
+        run_ranks(2, Path(train.__file__), "--config", str(path))
+    output = str(failure.value)
+    assert output.count("There are 2 ranks and 1 training sequences") == 1
+    assert "exitcode  : 2" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_evaluate_and_recommend_repeat_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = folder / "runs" / "tiny"
+    reported = json.loads((run / "result.json").read_text())
+    capsys.readouterr()
+    for split in ("valid", "test"):
+        assert mltfr(["evaluate", str(run), "--split", split]) == 0
+        assert json.loads(capsys.readouterr().out) == reported[split]
+    assert mltfr(["recommend", str(run), "--history", "i1,i2,i3", "--k", "4", "--explain"]) == 0
+    text = capsys.readouterr().out
+    listed = [line.split()[2] for line in text.splitlines() if line.strip()[:1].isdigit()]
+    assert len(listed) == 4
+    assert not set(listed) & {"i1", "i2", "i3"}, "items of the history are left out"
+    assert "first-" in text
+    assert "gate" in text
+
+
+def test_a_finished_run_is_only_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = folder / "runs" / "tiny"
+    before = {k: v for k, v in contents(run).items() if k != "report.md"}
+    capsys.readouterr()
+    assert train.main(["--config", str(run / "config.yaml")]) == 0
+    assert "finished before" in capsys.readouterr().out
+    assert {k: v for k, v in contents(run).items() if k != "report.md"} == before
