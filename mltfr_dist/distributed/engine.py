@@ -147,6 +147,8 @@ class Engine:
 
         self.config, self.ranks, self.part, self.total_steps = config, ranks, part, total_steps
         ds_config = deepspeed_config(config, part)
+        if config.training.precision == "bf16" and model.mltfr is not None:
+            model.mltfr.cast_frozen(torch.bfloat16)
         self.zero_stage: int = ds_config.get("zero_optimization", {}).get("stage", 0)
         offloads = "offload_optimizer" in ds_config.get("zero_optimization", {})
         if offloads:

@@ -83,6 +83,22 @@ def start_ranks(threads: int | None = None) -> Ranks:
     """
     on_gpu = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
+    if not dist.is_initialized():
+        _init_process_group("nccl" if on_gpu else "gloo", launched=_is_launched())
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    local_size = int(os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
+    if on_gpu:
+        return Ranks(rank, world_size, torch.device("cuda", torch.cuda.current_device()))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    return Ranks(rank, world_size, torch.device("cpu"))
+
+
+def _is_launched() -> bool:
+    """Whether a launcher started this process.
+
+    Raises:
+        ConfigError: Its environment is incomplete.
+    """
     given = [name for name in LAUNCHER_VARIABLES if name in os.environ]
     launched = "RANK" in given and "WORLD_SIZE" in given
     if launched and len(given) < len(LAUNCHER_VARIABLES):
@@ -92,21 +108,12 @@ def start_ranks(threads: int | None = None) -> Ranks:
             rule="A launched process needs all of them.",
             remedy="Start with `deepspeed train.py` or `torchrun train.py`, or unset RANK and WORLD_SIZE for one process.",
         )
-    rank, world_size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-    if not dist.is_initialized():
-        _init_process_group(launched, on_gpu, rank, world_size, local_rank)
-    return Ranks(rank, world_size, device)
+    return launched
 
 
-def _init_process_group(launched: bool, on_gpu: bool, rank: int, world_size: int, local_rank: int) -> None:
-    backend = "nccl" if on_gpu else "gloo"
+def _init_process_group(backend: str, *, launched: bool) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if launched:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     else:

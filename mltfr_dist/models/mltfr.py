@@ -102,6 +102,16 @@ class MLTFR(nn.Module):
         if merged is not None:
             self.consensus.load_state_dict(merged)
 
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Bring what is not trained, tables and consensus expert, to the format of the forward pass.
+
+        DeepSpeed casts parameters only. The router's load stays in fp32, for it is a running sum.
+        """
+        for m in range(self.num_tables):
+            self.register_buffer(f"table_{m}", self.table(m).to(dtype), persistent=False)
+        if self.consensus is not None:
+            self.consensus.to(dtype)
+
     # --- forward -----------------------------------------------------------------------------------------------
 
     def blocks(self, x: Tensor, valid_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

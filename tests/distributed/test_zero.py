@@ -37,6 +37,8 @@ def test_losses_are_the_same_at_any_stage_and_world_size(folder: Path) -> None:
     for name in ("zero0", "zero1", "zero2", "zero3", "accumulated"):
         assert relative_difference(reference, one[name]) < 1e-5, f"{name} on one rank"
         assert relative_difference(reference, two[name]) < 1e-5, f"{name} on two ranks"
+    for run in (one, two):
+        assert 1e-7 < relative_difference(reference, run["bf16"]) < 0.05, "bf16 is near, and is not fp32"
     for name in ("bce", "bare"):
         assert relative_difference(one[name], two[name]) < 1e-5, name
         assert relative_difference(reference, one[name]) > 1e-4, f"{name} is no variant of its own"

@@ -67,7 +67,7 @@ def make_engine(config: RunConfig, ranks: Ranks, micro_batch_size: int | None = 
 
 
 def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Per ZeRO stage, losses of 20 steps; also with micro-batches, BCE and a bare backbone."""
+    """Per ZeRO stage, losses of 20 steps; also with micro-batches, BCE, bf16 and a bare backbone."""
     found = {}
     for stage in range(4):
         config = no_dropout(folder, stage)
@@ -77,6 +77,7 @@ def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     variants = {
         "accumulated": (no_dropout(folder, 2), 8),
         "bce": (no_dropout(folder, 1, loss__name="bce", loss__num_negatives=3), None),
+        "bf16": (no_dropout(folder, 2, training__precision="bf16"), None),
         "bare": (no_dropout(folder, 1, mltfr__enabled=False), None),
     }
     for name, (config, micro) in variants.items():

@@ -1,0 +1,137 @@
+"""Every field of a run's configuration has an effect: a run with it changed leaves another trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import REPOSITORY, read_lines, tiny_config
+
+from mltfr_dist.config import RunConfig, Section, field_paths
+from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.training.fit import fit
+
+CHANGES: dict[str, Any] = {
+    "data.max_len": 5,
+    "data.shuffle_shards": 1,
+    "backbone.hidden_dim": 8,
+    "backbone.num_layers": 1,
+    "backbone.num_heads": 4,
+    "backbone.dropout": 0.6,
+    "mltfr.enabled": False,
+    "mltfr.filter.top_k": 3,
+    "mltfr.filter.filter_ratio": 0.1,
+    "mltfr.filter.temperature": 0.5,
+    "mltfr.filter.learn_temperature": False,
+    "mltfr.filter.query_every": 1,
+    "mltfr.filter.shortlist_size": 5,
+    "mltfr.filter.shortlist_refresh_steps": 1,
+    "mltfr.expert.num_heads": 4,
+    "mltfr.expert.head_dim": 8,
+    "mltfr.expert.dropout": 0.7,
+    "mltfr.router.balance_weight": 3.0,
+    "mltfr.consensus.enabled": False,
+    "mltfr.consensus.weight": 2.0,
+    "mltfr.consensus.fisher_sequences": 3,
+    "mltfr.consensus.fresh_start": True,
+    "loss.name": "bce",
+    "loss.num_negatives": 4,
+    "optimizer.learning_rate": 0.01,
+    "optimizer.betas": [0.5, 0.9],
+    "optimizer.weight_decay": 0.5,
+    "optimizer.warmup_steps": 3,
+    "optimizer.schedule": "cosine",
+    "optimizer.max_grad_norm": 0.01,
+    "training.seed": 1,
+    "training.global_batch_size": 40,
+    "training.precision": "bf16",
+    "training.epochs": 3,
+    "training.consensus_epochs": 2,
+    "training.patience": 1,
+    "training.log_every_steps": 3,
+    "evaluation.cutoffs": [10],
+    "evaluation.filter_seen": False,
+    "evaluation.every_epochs": 2,
+    "checkpoint.every_steps": 3,
+    "checkpoint.keep_last": 1,
+    "deepspeed": str(REPOSITORY / "ds_configs" / "zero3.json"),
+    "baselines": ["popularity"],
+}
+"""What each field is changed to."""
+
+WITH: dict[str, dict[str, Any]] = {
+    "mltfr.filter.filter_ratio": {"mltfr.filter.top_k": None, "mltfr.filter.filter_ratio": 0.2},
+    "loss.num_negatives": {"loss.name": "bce"},
+    "training.patience": {"training.epochs": 6, "optimizer.learning_rate": 1e-9},
+    "checkpoint.keep_last": {"checkpoint.every_steps": 3},
+}
+"""What else must hold, in both runs, for a field to matter."""
+
+ELSEWHERE = {
+    "name": "names the folder: test_run_folder",
+    "runs_dir": "names the folder: test_run_folder",
+    "data.path": "every test that trains",
+    "mltfr.tables": "every test that trains",
+    "backbone.name": "one backbone so far",
+    "training.micro_batch_size": "must *not* change the numbers: tests/distributed/test_zero.py",
+    "training.threads": "must not change the numbers: test_threads below",
+    "evaluation.batch_size": "must not change the numbers: test_evaluate",
+    "evaluation.ties": "needs equal scores: test_evaluate, test_metrics",
+}
+"""Fields whose effect another test shows."""
+
+
+def leaves() -> set[str]:
+    paths = field_paths(RunConfig)
+    return {p for p in paths if not any(other.startswith(p + ".") for other in paths)}
+
+
+def test_every_field_is_tried() -> None:
+    assert issubclass(RunConfig, Section)
+    assert set(CHANGES) | set(ELSEWHERE) == leaves()
+    assert not set(CHANGES) & set(ELSEWHERE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    place = tmp_path_factory.mktemp("effects")
+    yield place
+    stop_ranks()
+
+
+def trace(folder: Path, name: str, changes: dict[str, Any]) -> tuple[list[Any], list[str], str]:
+    """What a run leaves: its metrics, its files, its report's rows."""
+    dotted = {key.replace(".", "__"): value for key, value in changes.items()}
+    start = {"training__epochs": 2, "training__consensus_epochs": 1, "name": name}
+    config = tiny_config(folder, **(start | dotted))
+    if not config.folder.exists():
+        fit(config)
+    files = sorted(str(p.relative_to(config.folder)) for p in (config.folder / "checkpoints").rglob("*"))
+    rows = [line for line in (config.folder / "report.md").read_text().splitlines() if line.startswith("| ") and " s |" in line]
+    return read_lines(config.folder / "metrics.jsonl"), files, str([row.split("|")[1] for row in rows])
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_field_has_an_effect(folder: Path, field: str) -> None:
+    needed = WITH.get(field, {})
+    base_name = "base" + "".join(f"-{k}" for k in needed).replace(".", "-")
+    assert trace(folder, base_name, needed) != trace(folder, field.replace(".", "-"), needed | {field: CHANGES[field]})
+
+
+def test_the_same_run_leaves_the_same_trace(folder: Path) -> None:
+    assert trace(folder, "base", {}) == trace(folder, "again", {})
+
+
+def test_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from mltfr_dist.distributed.ranks import start_ranks
+
+    before = torch.get_num_threads()
+    start_ranks(2)
+    assert torch.get_num_threads() == 2
+    start_ranks(1)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)
