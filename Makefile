@@ -13,20 +13,21 @@ LAUNCH = DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_gpus $(RANK
 else
 LAUNCH = $(BIN)/deepspeed
 endif
-# A port of its own for each launch, so that two runs on one machine do not meet.
+# A free port for each launch, so that two runs on one machine do not meet.
 PORT = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
 .PHONY: demo test integration lint bench clean help
 
 demo: $(BIN)/.ready data/.demo-ready  ## train MLTFR and its baselines on MovieLens-100K with three real token tables
 	@if [ -f runs/demo/report.md ]; then echo "runs/demo is finished: starting it anew"; rm -rf runs/demo; fi
-	$(LAUNCH) --master_port $(PORT) train.py --preset demo
+	@echo "deepspeed train.py --preset demo"
+	@$(LAUNCH) --master_port $(PORT) train.py --preset demo
 
 test: $(BIN)/.ready  ## run the tests (real DeepSpeed processes included)
-	$(BIN)/python -m pytest -m "not integration and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not integration and not slow"
 
 integration: $(BIN)/.ready  ## run the longer tests: real launchers, killed and resumed runs
-	$(BIN)/python -m pytest -m "integration and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "integration and not slow"
 
 lint: $(BIN)/.ready  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -97,7 +97,7 @@ class Tracker:
 
 
 def drop_later_lines(path: Path, stage: str, step: int) -> None:
-    """Keep the lines of earlier stages, and of ``stage`` up to ``step``."""
+    """Keep the lines of earlier stages, and of ``stage`` up to ``step``; a test line only ever ends a file."""
     if not path.exists():
         return
     kept = []
@@ -107,7 +107,7 @@ def drop_later_lines(path: Path, stage: str, step: int) -> None:
         except json.JSONDecodeError:
             continue  # cut off when the process was killed; it is written again
         order = STAGES.index(line["stage"]) - STAGES.index(stage)
-        if order < 0 or (order == 0 and line["step"] <= step):
+        if line["kind"] != "test" and (order < 0 or (order == 0 and line["step"] <= step)):
             kept.append(text + "\n")
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
