@@ -85,6 +85,8 @@ def start_ranks(threads: int | None = None) -> Ranks:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     if not dist.is_initialized():
         _init_process_group("nccl" if on_gpu else "gloo", launched=_is_launched())
+    if "MASTER_ADDR" not in os.environ:
+        os.environ.update(SINGLE_PROCESS)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     local_size = int(os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
     if on_gpu:
@@ -118,7 +120,6 @@ def _init_process_group(backend: str, *, launched: bool) -> None:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)  # no port to collide on
-        os.environ.update(SINGLE_PROCESS)
     import deepspeed
     from deepspeed.utils import logger
 
@@ -131,9 +132,13 @@ def _init_process_group(backend: str, *, launched: bool) -> None:
 
 
 def stop_ranks() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if "MASTER_ADDR" not in os.environ:  # no launcher: these are ours
+    """Leave the launcher's process group.
+
+    A process of its own keeps its group, for DeepSpeed would hold on to a group that is gone and fail in the next run of
+    the same process; it only takes back the variables that a child would misread.
+    """
+    if "MASTER_ADDR" not in os.environ:
         for name in SINGLE_PROCESS:
             os.environ.pop(name, None)
+    elif dist.is_initialized():
+        dist.destroy_process_group()
