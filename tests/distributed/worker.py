@@ -51,8 +51,8 @@ def steps(engine: Engine, config: RunConfig, ranks: Ranks, start: int, end: int)
     losses = []
     for step in range(start, end):
         batches = next(stream.epoch(step // per_epoch, step % per_epoch))
-        outputs = engine.update(batches.micro_batches, batches.num_targets, step)
-        totals = reduce_outputs(ranks, outputs, batches.num_targets)
+        outputs = engine.update(batches, step)
+        totals = reduce_outputs(ranks, outputs, batches)
         if totals.gate_weights is not None:
             engine.module.mltfr.router.update_load(totals.gate_weights)
         losses.append(totals.loss)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mltfr_dist.config import DataConfig, PrepareConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
+from mltfr_dist.data.collate import Objective
 from mltfr_dist.data.prepare import prepare
 from mltfr_dist.data.shards import PackedSequences, load_manifest, read_shard
 from mltfr_dist.data.stream import Part, RankingStream, StepBatches, TrainStream
@@ -58,10 +59,13 @@ def stream(
     max_len: int = WHOLE,
     num_negatives: int = 0,
     window: int = WINDOW,
+    objective: Objective | None = None,
 ) -> TrainStream:
     part = Part(rank, world, size, micro or size // world)
     config = DataConfig(path=folder, max_len=max_len, shuffle_shards=window)
-    return TrainStream(folder, config, part, seed=seed, num_negatives=num_negatives)
+    return TrainStream(
+        folder, config, part, seed=seed, objective=Objective(num_negatives=num_negatives) if objective is None else objective
+    )
 
 
 def rows(batch: SequenceBatch) -> list[Row]:
