@@ -341,3 +341,57 @@ def test_cl4srec_ranks_as_sasrec_does() -> None:
     plain.double().eval().load_state_dict(state | {"item_embedding.weight": state["item_embedding.weight"][: NUM_ITEMS + 1]})
     item_ids = padded([[1, 2, 3], [4]])
     torch.testing.assert_close(contrasting(item_ids)[0], plain(item_ids)[0])
+
+
+# --- losses through the whole recommender ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sampled_softmax", "gbce"])
+@pytest.mark.parametrize("change", [{}, {"calibration": 0.1}], ids=["as is", "calibration"])
+def test_the_loss_is_a_weighted_sum_over_scored_positions(name: str, change: dict[str, float]) -> None:
+    made = recommender("sasrec")
+    generator = torch.Generator().manual_seed(0)
+    items = padded([[1, 2, 3, 4], [5, 6]])
+    targets = torch.tensor([[2, 0, 4, 5], [6, 7, 0, 0]])  # one real position is not scored
+    negatives = torch.randint(1, NUM_ITEMS + 1, (2, 4, 3), generator=generator)
+    shared, logarithms = torch.tensor([4, 9, 9]), torch.tensor([-1.0, -2.0, -2.0])
+    weights = torch.rand(2, 4, generator=generator)
+    batch = SequenceBatch(items, targets, torch.arange(2), negatives, shared, logarithms)
+    vectors, hidden = made.backbone.item_embedding.weight, output(made, items)
+    expected = 0.0
+    with torch.no_grad():
+        for user, t in (targets != 0).nonzero().tolist():
+            state, target = hidden[user, t], int(targets[user, t])
+            positive = vectors[target] @ state
+            if name == "gbce":
+                beta = 1 - change.get("calibration", 0.75) * (1 - 3 / (NUM_ITEMS - 1))
+                terms = [-beta * positive.sigmoid().log(), *(-(-vectors[i] @ state).sigmoid().log() for i in negatives[user, t])]
+                loss = sum(float(v) for v in terms) / 4
+            else:
+                kept = [(i, q) for i, q in zip(shared.tolist(), logarithms.tolist(), strict=True) if i != target]
+                logits = [positive, *(vectors[i] @ state - q - torch.tensor(3.0).log() for i, q in kept)]
+                loss = float(torch.stack(logits).logsumexp(0) - positive)
+            expected += float(weights[user, t]) * loss
+        kept_config = made.loss_config
+        made.loss_config = LossConfig(name=name, **change)
+        try:
+            assert made(batch, weights).loss_sum.item() == pytest.approx(expected, rel=1e-6)
+        finally:
+            made.loss_config = kept_config
+
+
+def test_contrast_is_of_the_states_at_the_ends_of_the_views() -> None:
+    made = recommender("cl4srec")
+    views = torch.tensor([[[1, 2, 0], [1, MASK, 3]], [[5, 0, 0], [4, 5, 6]], [[7, 8, 0], [8, 7, 0]], [[0, 0, 0], [0, 0, 0]]])
+    ids = torch.tensor([3, 8, 1, -1])
+    batch = SequenceBatch(padded([[1], [2], [3], []]), padded([[2], [3], [4], []]), ids, view_ids=views)
+    ends = torch.stack([output(made, row[row != 0][None])[0, -1] for row in views[:3].flatten(0, 1)]).view(3, 2, DIM)
+
+    def loss(anchor: Tensor, other: Tensor, negatives: list[Tensor]) -> float:
+        return float(torch.stack([anchor @ v for v in (other, *negatives)]).logsumexp(0) - anchor @ other)
+
+    expected = sum(
+        loss(ends[p, v], ends[p, 1 - v], list(ends[1 - p])) / 2 for p in range(2) for v in range(2)
+    )  # the third is alone in its group: nothing to tell it from
+    assert made(batch).contrastive_sum.item() == pytest.approx(expected, rel=1e-6)
+    assert made(batch._replace(view_ids=None)).contrastive_sum is None
