@@ -6,7 +6,8 @@ Here each sample's own gradient is formed. For a linear map y = W x it is the su
 output gradients. Only those outputs are differentiated (``torch.autograd.grad``): no parameter gradient is formed, so
 ZeRO's reduction never runs.
 
-A sample is one training sequence; its loss is the mean over its scored positions.
+A sample is one training sequence; its loss is the mean over its scored positions (the
+recommendation loss alone, without a contrast of views).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Published: rho_1(elu(Q)) (rho_2(elu(K))^T V), rho_1 the L2 norm of each query, r
 whole sequence, so that the product K^T V comes first and the cost is linear in the length. Departure: trained at every
 position, the sums over the whole sequence would show the future (as would the authors' version on BERT4Rec, by intent).
 Position t uses the sums over positions <= t, for K^T V and for the norm of K's columns alike: the published attention
-of the prefix that ends at t, read at its last position.
+of the prefix that ends at t, read at its last position. Its norm is sqrt(1 + sum of squares): over a single position the
+bare norm would leave only each key's sign, a jump at 0 whose gradient blows rounding errors up.
 
 Shapes: B users, L positions, C positions of a chunk, H heads, d = D / H.
 """
@@ -40,7 +41,7 @@ class CausalLinearAttention(nn.Module):
         qkv = packing.unpack(self.qkv(x).view(len(x), 3, self.num_heads, dim // self.num_heads))  # [B, L, 3, H, d]
         query, key, value = at_least_fp32(qkv).permute(2, 0, 3, 1, 4)  # each [B, H, L, d]
         key = F.elu(key)
-        column_norms = key.square().cumsum(2).clamp(min=1e-12).sqrt()  # [B, H, L, d] over positions <= t
+        column_norms = (1 + key.square().cumsum(2)).sqrt()  # [B, H, L, d] over positions <= t
         query = F.normalize(F.elu(query), dim=-1) / column_norms
         mixed = causal_product(query, key, value).to(x.dtype)
         return self.out(packing.pack(mixed.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]

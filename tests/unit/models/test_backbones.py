@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import textwrap
+import types
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mltfr_dist.backbones import BACKBONES
+from mltfr_dist.backbones import BACKBONES, Entry
 from mltfr_dist.config import BackboneConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig, RunConfig, validate
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.errors import ConfigError
@@ -249,7 +254,7 @@ def test_linrec_is_the_published_attention_of_each_prefix() -> None:
             query, key, value = (p.view(t + 1, 2, DIM // 2).transpose(0, 1) for p in made.qkv(x[: t + 1]).chunk(3, -1))
             query, key = torch.nn.functional.elu(query), torch.nn.functional.elu(key)
             query = query / query.norm(dim=2, keepdim=True)  # each row
-            key = key / key.norm(dim=1, keepdim=True)  # each column, over the prefix
+            key = key / (1 + key.square().sum(dim=1, keepdim=True)).sqrt()  # each column, over the prefix
             mixed = query @ (key.transpose(1, 2) @ value)  # the product that makes it linear
             torch.testing.assert_close(found[t], made.out(mixed.transpose(0, 1).flatten(1))[t])
 
@@ -395,3 +400,23 @@ def test_contrast_is_of_the_states_at_the_ends_of_the_views() -> None:
     )  # the third is alone in its group: nothing to tell it from
     assert made(batch).contrastive_sum.item() == pytest.approx(expected, rel=1e-6)
     assert made(batch._replace(view_ids=None)).contrastive_sum is None
+
+
+# --- adding one --------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_contributing_is_a_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file and one registry line, word for word as CONTRIBUTING.md shows them."""
+    text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
+    source = textwrap.dedent(text.partition("```python\n")[2].partition("```")[0])
+    line = re.search(r'`"mybackbone": (Entry\(.*?\)),`', text)
+    assert line
+    monkeypatch.setitem(BACKBONES, "mybackbone", eval(line.group(1), {"Entry": Entry}))
+    module = types.ModuleType("mltfr_dist.models.mybackbone")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(source, module.__dict__)
+    model = recommender.__wrapped__("mybackbone", True)
+    before, after = output(model, padded([[1, 2, 3, 4]]))[0], output(model, padded([[1, 2, 9, 4]]))[0]
+    torch.testing.assert_close(after[:2], before[:2], rtol=0, atol=1e-12)
+    assert (after[2:] - before[2:]).abs().amax(1).min() > 1e-6
+    torch.testing.assert_close(output(model, padded([[1, 2, 3, 4]], 9))[0, :4], before)
