@@ -43,7 +43,7 @@ def seconds(engine: Engine, config: RunConfig, epoch: int, max_steps: int) -> tu
     for step, batches in enumerate(train_stream(config, engine.part).epoch(epoch)):
         if step == max_steps:
             break
-        engine.update(batches.micro_batches, batches.num_targets, step)
+        engine.update(batches, step)
         done += 1
     if torch.cuda.is_available():
         torch.cuda.synchronize()

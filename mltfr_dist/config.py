@@ -11,8 +11,9 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mltfr_dist.backbones import BACKBONES
 from mltfr_dist.errors import ConfigError
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -104,14 +105,32 @@ class DataConfig(Section):
     )
 
 
+def _known_backbone(name: str) -> str:
+    if name not in BACKBONES:
+        near = nearest_key(name, list(BACKBONES))
+        raise ValueError(f"backbones are {', '.join(BACKBONES)}" + (f"; the nearest is {near}" if near else ""))
+    return name
+
+
 class BackboneConfig(Section):
     """The sequential recommender that MLTFR adds to."""
 
-    name: Literal["sasrec"] = Field("sasrec", description="sasrec: Kang and McAuley 2018 (pre-norm transformer, causal).")
+    name: Annotated[str, AfterValidator(_known_backbone)] = Field(
+        "sasrec", description="; ".join(f"{name}: {entry.paper}" for name, entry in BACKBONES.items()) + "."
+    )
     hidden_dim: Count = Field(64, description="D, size of item embeddings and hidden states.")
     num_layers: Count = Field(2, description="Transformer blocks. MLTFR is added to the output of the first.")
     num_heads: Count = Field(2, description="Attention heads of a block; divides hidden_dim.")
     dropout: Probability = Field(0.2, description="Dropout probability on embeddings, attention output and feed-forward.")
+    mask_ratio: Fraction = Field(
+        0.2, description="bert4rec: share of positions that are masked and predicted; cl4srec: share masked in a masked view."
+    )
+    crop_ratio: Fraction = Field(0.6, description="cl4srec: share of the history that a cropped view keeps.")
+    reorder_ratio: Fraction = Field(0.6, description="cl4srec: share of the history that a reordered view shuffles.")
+    low_frequencies: Count = Field(3, description="bsarec: Fourier components from 0 on that count as low.")
+    inductive_bias: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.7, description="bsarec: alpha, weight of the frequency filter; self-attention has the rest."
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> BackboneConfig:
@@ -206,10 +225,27 @@ class MLTFRConfig(Section):
 class LossConfig(Section):
     """The training loss, over real positions only."""
 
-    name: Literal["cross_entropy", "bce"] = Field(
-        "cross_entropy", description="cross_entropy: softmax over all items; bce: binary, against sampled negatives."
+    name: Literal["cross_entropy", "sampled_softmax", "bce", "gbce"] = Field(
+        "cross_entropy",
+        description="cross_entropy: softmax over all items; sampled_softmax: over the target and sampled items, logQ-corrected; "
+        "bce: binary, against sampled negatives; gbce: bce with a tempered positive (Petrov and Macdonald 2023).",
     )
-    num_negatives: Count = Field(1, description="bce: negatives per position, never an item of the user's history.")
+    num_negatives: Count = Field(
+        1,
+        description="bce, gbce: negatives per position, never an item of the user's history; "
+        "sampled_softmax: items drawn per update, shared by its positions (256 is usual).",
+    )
+    proposal: Literal["uniform", "log_uniform"] = Field(
+        "uniform", description="sampled_softmax: items are drawn evenly, or near Zipf's law by their rank in popularity."
+    )
+    calibration: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.75, description="gbce: t; 0 is bce, 1 gives calibrated probabilities, less overconfident."
+    )
+    contrast_weight: NonNegative = Field(0.1, description="cl4srec: weight of the contrastive term, per sequence.")
+    contrast_temperature: Positive = Field(1.0, description="cl4srec: products of two views are divided by it.")
+    contrast_group: Annotated[int, Field(ge=2)] = Field(
+        16, description="cl4srec: sequences whose views are each other's negatives; divides the micro-batch of a rank."
+    )
 
 
 class OptimizerConfig(Section):

@@ -1,6 +1,6 @@
 """Batches: typed, immutable, and tuples, so that DeepSpeed's hooks see the tensors inside.
 
-Shapes: B sequences, L positions (the longest history of the batch), N negatives.
+Shapes: B sequences, L positions (the longest history of the batch), N negatives of a position, S shared negatives.
 Sequences start at column 0 and are padded behind their end, so that a causal model never sees padding.
 """
 
@@ -16,16 +16,23 @@ PADDING_IDX = 0
 
 
 class SequenceBatch(NamedTuple):
-    """Histories to train on: at every real position the model predicts the next item."""
+    """Histories to train on, with what the model is to predict at which positions."""
 
     item_ids: Tensor
-    """[B, L] int64, oldest first."""
+    """[B, L] int64, oldest first. A mask, where there is one, has the id num_items + 1."""
     target_ids: Tensor
-    """[B, L] int64, the item that follows each position; ``PADDING_IDX`` where nothing is to be predicted."""
+    """[B, L] int64, the item to be predicted at each position (the next one, or the one that is masked there);
+    ``PADDING_IDX`` where nothing is."""
     sample_ids: Tensor
     """[B] int64, place of the sequence in the epoch's global order: keys its random numbers at any world size."""
     negative_ids: Tensor | None = None
     """[B, L, N] int64, sampled items that the user has not interacted with, where the loss needs them."""
+    shared_negative_ids: Tensor | None = None
+    """[S] int64, items drawn for all positions of the *global* batch, where the loss needs them."""
+    shared_log_probability: Tensor | None = None
+    """[S] logarithm of the probability with which each of them is drawn."""
+    view_ids: Tensor | None = None
+    """[B, 2, L] int64, two augmented views of each history, where the loss contrasts them."""
 
     @property
     def num_targets(self) -> int:
@@ -55,5 +62,5 @@ class RankingBatch(NamedTuple):
 
 
 def lengths(item_ids: Tensor) -> Tensor:
-    """[B] number of real items of each row of ``item_ids`` [B, L]."""
+    """[B] number of ids of each row [B, L] that are no padding."""
     return (item_ids != PADDING_IDX).sum(dim=1)

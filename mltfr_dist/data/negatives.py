@@ -1,10 +1,12 @@
-"""Negative sampling: uniform over the items a user has not interacted with, by counter-based random numbers.
+"""Negative sampling by counter-based random numbers: of each position, or shared by a whole global batch.
 
-Each draw is a hash of (seed, epoch, sample, position, draw, attempt), so a sequence gets the same negatives at any
-world size, in any batch and after any resume.
+Each draw is a hash of (seed, epoch, sample, position, draw, attempt), or of (seed, epoch, step, draw), so a sequence gets
+the same negatives at any world size, in any batch and after any resume.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,11 @@ import numpy.typing as npt
 from mltfr_dist.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+Proposal = Literal["uniform", "log_uniform"]
 MAX_ATTEMPTS = 100
+SHARED = 1 << 62
+"""Key that keeps shared draws apart from those of positions."""
 
 
 def hash_u64(*keys: npt.NDArray[np.uint64] | int) -> npt.NDArray[np.uint64]:
@@ -26,6 +32,39 @@ def hash_u64(*keys: npt.NDArray[np.uint64] | int) -> npt.NDArray[np.uint64]:
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))
     return state
+
+
+def unit_interval(words: npt.NDArray[np.uint64]) -> FloatArray:
+    """Uniform words to uniform numbers in [0, 1)."""
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def log_probability(item_ids: IntArray, proposal: Proposal, num_items: int) -> FloatArray:
+    """Logarithm of the probability of each item under ``proposal``.
+
+    uniform: 1 / num_items. log_uniform: log((i + 1) / i) / log(num_items + 1), near Zipf's law, as ids go by popularity
+    in the training split, the most popular first.
+    """
+    if proposal == "uniform":
+        return np.full(item_ids.shape, -np.log(num_items))
+    logarithms: FloatArray = np.log(np.log1p(1.0 / item_ids) / np.log(num_items + 1.0))
+    return logarithms
+
+
+def sample_shared(
+    count: int, proposal: Proposal, *, num_items: int, seed: int, epoch: int, step: int
+) -> tuple[IntArray, FloatArray]:
+    """Draw ``count`` items, with replacement, for all positions of one global batch.
+
+    Returns:
+        Item ids [count], and the logarithm of each one's probability [count].
+    """
+    uniform = unit_interval(hash_u64(seed, epoch, SHARED, step, np.arange(count, dtype=np.uint64)))
+    if proposal == "uniform":
+        ids = (uniform * num_items).astype(np.int64) + 1
+    else:
+        ids = np.exp(uniform * np.log(num_items + 1.0)).astype(np.int64).clip(1, num_items)
+    return ids, log_probability(ids, proposal, num_items)
 
 
 def sample_negatives(

@@ -23,11 +23,12 @@ import torch
 
 from mltfr_dist.config import DataConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
-from mltfr_dist.data.negatives import sample_negatives
+from mltfr_dist.data.collate import Collator, Objective, Step, last_items
 from mltfr_dist.data.shards import Manifest, PackedSequences, ShardInfo, load_manifest, read_shard
 from mltfr_dist.errors import ConfigError
 
 IntArray = npt.NDArray[np.int64]
+NEXT_ITEM = Objective()
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,27 @@ class StepBatches(NamedTuple):
     """``grad_accum_steps`` batches of ``micro_batch_size`` rows."""
     num_targets: int
     """Positions that are scored in the *global* batch, over all ranks and micro-batches."""
+    num_positions: int
+    """Real positions that are read in the global batch."""
+    num_sequences: int
+    """Sequences of the global batch."""
 
 
 class TrainStream:
     """Training batches of one rank."""
 
     def __init__(
-        self, folder: Path, config: DataConfig, part: Part, *, seed: int, num_negatives: int = 0, manifest: Manifest | None = None
+        self,
+        folder: Path,
+        config: DataConfig,
+        part: Part,
+        *,
+        seed: int,
+        objective: Objective = NEXT_ITEM,
+        manifest: Manifest | None = None,
     ) -> None:
-        self.folder, self.config, self.part = folder, config, part
+        self.folder, self.config, self.part, self.seed, self.objective = folder, config, part, seed, objective
         self.manifest = manifest or load_manifest(folder)
-        self.seed, self.num_negatives = seed, num_negatives
         self.split = self.manifest.splits["train"]
         if self.split.num_sequences < part.world_size:
             raise ConfigError(
@@ -81,6 +92,13 @@ class TrainStream:
                 rule="Every rank needs at least one sequence.",
                 remedy="Start fewer ranks (`--num_gpus`), or prepare more data.",
             )
+        if part.micro_batch_size % objective.group_size:
+            raise ConfigError(
+                f"loss.contrast_group is {objective.group_size}, but a micro-batch holds {part.micro_batch_size} sequences.",
+                rule="Sequences that are contrasted must sit in one micro-batch, or the loss would depend on the division.",
+                remedy="Choose loss.contrast_group so that it divides training.micro_batch_size (or global_batch_size / ranks).",
+            )
+        self.collator = Collator(objective, config.max_len, self.manifest.num_items, seed, part.micro_batch_size)
         self._loaded: dict[int, PackedSequences] = {}
 
     @property
@@ -97,7 +115,7 @@ class TrainStream:
         size = self.part.global_batch_size
         for step, (sequences, sample_ids) in enumerate(self._global_batches(epoch, start_step * size), start_step):
             assert step < self.steps_per_epoch
-            yield self._deal(sequences, sample_ids, epoch)
+            yield self._deal(Step(sequences, sample_ids, epoch, step))
 
     # --- order -------------------------------------------------------------------------------------------------
 
@@ -141,38 +159,16 @@ class TrainStream:
 
     # --- batches -----------------------------------------------------------------------------------------------
 
-    def _deal(self, sequences: PackedSequences, sample_ids: IntArray, epoch: int) -> StepBatches:
-        by_length = np.argsort(-np.diff(sequences.offsets), kind="stable")
-        mine = by_length[self.part.rank :: self.part.world_size]
-        micro = self.part.micro_batch_size
-        num_targets = int(np.minimum(np.diff(sequences.offsets) - 1, self.config.max_len).sum())
-        micro_batches = [
-            self._collate(sequences, sample_ids, mine[i * micro : (i + 1) * micro], epoch)
-            for i in range(self.part.grad_accum_steps)
-        ]
-        return StepBatches(micro_batches, num_targets)
-
-    def _collate(self, sequences: PackedSequences, sample_ids: IntArray, chosen: IntArray, epoch: int) -> SequenceBatch:
-        recent = last_items(sequences, chosen, self.config.max_len + 1, self.part.micro_batch_size)  # [B, <= max_len + 1]
-        history, targets = recent[:, :-1].copy(), recent[:, 1:]
-        history[targets == PADDING_IDX] = PADDING_IDX  # the last item is only ever a target
-        ids = np.full(self.part.micro_batch_size, -1, dtype=np.int64)
-        ids[: len(chosen)] = sample_ids[chosen]
-        negatives = None
-        if self.num_negatives:
-            drawn = np.zeros((*history.shape, self.num_negatives), dtype=np.int64)
-            if len(chosen):
-                drawn[: len(chosen)] = sample_negatives(
-                    [sequences[int(i)] for i in chosen],
-                    sample_ids[chosen],
-                    history.shape[1],
-                    self.num_negatives,
-                    num_items=self.manifest.num_items,
-                    seed=self.seed,
-                    epoch=epoch,
-                )
-            negatives = torch.from_numpy(drawn)
-        return SequenceBatch(torch.from_numpy(history), torch.from_numpy(targets.copy()), torch.from_numpy(ids), negatives)
+    def _deal(self, step: Step) -> StepBatches:
+        """Deal out groups of sequences of like length to the ranks in turn."""
+        by_length = np.argsort(-np.diff(step.sequences.offsets), kind="stable")
+        group, micro = self.objective.group_size, self.part.micro_batch_size
+        groups = [by_length[i : i + group] for i in range(0, len(by_length), group)]
+        mine = np.concatenate([by_length[:0], *groups[self.part.rank :: self.part.world_size]])
+        num_targets, num_positions = self.collator.counts(step)
+        shares = [mine[i * micro : (i + 1) * micro] for i in range(self.part.grad_accum_steps)]
+        batches = [self.collator.batch(step, share) for share in shares]
+        return StepBatches(batches, num_targets, num_positions, len(step.sequences))
 
 
 class RankingStream:
@@ -234,19 +230,3 @@ def ranking_batch(sequences: PackedSequences, max_len: int) -> RankingBatch:
         torch.from_numpy(rows[is_history]),
         torch.from_numpy(sequences.items[is_history].astype(np.int64)),
     )
-
-
-def last_items(sequences: PackedSequences, chosen: IntArray, width: int, num_rows: int) -> IntArray:
-    """The last items of the ``chosen`` sequences, oldest first, padded behind.
-
-    Returns:
-        [num_rows, W] item ids with W = min(width, longest chosen), at least 2; rows beyond the chosen are padding.
-    """
-    ends = sequences.offsets[1:][chosen]
-    kept = np.minimum(ends - sequences.offsets[:-1][chosen], width)
-    columns = np.arange(max(2, int(kept.max(initial=0))))
-    present = columns < kept[:, None]
-    places = np.where(present, (ends - kept)[:, None] + columns, 0)
-    result = np.full((num_rows, len(columns)), PADDING_IDX, dtype=np.int64)
-    result[: len(chosen)] = np.where(present, sequences.items[places], PADDING_IDX)
-    return result

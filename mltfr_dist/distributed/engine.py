@@ -16,8 +16,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mltfr_dist.config import OptimizerConfig, RunConfig, nearest_key
-from mltfr_dist.data.batch import SequenceBatch
-from mltfr_dist.data.stream import Part
+from mltfr_dist.data.stream import Part, StepBatches
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
@@ -161,35 +160,41 @@ class Engine:
         )
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         self.balance_weight = config.mltfr.router.balance_weight
+        self.contrast_weight = config.loss.contrast_weight
 
     @property
     def module(self) -> Recommender:
         """The model itself."""
         return self.deepspeed.module  # type: ignore[no-any-return]
 
-    def update(self, micro_batches: list[SequenceBatch], num_targets: int, step: int) -> list[TrainingOutput]:
+    def update(self, batches: StepBatches, step: int) -> list[TrainingOutput]:
         """One optimizer step from this rank's micro-batches.
 
-        The loss is the mean over the *global* batch's real positions, whatever the division over ranks and micro-batches.
+        Each term is the mean over the *global* batch: the loss over its scored positions, the balance over its real
+        ones, the contrast over its sequences, whatever the division over ranks and micro-batches.
 
         Args:
-            micro_batches: This rank's share of the global batch.
-            num_targets: Real positions of the global batch, over all ranks.
+            batches: This rank's share of the global batch, with the global batch's counts.
             step: Steps taken before this one in the stage: sets the learning rate.
         """
         # DeepSpeed averages over ranks and micro-batches; we want sums over the one global denominator.
-        scale = self.part.world_size * self.part.grad_accum_steps / num_targets
+        shares = self.part.world_size * self.part.grad_accum_steps
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optimizer, step, self.total_steps)
         outputs = []
-        for batch in micro_batches:
+        for batch in batches.micro_batches:
             output: TrainingOutput = self.deepspeed(batch.to(self.ranks.device))
-            loss = output.loss_sum
+            loss = output.loss_sum * (shares / batches.num_targets)
             if output.routing is not None:
-                loss = loss + self.balance_weight * output.routing.balance_sum.squeeze()
-            self.deepspeed.backward(loss * scale)
+                balance = output.routing.balance_sum.squeeze() * (shares / batches.num_positions)
+                loss = loss + self.balance_weight * balance
+            if output.contrastive_sum is not None:
+                contrast = output.contrastive_sum * (shares / batches.num_sequences)
+                loss = loss + self.contrast_weight * contrast
+            self.deepspeed.backward(loss)
             self.deepspeed.step()
-            outputs.append(TrainingOutput(output.loss_sum.detach(), output.routing))
+            contrastive_sum = None if output.contrastive_sum is None else output.contrastive_sum.detach()
+            outputs.append(TrainingOutput(output.loss_sum.detach(), output.routing, contrastive_sum))
         return outputs
 
     def grad_norm(self) -> float | None:

@@ -6,7 +6,8 @@ Here each sample's own gradient is formed. For a linear map y = W x it is the su
 output gradients. Only those outputs are differentiated (``torch.autograd.grad``): no parameter gradient is formed, so
 ZeRO's reduction never runs.
 
-A sample is one training sequence; its loss is the mean over its positions.
+A sample is one training sequence; its loss is the mean over its scored positions (the
+recommendation loss alone, without a contrast of views).
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ def _batch_squares(
     """Per core, sums over the batch's samples of squared gradients."""
     valid_mask = batch.item_ids != PADDING_IDX
     counted = (batch.sample_ids >= 0) & (batch.sample_ids < num_samples)  # [B]
-    weights = counted[:, None] / lengths(batch.item_ids).clamp(min=1)[:, None].float()  # [B, 1]
+    weights = counted[:, None] / lengths(batch.target_ids).clamp(min=1)[:, None].float()  # [B, 1]
     for core in cores:
         core.taps = []
-    output = model(batch, weights.expand_as(valid_mask))
+    output = model(batch._replace(view_ids=None), weights.expand_as(valid_mask))  # of the recommendation loss alone
     assert isinstance(output, TrainingOutput)
     taps = [core.taps or [] for core in cores]
     for core in cores:

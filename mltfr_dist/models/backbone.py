@@ -6,10 +6,16 @@ Shapes: B users, L positions, N real positions (no padding), D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from mltfr_dist.backbones import BACKBONES
+from mltfr_dist.config import BackboneConfig
+from mltfr_dist.data.batch import PADDING_IDX
 from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.transformer import init_weights
 
 Injection = Callable[[Tensor, Tensor], Tensor]
 """(input embeddings [B, L, D], valid mask [B, L]) -> what is added to the output of block 0 [B, L, D]."""
@@ -18,12 +24,23 @@ Injection = Callable[[Tensor, Tensor], Tensor]
 class Backbone(nn.Module):
     """A sequential recommender: item ids to one hidden state per position; scores are products with item vectors.
 
-    A subclass sets ``item_embedding`` ([num_items + 1, D], row 0 padding) and ``blocks`` (modules that map real positions
-    [N, D] and their :class:`Packing` to [N, D]), and implements ``embed`` and ``finish``. It knows nothing of MLTFR.
+    A subclass sets ``item_embedding`` ([num_items + 1 or more, D]: row 0 padding, rows above num_items are no items) and
+    ``blocks`` (modules that map real positions [N, D] and their :class:`Packing` to [N, D]), and implements ``embed`` and
+    ``finish``. It knows nothing of MLTFR.
     """
+
+    objective: ClassVar[Literal["next_item", "cloze"]] = "next_item"
+    """next_item: causal, each position predicts what follows; cloze: bidirectional, masked positions predict themselves."""
+
+    contrasts_views: ClassVar[bool] = False
+    """Whether the loss also contrasts augmented views of each history."""
 
     item_embedding: nn.Embedding
     blocks: nn.ModuleList
+
+    def __init__(self, config: BackboneConfig, num_items: int, max_len: int) -> None:
+        """Args: config: sizes; num_items: items are 1..num_items; max_len: longest history."""
+        super().__init__()
 
     def embed(self, item_ids: Tensor, positions: Tensor) -> Tensor:
         """Item ids [N] and their places in the history [N] -> input embeddings [N, D]."""
@@ -32,6 +49,10 @@ class Backbone(nn.Module):
     def finish(self, hidden: Tensor) -> Tensor:
         """Output of the last block [N, D] -> hidden states that are scored against items [N, D]."""
         raise NotImplementedError
+
+    def for_ranking(self, item_ids: Tensor) -> Tensor:
+        """Histories [B, L] -> what is read to rank their next item, at whose last real position it is scored."""
+        return item_ids
 
     def inputs(self, item_ids: Tensor) -> Tensor:
         """Item ids [B, L] -> input embeddings [B, L, D], zero at padding: what an injection reads."""
@@ -48,3 +69,48 @@ class Backbone(nn.Module):
             if index == 0 and injection is not None:
                 hidden = hidden + packing.pack(injection(packing.unpack(inputs), packing.valid_mask))
         return self.finish(hidden), packing
+
+
+class PositionalBackbone(Backbone):
+    """Item + position embeddings, a stack of blocks, a final layer norm. A subclass says what a block is.
+
+    Positions count from the oldest item, as padding stands behind.
+    """
+
+    num_special_items: ClassVar[int] = 0
+    """Rows of ``item_embedding`` above num_items: 1 where there is a mask, whose id is num_items + 1."""
+
+    num_special_positions: ClassVar[int] = 0
+    """Positions beyond max_len that the backbone itself adds to a history."""
+
+    def __init__(self, config: BackboneConfig, num_items: int, max_len: int) -> None:
+        super().__init__(config, num_items, max_len)
+        dim = config.hidden_dim
+        self.num_items = num_items
+        self.item_embedding = nn.Embedding(num_items + 1 + self.num_special_items, dim, padding_idx=PADDING_IDX)
+        self.position_embedding = nn.Embedding(max_len + self.num_special_positions, dim)
+        self.input_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(self.make_block(config, max_len) for _ in range(config.num_layers))
+        self.output_norm = nn.LayerNorm(dim)
+        self.apply(init_weights)
+
+    def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:
+        """One block of the stack, (x [N, D], :class:`Packing`) -> [N, D]."""
+        raise NotImplementedError
+
+    def embed(self, item_ids: Tensor, positions: Tensor) -> Tensor:
+        """Item ids [N] and positions [N] -> item + position embeddings [N, D]."""
+        summed = self.item_embedding(item_ids) + self.position_embedding(positions)
+        return self.dropout(self.input_norm(summed))  # type: ignore[no-any-return]
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Final layer norm, [N, D]."""
+        return self.output_norm(hidden)  # type: ignore[no-any-return]
+
+
+def backbone_class(name: str) -> type[Backbone]:
+    """The class that the registry names."""
+    module, _, class_name = BACKBONES[name].path.partition(":")
+    found: type[Backbone] = getattr(import_module(f"mltfr_dist.models.{module}"), class_name)
+    return found

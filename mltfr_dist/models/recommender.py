@@ -12,22 +12,29 @@ from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig, LossConfig, MLTFRConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
-from mltfr_dist.losses import binary_cross_entropy, full_cross_entropy
-from mltfr_dist.models.backbone import Backbone
+from mltfr_dist.losses import (
+    Negatives,
+    binary_cross_entropy,
+    contrastive,
+    full_cross_entropy,
+    generalised_binary_cross_entropy,
+    sampled_softmax,
+)
+from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.mltfr import MLTFR, Explanation, RoutingStats
 from mltfr_dist.models.packing import Packing
-from mltfr_dist.models.sasrec import SASRec
 from mltfr_dist.numerics import at_least_fp32
-
-BACKBONES: dict[str, type[SASRec]] = {"sasrec": SASRec}
 
 
 class TrainingOutput(NamedTuple):
-    """Sums over the real positions of one micro-batch."""
+    """Sums over one micro-batch."""
 
     loss_sum: Tensor
-    """Scalar."""
+    """Scalar, over the scored positions."""
     routing: RoutingStats | None
+    """Over the real positions."""
+    contrastive_sum: Tensor | None = None
+    """Scalar, over the sequences, where the backbone contrasts views."""
 
 
 class Recommender(nn.Module):
@@ -45,7 +52,8 @@ class Recommender(nn.Module):
     ) -> None:
         super().__init__()
         self.loss_config = loss
-        self.backbone: Backbone = BACKBONES[backbone.name](backbone, num_items, max_len)
+        self.num_items = num_items
+        self.backbone = backbone_class(backbone.name)(backbone, num_items, max_len)
         self.mltfr = MLTFR(mltfr, backbone.hidden_dim, table_rows) if mltfr.enabled else None
 
     def hidden(self, item_ids: Tensor) -> tuple[Tensor, Packing, RoutingStats | None]:
@@ -73,24 +81,54 @@ class Recommender(nn.Module):
             :class:`TrainingOutput`; for a :class:`RankingBatch` scores [B, num_items + 1] (fp32 at least; column = item
             id, padding -inf).
         """
-        hidden, packing, routing = self.hidden(batch.item_ids)
         if isinstance(batch, RankingBatch):
+            hidden, packing, _ = self.hidden(self.backbone.for_ranking(batch.item_ids))
             return self._scores(packing.last(hidden))
+        hidden, packing, routing = self.hidden(batch.item_ids)
         if weights is None:
             weights = torch.ones_like(batch.target_ids, dtype=torch.float32)
-        return TrainingOutput(self._loss(hidden, batch, packing, packing.pack(weights)), routing)
+        loss_sum = self._loss(hidden, batch, packing, packing.pack(weights))
+        return TrainingOutput(loss_sum, routing, self._contrast(batch) if batch.view_ids is not None else None)
 
     def _loss(self, hidden: Tensor, batch: SequenceBatch, packing: Packing, weights: Tensor) -> Tensor:
-        targets = packing.pack(batch.target_ids)  # every real position of a training batch has one
+        """Weighted loss over the scored positions: those of the real positions [N] that have a target."""
+        targets = packing.pack(batch.target_ids)
+        scored = (targets != PADDING_IDX).nonzero()[:, 0]
+        hidden, targets, weights = (t.index_select(0, scored) for t in (hidden, targets, weights))
+        item_vectors = self.backbone.item_embedding.weight[1 : self.num_items + 1]  # [I, D], no padding, no mask
         if self.loss_config.name == "cross_entropy":
-            item_vectors = self.backbone.item_embedding.weight[1:]  # without padding
             return full_cross_entropy(hidden, item_vectors, targets, weights)
-        assert batch.negative_ids is not None
         embedding = self.backbone.item_embedding
-        return binary_cross_entropy(hidden, embedding(targets), embedding(packing.pack(batch.negative_ids)), weights)
+        if self.loss_config.name == "sampled_softmax":
+            assert batch.shared_negative_ids is not None
+            assert batch.shared_log_probability is not None
+            ids = batch.shared_negative_ids
+            negatives = Negatives(ids, embedding(ids), batch.shared_log_probability)
+            return sampled_softmax(hidden, targets, embedding(targets), negatives, weights)
+        assert batch.negative_ids is not None
+        negative_vectors = embedding(packing.pack(batch.negative_ids).index_select(0, scored))
+        if self.loss_config.name == "bce":
+            return binary_cross_entropy(hidden, embedding(targets), negative_vectors, weights)
+        calibration = self.loss_config.calibration
+        return generalised_binary_cross_entropy(
+            hidden, embedding(targets), negative_vectors, weights, num_items=self.num_items, calibration=calibration
+        )
+
+    def _contrast(self, batch: SequenceBatch) -> Tensor:
+        """The contrastive term over the two views of each history, each read at its last position."""
+        assert batch.view_ids is not None
+        hidden, packing, _ = self.hidden(batch.view_ids.flatten(0, 1))  # one pass: [2 B, L]
+        first, second = packing.last(hidden).view(len(batch.view_ids), 2, -1).unbind(1)
+        return contrastive(
+            first,
+            second,
+            batch.sample_ids >= 0,
+            group_size=self.loss_config.contrast_group,
+            temperature=self.loss_config.contrast_temperature,
+        )
 
     def _scores(self, final: Tensor) -> Tensor:
-        scores = at_least_fp32(final @ self.backbone.item_embedding.weight.T)  # [B, I + 1]
+        scores = at_least_fp32(final @ self.backbone.item_embedding.weight[: self.num_items + 1].T)  # [B, I + 1]
         scores[:, PADDING_IDX] = -torch.inf
         return scores
 
@@ -98,4 +136,5 @@ class Recommender(nn.Module):
     def explain(self, item_ids: Tensor) -> list[Explanation]:
         """Kept tokens and gate weights at the last position of each history [B, L]."""
         assert self.mltfr is not None
-        return self.mltfr.explain(self.backbone.inputs(item_ids), item_ids != PADDING_IDX)
+        read = self.backbone.for_ranking(item_ids)
+        return self.mltfr.explain(self.backbone.inputs(read), read != PADDING_IDX)

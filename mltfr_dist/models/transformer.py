@@ -12,31 +12,36 @@ from mltfr_dist.models.packing import Packing
 
 
 class SelfAttention(nn.Module):
-    """Multi-head causal self-attention (Vaswani et al. 2017)."""
+    """Multi-head self-attention (Vaswani et al. 2017), causal or over the whole history."""
 
-    def __init__(self, hidden_dim: int, num_heads: int) -> None:
+    def __init__(self, hidden_dim: int, num_heads: int, *, causal: bool = True) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.causal = num_heads, causal
         self.qkv = nn.Linear(hidden_dim, 3 * hidden_dim)
         self.out = nn.Linear(hidden_dim, hidden_dim)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """[N, D] -> [N, D]; position t of a history sees its positions <= t, and so never the padding behind."""
+        """[N, D] -> [N, D]; causal: position t of a history sees its positions <= t, and so never the padding behind."""
         dim = x.shape[-1]
         qkv = packing.unpack(self.qkv(x).view(len(x), 3, self.num_heads, dim // self.num_heads))  # [B, L, 3, H, D/H]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, D/H]
         # No dropout on attention weights: it would forbid the fused kernels; the output is dropped out instead.
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mask = None
+        if not self.causal:
+            valid = packing.valid_mask[:, None]  # [B, 1, L]
+            # Padding is no key. What padding itself would read is thrown away: it sees all, so that no row is empty.
+            mask = valid[:, :, None] | ~valid[..., None]  # [B, 1, L, L]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=self.causal)
         return self.out(packing.pack(mixed.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
 class TransformerBlock(nn.Module):
     """Pre-norm block: attention and a position-wise feed-forward of inner size 4 D, each with a residual."""
 
-    def __init__(self, hidden_dim: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, hidden_dim: int, dropout: float, attention: nn.Module) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(hidden_dim)
-        self.attention = SelfAttention(hidden_dim, num_heads)
+        self.attention = attention
         self.feed_forward_norm = nn.LayerNorm(hidden_dim)
         self.feed_forward = nn.Sequential(
             nn.Linear(hidden_dim, 4 * hidden_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * hidden_dim, hidden_dim)

@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.data.augment import ViewRatios
+from mltfr_dist.data.collate import Objective
 from mltfr_dist.data.shards import Manifest, load_manifest
 from mltfr_dist.data.stream import Part, RankingStream, TrainStream
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import file_sha256
+from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.tables.store import TokenTable, load_table
 from mltfr_dist.training.tracking import seed_all
@@ -137,5 +140,17 @@ def ranking_stream(config: RunConfig, split: str, ranks: Ranks) -> RankingStream
 
 def train_stream(config: RunConfig, part: Part) -> TrainStream:
     """This rank's share of the training sequences."""
-    num_negatives = config.loss.num_negatives if config.loss.name == "bce" else 0
-    return TrainStream(config.data.path, config.data, part, seed=config.training.seed, num_negatives=num_negatives)
+    return TrainStream(config.data.path, config.data, part, seed=config.training.seed, objective=objective(config))
+
+
+def objective(config: RunConfig) -> Objective:
+    """What batches must hold for the backbone and the loss."""
+    backbone, loss, kind = config.backbone, config.loss, backbone_class(config.backbone.name)
+    return Objective(
+        num_negatives=loss.num_negatives if loss.name in ("bce", "gbce") else 0,
+        num_shared_negatives=loss.num_negatives if loss.name == "sampled_softmax" else 0,
+        proposal=loss.proposal,
+        cloze_ratio=backbone.mask_ratio if kind.objective == "cloze" else None,
+        views=ViewRatios(backbone.crop_ratio, backbone.mask_ratio, backbone.reorder_ratio) if kind.contrasts_views else None,
+        group_size=loss.contrast_group if kind.contrasts_views else 1,
+    )

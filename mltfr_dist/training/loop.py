@@ -37,6 +37,7 @@ class StepTotals:
     """[M]."""
     entropy: float = 0.0
     balance: float = 0.0
+    contrast: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
     if mltfr is not None and mltfr.uses_shortlist and step % config.mltfr.filter.shortlist_refresh_steps == 0:
         refresh_shortlist(stage, batches.micro_batches, step)
     seed_all(config.training.seed, STAGES.index(stage.name), step, ranks.rank)
-    outputs = engine.update(batches.micro_batches, batches.num_targets, step)
-    totals = reduce_outputs(ranks, outputs, batches.num_targets)
+    outputs = engine.update(batches, step)
+    totals = reduce_outputs(ranks, outputs, batches)
     if not math.isfinite(totals.loss):
         raise MltfrError(
             f"The loss of step {step} of stage `{stage.name}` is {totals.loss}.",
@@ -122,20 +123,23 @@ def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
     return totals
 
 
-def reduce_outputs(ranks: Ranks, outputs: list[TrainingOutput], num_targets: int) -> StepTotals:
+def reduce_outputs(ranks: Ranks, outputs: list[TrainingOutput], batches: StepBatches) -> StepTotals:
     """Sum a step's outputs over micro-batches and ranks, in one collective."""
     vectors = []
     for output in outputs:
-        routing = output.routing
-        parts = [output.loss_sum.view(1)]
+        routing, contrast = output.routing, output.contrastive_sum
+        parts = [output.loss_sum.view(1), output.loss_sum.new_zeros(1) if contrast is None else contrast.view(1)]
         if routing is not None:
             parts += [routing.entropy_sum, routing.balance_sum.detach(), routing.gate_sum, routing.top_sum]
         vectors.append(torch.cat([p.double() for p in parts]))
-    means = (ranks.sum(torch.stack(vectors).sum(0)) / num_targets).cpu()
-    if len(means) == 1:
-        return StepTotals(float(means[0]))
-    gate, top = means[3:].float().chunk(2)
-    return StepTotals(float(means[0]), gate, top, float(means[1]), float(means[2]))
+    means = ranks.sum(torch.stack(vectors).sum(0)).cpu()
+    loss, contrast_mean = float(means[0]) / batches.num_targets, float(means[1]) / batches.num_sequences
+    contrasted = None if outputs[0].contrastive_sum is None else contrast_mean
+    routed = means[2:] / batches.num_positions
+    if not len(routed):
+        return StepTotals(loss, contrast=contrasted)
+    gate, top = routed[2:].float().chunk(2)
+    return StepTotals(loss, gate, top, float(routed[0]), float(routed[1]), contrasted)
 
 
 @torch.no_grad()
@@ -170,6 +174,8 @@ def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: 
         "learning_rate": float(stage.engine.optimizer.param_groups[0]["lr"]),
         "positions": float(num_targets),
     }
+    if totals.contrast is not None:
+        values["contrast_loss"] = totals.contrast
     norm = stage.engine.grad_norm()
     if norm is not None:
         values["grad_norm"] = norm

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support import run_ranks, tiny_config
 
+from mltfr_dist.backbones import BACKBONES
+
 WORKER = Path(__file__).parent / "worker.py"
 
 
@@ -42,6 +44,20 @@ def test_losses_are_the_same_at_any_stage_and_world_size(folder: Path) -> None:
     for name in ("bce", "bare"):
         assert relative_difference(one[name], two[name]) < 1e-5, name
         assert relative_difference(reference, one[name]) > 1e-4, f"{name} is no variant of its own"
+
+
+def test_every_backbone_and_loss_is_the_same_at_any_division(folder: Path) -> None:
+    """Masks, views and shared negatives are drawn alike whatever the ranks and micro-batches."""
+    one, two = findings("backbones", folder, 1), findings("backbones", folder, 2)
+    assert len(one) == 12
+    for name in BACKBONES:
+        if name == "sasrec":
+            continue  # the test above
+        reference = one[f"{name} whole"]
+        assert reference[-1] < reference[0], f"{name} has learned nothing, so equality would say little"
+        for found in (one, two):
+            for kind in ("whole", "accumulated"):
+                assert relative_difference(reference, found[f"{name} {kind}"]) < 1e-5, f"{name} {kind}"
 
 
 def test_checkpoints_continue_exactly_and_at_other_world_sizes(folder: Path) -> None:

@@ -51,11 +51,11 @@ def steps(engine: Engine, config: RunConfig, ranks: Ranks, start: int, end: int)
     losses = []
     for step in range(start, end):
         batches = next(stream.epoch(step // per_epoch, step % per_epoch))
-        outputs = engine.update(batches.micro_batches, batches.num_targets, step)
-        totals = reduce_outputs(ranks, outputs, batches.num_targets)
+        outputs = engine.update(batches, step)
+        totals = reduce_outputs(ranks, outputs, batches)
         if totals.gate_weights is not None:
             engine.module.mltfr.router.update_load(totals.gate_weights)
-        losses.append(totals.loss)
+        losses.append(totals.loss + (totals.contrast or 0.0))
     return losses
 
 
@@ -84,6 +84,29 @@ def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         engine = make_engine(config, ranks, micro)
         found[name] = steps(engine, config, ranks, 0, STEPS)
         engine.destroy()
+    return found
+
+
+VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
+    "esasrec": (1, {"loss__name": "sampled_softmax", "loss__num_negatives": 8, "loss__proposal": "log_uniform"}),
+    "linrec": (2, {}),
+    "fmlp": (3, {"loss__name": "gbce", "loss__num_negatives": 3}),
+    "bsarec": (0, {}),
+    "bert4rec": (3, {"backbone__mask_ratio": 0.4}),
+    "cl4srec": (3, {"loss__contrast_group": 4, "loss__contrast_weight": 1.0}),
+}
+"""ZeRO stage and settings of each backbone but SASRec."""
+
+
+def backbones(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Losses of each backbone with MLTFR, in whole batches (at ZeRO 1) and in micro-batches (at the variant's stage)."""
+    found = {}
+    for name, (stage, changes) in VARIANTS.items():
+        for kind, micro, zero in (("whole", None, 1), ("accumulated", 4, stage)):
+            config = no_dropout(folder, zero, backbone__name=name, **changes)
+            engine = make_engine(config, ranks, micro)
+            found[f"{name} {kind}"] = steps(engine, config, ranks, 0, HALF)
+            engine.destroy()
     return found
 
 
@@ -150,7 +173,9 @@ def flat(states: list[dict[str, torch.Tensor]]) -> list[float]:
 if __name__ == "__main__":
     task, folder, output = sys.argv[1:]
     all_ranks = start_ranks(1)
-    result = {"losses": losses, "saved": saved, "elsewhere": elsewhere, "fisher": fisher}[task](Path(folder), all_ranks)
+    result = {"losses": losses, "saved": saved, "elsewhere": elsewhere, "fisher": fisher, "backbones": backbones}[task](
+        Path(folder), all_ranks
+    )
     if all_ranks.is_main:
         Path(output).write_text(json.dumps(result))
     stop_ranks()

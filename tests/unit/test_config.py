@@ -70,7 +70,14 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
         ("mltfr.filter.filter_ratio=1.5", "mltfr.filter.filter_ratio", "1.5", "less than or equal to 1"),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "nan", "finite"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1", "1.0", "less than 1"),
-        ("loss.name=hinge", "loss.name", "'hinge'", "'cross_entropy' or 'bce'"),
+        ("loss.name=hinge", "loss.name", "'hinge'", "'cross_entropy', 'sampled_softmax', 'bce' or 'gbce'"),
+        ("backbone.name=gru4rec", "backbone.name", "'gru4rec'", "backbones are sasrec, esasrec"),
+        ("backbone.low_frequencies=0", "backbone.low_frequencies", "0", "greater than or equal to 1"),
+        ("backbone.inductive_bias=2", "backbone.inductive_bias", "2", "less than or equal to 1"),
+        ("backbone.mask_ratio=0", "backbone.mask_ratio", "0", "greater than 0"),
+        ("loss.calibration=1.1", "loss.calibration", "1.1", "less than or equal to 1"),
+        ("loss.contrast_group=1", "loss.contrast_group", "1", "greater than or equal to 2"),
+        ("loss.proposal=zipf", "loss.proposal", "'zipf'", "'uniform' or 'log_uniform'"),
         ("mltfr.enabled=perhaps", "mltfr.enabled", "'perhaps'", "valid boolean"),
         ("training=5", "training", "5", "TrainingConfig"),
         ("evaluation.cutoffs=[10, 0]", "evaluation.cutoffs.1", "0", "greater than or equal to 1"),
@@ -282,7 +289,7 @@ def test_help_shows_every_field_with_its_description() -> None:
         assert all(field.description in text for field in model.model_fields.values())
     assert "optimizer.learning_rate (float, > 0; default: 0.001)" in text
     assert "data.path (path; default: required)" in text
-    assert 'loss.name (cross_entropy | bce; default: "cross_entropy")' in text
+    assert 'loss.name (cross_entropy | sampled_softmax | bce | gbce; default: "cross_entropy")' in text
     assert "mltfr.filter.top_k (int or null, >= 2; default: 16)" in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from support import tiny_config
 
@@ -40,6 +41,22 @@ def test_equals_a_loop_over_samples(tmp_path: Path) -> None:
         for name, value in expected.items():
             scale = max(float(value.max()), 1e-12)
             assert (found[m][name] - value).abs().max() < 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("name", ["bert4rec", "cl4srec"])
+def test_a_sample_counts_by_its_scored_positions_and_by_the_recommendation_loss(tmp_path: Path, name: str) -> None:
+    config = tiny_config(tmp_path, backbone__name=name, loss__contrast_group=4)
+    model = build_model(config, load_inputs(config), with_consensus=False)
+    batch = next(train_stream(config, Part(0, 1, 16, 16)).epoch(0)).micro_batches[0]
+    found = fisher_diagonals(model, [batch], ONE, 16)[0]["value.weight"]
+    model.eval()
+    weight = model.mltfr.cores[0].value.weight
+    expected = torch.zeros_like(weight)
+    for row in range(16):
+        single = SequenceBatch(*(t[row : row + 1] for t in batch[:3]))
+        loss = model(single).loss_sum / (single.target_ids != PADDING_IDX).sum()
+        expected += torch.autograd.grad(loss, weight)[0].square() / 16
+    assert (found - expected).abs().max() < 1e-4 * expected.max()
 
 
 def test_is_not_the_square_of_the_mean_gradient(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
     "errors": 0,
+    "backbones": 0,
     "files": 0,
     "numerics": 0,
     "config": 1,
@@ -82,7 +83,7 @@ def test_imports_run_one_way(path: Path) -> None:
 def test_models_know_of_data_only_the_batch(path: Path) -> None:
     for imported in own(path):
         target = imported.partition(".")[0]
-        assert target in ("config", "models", "losses", "data", "numerics"), f"{name(path)} imports {imported}"
+        assert target in ("backbones", "config", "models", "losses", "data", "numerics"), f"{name(path)} imports {imported}"
         assert target != "data" or imported.startswith("data.batch."), f"{name(path)} imports {imported}"
 
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mltfr_dist.config import DataConfig, PrepareConfig
+from mltfr_dist.data.augment import ViewRatios
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
+from mltfr_dist.data.collate import Objective
 from mltfr_dist.data.prepare import prepare
 from mltfr_dist.data.shards import PackedSequences, load_manifest, read_shard
 from mltfr_dist.data.stream import Part, RankingStream, StepBatches, TrainStream
@@ -58,10 +60,13 @@ def stream(
     max_len: int = WHOLE,
     num_negatives: int = 0,
     window: int = WINDOW,
+    objective: Objective | None = None,
 ) -> TrainStream:
     part = Part(rank, world, size, micro or size // world)
     config = DataConfig(path=folder, max_len=max_len, shuffle_shards=window)
-    return TrainStream(folder, config, part, seed=seed, num_negatives=num_negatives)
+    return TrainStream(
+        folder, config, part, seed=seed, objective=Objective(num_negatives=num_negatives) if objective is None else objective
+    )
 
 
 def rows(batch: SequenceBatch) -> list[Row]:
@@ -301,3 +306,91 @@ def test_ranking_cuts_the_history_but_not_what_was_seen(folder: Path, max_len: i
     users = [user for batch in batches for user in ranked(batch)]
     assert users == [(s[:-1][-max_len:], s[-1], s[:-1]) for s in stored(folder, "test")]
     assert batches.num_users == len(users) == NUM_USERS
+
+
+# --- what the objective asks for ---------------------------------------------------------------------------------
+
+RATIOS = ViewRatios(0.5, 0.5, 0.5)
+
+
+def by_sample(steps: list[StepBatches]) -> dict[int, dict[str, list[int]]]:
+    """What each sequence is given, without padding."""
+    found = {}
+    for batch in (b for step in steps for b in step.micro_batches):
+        for i, sample in enumerate(batch.sample_ids.tolist()):
+            if sample < 0:
+                continue
+            n = int((batch.item_ids[i] != 0).sum())
+            row = {"items": batch.item_ids[i, :n].tolist(), "targets": batch.target_ids[i, :n].tolist()}
+            if batch.view_ids is not None:
+                row |= {f"view {v}": batch.view_ids[i, v, :n].tolist() for v in range(2)}
+            found[sample] = row
+    return found
+
+
+@pytest.mark.parametrize("max_len", [3, WHOLE])
+def test_cloze_hides_what_it_asks_for_and_counts_it(folder: Path, max_len: int) -> None:
+    mask = load_manifest(folder).num_items + 1
+    steps = list(stream(folder, max_len=max_len, objective=Objective(cloze_ratio=0.3)).epoch(0))
+    originals = []
+    for step in steps:
+        for batch in step.micro_batches:
+            masked = batch.target_ids != PADDING_IDX
+            assert torch.equal(batch.item_ids == mask, masked)  # the target itself is nowhere to be seen
+            assert masked.any(1)[batch.sample_ids >= 0].all()
+            for items, targets in zip(batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True):
+                originals.append(tuple(t or i for i, t in zip(items, targets, strict=True) if i))
+        assert step.num_targets == sum(batch.num_targets for batch in step.micro_batches)
+        assert step.num_positions == sum(int((batch.item_ids != 0).sum()) for batch in step.micro_batches)
+    cut = sorted(s[-max_len - 1 :] for s in stored(folder, "train"))  # the last item too, and a place more for it
+    assert sorted(o for o in originals if o) == cut
+    positions, targets = (sum(getattr(step, name) for step in steps) for name in ("num_positions", "num_targets"))
+    assert 0.2 < targets / positions < 0.5
+    assert by_sample(list(stream(folder, objective=Objective(cloze_ratio=0.3)).epoch(1))) != by_sample(steps)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 4), (2, 4), (2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(cloze_ratio=0.3, num_shared_negatives=5, proposal="log_uniform"),
+        Objective(views=RATIOS, group_size=2, num_shared_negatives=5),
+    ],
+    ids=["cloze", "views"],
+)
+def test_masks_views_and_shared_negatives_do_not_depend_on_the_division(
+    folder: Path, world: int, micro: int, objective: Objective
+) -> None:
+    whole = list(stream(folder, objective=objective).epoch(1))
+    ranks = [list(stream(folder, 8, rank, world, micro, objective=objective).epoch(1)) for rank in range(world)]
+    for number, step in enumerate(whole):
+        parts = [steps[number] for steps in ranks]
+        assert by_sample(parts) == by_sample([step])
+        assert {p[1:] for p in parts} == {step[1:]}  # all three counts
+        for batch in (b for part in parts for b in part.micro_batches):
+            assert torch.equal(batch.shared_negative_ids, step.micro_batches[0].shared_negative_ids)
+            assert torch.equal(batch.shared_log_probability, step.micro_batches[0].shared_log_probability)
+    assert not torch.equal(whole[0].micro_batches[0].shared_negative_ids, whole[1].micro_batches[0].shared_negative_ids)
+    resumed = list(stream(folder, objective=objective).epoch(1, 2))
+    assert same(resumed, whole[2:])
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 8), (2, 4), (1, 4)])
+def test_groups_stay_together(folder: Path, world: int, micro: int) -> None:
+    def groups(world: int, micro: int) -> list[set[tuple[int, ...]]]:
+        objective = Objective(views=RATIOS, group_size=4)
+        found: list[set[tuple[int, ...]]] = []
+        for steps in zip(*(stream(folder, 8, r, world, micro, objective=objective).epoch(0) for r in range(world)), strict=True):
+            ids = [i for s in steps for b in s.micro_batches for i in b.sample_ids.view(-1, 4).tolist()]
+            found.append({tuple(i for i in group if i >= 0) for group in ids} - {()})
+        return found
+
+    assert groups(world, micro) == groups(1, 8)
+    assert {len(group) for step in groups(1, 8) for group in step} == {3, 4}  # 43 sequences
+
+
+def test_a_group_that_does_not_fit_a_micro_batch_is_an_error(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="contrast_group is 3, but a micro-batch holds 4") as caught:
+        stream(folder, 8, 0, 2, 4, objective=Objective(views=RATIOS, group_size=3))
+    assert "one micro-batch" in caught.value.rule
+    assert "loss.contrast_group" in caught.value.remedy

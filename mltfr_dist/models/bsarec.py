@@ -1,0 +1,78 @@
+"""BSARec (Shin et al. 2024, arXiv 2312.10325): a frequency filter beside self-attention, here *causal*.
+
+A layer gives alpha * A(x) + (1 - alpha) * attention(x). A splits x into its c lowest Fourier components and the rest, and
+rescales the rest: norm(x + low(x) + beta^2 (x - low(x))), beta learned per channel. Published, the transform runs over
+the whole sequence, so each position reads the future (docs/method.md). Departure: low(x)_t is the published low-pass of
+the prefix x_0..x_t, read at its last position: what the published filter gives where a history ends, for each of its
+prefixes at once. It is a fixed lower-triangular matrix. (Prefixes of fewer than 2 c - 1 items are all low.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mltfr_dist.config import BackboneConfig
+from mltfr_dist.models.backbone import PositionalBackbone
+from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.transformer import SelfAttention
+
+
+def low_pass_matrix(max_len: int, num_frequencies: int) -> Tensor:
+    """[L, L] whose row t gives the last value of the low-passed prefix 0..t: its ``num_frequencies`` lowest components."""
+    matrix = torch.zeros(max_len, max_len, dtype=torch.float64)
+    for t in range(max_len):
+        spectrum = torch.fft.rfft(torch.eye(t + 1, dtype=torch.float64), dim=0)
+        spectrum[num_frequencies:] = 0
+        matrix[t, : t + 1] = torch.fft.irfft(spectrum, n=t + 1, dim=0)[-1]
+    return matrix.float()
+
+
+class FrequencyFilter(nn.Module):
+    """Causal split into low and high frequencies, the high ones rescaled."""
+
+    low_pass: Tensor
+    """[max_len, max_len]."""
+
+    def __init__(self, hidden_dim: int, max_len: int, num_frequencies: int) -> None:
+        super().__init__()
+        self.register_buffer("low_pass", low_pass_matrix(max_len, num_frequencies), persistent=False)
+        self.beta = nn.Parameter(torch.randn(hidden_dim))
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """[N, D] -> [N, D]."""
+        padded = packing.unpack(x)  # [B, L, D]
+        length = padded.shape[1]
+        low = packing.pack(self.low_pass[:length, :length].to(x.dtype) @ padded)
+        return low + self.beta.square() * (x - low)
+
+
+class BSARecBlock(nn.Module):
+    """Frequency filter and causal self-attention side by side, then a feed-forward; post-norm, as published."""
+
+    def __init__(self, config: BackboneConfig, max_len: int) -> None:
+        super().__init__()
+        dim = config.hidden_dim
+        self.inductive_bias = config.inductive_bias
+        self.filter = FrequencyFilter(dim, max_len, config.low_frequencies)
+        self.filter_norm = nn.LayerNorm(dim)
+        self.attention = SelfAttention(dim, config.num_heads)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.feed_forward_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """[N, D] -> [N, D]."""
+        filtered = self.filter_norm(x + self.dropout(self.filter(x, packing)))
+        attended = self.attention_norm(x + self.dropout(self.attention(x, packing)))
+        x = self.inductive_bias * filtered + (1 - self.inductive_bias) * attended
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))  # type: ignore[no-any-return]
+
+
+class BSARec(PositionalBackbone):
+    """Beyond self-attention, causal."""
+
+    def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:
+        """Filter beside attention."""
+        return BSARecBlock(config, max_len)
