@@ -20,6 +20,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+TableContent = Literal["real", "random", "shuffled"]
 
 
 class Section(BaseModel):
@@ -191,6 +192,11 @@ class MLTFRConfig(Section):
 
     enabled: bool = Field(True, description="False trains the bare backbone.")
     tables: tuple[Path, ...] = Field((), description="Token tables written by `mltfr tables`, one expert each.")
+    table_content: TableContent = Field(
+        "real",
+        description="real: the tables' rows. Controls of equal shape, made at load from training.seed: random: normal rows with "
+        "the mean and covariance of the real ones; shuffled: each column permuted over the rows by itself.",
+    )
     filter: FilterConfig = Field(FilterConfig(), description="The user-guided token filter.")
     expert: ExpertConfig = Field(ExpertConfig(), description="The experts.")
     router: RouterConfig = Field(RouterConfig(), description="The gate.")

@@ -60,7 +60,7 @@ def explain(model: Recommender, tables: Sequence[TokenTable], item_ids: torch.Te
                     table.name,
                     float(explanation.gate_weights[m]),
                     [
-                        (table.vocabulary[int(row)], float(weight))
+                        (table.token(int(row)), float(weight))
                         for row, weight in zip(explanation.kept_ids[m], explanation.kept_weights[m], strict=True)
                     ],
                 )

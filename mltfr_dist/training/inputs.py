@@ -16,6 +16,7 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.tables.content import with_content
 from mltfr_dist.tables.store import TokenTable, load_table
 from mltfr_dist.training.tracking import seed_all
 
@@ -47,7 +48,8 @@ def load_inputs(config: RunConfig) -> Inputs:
         ConfigError: Tables and filter that do not go together.
     """
     manifest = load_manifest(config.data.path)
-    tables = tuple(load_table(path) for path in config.mltfr.tables) if config.mltfr.enabled else ()
+    stored = tuple(load_table(path) for path in config.mltfr.tables) if config.mltfr.enabled else ()
+    tables = tuple(with_content(table, config.mltfr.table_content, config.training.seed) for table in stored)
     names = [table.name for table in tables]
     for table in tables:
         if names.count(table.name) > 1:
@@ -64,7 +66,7 @@ def load_inputs(config: RunConfig) -> Inputs:
                 rule="It cannot keep more than it searches.",
                 remedy="Lower mltfr.filter.top_k or filter_ratio, or raise mltfr.filter.shortlist_size.",
             )
-    hashes = {"data": file_sha256(config.data.path / "manifest.json")} | {table.name: table.info.table_sha256 for table in tables}
+    hashes = {"data": file_sha256(config.data.path / "manifest.json")} | {table.name: table.sha256 for table in tables}
     return Inputs(manifest, tables, hashes)
 
 
