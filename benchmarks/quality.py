@@ -87,6 +87,16 @@ def shuffled_tables(base: RunConfig) -> RunConfig:
     return changed(base, "mltfr", table_content="shuffled")
 
 
+def random_tokens(base: RunConfig) -> RunConfig:
+    """As many tokens of the real tables, drawn for each history by a hash of it."""
+    return changed(base, "mltfr.filter", strategy="random_tokens")
+
+
+def learned_prototypes(base: RunConfig) -> RunConfig:
+    """Rows that a perceptron makes of each table, the same for every user."""
+    return changed(base, "mltfr.filter", strategy="learned_prototypes")
+
+
 def one_table(base: RunConfig) -> RunConfig:
     """The first table alone."""
     return changed(base, "mltfr", tables=[str(base.mltfr.tables[0])])
@@ -110,6 +120,8 @@ VARIANTS: dict[str, Variant] = {
         repaired,
         random_tables,
         shuffled_tables,
+        random_tokens,
+        learned_prototypes,
         one_table,
         consensus_off,
         consensus_zero,

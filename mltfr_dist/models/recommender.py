@@ -56,7 +56,7 @@ class Recommender(nn.Module):
         mltfr = self.mltfr
 
         def injection(x: Tensor, valid_mask: Tensor) -> Tensor:
-            added, routing = mltfr(x, valid_mask)
+            added, routing = mltfr(x, valid_mask, item_ids)
             stats.append(routing)
             return added  # type: ignore[no-any-return]
 
@@ -98,4 +98,4 @@ class Recommender(nn.Module):
     def explain(self, item_ids: Tensor) -> list[Explanation]:
         """Kept tokens and gate weights at the last position of each history [B, L]."""
         assert self.mltfr is not None
-        return self.mltfr.explain(self.backbone.inputs(item_ids), item_ids != PADDING_IDX)
+        return self.mltfr.explain(self.backbone.inputs(item_ids), item_ids != PADDING_IDX, item_ids)

@@ -66,6 +66,7 @@ class TokenTable:
         info: sizes, hashes, provenance.
         folder: where it is stored.
         sha256: what a run records: the file's, or for a control table its recipe's.
+        row_ids: numbers of the stored rows that these are; None: all of them, in order.
         content: whether the rows are the stored ones or a control made from them (tables/content.py).
     """
 
@@ -75,6 +76,7 @@ class TokenTable:
     folder: Path
     sha256: str
     content: TableContent = "real"
+    row_ids: tuple[int, ...] | None = None
 
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
@@ -83,6 +85,7 @@ class TokenTable:
 
     def token(self, row: int) -> str:
         """What to call a row: its token, or its number where the row is not that token's."""
+        row = row if self.row_ids is None else self.row_ids[row]
         return self.vocabulary[row] if self.content == "real" else f"row {row}"
 
 

@@ -71,6 +71,8 @@ def test_what_is_no_matrix(tmp_path: Path, content: str | None) -> None:
         ("repaired", set()),
         ("random_tables", {"mltfr.table_content"}),
         ("shuffled_tables", {"mltfr.table_content"}),
+        ("random_tokens", {"mltfr.filter.strategy"}),
+        ("learned_prototypes", {"mltfr.filter.strategy"}),
         ("one_table", {"mltfr.tables"}),
         ("consensus_off", {"mltfr.consensus.enabled", "training.epochs"}),
         ("consensus_zero", {"mltfr.consensus.weight"}),
