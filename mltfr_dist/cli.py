@@ -207,10 +207,14 @@ def command_recommend(options: argparse.Namespace) -> None:
 
 
 def command_report(options: argparse.Namespace) -> None:
-    """report.md of a finished run."""
+    """report.md of a finished run; for a matrix of runs (.parquet) means, intervals and paired differences."""
+    from mltfr_dist.training.matrix import summary
     from mltfr_dist.training.run_folder import REPORT, load_config
 
     folder = Path(options.run)
+    if folder.suffix == ".parquet":
+        print(summary(folder))
+        return
     load_config(folder)
     if not (folder / REPORT).exists():
         raise ConfigError(f"The run {folder} is not finished.", remedy=f"Go on: `python train.py --config {folder}/config.yaml`.")
@@ -257,8 +261,8 @@ def build_parser() -> argparse.ArgumentParser:
     recommend.add_argument("--explain", action="store_true", help="also the kept tokens per table and the gate weights")
     recommend.add_argument("--keep-seen", action="store_true", help="let items of the history be recommended again")
 
-    report = commands.add_parser("report", help="show a finished run's report", description=command_report.__doc__)
-    report.add_argument("run", help="run folder, such as runs/demo")
+    report = commands.add_parser("report", help="show a run's report, or a matrix's", description=command_report.__doc__)
+    report.add_argument("run", help="run folder, such as runs/demo, or a Parquet file that benchmarks/quality.py wrote")
     return parser
 
 

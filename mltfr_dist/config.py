@@ -21,6 +21,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+TableContent = Literal["real", "random", "shuffled"]
 
 
 class Section(BaseModel):
@@ -140,8 +141,22 @@ class BackboneConfig(Section):
 
 
 class FilterConfig(Section):
-    """The user-guided token filter: which rows of a token table a user's history selects."""
+    """Which rows of a token table an expert reads."""
 
+    strategy: Literal["user_guided", "random_tokens", "direct", "learned_prototypes", "seed_words"] = Field(
+        "user_guided",
+        description="user_guided: the rows nearest to the user's history; random_tokens (a control): as many rows drawn "
+        "uniformly for each history; direct: all rows; learned_prototypes: rows that a perceptron makes from all; seed_words: "
+        "the rows of given words and their neighbours.",
+    )
+    num_prototypes: Count = Field(50, description="learned_prototypes: rows made of each table.")
+    seed_words: tuple[str, ...] = Field((), description="seed_words: the words; case does not count.")
+    seed_neighbours: Annotated[int, Field(ge=0)] = Field(
+        10, description="seed_words: rows of highest cosine that join each word's own."
+    )
+    max_direct_rows: Count = Field(
+        1024, description="direct and seed_words: rows of a table that every position may attend to; more are refused."
+    )
     top_k: Annotated[int, Field(ge=2)] | None = Field(
         16,
         description="Tokens kept per table and query; at least 2, for the weight of a single one carries no gradient. "
@@ -168,6 +183,10 @@ class FilterConfig(Section):
             raise ValueError(f"give exactly one of top_k and filter_ratio, and null for the other (given: {given})")
         if self.top_k and self.shortlist_size and self.top_k > self.shortlist_size:
             raise ValueError(f"top_k ({self.top_k}) must not exceed shortlist_size ({self.shortlist_size})")
+        if bool(self.seed_words) != (self.strategy == "seed_words"):
+            raise ValueError(
+                f"seed_words {list(self.seed_words)} and strategy {self.strategy}: give both words and strategy, or none"
+            )
         return self
 
     def num_kept(self, num_rows: int) -> int:
@@ -210,6 +229,11 @@ class MLTFRConfig(Section):
 
     enabled: bool = Field(True, description="False trains the bare backbone.")
     tables: tuple[Path, ...] = Field((), description="Token tables written by `mltfr tables`, one expert each.")
+    table_content: TableContent = Field(
+        "real",
+        description="real: the tables' rows. Controls of equal shape, made at load from training.seed: random: normal rows with "
+        "the mean and covariance of the real ones; shuffled: each column permuted over the rows by itself.",
+    )
     filter: FilterConfig = Field(FilterConfig(), description="The user-guided token filter.")
     expert: ExpertConfig = Field(ExpertConfig(), description="The experts.")
     router: RouterConfig = Field(RouterConfig(), description="The gate.")

@@ -21,10 +21,10 @@ class Memory(NamedTuple):
 
     rows: Tensor
     """[S, D] adapted candidate rows."""
-    places: Tensor
-    """[G, K] kept places in ``rows``."""
+    places: Tensor | None
+    """[G, K] kept places in ``rows``; None: every query attends to all rows."""
     log_weights: Tensor
-    """[G, K] the filter's log-weights."""
+    """[G, K] the filter's log-weights; [1, S] where all rows are attended to."""
 
 
 class Tap(NamedTuple):
@@ -67,26 +67,33 @@ class ExpertCore(nn.Module):
             [G, n, D].
         """
         groups, positions, _ = x.shape
-        # Rows are projected once and then gathered: S products in place of G * K.
-        keys = torch.cat([self._gather(self.key(m.rows), m, "key") for m in memories], dim=1)  # [G, K, H*d]
-        values = torch.cat([self._gather(self.value(m.rows), m, "value") for m in memories], dim=1)
-        log_weights = torch.cat([m.log_weights for m in memories], dim=1)  # [G, K]
+        # Rows are projected once and then gathered: S products in place of G * K. One copy serves all queries that share it.
+        shared = self.taps is None and all(m.places is None for m in memories)
+        copies = 1 if shared else groups
+        keys = torch.cat([self._gather(self.key(m.rows), m, "key", copies) for m in memories], dim=1)  # [G or 1, K, H*d]
+        values = torch.cat([self._gather(self.value(m.rows), m, "value", copies) for m in memories], dim=1)
+        log_weights = torch.cat([m.log_weights.expand(copies, -1) for m in memories], dim=1)  # [G or 1, K]
         query = self._tap("query", x, self.query(x))
 
         def split(t: Tensor) -> Tensor:
-            return t.view(groups, t.shape[1], self.num_heads, self.head_dim).transpose(1, 2)  # [G, H, r, d]
+            return t.view(len(t), t.shape[1], self.num_heads, self.head_dim).transpose(1, 2)  # [G or 1, H, r, d]
 
+        if shared:  # as one group, for a product would copy the memory once a group
+            query = query.flatten(0, 1)[None]
         logits = split(query) @ split(keys).transpose(2, 3) / self.head_dim**0.5
         weights = torch.softmax(at_least_fp32(logits) + at_least_fp32(log_weights)[:, None, None, :], dim=-1).to(x.dtype)
         mixed = self.attention_dropout(weights) @ split(values)  # [G, H, n, d]
         mixed = mixed.transpose(1, 2).reshape(groups, positions, self.num_heads * self.head_dim)
         return self.output_dropout(self._tap("out", mixed, self.out(mixed)))  # type: ignore[no-any-return]
 
-    def _gather(self, projected: Tensor, memory: Memory, parameter: str) -> Tensor:
-        gathered = F.embedding(memory.places, projected)  # [G, K, H*d]
+    def _gather(self, projected: Tensor, memory: Memory, parameter: str, copies: int) -> Tensor:
+        def gather(rows: Tensor) -> Tensor:
+            return rows.expand(copies, *rows.shape) if memory.places is None else F.embedding(memory.places, rows)
+
+        gathered = gather(projected)  # [G or 1, K, H*d]
         if self.taps is None:
             return gathered
-        return self._tap(parameter, F.embedding(memory.places, memory.rows), gathered)
+        return self._tap(parameter, gather(memory.rows), gathered)
 
     def _tap(self, parameter: str, inputs: Tensor, outputs: Tensor) -> Tensor:
         if self.taps is not None:

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mltfr_dist.config import MLTFRConfig
+from mltfr_dist.config import FilterConfig, MLTFRConfig
 from mltfr_dist.models.consensus import State, freeze
 from mltfr_dist.models.experts import ExpertCore, Memory, Router, TableAdapter
+from mltfr_dist.models.strategies import AllRows, Prototypes, RandomTokens, Selection, history_keys
 from mltfr_dist.models.token_filter import KeptTokens, TokenFilter, prefix_mean, row_relevance, search
+
+EXPLAINED = 16
+"""Tokens that an explanation lists at most, where all of a table's rows are attended to."""
 
 
 class RoutingStats(NamedTuple):
@@ -48,6 +52,17 @@ def in_blocks(t: Tensor, block_len: int) -> Tensor:
     return t.view(t.shape[0], -1, block_len, *t.shape[2:])
 
 
+def make_filter(config: FilterConfig, num_rows: int, table_dim: int, hidden_dim: int) -> nn.Module:
+    """What chooses from a table of ``num_rows`` rows."""
+    if config.strategy == "user_guided":
+        return TokenFilter(config, num_rows, table_dim, hidden_dim)
+    if config.strategy == "random_tokens":
+        return RandomTokens(config.num_kept(num_rows))
+    if config.strategy == "learned_prototypes":
+        return Prototypes(num_rows, config.num_prototypes)
+    return AllRows()  # direct; seed_words, whose tables hold nothing else
+
+
 class MLTFR(nn.Module):
     """Reads token tables on behalf of a backbone. Tables are buffers outside the state: never trained, never saved."""
 
@@ -57,10 +72,11 @@ class MLTFR(nn.Module):
         self.block_len = config.filter.query_every
         self.num_tables = len(table_rows)
         for m, rows in enumerate(table_rows):
-            size = min(config.filter.shortlist_size or len(rows), len(rows))
+            whole = config.filter.strategy != "user_guided" or config.filter.shortlist_size is None
+            size = len(rows) if whole else min(config.filter.shortlist_size or 0, len(rows))
             self.register_buffer(f"table_{m}", rows, persistent=False)
             self.register_buffer(f"shortlist_{m}", torch.arange(size), persistent=size < len(rows))
-        self.filters = nn.ModuleList(TokenFilter(config.filter, len(r), r.shape[1], hidden_dim) for r in table_rows)
+        self.filters = nn.ModuleList(make_filter(config.filter, len(r), r.shape[1], hidden_dim) for r in table_rows)
         self.adapters = nn.ModuleList(TableAdapter(r.shape[1], hidden_dim) for r in table_rows)
         core = ExpertCore(config.expert, hidden_dim)
         self.cores = nn.ModuleList(copy.deepcopy(core) for _ in table_rows)
@@ -77,8 +93,10 @@ class MLTFR(nn.Module):
         """Row numbers of table m that are searched, [S]."""
         return self.get_buffer(f"shortlist_{m}")
 
-    def log_temperature(self, m: int) -> Tensor:
-        """Logarithm of the filter temperature of table m, [1] (sharded under ZeRO-3)."""
+    def log_temperature(self, m: int) -> Tensor | None:
+        """Logarithm of the filter temperature of table m, [1] (sharded under ZeRO-3); None where it has none."""
+        if not isinstance(self.filters[m], TokenFilter):
+            return None
         log_temperature = self.filters[m].log_temperature
         assert isinstance(log_temperature, Tensor)
         return log_temperature
@@ -133,15 +151,37 @@ class MLTFR(nn.Module):
         return positions[occupied], queries[occupied], occupied
 
     def select(self, queries: Tensor) -> list[KeptTokens]:
-        """What each table's filter keeps for ``queries`` [G, D]; places are in the table's candidate list."""
-        return [token_filter(queries, self.candidates(m)) for m, token_filter in enumerate(self.filters)]
+        """What each table's user-guided filter keeps for ``queries`` [G, D]; places are in the table's candidate list."""
+        return [selection.kept for selection in self.selections(queries, None)]
 
-    def forward(self, x: Tensor, valid_mask: Tensor) -> tuple[Tensor, RoutingStats]:
-        """Input embeddings [B, L, D] -> what is added to block 0's output [B, L, D] (zero at padding), and sums."""
+    def selections(self, queries: Tensor, keys: Tensor | None) -> list[Selection]:
+        """What each table contributes for ``queries`` [G, D] of histories with hashes ``keys`` [G]."""
+        return [self._select(m, queries, keys) for m in range(self.num_tables)]
+
+    def _select(self, m: int, queries: Tensor, keys: Tensor | None) -> Selection:
+        if isinstance(self.filters[m], TokenFilter):
+            rows = self.candidates(m)
+            return Selection(rows, self.shortlist(m), self.filters[m](queries, rows))
+        selection = self.filters[m](keys, self.table(m))
+        assert isinstance(selection, Selection)
+        return selection
+
+    def block_keys(self, item_ids: Tensor | None, occupied: Tensor) -> Tensor | None:
+        """[G] hash of each block's history up to its first position; None where no history is given."""
+        return None if item_ids is None else history_keys(item_ids)[:, :: self.block_len][occupied]
+
+    def forward(self, x: Tensor, valid_mask: Tensor, item_ids: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
+        """Input embeddings [B, L, D] -> what is added to block 0's output [B, L, D] (zero at padding), and sums.
+
+        Args:
+            x: [B, L, D].
+            valid_mask: [B, L].
+            item_ids: [B, L] the history itself, which only the strategy random_tokens reads.
+        """
         positions, queries, occupied = self.blocks(x, valid_mask)
         memories = [
-            Memory(self.adapters[m](self.candidates(m)), kept.places, kept.log_weights)
-            for m, kept in enumerate(self.select(queries))
+            Memory(self.adapters[m](selection.rows), *selection.kept)
+            for m, selection in enumerate(self.selections(queries, self.block_keys(item_ids, occupied)))
         ]
         expert_outputs = torch.stack([core(positions, [memories[m]]) for m, core in enumerate(self.cores)], dim=-1)
         gate_weights = self.router(positions)  # [G, n, M]
@@ -192,10 +232,10 @@ class MLTFR(nn.Module):
         return torch.stack(sums), len(unit_queries)
 
     @torch.no_grad()
-    def explain(self, x: Tensor, valid_mask: Tensor) -> list[Explanation]:
-        """Kept tokens and gate weights at the last real position of each user, from input embeddings [B, L, D]."""
+    def explain(self, x: Tensor, valid_mask: Tensor, item_ids: Tensor | None = None) -> list[Explanation]:
+        """Kept tokens and gate weights at the last real position of each user; arguments as of :meth:`forward`."""
         positions, queries, occupied = self.blocks(x, valid_mask)
-        kept = self.select(queries)
+        selections = self.selections(queries, self.block_keys(item_ids, occupied))
         gate_weights = self.router(positions)
         last = valid_mask.sum(1) - 1  # [B]
         block_number = torch.full(occupied.shape, -1, device=x.device)
@@ -203,7 +243,9 @@ class MLTFR(nn.Module):
         explanations = []
         for user, position in enumerate(last.tolist()):
             g = int(block_number[user, position // self.block_len])
-            ids = [self.shortlist(m)[k.places[g]] for m, k in enumerate(kept)]
-            weights = [k.log_weights[g].float().exp() for k in kept]
+            ids, weights = [], []
+            for row_ids, kept in ((s.row_ids, s.kept) for s in selections):
+                ids.append(row_ids[:EXPLAINED] if kept.places is None else row_ids[kept.places[g]])
+                weights.append(kept.log_weights[0 if kept.places is None else g, : len(ids[-1])].float().exp())
             explanations.append(Explanation(ids, weights, gate_weights[g, position % self.block_len].float()))
         return explanations

@@ -64,7 +64,7 @@ class Recommender(nn.Module):
         mltfr = self.mltfr
 
         def injection(x: Tensor, valid_mask: Tensor) -> Tensor:
-            added, routing = mltfr(x, valid_mask)
+            added, routing = mltfr(x, valid_mask, item_ids)
             stats.append(routing)
             return added  # type: ignore[no-any-return]
 
@@ -137,4 +137,4 @@ class Recommender(nn.Module):
         """Kept tokens and gate weights at the last position of each history [B, L]."""
         assert self.mltfr is not None
         read = self.backbone.for_ranking(item_ids)
-        return self.mltfr.explain(self.backbone.inputs(read), read != PADDING_IDX)
+        return self.mltfr.explain(self.backbone.inputs(read), read != PADDING_IDX, read)

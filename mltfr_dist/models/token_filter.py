@@ -22,10 +22,10 @@ CHUNK_ELEMENTS = 1 << 24
 class KeptTokens(NamedTuple):
     """What the filter keeps of one table."""
 
-    places: Tensor
-    """[G, K] int64, places in the candidate list, best first."""
+    places: Tensor | None
+    """[G, K] int64, places in the candidate list, best first; None: every query keeps all candidates."""
     log_weights: Tensor
-    """[G, K], log-softmax of the kept scores: added to the expert's attention logits."""
+    """[G, K], log-softmax of the kept scores: added to the expert's attention logits. [1, S] where all are kept."""
 
 
 def prefix_mean(x: Tensor, valid_mask: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mltfr_dist.config import Count, Section, TableConfig
+from mltfr_dist.config import Count, Section, TableConfig, TableContent
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
 
@@ -65,17 +65,28 @@ class TokenTable:
             memory as long as they only read it (the mapping is private, so a write would copy the page).
         info: sizes, hashes, provenance.
         folder: where it is stored.
+        sha256: what a run records: the file's, or for a control table its recipe's.
+        row_ids: numbers of the stored rows that these are; None: all of them, in order.
+        content: whether the rows are the stored ones or a control made from them (tables/content.py).
     """
 
     name: str
     rows: torch.Tensor
     info: TableInfo
     folder: Path
+    sha256: str
+    content: TableContent = "real"
+    row_ids: tuple[int, ...] | None = None
 
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
-        """The token of each row; read when first asked for."""
+        """The token of each stored row; read when first asked for."""
         return _read_vocabulary(self.folder, self.info)
+
+    def token(self, row: int) -> str:
+        """What to call a row: its token, or its number where the row is not that token's."""
+        row = row if self.row_ids is None else self.row_ids[row]
+        return self.vocabulary[row] if self.content == "real" else f"row {row}"
 
 
 def table_hash(rows: torch.Tensor) -> str:
@@ -180,7 +191,7 @@ def load_table(folder: Path, *, verify: bool = True) -> TokenTable:
         )
     if verify:
         _read_vocabulary(folder, info)
-    return TokenTable(info.name, rows, info, folder)
+    return TokenTable(info.name, rows, info, folder, info.table_sha256)
 
 
 def _read_info(folder: Path) -> TableInfo:

@@ -5,7 +5,7 @@ Every item is a candidate, except (``filter_seen``) those of the user's own full
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from mltfr_dist.data.stream import RankingStream
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.metrics import metric_sums, target_ranks
 
+ALL = "all"
+Members = Callable[[RankingBatch], Tensor]
+"""A ranking batch -> [B, S] bool, which users belong to which of S slices."""
 Scorer = Callable[[RankingBatch], Tensor]
 """A ranking batch -> scores [B, num_items + 1], column = item id."""
 
 
-@torch.no_grad()
 def evaluate(score: Scorer, stream: RankingStream, config: EvaluationConfig, ranks: Ranks) -> dict[str, float]:
     """Rank every user's target among all candidates.
 
@@ -33,16 +35,42 @@ def evaluate(score: Scorer, stream: RankingStream, config: EvaluationConfig, ran
     Returns:
         Metric name to mean over users, the same on every rank.
     """
+    return evaluate_slices(score, stream, config, ranks, (), None)[ALL]
+
+
+@torch.no_grad()
+def evaluate_slices(
+    score: Scorer,
+    stream: RankingStream,
+    config: EvaluationConfig,
+    ranks: Ranks,
+    slice_names: Sequence[str],
+    members: Members | None,
+) -> dict[str, dict[str, float]]:
+    """:func:`evaluate`, for all users and for slices of them, in one pass.
+
+    Returns:
+        "all" and each slice's name to its metrics; a slice's also hold ``users``, their number.
+    """
     names = list(metric_sums(torch.ones(0), config.cutoffs))
-    totals = torch.zeros(len(names) + 1, dtype=torch.float64)
+    totals = torch.zeros(1 + len(slice_names), len(names) + 1, dtype=torch.float64)
     for batch in stream:
         batch = batch.to(ranks.device)
         scores = mask_seen(score(batch), batch) if config.filter_seen else score(batch)
         present = batch.target_ids != PADDING_IDX
-        sums = metric_sums(target_ranks(scores[present], batch.target_ids[present], config.ties), config.cutoffs)
-        totals += torch.tensor([*sums.values(), float(present.sum())], dtype=torch.float64)
+        places = target_ranks(scores[present], batch.target_ids[present], config.ties)
+        groups = [torch.ones_like(places, dtype=torch.bool)]
+        groups += [] if members is None else list(members(batch)[present].unbind(1))
+        for row, group in zip(totals, groups, strict=True):
+            sums = metric_sums(places[group], config.cutoffs)
+            row += torch.tensor([*sums.values(), float(group.sum())], dtype=torch.float64)
     totals = ranks.sum(totals).cpu()
-    return {name: float(total / totals[-1].clamp(min=1)) for name, total in zip(names, totals[:-1], strict=True)}
+    found = {}
+    for slice_name, row in zip((ALL, *slice_names), totals, strict=True):
+        found[slice_name] = {name: float(total / row[-1].clamp(min=1)) for name, total in zip(names, row[:-1], strict=True)}
+        if slice_name != ALL:
+            found[slice_name]["users"] = float(row[-1])
+    return found
 
 
 def mask_seen(scores: Tensor, batch: RankingBatch) -> Tensor:

@@ -52,6 +52,8 @@ class ItemMap:
 
 def explain(model: Recommender, tables: Sequence[TokenTable], item_ids: torch.Tensor) -> list[list[TableView]]:
     """Per history [B, L], per table: gate weight and kept tokens at the last position."""
+    assert model.mltfr is not None
+    made = model.mltfr.config.filter.strategy == "learned_prototypes"
     views = []
     for explanation in model.explain(item_ids):
         views.append(
@@ -60,7 +62,7 @@ def explain(model: Recommender, tables: Sequence[TokenTable], item_ids: torch.Te
                     table.name,
                     float(explanation.gate_weights[m]),
                     [
-                        (table.vocabulary[int(row)], float(weight))
+                        (f"prototype {int(row)}" if made else table.token(int(row)), float(weight))
                         for row, weight in zip(explanation.kept_ids[m], explanation.kept_weights[m], strict=True)
                     ],
                 )

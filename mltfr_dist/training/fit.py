@@ -20,7 +20,7 @@ from mltfr_dist.errors import MltfrError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.models.consensus import State, merge
 from mltfr_dist.training import baselines, report
-from mltfr_dist.training.evaluate import Scorer, evaluate
+from mltfr_dist.training.evaluate import ALL, Scorer, evaluate, evaluate_slices
 from mltfr_dist.training.explain import kept_token_texts
 from mltfr_dist.training.inputs import (
     Inputs,
@@ -33,6 +33,7 @@ from mltfr_dist.training.inputs import (
 )
 from mltfr_dist.training.loop import Stage, is_finished, train_stage
 from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, claim, load_result
+from mltfr_dist.training.slices import training_slices
 from mltfr_dist.training.tracking import STAGES, Tracker
 
 TRAIN, CONSENSUS = STAGES
@@ -135,16 +136,22 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks) -> Result:
     stage, progress = max(outcomes.items(), key=lambda pair: (pair[1].best_value, pair[0] == CONSENSUS))
     best = checkpoint.best_folder(folder, progress)
     model = load_model(config, inputs, best, with_consensus=stage == CONSENSUS, device=ranks.device)
-    valid, test = (evaluate(model, ranking_stream(config, split, ranks), config.evaluation, ranks) for split in ("valid", "test"))
+    valid = evaluate(model, ranking_stream(config, "valid", ranks), config.evaluation, ranks)
+    slices = training_slices(config, inputs.manifest)
+    test_stream = ranking_stream(config, "test", ranks)
+    test_slices = evaluate_slices(model, test_stream, config.evaluation, ranks, slices.NAMES, slices.members)
+    test = test_slices.pop(ALL)
     memory = ranks.max(torch.tensor([float(peak_memory_bytes())], dtype=torch.float64))
     result = Result(
         name=name,
         valid=valid,
         test=test,
+        test_slices=test_slices,
         seconds=sum(p.train_seconds for p in outcomes.values()),
         stage=stage,
         checkpoint=best.name,
         epoch=progress.best_epoch,
+        epochs=sum(p.epoch for p in outcomes.values()),
         parameters=sum(p.numel() for p in model.parameters()),
         peak_memory_bytes=int(memory.item()),
         world_size=ranks.world_size,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mltfr_dist.config import RunConfig
+from mltfr_dist.config import FilterConfig, RunConfig
 from mltfr_dist.data.augment import ViewRatios
 from mltfr_dist.data.collate import Objective
 from mltfr_dist.data.shards import Manifest, load_manifest
@@ -19,6 +19,8 @@ from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.tables.content import with_content
+from mltfr_dist.tables.seeds import seed_tables
 from mltfr_dist.tables.store import TokenTable, load_table
 from mltfr_dist.training.tracking import seed_all
 
@@ -50,7 +52,10 @@ def load_inputs(config: RunConfig) -> Inputs:
         ConfigError: Tables and filter that do not go together.
     """
     manifest = load_manifest(config.data.path)
-    tables = tuple(load_table(path) for path in config.mltfr.tables) if config.mltfr.enabled else ()
+    stored = tuple(load_table(path) for path in config.mltfr.tables) if config.mltfr.enabled else ()
+    tables = tuple(with_content(table, config.mltfr.table_content, config.training.seed) for table in stored)
+    if config.mltfr.filter.strategy == "seed_words" and tables:
+        tables = seed_tables(tables, config.mltfr.filter)
     names = [table.name for table in tables]
     for table in tables:
         if names.count(table.name) > 1:
@@ -59,16 +64,31 @@ def load_inputs(config: RunConfig) -> Inputs:
                 rule="Experts are told apart by their table's name.",
                 remedy="List each table once in mltfr.tables.",
             )
-        kept, rows = config.mltfr.filter.num_kept(len(table.rows)), len(table.rows)
-        searched = min(rows, config.mltfr.filter.shortlist_size or rows)
-        if kept > searched:
-            raise ConfigError(
-                f"The filter keeps {kept} tokens of table `{table.name}`, of which {searched} rows are searched.",
-                rule="It cannot keep more than it searches.",
-                remedy="Lower mltfr.filter.top_k or filter_ratio, or raise mltfr.filter.shortlist_size.",
-            )
-    hashes = {"data": file_sha256(config.data.path / "manifest.json")} | {table.name: table.info.table_sha256 for table in tables}
+        check_filter(config.mltfr.filter, table)
+    hashes = {"data": file_sha256(config.data.path / "manifest.json")} | {table.name: table.sha256 for table in tables}
     return Inputs(manifest, tables, hashes)
+
+
+def check_filter(config: FilterConfig, table: TokenTable) -> None:
+    """Whether the filter can work on a table of this size.
+
+    Raises:
+        ConfigError: It keeps more than it searches, or attends to more than it may.
+    """
+    rows = len(table.rows)
+    if config.strategy in ("direct", "seed_words") and rows > config.max_direct_rows:
+        raise ConfigError(
+            f"mltfr.filter.strategy={config.strategy} has every position attend to {rows:,} rows of table `{table.name}`.",
+            rule=f"At most mltfr.filter.max_direct_rows ({config.max_direct_rows:,}): cost grows with positions x rows.",
+            remedy="Raise it if the machine can bear it, give fewer words, or choose with strategy=user_guided.",
+        )
+    kept, searched = config.num_kept(rows), min(rows, config.shortlist_size or rows)
+    if config.strategy == "user_guided" and kept > searched:
+        raise ConfigError(
+            f"The filter keeps {kept} tokens of table `{table.name}`, of which {searched} rows are searched.",
+            rule="It cannot keep more than it searches.",
+            remedy="Lower mltfr.filter.top_k or filter_ratio, or raise mltfr.filter.shortlist_size.",
+        )
 
 
 def record_inputs(folder: Path, inputs: Inputs) -> None:

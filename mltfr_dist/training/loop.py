@@ -187,8 +187,9 @@ def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: 
         for m, name in enumerate(stage.table_names):
             values[f"gate_weight/{name}"] = float(totals.gate_weights[m])
             values[f"gate_top_share/{name}"] = float(totals.top_share[m])
-            log_temperature = whole_parameter(stage.engine, mltfr.log_temperature(m))
-            values[f"filter_temperature/{name}"] = math.exp(float(log_temperature))
+            log_temperature = mltfr.log_temperature(m)
+            if log_temperature is not None:
+                values[f"filter_temperature/{name}"] = math.exp(float(whole_parameter(stage.engine, log_temperature)))
     stage.tracker.log("step", step, values, epoch=progress.epoch)
     speed = progress.step * config.training.global_batch_size / max(1e-9, progress.train_seconds)
     stage.tracker.board({"speed/sequences_per_second": speed, "memory/peak_gib": peak_memory_bytes() / 2**30}, step)

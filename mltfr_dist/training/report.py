@@ -33,7 +33,10 @@ def opening(config: RunConfig, inputs: Inputs, ranks: Ranks) -> str:
         f"  data    {config.data.path}: {manifest.num_users:,} users, {manifest.num_items:,} items, "
         f"{manifest.num_interactions:,} interactions",
     ]
-    lines += [f"  table   {t.name}: {len(t.rows):,} tokens x {t.rows.shape[1]}" for t in inputs.tables]
+    lines += [
+        f"  table   {t.name}: {len(t.rows):,} {'tokens' if t.content == 'real' else t.content + ' rows'} x {t.rows.shape[1]}"
+        for t in inputs.tables
+    ]
     lines.append(f"  folder  {config.folder}  (tensorboard --logdir {config.runs_dir})")
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from mltfr_dist.config import RunConfig, Section, validate
 from mltfr_dist.errors import CheckpointError, ConfigError
@@ -30,6 +30,10 @@ class Result(Section):
     """Folder name under checkpoints/."""
     epoch: int = 0
     """Epochs of that stage behind it."""
+    epochs: int = 0
+    """Epochs trained, over all stages."""
+    test_slices: dict[str, dict[str, float]] = Field({})
+    """Test metrics by slice of users (training/slices.py), and each slice's number of ``users``."""
     parameters: int = 0
     """Trained parameters."""
     peak_memory_bytes: int = 0

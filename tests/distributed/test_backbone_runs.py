@@ -16,6 +16,7 @@ RUNS = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_trains_both_stages_and_recommends(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(

@@ -46,6 +46,7 @@ def test_losses_are_the_same_at_any_stage_and_world_size(folder: Path) -> None:
         assert relative_difference(reference, one[name]) > 1e-4, f"{name} is no variant of its own"
 
 
+@pytest.mark.integration
 def test_every_backbone_and_loss_is_the_same_at_any_division(folder: Path) -> None:
     """Masks, views and shared negatives are drawn alike whatever the ranks and micro-batches."""
     one, two = findings("backbones", folder, 1), findings("backbones", folder, 2)

@@ -20,7 +20,18 @@ CHANGES: dict[str, Any] = {
     "backbone.num_layers": 1,
     "backbone.num_heads": 4,
     "backbone.dropout": 0.6,
+    "backbone.name": "linrec",
+    "backbone.mask_ratio": 0.9,
+    "backbone.crop_ratio": 0.3,
+    "backbone.reorder_ratio": 0.9,
+    "backbone.low_frequencies": 2,
+    "backbone.inductive_bias": 0.1,
     "mltfr.enabled": False,
+    "mltfr.table_content": "random",
+    "mltfr.filter.strategy": "random_tokens",
+    "mltfr.filter.num_prototypes": 5,
+    "mltfr.filter.seed_words": ["first-7", "second-7"],
+    "mltfr.filter.seed_neighbours": 3,
     "mltfr.filter.top_k": 3,
     "mltfr.filter.filter_ratio": 0.1,
     "mltfr.filter.temperature": 0.5,
@@ -38,6 +49,11 @@ CHANGES: dict[str, Any] = {
     "mltfr.consensus.fresh_start": True,
     "loss.name": "bce",
     "loss.num_negatives": 4,
+    "loss.proposal": "log_uniform",
+    "loss.calibration": 0.1,
+    "loss.contrast_weight": 2.0,
+    "loss.contrast_temperature": 0.3,
+    "loss.contrast_group": 8,
     "optimizer.learning_rate": 0.01,
     "optimizer.betas": [0.5, 0.9],
     "optimizer.weight_decay": 0.5,
@@ -61,9 +77,24 @@ CHANGES: dict[str, Any] = {
 }
 """What each field is changed to."""
 
+SEED_WORDS = {"mltfr.filter.strategy": "seed_words", "mltfr.filter.seed_words": ["first-3", "second-3"]}
+
 WITH: dict[str, dict[str, Any]] = {
     "mltfr.filter.filter_ratio": {"mltfr.filter.top_k": None, "mltfr.filter.filter_ratio": 0.2},
+    "mltfr.filter.num_prototypes": {"mltfr.filter.strategy": "learned_prototypes"},
+    "mltfr.filter.seed_words": SEED_WORDS,
+    "mltfr.filter.seed_neighbours": SEED_WORDS,
+    "backbone.mask_ratio": {"backbone.name": "bert4rec"},
+    "backbone.crop_ratio": {"backbone.name": "cl4srec"},
+    "backbone.reorder_ratio": {"backbone.name": "cl4srec"},
+    "backbone.low_frequencies": {"backbone.name": "bsarec"},
+    "backbone.inductive_bias": {"backbone.name": "bsarec"},
     "loss.num_negatives": {"loss.name": "bce"},
+    "loss.proposal": {"loss.name": "sampled_softmax", "loss.num_negatives": 8},
+    "loss.calibration": {"loss.name": "gbce", "loss.num_negatives": 2},
+    "loss.contrast_weight": {"backbone.name": "cl4srec"},
+    "loss.contrast_temperature": {"backbone.name": "cl4srec"},
+    "loss.contrast_group": {"backbone.name": "cl4srec"},
     "training.patience": {"training.epochs": 6, "optimizer.learning_rate": 1e-9},
     "checkpoint.keep_last": {"checkpoint.every_steps": 3},
 }
@@ -74,7 +105,7 @@ ELSEWHERE = {
     "runs_dir": "names the folder: test_run_folder",
     "data.path": "every test that trains",
     "mltfr.tables": "every test that trains",
-    "backbone.name": "one backbone so far",
+    "mltfr.filter.max_direct_rows": "larger memories are refused: models/test_strategies",
     "training.micro_batch_size": "must *not* change the numbers: tests/distributed/test_zero.py",
     "training.threads": "must not change the numbers: test_threads below",
     "evaluation.batch_size": "must not change the numbers: test_evaluate",
@@ -116,7 +147,7 @@ def trace(folder: Path, name: str, changes: dict[str, Any]) -> tuple[list[Any], 
 @pytest.mark.parametrize("field", CHANGES)
 def test_field_has_an_effect(folder: Path, field: str) -> None:
     needed = WITH.get(field, {})
-    base_name = "base" + "".join(f"-{k}" for k in needed).replace(".", "-")
+    base_name = "base" + "".join(f"-{k}-{v}" for k, v in needed.items()).translate(str.maketrans(".[]' ,", "------"))
     assert trace(folder, base_name, needed) != trace(folder, field.replace(".", "-"), needed | {field: CHANGES[field]})
 
 

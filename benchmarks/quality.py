@@ -1,0 +1,228 @@
+"""Does MLTFR help? A matrix of runs over data sets, backbones, variants and seeds, one row a run in a Parquet file.
+
+Every arm has the same loss, budget of epochs and stopping rule; it differs from the base configuration in what its
+function below changes, and in nothing else. Each run is a process of its own, by the command a user would give.
+Interrupted, the matrix goes on: finished rows are skipped, a started run resumes.
+
+    python benchmarks/quality.py matrix.parquet --data data/ml-100k --seeds 0 1 2 3 4
+    python benchmarks/quality.py matrix.parquet --variants bare repaired --set training.epochs=20 optimizer.max_grad_norm=1
+    mltfr report matrix.parquet
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mltfr_dist.cli import fail, resolve_config
+from mltfr_dist.config import RunConfig, nearest_key, validate
+from mltfr_dist.errors import ConfigError, MltfrError
+from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.matrix import append_row, is_done, make_row, read_rows
+from mltfr_dist.training.run_folder import CONFIG, Result, claim, load_result
+
+ROOT = Path(__file__).resolve().parent.parent
+Variant = Callable[[RunConfig], RunConfig]
+PARAMETER_TOLERANCE = 0.02
+
+
+def changed(config: RunConfig, section: str, **fields: Any) -> RunConfig:
+    """``config`` with fields of a dotted section changed, validated anew."""
+    values = config.model_dump(mode="json")
+    place = values
+    for name in section.split("."):
+        place = place[name]
+    place.update(fields)
+    return validate(RunConfig, values, source="a variant")
+
+
+def one_stage(config: RunConfig) -> RunConfig:
+    """The epochs of both stages in one."""
+    if config.mltfr.consensus.enabled:
+        config = changed(config, "training", epochs=config.training.epochs + config.training.consensus_epochs)
+    return config
+
+
+def bare(base: RunConfig) -> RunConfig:
+    """The backbone alone."""
+    return changed(one_stage(base), "mltfr", enabled=False)
+
+
+def bare_equal_parameters(base: RunConfig) -> RunConfig:
+    """The backbone alone, so wide that it has as many parameters as the model with MLTFR."""
+    wanted, alone = num_parameters(base), bare(base)
+    heads = base.backbone.num_heads
+    widths = range(base.backbone.hidden_dim, 16 * base.backbone.hidden_dim, heads)
+    sizes = {width: num_parameters(changed(alone, "backbone", hidden_dim=width)) for width in widths}
+    best = min(sizes, key=lambda width: abs(sizes[width] - wanted))
+    if abs(sizes[best] - wanted) > PARAMETER_TOLERANCE * wanted:
+        raise ConfigError(
+            f"No hidden_dim gives the bare backbone {wanted:,} parameters; the nearest, {best}, gives {sizes[best]:,}.",
+            rule=f"The arms' parameters agree within {PARAMETER_TOLERANCE:.0%}.",
+            remedy="Leave out the variant bare_equal_parameters, or change backbone.hidden_dim or num_heads.",
+        )
+    return changed(alone, "backbone", hidden_dim=best)
+
+
+def repaired(base: RunConfig) -> RunConfig:
+    """MLTFR as configured."""
+    return base
+
+
+def random_tables(base: RunConfig) -> RunConfig:
+    """Normal rows of equal mean and covariance in place of the tables'."""
+    return changed(base, "mltfr", table_content="random")
+
+
+def shuffled_tables(base: RunConfig) -> RunConfig:
+    """Each column of the tables permuted by itself."""
+    return changed(base, "mltfr", table_content="shuffled")
+
+
+def random_tokens(base: RunConfig) -> RunConfig:
+    """As many tokens of the real tables, drawn for each history by a hash of it."""
+    return changed(base, "mltfr.filter", strategy="random_tokens")
+
+
+def learned_prototypes(base: RunConfig) -> RunConfig:
+    """Rows that a perceptron makes of each table, the same for every user."""
+    return changed(base, "mltfr.filter", strategy="learned_prototypes")
+
+
+def one_table(base: RunConfig) -> RunConfig:
+    """The first table alone."""
+    return changed(base, "mltfr", tables=[str(base.mltfr.tables[0])])
+
+
+def consensus_off(base: RunConfig) -> RunConfig:
+    """One stage of as many epochs, and so without the fresh optimizer that stage 2 also brings."""
+    return changed(one_stage(base), "mltfr.consensus", enabled=False)
+
+
+def consensus_zero(base: RunConfig) -> RunConfig:
+    """Both stages, but the consensus expert adds nothing: what stage 2 gives by itself."""
+    return changed(base, "mltfr.consensus", weight=0.0)
+
+
+VARIANTS: dict[str, Variant] = {
+    f.__name__: f
+    for f in (
+        bare,
+        bare_equal_parameters,
+        repaired,
+        random_tables,
+        shuffled_tables,
+        random_tokens,
+        learned_prototypes,
+        one_table,
+        consensus_off,
+        consensus_zero,
+    )
+}
+
+
+def variant(name: str) -> Variant:
+    """The variant of that name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in VARIANTS:
+        near = nearest_key(name, list(VARIANTS))
+        raise ConfigError(
+            f"There is no variant `{name}`" + (f"; the nearest is `{near}`." if near else "."),
+            remedy=f"Variants: {', '.join(VARIANTS)}.",
+        )
+    return VARIANTS[name]
+
+
+def num_parameters(config: RunConfig) -> int:
+    """Trained parameters of a configuration's model, which is not filled with numbers."""
+    inputs = load_inputs(config)
+    with torch.device("meta"):
+        tables = [torch.empty(table.rows.shape) for table in inputs.tables]
+        sizes = {"num_items": inputs.manifest.num_items, "max_len": config.data.max_len}
+        model = Recommender(config.backbone, config.mltfr, config.loss, table_rows=tables, **sizes)
+    return sum(p.numel() for p in model.parameters())
+
+
+def plan(base: RunConfig, options: argparse.Namespace) -> list[tuple[str, RunConfig]]:
+    """All runs: every variant of a seed before the next seed, so that any prefix is a fair comparison."""
+    runs = []
+    for seed in options.seeds:
+        for data in options.data or [base.data.path]:
+            for backbone in options.backbones or [base.backbone.name]:
+                for name in options.variants:
+                    config = changed(base, "data", path=str(data))
+                    config = changed(changed(config, "backbone", name=backbone), "training", seed=seed)
+                    config = variant(name)(config)
+                    update = {"name": f"{config.data.path.name}-{backbone}-{name}-{seed}", "runs_dir": options.runs}
+                    runs.append((name, config.model_copy(update={**update, "baselines": ()})))
+    return runs
+
+
+def commit() -> str:
+    """The commit this runs from, marked where files differ from it."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def run(config: RunConfig, launcher: Sequence[str]) -> Result | None:
+    """One run in processes of its own, begun or gone on with; None where it failed (and said why)."""
+    claim(config.folder, config, resume=True)
+    command = [*launcher, str(ROOT / "train.py"), "--config", str(config.folder / CONFIG)]
+    done = subprocess.run(command, check=False)
+    return load_result(config.folder) if done.returncode == 0 else None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("matrix", type=Path, help="Parquet file that rows are added to")
+    parser.add_argument("--data", type=Path, nargs="+", help="prepared data sets (default: the configuration's)")
+    parser.add_argument("--backbones", nargs="+", help="backbones (default: the configuration's)")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help=f"any of {', '.join(VARIANTS)} (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs")
+    parser.add_argument("--launcher", default=sys.executable, help="what starts train.py (default: this Python)")
+    parser.add_argument("--preset", default=None, help="base configuration (default: demo, unless --config is given)")
+    parser.add_argument("--config", help="base configuration as YAML, over the preset's")
+    parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[], dest="overrides", help="over the base configuration")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing from the matrix; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        base = resolve_config(options.preset or (None if options.config else "demo"), options.config, options.overrides)
+        rows = read_rows(options.matrix)
+        runs = [(name, config) for name, config in plan(base, options) if not is_done(rows, name, config)]
+        print(f"{len(runs)} runs to do, {len(rows)} rows in {options.matrix}", flush=True)
+        for name, config in runs:
+            result = run(config, shlex.split(options.launcher))
+            if result is None:
+                print(f"{config.folder} failed: the matrix stops here.", file=sys.stderr, flush=True)
+                return 1
+            append_row(options.matrix, make_row(name, config, result, commit()))
+    except MltfrError as error:
+        return fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Other ways to choose what a table contributes than the user-guided filter: controls, and the published alternatives.
+
+Shapes: B users, L positions, G query blocks, V rows and D_m columns of a table, S candidate rows, K kept tokens, P prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mltfr_dist.data.batch import PADDING_IDX
+from mltfr_dist.models.token_filter import KeptTokens
+
+MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
+"""Of splitmix64 (Steele et al. 2014), as signed numbers."""
+STEP = -7046029254386353131
+"""2^64 / golden ratio, as a signed number."""
+LARGEST = (1 << 63) - 1
+
+
+class Selection(NamedTuple):
+    """What one table contributes to a batch."""
+
+    rows: Tensor
+    """[S, D_m] candidate rows."""
+    row_ids: Tensor
+    """[S] their numbers in the table (of prototypes: their own)."""
+    kept: KeptTokens
+
+
+def mix(z: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, which wraps: a counter to a number that looks random."""
+    z = (z ^ ((z >> 30) & (LARGEST >> 29))) * MULTIPLIERS[0]
+    z = (z ^ ((z >> 27) & (LARGEST >> 26))) * MULTIPLIERS[1]
+    return z ^ ((z >> 31) & (LARGEST >> 30))
+
+
+def history_keys(item_ids: Tensor) -> Tensor:
+    """[B, L] int64: a hash of each position's past, itself included, and of nothing else; padding adds nothing."""
+    places = torch.arange(1, item_ids.shape[1] + 1, device=item_ids.device)
+    return (mix(mix(item_ids) + places * STEP) * (item_ids != PADDING_IDX)).cumsum(1)
+
+
+class RandomTokens(nn.Module):
+    """K rows drawn uniformly and independently (a row may come twice) for each query block, weighed alike.
+
+    The draw is a function of the history up to the block's first position, so a user's tokens are the same alone, in any
+    batch and in every evaluation, and no future item shows. Its salt belongs to the state; it follows from the run's seed.
+    """
+
+    salt: Tensor
+
+    def __init__(self, num_kept: int) -> None:
+        super().__init__()
+        self.num_kept = num_kept
+        self.register_buffer("salt", torch.randint(LARGEST, (1,)))
+
+    def forward(self, keys: Tensor, table: Tensor) -> Selection:
+        """Keys [G] of the histories and the table's rows [V, D_m] -> the batch's rows, and which each query keeps."""
+        counters = torch.arange(1, self.num_kept + 1, device=keys.device) * STEP
+        drawn = (mix(mix(keys ^ self.salt)[:, None] + counters) & LARGEST) % len(table)  # [G, K]
+        row_ids, places = torch.unique(drawn, return_inverse=True)
+        log_weights = table.new_full(places.shape, -math.log(self.num_kept))
+        return Selection(table[row_ids], row_ids, KeptTokens(places, log_weights))
+
+
+class AllRows(nn.Module):
+    """No choice: every query attends to all rows, weighed alike."""
+
+    def forward(self, keys: Tensor, table: Tensor) -> Selection:
+        """The table's rows [V, D_m] for all."""
+        return Selection(table, torch.arange(len(table), device=table.device), kept_by_all(table))
+
+
+class Prototypes(nn.Module):
+    """A two-layer perceptron over the vocabulary axis maps V rows to P learned rows, which every query attends to."""
+
+    def __init__(self, num_rows: int, num_prototypes: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(num_rows, num_prototypes)
+        self.outer = nn.Linear(num_prototypes, num_prototypes)
+        for linear in (self.inner, self.outer):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, keys: Tensor, table: Tensor) -> Selection:
+        """[V, D_m] -> [P, D_m]."""
+        rows = self.outer(F.gelu(self.inner(table.T))).T  # [P, D_m]
+        return Selection(rows, torch.arange(len(rows), device=rows.device), kept_by_all(rows))
+
+
+def kept_by_all(rows: Tensor) -> KeptTokens:
+    """All rows [S, .] for every query, weighed alike; the weights sum to 1 so that tables of any size count alike."""
+    return KeptTokens(None, rows.new_full((1, len(rows)), -math.log(len(rows))))

@@ -1,0 +1,165 @@
+"""A matrix of runs in one Parquet file: one row a run, and what can be said over its seeds.
+
+Columns: dataset, backbone, variant, seed, config_sha256, commit, stage, epoch, epochs, seconds, parameters, and each metric
+as ``valid/NDCG@10``, ``test/NDCG@10``, ``test/item_rare/NDCG@10``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy import stats
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.training.run_folder import Result
+
+KEY = ("dataset", "backbone", "variant", "seed")
+REFERENCES = ("bare", "random_tables")
+SHOWN = ("valid/NDCG@10", "test/NDCG@10", "test/HR@10")
+COMPARED = "test/NDCG@10"
+Row = dict[str, Any]
+
+
+def config_sha256(config: RunConfig) -> str:
+    """Hash of everything that sets a run's numbers; not of where it is written."""
+    values = config.model_dump(mode="json", exclude={"name", "runs_dir"})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def make_row(variant: str, config: RunConfig, result: Result, commit: str) -> Row:
+    """One run's row."""
+    row: Row = {
+        "dataset": config.data.path.name,
+        "backbone": config.backbone.name,
+        "variant": variant,
+        "seed": config.training.seed,
+        "config_sha256": config_sha256(config),
+        "commit": commit,
+        **{name: getattr(result, name) for name in ("stage", "epoch", "epochs", "seconds", "parameters")},
+    }
+    row |= {f"valid/{name}": value for name, value in result.valid.items()}
+    row |= {f"test/{name}": value for name, value in result.test.items()}
+    return row | {f"test/{s}/{name}": v for s, values in result.test_slices.items() for name, v in values.items()}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows; none where the file is not there yet.
+
+    Raises:
+        DataError: It is no matrix.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows: list[Row] = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read as Parquet: {error}.", remedy="Name a file that benchmarks/quality.py wrote."
+        ) from None
+    missing = [name for name in (*KEY, *SHOWN) if rows and name not in rows[0]]
+    if missing:
+        raise DataError(f"{path} lacks the columns {', '.join(missing)}.", remedy="Name a file that benchmarks/quality.py wrote.")
+    return rows
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Add one row; the file is replaced in one step."""
+    table = pa.Table.from_pylist([row])
+    if path.exists():
+        table = pa.concat_tables([pq.read_table(path), table], promote_options="default")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    pq.write_table(table, partial)
+    partial.rename(path)
+
+
+def is_done(rows: Sequence[Row], variant: str, config: RunConfig) -> bool:
+    """Whether the matrix holds this run.
+
+    Raises:
+        ConfigError: It holds one of the same name made otherwise.
+    """
+    wanted = (config.data.path.name, config.backbone.name, variant, config.training.seed)
+    for row in rows:
+        if tuple(row[name] for name in KEY) == wanted:
+            if row["config_sha256"] == config_sha256(config):
+                return True
+            raise ConfigError(
+                f"The matrix already holds {', '.join(map(str, wanted))}, made with another configuration.",
+                rule="Rows of one matrix differ in data set, backbone, variant and seed only.",
+                remedy="Write to another file, or give the settings it was begun with.",
+            )
+    return False
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95% Student t-interval (NaN with one value: nothing is known of the spread)."""
+    n, mean = len(values), math.fsum(values) / len(values)
+    if n < 2:
+        return mean, math.nan
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+
+
+def summary(path: Path) -> str:
+    """Mean and interval over seeds per variant, and differences paired by seed.
+
+    Raises:
+        DataError: No matrix there, or an empty one.
+    """
+    rows = read_rows(path)
+    if not rows:
+        raise DataError(f"{path} does not exist or holds no row.", remedy="Fill it with benchmarks/quality.py.")
+    lines = []
+    for dataset, backbone in dict.fromkeys((row["dataset"], row["backbone"]) for row in rows):
+        here = [row for row in rows if (row["dataset"], row["backbone"]) == (dataset, backbone)]
+        lines += [f"{dataset}, {backbone}: mean +- 95% t-interval over seeds", "", *aligned(means(here)), ""]
+        for reference in REFERENCES:
+            table = differences(here, reference)
+            if len(table) > 1:
+                lines += [f"{COMPARED}, difference to {reference}, paired by seed", "", *aligned(table), ""]
+    return "\n".join(lines).rstrip()
+
+
+def means(rows: Sequence[Row]) -> list[list[str]]:
+    """A table with a line a variant."""
+    table = [["variant", "seeds", *SHOWN, "parameters", "seconds"]]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        runs = [row for row in rows if row["variant"] == variant]
+        cells = [shown(*interval([row[name] for row in runs])) for name in SHOWN]
+        seconds = math.fsum(row["seconds"] for row in runs) / len(runs)
+        table.append([variant, str(len(runs)), *cells, f"{runs[0]['parameters']:,}", f"{seconds:.0f}"])
+    return table
+
+
+def differences(rows: Sequence[Row], reference: str) -> list[list[str]]:
+    """A table with a line for each other variant that shares a seed with ``reference``."""
+    values = {(row["variant"], row["seed"]): row[COMPARED] for row in rows}
+    table = [["variant", "seeds", "difference", "verdict"]]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        paired = [v - values[reference, s] for (name, s), v in values.items() if name == variant and (reference, s) in values]
+        if variant == reference or not paired:
+            continue
+        mean, half = interval(paired)
+        verdict = "too few seeds" if math.isnan(half) else "differs" if abs(mean) > half else "no difference shown"
+        table.append([variant, str(len(paired)), shown(mean, half, sign="+"), verdict])
+    return table
+
+
+def shown(mean: float, half: float, sign: str = "") -> str:
+    """`0.1234 +- 0.0056`."""
+    return f"{mean:{sign}.4f} +- " + ("?" if math.isnan(half) else f"{half:.4f}")
+
+
+def aligned(table: list[list[str]]) -> list[str]:
+    """Rows of cells as lines of columns, the first flush left."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in table]

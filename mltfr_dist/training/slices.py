@@ -1,0 +1,58 @@
+"""Who the test metrics are made of: slices of users by their target's popularity and by the length of their history.
+
+A prior from language models has most to give where training data is thin, so a mean over all users can hide it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
+from mltfr_dist.data.shards import Manifest, read_shard
+
+
+@dataclass(frozen=True)
+class Slices:
+    """A user belongs to one third by target and to one by history.
+
+    Attributes:
+        item_third: [num_items + 1] 0, 1, 2: the third of the items, ordered by training count, that each lies in
+            (equal counts: by item id; the thirds hold equally many items).
+        short, long: a history is short up to ``short`` items and long from ``long`` on: the thirds of the training
+            sequences' lengths.
+    """
+
+    item_third: Tensor
+    short: int
+    long: int
+
+    NAMES = ("item_rare", "item_middle", "item_common", "history_short", "history_middle", "history_long")
+
+    def members(self, batch: RankingBatch) -> Tensor:
+        """[B, 6] bool, in the order of ``NAMES``; rows that only fill the batch belong nowhere."""
+        third = self.item_third.to(batch.target_ids.device)[batch.target_ids]
+        length = torch.bincount(batch.seen_rows, minlength=len(batch.target_ids))  # of the full history
+        by_length = (length > self.short).long() + (length >= self.long).long()
+        groups = torch.stack([third, by_length + 3], dim=1)
+        member = torch.zeros(len(third), len(self.NAMES), dtype=torch.bool, device=third.device).scatter(1, groups, value=True)
+        return member & (batch.target_ids != PADDING_IDX)[:, None]
+
+
+def training_slices(config: RunConfig, manifest: Manifest) -> Slices:
+    """Slices by what the training split holds; one pass over its shards, one shard in memory at a time."""
+    counts = np.zeros(manifest.num_items + 1, np.int64)
+    lengths = [np.zeros(0, np.int64)]
+    for info in manifest.splits["train"].shards:
+        sequences = read_shard(config.data.path, info, num_items=manifest.num_items)
+        counts += np.bincount(sequences.items, minlength=len(counts))
+        lengths.append(sequences.lengths)
+    order = np.argsort(counts[1:], kind="stable")
+    third = np.zeros(len(counts), np.int64)
+    third[order + 1] = np.arange(manifest.num_items) * 3 // max(1, manifest.num_items)
+    short, long = (int(v) for v in np.quantile(np.concatenate(lengths), (1 / 3, 2 / 3), method="higher"))
+    return Slices(torch.from_numpy(third), short, max(long, short + 1))

@@ -1,0 +1,141 @@
+"""The matrix of runs: what each arm changes, resuming, and statistics worked by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from support import tiny_config
+
+from benchmarks import quality
+from mltfr_dist.cli import main as mltfr
+from mltfr_dist.config import RunConfig
+from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.training.matrix import append_row, config_sha256, interval, read_rows, summary
+from mltfr_dist.training.run_folder import differing_fields
+
+
+def row(variant: str, seed: int, value: float) -> dict[str, object]:
+    metrics = {"valid/NDCG@10": value, "test/NDCG@10": value, "test/HR@10": 2 * value}
+    key = {"dataset": "d", "backbone": "sasrec", "variant": variant, "seed": seed, "config_sha256": "0"}
+    return key | {"parameters": 10, "seconds": 1.0} | metrics
+
+
+def differing(base: RunConfig, name: str) -> set[str]:
+    made = quality.variant(name)(base)
+    return {line.split(" is ")[0] for line in differing_fields(base.model_dump(mode="json"), made.model_dump(mode="json"))}
+
+
+def test_interval_by_hand() -> None:
+    # Sample deviation of 1, 2, 3 is 1; t(0.975, 2) = 4.3027.
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == 2
+    assert half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    mean, half = interval([0.5])
+    assert mean == 0.5
+    assert math.isnan(half)
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "m.parquet"
+    for seed, level in enumerate((0.1, 0.5, 0.9)):  # seeds differ far more than variants
+        append_row(path, row("bare", seed, level))
+        append_row(path, row("repaired", seed, level + 0.01 + 0.001 * seed))
+    append_row(path, row("random_tables", 0, 0.1) | {"test/item_rare/HR@10": 0.5})  # a column more
+    assert len(read_rows(path)) == 7
+    assert mltfr(["report", str(path)]) == 0
+    shown = capsys.readouterr().out
+    to_bare, to_random = shown.split("difference to bare")[1].split("difference to random_tables")
+    line = next(part for part in to_bare.splitlines() if part.startswith("repaired"))
+    assert line.split() == ["repaired", "3", "+0.0110", "+-", "0.0025", "differs"]
+    assert next(p for p in to_bare.splitlines() if p.startswith("random_tables")).endswith("+- ?  too few seeds")
+    assert "repaired" in to_random
+    assert "0.5000 +- 0.9937" in shown  # the unpaired spread of bare
+
+
+@pytest.mark.parametrize("content", [None, "text"])
+def test_what_is_no_matrix(tmp_path: Path, content: str | None) -> None:
+    if content:
+        (tmp_path / "m.parquet").write_text(content)
+    with pytest.raises(DataError, match=r"m\.parquet"):
+        summary(tmp_path / "m.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("bare", {"mltfr.enabled", "training.epochs"}),
+        ("bare_equal_parameters", {"mltfr.enabled", "training.epochs", "backbone.hidden_dim"}),
+        ("repaired", set()),
+        ("random_tables", {"mltfr.table_content"}),
+        ("shuffled_tables", {"mltfr.table_content"}),
+        ("random_tokens", {"mltfr.filter.strategy"}),
+        ("learned_prototypes", {"mltfr.filter.strategy"}),
+        ("one_table", {"mltfr.tables"}),
+        ("consensus_off", {"mltfr.consensus.enabled", "training.epochs"}),
+        ("consensus_zero", {"mltfr.consensus.weight"}),
+    ],
+)
+def test_an_arm_changes_what_it_says_and_nothing_else(tmp_path: Path, name: str, fields: set[str]) -> None:
+    base = tiny_config(tmp_path, backbone__hidden_dim=32, backbone__num_heads=1)
+    assert differing(base, name) == fields
+    made = quality.variant(name)(base)
+    stages = 2 if made.mltfr.enabled and made.mltfr.consensus.enabled else 1
+    budget = made.training.epochs + (made.training.consensus_epochs if stages == 2 else 0)
+    assert budget == base.training.epochs + base.training.consensus_epochs
+
+
+def test_the_wide_bare_backbone_has_as_many_parameters(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No hidden_dim gives the bare backbone"):  # two heads: steps of 2 are too coarse
+        quality.variant("bare_equal_parameters")(tiny_config(tmp_path, backbone__hidden_dim=32))
+    base = tiny_config(tmp_path, backbone__hidden_dim=32, backbone__num_heads=1)
+    wide = quality.variant("bare_equal_parameters")(base)
+    assert quality.num_parameters(wide) == pytest.approx(quality.num_parameters(base), rel=0.02)
+
+
+def test_an_unknown_variant_names_the_valid_ones() -> None:
+    with pytest.raises(ConfigError, match="no variant `random`") as caught:
+        quality.variant("random")
+    assert all(name in caught.value.remedy for name in quality.VARIANTS)
+
+
+def test_the_hash_is_of_the_numbers_and_not_of_the_place(tmp_path: Path) -> None:
+    base = tiny_config(tmp_path)
+    assert config_sha256(base) == config_sha256(tiny_config(tmp_path, name="other", runs_dir="elsewhere"))
+    assert config_sha256(base) != config_sha256(tiny_config(tmp_path, training__seed=1))
+
+
+@pytest.mark.integration
+def test_a_matrix_is_run_row_by_row_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path, training__epochs=1, training__consensus_epochs=1)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    path = tmp_path / "m.parquet"
+    options = [
+        str(path),
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--runs",
+        str(tmp_path / "q"),
+        "--variants",
+        "bare",
+        "random_tables",
+    ]
+    assert quality.main([*options, "--seeds", "0"]) == 0
+    first = read_rows(path)
+    assert [(r["variant"], r["seed"]) for r in first] == [("bare", 0), ("random_tables", 0)]
+    assert quality.main([*options, "--seeds", "0", "1"]) == 0
+    rows = read_rows(path)
+    assert [(r["variant"], r["seed"]) for r in rows] == [("bare", 0), ("random_tables", 0), ("bare", 1), ("random_tables", 1)]
+    assert rows[:2] == first
+    for r in rows:
+        assert r["parameters"] > 0
+        assert r["epochs"] == 2
+        assert 0 < r["test/MRR"] < 1
+        assert r["test/item_rare/users"] + r["test/item_middle/users"] + r["test/item_common/users"] == 120
+    assert mltfr(["report", str(path)]) == 0
+    capsys.readouterr()
+    assert quality.main([*options, "--seeds", "0", "--set", "backbone.dropout=0.3"]) == 2
+    assert "made with another configuration" in capsys.readouterr().err
+    assert read_rows(path) == rows

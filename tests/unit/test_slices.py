@@ -1,0 +1,77 @@
+"""Slices of the test metrics, worked by hand, and exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import tiny_config
+
+from mltfr_dist.config import EvaluationConfig
+from mltfr_dist.data.batch import RankingBatch
+from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.training.baselines import training_sequences
+from mltfr_dist.training.evaluate import ALL, evaluate, evaluate_slices
+from mltfr_dist.training.inputs import load_inputs, ranking_stream
+from mltfr_dist.training.slices import Slices, training_slices
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def test_membership_by_hand() -> None:
+    slices = Slices(torch.tensor([0, 0, 1, 2]), short=1, long=3)
+    batch = RankingBatch(
+        torch.ones(4, 1).long(),
+        torch.tensor([1, 2, 3, 0]),
+        torch.tensor([0, 1, 1, 2, 2, 2]),
+        torch.tensor([3, 3, 1, 1, 2, 2]),
+    )
+    expected = [["item_rare", "history_short"], ["item_middle", "history_middle"], ["item_common", "history_long"], []]
+    found = slices.members(batch)
+    assert [[name for name, m in zip(Slices.NAMES, row, strict=True) if m] for row in found.tolist()] == expected
+
+
+def test_metrics_by_hand() -> None:
+    # Ranks 1, 2, 3 of three users; slices {0, 1} and {2}.
+    scores = torch.tensor([[-torch.inf, 3.0, 2.0, 1.0]]).repeat(3, 1)
+    none = torch.zeros(0).long()
+    batch = RankingBatch(torch.ones(3, 1).long(), torch.tensor([1, 2, 3]), none, none)
+    member = torch.tensor([[True, False], [True, False], [False, True]])
+    config = EvaluationConfig(cutoffs=(1, 10))
+    found = evaluate_slices(lambda _: scores, [batch], config, ALONE, ("a", "b"), lambda _: member)
+    assert found["a"]["HR@1"] == 1 / 2
+    assert found["a"]["MRR"] == pytest.approx(3 / 4)
+    assert found["b"]["MRR"] == pytest.approx(1 / 3)
+    assert (found["a"]["users"], found["b"]["users"]) == (2, 1)
+    assert found[ALL] == evaluate(lambda _: scores, [batch], config, ALONE)
+
+
+def test_slices_of_real_data_partition_the_users_and_thirds_are_by_training_count(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    manifest = load_inputs(config).manifest
+    slices = training_slices(config, manifest)
+    train = training_sequences(config.data.path, manifest)
+    counts = torch.bincount(torch.from_numpy(train.items.astype("int64")), minlength=manifest.num_items + 1)
+    thirds = [counts[1:][slices.item_third[1:] == third] for third in range(3)]
+    assert max(map(len, thirds)) - min(map(len, thirds)) <= 1
+    assert thirds[0].max() <= thirds[1].min() <= thirds[1].max() <= thirds[2].min()
+    assert (train.lengths <= slices.short).mean() >= 1 / 3
+    assert slices.long > slices.short
+
+    def by_id(batch: RankingBatch) -> torch.Tensor:
+        return torch.arange(manifest.num_items + 1.0).repeat(len(batch.target_ids), 1)
+
+    parts = []
+    for rank in range(2):  # sums over ranks are sums over users
+        stream = ranking_stream(config, "test", Ranks(rank, 2, torch.device("cpu")))
+        parts.append(evaluate_slices(by_id, stream, config.evaluation, ALONE, Slices.NAMES, slices.members))
+    whole_stream = ranking_stream(config, "test", ALONE)
+    whole = evaluate_slices(by_id, whole_stream, config.evaluation, ALONE, Slices.NAMES, slices.members)
+    users = manifest.splits["test"].num_sequences
+    for group in (Slices.NAMES[:3], Slices.NAMES[3:]):
+        assert sum(whole[name]["users"] for name in group) == users
+        mean = sum(whole[name]["MRR"] * whole[name]["users"] for name in group) / users
+        assert mean == pytest.approx(whole[ALL]["MRR"])
+    for name in Slices.NAMES:
+        assert sum(p[name]["users"] for p in parts) == whole[name]["users"]
