@@ -17,7 +17,7 @@ from mltfr_dist.config import FilterConfig, MLTFRConfig
 from mltfr_dist.models.consensus import State, freeze
 from mltfr_dist.models.experts import ExpertCore, Memory, Router, TableAdapter
 from mltfr_dist.models.strategies import AllRows, Prototypes, RandomTokens, Selection, history_keys
-from mltfr_dist.models.token_filter import KeptTokens, TokenFilter, prefix_mean, row_relevance, search
+from mltfr_dist.models.token_filter import TokenFilter, prefix_mean, row_relevance, search
 
 EXPLAINED = 16
 """Tokens that an explanation lists at most, where all of a table's rows are attended to."""
@@ -149,10 +149,6 @@ class MLTFR(nn.Module):
         occupied = in_blocks(F.pad(valid_mask, (0, pad)), n)[..., 0]  # sequences start at 0 and have no gaps
         positions = in_blocks(F.pad(x, (0, 0, 0, pad)), n)  # [B, L/n, n, D]
         return positions[occupied], queries[occupied], occupied
-
-    def select(self, queries: Tensor) -> list[KeptTokens]:
-        """What each table's user-guided filter keeps for ``queries`` [G, D]; places are in the table's candidate list."""
-        return [selection.kept for selection in self.selections(queries, None)]
 
     def selections(self, queries: Tensor, keys: Tensor | None) -> list[Selection]:
         """What each table contributes for ``queries`` [G, D] of histories with hashes ``keys`` [G]."""

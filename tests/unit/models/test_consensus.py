@@ -194,7 +194,7 @@ def test_gradients_pass_through_the_frozen_consensus_to_what_feeds_it() -> None:
     positions, queries, _ = mltfr.blocks(x, torch.ones(2, 4, dtype=torch.bool))
     from mltfr_dist.models.experts import Memory
 
-    kept = mltfr.select(queries)
+    kept = [selection.kept for selection in mltfr.selections(queries, None)]
     memories = [Memory(mltfr.adapters[m](mltfr.candidates(m)), k.places, k.log_weights) for m, k in enumerate(kept)]
     mltfr.consensus(positions, memories).square().sum().backward()
     for m in range(2):

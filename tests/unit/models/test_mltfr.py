@@ -20,7 +20,7 @@ from mltfr_dist.models import token_filter
 from mltfr_dist.models.experts import ExpertCore, Memory, Router
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
-from mltfr_dist.models.token_filter import prefix_mean, row_relevance, search
+from mltfr_dist.models.token_filter import KeptTokens, prefix_mean, row_relevance, search
 from mltfr_dist.tables.store import table_hash
 
 NUM_ITEMS, MAX_LEN, DIM, TOP_K = 30, 10, 16, 4
@@ -79,6 +79,11 @@ def inputs(histories: list[list[int]], model: Recommender) -> tuple[Tensor, Tens
     item_ids = padded(histories)
     with torch.no_grad():
         return model.backbone.inputs(item_ids), item_ids != 0
+
+
+def kept_tokens(mltfr: MLTFR, queries: Tensor) -> list[KeptTokens]:
+    """What each table's user-guided filter keeps for queries [G, D]."""
+    return [selection.kept for selection in mltfr.selections(queries, None)]
 
 
 def padded_hidden(model: Recommender, item_ids: Tensor) -> Tensor:
@@ -383,7 +388,7 @@ def test_kept_tokens_are_the_exact_top_k_by_cosine() -> None:
     mltfr = mltfr_of(model)
     _, queries, _ = mltfr.blocks(*inputs(some_histories(4), model))
     with torch.no_grad():
-        for m, kept in enumerate(mltfr.select(queries)):
+        for m, kept in enumerate(kept_tokens(mltfr, queries)):
             assert kept.places.shape == kept.log_weights.shape == (len(queries), TOP_K)
             for g, query in enumerate(queries):
                 expected, log_weights = kept_by_hand(mltfr, m, query)
@@ -394,7 +399,7 @@ def test_kept_tokens_are_the_exact_top_k_by_cosine() -> None:
 def test_scaling_a_query_changes_neither_tokens_nor_weights() -> None:
     mltfr = mltfr_of(shared())
     queries = torch.randn(5, DIM)
-    for one, other in zip(mltfr.select(queries), mltfr.select(queries * 37.0), strict=True):
+    for one, other in zip(kept_tokens(mltfr, queries), kept_tokens(mltfr, queries * 37.0), strict=True):
         assert torch.equal(one.places, other.places)
         torch.testing.assert_close(one.log_weights, other.log_weights, rtol=0, atol=1e-5)
 
@@ -402,10 +407,10 @@ def test_scaling_a_query_changes_neither_tokens_nor_weights() -> None:
 def test_a_lower_temperature_sharpens_the_weights() -> None:
     mltfr = mltfr_of(make())
     queries = torch.randn(5, DIM)
-    before = [kept.log_weights.exp().amax(1) for kept in mltfr.select(queries)]
+    before = [kept.log_weights.exp().amax(1) for kept in kept_tokens(mltfr, queries)]
     for one in mltfr.filters:
         one.log_temperature.data.sub_(2.0)
-    for old, kept in zip(before, mltfr.select(queries), strict=True):
+    for old, kept in zip(before, kept_tokens(mltfr, queries), strict=True):
         assert (kept.log_weights.exp().amax(1) > old).all()
         torch.testing.assert_close(kept.log_weights.exp().sum(1), torch.ones(5))
 
@@ -422,7 +427,7 @@ def test_filter_ratio_gives_k(ratio: float, expected: tuple[int, ...]) -> None:
     assert (
         tuple(one.num_kept for one in mltfr_of(model).filters) == expected == tuple(max(2, round(ratio * v)) for v, _ in SHAPES)
     )
-    kept = mltfr_of(model).select(torch.randn(3, DIM))
+    kept = kept_tokens(mltfr_of(model), torch.randn(3, DIM))
     assert tuple(k.places.shape[1] for k in kept) == expected
     assert all(len(set(row.tolist())) == k.places.shape[1] for k in kept for row in k.places)
 
@@ -462,7 +467,7 @@ def test_a_shortlist_that_holds_the_top_k_gives_the_full_search() -> None:
     x, valid = inputs(histories, full)
     _, queries, _ = mltfr_of(full).blocks(x, valid)
     needed = []
-    for kept, (rows, _) in zip(mltfr_of(full).select(queries), SHAPES, strict=True):
+    for kept, (rows, _) in zip(kept_tokens(mltfr_of(full), queries), SHAPES, strict=True):
         marks = torch.zeros(rows)
         marks[kept.places.flatten()] = 1.0
         needed.append(marks)
@@ -471,8 +476,8 @@ def test_a_shortlist_that_holds_the_top_k_gives_the_full_search() -> None:
     with torch.no_grad():
         torch.testing.assert_close(mltfr_of(short)(x, valid)[0], mltfr_of(full)(x, valid)[0], rtol=0, atol=1e-6)
         for m in range(len(SHAPES)):
-            found = mltfr_of(short).shortlist(m)[mltfr_of(short).select(queries)[m].places]
-            assert torch.equal(found, mltfr_of(full).select(queries)[m].places)
+            found = mltfr_of(short).shortlist(m)[kept_tokens(mltfr_of(short), queries)[m].places]
+            assert torch.equal(found, kept_tokens(mltfr_of(full), queries)[m].places)
     recall, count = mltfr_of(short).shortlist_recall(x, valid)
     assert count == len(queries)
     assert recall.tolist() == [count] * len(SHAPES)
