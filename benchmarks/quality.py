@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from mltfr_dist.cli import fail, resolve_config
-from mltfr_dist.config import RunConfig, nearest_key, validate
+from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError, MltfrError
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.schema import nearest_key, validate
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.matrix import append_row, is_done, make_row, read_rows
 from mltfr_dist.training.run_folder import CONFIG, Result, claim, load_result

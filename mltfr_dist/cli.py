@@ -15,9 +15,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mltfr_dist import __version__
-from mltfr_dist.config import PrepareConfig, RunConfig, Section, TableConfig, validate
+from mltfr_dist.config import PrepareConfig, RunConfig, TableConfig
 from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, MltfrError, OtherRankError
 from mltfr_dist.presets import PRESETS, preset
+from mltfr_dist.schema import Section, validate
 
 
 def fail(error: MltfrError) -> int:

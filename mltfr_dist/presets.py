@@ -14,9 +14,9 @@ from mltfr_dist.config import (
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
-    nearest_key,
 )
 from mltfr_dist.errors import ConfigError
+from mltfr_dist.schema import nearest_key
 
 DEMO_TABLES = tuple(Path("data/tables") / name for name in ("llama2", "smollm2", "minilm"))
 

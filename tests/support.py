@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mltfr_dist.config import PrepareConfig, RunConfig, TableConfig, validate
+from mltfr_dist.config import PrepareConfig, RunConfig, TableConfig
 from mltfr_dist.data.prepare import prepare
+from mltfr_dist.schema import validate
 from mltfr_dist.tables.store import save_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent

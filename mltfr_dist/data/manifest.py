@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from mltfr_dist.config import PrepareConfig, Section
+from mltfr_dist.config import PrepareConfig
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
+from mltfr_dist.schema import Section
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mltfr_dist.config import Section
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.state import restore_masters, restore_moments, whole_moments, whole_parameters
 from mltfr_dist.errors import CheckpointError
 from mltfr_dist.files import file_sha256
+from mltfr_dist.schema import Section
 
 SCHEMA_VERSION = 1
 HEADER = "state.json"

@@ -15,11 +15,12 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from mltfr_dist.config import OptimizerConfig, RunConfig, nearest_key
+from mltfr_dist.config import OptimizerConfig, RunConfig
 from mltfr_dist.data.stream import Part, StepBatches
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
+from mltfr_dist.schema import nearest_key
 
 FILE_KEYS = ("zero_optimization", "zero_force_ds_cpu_optimizer", "aio")
 """What a DeepSpeed file may hold."""

@@ -21,9 +21,10 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mltfr_dist.config import Count, Section, TableConfig, TableContent
+from mltfr_dist.config import TableConfig, TableContent
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
+from mltfr_dist.schema import Count, Section
 
 SCHEMA_VERSION = 1
 TENSOR_NAME = "token_table"

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from mltfr_dist.config import RunConfig, nearest_key
+from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import Ranks, start_ranks
 from mltfr_dist.errors import CheckpointError, DataError
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.schema import nearest_key
 from mltfr_dist.training.evaluate import evaluate, mask_seen
 from mltfr_dist.training.explain import ItemMap, TableView, explain
 from mltfr_dist.training.inputs import Inputs, load_inputs, load_model, ranking_stream, record_inputs

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from mltfr_dist.config import RunConfig, Section, validate
+from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import write_atomically
+from mltfr_dist.schema import Section, validate
 
 CONFIG, RESULT, REPORT, CHECKPOINTS = "config.yaml", "result.json", "report.md", "checkpoints"
 

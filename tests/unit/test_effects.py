@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from support import REPOSITORY, read_lines, tiny_config
 
-from mltfr_dist.config import RunConfig, Section, field_paths
+from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.schema import Section, field_paths
 from mltfr_dist.training.fit import fit
 
 CHANGES: dict[str, Any] = {

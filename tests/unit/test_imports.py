@@ -19,6 +19,7 @@ LAYERS = {
     "backbones": 0,
     "files": 0,
     "numerics": 0,
+    "schema": 1,
     "config": 1,
     **dict.fromkeys(("presets", "data", "tables", "models", "losses", "metrics"), 2),
     "distributed": 3,
@@ -76,14 +77,14 @@ def test_imports_run_one_way(path: Path) -> None:
         if here in LEAVES:
             assert LAYERS[target] < LAYERS[here], f"{name(path)} imports {imported}"
         if here == "data":
-            assert target in ("errors", "config", "files"), f"{name(path)} imports {imported}"
+            assert target in ("errors", "schema", "config", "files"), f"{name(path)} imports {imported}"
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=name)
 def test_models_know_of_data_only_the_batch(path: Path) -> None:
     for imported in own(path):
         target = imported.partition(".")[0]
-        assert target in ("backbones", "config", "models", "losses", "data", "numerics"), f"{name(path)} imports {imported}"
+        assert target in ("backbones", "schema", "config", "models", "losses", "data", "numerics"), f"{name(path)} imports {imported}"
         assert target != "data" or imported.startswith("data.batch."), f"{name(path)} imports {imported}"
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mltfr_dist.backbones import BACKBONES, Entry
-from mltfr_dist.config import BackboneConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig, RunConfig, validate
+from mltfr_dist.config import BackboneConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig, RunConfig
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.backbone import Backbone, PositionalBackbone, backbone_class
@@ -27,6 +27,7 @@ from mltfr_dist.models.fmlp import CausalFilter
 from mltfr_dist.models.linrec import CausalLinearAttention, causal_product
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.schema import validate
 
 NUM_ITEMS, MAX_LEN, DIM, MASK = 30, 10, 16, 31
 HISTORY = st.lists(st.integers(1, NUM_ITEMS), min_size=1, max_size=MAX_LEN)

@@ -1,0 +1,83 @@
+"""What every configuration is made of: immutable sections, and errors that name path, value, rule and nearest key."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mltfr_dist.errors import ConfigError
+
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of every configuration section: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_numbers(cls, values: Any) -> Any:
+        """`epochs: true` is a slip, and would count as 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:
+                raise ValueError(f"{name} must not be true or false (given: {value})")
+        return values
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> SectionT:
+    """Build ``model`` from plain ``values``.
+
+    Raises:
+        ConfigError: naming every offending path, its value, the rule, and for an unknown key the nearest valid one.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            path = ".".join(str(part) for part in item["loc"]) or "(whole configuration)"
+            if item["type"] == "extra_forbidden":
+                near = nearest_key(path, field_paths(model))
+                problems.append(f"`{path}` is not a field" + (f"; the nearest is `{near}`" if near else ""))
+            elif item["type"] == "missing":
+                problems.append(f"`{path}` is required and was not given")
+            else:
+                given = "" if isinstance(item["input"], dict | Section) else f" (given: {item['input']!r})"
+                problems.append(f"`{path}`: {item['msg'].removeprefix('Value error, ')}{given}")
+        raise ConfigError(
+            f"The configuration from {source} is not valid: {'; '.join(problems)}.",
+            remedy="Correct it; `train.py --help` lists every field with its default and unit.",
+        ) from None
+
+
+def field_paths(model: type[Section], prefix: str = "") -> list[str]:
+    """Every dotted key of ``model``, sections included."""
+    paths = []
+    for name, field in model.model_fields.items():
+        paths.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            paths += field_paths(field.annotation, f"{prefix}{name}.")
+    return paths
+
+
+def nearest_key(path: str, valid: list[str]) -> str | None:
+    """The valid dotted key most like ``path``: by the whole path, or by its last part alone."""
+    leaf = path.rpartition(".")[2]
+    same_leaf = [key for key in valid if key.rpartition(".")[2] == leaf]
+    if same_leaf:
+        return same_leaf[0]
+    by_path = difflib.get_close_matches(path, valid, n=1, cutoff=0.6)
+    if by_path:
+        return by_path[0]
+    by_leaf = difflib.get_close_matches(leaf, [key.rpartition(".")[2] for key in valid], n=1, cutoff=0.6)
+    return next((key for key in valid if by_leaf and key.rpartition(".")[2] == by_leaf[0]), None)
