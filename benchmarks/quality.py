@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from mltfr_dist.cli import fail, resolve_config
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError, MltfrError
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.schema import nearest_key, validate
+from mltfr_dist.repairs import REPAIRS, as_published, changed, without
+from mltfr_dist.schema import nearest_key
+from mltfr_dist.tables.store import load_table
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.matrix import append_row, is_done, make_row, read_rows
 from mltfr_dist.training.run_folder import CONFIG, Result, claim, load_result
@@ -35,26 +38,21 @@ Variant = Callable[[RunConfig], RunConfig]
 PARAMETER_TOLERANCE = 0.02
 
 
-def changed(config: RunConfig, section: str, **fields: Any) -> RunConfig:
-    """``config`` with fields of a dotted section changed, validated anew."""
-    values = config.model_dump(mode="json")
-    place = values
-    for name in section.split("."):
-        place = place[name]
-    place.update(fields)
-    return validate(RunConfig, values, source="a variant")
+def vary(config: RunConfig, fields: dict[str, Any]) -> RunConfig:
+    """``config`` with dotted fields changed."""
+    return changed(config, fields, source="a variant")
 
 
 def one_stage(config: RunConfig) -> RunConfig:
     """The epochs of both stages in one."""
     if config.mltfr.consensus.enabled:
-        config = changed(config, "training", epochs=config.training.epochs + config.training.consensus_epochs)
+        config = vary(config, {"training.epochs": config.training.epochs + config.training.consensus_epochs})
     return config
 
 
 def bare(base: RunConfig) -> RunConfig:
     """The backbone alone."""
-    return changed(one_stage(base), "mltfr", enabled=False)
+    return vary(one_stage(base), {"mltfr.enabled": False})
 
 
 def bare_equal_parameters(base: RunConfig) -> RunConfig:
@@ -62,7 +60,7 @@ def bare_equal_parameters(base: RunConfig) -> RunConfig:
     wanted, alone = num_parameters(base), bare(base)
     heads = base.backbone.num_heads
     widths = range(base.backbone.hidden_dim, 16 * base.backbone.hidden_dim, heads)
-    sizes = {width: num_parameters(changed(alone, "backbone", hidden_dim=width)) for width in widths}
+    sizes = {width: num_parameters(vary(alone, {"backbone.hidden_dim": width})) for width in widths}
     best = min(sizes, key=lambda width: abs(sizes[width] - wanted))
     if abs(sizes[best] - wanted) > PARAMETER_TOLERANCE * wanted:
         raise ConfigError(
@@ -70,7 +68,25 @@ def bare_equal_parameters(base: RunConfig) -> RunConfig:
             rule=f"The arms' parameters agree within {PARAMETER_TOLERANCE:.0%}.",
             remedy="Leave out the variant bare_equal_parameters, or change backbone.hidden_dim or num_heads.",
         )
-    return changed(alone, "backbone", hidden_dim=best)
+    return vary(alone, {"backbone.hidden_dim": best})
+
+
+def group_of_one_width(base: RunConfig) -> dict[str, Any]:
+    """What the published consensus can merge: the largest group of equally wide tables among those given."""
+    stored = [load_table(path) for path in base.mltfr.tables]
+    widths = [table.rows.shape[1] for table in stored]
+    width = max(widths, key=lambda w: (widths.count(w), -widths.index(w)))
+    return {"mltfr.consensus.group": [table.name for table, w in zip(stored, widths, strict=True) if w == width]}
+
+
+def paper(base: RunConfig) -> RunConfig:
+    """MLTFR as published. The backbone, the loss and the protocol stay those of the other arms."""
+    return as_published(vary(base, group_of_one_width(base)), scopes=["method"])
+
+
+def without_repair(base: RunConfig, name: str) -> RunConfig:
+    """One repair taken away, of MLTFR or of the backbone."""
+    return without(vary(base, group_of_one_width(base)) if name == "shared_core" else base, name)
 
 
 def repaired(base: RunConfig) -> RunConfig:
@@ -80,37 +96,37 @@ def repaired(base: RunConfig) -> RunConfig:
 
 def random_tables(base: RunConfig) -> RunConfig:
     """Normal rows of equal mean and covariance in place of the tables'."""
-    return changed(base, "mltfr", table_content="random")
+    return vary(base, {"mltfr.table_content": "random"})
 
 
 def shuffled_tables(base: RunConfig) -> RunConfig:
     """Each column of the tables permuted by itself."""
-    return changed(base, "mltfr", table_content="shuffled")
+    return vary(base, {"mltfr.table_content": "shuffled"})
 
 
 def random_tokens(base: RunConfig) -> RunConfig:
     """As many tokens of the real tables, drawn for each history by a hash of it."""
-    return changed(base, "mltfr.filter", strategy="random_tokens")
+    return vary(base, {"mltfr.filter.strategy": "random_tokens"})
 
 
 def learned_prototypes(base: RunConfig) -> RunConfig:
     """Rows that a perceptron makes of each table, the same for every user."""
-    return changed(base, "mltfr.filter", strategy="learned_prototypes")
+    return vary(base, {"mltfr.filter.strategy": "learned_prototypes"})
 
 
 def one_table(base: RunConfig) -> RunConfig:
     """The first table alone."""
-    return changed(base, "mltfr", tables=[str(base.mltfr.tables[0])])
+    return vary(base, {"mltfr.tables": [str(base.mltfr.tables[0])]})
 
 
 def consensus_off(base: RunConfig) -> RunConfig:
     """One stage of as many epochs, and so without the fresh optimizer that stage 2 also brings."""
-    return changed(one_stage(base), "mltfr.consensus", enabled=False)
+    return vary(one_stage(base), {"mltfr.consensus.enabled": False})
 
 
 def consensus_zero(base: RunConfig) -> RunConfig:
     """Both stages, but the consensus expert adds nothing: what stage 2 gives by itself."""
-    return changed(base, "mltfr.consensus", weight=0.0)
+    return vary(base, {"mltfr.consensus.weight": 0.0})
 
 
 VARIANTS: dict[str, Variant] = {
@@ -118,6 +134,7 @@ VARIANTS: dict[str, Variant] = {
     for f in (
         bare,
         bare_equal_parameters,
+        paper,
         repaired,
         random_tables,
         shuffled_tables,
@@ -128,6 +145,9 @@ VARIANTS: dict[str, Variant] = {
         consensus_zero,
     )
 }
+CONTROLS = tuple(VARIANTS)
+"""What is run unless said otherwise."""
+VARIANTS |= {f"without_{name}": partial(without_repair, name=name) for name in REPAIRS}
 
 
 def variant(name: str) -> Variant:
@@ -162,8 +182,7 @@ def plan(base: RunConfig, options: argparse.Namespace) -> list[tuple[str, RunCon
         for data in options.data or [base.data.path]:
             for backbone in options.backbones or [base.backbone.name]:
                 for name in options.variants:
-                    config = changed(base, "data", path=str(data))
-                    config = changed(changed(config, "backbone", name=backbone), "training", seed=seed)
+                    config = vary(base, {"data.path": str(data), "backbone.name": backbone, "training.seed": seed})
                     config = variant(name)(config)
                     update = {"name": f"{config.data.path.name}-{backbone}-{name}-{seed}", "runs_dir": options.runs}
                     runs.append((name, config.model_copy(update={**update, "baselines": ()})))
@@ -196,7 +215,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("matrix", type=Path, help="Parquet file that rows are added to")
     parser.add_argument("--data", type=Path, nargs="+", help="prepared data sets (default: the configuration's)")
     parser.add_argument("--backbones", nargs="+", help="backbones (default: the configuration's)")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help=f"any of {', '.join(VARIANTS)} (default: all)")
+    parser.add_argument(
+        "--variants", nargs="+", default=list(CONTROLS), help=f"any of {', '.join(VARIANTS)} (default: the first {len(CONTROLS)})"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs")
     parser.add_argument("--launcher", default=sys.executable, help="what starts train.py (default: this Python)")

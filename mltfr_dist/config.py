@@ -111,6 +111,17 @@ class BackboneConfig(Section):
     inductive_bias: Annotated[float, Field(ge=0, le=1)] = Field(
         0.7, description="bsarec: alpha, weight of the frequency filter; self-attention has the rest."
     )
+    filter_scope: Literal["prefix", "sequence"] = Field(
+        "prefix",
+        description="fmlp, bsarec: the frequency filter of a position mixes its past (causal), or the whole sequence, future "
+        "included (published).",
+    )
+    padding: Literal["masked", "attended"] = Field(
+        "masked", description="bert4rec: padding is no position at all, or acts as an item up to max_len (published)."
+    )
+    read_at: Literal["mask", "before_mask"] = Field(
+        "mask", description="bert4rec: where a next item is scored; before_mask: as published for histories below max_len."
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> BackboneConfig:
@@ -136,10 +147,29 @@ class FilterConfig(Section):
     max_direct_rows: Count = Field(
         1024, description="direct and seed_words: rows of a table that every position may attend to; more are refused."
     )
-    top_k: Annotated[int, Field(ge=2)] | None = Field(
+    query: Literal["prefix", "history"] = Field(
+        "prefix",
+        description="prefix: the mean of a position's past (causal); history: of all items, future ones too (published).",
+    )
+    weights: Literal["soft", "straight_through"] = Field(
+        "soft",
+        description="soft: the kept scores' log-softmax joins the attention logits; straight_through: rows are multiplied by "
+        "normalised weights of value 1 / top_k (published; with top_k=1 no gradient reaches the filter).",
+    )
+    memory: Literal["user", "batch"] = Field(
+        "user", description="user: a query's expert reads what it keeps; batch: what any query of the batch keeps (published)."
+    )
+    noise: NonNegative = Field(
+        0.0, description="Scale of Gumbel noise on the cosines, keyed by (seed, step, user, table); 1 as published."
+    )
+    noise_steps: Count | None = Field(
+        None, description="Steps over which the noise falls linearly to none; null: it stays (published)."
+    )
+    noise_in_evaluation: bool = Field(False, description="Whether noise is drawn outside training too (published).")
+    top_k: Count | None = Field(
         16,
-        description="Tokens kept per table and query; at least 2, for the weight of a single one carries no gradient. "
-        "Give this or filter_ratio.",
+        description="Tokens kept per table and query; with soft weights at least 2, for that of a single one carries no "
+        "gradient. Give this or filter_ratio.",
     )
     filter_ratio: Fraction | None = Field(None, description="Share of a table's vocabulary kept per query. Give this or top_k.")
     temperature: Positive = Field(0.05, description="tau_s: cosine scores are divided by it (start value if learned).")
@@ -160,6 +190,10 @@ class FilterConfig(Section):
         if (self.top_k is None) == (self.filter_ratio is None):
             given = f"top_k {self.top_k}, filter_ratio {self.filter_ratio}"
             raise ValueError(f"give exactly one of top_k and filter_ratio, and null for the other (given: {given})")
+        if self.weights == "soft" and self.top_k == 1:
+            raise ValueError("top_k must be at least 2 with soft weights: the weight of a single token carries no gradient")
+        if not self.noise and (self.noise_steps or self.noise_in_evaluation):
+            raise ValueError("noise_steps and noise_in_evaluation say when there is noise: give noise above 0 too")
         if self.top_k and self.shortlist_size and self.top_k > self.shortlist_size:
             raise ValueError(f"top_k ({self.top_k}) must not exceed shortlist_size ({self.shortlist_size})")
         if bool(self.seed_words) != (self.strategy == "seed_words"):
@@ -175,10 +209,22 @@ class FilterConfig(Section):
         assert self.filter_ratio is not None
         return max(2, round(self.filter_ratio * num_rows))
 
+    def noise_scale(self, step: int) -> float:
+        """Scale of the noise after ``step`` updates of the run."""
+        return self.noise * max(0.0, 1 - step / self.noise_steps) if self.noise_steps else self.noise
+
 
 class ExpertConfig(Section):
-    """The cross-attention experts, one per token table."""
+    """The cross-attention experts over the token tables."""
 
+    per_table: Count = Field(
+        1, description="Experts of each table: they share its filter, and adapt its rows each in its own way."
+    )
+    form: Literal["core", "paper"] = Field(
+        "core",
+        description="core: an adapter per expert and a core of one shape for all, started equal, so that any can be merged; "
+        "paper: each reads its table's rows itself and starts by itself, so that only tables of equal width can be merged.",
+    )
     num_heads: Count = Field(4, description="Attention heads of an expert.")
     head_dim: Count = Field(16, description="Size of one head.")
     dropout: Probability = Field(0.1, description="Dropout probability on attention weights and on the expert's output.")
@@ -187,16 +233,49 @@ class ExpertConfig(Section):
 class RouterConfig(Section):
     """The gate that mixes the experts."""
 
+    top_k: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="Experts that a position is routed to, the best by gate; at least 2, for the weight of a single one carries "
+        "no gradient; null: all. All experts are computed: it changes the mixture, not the cost.",
+    )
+    null_expert: bool = Field(False, description="A further gate that adds nothing, so that a position can do without experts.")
+    expert_dropout: Probability = Field(
+        0.0, description="Probability that an expert is left out for the positions of a query, in training; never all."
+    )
+    double_softmax: bool = Field(False, description="Softmax applied twice to a dense gate (published in some variants).")
     balance_weight: NonNegative = Field(
         0.01, description="Weight of the load-balancing term in the loss; 0 leaves the gate alone."
     )
+
+    @model_validator(mode="after")
+    def _published_gate_is_dense(self) -> RouterConfig:
+        if self.double_softmax and (self.top_k is not None or self.expert_dropout):
+            raise ValueError(
+                "double_softmax needs a dense gate: a second softmax gives weight to what top_k or expert_dropout left out"
+            )
+        return self
 
 
 class ConsensusConfig(Section):
     """The Fisher-weighted consensus expert, built between the two stages."""
 
     enabled: bool = Field(True, description="Whether there is a second stage with the consensus expert.")
-    weight: NonNegative = Field(0.1, description="lambda: weight of the consensus expert's output.")
+    group: tuple[str, ...] = Field((), description="Names of the tables whose experts are merged; none given: all.")
+    weight: NonNegative = Field(0.1, description="lambda: weight of the consensus expert's output (start value if learned).")
+    learn_weight: bool = Field(False, description="Whether lambda is trained in stage 2.")
+    fisher: Literal["per_sample", "batch_mean"] = Field(
+        "per_sample",
+        description="per_sample: mean of the squared gradients of single sequences; batch_mean: of the mean loss of global "
+        "batches (published; it shrinks as the batch grows).",
+    )
+    normalise_fisher: bool = Field(
+        True,
+        description="Divide each expert's Fisher by its mean, and take the plain mean where no expert has any; false: add 1e-12 "
+        "to the sum (published).",
+    )
+    random_in_stage_one: bool = Field(
+        False, description="Stage 1 adds lambda times a frozen, randomly initialised consensus expert (published)."
+    )
     fisher_sequences: Count = Field(1024, description="Training sequences over which the per-sample Fisher is averaged.")
     fresh_start: bool = Field(
         False, description="Stage 2 starts from a new initialisation (as published) and not from stage 1's best weights."
@@ -214,9 +293,17 @@ class MLTFRConfig(Section):
         "the mean and covariance of the real ones; shuffled: each column permuted over the rows by itself.",
     )
     filter: FilterConfig = Field(FilterConfig(), description="The user-guided token filter.")
+    train_tables: bool = Field(False, description="Tables are trained parameters (published, though called frozen).")
     expert: ExpertConfig = Field(ExpertConfig(), description="The experts.")
     router: RouterConfig = Field(RouterConfig(), description="The gate.")
     consensus: ConsensusConfig = Field(ConsensusConfig(), description="The consensus expert.")
+
+    @model_validator(mode="after")
+    def _routes(self) -> MLTFRConfig:
+        gates = len(self.tables) * self.expert.per_table + self.router.null_expert
+        if self.enabled and self.router.top_k is not None and self.router.top_k > gates:
+            raise ValueError(f"router.top_k ({self.router.top_k}) must not exceed the number of gates ({gates})")
+        return self
 
     @model_validator(mode="after")
     def _has_tables(self) -> MLTFRConfig:
@@ -235,8 +322,11 @@ class LossConfig(Section):
     )
     num_negatives: Count = Field(
         1,
-        description="bce, gbce: negatives per position, never an item of the user's history; "
+        description="bce, gbce: negatives per position; "
         "sampled_softmax: items drawn per update, shared by its positions (256 is usual).",
+    )
+    negatives: Literal["unseen", "any"] = Field(
+        "unseen", description="bce, gbce: outside the user's history, or any id, the target and padding included (published)."
     )
     proposal: Literal["uniform", "log_uniform"] = Field(
         "uniform", description="sampled_softmax: items are drawn evenly, or near Zipf's law by their rank in popularity."
@@ -287,6 +377,9 @@ class EvaluationConfig(Section):
 
     cutoffs: tuple[Count, ...] = Field((5, 10, 20), description="K of HR@K and NDCG@K; 10 must be among them.")
     batch_size: Count = Field(256, description="Users ranked at a time.")
+    select_on: Literal["valid", "test"] = Field(
+        "valid", description="Split whose NDCG@10 picks the checkpoint; test (published) makes the figures too high."
+    )
     filter_seen: bool = Field(True, description="Items of the history are no candidates (the target always is).")
     ties: Literal["pessimistic", "mean", "optimistic"] = Field(
         "pessimistic", description="Rank of a target among equal scores: last, middle, first."

@@ -25,7 +25,9 @@ class Objective:
     """What a batch holds for the loss."""
 
     num_negatives: int = 0
-    """Negatives of each position, outside the user's history."""
+    """Negatives of each position."""
+    unseen_negatives: bool = True
+    """Whether they lie outside the user's history; if not, they may be any id, padding included (published)."""
     num_shared_negatives: int = 0
     """Negatives that all positions of a global batch share."""
     proposal: Proposal = "uniform"
@@ -107,7 +109,9 @@ class Collator:
         if len(chosen):
             histories = [step.sequences[int(i)] for i in chosen]
             keys = {"num_items": self.num_items, "seed": self.seed, "epoch": step.epoch}
-            drawn[: len(chosen)] = sample_negatives(histories, step.sample_ids[chosen], length, count, **keys)
+            drawn[: len(chosen)] = sample_negatives(
+                histories, step.sample_ids[chosen], length, count, **keys, unseen=self.objective.unseen_negatives
+            )
         return torch.from_numpy(drawn)
 
     def _shared(self, step: Step) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -76,6 +76,7 @@ def sample_negatives(
     num_items: int,
     seed: int,
     epoch: int,
+    unseen: bool = True,
 ) -> IntArray:
     """Draw ``num_negatives`` items for every position of every history.
 
@@ -87,9 +88,10 @@ def sample_negatives(
         num_items: Items are 1..num_items.
         seed: Seed of the run.
         epoch: Epoch, so that each one has new negatives.
+        unseen: False draws any id from 0 (padding) on, as published.
 
     Returns:
-        [B, L, N] item ids, none of them in the row's history.
+        [B, L, N] item ids, none of them in the row's history where ``unseen``.
 
     Raises:
         DataError: A history holds (nearly) every item, so that no negative can be found.
@@ -97,6 +99,8 @@ def sample_negatives(
     shape = (len(histories), length, num_negatives)
     rows = sample_ids.astype(np.uint64)[:, None, None]
     places = np.arange(length * num_negatives, dtype=np.uint64).reshape(1, length, num_negatives)
+    if not unseen:
+        return (hash_u64(seed, epoch, rows, places) % np.uint64(num_items + 1)).astype(np.int64)
     history_rows = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
     taken = np.unique(history_rows * (num_items + 1) + np.concatenate(histories).astype(np.int64))
     row_base = (np.arange(len(histories)) * (num_items + 1))[:, None, None]

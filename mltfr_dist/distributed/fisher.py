@@ -8,6 +8,8 @@ ZeRO's reduction never runs.
 
 A sample is one training sequence; its loss is the mean over its scored positions (the
 recommendation loss alone, without a contrast of views).
+
+The published estimate, the square of a batch's mean gradient, is :func:`batch_mean_squares`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mltfr_dist.data.batch import PADDING_IDX, SequenceBatch, lengths
+from mltfr_dist.data.batch import SequenceBatch, lengths
+from mltfr_dist.data.stream import StepBatches
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.models.consensus import State
 from mltfr_dist.models.experts import ExpertCore, Tap
@@ -53,22 +56,56 @@ def fisher_diagonals(model: Recommender, batches: Iterable[SequenceBatch], ranks
     return [{name: ranks.sum(state[name]) / num_samples for name in names} for state in sums]
 
 
+def batch_mean_squares(model: Recommender, steps: Iterable[StepBatches], ranks: Ranks) -> list[State]:
+    """The published estimate: mean over global batches of the squared gradient of the batch's mean loss.
+
+    The batch is the global one: ranks and micro-batches add their gradients before the square.
+
+    Args:
+        model: The trained model, whole on every rank; evaluated without dropout.
+        steps: This rank's share of each global batch.
+        ranks: All processes; every one must call, with as many steps.
+
+    Returns:
+        Per expert, parameter name to mean square, the same on every rank.
+    """
+    assert isinstance(model.mltfr, MLTFR)
+    cores = [dict(core.named_parameters()) for core in model.mltfr.cores]
+    parameters = [p for core in cores for p in core.values()]
+    sums = [torch.zeros_like(p) for p in parameters]
+    was_training, count = model.training, 0
+    model.eval()
+    for step in steps:
+        totals = [torch.zeros_like(p) for p in parameters]
+        for batch in step.micro_batches:
+            output = model(batch.to(ranks.device)._replace(view_ids=None))
+            assert isinstance(output, TrainingOutput)
+            for total, gradient in zip(totals, torch.autograd.grad(output.loss_sum, parameters), strict=True):
+                total += gradient
+        for square, total in zip(sums, totals, strict=True):
+            square += (ranks.sum(total) / step.num_targets).square()
+        count += 1
+    model.train(was_training)
+    means = iter([square / count for square in sums])
+    return [{name: next(means) for name in core} for core in cores]
+
+
 def _batch_squares(
     model: Recommender, mltfr: MLTFR, cores: list[ExpertCore], batch: SequenceBatch, num_samples: int
 ) -> list[State]:
     """Per core, sums over the batch's samples of squared gradients."""
-    valid_mask = batch.item_ids != PADDING_IDX
     counted = (batch.sample_ids >= 0) & (batch.sample_ids < num_samples)  # [B]
     weights = counted[:, None] / lengths(batch.target_ids).clamp(min=1)[:, None].float()  # [B, 1]
     for core in cores:
         core.taps = []
-    output = model(batch._replace(view_ids=None), weights.expand_as(valid_mask))  # of the recommendation loss alone
+    output = model(batch._replace(view_ids=None), weights.expand_as(batch.item_ids))  # of the recommendation loss alone
     assert isinstance(output, TrainingOutput)
     taps = [core.taps or [] for core in cores]
     for core in cores:
         core.taps = None
     gradients = torch.autograd.grad(output.loss_sum, [tap.outputs for core_taps in taps for tap in core_taps])
-    sample_of_block = torch.nonzero(valid_mask[:, :: mltfr.block_len])[:, 0]  # [G]
+    valid_mask = model.backbone.pack(model.widened(batch.item_ids)).valid_mask
+    sample_of_block = torch.nonzero(valid_mask[:, :: mltfr.block_length(valid_mask.shape[1])])[:, 0]  # [G]
     remaining = iter(gradients)
     return [
         {

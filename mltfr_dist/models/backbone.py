@@ -35,6 +35,9 @@ class Backbone(nn.Module):
     contrasts_views: ClassVar[bool] = False
     """Whether the loss also contrasts augmented views of each history."""
 
+    attended_width: int | None = None
+    """Where padding acts as items (a published defect): positions that every history is padded to."""
+
     item_embedding: nn.Embedding
     blocks: nn.ModuleList
 
@@ -50,18 +53,26 @@ class Backbone(nn.Module):
         """Output of the last block [N, D] -> hidden states that are scored against items [N, D]."""
         raise NotImplementedError
 
+    def last(self, hidden: Tensor, packing: Packing) -> Tensor:
+        """Hidden states [N, D] -> those that rank the next item [B, D]."""
+        return packing.last(hidden)
+
     def for_ranking(self, item_ids: Tensor) -> Tensor:
         """Histories [B, L] -> what is read to rank their next item, at whose last real position it is scored."""
         return item_ids
 
+    def pack(self, item_ids: Tensor) -> Packing:
+        """The positions that are computed on."""
+        return Packing(item_ids, keep_padding=self.attended_width is not None)
+
     def inputs(self, item_ids: Tensor) -> Tensor:
         """Item ids [B, L] -> input embeddings [B, L, D], zero at padding: what an injection reads."""
-        packing = Packing(item_ids)
+        packing = self.pack(item_ids)
         return packing.unpack(self.embed(packing.pack(item_ids), packing.columns))
 
     def forward(self, item_ids: Tensor, injection: Injection | None = None) -> tuple[Tensor, Packing]:
         """Item ids [B, L] -> hidden states of the real positions [N, D], and where they stand."""
-        packing = Packing(item_ids)
+        packing = self.pack(item_ids)
         inputs = self.embed(packing.pack(item_ids), packing.columns)
         hidden = inputs
         for index, block in enumerate(self.blocks):

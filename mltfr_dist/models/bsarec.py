@@ -5,6 +5,7 @@ rescales the rest: norm(x + low(x) + beta^2 (x - low(x))), beta learned per chan
 the whole sequence, so each position reads the future (docs/method.md). Departure: low(x)_t is the published low-pass of
 the prefix x_0..x_t, read at its last position: what the published filter gives where a history ends, for each of its
 prefixes at once. It is a fixed lower-triangular matrix. (Prefixes of fewer than 2 c - 1 items are all low.)
+``backbone.filter_scope=sequence`` filters the whole sequence of max_len places, padding as zeros, as published.
 """
 
 from __future__ import annotations
@@ -28,15 +29,24 @@ def low_pass_matrix(max_len: int, num_frequencies: int) -> Tensor:
     return matrix.float()
 
 
+def whole_low_pass_matrix(max_len: int, num_frequencies: int) -> Tensor:
+    """[L, L] that low-passes a whole sequence: published, and not causal."""
+    spectrum = torch.fft.rfft(torch.eye(max_len, dtype=torch.float64), dim=0)
+    spectrum[num_frequencies:] = 0
+    matrix: Tensor = torch.fft.irfft(spectrum, n=max_len, dim=0)
+    return matrix.float()
+
+
 class FrequencyFilter(nn.Module):
-    """Causal split into low and high frequencies, the high ones rescaled."""
+    """Split into low and high frequencies, the high ones rescaled."""
 
     low_pass: Tensor
     """[max_len, max_len]."""
 
-    def __init__(self, hidden_dim: int, max_len: int, num_frequencies: int) -> None:
+    def __init__(self, hidden_dim: int, max_len: int, num_frequencies: int, *, causal: bool) -> None:
         super().__init__()
-        self.register_buffer("low_pass", low_pass_matrix(max_len, num_frequencies), persistent=False)
+        matrix = low_pass_matrix if causal else whole_low_pass_matrix
+        self.register_buffer("low_pass", matrix(max_len, num_frequencies), persistent=False)
         self.beta = nn.Parameter(torch.randn(hidden_dim))
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
@@ -54,7 +64,7 @@ class BSARecBlock(nn.Module):
         super().__init__()
         dim = config.hidden_dim
         self.inductive_bias = config.inductive_bias
-        self.filter = FrequencyFilter(dim, max_len, config.low_frequencies)
+        self.filter = FrequencyFilter(dim, max_len, config.low_frequencies, causal=config.filter_scope == "prefix")
         self.filter_norm = nn.LayerNorm(dim)
         self.attention = SelfAttention(dim, config.num_heads)
         self.attention_norm = nn.LayerNorm(dim)
@@ -71,7 +81,7 @@ class BSARecBlock(nn.Module):
 
 
 class BSARec(PositionalBackbone):
-    """Beyond self-attention, causal."""
+    """Beyond self-attention."""
 
     def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:
         """Filter beside attention."""

@@ -1,4 +1,4 @@
-"""The Fisher-weighted consensus expert (Matena and Raffel 2022; MLTFR section on consensus), repaired.
+"""The Fisher-weighted consensus expert (Matena and Raffel 2022; MLTFR section on consensus).
 
 theta_C = sum_m F_m theta_m / sum_m F_m, element by element, over the experts' cores.
 """
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 NEGLIGIBLE = 1e-10
 """A summed, trace-normalised Fisher below this share of its mean carries no information."""
 
+PUBLISHED_EPS = 1e-12
+"""Added to the sum of Fisher values as published: where that sum is small, it shrinks the parameters."""
+
 State = dict[str, Tensor]
 
 
-def merge(cores: list[State], fishers: list[State]) -> State:
+def merge(cores: list[State], fishers: list[State], *, normalise: bool = True) -> State:
     """Fisher-weighted mean of experts of equal shape.
 
     Each expert's Fisher is first divided by its own mean, for its scale follows the gate and not the knowledge; where no
@@ -22,10 +25,11 @@ def merge(cores: list[State], fishers: list[State]) -> State:
 
     Args:
         cores: One state per expert, parameter name to tensor.
-        fishers: One per expert, the same names and shapes: mean squared per-sample gradients, >= 0.
+        fishers: One per expert, the same names and shapes: mean squared gradients, >= 0.
+        normalise: False merges as published: sum F theta / (sum F + 1e-12).
 
     Returns:
-        Parameter name to merged tensor, fp32. Equal cores merge to themselves.
+        Parameter name to merged tensor, in the cores' format. Equal cores merge to themselves.
 
     Raises:
         ValueError: No expert, names or shapes differ, or a Fisher value is not finite.
@@ -37,20 +41,26 @@ def merge(cores: list[State], fishers: list[State]) -> State:
         raise ValueError("experts to merge, and their Fishers, must have equal parameter names and shapes")
     if not all(bool(torch.isfinite(t).all()) for fisher in fishers for t in fisher.values()):
         raise ValueError("a Fisher value is not finite: the experts it comes from have diverged")
-    weights = []
-    for fisher in fishers:
-        elements = sum(t.numel() for t in fisher.values())
-        mean = sum((t.double().sum() for t in fisher.values()), torch.zeros((), dtype=torch.float64)) / elements
-        weights.append({name: t.double() / mean.clamp(min=torch.finfo(torch.float64).tiny) for name, t in fisher.items()})
+    weights = [divided_by_mean(fisher) if normalise else fisher for fisher in fishers]
     merged: State = {}
-    for name in cores[0]:
+    for name, first in cores[0].items():
         values = torch.stack([core[name].double() for core in cores])
-        weight = torch.stack([w[name] for w in weights])
-        total = weight.sum(0)
-        informed = total > NEGLIGIBLE
-        weighted = (values * weight).sum(0) / torch.where(informed, total, 1.0)
-        merged[name] = torch.where(informed, weighted, values.mean(0)).float()
+        weight = torch.stack([w[name].double() for w in weights])
+        total, weighted = weight.sum(0), (values * weight).sum(0)
+        if normalise:
+            informed = total > NEGLIGIBLE
+            mean = torch.where(informed, weighted / torch.where(informed, total, 1.0), values.mean(0))
+        else:
+            mean = weighted / (total + PUBLISHED_EPS)
+        merged[name] = mean.to(first.dtype)
     return merged
+
+
+def divided_by_mean(fisher: State) -> State:
+    """A Fisher diagonal of mean 1 over all its elements, float64 (all zero where it is zero)."""
+    elements = sum(t.numel() for t in fisher.values())
+    mean = sum((t.double().sum() for t in fisher.values()), torch.zeros((), dtype=torch.float64)) / elements
+    return {name: t.double() / mean.clamp(min=torch.finfo(torch.float64).tiny) for name, t in fisher.items()}
 
 
 def freeze(module: nn.Module) -> None:

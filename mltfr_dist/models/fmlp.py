@@ -4,7 +4,8 @@ Published: multiply the Fourier transform over the whole sequence by a learned c
 convolution with a kernel as long as the sequence: every position reads every other, the future included, while the
 loss is taken at each (docs/method.md). Departure: the kernel itself is learned, one of max_len taps a channel (as many
 real numbers as the complex weight has), and convolved linearly, through a zero-padded transform, so that position t
-reads positions <= t. Blocks stay as published: post-norm, a feed-forward of inner size 4 D with GELU.
+reads positions <= t. ``backbone.filter_scope=sequence`` wraps the convolution around, as published. Blocks stay as
+published: post-norm, a feed-forward of inner size 4 D with GELU.
 """
 
 from __future__ import annotations
@@ -18,29 +19,31 @@ from mltfr_dist.models.packing import Packing
 from mltfr_dist.numerics import at_least_fp32
 
 
-class CausalFilter(nn.Module):
-    """A learned causal convolution of each channel, by FFT: L log L products in place of L squared."""
+class SequenceFilter(nn.Module):
+    """A learned convolution of each channel, causal unless it is circular, by FFT: L log L products in place of L squared."""
 
-    def __init__(self, hidden_dim: int, max_len: int) -> None:
+    def __init__(self, hidden_dim: int, max_len: int, *, causal: bool) -> None:
         super().__init__()
+        self.causal = causal
         self.kernel = nn.Parameter(0.02 * torch.randn(max_len, hidden_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]: y_t = sum over s <= t of kernel_(t - s) x_s."""
+        """[B, L, D] -> [B, L, D]: y_t = sum over s <= t of kernel_(t - s) x_s, or over all s, modulo max_len."""
         length = x.shape[1]
-        size = 2 * length  # room for the whole linear convolution: nothing wraps around
+        # Twice the length leaves room for the whole linear convolution: nothing wraps around.
+        size, kernel = (2 * length, self.kernel[:length]) if self.causal else (len(self.kernel), self.kernel)
         spectrum = torch.fft.rfft(at_least_fp32(x), n=size, dim=1)
-        response = torch.fft.rfft(at_least_fp32(self.kernel[:length]), n=size, dim=0)
+        response = torch.fft.rfft(at_least_fp32(kernel), n=size, dim=0)
         filtered: Tensor = torch.fft.irfft(spectrum * response, n=size, dim=1)[:, :length]
         return filtered.to(x.dtype)
 
 
 class FilterBlock(nn.Module):
-    """Causal filter and feed-forward, each with a residual and a norm behind it."""
+    """Filter and feed-forward, each with a residual and a norm behind it."""
 
-    def __init__(self, hidden_dim: int, max_len: int, dropout: float) -> None:
+    def __init__(self, hidden_dim: int, max_len: int, dropout: float, *, causal: bool) -> None:
         super().__init__()
-        self.filter = CausalFilter(hidden_dim, max_len)
+        self.filter = SequenceFilter(hidden_dim, max_len, causal=causal)
         self.filter_norm = nn.LayerNorm(hidden_dim)
         self.feed_forward = nn.Sequential(nn.Linear(hidden_dim, 4 * hidden_dim), nn.GELU(), nn.Linear(4 * hidden_dim, hidden_dim))
         self.feed_forward_norm = nn.LayerNorm(hidden_dim)
@@ -54,8 +57,8 @@ class FilterBlock(nn.Module):
 
 
 class FMLPRec(PositionalBackbone):
-    """Filter-enhanced MLP, causal."""
+    """Filter-enhanced MLP."""
 
     def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:
         """A filter block."""
-        return FilterBlock(config.hidden_dim, max_len, config.dropout)
+        return FilterBlock(config.hidden_dim, max_len, config.dropout, causal=config.filter_scope == "prefix")

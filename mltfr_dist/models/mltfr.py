@@ -1,12 +1,15 @@
-"""MLTFR in repaired form (docs/method.md): filter, experts, router and consensus, added to a backbone's block 0.
+"""MLTFR (docs/method.md): filter, experts, router and consensus, added to a backbone's block 0.
+
+Repaired by default; every published defect is a value of a field (`mltfr_dist/repairs.py`).
 
 Shapes: B users, L positions, n positions a query block, G blocks that hold a real position, D hidden size,
-M tables, V_m x D_m table m, S candidate rows of it, K kept tokens.
+M tables, V_m x D_m table m, S candidate rows of it, K kept tokens, E experts (of a gate, with the null expert).
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mltfr_dist.config import FilterConfig, MLTFRConfig
+from mltfr_dist.data.batch import lengths
 from mltfr_dist.models.consensus import State, freeze
-from mltfr_dist.models.experts import ExpertCore, Memory, Router, TableAdapter
-from mltfr_dist.models.strategies import AllRows, Prototypes, RandomTokens, Selection, history_keys
+from mltfr_dist.models.draws import GumbelNoise, history_keys, mix
+from mltfr_dist.models.experts import ExpertCore, Memory, Router, TableAdapter, mean_memory, pooled
+from mltfr_dist.models.strategies import AllRows, Prototypes, RandomTokens, Selection
 from mltfr_dist.models.token_filter import TokenFilter, prefix_mean, row_relevance, search
 
 EXPLAINED = 16
@@ -27,9 +32,9 @@ class RoutingStats(NamedTuple):
     """Sums over the real positions of a batch; ranks and micro-batches add."""
 
     gate_sum: Tensor
-    """[M] gate weights."""
+    """[E] gate weights."""
     top_sum: Tensor
-    """[M] positions at which the expert has the largest gate weight."""
+    """[E] positions at which the gate is the largest."""
     entropy_sum: Tensor
     """[1] entropy of the gate, nats."""
     balance_sum: Tensor
@@ -44,7 +49,7 @@ class Explanation(NamedTuple):
     kept_weights: list[Tensor]
     """Per table: [K] their weights, summing to 1."""
     gate_weights: Tensor
-    """[M]."""
+    """[M], of each table's experts together; they sum to 1 unless there is a null expert, which has the rest."""
 
 
 def in_blocks(t: Tensor, block_len: int) -> Tensor:
@@ -64,30 +69,60 @@ def make_filter(config: FilterConfig, num_rows: int, table_dim: int, hidden_dim:
 
 
 class MLTFR(nn.Module):
-    """Reads token tables on behalf of a backbone. Tables are buffers outside the state: never trained, never saved."""
+    """Reads token tables on behalf of a backbone. Tables are buffers outside the state: never trained, never saved.
+
+    (`train_tables`, the published defect D7, makes them parameters.)
+    """
 
     def __init__(self, config: MLTFRConfig, hidden_dim: int, table_rows: list[Tensor]) -> None:
         super().__init__()
-        self.config = config
-        self.block_len = config.filter.query_every
-        self.num_tables = len(table_rows)
+        self.config, self.hidden_dim = config, hidden_dim
+        self.num_tables, self.per_table = len(table_rows), config.expert.per_table
+        self.num_experts = self.num_tables * self.per_table
+        self.step = 0
+        """Updates made so far in the run, for what changes with them; whoever trains sets it."""
         for m, rows in enumerate(table_rows):
             whole = config.filter.strategy != "user_guided" or config.filter.shortlist_size is None
             size = len(rows) if whole else min(config.filter.shortlist_size or 0, len(rows))
-            self.register_buffer(f"table_{m}", rows, persistent=False)
+            if config.train_tables:
+                self.register_parameter(f"table_{m}", nn.Parameter(rows.clone()))
+            else:
+                self.register_buffer(f"table_{m}", rows, persistent=False)
             self.register_buffer(f"shortlist_{m}", torch.arange(size), persistent=size < len(rows))
         self.filters = nn.ModuleList(make_filter(config.filter, len(r), r.shape[1], hidden_dim) for r in table_rows)
-        self.adapters = nn.ModuleList(TableAdapter(r.shape[1], hidden_dim) for r in table_rows)
-        core = ExpertCore(config.expert, hidden_dim)
-        self.cores = nn.ModuleList(copy.deepcopy(core) for _ in table_rows)
-        self.router = Router(hidden_dim, self.num_tables)
+        widths = [r.shape[1] for r in table_rows for _ in range(self.per_table)]  # of the experts' tables
+        if config.expert.form == "core":
+            self.adapters = nn.ModuleList(TableAdapter(width, hidden_dim) for width in widths)
+            core = self.new_core(hidden_dim)
+            self.cores = nn.ModuleList(copy.deepcopy(core) for _ in widths)
+        else:
+            self.adapters = nn.ModuleList(nn.Identity() for _ in widths)
+            self.cores = nn.ModuleList(self.new_core(width) for width in widths)
+        self.router = Router(config.router, hidden_dim, self.num_experts)
         self.consensus: ExpertCore | None = None
+        self.consensus_members: list[int] = []
+
+    def experts_of(self, tables: Sequence[int]) -> list[int]:
+        """Experts that read ``tables``."""
+        return [m * self.per_table + i for m in tables for i in range(self.per_table)]
+
+    def new_core(self, memory_dim: int) -> ExpertCore:
+        """A freshly initialised expert."""
+        return ExpertCore(self.config.expert, self.hidden_dim, memory_dim)
+
+    def gate_names(self, table_names: Sequence[str]) -> list[str]:
+        """What the gates stand for, in their order: tables, or their experts where a table has several, or none."""
+        count = self.per_table
+        names = [name if count == 1 else f"{name}.{i}" for name in table_names for i in range(count)]
+        return names + ["none"] * self.config.router.null_expert
 
     # --- tables ------------------------------------------------------------------------------------------------
 
     def table(self, m: int) -> Tensor:
         """Rows of table m, [V_m, D_m]."""
-        return self.get_buffer(f"table_{m}")
+        rows = getattr(self, f"table_{m}")
+        assert isinstance(rows, Tensor)
+        return rows
 
     def shortlist(self, m: int) -> Tensor:
         """Row numbers of table m that are searched, [S]."""
@@ -112,25 +147,42 @@ class MLTFR(nn.Module):
             return self.table(m)
         return self.table(m)[self.shortlist(m)]
 
-    def add_consensus(self, merged: State | None = None) -> None:
-        """Add the consensus expert, frozen: with parameters ``merged``, or to be loaded from a checkpoint."""
-        self.consensus = copy.deepcopy(self.cores[0])  # type: ignore[assignment]
-        assert self.consensus is not None
+    def add_consensus(self, merged: State | None = None, tables: Sequence[int] | None = None) -> None:
+        """Add the consensus expert, frozen.
+
+        Args:
+            merged: Its parameters; None: a fresh initialisation, to be loaded from a checkpoint (or, published, kept).
+            tables: Whose experts it merges, and whose memories it reads; None: all.
+        """
+        self.consensus_members = self.experts_of(range(self.num_tables) if tables is None else tables)
+        core = self.cores[self.consensus_members[0]]
+        assert isinstance(core, ExpertCore)
+        self.consensus = self.new_core(core.key.in_features).train(self.training)
         freeze(self.consensus)
         if merged is not None:
             self.consensus.load_state_dict(merged)
+        if self.config.consensus.learn_weight:
+            self.consensus_weight = nn.Parameter(torch.tensor([self.config.consensus.weight]))
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
         """Bring what is not trained, tables and consensus expert, to the format of the forward pass.
 
         DeepSpeed casts parameters only. The router's load stays in fp32, for it is a running sum.
         """
-        for m in range(self.num_tables):
+        for m in range(self.num_tables if not self.config.train_tables else 0):
             self.register_buffer(f"table_{m}", self.table(m).to(dtype), persistent=False)
         if self.consensus is not None:
             self.consensus.to(dtype)
 
     # --- forward -----------------------------------------------------------------------------------------------
+
+    def block_length(self, length: int) -> int:
+        """Positions that share one query, of histories of ``length``."""
+        return length if self.config.filter.query == "history" else self.config.filter.query_every
+
+    def of_queries(self, t: Tensor) -> Tensor:
+        """What stands where the queries are taken: [B, L, ...] -> [B, ceil(L / n), ...]."""
+        return t[:, -1:] if self.config.filter.query == "history" else t[:, :: self.config.filter.query_every]
 
     def blocks(self, x: Tensor, valid_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cut positions into blocks that share a query.
@@ -141,11 +193,12 @@ class MLTFR(nn.Module):
 
         Returns:
             Positions [G, n, D], their queries [G, D] (prefix mean at the block's first position: causal for all of
-            it), and the mask [B, ceil(L / n)] of blocks that hold a real position.
+            it; published: the mean of the whole history), and the mask [B, ceil(L / n)] of blocks that hold a real
+            position.
         """
-        n = self.block_len
+        n = self.block_length(x.shape[1])
         pad = -x.shape[1] % n
-        queries = F.pad(prefix_mean(x, valid_mask), (0, 0, 0, pad))[:, ::n]  # [B, L/n, D]
+        queries = self.of_queries(prefix_mean(x, valid_mask))  # [B, L/n, D]
         occupied = in_blocks(F.pad(valid_mask, (0, pad)), n)[..., 0]  # sequences start at 0 and have no gaps
         positions = in_blocks(F.pad(x, (0, 0, 0, pad)), n)  # [B, L/n, n, D]
         return positions[occupied], queries[occupied], occupied
@@ -155,16 +208,34 @@ class MLTFR(nn.Module):
         return [self._select(m, queries, keys) for m in range(self.num_tables)]
 
     def _select(self, m: int, queries: Tensor, keys: Tensor | None) -> Selection:
-        if isinstance(self.filters[m], TokenFilter):
-            rows = self.candidates(m)
-            return Selection(rows, self.shortlist(m), self.filters[m](queries, rows))
-        selection = self.filters[m](keys, self.table(m))
+        token_filter = self.filters[m]
+        if isinstance(token_filter, TokenFilter):
+            rows, row_ids = self.candidates(m), self.shortlist(m)
+            return Selection(rows, row_ids, token_filter(queries, rows, self._noise(token_filter, keys, row_ids)))
+        selection = token_filter(keys, self.table(m))
         assert isinstance(selection, Selection)
         return selection
 
+    def _noise(self, token_filter: TokenFilter, keys: Tensor | None, row_ids: Tensor) -> GumbelNoise | None:
+        """Keyed by (seed, step, user, table); the user is known by the history, for the model has no user ids."""
+        config = self.config.filter
+        scale = config.noise_scale(self.step)
+        if scale == 0 or not (self.training or config.noise_in_evaluation):
+            return None
+        assert keys is not None
+        return GumbelNoise(mix(keys ^ token_filter.get_buffer("salt") ^ mix(keys.new_tensor(self.step))), row_ids, scale)
+
     def block_keys(self, item_ids: Tensor | None, occupied: Tensor) -> Tensor | None:
-        """[G] hash of each block's history up to its first position; None where no history is given."""
-        return None if item_ids is None else history_keys(item_ids)[:, :: self.block_len][occupied]
+        """[G] hash of each block's history up to where its query is taken; None where no history is given."""
+        return None if item_ids is None else self.of_queries(history_keys(item_ids))[occupied]
+
+    def memories(self, queries: Tensor, keys: Tensor | None) -> list[Memory]:
+        """What each expert attends to, for ``queries`` [G, D]."""
+        found = []
+        for e, selection in enumerate(s for s in self.selections(queries, keys) for _ in range(self.per_table)):
+            memory = Memory(self.adapters[e](selection.rows), *selection.kept)
+            found.append(pooled(memory) if self.config.filter.memory == "batch" else memory)
+        return found
 
     def forward(self, x: Tensor, valid_mask: Tensor, item_ids: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
         """Input embeddings [B, L, D] -> what is added to block 0's output [B, L, D] (zero at padding), and sums.
@@ -172,27 +243,32 @@ class MLTFR(nn.Module):
         Args:
             x: [B, L, D].
             valid_mask: [B, L].
-            item_ids: [B, L] the history itself, which only the strategy random_tokens reads.
+            item_ids: [B, L] the history itself, which only random draws read: strategy random_tokens, and noise.
         """
         positions, queries, occupied = self.blocks(x, valid_mask)
-        memories = [
-            Memory(self.adapters[m](selection.rows), *selection.kept)
-            for m, selection in enumerate(self.selections(queries, self.block_keys(item_ids, occupied)))
-        ]
-        expert_outputs = torch.stack([core(positions, [memories[m]]) for m, core in enumerate(self.cores)], dim=-1)
-        gate_weights = self.router(positions)  # [G, n, M]
-        output = torch.einsum("gndm,gnm->gnd", expert_outputs, gate_weights)
+        memories = self.memories(queries, self.block_keys(item_ids, occupied))
+        expert_outputs = torch.stack([core(positions, [memories[e]]) for e, core in enumerate(self.cores)], dim=-1)
+        gate_weights = self.router(positions)  # [G, n, E]
+        output = torch.einsum("gnde,gne->gnd", expert_outputs, gate_weights[..., : self.num_experts])
         if self.consensus is not None:
-            output = output + self.config.consensus.weight * self.consensus(positions, memories)
-        spread = output.new_zeros(*occupied.shape, self.block_len, x.shape[-1])  # [B, L/n, n, D]
+            output = output + self._consensus_output(positions, [memories[e] for e in self.consensus_members])
+        n = self.block_length(x.shape[1])
+        spread = output.new_zeros(*occupied.shape, n, x.shape[-1])  # [B, L/n, n, D]
         spread[occupied] = output
         added = spread.flatten(1, 2)[:, : x.shape[1]] * valid_mask[..., None]
-        real = in_blocks(F.pad(valid_mask, (0, -x.shape[1] % self.block_len)), self.block_len)[occupied]
+        real = in_blocks(F.pad(valid_mask, (0, -x.shape[1] % n)), n)[occupied]
         return added, self._stats(gate_weights[real])
 
+    def _consensus_output(self, positions: Tensor, memories: list[Memory]) -> Tensor:
+        assert self.consensus is not None
+        weight = self.consensus_weight if self.config.consensus.learn_weight else self.config.consensus.weight
+        if self.config.expert.form == "paper":
+            memories = [mean_memory(memories)]
+        return weight * self.consensus(positions, memories)  # type: ignore[no-any-return]
+
     def _stats(self, gate_weights: Tensor) -> RoutingStats:
-        detached = gate_weights.detach().float()  # [N, M]
-        top = F.one_hot(detached.argmax(-1), self.num_tables).float()
+        detached = gate_weights.detach().float()  # [N, E]
+        top = F.one_hot(detached.argmax(-1), detached.shape[-1]).float()
         entropy = -(detached * detached.clamp(min=1e-12).log()).sum().view(1)
         return RoutingStats(detached.sum(0), top.sum(0), entropy, self.router.balance_loss(gate_weights).view(1))
 
@@ -228,20 +304,23 @@ class MLTFR(nn.Module):
         return torch.stack(sums), len(unit_queries)
 
     @torch.no_grad()
-    def explain(self, x: Tensor, valid_mask: Tensor, item_ids: Tensor | None = None) -> list[Explanation]:
+    def explain(self, x: Tensor, valid_mask: Tensor, item_ids: Tensor) -> list[Explanation]:
         """Kept tokens and gate weights at the last real position of each user; arguments as of :meth:`forward`."""
         positions, queries, occupied = self.blocks(x, valid_mask)
         selections = self.selections(queries, self.block_keys(item_ids, occupied))
         gate_weights = self.router(positions)
-        last = valid_mask.sum(1) - 1  # [B]
+        last, n = lengths(item_ids) - 1, self.block_length(x.shape[1])  # [B]
         block_number = torch.full(occupied.shape, -1, device=x.device)
         block_number[occupied] = torch.arange(len(positions), device=x.device)
         explanations = []
         for user, position in enumerate(last.tolist()):
-            g = int(block_number[user, position // self.block_len])
+            g = int(block_number[user, position // n])
             ids, weights = [], []
             for row_ids, kept in ((s.row_ids, s.kept) for s in selections):
                 ids.append(row_ids[:EXPLAINED] if kept.places is None else row_ids[kept.places[g]])
-                weights.append(kept.log_weights[0 if kept.places is None else g, : len(ids[-1])].float().exp())
-            explanations.append(Explanation(ids, weights, gate_weights[g, position % self.block_len].float()))
+                row = 0 if kept.places is None else g
+                of_rows = kept.log_weights.exp() if kept.row_weights is None else kept.row_weights
+                weights.append(of_rows[row, : len(ids[-1])].float())
+            of_experts = gate_weights[g, position % n, : self.num_experts].float()
+            explanations.append(Explanation(ids, weights, of_experts.view(self.num_tables, -1).sum(1)))
         return explanations

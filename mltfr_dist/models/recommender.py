@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mltfr_dist.config import BackboneConfig, LossConfig, MLTFRConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
@@ -82,13 +83,25 @@ class Recommender(nn.Module):
             id, padding -inf).
         """
         if isinstance(batch, RankingBatch):
-            hidden, packing, _ = self.hidden(self.backbone.for_ranking(batch.item_ids))
-            return self._scores(packing.last(hidden))
-        hidden, packing, routing = self.hidden(batch.item_ids)
+            hidden, packing, _ = self.hidden(self.widened(self.backbone.for_ranking(batch.item_ids)))
+            return self._scores(self.backbone.last(hidden, packing))
         if weights is None:
             weights = torch.ones_like(batch.target_ids, dtype=torch.float32)
+        if self.backbone.attended_width is not None:
+            batch, weights = self._widened_batch(batch), self.widened(weights)
+        hidden, packing, routing = self.hidden(batch.item_ids)
         loss_sum = self._loss(hidden, batch, packing, packing.pack(weights))
         return TrainingOutput(loss_sum, routing, self._contrast(batch) if batch.view_ids is not None else None)
+
+    def widened(self, t: Tensor) -> Tensor:
+        """[B, L, ...] -> [B, W, ...] where padding acts as items, with W their width; as it is elsewhere."""
+        missing = max(0, (self.backbone.attended_width or 0) - t.shape[1])
+        return F.pad(t, (0, 0) * (t.ndim - 2) + (0, missing))
+
+    def _widened_batch(self, batch: SequenceBatch) -> SequenceBatch:
+        negatives = None if batch.negative_ids is None else self.widened(batch.negative_ids)
+        ids, targets = self.widened(batch.item_ids), self.widened(batch.target_ids)
+        return batch._replace(item_ids=ids, target_ids=targets, negative_ids=negatives)
 
     def _loss(self, hidden: Tensor, batch: SequenceBatch, packing: Packing, weights: Tensor) -> Tensor:
         """Weighted loss over the scored positions: those of the real positions [N] that have a target."""
@@ -136,5 +149,5 @@ class Recommender(nn.Module):
     def explain(self, item_ids: Tensor) -> list[Explanation]:
         """Kept tokens and gate weights at the last position of each history [B, L]."""
         assert self.mltfr is not None
-        read = self.backbone.for_ranking(item_ids)
-        return self.mltfr.explain(self.backbone.inputs(read), read != PADDING_IDX, read)
+        read = self.widened(self.backbone.for_ranking(item_ids))
+        return self.mltfr.explain(self.backbone.inputs(read), self.backbone.pack(read).valid_mask, read)

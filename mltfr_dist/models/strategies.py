@@ -1,6 +1,6 @@
 """Other ways to choose what a table contributes than the user-guided filter: controls, and the published alternatives.
 
-Shapes: B users, L positions, G query blocks, V rows and D_m columns of a table, S candidate rows, K kept tokens, P prototypes.
+Shapes: G query blocks, V rows and D_m columns of a table, S candidate rows, K kept tokens, P prototypes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mltfr_dist.data.batch import PADDING_IDX
+from mltfr_dist.models.draws import LARGEST, STEP, mix
 from mltfr_dist.models.token_filter import KeptTokens
-
-MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
-"""Of splitmix64 (Steele et al. 2014), as signed numbers."""
-STEP = -7046029254386353131
-"""2^64 / golden ratio, as a signed number."""
-LARGEST = (1 << 63) - 1
 
 
 class Selection(NamedTuple):
@@ -30,19 +24,6 @@ class Selection(NamedTuple):
     row_ids: Tensor
     """[S] their numbers in the table (of prototypes: their own)."""
     kept: KeptTokens
-
-
-def mix(z: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64, which wraps: a counter to a number that looks random."""
-    z = (z ^ ((z >> 30) & (LARGEST >> 29))) * MULTIPLIERS[0]
-    z = (z ^ ((z >> 27) & (LARGEST >> 26))) * MULTIPLIERS[1]
-    return z ^ ((z >> 31) & (LARGEST >> 30))
-
-
-def history_keys(item_ids: Tensor) -> Tensor:
-    """[B, L] int64: a hash of each position's past, itself included, and of nothing else; padding adds nothing."""
-    places = torch.arange(1, item_ids.shape[1] + 1, device=item_ids.device)
-    return (mix(mix(item_ids) + places * STEP) * (item_ids != PADDING_IDX)).cumsum(1)
 
 
 class RandomTokens(nn.Module):

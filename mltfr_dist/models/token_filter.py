@@ -1,4 +1,7 @@
-"""User-guided token filtering, repaired (docs/method.md): causal, per user, with a gradient that never vanishes.
+"""User-guided token filtering (docs/method.md).
+
+By default the kept tokens have soft weights, so that a gradient always reaches the filter; the published straight-through
+weights are an option.
 
 Shapes: G queries, S candidate rows of one table, V_m x D_m the table, D hidden size, K kept tokens.
 """
@@ -13,10 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mltfr_dist.config import FilterConfig
+from mltfr_dist.models.draws import LARGEST, GumbelNoise
 from mltfr_dist.numerics import at_least_fp32
 
 CHUNK_ELEMENTS = 1 << 24
 """Scores held at a time while searching (64 MiB in fp32)."""
+NORMALISER = 1e-8
+"""Added to the sum of the straight-through weights (as published)."""
 
 
 class KeptTokens(NamedTuple):
@@ -26,6 +32,8 @@ class KeptTokens(NamedTuple):
     """[G, K] int64, places in the candidate list, best first; None: every query keeps all candidates."""
     log_weights: Tensor
     """[G, K], log-softmax of the kept scores: added to the expert's attention logits. [1, S] where all are kept."""
+    row_weights: Tensor | None = None
+    """[G, K], factors of the kept rows themselves (straight-through weights, 1 / K in value); None: rows as they are."""
 
 
 def prefix_mean(x: Tensor, valid_mask: Tensor) -> Tensor:
@@ -47,7 +55,7 @@ class TokenFilter(nn.Module):
 
     def __init__(self, config: FilterConfig, num_rows: int, table_dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.num_kept = config.num_kept(num_rows)
+        self.num_kept, self.weights = config.num_kept(num_rows), config.weights
         self.projection = nn.Linear(table_dim, hidden_dim)
         nn.init.normal_(self.projection.weight, std=table_dim**-0.5)
         nn.init.zeros_(self.projection.bias)
@@ -56,6 +64,8 @@ class TokenFilter(nn.Module):
             self.log_temperature = nn.Parameter(log_temperature)
         else:
             self.register_buffer("log_temperature", log_temperature, persistent=False)
+        if config.noise:  # the salt follows from the run's seed, as all that is drawn here does
+            self.register_buffer("salt", torch.randint(LARGEST, (1,)))
 
     @property
     def temperature(self) -> Tensor:
@@ -66,28 +76,47 @@ class TokenFilter(nn.Module):
         """Table rows [S, D_m] -> unit vectors in the user space [S, D]."""
         return F.normalize(self.projection(rows), dim=-1)
 
-    def forward(self, query: Tensor, rows: Tensor) -> KeptTokens:
-        """Keep the K candidates of highest cosine for each query.
-
-        The search runs without gradient over all candidates; only what is kept is scored again with it.
+    def forward(self, query: Tensor, rows: Tensor, noise: GumbelNoise | None = None) -> KeptTokens:
+        """Keep the K candidates of highest score (cosine + noise) / tau_s for each query.
 
         Args:
             query: [G, D] user vectors.
             rows: [S, D_m] candidate rows.
+            noise: Added to the cosines.
         """
         unit_query = F.normalize(query, dim=-1)
         unit_rows = self.project(rows)
+        if self.weights == "straight_through":
+            return self._straight_through(unit_query @ unit_rows.T, noise)
         with torch.no_grad():
-            index = search(unit_query, unit_rows, self.num_kept)  # [G, K]
-        kept_rows = F.embedding(index, unit_rows)  # [G, K, D]
-        cosines = torch.einsum("gd,gkd->gk", unit_query, kept_rows)
-        return KeptTokens(index, F.log_softmax(at_least_fp32(cosines) / at_least_fp32(self.temperature), dim=-1).to(query.dtype))
+            index = search(unit_query, unit_rows, self.num_kept, noise)  # [G, K]
+        # The search ran without gradient over all candidates; only what is kept is scored again with it.
+        scores = torch.einsum("gd,gkd->gk", unit_query, F.embedding(index, unit_rows))
+        if noise is not None:
+            scores = scores + noise.at(index).to(scores.dtype)
+        return KeptTokens(index, F.log_softmax(at_least_fp32(scores) / at_least_fp32(self.temperature), dim=-1).to(query.dtype))
+
+    def _straight_through(self, scores: Tensor, noise: GumbelNoise | None) -> KeptTokens:
+        """Published: a softmax over all candidates [G, S], of which the kept weigh (1 - y).detach() + y, normalised."""
+        if noise is not None:
+            scores = scores + noise.part(slice(None)).to(scores.dtype)
+        index = scores.topk(self.num_kept, dim=1).indices
+        y = torch.softmax(at_least_fp32(scores) / at_least_fp32(self.temperature), dim=-1).gather(1, index)  # [G, K]
+        hard = (1 - y).detach() + y
+        row_weights = (hard / (hard.sum(1, keepdim=True) + NORMALISER)).to(scores.dtype)
+        return KeptTokens(index, torch.zeros_like(row_weights), row_weights)
 
 
-def search(unit_query: Tensor, unit_rows: Tensor, num_kept: int) -> Tensor:
-    """[G, K] places of the K largest products per query, in chunks of queries so that memory is bounded."""
+def search(unit_query: Tensor, unit_rows: Tensor, num_kept: int, noise: GumbelNoise | None = None) -> Tensor:
+    """[G, K] places of the K largest products (plus noise) per query, in chunks of queries so that memory is bounded."""
     chunk = max(1, CHUNK_ELEMENTS // unit_rows.shape[0])
-    return torch.cat([(part @ unit_rows.T).topk(num_kept, dim=1).indices for part in torch.split(unit_query, chunk)])
+    kept = []
+    for start in range(0, max(1, len(unit_query)), chunk):  # once where there is no query, for the shape
+        scores = unit_query[start : start + chunk] @ unit_rows.T
+        if noise is not None:
+            scores = scores + noise.part(slice(start, start + chunk)).to(scores.dtype)
+        kept.append(scores.topk(num_kept, dim=1).indices)
+    return torch.cat(kept)
 
 
 def row_relevance(unit_query: Tensor, unit_rows: Tensor) -> Tensor:

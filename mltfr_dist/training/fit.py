@@ -14,7 +14,7 @@ from mltfr_dist.data.manifest import verify_folder
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine, deepspeed_config, make_part, peak_memory_bytes
-from mltfr_dist.distributed.fisher import fisher_diagonals
+from mltfr_dist.distributed.fisher import batch_mean_squares, fisher_diagonals
 from mltfr_dist.distributed.ranks import Ranks, start_ranks
 from mltfr_dist.errors import MltfrError
 from mltfr_dist.files import write_atomically
@@ -25,6 +25,8 @@ from mltfr_dist.training.explain import kept_token_texts
 from mltfr_dist.training.inputs import (
     Inputs,
     build_model,
+    check_division,
+    consensus_tables,
     load_inputs,
     load_model,
     ranking_stream,
@@ -58,7 +60,8 @@ def fit(config: RunConfig, *, resume: bool = True) -> list[Result]:
     try:
         inputs = load_inputs(config)
         part = make_part(config, ranks)
-        deepspeed_config(config, part)
+        zero_stage = deepspeed_config(config, part).get("zero_optimization", {}).get("stage", 0)
+        check_division(config.mltfr, part, zero_stage)
         train_stream(config, part)
         if ranks.is_main:
             verify_folder(config.data.path)
@@ -202,7 +205,7 @@ def run_stage(
         checkpoint.restore_optimizer(last, engine)
     base = before.step if before else 0
     tracker = Tracker(config.folder, active=ranks.is_main, stage=name, step=progress.step if last else None, base_step=base)
-    valid = ranking_stream(config, "valid", ranks)
+    valid = ranking_stream(config, config.evaluation.select_on, ranks)
     stage = Stage(name, epochs, config, folder, ranks, engine, stream, valid, tracker, inputs.table_names)
     progress = train_stage(stage, progress)
     tracker.close()
@@ -230,16 +233,21 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
         part = make_part(config, ranks)
         stream = train_stream(config, part)
         samples = min(config.mltfr.consensus.fisher_sequences, stream.split.num_sequences)
-        steps = -(-samples // part.global_batch_size)
-        batches = (batch for step in islice(stream.epoch(0), steps) for batch in step.micro_batches)
-        fishers = fisher_diagonals(model, batches, ranks, samples)
+        steps = islice(stream.epoch(0), -(-samples // part.global_batch_size))
+        if config.mltfr.consensus.fisher == "per_sample":
+            fishers = fisher_diagonals(model, (batch for step in steps for batch in step.micro_batches), ranks, samples)
+        else:
+            fishers = batch_mean_squares(model, steps, ranks)
         assert model.mltfr is not None
-        cores = [core.state_dict() for core in model.mltfr.cores]
+        cores: list[State] = [core.state_dict() for core in model.mltfr.cores]
         if ranks.is_main:
-            fisher_state = {f"{m}.{name}": t.cpu() for m, f in enumerate(fishers) for name, t in f.items()}
+            members = model.mltfr.experts_of(consensus_tables(config.mltfr, inputs.tables))
             merged = merge(
-                [{k: v.cpu() for k, v in c.items()} for c in cores], [{k: v.cpu() for k, v in f.items()} for f in fishers]
+                [{name: t.cpu() for name, t in cores[e].items()} for e in members],
+                [{name: t.cpu() for name, t in fishers[e].items()} for e in members],
+                normalise=config.mltfr.consensus.normalise_fisher,
             )
+            fisher_state = {f"{e}.{name}": t.cpu() for e, f in enumerate(fishers) for name, t in f.items()}
             checkpoint.write(place, {CORE: merged, FISHER: fisher_state}, before)
         ranks.barrier()
         ranks.say(f"  Fisher information of {len(cores)} experts over {samples} sequences: {time.monotonic() - started:.0f} s")

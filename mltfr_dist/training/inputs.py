@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mltfr_dist.config import FilterConfig, RunConfig
+from mltfr_dist.config import FilterConfig, MLTFRConfig, RunConfig
 from mltfr_dist.data.augment import ViewRatios
 from mltfr_dist.data.collate import Objective
 from mltfr_dist.data.shards import Manifest, load_manifest
@@ -19,6 +20,7 @@ from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.schema import nearest_key
 from mltfr_dist.tables.content import with_content
 from mltfr_dist.tables.seeds import seed_tables
 from mltfr_dist.tables.store import TokenTable, load_table
@@ -65,6 +67,8 @@ def load_inputs(config: RunConfig) -> Inputs:
                 remedy="List each table once in mltfr.tables.",
             )
         check_filter(config.mltfr.filter, table)
+    if tables:
+        consensus_tables(config.mltfr, tables)
     hashes = {"data": file_sha256(config.data.path / "manifest.json")} | {table.name: table.sha256 for table in tables}
     return Inputs(manifest, tables, hashes)
 
@@ -88,6 +92,61 @@ def check_filter(config: FilterConfig, table: TokenTable) -> None:
             f"The filter keeps {kept} tokens of table `{table.name}`, of which {searched} rows are searched.",
             rule="It cannot keep more than it searches.",
             remedy="Lower mltfr.filter.top_k or filter_ratio, or raise mltfr.filter.shortlist_size.",
+        )
+
+
+def consensus_tables(config: MLTFRConfig, tables: Sequence[TokenTable]) -> list[int]:
+    """Places of the tables whose experts are merged.
+
+    Raises:
+        ConfigError: A name that is no table's, or experts of unequal shape.
+    """
+    names = [table.name for table in tables]
+    for name in config.consensus.group:
+        if name not in names:
+            near = nearest_key(name, names)
+            raise ConfigError(
+                f"mltfr.consensus.group names `{name}`, which is no table of the run"
+                + (f"; the nearest is `{near}`." if near else "."),
+                remedy=f"Tables: {', '.join(names)}.",
+            )
+    places = [names.index(name) for name in config.consensus.group or names]
+    shapes = {names[m]: (tables[m].rows.shape[1], kept_rows(config.filter, len(tables[m].rows))) for m in places}
+    if config.consensus.enabled and config.expert.form == "paper" and len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{name} {width} wide, {kept} kept" for name, (width, kept) in shapes.items())
+        raise ConfigError(
+            f"The consensus group cannot be merged with mltfr.expert.form=paper: {listed}.",
+            rule="In this form experts read a table's own rows, so a group's tables must be equally wide and keep equally many.",
+            remedy="Give tables of one width in mltfr.consensus.group, or use mltfr.expert.form=core, which merges any.",
+        )
+    return places
+
+
+def kept_rows(config: FilterConfig, num_rows: int) -> int:
+    """Rows of a table that one query attends to."""
+    if config.strategy == "learned_prototypes":
+        return config.num_prototypes
+    return config.num_kept(num_rows) if config.strategy in ("user_guided", "random_tokens") else num_rows
+
+
+def check_division(config: MLTFRConfig, part: Part, zero_stage: int) -> None:
+    """Refuse what has no meaning once a batch is divided, or a model sharded.
+
+    Raises:
+        ConfigError: A memory of the whole batch over several ranks or micro-batches, or trained tables under ZeRO-3.
+    """
+    shares = part.world_size * part.grad_accum_steps
+    if config.enabled and config.filter.memory == "batch" and shares > 1:
+        raise ConfigError(
+            f"mltfr.filter.memory=batch on {part.world_size} rank(s) with {part.grad_accum_steps} micro-batch(es) a step.",
+            rule="What the whole batch keeps is not known where it is divided.",
+            remedy="Use one rank and training.micro_batch_size=null, or mltfr.filter.memory=user.",
+        )
+    if config.enabled and config.train_tables and zero_stage == 3:
+        raise ConfigError(
+            "mltfr.train_tables=true under ZeRO stage 3.",
+            rule="Trained tables are also read outside the forward pass, where stage 3 has them in parts.",
+            remedy="Use deepspeed=ds_configs/zero1.json, or leave tables as they are.",
         )
 
 
@@ -122,9 +181,9 @@ def build_model(config: RunConfig, inputs: Inputs, *, with_consensus: bool) -> R
         max_len=config.data.max_len,
         table_rows=[table.rows for table in inputs.tables],
     )
-    if with_consensus:
+    if with_consensus or (model.mltfr and config.mltfr.consensus.enabled and config.mltfr.consensus.random_in_stage_one):
         assert model.mltfr is not None
-        model.mltfr.add_consensus()
+        model.mltfr.add_consensus(tables=consensus_tables(config.mltfr, inputs.tables))
     return model
 
 
@@ -168,6 +227,7 @@ def objective(config: RunConfig) -> Objective:
     backbone, loss, kind = config.backbone, config.loss, backbone_class(config.backbone.name)
     return Objective(
         num_negatives=loss.num_negatives if loss.name in ("bce", "gbce") else 0,
+        unseen_negatives=loss.negatives == "unseen",
         num_shared_negatives=loss.num_negatives if loss.name == "sampled_softmax" else 0,
         proposal=loss.proposal,
         cloze_ratio=backbone.mask_ratio if kind.objective == "cloze" else None,

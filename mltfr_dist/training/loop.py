@@ -22,6 +22,7 @@ from mltfr_dist.models.recommender import TrainingOutput
 from mltfr_dist.training.evaluate import evaluate
 from mltfr_dist.training.tracking import STAGES, Tracker, seed_all
 
+SPLIT_WORDS = {"valid": "validation", "test": "test (picked on)"}
 SELECTION = "NDCG@10"
 """The validation metric that picks the best checkpoint."""
 
@@ -109,6 +110,8 @@ def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
     mltfr = engine.module.mltfr
     if mltfr is not None and mltfr.uses_shortlist and step % config.mltfr.filter.shortlist_refresh_steps == 0:
         refresh_shortlist(stage, batches.micro_batches, step)
+    if mltfr is not None:
+        mltfr.step = stage.tracker.base_step + step
     seed_all(config.training.seed, STAGES.index(stage.name), step, ranks.rank)
     outputs = engine.update(batches, step)
     totals = reduce_outputs(ranks, outputs, batches)
@@ -135,9 +138,10 @@ def reduce_outputs(ranks: Ranks, outputs: list[TrainingOutput], batches: StepBat
     means = ranks.sum(torch.stack(vectors).sum(0)).cpu()
     loss, contrast_mean = float(means[0]) / batches.num_targets, float(means[1]) / batches.num_sequences
     contrasted = None if outputs[0].contrastive_sum is None else contrast_mean
-    routed = means[2:] / batches.num_positions
-    if not len(routed):
+    if len(means) == 2:
         return StepTotals(loss, contrast=contrasted)
+    gates = (len(means) - 4) // 2
+    routed = means[2:] / means[4 : 4 + gates].sum()  # the gates of a position sum to 1, so their sum counts positions
     gate, top = routed[2:].float().chunk(2)
     return StepTotals(loss, gate, top, float(routed[0]), float(routed[1]), contrasted)
 
@@ -181,12 +185,15 @@ def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: 
         values["grad_norm"] = norm
     if totals.gate_weights is not None and totals.top_share is not None:
         values |= {"balance_loss": totals.balance, "gate/entropy": totals.entropy}
-        values["gate/max_weight"] = float(totals.gate_weights.max())
+        values |= {"gate/max_weight": float(totals.gate_weights.max()), "gate/max_top_share": float(totals.top_share.max())}
         mltfr = stage.engine.module.mltfr
         assert mltfr is not None
+        for e, name in enumerate(mltfr.gate_names(stage.table_names)):
+            values[f"gate_weight/{name}"] = float(totals.gate_weights[e])
+            values[f"gate_top_share/{name}"] = float(totals.top_share[e])
+        if mltfr.consensus is not None and mltfr.config.consensus.learn_weight:
+            values["consensus/weight"] = float(whole_parameter(stage.engine, mltfr.consensus_weight))
         for m, name in enumerate(stage.table_names):
-            values[f"gate_weight/{name}"] = float(totals.gate_weights[m])
-            values[f"gate_top_share/{name}"] = float(totals.top_share[m])
             log_temperature = mltfr.log_temperature(m)
             if log_temperature is not None:
                 values[f"filter_temperature/{name}"] = math.exp(float(whole_parameter(stage.engine, log_temperature)))
@@ -205,9 +212,10 @@ def validate(stage: Stage, progress: Progress) -> Progress:
     if best:
         progress = progress.model_copy(update={"best_value": metrics[SELECTION], "best_epoch": progress.epoch})
         save(best_folder(stage.checkpoints, progress), stage.engine, progress, with_optimizer=False)
-    stage.tracker.log("valid", progress.step, metrics, epoch=progress.epoch)
+    split = stage.config.evaluation.select_on
+    stage.tracker.log(split if split == "valid" else "picked_on_test", progress.step, metrics, epoch=progress.epoch)
     stage.tracker.say(
-        f"  {stage.name} epoch {progress.epoch}/{stage.epochs}  validation HR@10 {metrics['HR@10']:.4f}  "
+        f"  {stage.name} epoch {progress.epoch}/{stage.epochs}  {SPLIT_WORDS[split]} HR@10 {metrics['HR@10']:.4f}  "
         f"NDCG@10 {metrics['NDCG@10']:.4f}{' *' if best else ''}  ({progress.train_seconds:.0f} s)"
     )
     return progress

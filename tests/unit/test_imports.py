@@ -21,7 +21,7 @@ LAYERS = {
     "numerics": 0,
     "schema": 1,
     "config": 1,
-    **dict.fromkeys(("presets", "data", "tables", "models", "losses", "metrics"), 2),
+    **dict.fromkeys(("presets", "repairs", "data", "tables", "models", "losses", "metrics"), 2),
     "distributed": 3,
     "training": 4,
     "tuning": 5,
@@ -29,7 +29,7 @@ LAYERS = {
 }
 """Room or file to layer: a file imports from its own layer or lower ones, as the tests below say."""
 
-LEAVES = {"presets", "tables", "losses", "metrics"}
+LEAVES = {"presets", "repairs", "tables", "losses", "metrics"}
 """Rooms of layer 2 that use none of the others there; models may use data.batch and losses."""
 
 
@@ -84,7 +84,9 @@ def test_imports_run_one_way(path: Path) -> None:
 def test_models_know_of_data_only_the_batch(path: Path) -> None:
     for imported in own(path):
         target = imported.partition(".")[0]
-        assert target in ("backbones", "schema", "config", "models", "losses", "data", "numerics"), f"{name(path)} imports {imported}"
+        assert target in ("backbones", "schema", "config", "models", "losses", "data", "numerics"), (
+            f"{name(path)} imports {imported}"
+        )
         assert target != "data" or imported.startswith("data.batch."), f"{name(path)} imports {imported}"
 
 

@@ -23,7 +23,7 @@ from mltfr_dist.models.backbone import Backbone, PositionalBackbone, backbone_cl
 from mltfr_dist.models.bert4rec import BERT4Rec
 from mltfr_dist.models.bsarec import low_pass_matrix
 from mltfr_dist.models.esasrec import LiGRBlock
-from mltfr_dist.models.fmlp import CausalFilter
+from mltfr_dist.models.fmlp import SequenceFilter
 from mltfr_dist.models.linrec import CausalLinearAttention, causal_product
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.recommender import Recommender
@@ -262,7 +262,7 @@ def test_linrec_is_the_published_attention_of_each_prefix() -> None:
 
 def test_fmlps_filter_is_a_causal_convolution() -> None:
     torch.manual_seed(0)
-    made = CausalFilter(3, MAX_LEN).double()
+    made = SequenceFilter(3, MAX_LEN, causal=True).double()
     for length in (1, 4, MAX_LEN):
         x = torch.randn(2, length, 3, dtype=torch.float64)
         expected = torch.stack([sum(made.kernel[t - s] * x[:, s] for s in range(t + 1)) for t in range(length)], dim=1)

@@ -125,7 +125,7 @@ def test_a_fisher_that_is_not_finite_raises(value: float) -> None:
 
 
 def test_freezing_leaves_no_parameter_and_keeps_the_state() -> None:
-    core = ExpertCore(ExpertConfig(num_heads=2, head_dim=4), DIM).eval()
+    core = ExpertCore(ExpertConfig(num_heads=2, head_dim=4), DIM, DIM).eval()
     frozen = copy.deepcopy(core)
     freeze(frozen)
     assert list(frozen.parameters()) == []

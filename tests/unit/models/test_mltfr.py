@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mltfr_dist.config import BackboneConfig, ConsensusConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig
+from mltfr_dist.config import BackboneConfig, ConsensusConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig, RouterConfig
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.losses import full_cross_entropy
 from mltfr_dist.models import token_filter
@@ -279,7 +279,7 @@ def test_gate_weights_sum_to_one_and_their_sums_are_additive() -> None:
 
 
 def test_the_balance_term_is_one_a_position_when_balanced_and_pushes_off_the_loaded_expert() -> None:
-    router = Router(DIM, 3)
+    router = Router(RouterConfig(), DIM, 3)
     gate = torch.softmax(torch.randn(11, 3), -1).requires_grad_()
     assert router.balance_loss(gate).item() == pytest.approx(11, rel=1e-6)
     router.load.copy_(torch.tensor([0.5, 0.3, 0.2]))
@@ -338,7 +338,7 @@ def forward_by_hand(mltfr: MLTFR, x: Tensor, history_lengths: list[int]) -> Tens
     added = torch.zeros_like(x)
     for user, length in enumerate(history_lengths):
         for t in range(length):
-            start = t // mltfr.block_len * mltfr.block_len
+            start = t // mltfr.config.filter.query_every * mltfr.config.filter.query_every
             query = sum(x[user, s] for s in range(start + 1)) / (start + 1)
             all_rows: list[Tensor] = []
             all_weights: list[Tensor] = []

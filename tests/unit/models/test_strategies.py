@@ -15,9 +15,10 @@ from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.distributed.fisher import fisher_diagonals
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import ConfigError
+from mltfr_dist.models.draws import history_keys
 from mltfr_dist.models.experts import ExpertCore, Memory
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.models.strategies import Prototypes, RandomTokens, history_keys
+from mltfr_dist.models.strategies import Prototypes, RandomTokens
 from mltfr_dist.tables.store import load_table
 from mltfr_dist.training.evaluate import evaluate
 from mltfr_dist.training.explain import explain
@@ -123,7 +124,7 @@ def test_the_fisher_is_that_of_a_loop_over_samples(strategy: str) -> None:
 
 def test_a_shared_memory_equals_a_copy_for_every_query() -> None:
     torch.manual_seed(0)
-    core = ExpertCore(ExpertConfig(num_heads=2, head_dim=4, dropout=0.0), DIM).double()
+    core = ExpertCore(ExpertConfig(num_heads=2, head_dim=4, dropout=0.0), DIM, DIM).double()
     x, rows = torch.randn(5, 3, DIM).double(), [torch.randn(n, DIM).double() for n in (6, 9)]
     weights = [torch.randn(1, len(r)).double() for r in rows]
     shared = core(x, [Memory(r, None, w) for r, w in zip(rows, weights, strict=True)])

@@ -1,0 +1,62 @@
+"""Random numbers that are functions of a counter: the same on any rank, in any batch and on any device.
+
+Shapes: B users, L positions, G queries, S rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mltfr_dist.data.batch import PADDING_IDX
+
+MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
+"""Of splitmix64 (Steele et al. 2014), as signed numbers."""
+STEP = -7046029254386353131
+"""2^64 / golden ratio, as a signed number."""
+LARGEST = (1 << 63) - 1
+EPS = 1e-10
+"""Keeps the logarithms of Gumbel noise finite (as published)."""
+
+
+def mix(z: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, which wraps: a counter to a number that looks random."""
+    z = (z ^ ((z >> 30) & (LARGEST >> 29))) * MULTIPLIERS[0]
+    z = (z ^ ((z >> 27) & (LARGEST >> 26))) * MULTIPLIERS[1]
+    return z ^ ((z >> 31) & (LARGEST >> 30))
+
+
+def history_keys(item_ids: Tensor) -> Tensor:
+    """[B, L] int64: a hash of each position's past, itself included, and of nothing else; padding adds nothing."""
+    places = torch.arange(1, item_ids.shape[1] + 1, device=item_ids.device)
+    return (mix(mix(item_ids) + places * STEP) * (item_ids != PADDING_IDX)).cumsum(1)
+
+
+class GumbelNoise(NamedTuple):
+    """Gumbel(0, 1) noise, times ``scale``, for each pair of a query and a row of a table."""
+
+    keys: Tensor
+    """[G] int64, of the queries: what stays the same while a seed, a step, a user and a table do."""
+    row_ids: Tensor
+    """[S] int64, row numbers in the table."""
+    scale: float
+
+    def part(self, queries: slice) -> Tensor:
+        """[g, S], of some queries and all rows."""
+        return self._values(self.keys[queries], self.row_ids)
+
+    def at(self, places: Tensor) -> Tensor:
+        """[G, K], of every query and its rows at ``places`` [G, K] of ``row_ids``."""
+        return self._values(self.keys, self.row_ids[places])
+
+    def _values(self, keys: Tensor, row_ids: Tensor) -> Tensor:
+        words = mix(keys[:, None] ^ mix(row_ids * STEP))
+        uniform = (((words >> 40) & ((1 << 24) - 1)).float() + 0.5) * 2.0**-24
+        return self.scale * gumbel(uniform)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Numbers uniform in (0, 1) to Gumbel(0, 1) ones."""
+    return -torch.log(-torch.log(uniform + EPS) + EPS)

@@ -1,0 +1,195 @@
+"""The published form equals an independent statement of it (`published.py`), forward and gradient, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import published
+import pytest
+import torch
+from support import tiny_config
+from torch import Tensor
+
+from mltfr_dist.config import ConsensusConfig, ExpertConfig, FilterConfig, MLTFRConfig, RouterConfig
+from mltfr_dist.data.batch import SequenceBatch
+from mltfr_dist.data.stream import Part
+from mltfr_dist.distributed.fisher import batch_mean_squares
+from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.losses import binary_cross_entropy
+from mltfr_dist.models.consensus import merge
+from mltfr_dist.models.draws import GumbelNoise, gumbel, history_keys
+from mltfr_dist.models.experts import ExpertCore
+from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.token_filter import TokenFilter
+from mltfr_dist.repairs import as_published
+from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
+
+DIM, LAMBDA = 8, 0.3
+WIDTHS, ROWS = (6, 6, 5), (40, 30, 20)
+GROUP = [0, 1]
+HISTORIES = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8], [7]]
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def make(top_k: int, *, double_softmax: bool = False, consensus: bool = False) -> MLTFR:
+    """MLTFR in published form with parameters far from their start."""
+    torch.manual_seed(top_k)
+    config = MLTFRConfig(
+        tables=("a", "b", "c"),
+        filter=FilterConfig(
+            query="history",
+            weights="straight_through",
+            memory="batch",
+            noise=1.0,
+            noise_in_evaluation=True,
+            top_k=top_k,
+            temperature=0.5,
+            learn_temperature=False,
+            shortlist_size=None,
+        ),
+        expert=ExpertConfig(form="paper", num_heads=4, head_dim=3),
+        router=RouterConfig(double_softmax=double_softmax, balance_weight=0),
+        consensus=ConsensusConfig(weight=LAMBDA),
+    )
+    made = MLTFR(config, DIM, [torch.randn(rows, width) for rows, width in zip(ROWS, WIDTHS, strict=True)])
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.4 * torch.randn_like(parameter))
+    if consensus:
+        made.add_consensus({name: torch.randn_like(p) for name, p in made.cores[0].named_parameters()}, GROUP)
+    return made.double().eval()
+
+
+def item_ids() -> Tensor:
+    width = max(map(len, HISTORIES))
+    return torch.tensor([h + [0] * (width - len(h)) for h in HISTORIES])
+
+
+def embeddings() -> Tensor:
+    x = torch.randn(*item_ids().shape, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return (x * (item_ids() != 0)[..., None]).requires_grad_()
+
+
+def noise_of(mltfr: MLTFR, m: int) -> Tensor:
+    """[B, V_m] the noise that the filter draws."""
+    token_filter = mltfr.filters[m]
+    assert isinstance(token_filter, TokenFilter)
+    drawn = mltfr._noise(token_filter, history_keys(item_ids())[:, -1], torch.arange(ROWS[m]))
+    assert drawn is not None
+    return drawn.part(slice(None)).double()
+
+
+def stated(mltfr: MLTFR, x: Tensor) -> Tensor:
+    """What is added to block 0's output, by the independent statement."""
+    valid = item_ids() != 0
+    u = published.user_vectors(x, valid)
+    memories, experts = [], []
+    for m, core in enumerate(mltfr.cores):
+        projection, top_k = mltfr.filters[m].projection, mltfr.filters[m].num_kept
+        tau = float(mltfr.filters[m].temperature)
+        ids, weights = published.kept(u, mltfr.table(m), projection.weight, projection.bias, noise_of(mltfr, m), tau, top_k)
+        memories.append(published.memory(mltfr.table(m), ids, weights))
+        experts.append(published.expert(x, memories[m], dict(core.named_parameters()), 4, 3))
+    linear, times = mltfr.router.linear, 2 if mltfr.config.router.double_softmax else 1
+    consensus = None
+    if mltfr.consensus is not None:
+        shared = published.consensus_memory([memories[m] for m in GROUP])
+        consensus = published.expert(x, shared, dict(mltfr.consensus.named_buffers()), 4, 3)
+    added = published.output(published.gate(x, linear.weight, linear.bias, times), experts, consensus, LAMBDA)
+    return added * valid[..., None]
+
+
+@pytest.mark.parametrize("consensus", [False, True])
+@pytest.mark.parametrize(("top_k", "double_softmax"), [(1, False), (3, False), (3, True)])
+def test_forward_and_gradients_equal_the_statement(top_k: int, double_softmax: bool, consensus: bool) -> None:
+    mltfr = make(top_k, double_softmax=double_softmax, consensus=consensus)
+    found_gradients, stated_gradients = [], []
+    outputs = []
+    for function, gradients in (
+        (lambda x: mltfr(x, item_ids() != 0, item_ids())[0], found_gradients),
+        (lambda x: stated(mltfr, x), stated_gradients),
+    ):
+        x = embeddings()
+        output = function(x)
+        probe = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        names, parameters = zip(*mltfr.named_parameters(), strict=True)
+        gradients += torch.autograd.grad((output * probe).sum(), (x, *parameters), materialize_grads=True)
+        outputs.append(output)
+    torch.testing.assert_close(outputs[0], outputs[1], **EXACT)
+    for name, one, other in zip(("x", *names), found_gradients, stated_gradients, strict=True):
+        torch.testing.assert_close(one, other, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+        reached = float(one.abs().max())
+        assert reached > 1e-6 or "key.bias" in name or (top_k == 1 and "filters" in name), name
+
+
+def test_with_one_kept_token_no_gradient_reaches_the_filter() -> None:
+    """The first of the published defects."""
+    mltfr = make(1).float()
+    x = embeddings().float()
+    mltfr(x, item_ids() != 0, item_ids())[0].square().sum().backward()
+    for token_filter in mltfr.filters:
+        assert token_filter.projection.weight.grad.abs().max() == 0
+
+
+def test_the_noise_is_the_stated_gumbel_noise_and_is_keyed_by_step_user_and_table() -> None:
+    uniform = torch.rand(1000, dtype=torch.float64)
+    torch.testing.assert_close(gumbel(uniform), published.gumbel(uniform), **EXACT)
+    mltfr = make(3)
+    first = [noise_of(mltfr, m) for m in range(3)]
+    assert torch.equal(first[0], noise_of(mltfr, 0))
+    assert not (first[0][0] == first[0][1]).any()  # users
+    assert not (first[0][:, :20] == first[2]).any()  # tables
+    mltfr.step = 7
+    assert not (first[0] == noise_of(mltfr, 0)).any()  # steps
+    many = GumbelNoise(torch.arange(500), torch.arange(400), 1.0).part(slice(None)).double()
+    assert abs(float(many.mean()) - 0.5772) < 0.02  # Euler's constant
+    assert abs(float(many.var()) - 1.6449) < 0.03  # pi^2 / 6
+
+
+def test_a_user_depends_on_the_batch_and_on_the_future() -> None:
+    """Published, and so brought back: the properties that the repaired form has, this one must not have."""
+    mltfr, x = make(3), embeddings().detach()
+    together = mltfr(x, item_ids() != 0, item_ids())[0]
+    alone = mltfr(x[:1], item_ids()[:1] != 0, item_ids()[:1])[0]
+    assert (together[0] - alone[0]).abs().max() > 1e-3
+    later = x[:1].clone()
+    later[0, 4] = -20 * x[0].sum(0)  # the history's mean turns round
+    assert (mltfr(later, item_ids()[:1] != 0, item_ids()[:1])[0][0, 0] - alone[0, 0]).abs().max() > 1e-3
+
+
+def test_bce_equals_the_statement() -> None:
+    hidden, positive, negative = torch.randn(3, 11, DIM, dtype=torch.float64).unbind()
+    found = binary_cross_entropy(hidden, positive, negative[:, None], torch.ones(11, dtype=torch.float64)) / 11
+    torch.testing.assert_close(found, published.bce(hidden, positive, negative), **EXACT)
+
+
+def test_fisher_and_merge_equal_the_statement(tmp_path: Path) -> None:
+    """Over two batches of a real stream, in evaluation mode; the same at any division into micro-batches."""
+    config = as_published(tiny_config(tmp_path, mltfr__consensus__enabled=False), scopes=["method"])
+    inputs = load_inputs(config)
+    model = build_model(config, inputs, with_consensus=False).double()
+    assert model.mltfr is not None
+    cores = [core for core in model.mltfr.cores if isinstance(core, ExpertCore)]
+    part = Part(0, 1, 16, 16)
+
+    def steps() -> Iterable[object]:
+        return islice(train_stream(config, part).epoch(0), 2)
+
+    found = batch_mean_squares(model, steps(), ONE)  # type: ignore[arg-type]
+    model.eval()
+    losses = []
+    for step in islice(train_stream(config, part).epoch(0), 2):
+        batch: SequenceBatch = step.micro_batches[0]
+        losses.append(model(batch).loss_sum / batch.num_targets)
+    expected = published.batch_mean_fisher(losses, [dict(core.named_parameters()) for core in cores])
+    for one, other in zip(found, expected, strict=True):
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], **EXACT)
+    assert max(float(v.max()) for v in found[0].values()) > 1e-6
+    group = [{name: torch.randn(4, 3, dtype=torch.float64)} for name in ("w",) * 3]
+    fishers = [{"w": torch.rand(4, 3, dtype=torch.float64) * 1e-11} for _ in range(3)]
+    torch.testing.assert_close(merge(group, fishers, normalise=False)["w"], published.merge(group, fishers)["w"], **EXACT)
+    assert not torch.allclose(merge(group, fishers)["w"], published.merge(group, fishers)["w"])
