@@ -84,6 +84,11 @@ def paper(base: RunConfig) -> RunConfig:
     return as_published(vary(base, group_of_one_width(base)), scopes=["method"])
 
 
+def paper_frozen_tables(base: RunConfig) -> RunConfig:
+    """As published but for the tables, which stay frozen, as its description (not its code) has it; much cheaper."""
+    return vary(paper(base), {"mltfr.train_tables": False})
+
+
 def without_repair(base: RunConfig, name: str) -> RunConfig:
     """One repair taken away, of MLTFR or of the backbone."""
     return without(vary(base, group_of_one_width(base)) if name == "shared_core" else base, name)
@@ -135,6 +140,7 @@ VARIANTS: dict[str, Variant] = {
         bare,
         bare_equal_parameters,
         paper,
+        paper_frozen_tables,
         repaired,
         random_tables,
         shuffled_tables,
