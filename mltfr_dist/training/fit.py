@@ -34,6 +34,7 @@ from mltfr_dist.training.inputs import (
     train_stream,
 )
 from mltfr_dist.training.loop import Stage, is_finished, train_stage
+from mltfr_dist.training.routing import measure_routing
 from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, claim, load_result
 from mltfr_dist.training.slices import training_slices
 from mltfr_dist.training.tracking import STAGES, Tracker
@@ -144,12 +145,14 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks) -> Result:
     test_stream = ranking_stream(config, "test", ranks)
     test_slices = evaluate_slices(model, test_stream, config.evaluation, ranks, slices.NAMES, slices.members)
     test = test_slices.pop(ALL)
+    routing = measure_routing(model, ranking_stream(config, "valid", ranks), ranks, inputs.table_names)
     memory = ranks.max(torch.tensor([float(peak_memory_bytes())], dtype=torch.float64))
     result = Result(
         name=name,
         valid=valid,
         test=test,
         test_slices=test_slices,
+        routing=routing,
         seconds=sum(p.train_seconds for p in outcomes.values()),
         stage=stage,
         checkpoint=best.name,

@@ -86,8 +86,9 @@ def check_filter(config: FilterConfig, table: TokenTable) -> None:
             rule=f"At most mltfr.filter.max_direct_rows ({config.max_direct_rows:,}): cost grows with positions x rows.",
             remedy="Raise it if the machine can bear it, give fewer words, or choose with strategy=user_guided.",
         )
-    kept, searched = config.num_kept(rows), min(rows, config.shortlist_size or rows)
-    if config.strategy == "user_guided" and kept > searched:
+    kept = config.num_kept(rows)
+    searched = rows if config.strategy == "random_tokens" else min(rows, config.shortlist_size or rows)
+    if config.strategy in ("user_guided", "random_tokens") and kept > searched:
         raise ConfigError(
             f"The filter keeps {kept} tokens of table `{table.name}`, of which {searched} rows are searched.",
             rule="It cannot keep more than it searches.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 
@@ -11,10 +12,16 @@ from mltfr_dist import __version__
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.files import write_atomically
+from mltfr_dist.repairs import REPAIRS, taken_away
 from mltfr_dist.training.inputs import Inputs
+from mltfr_dist.training.routing import TOP_SHARE, WEIGHT
 from mltfr_dist.training.run_folder import REPORT, Result
 
 SHOWN = ("HR@10", "NDCG@10")
+PICKED = {
+    "valid": "test read once, checkpoints picked on validation",
+    "test": "the checkpoint was picked on the test split, as published: its figures are too high",
+}
 
 
 def hardware() -> str:
@@ -37,6 +44,8 @@ def opening(config: RunConfig, inputs: Inputs, ranks: Ranks) -> str:
         f"  table   {t.name}: {len(t.rows):,} {'tokens' if t.content == 'real' else t.content + ' rows'} x {t.rows.shape[1]}"
         for t in inputs.tables
     ]
+    if missing := taken_away(config):
+        lines.append(f"  repairs taken away: {', '.join(missing)}")
     lines.append(f"  folder  {config.folder}  (tensorboard --logdir {config.runs_dir})")
     return "\n".join(lines)
 
@@ -59,10 +68,35 @@ def closing(config: RunConfig, results: list[Result]) -> str:
         *("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in table),
     ]
     rule = f"seen items {'left out' if config.evaluation.filter_seen else 'kept'}, ties {config.evaluation.ties}"
-    lines += ["", f"Full ranking of every item, {rule}; test read once, checkpoints picked on validation."]
+    lines += ["", f"Full ranking of every item, {rule}; {PICKED[config.evaluation.select_on]}."]
     lines.append(f"One seed ({config.training.seed}): differences of this size need several to mean anything.")
     lines.append(f"Report: {config.folder / REPORT}   Use it: mltfr recommend {config.folder} --history ID,ID,... --k 10")
     return "\n".join(lines)
+
+
+def repairs_line(config: RunConfig) -> list[str]:
+    """What of the published procedure is brought back."""
+    missing = taken_away(config)
+    if not missing:
+        return []
+    names = ", ".join(f"{name} ({REPAIRS[name].defect})" for name in missing)
+    return [f"- As published in place of repaired: {names}; docs/method.md says what each does."]
+
+
+def routing_section(result: Result) -> list[str]:
+    """Whether one expert dominates the gate."""
+    if not result.routing:
+        return []
+    names = [name.removeprefix(WEIGHT) for name in result.routing if name.startswith(WEIGHT)]
+    lines = ["", "## Routing", "", "| gate | mean weight | largest at |", "|---|---|---|"]
+    lines += [f"| {n} | {result.routing[WEIGHT + n]:.3f} | {result.routing[TOP_SHARE + n]:.1%} of positions |" for n in names]
+    limit = math.log(len(names))
+    return [
+        *lines,
+        "",
+        f"Over the validation histories. Entropy of the gate {result.routing['entropy']:.2f} of at most {limit:.2f} nats "
+        "(which equal weights have); a gate that is the largest everywhere dominates.",
+    ]
 
 
 def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
@@ -82,14 +116,16 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
         for split, values in (("valid", r.valid), ("test", r.test)):
             text.append(f"| {r.name} | {split} | " + " | ".join(f"{v:.6f}" for v in values.values()) + " |")
     text += [
+        *routing_section(final),
         "",
         "## How",
         "",
         f"- Full ranking: every one of {manifest.num_items:,} items is a candidate"
         + (", except those of the user's own history" if config.evaluation.filter_seen else "")
         + f"; among equal scores the target's rank is {config.evaluation.ties}.",
-        f"- Split `{manifest.prepare.split}`; {manifest.splits['test'].num_sequences:,} test users. Validation NDCG@10 picks the "
-        "checkpoint; the test split is read once, at the end.",
+        f"- Split `{manifest.prepare.split}`; {manifest.splits['test'].num_sequences:,} test users; "
+        f"{PICKED[config.evaluation.select_on]} (by NDCG@10).",
+        *repairs_line(config),
         f"- The chosen model: stage `{final.stage}`, epoch {final.epoch}, {final.parameters:,} trained parameters.",
         f"- Seed {config.training.seed}. One seed is no evidence: repeat with several before you compare.",
         f"- {final.world_size} rank(s), {hardware()}, peak memory of a rank {final.peak_memory_bytes / 2**30:.2f} GiB, "

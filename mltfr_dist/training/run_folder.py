@@ -35,6 +35,8 @@ class Result(Section):
     """Epochs trained, over all stages."""
     test_slices: dict[str, dict[str, float]] = Field({})
     """Test metrics by slice of users (training/slices.py), and each slice's number of ``users``."""
+    routing: dict[str, float] = Field({})
+    """Of the chosen model's gate on the validation split (training/routing.py); empty without MLTFR."""
     parameters: int = 0
     """Trained parameters."""
     peak_memory_bytes: int = 0

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import run_ranks, tiny_config
+from support import REPOSITORY, run_ranks, tiny_config
 
 import train
 from mltfr_dist.cli import main as mltfr
@@ -175,7 +175,32 @@ def test_changed_inputs(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_filter_that_keeps_more_than_it_searches(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"mltfr__filter__top_k": None, "mltfr__filter__filter_ratio": 0.9}
-    assert "63 tokens" in train_refused(folder, capsys, **changes) or "81 tokens"
+    assert "81 tokens of table `first`, of which 40 rows are searched" in train_refused(folder, capsys, **changes)
+
+
+def test_filter_that_keeps_more_than_there_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    too_many: dict[str, object] = {"mltfr__filter__top_k": 71, "mltfr__filter__shortlist_size": None}
+    for strategy in ("user_guided", "random_tokens"):
+        text = train_refused(folder, capsys, **too_many, mltfr__filter__strategy=strategy)
+        assert "71 tokens of table `second`, of which 70 rows are searched" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mltfr__consensus__group": ["frist"]}, "names `frist`, which is no table of the run; the nearest is `first`"),
+        ({"mltfr__expert__form": "paper"}, "first 12 wide, 4 kept, second 20 wide, 4 kept"),
+        ({"mltfr__filter__memory": "batch", "training__micro_batch_size": 8}, "with 4 micro-batch(es) a step"),
+        (
+            {"mltfr__train_tables": True, "deepspeed": str(REPOSITORY / "ds_configs" / "zero3.json")},
+            "mltfr.train_tables=true under ZeRO stage 3",
+        ),
+    ],
+)
+def test_mixtures_that_cannot_be(
+    folder: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], message: str
+) -> None:
+    assert message in train_refused(folder, capsys, **changes)
 
 
 def test_batch_that_cannot_be_divided(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

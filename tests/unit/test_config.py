@@ -92,6 +92,15 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
         ("mltfr.filter.filter_ratio=0.25", "mltfr.filter", "filter_ratio", "exactly one of top_k and filter_ratio"),
         ("mltfr.filter.top_k=null", "mltfr.filter", "top_k", "exactly one of top_k and filter_ratio"),
         ("evaluation.cutoffs=[5, 20]", "evaluation", "cutoffs", "must hold 10"),
+        ("mltfr.filter.filter_ratio=0", "mltfr.filter.filter_ratio", "0", "greater than 0"),
+        ("mltfr.filter.strategy=best", "mltfr.filter.strategy", "'best'", "'user_guided', 'random_tokens', 'direct'"),
+        ("mltfr.filter.top_k=1", "mltfr.filter", "top_k", "at least 2 with soft weights"),
+        ("mltfr.filter.noise_steps=5", "mltfr.filter", "noise_steps", "give noise above 0"),
+        ("mltfr.router.top_k=1", "mltfr.router.top_k", "1", "greater than or equal to 2"),
+        ("mltfr.router.top_k=4", "mltfr", "router.top_k (4)", "must not exceed the number of gates"),
+        ("mltfr.router.expert_dropout=1", "mltfr.router.expert_dropout", "1", "less than 1"),
+        ("mltfr.expert.per_table=0", "mltfr.expert.per_table", "0", "greater than or equal to 1"),
+        ("mltfr.router={double_softmax: true, top_k: 2}", "mltfr.router", "double_softmax", "needs a dense gate"),
     ],
 )
 def test_a_message_has_path_value_rule_and_remedy(override: str, path: str, value: str, rule: str) -> None:
@@ -291,7 +300,7 @@ def test_help_shows_every_field_with_its_description() -> None:
     assert "optimizer.learning_rate (float, > 0; default: 0.001)" in text
     assert "data.path (path; default: required)" in text
     assert 'loss.name (cross_entropy | sampled_softmax | bce | gbce; default: "cross_entropy")' in text
-    assert "mltfr.filter.top_k (int or null, >= 2; default: 16)" in text
+    assert "mltfr.filter.top_k (int or null, >= 1; default: 16)" in text
 
 
 def test_train_help_holds_the_fields(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ LAYERS = {
     "numerics": 0,
     "schema": 1,
     "config": 1,
-    **dict.fromkeys(("presets", "repairs", "data", "tables", "models", "losses", "metrics"), 2),
+    "repairs": 1,
+    **dict.fromkeys(("presets", "data", "tables", "models", "losses", "metrics"), 2),
     "distributed": 3,
     "training": 4,
     "tuning": 5,
@@ -29,7 +30,7 @@ LAYERS = {
 }
 """Room or file to layer: a file imports from its own layer or lower ones, as the tests below say."""
 
-LEAVES = {"presets", "repairs", "tables", "losses", "metrics"}
+LEAVES = {"presets", "tables", "losses", "metrics"}
 """Rooms of layer 2 that use none of the others there; models may use data.batch and losses."""
 
 

@@ -1,0 +1,112 @@
+"""The table of repairs: defaults are repaired, each can be taken away alone, and the published form runs in two stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import REPOSITORY, tiny_config
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed import checkpoint
+from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.errors import ConfigError
+from mltfr_dist.repairs import REPAIRS, as_published, taken_away, without
+from mltfr_dist.schema import field_paths
+from mltfr_dist.training.fit import CORE, FISHER, fit
+from mltfr_dist.training.inputs import build_model, load_inputs
+
+DEFECTS = ["D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "D9", "D10", "D10b", "D12", "D13", "D14", "D17", "D18"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield tmp_path_factory.mktemp("repairs")
+    stop_ranks()
+
+
+def value(config: RunConfig, path: str) -> Any:
+    place: Any = config
+    for name in path.split("."):
+        place = getattr(place, name)
+    return place
+
+
+def test_every_defect_has_its_entry_and_its_line_in_the_documentation() -> None:
+    assert [repair.defect for repair in REPAIRS.values()] == DEFECTS
+    text = (REPOSITORY / "docs" / "method.md").read_text()
+    for name, repair in REPAIRS.items():
+        (line,) = [row for row in text.splitlines() if row.startswith(f"| {repair.defect} |")]
+        assert f"`{name}`" in line
+        assert all(f"{path.rpartition('.')[2]}=" in line for path in repair.published), line
+        assert set(repair.published) <= set(field_paths(RunConfig))
+
+
+def test_the_defaults_are_repaired(folder: Path) -> None:
+    config = tiny_config(folder)
+    assert taken_away(config) == []
+    for name, repair in REPAIRS.items():
+        changed = without(config, name)
+        assert all(value(changed, path) == wanted for path, wanted in repair.published.items())
+        assert name in taken_away(changed)
+
+
+def test_an_unknown_repair_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="nearest is `user_memory`"):
+        without(RunConfig(data={"path": "x"}, mltfr={"enabled": False}), "user_memry")
+
+
+def published(folder: Path, **changes: Any) -> RunConfig:
+    """As published, with its loss; the tiny tables differ in width, so that the group is one of them."""
+    fields = {"mltfr__consensus__group": ["first"], "mltfr__consensus__weight": 0.01, "loss__name": "bce"}
+    return as_published(tiny_config(folder, training__epochs=2, training__consensus_epochs=1, **fields | changes))
+
+
+def test_the_published_form_trains_in_two_stages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = published(folder, name="published", checkpoint__keep_last=20, checkpoint__every_steps=1)
+    assert set(REPAIRS) - set(taken_away(config)) == {"single_softmax"}
+    (result,) = fit(config)
+    assert "repairs taken away: soft_weights" in capsys.readouterr().out
+    checkpoints = config.folder / "checkpoints"
+    inputs = load_inputs(config)
+    # Stage 1 adds a frozen, randomly initialised consensus expert, which no step moves.
+    start = build_model(config, inputs, with_consensus=False).state_dict()
+    first = checkpoint.read(checkpoints / "train-step000000001")
+    last = checkpoint.read(max(checkpoints.glob("train-step*")))
+    assert torch.equal(start["mltfr.consensus.value.weight"], last["mltfr.consensus.value.weight"])
+    assert start["mltfr.consensus.value.weight"].abs().max() > 0
+    # Tables called frozen drift.
+    assert not torch.equal(first["mltfr.table_0"], last["mltfr.table_0"])
+    # Stage 2 starts from a fresh initialisation: only the consensus expert carries over.
+    second = checkpoint.read(checkpoints / "consensus-step000000001")
+    merged, fisher = (checkpoint.read(checkpoints / "fisher", kind) for kind in (CORE, FISHER))
+    for name, tensor in merged.items():
+        assert torch.equal(second[f"mltfr.consensus.{name}"], tensor)
+    # A group of one merges to F theta / (F + 1e-12).
+    best = checkpoint.read(checkpoint.best_folder(checkpoints, checkpoint.read_header(checkpoints / "fisher").progress))
+    weight, core = fisher["0.value.weight"].double(), best["mltfr.cores.0.value.weight"].double()
+    torch.testing.assert_close(merged["value.weight"], (weight * core / (weight + 1e-12)).float())
+    moved = (second["backbone.item_embedding.weight"] - start["backbone.item_embedding.weight"]).abs().max()
+    assert (
+        moved
+        < 2 * config.optimizer.learning_rate
+        < (last["backbone.item_embedding.weight"] - start["backbone.item_embedding.weight"]).abs().max()
+    )
+    assert "picked on the test split" in (config.folder / "report.md").read_text()
+    assert json.loads((config.folder / "result.json").read_text())["name"] == result.name
+
+
+def test_double_softmax_is_reported(folder: Path) -> None:
+    config = tiny_config(
+        folder, name="doubled", mltfr__router__double_softmax=True, training__epochs=1, training__consensus_epochs=1
+    )
+    (result,) = fit(config)
+    assert result.routing["largest_weight"] < 0.74  # e / (e + 1), for two experts
+    text = (config.folder / "report.md").read_text()
+    assert "## Routing" in text
+    assert f"{result.routing['entropy']:.2f} of at most 0.69 nats" in text
+    assert "single_softmax (D10)" in text
