@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mltfr_dist.backbones import BACKBONES
 from mltfr_dist.config import BackboneConfig
 from mltfr_dist.data.batch import PADDING_IDX
+from mltfr_dist.models.item_tokens import ItemVectors
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.transformer import init_weights
 
@@ -35,7 +36,7 @@ class Backbone(nn.Module):
     contrasts_views: ClassVar[bool] = False
     """Whether the loss also contrasts augmented views of each history."""
 
-    item_embedding: nn.Embedding
+    item_embedding: nn.Embedding | ItemVectors
     blocks: nn.ModuleList
 
     def __init__(self, config: BackboneConfig, num_items: int, max_len: int) -> None:

@@ -15,6 +15,8 @@ from mltfr_dist.training.inputs import Inputs
 from mltfr_dist.training.run_folder import REPORT, Result
 
 SHOWN = ("HR@10", "NDCG@10")
+GROUNDED = "Items carry the tokens of their titles: a positive control, outside the claim that no item text is needed."
+"""Said of every run with mltfr.item_tokens.source=titles."""
 
 
 def hardware() -> str:
@@ -37,8 +39,14 @@ def opening(config: RunConfig, inputs: Inputs, ranks: Ranks) -> str:
         f"  table   {t.name}: {len(t.rows):,} {'tokens' if t.content == 'real' else t.content + ' rows'} x {t.rows.shape[1]}"
         for t in inputs.tables
     ]
+    lines += [f"  note    {GROUNDED}"] * is_grounded(config)
     lines.append(f"  folder  {config.folder}  (tensorboard --logdir {config.runs_dir})")
     return "\n".join(lines)
+
+
+def is_grounded(config: RunConfig) -> bool:
+    """Whether the run reads item text."""
+    return config.mltfr.enabled and config.mltfr.item_tokens.source == "titles"
 
 
 def rows(results: list[Result]) -> list[list[str]]:
@@ -60,6 +68,7 @@ def closing(config: RunConfig, results: list[Result]) -> str:
     ]
     rule = f"seen items {'left out' if config.evaluation.filter_seen else 'kept'}, ties {config.evaluation.ties}"
     lines += ["", f"Full ranking of every item, {rule}; test read once, checkpoints picked on validation."]
+    lines += [GROUNDED] * is_grounded(config)
     lines.append(f"One seed ({config.training.seed}): differences of this size need several to mean anything.")
     lines.append(f"Report: {config.folder / REPORT}   Use it: mltfr recommend {config.folder} --history ID,ID,... --k 10")
     return "\n".join(lines)
@@ -91,6 +100,7 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
         f"- Split `{manifest.prepare.split}`; {manifest.splits['test'].num_sequences:,} test users. Validation NDCG@10 picks the "
         "checkpoint; the test split is read once, at the end.",
         f"- The chosen model: stage `{final.stage}`, epoch {final.epoch}, {final.parameters:,} trained parameters.",
+        *[f"- **{GROUNDED}**"] * is_grounded(config),
         f"- Seed {config.training.seed}. One seed is no evidence: repeat with several before you compare.",
         f"- {final.world_size} rank(s), {hardware()}, peak memory of a rank {final.peak_memory_bytes / 2**30:.2f} GiB, "
         f"{config.training.precision}, {config.deepspeed}.",

@@ -40,6 +40,7 @@ CHANGES: dict[str, Any] = {
     "mltfr.filter.query_every": 1,
     "mltfr.filter.shortlist_size": 5,
     "mltfr.filter.shortlist_refresh_steps": 1,
+    "mltfr.item_tokens.source": "titles",
     "mltfr.expert.num_heads": 4,
     "mltfr.expert.head_dim": 8,
     "mltfr.expert.dropout": 0.7,
