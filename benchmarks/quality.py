@@ -134,6 +134,16 @@ def consensus_zero(base: RunConfig) -> RunConfig:
     return vary(base, {"mltfr.consensus.weight": 0.0})
 
 
+def grounded(base: RunConfig) -> RunConfig:
+    """Each item carries its title's tokens: the positive control, which reads item text as the method does not."""
+    return vary(base, {"mltfr.item_tokens.source": "titles"})
+
+
+def grounded_random(base: RunConfig) -> RunConfig:
+    """Each item carries its title's tokens, whose rows are random: what shared words give without their content."""
+    return random_tables(grounded(base))
+
+
 VARIANTS: dict[str, Variant] = {
     f.__name__: f
     for f in (
@@ -149,10 +159,12 @@ VARIANTS: dict[str, Variant] = {
         one_table,
         consensus_off,
         consensus_zero,
+        grounded,
+        grounded_random,
     )
 }
-CONTROLS = tuple(VARIANTS)
-"""What is run unless said otherwise."""
+CONTROLS = [name for name in VARIANTS if name != "paper" and not name.startswith("grounded")]
+"""What is run unless said otherwise: not `paper`, which trains whole tables, nor what needs items with titles."""
 VARIANTS |= {f"without_{name}": partial(without_repair, name=name) for name in REPAIRS}
 
 
@@ -176,8 +188,9 @@ def num_parameters(config: RunConfig) -> int:
     inputs = load_inputs(config)
     with torch.device("meta"):
         tables = [torch.empty(table.rows.shape) for table in inputs.tables]
+        features = None if inputs.item_features is None else torch.empty(inputs.item_features.shape)
         sizes = {"num_items": inputs.manifest.num_items, "max_len": config.data.max_len}
-        model = Recommender(config.backbone, config.mltfr, config.loss, table_rows=tables, **sizes)
+        model = Recommender(config.backbone, config.mltfr, config.loss, table_rows=tables, item_features=features, **sizes)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -222,7 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, nargs="+", help="prepared data sets (default: the configuration's)")
     parser.add_argument("--backbones", nargs="+", help="backbones (default: the configuration's)")
     parser.add_argument(
-        "--variants", nargs="+", default=list(CONTROLS), help=f"any of {', '.join(VARIANTS)} (default: the first {len(CONTROLS)})"
+        "--variants", nargs="+", default=CONTROLS, help=f"any of {', '.join(VARIANTS)} (default: {', '.join(CONTROLS)})"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs")

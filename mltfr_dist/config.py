@@ -282,6 +282,16 @@ class ConsensusConfig(Section):
     )
 
 
+class ItemTokensConfig(Section):
+    """Token rows on the item side: an item's vector is its own embedding plus an adapted mixture of them."""
+
+    source: Literal["none", "titles"] = Field(
+        "none",
+        description="Which tokens an item has. titles: those of its title, a positive control that reads item text and so "
+        "stands outside the method's claim to need none.",
+    )
+
+
 class MLTFRConfig(Section):
     """Multi-LLM token filtering and routing."""
 
@@ -294,6 +304,7 @@ class MLTFRConfig(Section):
     )
     filter: FilterConfig = Field(FilterConfig(), description="The user-guided token filter.")
     train_tables: bool = Field(False, description="Tables are trained parameters (published, though called frozen).")
+    item_tokens: ItemTokensConfig = Field(ItemTokensConfig(), description="Token rows on the item side.")
     expert: ExpertConfig = Field(ExpertConfig(), description="The experts.")
     router: RouterConfig = Field(RouterConfig(), description="The gate.")
     consensus: ConsensusConfig = Field(ConsensusConfig(), description="The consensus expert.")

@@ -34,7 +34,11 @@ def write_data(folder: Path, *, num_users: int = 120, num_items: int = 40, longe
     source = folder / "interactions.txt"
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text("\n".join(lines) + "\n")
-    config = PrepareConfig(format="sequences", user_core=1, item_core=1, sequences_per_block=16, sequences_per_shard=32)
+    titles = folder / "titles.csv"  # item 5 has none; the others are named by tokens of `write_table`
+    titles.write_text("item_id,title\n" + "".join(f"i{i},first-{i} second-{i % 7}\n" for i in range(num_items) if i != 5))
+    config = PrepareConfig(
+        format="sequences", titles=titles, user_core=1, item_core=1, sequences_per_block=16, sequences_per_shard=32
+    )
     prepare(str(source), folder / "data", config, log=lambda _: None)
     return folder / "data"
 

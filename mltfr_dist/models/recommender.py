@@ -22,6 +22,7 @@ from mltfr_dist.losses import (
     sampled_softmax,
 )
 from mltfr_dist.models.backbone import backbone_class
+from mltfr_dist.models.item_tokens import ItemVectors
 from mltfr_dist.models.mltfr import MLTFR, Explanation, RoutingStats
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.numerics import at_least_fp32
@@ -50,12 +51,16 @@ class Recommender(nn.Module):
         num_items: int,
         max_len: int,
         table_rows: list[Tensor],
+        item_features: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.loss_config = loss
         self.num_items = num_items
         self.backbone = backbone_class(backbone.name)(backbone, num_items, max_len)
         self.mltfr = MLTFR(mltfr, backbone.hidden_dim, table_rows) if mltfr.enabled else None
+        if item_features is not None:
+            assert isinstance(self.backbone.item_embedding, nn.Embedding)
+            self.backbone.item_embedding = ItemVectors(self.backbone.item_embedding, item_features)
 
     def hidden(self, item_ids: Tensor) -> tuple[Tensor, Packing, RoutingStats | None]:
         """Item ids [B, L] -> hidden states of the real positions [N, D], where they stand, and routing sums."""

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from mltfr_dist.config import RunConfig
@@ -16,6 +14,7 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.tables.store import TokenTable
 from mltfr_dist.training.inputs import Inputs, ranking_stream
+from mltfr_dist.training.items import ItemMap
 
 SAMPLE_USERS = 5
 SHOWN_ITEMS = 5
@@ -29,25 +28,6 @@ class TableView:
     gate_weight: float
     tokens: list[tuple[str, float]]
     """Kept tokens with their weights, best first."""
-
-
-@dataclass(frozen=True)
-class ItemMap:
-    """Raw ids and titles of items 1..num_items; index 0 is padding."""
-
-    ids: list[str]
-    titles: list[str | None]
-
-    @classmethod
-    def load(cls, config: RunConfig) -> ItemMap:
-        """From the prepared data."""
-        columns = pq.read_table(config.data.path / "items.parquet").to_pydict()
-        order = np.argsort(columns["item_index"])
-        return cls(["", *(columns["item_id"][i] for i in order)], [None, *(columns["title"][i] for i in order)])
-
-    def name(self, item: int) -> str:
-        """Title where there is one, raw id otherwise."""
-        return self.titles[item] or self.ids[item]
 
 
 def explain(model: Recommender, tables: Sequence[TokenTable], item_ids: torch.Tensor) -> list[list[TableView]]:

@@ -15,8 +15,9 @@ from mltfr_dist.errors import CheckpointError, DataError
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.schema import nearest_key
 from mltfr_dist.training.evaluate import evaluate, mask_seen
-from mltfr_dist.training.explain import ItemMap, TableView, explain
+from mltfr_dist.training.explain import TableView, explain
 from mltfr_dist.training.inputs import Inputs, load_inputs, load_model, ranking_stream, record_inputs
+from mltfr_dist.training.items import ItemMap
 from mltfr_dist.training.run_folder import CHECKPOINTS, load_config, load_result
 from mltfr_dist.training.tracking import STAGES
 

@@ -24,6 +24,7 @@ from mltfr_dist.schema import nearest_key
 from mltfr_dist.tables.content import with_content
 from mltfr_dist.tables.seeds import seed_tables
 from mltfr_dist.tables.store import TokenTable, load_table
+from mltfr_dist.training.items import item_features
 from mltfr_dist.training.tracking import seed_all
 
 INPUTS = "inputs.json"
@@ -39,6 +40,8 @@ class Inputs:
     tables: tuple[TokenTable, ...]
     hashes: dict[str, str]
     """sha256 of the manifest and of each table, by name."""
+    item_features: torch.Tensor | None = None
+    """[num_items + 1, C] what the tables give each item, where item tokens are on."""
 
     @property
     def table_names(self) -> tuple[str, ...]:
@@ -51,11 +54,12 @@ def load_inputs(config: RunConfig) -> Inputs:
 
     Raises:
         DataError: Missing or damaged data or tables.
-        ConfigError: Tables and filter that do not go together.
+        ConfigError: Tables and filter, or data and item tokens, that do not go together.
     """
     manifest = load_manifest(config.data.path)
     stored = tuple(load_table(path) for path in config.mltfr.tables) if config.mltfr.enabled else ()
     tables = tuple(with_content(table, config.mltfr.table_content, config.training.seed) for table in stored)
+    features = item_features(config, tables)
     if config.mltfr.filter.strategy == "seed_words" and tables:
         tables = seed_tables(tables, config.mltfr.filter)
     names = [table.name for table in tables]
@@ -70,7 +74,7 @@ def load_inputs(config: RunConfig) -> Inputs:
     if tables:
         consensus_tables(config.mltfr, tables)
     hashes = {"data": file_sha256(config.data.path / "manifest.json")} | {table.name: table.sha256 for table in tables}
-    return Inputs(manifest, tables, hashes)
+    return Inputs(manifest, tables, hashes, features)
 
 
 def check_filter(config: FilterConfig, table: TokenTable) -> None:
@@ -181,6 +185,7 @@ def build_model(config: RunConfig, inputs: Inputs, *, with_consensus: bool) -> R
         num_items=inputs.manifest.num_items,
         max_len=config.data.max_len,
         table_rows=[table.rows for table in inputs.tables],
+        item_features=inputs.item_features,
     )
     if with_consensus or (model.mltfr and config.mltfr.consensus.enabled and config.mltfr.consensus.random_in_stage_one):
         assert model.mltfr is not None

@@ -22,6 +22,8 @@ PICKED = {
     "valid": "test read once, checkpoints picked on validation",
     "test": "the checkpoint was picked on the test split, as published: its figures are too high",
 }
+GROUNDED = "Items carry the tokens of their titles: a positive control, outside the claim that no item text is needed."
+"""Said of every run with mltfr.item_tokens.source=titles."""
 
 
 def hardware() -> str:
@@ -46,8 +48,14 @@ def opening(config: RunConfig, inputs: Inputs, ranks: Ranks) -> str:
     ]
     if missing := taken_away(config):
         lines.append(f"  repairs taken away: {', '.join(missing)}")
+    lines += [f"  note    {GROUNDED}"] * is_grounded(config)
     lines.append(f"  folder  {config.folder}  (tensorboard --logdir {config.runs_dir})")
     return "\n".join(lines)
+
+
+def is_grounded(config: RunConfig) -> bool:
+    """Whether the run reads item text."""
+    return config.mltfr.enabled and config.mltfr.item_tokens.source == "titles"
 
 
 def rows(results: list[Result]) -> list[list[str]]:
@@ -69,6 +77,7 @@ def closing(config: RunConfig, results: list[Result]) -> str:
     ]
     rule = f"seen items {'left out' if config.evaluation.filter_seen else 'kept'}, ties {config.evaluation.ties}"
     lines += ["", f"Full ranking of every item, {rule}; {PICKED[config.evaluation.select_on]}."]
+    lines += [GROUNDED] * is_grounded(config)
     lines.append(f"One seed ({config.training.seed}): differences of this size need several to mean anything.")
     lines.append(f"Report: {config.folder / REPORT}   Use it: mltfr recommend {config.folder} --history ID,ID,... --k 10")
     return "\n".join(lines)
@@ -127,6 +136,7 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
         f"{PICKED[config.evaluation.select_on]} (by NDCG@10).",
         *repairs_line(config),
         f"- The chosen model: stage `{final.stage}`, epoch {final.epoch}, {final.parameters:,} trained parameters.",
+        *[f"- **{GROUNDED}**"] * is_grounded(config),
         f"- Seed {config.training.seed}. One seed is no evidence: repeat with several before you compare.",
         f"- {final.world_size} rank(s), {hardware()}, peak memory of a rank {final.peak_memory_bytes / 2**30:.2f} GiB, "
         f"{config.training.precision}, {config.deepspeed}.",

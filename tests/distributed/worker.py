@@ -88,6 +88,7 @@ def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 
 
 VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
+    "sasrec": (3, {"mltfr__item_tokens__source": "titles"}),
     "esasrec": (1, {"loss__name": "sampled_softmax", "loss__num_negatives": 8, "loss__proposal": "log_uniform"}),
     "linrec": (2, {}),
     "fmlp": (3, {"loss__name": "gbce", "loss__num_negatives": 3}),
@@ -95,7 +96,7 @@ VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
     "bert4rec": (3, {"backbone__mask_ratio": 0.4}),
     "cl4srec": (3, {"loss__contrast_group": 4, "loss__contrast_weight": 1.0}),
 }
-"""ZeRO stage and settings of each backbone but SASRec."""
+"""ZeRO stage and settings of each backbone (SASRec, which the task `losses` has, with item-side tokens)."""
 
 
 def backbones(folder: Path, ranks: Ranks) -> dict[str, list[float]]:

@@ -203,6 +203,17 @@ def test_mixtures_that_cannot_be(
     assert message in train_refused(folder, capsys, **changes)
 
 
+def test_titles_that_the_data_does_not_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    untitled = folder / "untitled"
+    sequences = folder / "interactions.txt"
+    assert mltfr(["prepare", str(sequences), str(untitled), "--format", "sequences", "--item-core", "1", "--user-core", "1"]) == 0
+    config = tiny_config(folder, name="grounded", data__path=str(untitled), mltfr__item_tokens__source="titles")
+    path = written(folder, config)
+    message = refused(folder, capsys, lambda: train.main(["--config", str(path)]))
+    assert "mltfr.item_tokens.source=titles" in message
+    assert "--titles" in message
+
+
 def test_batch_that_cannot_be_divided(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "micro-batches of 5" in train_refused(folder, capsys, training__micro_batch_size=5)
 
@@ -236,6 +247,19 @@ def test_evaluate_and_recommend_repeat_the_run(folder: Path, capsys: pytest.Capt
     assert not set(listed) & {"i1", "i2", "i3"}, "items of the history are left out"
     assert "first-" in text
     assert "gate" in text
+
+
+def test_a_grounded_run_says_that_it_reads_text_and_is_used_like_any(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"name": "grounded", "mltfr__item_tokens__source": "titles"}
+    config = tiny_config(folder, training__epochs=1, training__consensus_epochs=1, **changes)
+    assert train.main(["--config", str(written(folder, config))]) == 0
+    assert "Items carry the tokens of their titles" in capsys.readouterr().out
+    assert "outside the claim" in (config.folder / "report.md").read_text()
+    assert "Items carry" not in (folder / "runs" / "tiny" / "report.md").read_text()
+    assert mltfr(["evaluate", str(config.folder)]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((config.folder / "result.json").read_text())["test"]
+    assert mltfr(["recommend", str(config.folder), "--history", "i1,i5", "--k", "3", "--explain"]) == 0
+    assert "gate" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_only_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,7 @@ CHANGES: dict[str, Any] = {
     "mltfr.train_tables": True,
     "mltfr.expert.per_table": 2,
     "mltfr.expert.form": "paper",
+    "mltfr.item_tokens.source": "titles",
     "mltfr.expert.num_heads": 4,
     "mltfr.expert.head_dim": 8,
     "mltfr.expert.dropout": 0.7,

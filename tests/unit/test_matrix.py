@@ -13,6 +13,7 @@ from benchmarks import quality
 from mltfr_dist.cli import main as mltfr
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.matrix import append_row, config_sha256, interval, read_rows, summary
 from mltfr_dist.training.run_folder import differing_fields
 
@@ -76,6 +77,8 @@ def test_what_is_no_matrix(tmp_path: Path, content: str | None) -> None:
         ("one_table", {"mltfr.tables"}),
         ("consensus_off", {"mltfr.consensus.enabled", "training.epochs"}),
         ("consensus_zero", {"mltfr.consensus.weight"}),
+        ("grounded", {"mltfr.item_tokens.source"}),
+        ("grounded_random", {"mltfr.item_tokens.source", "mltfr.table_content"}),
     ],
 )
 def test_an_arm_changes_what_it_says_and_nothing_else(tmp_path: Path, name: str, fields: set[str]) -> None:
@@ -93,6 +96,8 @@ def test_the_wide_bare_backbone_has_as_many_parameters(tmp_path: Path) -> None:
     base = tiny_config(tmp_path, backbone__hidden_dim=32, backbone__num_heads=1)
     wide = quality.variant("bare_equal_parameters")(base)
     assert quality.num_parameters(wide) == pytest.approx(quality.num_parameters(base), rel=0.02)
+    more = quality.num_parameters(quality.grounded(base)) - quality.num_parameters(base)
+    assert more == 32 * sum(table.rows.shape[1] for table in load_inputs(base).tables)
 
 
 def test_an_unknown_variant_names_the_valid_ones() -> None:

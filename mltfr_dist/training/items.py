@@ -1,0 +1,53 @@
+"""The items of prepared data by number, and what the token tables say of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.errors import ConfigError
+from mltfr_dist.tables.store import TokenTable
+from mltfr_dist.tables.titles import title_features
+
+
+@dataclass(frozen=True)
+class ItemMap:
+    """Raw ids and titles of items 1..num_items; index 0 is padding."""
+
+    ids: list[str]
+    titles: list[str | None]
+
+    @classmethod
+    def load(cls, config: RunConfig) -> ItemMap:
+        """From the prepared data."""
+        columns = pq.read_table(config.data.path / "items.parquet").to_pydict()
+        order = np.argsort(columns["item_index"])
+        return cls(["", *(columns["item_id"][i] for i in order)], [None, *(columns["title"][i] for i in order)])
+
+    def name(self, item: int) -> str:
+        """Title where there is one, raw id otherwise."""
+        return self.titles[item] or self.ids[item]
+
+
+def item_features(config: RunConfig, tables: Sequence[TokenTable]) -> torch.Tensor | None:
+    """What ``mltfr.item_tokens`` gives each item of every table, [num_items + 1, sum of D_m]; None where it gives nothing.
+
+    Raises:
+        ConfigError: Titles are asked for and the data has none.
+    """
+    if not config.mltfr.enabled or config.mltfr.item_tokens.source == "none":
+        return None
+    titles = ItemMap.load(config).titles
+    if not any(titles):
+        raise ConfigError(
+            f"mltfr.item_tokens.source=titles, but the prepared data {config.data.path} has no item titles.",
+            rule="This positive control reads each item's title.",
+            remedy="Prepare the data with --titles FILE, or set mltfr.item_tokens.source=none.",
+        )
+    return torch.cat([title_features(titles, table) for table in tables], dim=1) / math.sqrt(len(tables))
