@@ -16,17 +16,16 @@ from pydantic_core import PydanticUndefined
 
 from mltfr_dist import __version__
 from mltfr_dist.config import PrepareConfig, RunConfig, TableConfig
-from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, MltfrError, OtherRankError
+from mltfr_dist.errors import ConfigError, MltfrError, OtherRankError
 from mltfr_dist.presets import PRESETS, preset
 from mltfr_dist.schema import Section, validate
 
 
 def fail(error: MltfrError) -> int:
     """Print a user's error without a traceback; returns the exit code."""
-    if isinstance(error, OtherRankError):
-        return EXIT_BAD_INPUT
-    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    return EXIT_BAD_INPUT
+    if not isinstance(error, OtherRankError):
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
 
 
 # --- configuration from the command line -------------------------------------------------------------------------

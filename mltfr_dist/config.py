@@ -280,6 +280,12 @@ class TrainingConfig(Section):
     patience: Count = Field(5, description="Validations without a better NDCG@10 after which a stage stops.")
     log_every_steps: Count = Field(10, description="Steps between two lines of metrics.jsonl and TensorBoard points.")
     threads: Count | None = Field(None, description="CPU threads of a rank; null: cores / ranks of the node.")
+    max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
+        10, description="Steps in a row that may be skipped because a loss or gradient is not finite; one more stops the run."
+    )
+    hang_seconds: Positive = Field(
+        1800.0, description="A rank without progress for so many seconds writes its stack traces and exits with code 3."
+    )
 
 
 class EvaluationConfig(Section):

@@ -12,12 +12,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mltfr_dist.distributed.engine import Engine
-from mltfr_dist.distributed.state import restore_masters, restore_moments, whole_moments, whole_parameters
+from mltfr_dist.distributed.state import begin_moments, restore_masters, restore_moments, whole_moments, whole_parameters
 from mltfr_dist.errors import CheckpointError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.schema import Section
@@ -33,7 +34,11 @@ class Progress(Section):
     stage: str
     """"train" (bare or stage 1) or "consensus" (stage 2)."""
     step: int = 0
-    """Updates made in the stage."""
+    """Global batches trained on in the stage: updates made, and skipped."""
+    skipped_steps: int = 0
+    """Of these, updates skipped because a loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, the last ones."""
     epoch: int = 0
     """Epoch in which the next update falls."""
     step_in_epoch: int = 0
@@ -56,10 +61,26 @@ class Header(Section):
 
 
 def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bool = True) -> None:
-    """Write a checkpoint to ``folder``, replacing one of that name. All ranks must call; rank 0 writes."""
+    """Write a checkpoint to ``folder``, replacing one of that name. All ranks must call; rank 0 writes.
+
+    Raises:
+        CheckpointError: A tensor is not finite: what was saved before must not be superseded by it.
+    """
     tensors = {MODEL: whole_parameters(engine)}
     if with_optimizer:
+        if progress.step == progress.skipped_steps:  # no update yet, so Adam has no moments
+            begin_moments(engine)
         tensors[MOMENTS] = whole_moments(engine)
+    damaged = [name for state in tensors.values() for name, t in state.items() if not torch.isfinite(t).all()]
+    if damaged:
+        raise engine.ranks.one_speaks(
+            CheckpointError(
+                f"Not saved at step {progress.step} of stage `{progress.stage}`: {', '.join(damaged)} "
+                f"{'is' if len(damaged) == 1 else 'are'} not finite.",
+                rule="A checkpoint holds finite numbers; those saved before are kept.",
+                remedy="Lower optimizer.learning_rate or set optimizer.max_grad_norm.",
+            )
+        )
     if engine.ranks.is_main:
         write(folder, tensors, progress)
     engine.ranks.barrier()
@@ -138,7 +159,8 @@ def read(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
 def restore_optimizer(folder: Path, engine: Engine) -> None:
     """Bring a fresh engine, whose module was loaded from ``folder``, to the checkpoint's state. All ranks must call."""
     restore_masters(engine, read(folder))
-    restore_moments(engine, read(folder, MOMENTS), read_header(folder).progress.step)
+    progress = read_header(folder).progress
+    restore_moments(engine, read(folder, MOMENTS), progress.step - progress.skipped_steps)
 
 
 def step_folder(folder: Path, progress: Progress) -> Path:

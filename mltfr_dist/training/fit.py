@@ -13,11 +13,12 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.data.manifest import verify_folder
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
-from mltfr_dist.distributed.engine import Engine, deepspeed_config, make_part, peak_memory_bytes
+from mltfr_dist.distributed.engine import Engine, deepspeed_config, make_part, peak_memory_bytes, versions
 from mltfr_dist.distributed.fisher import fisher_diagonals
-from mltfr_dist.distributed.ranks import Ranks, start_ranks
-from mltfr_dist.errors import MltfrError
-from mltfr_dist.files import write_atomically
+from mltfr_dist.distributed.ranks import Ranks, lost_ranks_told, start_ranks
+from mltfr_dist.distributed.signals import stop_signals
+from mltfr_dist.distributed.watchdog import watched
+from mltfr_dist.files import file_sha256, write_atomically
 from mltfr_dist.models.consensus import State, merge
 from mltfr_dist.training import baselines, report
 from mltfr_dist.training.evaluate import ALL, Scorer, evaluate, evaluate_slices
@@ -32,7 +33,7 @@ from mltfr_dist.training.inputs import (
     train_stream,
 )
 from mltfr_dist.training.loop import Stage, is_finished, train_stage
-from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, claim, load_result
+from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, claim, leaf_values, load_result
 from mltfr_dist.training.slices import training_slices
 from mltfr_dist.training.tracking import STAGES, Tracker
 
@@ -50,25 +51,60 @@ def fit(config: RunConfig, *, resume: bool = True) -> list[Result]:
         Outcomes in the report's order, the configured model last.
 
     Raises:
-        MltfrError: Bad input.
+        MltfrError: Bad input, or the run was asked to stop, or lost a rank.
     """
-    ranks = start_ranks(config.training.threads)
-    error: MltfrError | None = None
-    inputs: Inputs | None = None
-    try:
+    ranks = start_ranks(config.training.threads, config.training.hang_seconds)
+    with watched(ranks.rank, config.training.hang_seconds), stop_signals(), lost_ranks_told():
+        inputs = check_all(config, ranks, resume=resume)
+        return run(config, inputs, ranks)
+
+
+def check_all(config: RunConfig, ranks: Ranks, *, resume: bool) -> Inputs:
+    """Check what can be checked before any work, the ranks against each other too, and make the run's folder.
+
+    Raises:
+        MltfrError: Bad input; nothing was written.
+    """
+    same_everywhere(config, ranks)
+
+    def check() -> Inputs:
         inputs = load_inputs(config)
         part = make_part(config, ranks)
         deepspeed_config(config, part)
         train_stream(config, part)
         if ranks.is_main:
             verify_folder(config.data.path)
+        return inputs
+
+    def take() -> None:
+        if ranks.is_main:
             claim(config.folder, config, resume=resume)
             record_inputs(config.folder, inputs)
             check_checkpoints(config.folder)
-    except MltfrError as caught:
-        error = caught
-    ranks.first_error(error)
-    assert inputs is not None
+
+    inputs = ranks.jointly(check)
+    files = {f"`{name}`": digest for name, digest in inputs.hashes.items()} | {
+        f"{config.deepspeed}": file_sha256(config.deepspeed)
+    }
+    ranks.agree(files, rule="Every node reads the same data, token tables and DeepSpeed file.", remedy="Copy them anew there.")
+    ranks.jointly(take)
+    return inputs
+
+
+def same_everywhere(config: RunConfig, ranks: Ranks) -> None:
+    """Compare code and configuration between ranks.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    rule = "All ranks of a run execute one program with one configuration."
+    ranks.agree(versions(), rule=rule, remedy="Install the same release on every node, or share one environment.")
+    leaves = {f"`{path}`": str(value) for path, value in leaf_values(config).items()}
+    ranks.agree(leaves, rule=rule, remedy="Start every rank with the same preset, file and overrides.")
+
+
+def run(config: RunConfig, inputs: Inputs, ranks: Ranks) -> list[Result]:
+    """Train and compare; the outcomes in the report's order."""
     ranks.say(report.opening(config, inputs, ranks))
     results = [compare(name, config, inputs, ranks) for name in config.baselines]
     results.append(fit_model(config, inputs, ranks))
