@@ -311,6 +311,7 @@ class CheckpointConfig(Section):
 
     every_steps: Count | None = Field(None, description="Steps between two checkpoints; null: one at the end of each epoch.")
     keep_last: Count = Field(2, description="Newest checkpoints that stay.")
+    keep_best: Count = Field(1, description="Best validations of a stage whose weights stay; the first of them is the outcome.")
 
 
 class RunConfig(Section):

@@ -56,3 +56,7 @@ class DataError(MltfrError):
 
 class CheckpointError(MltfrError):
     """A checkpoint or run folder that cannot be used."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that is not what was written; the one before it may be."""

@@ -144,6 +144,10 @@ class Ranks:
             )
         )
 
+    def from_main(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        return self._texts(text)[0]
+
     def _texts(self, text: str) -> list[str]:
         """Each rank's text, on every rank; cut at :data:`MESSAGE_BYTES`."""
         encoded = text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mltfr_dist.distributed.fisher import fisher_diagonals
 from mltfr_dist.distributed.ranks import Ranks, lost_ranks_told, start_ranks
 from mltfr_dist.distributed.signals import stop_signals
 from mltfr_dist.distributed.watchdog import watched
+from mltfr_dist.errors import DamagedError
 from mltfr_dist.files import file_sha256, write_atomically
 from mltfr_dist.models.consensus import State, merge
 from mltfr_dist.training import baselines, report
@@ -116,13 +118,14 @@ def run(config: RunConfig, inputs: Inputs, ranks: Ranks) -> list[Result]:
 
 
 def check_checkpoints(folder: Path) -> None:
-    """Refuse a run whose checkpoints cannot be read, before any work.
+    """Refuse a run whose checkpoints another release wrote, before any work.
 
     Raises:
-        CheckpointError: A header is damaged or of another schema version.
+        CheckpointError: A header is of another schema version.
     """
     for header in (folder / CHECKPOINTS).glob(f"*/{checkpoint.HEADER}"):
-        checkpoint.read_header(header.parent)
+        with suppress(DamagedError):  # skipped when its turn comes
+            checkpoint.read_header(header.parent)
 
 
 def compare(name: str, config: RunConfig, inputs: Inputs, ranks: Ranks) -> Result:
@@ -220,8 +223,8 @@ def run_stage(
     """
     folder = config.folder / CHECKPOINTS
     epochs = config.training.epochs if name == TRAIN else config.training.consensus_epochs
-    last = checkpoint.latest(folder, name)
-    progress = checkpoint.read_header(last).progress if last else Progress(stage=name)
+    last = last_checkpoint(folder, name, ranks)
+    progress = ranks.jointly(lambda: checkpoint.read_header(last).progress) if last else Progress(stage=name)
     if last and is_finished(config, progress, epochs):
         return progress
     if last:
@@ -230,7 +233,7 @@ def run_stage(
     stream = train_stream(config, part)
     model = build_model(config, inputs, with_consensus=name == CONSENSUS)
     if last:
-        model.load_state_dict(checkpoint.read(last))
+        model.load_state_dict(ranks.jointly(lambda: checkpoint.read(last)))
     elif before is not None and merged is not None:
         start_from_stage_one(model, config, checkpoint.best_folder(folder, before), merged)
     engine = Engine(model.to(ranks.device), config, ranks, part, epochs * stream.steps_per_epoch)
@@ -246,6 +249,15 @@ def run_stage(
     del stage, engine, model
     gc.collect()
     return progress
+
+
+def last_checkpoint(folder: Path, stage: str, ranks: Ranks) -> Path | None:
+    """The checkpoint that a stage goes on from, the same on every rank; None where there is none."""
+    if ranks.is_main:
+        checkpoint.remove_interrupted(folder, ranks.say)
+    found = ranks.jointly(lambda: checkpoint.latest_intact(folder, stage, ranks.say) if ranks.is_main else None)
+    name = ranks.from_main(found.name if found else "")
+    return folder / name if name else None
 
 
 def start_from_stage_one(model: torch.nn.Module, config: RunConfig, best: Path, merged: State) -> None:

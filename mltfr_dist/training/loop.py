@@ -13,7 +13,7 @@ from torch import Tensor
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import PADDING_IDX, SequenceBatch
 from mltfr_dist.data.stream import RankingStream, StepBatches, TrainStream
-from mltfr_dist.distributed.checkpoint import Progress, best_folder, latest, prune, save, step_folder
+from mltfr_dist.distributed.checkpoint import Progress, latest, prune, save, step_folder, validated_folder
 from mltfr_dist.distributed.engine import Engine, peak_memory_bytes
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.state import whole_parameter
@@ -228,15 +228,17 @@ def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: 
 
 
 def validate(stage: Stage, progress: Progress) -> Progress:
-    """Full ranking of the validation split; keeps the checkpoint if it is the best so far."""
+    """Full ranking of the validation split; keeps the weights if they are among the best so far."""
     started = time.monotonic()
     stage.engine.deepspeed.eval()
     metrics = evaluate(stage.engine.module, stage.valid, stage.config.evaluation, stage.ranks)
     progress = progress.model_copy(update={"train_seconds": progress.train_seconds + time.monotonic() - started})
-    best = metrics[SELECTION] > progress.best_value
-    if best:
-        progress = progress.model_copy(update={"best_value": metrics[SELECTION], "best_epoch": progress.epoch})
-        save(best_folder(stage.checkpoints, progress), stage.engine, progress, with_optimizer=False)
+    validated = sorted([*progress.best, (progress.epoch, metrics[SELECTION])], key=lambda pair: (-pair[1], pair[0]))
+    progress = progress.model_copy(update={"best": tuple(validated[: stage.config.checkpoint.keep_best])})
+    best = progress.best_epoch == progress.epoch
+    if progress.epoch in dict(progress.best):
+        place = validated_folder(stage.checkpoints, stage.name, progress.epoch)
+        save(place, stage.engine, progress, with_optimizer=False)
     stage.tracker.log("valid", progress.step, metrics, epoch=progress.epoch)
     stage.tracker.say(
         f"  {stage.name} epoch {progress.epoch}/{stage.epochs}  validation HR@10 {metrics['HR@10']:.4f}  "

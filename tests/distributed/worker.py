@@ -129,7 +129,7 @@ def elsewhere(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Go on from the checkpoints that 2 ranks wrote, at this world size."""
     return {
         f"zero{stage} resumed": resumed(no_dropout(folder, stage), ranks, folder / f"checkpoint-2-zero{stage}")
-        for stage in (1, 3)
+        for stage in (1, 2, 3)
     }
 
 

@@ -73,6 +73,7 @@ CHANGES: dict[str, Any] = {
     "evaluation.every_epochs": 2,
     "checkpoint.every_steps": 3,
     "checkpoint.keep_last": 1,
+    "checkpoint.keep_best": 2,
     "deepspeed": str(REPOSITORY / "ds_configs" / "zero3.json"),
     "baselines": ["popularity"],
 }

@@ -22,6 +22,7 @@ LAYERS = {
     "schema": 1,
     "config": 1,
     **dict.fromkeys(("presets", "data", "tables", "models", "losses", "metrics"), 2),
+    "exported": 3,
     "distributed": 3,
     "training": 4,
     "tuning": 5,
