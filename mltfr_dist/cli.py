@@ -1,4 +1,4 @@
-"""The `mltfr` command: prepare, tables, train, evaluate, recommend, report; and what train.py shares with it."""
+"""The `mltfr` command: prepare, tables, train, evaluate, recommend, export, report; and what train.py shares with it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from pydantic_core import PydanticUndefined
 
 from mltfr_dist import __version__
 from mltfr_dist.config import PrepareConfig, RunConfig, TableConfig
-from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, MltfrError, OtherRankError
+from mltfr_dist.errors import ConfigError, MltfrError, OtherRankError
 from mltfr_dist.presets import PRESETS, preset
 from mltfr_dist.schema import Section, validate
 
 
 def fail(error: MltfrError) -> int:
     """Print a user's error without a traceback; returns the exit code."""
-    if isinstance(error, OtherRankError):
-        return EXIT_BAD_INPUT
-    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    return EXIT_BAD_INPUT
+    if not isinstance(error, OtherRankError):
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
 
 
 # --- configuration from the command line -------------------------------------------------------------------------
@@ -207,6 +206,14 @@ def command_recommend(options: argparse.Namespace) -> None:
     print(recommendation_text(loaded, history, k=options.k, explain=options.explain, keep_seen=options.keep_seen))
 
 
+def command_export(options: argparse.Namespace) -> None:
+    """The chosen model of a finished run, in safetensors, to be used without DeepSpeed, the data or the tables' folders."""
+    from mltfr_dist.training.export import export
+
+    info = export(Path(options.run), Path(options.output))
+    print(f"{options.output}: {info.backbone.name}, {info.num_items} items, {len(info.tables)} token tables")
+
+
 def command_report(options: argparse.Namespace) -> None:
     """report.md of a finished run; for a matrix of runs (.parquet) means, intervals and paired differences."""
     from mltfr_dist.training.matrix import summary
@@ -262,6 +269,10 @@ def build_parser() -> argparse.ArgumentParser:
     recommend.add_argument("--explain", action="store_true", help="also the kept tokens per table and the gate weights")
     recommend.add_argument("--keep-seen", action="store_true", help="let items of the history be recommended again")
 
+    exported = commands.add_parser("export", help="a model to use without DeepSpeed", description=command_export.__doc__)
+    exported.add_argument("run", help="run folder, such as runs/demo")
+    exported.add_argument("output", help="folder to write; it must not exist")
+
     report = commands.add_parser("report", help="show a run's report, or a matrix's", description=command_report.__doc__)
     report.add_argument("run", help="run folder, such as runs/demo, or a Parquet file that benchmarks/quality.py wrote")
     return parser
@@ -273,6 +284,7 @@ COMMANDS = {
     "train": command_train,
     "evaluate": command_evaluate,
     "recommend": command_recommend,
+    "export": command_export,
     "report": command_report,
 }
 

@@ -381,6 +381,12 @@ class TrainingConfig(Section):
     patience: Count = Field(5, description="Validations without a better NDCG@10 after which a stage stops.")
     log_every_steps: Count = Field(10, description="Steps between two lines of metrics.jsonl and TensorBoard points.")
     threads: Count | None = Field(None, description="CPU threads of a rank; null: cores / ranks of the node.")
+    max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
+        10, description="Steps in a row that may be skipped because a loss or gradient is not finite; one more stops the run."
+    )
+    hang_seconds: Positive = Field(
+        1800.0, description="A rank without progress for so many seconds writes its stack traces and exits with code 3."
+    )
 
 
 class EvaluationConfig(Section):
@@ -409,6 +415,7 @@ class CheckpointConfig(Section):
 
     every_steps: Count | None = Field(None, description="Steps between two checkpoints; null: one at the end of each epoch.")
     keep_last: Count = Field(2, description="Newest checkpoints that stay.")
+    keep_best: Count = Field(1, description="Best validations of a stage whose weights stay; the first of them is the outcome.")
 
 
 class RunConfig(Section):

@@ -5,13 +5,21 @@ from __future__ import annotations
 EXIT_BAD_INPUT = 2
 """Exit code of every command that refuses its input."""
 
+EXIT_LOST = 3
+"""Exit code of a rank that has lost another: the connection broke, or nothing came for training.hang_seconds."""
+
+EXIT_STOPPED = 75
+"""Exit code of a run that was asked to stop and saved: start it again (EX_TEMPFAIL of sysexits.h)."""
+
 
 class MltfrError(Exception):
     """A condition the user can put right.
 
     The message is one paragraph: ``what`` happened, the ``rule`` that it breaks, the ``remedy``.
-    Commands print it without a traceback and exit with :data:`EXIT_BAD_INPUT`.
+    Commands print it without a traceback and exit with ``exit_code``.
     """
+
+    exit_code = EXIT_BAD_INPUT
 
     def __init__(self, what: str, *, rule: str = "", remedy: str) -> None:
         self.what, self.rule, self.remedy = what, rule, remedy
@@ -23,7 +31,23 @@ class ConfigError(MltfrError):
 
 
 class OtherRankError(MltfrError):
-    """Another rank met bad input and says so; this one only stops."""
+    """Another rank says why; this one only stops, with the same exit code."""
+
+    def __init__(self, what: str, *, remedy: str, exit_code: int = EXIT_BAD_INPUT) -> None:
+        super().__init__(what, remedy=remedy)
+        self.exit_code = exit_code
+
+
+class LostRankError(MltfrError):
+    """The connection to another rank broke."""
+
+    exit_code = EXIT_LOST
+
+
+class StoppedError(MltfrError):
+    """A signal asked the run to stop; it has saved."""
+
+    exit_code = EXIT_STOPPED
 
 
 class DataError(MltfrError):
@@ -32,3 +56,7 @@ class DataError(MltfrError):
 
 class CheckpointError(MltfrError):
     """A checkpoint or run folder that cannot be used."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that is not what was written; the one before it may be."""

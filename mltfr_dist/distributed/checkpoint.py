@@ -9,21 +9,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mltfr_dist.distributed.engine import Engine
-from mltfr_dist.distributed.state import restore_masters, restore_moments, whole_moments, whole_parameters
-from mltfr_dist.errors import CheckpointError
+from mltfr_dist.distributed.state import begin_moments, restore_masters, restore_moments, whole_moments, whole_parameters
+from mltfr_dist.errors import CheckpointError, DamagedError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.schema import Section
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 HEADER = "state.json"
+PARTIAL = ".partial-"
 MODEL, MOMENTS = "model.safetensors", "optimizer.safetensors"
 
 
@@ -33,17 +36,29 @@ class Progress(Section):
     stage: str
     """"train" (bare or stage 1) or "consensus" (stage 2)."""
     step: int = 0
-    """Updates made in the stage."""
+    """Global batches trained on in the stage: updates made, and skipped."""
+    skipped_steps: int = 0
+    """Of these, updates skipped because a loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, the last ones."""
     epoch: int = 0
     """Epoch in which the next update falls."""
     step_in_epoch: int = 0
     """Updates made in that epoch; with ``epoch`` the state of the stream."""
-    best_value: float = -1.0
-    """Best validation NDCG@10 of the stage so far; -1 before the first validation."""
-    best_epoch: int = -1
-    """Epochs completed when it was reached."""
+    best: tuple[tuple[int, float], ...] = ()
+    """(epochs completed, NDCG@10) of the stage's `checkpoint.keep_best` best validations so far, best first."""
     train_seconds: float = 0.0
     """Wall time spent on updates and validations."""
+
+    @property
+    def best_epoch(self) -> int:
+        """Epochs completed at the best validation; -1 before the first."""
+        return self.best[0][0] if self.best else -1
+
+    @property
+    def best_value(self) -> float:
+        """NDCG@10 of the best validation; -1 before the first."""
+        return self.best[0][1] if self.best else -1.0
 
 
 class Header(Section):
@@ -56,10 +71,26 @@ class Header(Section):
 
 
 def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bool = True) -> None:
-    """Write a checkpoint to ``folder``, replacing one of that name. All ranks must call; rank 0 writes."""
+    """Write a checkpoint to ``folder``, replacing one of that name. All ranks must call; rank 0 writes.
+
+    Raises:
+        CheckpointError: A tensor is not finite: what was saved before must not be superseded by it.
+    """
     tensors = {MODEL: whole_parameters(engine)}
     if with_optimizer:
+        if progress.step == progress.skipped_steps:  # no update yet, so Adam has no moments
+            begin_moments(engine)
         tensors[MOMENTS] = whole_moments(engine)
+    damaged = [name for state in tensors.values() for name, t in state.items() if not torch.isfinite(t).all()]
+    if damaged:
+        raise engine.ranks.one_speaks(
+            CheckpointError(
+                f"Not saved at step {progress.step} of stage `{progress.stage}`: {', '.join(damaged)} "
+                f"{'is' if len(damaged) == 1 else 'are'} not finite.",
+                rule="A checkpoint holds finite numbers; those saved before are kept.",
+                remedy="Lower optimizer.learning_rate or set optimizer.max_grad_norm.",
+            )
+        )
     if engine.ranks.is_main:
         write(folder, tensors, progress)
     engine.ranks.barrier()
@@ -67,7 +98,7 @@ def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bo
 
 def write(folder: Path, tensors: dict[str, dict[str, Tensor]], progress: Progress) -> None:
     """Write files of tensors with their header, atomically."""
-    partial = folder.with_name(f".partial-{folder.name}")
+    partial = folder.with_name(f"{PARTIAL}{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     hashes = {}
@@ -97,12 +128,13 @@ def read_header(folder: Path) -> Header:
     """Header of a checkpoint.
 
     Raises:
-        CheckpointError: Missing, unreadable, or of another schema version.
+        DamagedError: Missing or unreadable.
+        CheckpointError: Of another schema version.
     """
     try:
         content: Any = json.loads((folder / HEADER).read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise CheckpointError(
+    except (FileNotFoundError, ValueError) as error:
+        raise DamagedError(
             f"{folder} is not a checkpoint: {error}.", remedy="Name a run folder that `train.py` wrote, or train again."
         ) from None
     version = content.get("schema_version") if isinstance(content, dict) else None
@@ -114,31 +146,40 @@ def read_header(folder: Path) -> Header:
     try:
         return Header.model_validate(content)
     except ValidationError as error:
-        raise CheckpointError(f"The header of {folder} is damaged: {error}.", remedy="Delete this checkpoint folder.") from None
+        raise DamagedError(f"The header of {folder} is damaged: {error}.", remedy="Delete this checkpoint folder.") from None
 
 
 def read(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
     """Tensors of one file of a checkpoint, its hash verified.
 
     Raises:
-        CheckpointError: The file is missing or its content is not what was written.
+        DamagedError: The file is missing or its content is not what was written.
     """
-    header = read_header(folder)
-    path = folder / name
+    verify(folder, name)
+    tensors: dict[str, Tensor] = load_file(folder / name)
+    return tensors
+
+
+def verify(folder: Path, name: str) -> None:
+    """Compare a file of a checkpoint with its recorded hash.
+
+    Raises:
+        DamagedError: The file is missing or its content is not what was written.
+    """
+    header, path = read_header(folder), folder / name
     if name not in header.sha256 or not path.exists() or file_sha256(path) != header.sha256[name]:
-        raise CheckpointError(
+        raise DamagedError(
             f"{path} is missing or damaged.",
             rule="Its sha256 must equal the one in state.json.",
             remedy="Delete this checkpoint folder; the run goes on from the one before it.",
         )
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors
 
 
 def restore_optimizer(folder: Path, engine: Engine) -> None:
     """Bring a fresh engine, whose module was loaded from ``folder``, to the checkpoint's state. All ranks must call."""
     restore_masters(engine, read(folder))
-    restore_moments(engine, read(folder, MOMENTS), read_header(folder).progress.step)
+    progress = read_header(folder).progress
+    restore_moments(engine, read(folder, MOMENTS), progress.step - progress.skipped_steps)
 
 
 def step_folder(folder: Path, progress: Progress) -> Path:
@@ -147,22 +188,51 @@ def step_folder(folder: Path, progress: Progress) -> Path:
 
 
 def best_folder(folder: Path, progress: Progress) -> Path:
-    """Place of the weights with the best validation so far. Its name changes with each, so it is never overwritten."""
-    return folder / f"{progress.stage}-best{progress.best_epoch:05d}"
+    """Place of the weights with the best validation so far."""
+    return validated_folder(folder, progress.stage, progress.best_epoch)
+
+
+def validated_folder(folder: Path, stage: str, epoch: int) -> Path:
+    """Place of the weights after so many epochs, kept for their validation. Each epoch has its own: none is overwritten."""
+    return folder / f"{stage}-best{epoch:05d}"
 
 
 def latest(folder: Path, stage: str) -> Path | None:
-    """Newest complete checkpoint of a stage; None where there is none."""
+    """Newest checkpoint of a stage; None where there is none."""
     complete = _complete(folder, f"{stage}-step")
     return complete[-1] if complete else None
 
 
+def latest_intact(folder: Path, stage: str, warn: Callable[[str], None]) -> Path | None:
+    """Newest checkpoint of a stage whose files are what was written; ``warn`` is told of those that are not.
+
+    Raises:
+        CheckpointError: One is of another schema version.
+    """
+    for path in reversed(_complete(folder, f"{stage}-step")):
+        try:
+            verify(path, MODEL)
+            verify(path, MOMENTS)
+        except DamagedError as error:
+            warn(f"  warning: skipping the checkpoint {path.name}: {error.what}")
+        else:
+            return path
+    return None
+
+
+def remove_interrupted(folder: Path, warn: Callable[[str], None]) -> None:
+    """Delete what a killed process was writing; ``warn`` is told."""
+    for partial in sorted(folder.glob(f"{PARTIAL}*")):
+        warn(f"  warning: the save of {partial.name.removeprefix(PARTIAL)} was interrupted; what there is of it is deleted")
+        shutil.rmtree(partial)
+
+
 def prune(folder: Path, progress: Progress, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints of the stage, and weights that are no longer the best."""
-    best = best_folder(folder, progress)
-    superseded = _complete(folder, f"{progress.stage}-step")[:-keep_last]
-    superseded += [path for path in _complete(folder, f"{progress.stage}-best") if path != best]
-    for old in superseded:
+    """Delete all but the newest ``keep_last`` checkpoints of the stage, and weights that are among the best of none of them."""
+    steps = _complete(folder, f"{progress.stage}-step")
+    epochs = {epoch for path in steps[-keep_last:] for epoch, _ in read_header(path).progress.best}
+    best = {validated_folder(folder, progress.stage, epoch) for epoch in epochs}
+    for old in [*steps[:-keep_last], *(path for path in _complete(folder, f"{progress.stage}-best") if path not in best)]:
         shutil.rmtree(old)
 
 

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from mltfr_dist.config import OptimizerConfig, RunConfig
 from mltfr_dist.data.stream import Part, StepBatches
+from mltfr_dist.distributed.health import NORM, Health, Verdict
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import ConfigError
+from mltfr_dist.files import code_sha256
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
 from mltfr_dist.schema import nearest_key
 
@@ -160,6 +162,7 @@ class Engine:
             fused=ranks.device.type == "cuda" and not offloads,
         )
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        self.health = Health(self.module, optimizer, ranks)
         self.balance_weight = config.mltfr.router.balance_weight
         self.contrast_weight = config.loss.contrast_weight
 
@@ -168,8 +171,13 @@ class Engine:
         """The model itself."""
         return self.deepspeed.module  # type: ignore[no-any-return]
 
+    @property
+    def verdict(self) -> Verdict:
+        """What the ranks agreed on in the last update."""
+        return self.health.verdict
+
     def update(self, batches: StepBatches, step: int) -> list[TrainingOutput]:
-        """One optimizer step from this rank's micro-batches.
+        """One optimizer step from this rank's micro-batches; ``verdict`` then says whether it was skipped, and why.
 
         Each term is the mean over the *global* batch: the loss over its scored positions, the balance over its real
         ones, the contrast over its sequences, whatever the division over ranks and micro-batches.
@@ -193,9 +201,15 @@ class Engine:
                 contrast = output.contrastive_sum * (shares / batches.num_sequences)
                 loss = loss + self.contrast_weight * contrast
             self.deepspeed.backward(loss)
+            self.health.note_loss(loss)
+            if self.deepspeed.is_gradient_accumulation_boundary():
+                self.health.agree()
             self.deepspeed.step()
             contrastive_sum = None if output.contrastive_sum is None else output.contrastive_sum.detach()
             outputs.append(TrainingOutput(output.loss_sum.detach(), output.routing, contrastive_sum))
+        if not self.verdict.nonfinite and not self.deepspeed.was_step_applied():
+            # Finite gradients whose norm is not: DeepSpeed skips them at stages 1 to 3 without a word.
+            self.health.verdict = self.verdict._replace(nonfinite=(NORM,))
         return outputs
 
     def grad_norm(self) -> float | None:
@@ -231,6 +245,17 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
         return config.learning_rate
     progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on every rank: this package's code and the libraries that compute."""
+    import deepspeed
+
+    return {
+        "the code of mltfr_dist": code_sha256(),
+        "torch's version": torch.__version__,
+        "deepspeed's version": deepspeed.__version__,
+    }
 
 
 def peak_memory_bytes() -> int:

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import socket
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.rendezvous import rendezvous
 
-from mltfr_dist.errors import ConfigError, OtherRankError
+from mltfr_dist.distributed.launch import is_launched
+from mltfr_dist.distributed.watchdog import beat
+from mltfr_dist.errors import ConfigError, LostRankError, MltfrError, OtherRankError
 
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+T = TypeVar("T")
+
+RENDEZVOUS_SECONDS = 300
+"""How long the ranks wait for each other at the start."""
+
+GRACE_SECONDS = 60
+"""What a collective may take beyond ``hang_seconds``, so that the watchdog, with its stack traces, speaks first."""
+
+MESSAGE_BYTES = 4096
+"""Longest error that one rank tells another."""
 
 SINGLE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 """What DeepSpeed wants to read where no launcher has set it."""
@@ -51,40 +68,107 @@ class Ranks:
         reduced = values.to(self.device, copy=True)
         if self.world_size > 1:
             dist.all_reduce(reduced, op=operation)
+        beat()
         return reduced
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[...] of each rank -> [world size, ...] on every rank."""
+        own = values.to(self.device)
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        if self.world_size > 1:
+            dist.all_gather(gathered, own)
+        else:
+            gathered = [own]
+        beat()
+        return torch.stack(gathered)
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
             dist.barrier()
+        beat()
 
-    def first_error(self, error: Exception | None) -> None:
-        """Raise on every rank if any rank has an error: nobody is left waiting in a collective, and one rank speaks.
+    def jointly(self, work: Callable[[], T]) -> T:
+        """``work()`` on every rank; if any refuses its input, all do, and none is left waiting in a collective.
 
         Raises:
-            Exception: This rank's error, if no lower rank has one.
-            OtherRankError: Another rank's.
+            MltfrError: See :meth:`first_error`.
+        """
+        error: MltfrError | None = None
+        try:
+            result = work()
+        except MltfrError as caught:
+            error = caught
+        self.first_error(error)
+        return result
+
+    def first_error(self, error: MltfrError | None) -> None:
+        """Raise on every rank if any rank has an error. Rank 0 speaks, for whoever it is.
+
+        Raises:
+            MltfrError: On rank 0: its own error, or what the lowest rank that has one says.
+            OtherRankError: On the other ranks.
         """
         first = -int(self.max(torch.tensor([float(-self.rank if error else -self.world_size)])).item())
-        if error is not None and first == self.rank:
-            raise error
-        if first < self.world_size:
-            raise OtherRankError(f"Rank {first} cannot start.", remedy="See its message.")
+        if first == self.world_size:
+            return
+        message = self._texts(f"{socket.gethostname()}: {type(error).__name__}: {error}")[first]
+        if not self.is_main:
+            raise self.one_speaks(MltfrError(message, remedy=""))
+        raise error or MltfrError(f"Rank {first} on {message}", remedy="")
+
+    def one_speaks(self, error: MltfrError) -> MltfrError:
+        """What a rank should raise where all ranks meet the same error: rank 0 the error, the others silence."""
+        return error if self.is_main else OtherRankError("Rank 0 says why.", remedy="See its message.", exit_code=error.exit_code)
+
+    def agree(self, values: Mapping[str, str], *, rule: str, remedy: str) -> None:
+        """Make sure that every rank holds the same ``values`` (of the same names).
+
+        Raises:
+            ConfigError: Some differ; rank 0 says which, and where.
+        """
+        digests = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) for text in values.values()]
+        differs = self.gather(torch.tensor(digests, dtype=torch.int64))
+        differs = (differs != differs[0]).cpu()  # [W, values]
+        if not differs.any():
+            return
+        hosts = self._texts(socket.gethostname())
+        names = [name for name, differing in zip(values, differs.any(0).tolist(), strict=True) if differing]
+        places = [f"rank {r} ({hosts[r]})" for r in differs.any(1).nonzero()[:, 0].tolist()]
+        raise self.one_speaks(
+            ConfigError(
+                f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not the same on {', '.join(places)} as on "
+                f"rank 0 ({hosts[0]}).",
+                rule=rule,
+                remedy=remedy,
+            )
+        )
+
+    def from_main(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        return self._texts(text)[0]
+
+    def _texts(self, text: str) -> list[str]:
+        """Each rank's text, on every rank; cut at :data:`MESSAGE_BYTES`."""
+        encoded = text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
+        rows = self.gather(torch.tensor(list(encoded), dtype=torch.uint8)).tolist()
+        return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
-def start_ranks(threads: int | None = None) -> Ranks:
-    """Join the process group that a launcher (deepspeed, torchrun) has set up, or form one of a single process.
+def start_ranks(threads: int | None = None, hang_seconds: float = 1800.0) -> Ranks:
+    """Join the process group that a launcher (deepspeed, torchrun, srun) has set up, or form one of a single process.
 
     Args:
         threads: CPU threads of this process; None divides the cores among the node's ranks.
+        hang_seconds: A collective that takes much longer fails.
 
     Raises:
-        ConfigError: The launcher's environment is incomplete.
+        ConfigError: The launcher's environment is incomplete or contradicts itself, or the ranks cannot meet.
     """
     on_gpu = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     if not dist.is_initialized():
-        _init_process_group("nccl" if on_gpu else "gloo", launched=_is_launched())
+        _init_process_group("nccl" if on_gpu else "gloo", hang_seconds, launched=is_launched())
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -95,29 +179,11 @@ def start_ranks(threads: int | None = None) -> Ranks:
     return Ranks(rank, world_size, torch.device("cpu"))
 
 
-def _is_launched() -> bool:
-    """Whether a launcher started this process.
-
-    Raises:
-        ConfigError: Its environment is incomplete.
-    """
-    given = [name for name in LAUNCHER_VARIABLES if name in os.environ]
-    launched = "RANK" in given and "WORLD_SIZE" in given
-    if launched and len(given) < len(LAUNCHER_VARIABLES):
-        missing = sorted(set(LAUNCHER_VARIABLES) - set(given))
-        raise ConfigError(
-            f"The environment sets {', '.join(given)} but not {', '.join(missing)}.",
-            rule="A launched process needs all of them.",
-            remedy="Start with `deepspeed train.py` or `torchrun train.py`, or unset RANK and WORLD_SIZE for one process.",
-        )
-    return launched
-
-
-def _init_process_group(backend: str, *, launched: bool) -> None:
+def _init_process_group(backend: str, hang_seconds: float, *, launched: bool) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if launched:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        _meet(backend, timedelta(seconds=hang_seconds + GRACE_SECONDS))
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)  # no port to collide on
     import deepspeed
@@ -129,6 +195,48 @@ def _init_process_group(backend: str, *, launched: bool) -> None:
     # A compiled shared-memory all-reduce for one CPU node: a minute of compilation, and a killed rank leaks its buffers.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    """Find the other ranks at MASTER_ADDR:MASTER_PORT and form the process group.
+
+    Raises:
+        ConfigError: The port is taken, or not all ranks came.
+    """
+    place = f"MASTER_ADDR:MASTER_PORT {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, rank, world_size = next(iter(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS))))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (dist.DistError, ValueError) as error:
+        taken = "EADDRINUSE" in str(error)
+        raise ConfigError(
+            f"Rank {os.environ['RANK']} on {socket.gethostname()} cannot meet the other ranks at {place}: "
+            + ("the port is taken." if taken else f"{str(error).splitlines()[0]}."),
+            rule=f"Rank 0 listens there, and all {os.environ['WORLD_SIZE']} ranks come within {RENDEZVOUS_SECONDS} s.",
+            remedy="Give a free port (`deepspeed --master_port`, `torchrun --master_port`, MASTER_PORT)."
+            if taken
+            else "Check that every node runs, and reaches that address and port.",
+        ) from None
+
+
+@contextmanager
+def lost_ranks_told() -> Iterator[None]:
+    """Say in words that another rank has gone, where the network layer only says that a connection has.
+
+    Raises:
+        LostRankError: In place of that error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise LostRankError(
+            f"Rank {dist.get_rank()} on {socket.gethostname()} has lost another rank: {str(error).splitlines()[0]}.",
+            rule="No rank can go on without all others.",
+            remedy="The other ranks' logs say which failed first; start the same command again and the run goes on from its "
+            "last checkpoint.",
+        ) from error
 
 
 def stop_ranks() -> None:

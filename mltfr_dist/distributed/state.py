@@ -85,16 +85,21 @@ def restore_masters(engine: Engine, parameters: State) -> None:
 @torch.no_grad()
 def restore_moments(engine: Engine, moments: State, num_updates: int) -> None:
     """Set Adam's moments and its number of updates. All ranks must call."""
+    begin_moments(engine, num_updates)
+    link_moments(engine)
+    for name, p in engine.module.named_parameters():
+        for key in MOMENTS:
+            _set_whole(engine, p, key, moments[f"{name}/{key}"])
+
+
+def begin_moments(engine: Engine, num_updates: int = 0) -> None:
+    """Set Adam's moments to zero, as before the first update."""
     inner = engine.optimizer if engine.zero_stage == 0 else engine.optimizer.optimizer
     for part in _optimizer_tensors(engine):
         on_device = inner.defaults.get("fused") or inner.defaults.get("capturable")
         inner.state[part] = {key: torch.zeros_like(part) for key in MOMENTS} | {
             "step": torch.tensor(float(num_updates), device=part.device if on_device else "cpu")
         }
-    link_moments(engine)
-    for name, p in engine.module.named_parameters():
-        for key in MOMENTS:
-            _set_whole(engine, p, key, moments[f"{name}/{key}"])
 
 
 def link_moments(engine: Engine) -> None:

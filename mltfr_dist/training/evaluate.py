@@ -14,6 +14,7 @@ from mltfr_dist.config import EvaluationConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.data.stream import RankingStream
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.metrics import metric_sums, target_ranks
 
 ALL = "all"
@@ -55,6 +56,7 @@ def evaluate_slices(
     names = list(metric_sums(torch.ones(0), config.cutoffs))
     totals = torch.zeros(1 + len(slice_names), len(names) + 1, dtype=torch.float64)
     for batch in stream:
+        beat()
         batch = batch.to(ranks.device)
         scores = mask_seen(score(batch), batch) if config.filter_seen else score(batch)
         present = batch.target_ids != PADDING_IDX

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.data.manifest import verify_folder
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
-from mltfr_dist.distributed.engine import Engine, deepspeed_config, make_part, peak_memory_bytes
+from mltfr_dist.distributed.engine import Engine, deepspeed_config, make_part, peak_memory_bytes, versions
 from mltfr_dist.distributed.fisher import batch_mean_squares, fisher_diagonals
-from mltfr_dist.distributed.ranks import Ranks, start_ranks
-from mltfr_dist.errors import MltfrError
-from mltfr_dist.files import write_atomically
+from mltfr_dist.distributed.ranks import Ranks, lost_ranks_told, start_ranks
+from mltfr_dist.distributed.signals import stop_signals
+from mltfr_dist.distributed.watchdog import watched
+from mltfr_dist.errors import DamagedError
+from mltfr_dist.files import file_sha256, write_atomically
 from mltfr_dist.models.consensus import State, merge
 from mltfr_dist.training import baselines, report
 from mltfr_dist.training.evaluate import ALL, Scorer, evaluate, evaluate_slices
@@ -35,7 +38,7 @@ from mltfr_dist.training.inputs import (
 )
 from mltfr_dist.training.loop import Stage, is_finished, train_stage
 from mltfr_dist.training.routing import measure_routing
-from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, claim, load_result
+from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, claim, leaf_values, load_result
 from mltfr_dist.training.slices import training_slices
 from mltfr_dist.training.tracking import STAGES, Tracker
 
@@ -53,12 +56,23 @@ def fit(config: RunConfig, *, resume: bool = True) -> list[Result]:
         Outcomes in the report's order, the configured model last.
 
     Raises:
-        MltfrError: Bad input.
+        MltfrError: Bad input, or the run was asked to stop, or lost a rank.
     """
-    ranks = start_ranks(config.training.threads)
-    error: MltfrError | None = None
-    inputs: Inputs | None = None
-    try:
+    ranks = start_ranks(config.training.threads, config.training.hang_seconds)
+    with watched(ranks.rank, config.training.hang_seconds), stop_signals(), lost_ranks_told():
+        inputs = check_all(config, ranks, resume=resume)
+        return run(config, inputs, ranks)
+
+
+def check_all(config: RunConfig, ranks: Ranks, *, resume: bool) -> Inputs:
+    """Check what can be checked before any work, the ranks against each other too, and make the run's folder.
+
+    Raises:
+        MltfrError: Bad input; nothing was written.
+    """
+    same_everywhere(config, ranks)
+
+    def check() -> Inputs:
         inputs = load_inputs(config)
         part = make_part(config, ranks)
         zero_stage = deepspeed_config(config, part).get("zero_optimization", {}).get("stage", 0)
@@ -66,13 +80,37 @@ def fit(config: RunConfig, *, resume: bool = True) -> list[Result]:
         train_stream(config, part)
         if ranks.is_main:
             verify_folder(config.data.path)
+        return inputs
+
+    def take() -> None:
+        if ranks.is_main:
             claim(config.folder, config, resume=resume)
             record_inputs(config.folder, inputs)
             check_checkpoints(config.folder)
-    except MltfrError as caught:
-        error = caught
-    ranks.first_error(error)
-    assert inputs is not None
+
+    inputs = ranks.jointly(check)
+    files = {f"`{name}`": digest for name, digest in inputs.hashes.items()} | {
+        f"{config.deepspeed}": file_sha256(config.deepspeed)
+    }
+    ranks.agree(files, rule="Every node reads the same data, token tables and DeepSpeed file.", remedy="Copy them anew there.")
+    ranks.jointly(take)
+    return inputs
+
+
+def same_everywhere(config: RunConfig, ranks: Ranks) -> None:
+    """Compare code and configuration between ranks.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    rule = "All ranks of a run execute one program with one configuration."
+    ranks.agree(versions(), rule=rule, remedy="Install the same release on every node, or share one environment.")
+    leaves = {f"`{path}`": str(value) for path, value in leaf_values(config).items()}
+    ranks.agree(leaves, rule=rule, remedy="Start every rank with the same preset, file and overrides.")
+
+
+def run(config: RunConfig, inputs: Inputs, ranks: Ranks) -> list[Result]:
+    """Train and compare; the outcomes in the report's order."""
     ranks.say(report.opening(config, inputs, ranks))
     results = [compare(name, config, inputs, ranks) for name in config.baselines]
     results.append(fit_model(config, inputs, ranks))
@@ -84,13 +122,14 @@ def fit(config: RunConfig, *, resume: bool = True) -> list[Result]:
 
 
 def check_checkpoints(folder: Path) -> None:
-    """Refuse a run whose checkpoints cannot be read, before any work.
+    """Refuse a run whose checkpoints another release wrote, before any work.
 
     Raises:
-        CheckpointError: A header is damaged or of another schema version.
+        CheckpointError: A header is of another schema version.
     """
     for header in (folder / CHECKPOINTS).glob(f"*/{checkpoint.HEADER}"):
-        checkpoint.read_header(header.parent)
+        with suppress(DamagedError):  # skipped when its turn comes
+            checkpoint.read_header(header.parent)
 
 
 def compare(name: str, config: RunConfig, inputs: Inputs, ranks: Ranks) -> Result:
@@ -190,8 +229,8 @@ def run_stage(
     """
     folder = config.folder / CHECKPOINTS
     epochs = config.training.epochs if name == TRAIN else config.training.consensus_epochs
-    last = checkpoint.latest(folder, name)
-    progress = checkpoint.read_header(last).progress if last else Progress(stage=name)
+    last = last_checkpoint(folder, name, ranks)
+    progress = ranks.jointly(lambda: checkpoint.read_header(last).progress) if last else Progress(stage=name)
     if last and is_finished(config, progress, epochs):
         return progress
     if last:
@@ -200,7 +239,7 @@ def run_stage(
     stream = train_stream(config, part)
     model = build_model(config, inputs, with_consensus=name == CONSENSUS)
     if last:
-        model.load_state_dict(checkpoint.read(last))
+        model.load_state_dict(ranks.jointly(lambda: checkpoint.read(last)))
     elif before is not None and merged is not None:
         start_from_stage_one(model, config, checkpoint.best_folder(folder, before), merged)
     engine = Engine(model.to(ranks.device), config, ranks, part, epochs * stream.steps_per_epoch)
@@ -216,6 +255,15 @@ def run_stage(
     del stage, engine, model
     gc.collect()
     return progress
+
+
+def last_checkpoint(folder: Path, stage: str, ranks: Ranks) -> Path | None:
+    """The checkpoint that a stage goes on from, the same on every rank; None where there is none."""
+    if ranks.is_main:
+        checkpoint.remove_interrupted(folder, ranks.say)
+    found = ranks.jointly(lambda: checkpoint.latest_intact(folder, stage, ranks.say) if ranks.is_main else None)
+    name = ranks.from_main(found.name if found else "")
+    return folder / name if name else None
 
 
 def start_from_stage_one(model: torch.nn.Module, config: RunConfig, best: Path, merged: State) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import PADDING_IDX, SequenceBatch
 from mltfr_dist.data.stream import RankingStream, StepBatches, TrainStream
-from mltfr_dist.distributed.checkpoint import Progress, best_folder, prune, save, step_folder
+from mltfr_dist.distributed.checkpoint import Progress, latest, prune, save, step_folder, validated_folder
 from mltfr_dist.distributed.engine import Engine, peak_memory_bytes
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.state import whole_parameter
-from mltfr_dist.errors import MltfrError
+from mltfr_dist.distributed.watchdog import beat
+from mltfr_dist.errors import MltfrError, StoppedError
 from mltfr_dist.models.recommender import TrainingOutput
 from mltfr_dist.training.evaluate import evaluate
 from mltfr_dist.training.tracking import STAGES, Tracker, seed_all
@@ -39,6 +40,8 @@ class StepTotals:
     entropy: float = 0.0
     balance: float = 0.0
     contrast: float | None = None
+    nonfinite: tuple[str, ...] = ()
+    """What was not finite on some rank, by name; the update was then skipped."""
 
 
 @dataclass(frozen=True)
@@ -87,24 +90,34 @@ def train_epoch(stage: Stage, progress: Progress) -> Progress:
     stage.engine.deepspeed.train()
     for batches in stage.stream.epoch(progress.epoch, progress.step_in_epoch):
         totals = train_step(stage, batches, progress.step)
+        skipped = bool(totals.nonfinite)
         progress = progress.model_copy(
             update={
                 "step": progress.step + 1,
                 "step_in_epoch": progress.step_in_epoch + 1,
+                "skipped_steps": progress.skipped_steps + skipped,
+                "skipped_in_a_row": progress.skipped_in_a_row + 1 if skipped else 0,
                 "train_seconds": before + time.monotonic() - started,
             }
         )
-        log_step(stage, progress, totals, batches.num_targets)
-        if every and progress.step % every == 0 and progress.step_in_epoch < stage.stream.steps_per_epoch:
+        beat(f"step {progress.step} of stage `{stage.name}`")
+        if skipped:
+            note_skipped(stage, progress, totals)
+        else:
+            log_step(stage, progress, totals, batches.num_targets)
+        stop = stage.engine.verdict.stop
+        if stop or (every and progress.step % every == 0 and progress.step_in_epoch < stage.stream.steps_per_epoch):
             save_checkpoint(stage, progress)
+        if stop:
+            what = f"A signal asked the run to stop; it did after step {progress.step} of stage `{stage.name}`."
+            raise stage.ranks.one_speaks(StoppedError(what, remedy="Start the same command again and it goes on."))
     return progress.model_copy(update={"epoch": progress.epoch + 1, "step_in_epoch": 0})
 
 
 def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
     """One update: filter's shortlist when due, forward, backward, optimizer, router load.
 
-    Raises:
-        MltfrError: The loss is not finite, seen by all ranks alike.
+    Where a loss or gradient is not finite on any rank, nothing is updated on any.
     """
     engine, ranks, config = stage.engine, stage.ranks, stage.config
     mltfr = engine.module.mltfr
@@ -115,15 +128,34 @@ def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
     seed_all(config.training.seed, STAGES.index(stage.name), step, ranks.rank)
     outputs = engine.update(batches, step)
     totals = reduce_outputs(ranks, outputs, batches)
-    if not math.isfinite(totals.loss):
-        raise MltfrError(
-            f"The loss of step {step} of stage `{stage.name}` is {totals.loss}.",
-            rule="Training cannot go on from it.",
-            remedy="The last checkpoint is intact: lower optimizer.learning_rate or set optimizer.max_grad_norm.",
-        )
-    if mltfr is not None and totals.gate_weights is not None:
+    if engine.verdict.nonfinite:
+        totals.nonfinite = engine.verdict.nonfinite
+    elif mltfr is not None and totals.gate_weights is not None:
         mltfr.router.update_load(totals.gate_weights)
     return totals
+
+
+def note_skipped(stage: Stage, progress: Progress, totals: StepTotals) -> None:
+    """Record a skipped step. All ranks must call.
+
+    Raises:
+        MltfrError: More were skipped in a row than may be.
+    """
+    limit, row, names = stage.config.training.max_skipped_steps, progress.skipped_in_a_row, ", ".join(totals.nonfinite)
+    values = {"in_a_row": float(row), "in_stage": float(progress.skipped_steps)}
+    stage.tracker.log("skipped", progress.step, values, epoch=progress.epoch, nonfinite=list(totals.nonfinite))
+    stage.tracker.say(f"  step {progress.step} of stage `{stage.name}` skipped ({row} in a row), not finite: {names}")
+    if row > limit:
+        last = latest(stage.checkpoints, stage.name)
+        raise stage.ranks.one_speaks(
+            MltfrError(
+                f"The last {row} steps, up to {progress.step} of stage `{stage.name}`, had no finite loss and gradient; "
+                f"not finite: {names}.",
+                rule=f"More than training.max_skipped_steps ({limit}) stop the run. No parameter was changed by them.",
+                remedy=(f"The run can go on from {last.name}, before them. " if last else "")
+                + "Lower optimizer.learning_rate or set optimizer.max_grad_norm.",
+            )
+        )
 
 
 def reduce_outputs(ranks: Ranks, outputs: list[TrainingOutput], batches: StepBatches) -> StepTotals:
@@ -203,15 +235,17 @@ def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: 
 
 
 def validate(stage: Stage, progress: Progress) -> Progress:
-    """Full ranking of the validation split; keeps the checkpoint if it is the best so far."""
+    """Full ranking of the validation split; keeps the weights if they are among the best so far."""
     started = time.monotonic()
     stage.engine.deepspeed.eval()
     metrics = evaluate(stage.engine.module, stage.valid, stage.config.evaluation, stage.ranks)
     progress = progress.model_copy(update={"train_seconds": progress.train_seconds + time.monotonic() - started})
-    best = metrics[SELECTION] > progress.best_value
-    if best:
-        progress = progress.model_copy(update={"best_value": metrics[SELECTION], "best_epoch": progress.epoch})
-        save(best_folder(stage.checkpoints, progress), stage.engine, progress, with_optimizer=False)
+    validated = sorted([*progress.best, (progress.epoch, metrics[SELECTION])], key=lambda pair: (-pair[1], pair[0]))
+    progress = progress.model_copy(update={"best": tuple(validated[: stage.config.checkpoint.keep_best])})
+    best = progress.best_epoch == progress.epoch
+    if progress.epoch in dict(progress.best):
+        place = validated_folder(stage.checkpoints, stage.name, progress.epoch)
+        save(place, stage.engine, progress, with_optimizer=False)
     split = stage.config.evaluation.select_on
     stage.tracker.log(split if split == "valid" else "picked_on_test", progress.step, metrics, epoch=progress.epoch)
     stage.tracker.say(
@@ -222,7 +256,12 @@ def validate(stage: Stage, progress: Progress) -> Progress:
 
 
 def save_checkpoint(stage: Stage, progress: Progress) -> None:
-    """Save, then delete what it supersedes. All ranks must call."""
+    """Save, then delete what it supersedes. All ranks must call.
+
+    Not in a row of skipped steps: a run that goes on from before them gives them another chance.
+    """
+    if progress.skipped_in_a_row:
+        return
     save(step_folder(stage.checkpoints, progress), stage.engine, progress)
     if stage.ranks.is_main:
         prune(stage.checkpoints, progress, stage.config.checkpoint.keep_last)

@@ -123,6 +123,18 @@ def claim(folder: Path, config: RunConfig, *, resume: bool) -> None:
     write_atomically(path, dump_config(config))
 
 
+def leaf_values(config: RunConfig) -> dict[str, Any]:
+    """Dotted key of every field that is no section, and its value."""
+
+    def leaves(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return found
+
+    return leaves(config.model_dump(mode="json"), "")
+
+
 def differing_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """`key: old -> new` for every leaf that differs."""
     found = []

@@ -53,7 +53,7 @@ def steps(engine: Engine, config: RunConfig, ranks: Ranks, start: int, end: int)
         batches = next(stream.epoch(step // per_epoch, step % per_epoch))
         outputs = engine.update(batches, step)
         totals = reduce_outputs(ranks, outputs, batches)
-        if totals.gate_weights is not None:
+        if totals.gate_weights is not None and not engine.verdict.nonfinite:
             engine.module.mltfr.router.update_load(totals.gate_weights)
         losses.append(totals.loss + (totals.contrast or 0.0))
     return losses
@@ -130,17 +130,22 @@ def elsewhere(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Go on from the checkpoints that 2 ranks wrote, at this world size."""
     return {
         f"zero{stage} resumed": resumed(no_dropout(folder, stage), ranks, folder / f"checkpoint-2-zero{stage}")
-        for stage in (1, 3)
+        for stage in (1, 2, 3)
     }
 
 
 def resumed(config: RunConfig, ranks: Ranks, place: Path) -> list[float]:
+    return resumed_from(config, ranks, place, HALF, STEPS)
+
+
+def resumed_from(config: RunConfig, ranks: Ranks, place: Path, start: int, end: int) -> list[float]:
+    """Losses of steps start..end-1 in a new engine that goes on from the checkpoint ``place``."""
     part = Part(ranks.rank, ranks.world_size, 32, 32 // ranks.world_size)
     model = build_model(config, load_inputs(config), with_consensus=False)
     model.load_state_dict(checkpoint.read(place))
     engine = Engine(model, config, ranks, part, STEPS)
     checkpoint.restore_optimizer(place, engine)
-    found = steps(engine, config, ranks, HALF, STEPS)
+    found = steps(engine, config, ranks, start, end)
     engine.destroy()
     return found
 

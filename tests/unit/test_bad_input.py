@@ -159,11 +159,11 @@ def test_checkpoint_of_another_schema_version(folder: Path, capsys: pytest.Captu
     run = folder / "runs" / "tiny"
     (run / "result.json").unlink()
     header = next((run / "checkpoints").glob("train-step*/state.json"))
-    header.write_text(header.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    header.write_text(header.read_text().replace('"schema_version": 2', '"schema_version": 99'))
     config = run / "config.yaml"
     message = refused(folder, capsys, lambda: train.main(["--config", str(config)]))
     assert "99" in message
-    assert "version 1" in message
+    assert "version 2" in message
 
 
 def test_changed_inputs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,6 +97,7 @@ CHANGES: dict[str, Any] = {
     "evaluation.every_epochs": 2,
     "checkpoint.every_steps": 3,
     "checkpoint.keep_last": 1,
+    "checkpoint.keep_best": 2,
     "deepspeed": str(REPOSITORY / "ds_configs" / "zero3.json"),
     "baselines": ["popularity"],
 }
@@ -140,6 +141,8 @@ ELSEWHERE = {
     "mltfr.tables": "every test that trains",
     "mltfr.filter.max_direct_rows": "larger memories are refused: models/test_strategies",
     "training.micro_batch_size": "must *not* change the numbers: tests/distributed/test_zero.py",
+    "training.max_skipped_steps": "needs numbers that are not finite: distributed/test_health",
+    "training.hang_seconds": "needs a hang: distributed/test_health",
     "training.threads": "must not change the numbers: test_threads below",
     "evaluation.batch_size": "must not change the numbers: test_evaluate",
     "evaluation.ties": "needs equal scores: test_evaluate, test_metrics",

@@ -23,6 +23,7 @@ LAYERS = {
     "config": 1,
     "repairs": 1,
     **dict.fromkeys(("presets", "data", "tables", "models", "losses", "metrics"), 2),
+    "exported": 3,
     "distributed": 3,
     "training": 4,
     "tuning": 5,

@@ -1,0 +1,60 @@
+"""Numbers that are not finite, seen by every rank: a step that has one on any rank is skipped on all."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mltfr_dist.distributed import signals
+from mltfr_dist.distributed.ranks import Ranks
+
+LOSS, NORM = "loss", "gradient norm"
+
+
+class Verdict(NamedTuple):
+    """What the ranks agree on before they change a parameter; the same on each."""
+
+    nonfinite: tuple[str, ...] = ()
+    """"loss", and the parameters whose gradient is not finite on some rank; any means that the update is skipped."""
+    stop: bool = False
+    """Whether some rank was asked to save and stop."""
+
+
+class Health:
+    """Watches the losses and each parameter's gradient on this rank.
+
+    Local gradients, before DeepSpeed reduces and divides them: afterwards a non-finite one can no longer be told by name.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.ranks, self.verdict = ranks, Verdict()
+        self.names = (LOSS, *(name for name, _ in trained))
+        self._sums = torch.zeros(len(self.names), device=ranks.device)  # a sum of magnitudes is finite if all of them are
+        for index, (_, parameter) in enumerate(trained, 1):
+            parameter.register_hook(partial(self._note, index))  # type: ignore[no-untyped-call]
+        update = optimizer.step
+
+        def step(closure: None = None) -> float | None:
+            """DeepSpeed goes through its own step all the same, and clears its gradients."""
+            return None if self.verdict.nonfinite else update(closure)
+
+        optimizer.step = step  # type: ignore[assignment, method-assign]  # DeepSpeed warns of subclasses
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Look at the loss of one micro-batch."""
+        self._note(0, loss)
+
+    def _note(self, index: int, values: Tensor) -> None:
+        self._sums[index] += torch.linalg.vector_norm(values.detach(), ord=torch.inf)
+
+    def agree(self) -> None:
+        """Agree with all ranks on what was seen since the last call: the new ``verdict``. All ranks must call."""
+        mine = torch.cat([~torch.isfinite(self._sums), self._sums.new_tensor([signals.stop_requested()], dtype=torch.bool)])
+        self._sums.zero_()
+        found = self.ranks.max(mine.float()).tolist()
+        nonfinite = tuple(name for name, bad in zip(self.names, found[:-1], strict=True) if bad)
+        self.verdict = Verdict(nonfinite, stop=bool(found[-1]))

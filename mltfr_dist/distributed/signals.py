@@ -1,0 +1,37 @@
+"""SIGUSR1 and SIGTERM ask a run to save and stop; the ranks agree on the step (health.py), then stop there."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+_requested = threading.Event()
+
+
+def stop_requested() -> bool:
+    """Whether this process was asked to stop."""
+    return _requested.is_set()
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Take the stop signals as a request while a run goes, and as before afterwards."""
+    if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread alone
+        yield
+        return
+    _requested.clear()
+    before = {number: signal.signal(number, _request) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _request(_number: int, _frame: FrameType | None) -> None:
+    _requested.set()

@@ -1,0 +1,21 @@
+"""train.py whose rank 1 is as on a node that differs; started by a launcher.
+
+Usage: differing_worker.py CONFIG PACKAGE FOLDER [OVERRIDE ...]: rank 1 imports mltfr_dist from PACKAGE, runs in FOLDER and
+gets the overrides; "-" leaves the first two as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    config, package, folder, *overrides = sys.argv[1:]
+    other = os.environ["RANK"] == "1"
+    if other and package != "-":
+        sys.path.insert(0, package)
+    if other and folder != "-":
+        os.chdir(folder)
+    import train
+
+    sys.exit(train.main(["--config", config, *(overrides if other else [])]))

@@ -1,0 +1,77 @@
+"""A node that differs from the others: one message, from rank 0, and nobody waits or writes."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import REPOSITORY, clean_environment, tiny_config, torchrun, write_table
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.errors import EXIT_BAD_INPUT
+from mltfr_dist.training.run_folder import dump_config
+
+WORKER = Path(__file__).parent / "differing_worker.py"
+pytestmark = pytest.mark.integration
+
+
+def refused(config: RunConfig, tmp_path: Path, *, package: str = "-", folder: str = "-", overrides: tuple[str, ...] = ()) -> str:
+    """The error that two ranks end with."""
+    place = tmp_path / "config.yaml"
+    place.write_text(dump_config(config))
+    command = torchrun(2, WORKER, str(place), package, folder, *overrides)
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode != 0
+    assert f"exitcode  : {EXIT_BAD_INPUT}" in done.stderr
+    assert not config.folder.exists(), "something was written"
+    errors = [line for line in done.stderr.splitlines() if "Error: " in line and "ChildFailedError" not in line]
+    assert len(errors) == 1, done.stderr
+    return errors[0]
+
+
+def test_another_version_of_the_code(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "mltfr_dist", tmp_path / "other" / "mltfr_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "other" / "mltfr_dist" / "metrics.py").open("a") as file:
+        file.write("# changed\n")
+    error = refused(tiny_config(tmp_path), tmp_path, package=str(tmp_path / "other"))
+    assert "the code of mltfr_dist is not the same on rank 1 (" in error
+
+
+def test_another_configuration(tmp_path: Path) -> None:
+    error = refused(tiny_config(tmp_path), tmp_path, overrides=("training.seed=5", "optimizer.betas=[0.5,0.9]"))
+    assert "`optimizer.betas`, `training.seed` are not the same on rank 1 (" in error
+
+
+def test_a_table_that_differs_between_nodes(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, mltfr__tables=["tables/first", str(tmp_path / "tables" / "second")])
+    write_table(tmp_path / "node" / "tables", "first", num_rows=90, dim=12, seed=99)  # sound, and not the same
+    assert "`first` is not the same on rank 1 (" in refused(config, tmp_path, folder=str(tmp_path / "node"))
+    shutil.rmtree(tmp_path / "node" / "tables")
+    error = refused(config, tmp_path, folder=str(tmp_path / "node"))
+    assert "Rank 1 on " in error
+    assert "DataError" in error
+    assert "tables/first" in error
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    place = tmp_path / "config.yaml"
+    place.write_text(dump_config(tiny_config(tmp_path)))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
+        command = [*launcher, str(REPOSITORY / "train.py"), "--config", str(place)]
+        started = time.monotonic()
+        done = subprocess.run(
+            command, env=clean_environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=120, cwd=tmp_path
+        )
+    assert done.returncode == EXIT_BAD_INPUT
+    assert time.monotonic() - started < 100
+    assert done.stderr.count("the port is taken") == 1
+    assert f"127.0.0.1:{port}" in done.stderr

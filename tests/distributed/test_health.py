@@ -1,0 +1,81 @@
+"""Faults of a single rank, injected into real runs: all ranks see them, and none is left waiting."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from support import clean_environment, read_lines, run_ranks, tiny_config, torchrun
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed import checkpoint
+from mltfr_dist.errors import EXIT_BAD_INPUT, EXIT_LOST
+from mltfr_dist.training.run_folder import dump_config
+
+WORKER = Path(__file__).parent / "health_worker.py"
+POISONED = "backbone.item_embedding.weight"
+
+
+@pytest.mark.integration
+def test_a_fault_of_one_rank_is_skipped_on_all(tmp_path: Path) -> None:
+    tiny_config(tmp_path)
+    output = tmp_path / "found.json"
+    run_ranks(2, WORKER, "skipped", str(tmp_path), str(output))
+    found = json.loads(output.read_text())
+    for name in ("zero0", "zero1", "zero2", "zero3", "accumulated", "bf16"):
+        verdicts = found[name]["verdicts"]
+        assert verdicts == [[2, POISONED], [4, "loss"]], name
+        assert found[name]["losses"] == found[name]["without"], f"{name}: a skipped step left a trace"
+    for step in (1, 3):
+        assert found[f"after {step} resumed"] == found[f"after {step}"]
+
+
+def faulty_run(config: RunConfig, fault: str, step: int) -> tuple[str, str, float]:
+    """Run train.py on two ranks with a fault on the second; returns stdout, stderr and seconds."""
+    place = config.runs_dir.parent / f"{config.name}.yaml"
+    place.write_text(dump_config(config))
+    started = time.monotonic()
+    command = torchrun(2, WORKER, fault, str(place), str(step))
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0, done.stdout
+    return done.stdout, done.stderr, time.monotonic() - started
+
+
+def test_too_many_faults_stop_the_run_and_name_what_is_not_finite(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, training__max_skipped_steps=2, checkpoint__every_steps=1, checkpoint__keep_last=1)
+    stdout, stderr, _ = faulty_run(config, "nan", 3)
+    assert stdout.count("skipped") == 3
+    assert stderr.count(f"not finite: {POISONED}") == 1, "one rank speaks"
+    assert "train-step000000003" in stderr
+    assert f"exitcode  : {EXIT_BAD_INPUT}" in stderr
+    last = checkpoint.latest(config.folder / "checkpoints", "train")
+    assert last is not None
+    assert last.name == "train-step000000003", "what was saved before the faults is kept"
+    assert checkpoint.read(last)
+    lines = [line for line in read_lines(config.folder / "metrics.jsonl") if line["kind"] == "skipped"]
+    assert [(line["step"], line["in_a_row"], line["nonfinite"]) for line in lines] == [(s, s - 3, [POISONED]) for s in (4, 5, 6)]
+
+
+@pytest.mark.integration
+def test_a_hang_ends_with_a_stack_trace_of_every_rank(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, training__hang_seconds=12)
+    _, stderr, seconds = faulty_run(config, "hang", 3)
+    assert seconds < 90
+    for rank in (0, 1):
+        assert f"Rank {rank} on " in stderr
+        assert "no progress for 12 s; last: step 3 of stage `train`" in stderr
+    assert "in stuck_here" in stderr, "rank 1's trace shows where it hangs"
+    assert "all_reduce" in stderr, "rank 0's trace shows what it waits in"
+    assert f"exitcode  : {EXIT_LOST}" in stderr
+
+
+@pytest.mark.integration
+def test_a_killed_rank_is_told_in_words(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, training__hang_seconds=60)
+    _, stderr, seconds = faulty_run(config, "die", 3)
+    assert seconds < 60
+    assert "has lost another rank" in stderr
+    assert "RuntimeError" not in stderr, "the words stand for the network layer's traceback"
