@@ -83,6 +83,24 @@ class DataConfig(Section):
     shuffle_shards: Count = Field(
         8, description="Shards whose sequences are shuffled together; the order of shards is shuffled too."
     )
+    long_histories: Literal["truncate", "windows"] = Field(
+        "truncate",
+        description="Training histories longer than max_len. truncate: only their most recent items; "
+        "windows: cut into pieces of max_len positions, each a sample of its own, so that every item is a target.",
+    )
+    length_pool: Count = Field(
+        1,
+        description="Global batches whose samples are sorted by length together, so that a batch holds histories of like "
+        "length; the order of the batches is shuffled. 1: batches as they are drawn.",
+    )
+    last_batch: Literal["pad", "drop"] = Field(
+        "pad",
+        description="The last batch of an epoch where it is not full. pad: filled with rows of weight zero; "
+        "drop: left out (other samples each epoch).",
+    )
+    num_workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="Processes of a rank that make batches ahead of training; 0: made in turn by the rank itself."
+    )
 
 
 def _known_backbone(name: str) -> str:

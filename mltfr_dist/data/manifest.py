@@ -13,7 +13,8 @@ from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.schema import Section
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, SCHEMA_VERSION)
 MANIFEST_NAME = "manifest.json"
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 """A file name without any folder, so that a manifest never points outside its own folder."""
@@ -29,6 +30,9 @@ class ShardInfo(Section):
     num_items: int = Field(description="Items of all its sequences together.")
     bytes: int
     sha256: str
+    lengths: tuple[tuple[int, int], ...] | None = Field(
+        None, description="(items, number of sequences with as many), ascending. Manifests of version 1 have none."
+    )
 
 
 class SplitInfo(Section):
@@ -110,9 +114,9 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         values = _json_object(path.read_bytes())
         version = values.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version not in READABLE_VERSIONS:
             raise DataError(
-                f"{path} has schema version {version}; this program reads version {SCHEMA_VERSION}.",
+                f"{path} has schema version {version}; this program reads versions {' and '.join(map(str, READABLE_VERSIONS))}.",
                 remedy="Run `mltfr prepare` again with this version, into a new folder.",
             )
         manifest = Manifest.model_validate(values)

@@ -143,6 +143,7 @@ def write_split(
                 num_items=sum(len(block.items) for block in blocks),
                 bytes=path.stat().st_size,
                 sha256=file_sha256(path),
+                lengths=_count_lengths(blocks),
             )
         )
         max_length = max(max_length, *(int(block.lengths.max()) for block in blocks))
@@ -152,6 +153,11 @@ def write_split(
         max_length=max_length,
         shards=tuple(shards),
     )
+
+
+def _count_lengths(blocks: list[PackedSequences]) -> tuple[tuple[int, int], ...]:
+    lengths, sequences = np.unique(np.concatenate([block.lengths for block in blocks]), return_counts=True)
+    return tuple(zip(lengths.tolist(), sequences.tolist()))
 
 
 def _pack(rows: Rows, per_block: int) -> Iterator[PackedSequences]:
