@@ -101,6 +101,16 @@ class DataConfig(Section):
     num_workers: Annotated[int, Field(ge=0)] = Field(
         0, description="Processes of a rank that make batches ahead of training; 0: made in turn by the rank itself."
     )
+    on_bad_shard: Literal["stop", "quarantine"] = Field(
+        "stop",
+        description="A shard that is missing or damaged. stop: an error; quarantine: every rank reads all shards when the run "
+        "starts, and what any rank finds bad goes to left_out.",
+    )
+    left_out: tuple[str, ...] = Field(
+        (), description="Shard files that are not read, of any split. Part of the run: it goes on only without the same ones."
+    )
+    read_attempts: Count = Field(4, description="Times that a shard is read, 0.5 s, 1 s, 2 s, ... apart, before it is given up.")
+    read_timeout: Positive = Field(300.0, description="Seconds after which one attempt to read a shard has failed.")
 
 
 def _known_backbone(name: str) -> str:

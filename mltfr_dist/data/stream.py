@@ -24,6 +24,7 @@ from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
 from mltfr_dist.data.collate import Collator, Objective, Samples, Step, padded_rows
 from mltfr_dist.data.loader import steps_from_workers
 from mltfr_dist.data.order import EpochOrder, IntArray, samples_by_shard
+from mltfr_dist.data.reading import Patience
 from mltfr_dist.data.shards import Manifest, PackedSequences, load_manifest, read_shard
 from mltfr_dist.errors import ConfigError
 
@@ -83,7 +84,8 @@ class TrainStream:
         manifest: Manifest | None = None,
     ) -> None:
         self.folder, self.config, self.part, self.seed, self.objective = folder, config, part, seed, objective
-        self.manifest = manifest or load_manifest(folder)
+        self.manifest = manifest or load_manifest(folder, left_out=config.left_out)
+        self._patience = Patience(config.read_attempts, config.read_timeout)
         self.split = self.manifest.splits["train"]
         if self.split.num_sequences < part.world_size:
             raise ConfigError(
@@ -182,8 +184,9 @@ class TrainStream:
     def _window(self, order: EpochOrder, number: int) -> Samples:
         """All samples of a window, in the order of its places."""
         infos = [self.split.shards[i] for i in order.windows[number]]
+        num_items, patience = self.manifest.num_items, self._patience
         sequences = PackedSequences.concatenate(
-            [read_shard(self.folder, info, num_items=self.manifest.num_items) for info in infos]
+            [read_shard(self.folder, info, num_items=num_items, patience=patience) for info in infos]
         )
         return Samples.of(sequences, self.config.max_len, self.config.long_histories).take(order.permutation(number))
 
@@ -209,9 +212,19 @@ class RankingStream:
     shards that hold them; ranks that run out get batches of empty rows, so that all take part in every collective.
     """
 
-    def __init__(self, folder: Path, split: str, *, max_len: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        max_len: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        left_out: tuple[str, ...] = (),
+    ) -> None:
         self.folder, self.max_len, self.batch_size, self.rank, self.world_size = folder, max_len, batch_size, rank, world_size
-        self.manifest = load_manifest(folder)
+        self.manifest = load_manifest(folder, left_out=left_out)
         self.split = self.manifest.splits[split]
 
     @property

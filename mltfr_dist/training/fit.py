@@ -25,6 +25,7 @@ from mltfr_dist.training.explain import kept_token_texts
 from mltfr_dist.training.inputs import (
     Inputs,
     build_model,
+    leave_out_bad_shards,
     load_inputs,
     load_model,
     ranking_stream,
@@ -53,6 +54,7 @@ def fit(config: RunConfig, *, resume: bool = True) -> list[Result]:
         MltfrError: Bad input.
     """
     ranks = start_ranks(config.training.threads)
+    config = leave_out_bad_shards(config, ranks)
     error: MltfrError | None = None
     inputs: Inputs | None = None
     try:
@@ -61,7 +63,7 @@ def fit(config: RunConfig, *, resume: bool = True) -> list[Result]:
         deepspeed_config(config, part)
         train_stream(config, part)
         if ranks.is_main:
-            verify_folder(config.data.path)
+            verify_folder(config.data.path, left_out=config.data.left_out)
             claim(config.folder, config, resume=resume)
             record_inputs(config.folder, inputs)
             check_checkpoints(config.folder)

@@ -208,9 +208,7 @@ def test_resuming_reads_no_shard_that_is_not_needed(folder: Path, monkeypatch: p
     from mltfr_dist.data import stream as module
 
     read: list[str] = []
-    monkeypatch.setattr(
-        module, "read_shard", lambda f, info, num_items: (read.append(info.file), read_shard(f, info, num_items=num_items))[1]
-    )
+    monkeypatch.setattr(module, "read_shard", lambda f, info, **keys: (read.append(info.file), read_shard(f, info, **keys))[1])
     resumed = stream(folder, 6)
     list(resumed.epoch(0, 6))  # from sequence 36 of 43
     last = {resumed.split.shards[i].file for i in (resumed.windows(0)[2] + resumed.windows(0)[3])}
