@@ -5,6 +5,7 @@ Everything that is drawn here is a function of (seed, epoch, step or sample, pos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,9 +16,8 @@ import torch
 from mltfr_dist.data.augment import Draws, ViewRatios, augmented_views, cloze_mask
 from mltfr_dist.data.batch import PADDING_IDX, SequenceBatch
 from mltfr_dist.data.negatives import Proposal, sample_negatives, sample_shared
+from mltfr_dist.data.order import IntArray, num_pieces
 from mltfr_dist.data.shards import PackedSequences
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,66 @@ class Objective:
     """Sequences that must stay together in one micro-batch."""
 
 
-class Step(NamedTuple):
-    """The sequences of one global batch."""
+class Samples(NamedTuple):
+    """What is trained on: parts of histories that lie in one flat array, n of them."""
 
-    sequences: PackedSequences
+    items: npt.NDArray[np.integer]
+    """[T] item ids."""
+    starts: IntArray
+    """[n] where each sample begins; its first item is only ever read."""
+    ends: IntArray
+    """[n] where it ends; its last item is only ever a target (but of a cloze task)."""
+    history_starts: IntArray
+    """[n] where the user's whole history begins, which negatives must avoid."""
+    history_ends: IntArray
+    """[n] where that ends."""
+
+    @property
+    def lengths(self) -> IntArray:
+        """[n] items of each sample."""
+        return self.ends - self.starts
+
+    def take(self, chosen: IntArray | slice) -> Samples:
+        """Some of them, over the same items."""
+        return Samples(self.items, *(array[chosen] for array in self[1:]))
+
+    @staticmethod
+    def of(sequences: PackedSequences, max_len: int, long_histories: str) -> Samples:
+        """The samples of whole histories: their last ``max_len`` + 1 items, or sliding windows of as many.
+
+        Windows of one history share an item, the last target of one and the first input of the next, so that each item but
+        the first is a target once. They follow each other oldest first, and the newest is always full where one is.
+        """
+        starts, ends = sequences.offsets[:-1], sequences.offsets[1:]
+        if long_histories == "truncate":
+            return Samples(sequences.items, np.maximum(starts, ends - max_len - 1), ends, starts, ends)
+        pieces = num_pieces(ends - starts, max_len)
+        history_starts, history_ends = np.repeat(starts, pieces), np.repeat(ends, pieces)
+        newer = np.repeat(np.cumsum(pieces), pieces) - np.arange(pieces.sum()) - 1  # windows of the history behind this one
+        piece_ends = history_ends - newer * max_len
+        return Samples(
+            sequences.items, np.maximum(history_starts, piece_ends - max_len - 1), piece_ends, history_starts, history_ends
+        )
+
+    @staticmethod
+    def join(parts: Sequence[Samples]) -> Samples:
+        """All samples of ``parts``, in order, with copies of the histories they need and nothing else."""
+        copies = []
+        for part in parts:
+            sizes = part.history_ends - part.history_starts
+            begins = np.cumsum(sizes) - sizes
+            places = np.repeat(part.history_starts - begins, sizes) + np.arange(sizes.sum())
+            moved = begins - part.history_starts
+            copies.append((part.items[places], *(array + moved for array in part[1:])))
+        shifts = np.cumsum([0, *(len(copy[0]) for copy in copies[:-1])])
+        rest = (np.concatenate([copy[i] + shift for copy, shift in zip(copies, shifts)]) for i in range(1, 5))
+        return Samples(np.concatenate([copy[0] for copy in copies]), *rest)
+
+
+class Step(NamedTuple):
+    """The samples of one global batch."""
+
+    samples: Samples
     sample_ids: IntArray
     epoch: int
     number: int
@@ -62,19 +118,18 @@ class Collator:
 
     def counts(self, step: Step) -> tuple[int, int]:
         """Scored and real positions of the global batch."""
-        kept = np.minimum(np.diff(step.sequences.offsets), self.max_len + 1)
+        lengths = step.samples.lengths
         if self.objective.cloze_ratio is None:
-            return int((kept - 1).sum()), int((kept - 1).sum())
-        return int(self._cloze(step, np.arange(len(kept)), kept).sum()), int(kept.sum())
+            return int(lengths.sum()) - len(lengths), int(lengths.sum()) - len(lengths)
+        return int(self._cloze(step, np.arange(len(lengths)), lengths).sum()), int(lengths.sum())
 
     def batch(self, step: Step, chosen: IntArray) -> SequenceBatch:
-        """The batch of the ``chosen`` sequences."""
-        recent = last_items(step.sequences, chosen, self.max_len + 1, self.num_rows)  # [B, <= max_len + 1]
+        """The batch of the ``chosen`` samples."""
+        samples = step.samples.take(chosen)
         if self.objective.cloze_ratio is None:
-            history, targets = recent[:, :-1].copy(), recent[:, 1:].copy()
-            history[targets == PADDING_IDX] = PADDING_IDX  # the last item is only ever a target
+            history, targets = next_items(samples, self.num_rows)
         else:
-            history, targets = self._masked(step, chosen, recent)
+            history, targets = self._masked(step, chosen, padded_rows(samples.items, samples.starts, samples.ends, self.num_rows))
         ids = np.full(self.num_rows, -1, dtype=np.int64)
         ids[: len(chosen)] = step.sample_ids[chosen]
         shared = self._shared(step)
@@ -82,7 +137,7 @@ class Collator:
             torch.from_numpy(history),
             torch.from_numpy(targets),
             torch.from_numpy(ids),
-            self._negatives(step, chosen, history.shape[1]),
+            self._negatives(step, samples, step.sample_ids[chosen], history.shape[1]),
             *shared,
             self._views(step, chosen, history),
         )
@@ -101,16 +156,16 @@ class Collator:
         masked[: len(chosen), : chosen_mask.shape[1]] = chosen_mask
         return np.where(masked, self.num_items + 1, recent), np.where(masked, recent, PADDING_IDX)
 
-    def _negatives(self, step: Step, chosen: IntArray, length: int) -> torch.Tensor | None:
+    def _negatives(self, step: Step, samples: Samples, sample_ids: IntArray, length: int) -> torch.Tensor | None:
         count = self.objective.num_negatives
         if not count:
             return None
         drawn = np.zeros((self.num_rows, length, count), dtype=np.int64)
-        if len(chosen):
-            histories = [step.sequences[int(i)] for i in chosen]
+        if len(sample_ids):
+            histories = [samples.items[a:b] for a, b in zip(samples.history_starts, samples.history_ends)]
             keys = {"num_items": self.num_items, "seed": self.seed, "epoch": step.epoch}
-            drawn[: len(chosen)] = sample_negatives(
-                histories, step.sample_ids[chosen], length, count, **keys, unseen=self.objective.unseen_negatives
+            drawn[: len(sample_ids)] = sample_negatives(
+                histories, sample_ids, length, count, **keys, unseen=self.objective.unseen_negatives
             )
         return torch.from_numpy(drawn)
 
@@ -131,17 +186,37 @@ class Collator:
         return torch.from_numpy(views)
 
 
-def last_items(sequences: PackedSequences, chosen: IntArray, width: int, num_rows: int) -> IntArray:
-    """The last items of the ``chosen`` sequences, oldest first, padded behind.
+def next_items(samples: Samples, num_rows: int) -> tuple[IntArray, IntArray]:
+    """Histories and, at each position, the item that follows; [num_rows, longest], padded behind."""
+    sizes = samples.lengths - 1
+    columns = np.arange(max(1, int(sizes.max(initial=0))) + 1)
+    found = runs(samples.items, samples.starts, len(columns))
+    present = columns[:-1] < sizes[:, None]
+    history, targets = np.zeros((2, num_rows, len(columns) - 1), dtype=np.int64)
+    np.multiply(found[:, :-1], present, out=history[: len(sizes)])
+    np.multiply(found[:, 1:], present, out=targets[: len(sizes)])
+    return history, targets
+
+
+def padded_rows(items: npt.NDArray[np.integer], starts: IntArray, ends: IntArray, num_rows: int) -> IntArray:
+    """Runs of ``items`` as rows, padded behind.
 
     Returns:
-        [num_rows, W] item ids with W = min(width, longest chosen), at least 2; rows beyond the chosen are padding.
+        [num_rows, longest run, at least 2] item ids; rows beyond the runs are padding.
     """
-    ends = sequences.offsets[1:][chosen]
-    kept = np.minimum(ends - sequences.offsets[:-1][chosen], width)
-    columns = np.arange(max(2, int(kept.max(initial=0))))
-    present = columns < kept[:, None]
-    places = np.where(present, (ends - kept)[:, None] + columns, 0)
-    result = np.full((num_rows, len(columns)), PADDING_IDX, dtype=np.int64)
-    result[: len(chosen)] = np.where(present, sequences.items[places], PADDING_IDX)
-    return result
+    sizes = ends - starts
+    columns = np.arange(max(2, int(sizes.max(initial=0))))
+    rows = np.full((num_rows, len(columns)), PADDING_IDX, dtype=np.int64)
+    np.multiply(runs(items, starts, len(columns)), columns < sizes[:, None], out=rows[: len(sizes)])
+    return rows
+
+
+def runs(items: npt.NDArray[np.integer], starts: IntArray, width: int) -> npt.NDArray[np.integer]:
+    """[n, width] what lies in ``items`` from each of ``starts`` on; behind the last item, zeros."""
+    if len(starts) and starts.max() + width > len(items):
+        items = np.concatenate([items, np.zeros(width, items.dtype)])
+    # Rows that overlap in memory: whole runs are copied, five times as fast as item by item.
+    rows: npt.NDArray[np.integer] = np.lib.stride_tricks.as_strided(
+        items, (max(0, len(items) - width + 1), width), items.strides * 2, writeable=False
+    )
+    return rows[starts]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
-from mltfr_dist.schema import Section
+from mltfr_dist.schema import Count, Section
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, SCHEMA_VERSION)
 MANIFEST_NAME = "manifest.json"
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 """A file name without any folder, so that a manifest never points outside its own folder."""
@@ -24,11 +26,14 @@ class ShardInfo(Section):
     """One tar file."""
 
     file: PlainName
-    num_sequences: int
-    num_blocks: int
-    num_items: int = Field(description="Items of all its sequences together.")
-    bytes: int
+    num_sequences: Count
+    num_blocks: Count
+    num_items: Count = Field(description="Items of all its sequences together.")
+    bytes: Count
     sha256: str
+    lengths: tuple[tuple[int, int], ...] | None = Field(
+        None, description="(items, number of sequences with as many), ascending. Manifests of version 1 have none."
+    )
 
 
 class SplitInfo(Section):
@@ -36,8 +41,26 @@ class SplitInfo(Section):
 
     num_sequences: int
     num_items: int = Field(description="Items of all its sequences together, targets included.")
-    max_length: int
+    max_length: int = Field(description="Items of its longest sequence.")
     shards: tuple[ShardInfo, ...]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> SplitInfo:
+        for name in ("num_sequences", "num_items"):
+            total = sum(getattr(shard, name) for shard in self.shards)
+            if total != getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, but its shards have {total}")
+        for name in ("file", "sha256"):  # the same content twice would give its sequences twice
+            values = [getattr(shard, name) for shard in self.shards]
+            if len(set(values)) < len(values):
+                raise ValueError(f"two shards have the same {name}, {max(values, key=values.count)}")
+        return self
+
+    def without(self, files: Collection[str]) -> SplitInfo:
+        """The split without some of its shards."""
+        kept = tuple(shard for shard in self.shards if shard.file not in files)
+        sums = {name: sum(getattr(shard, name) for shard in kept) for name in ("num_sequences", "num_items")}
+        return SplitInfo(**sums, max_length=self.max_length, shards=kept)
 
 
 class SourceInfo(Section):
@@ -96,11 +119,38 @@ class Manifest(Section):
         return splits
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """Read `manifest.json` and see that every file it lists is there, shards with their size (a fast check).
+def load_manifest(folder: Path, *, left_out: Collection[str] = ()) -> Manifest:
+    """:func:`read_manifest`, and a look whether every file it lists is there, shards with their size (a fast check).
+
+    Args:
+        folder: the prepared folder.
+        left_out: shard files that count as if they had never been written.
 
     Raises:
-        DataError: no manifest, malformed, another schema version, a file missing or of another size.
+        DataError: as read_manifest, a file missing or of another size, or shards left out that there are not.
+    """
+    manifest = read_manifest(folder)
+    unknown = set(left_out) - {shard.file for shard in all_shards(manifest)}
+    if unknown:
+        raise DataError(
+            f"{folder} has no shard {', '.join(sorted(unknown))} that could be left out.", remedy="Correct data.left_out."
+        )
+    if left_out:
+        splits = {name: split.without(left_out) for name, split in manifest.splits.items()}
+        manifest = manifest.model_copy(update={"splits": splits})
+    for name in manifest.files:
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name} is missing, though the manifest lists it.", remedy=_REMEDY)
+    for shard in all_shards(manifest):
+        check_size(folder / shard.file, shard)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json` and look at nothing else.
+
+    Raises:
+        DataError: there is none, it is malformed, or of another schema version.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -110,39 +160,34 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         values = _json_object(path.read_bytes())
         version = values.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version not in READABLE_VERSIONS:
             raise DataError(
-                f"{path} has schema version {version}; this program reads version {SCHEMA_VERSION}.",
+                f"{path} has schema version {version}; this program reads versions {' and '.join(map(str, READABLE_VERSIONS))}.",
                 remedy="Run `mltfr prepare` again with this version, into a new folder.",
             )
-        manifest = Manifest.model_validate(values)
+        return Manifest.model_validate(values)
     except ValueError as error:  # also of JSON, of UTF-8 and of pydantic
         reason = error.errors()[0] if isinstance(error, ValidationError) else str(error)
         if isinstance(reason, dict):
             reason = f"`{'.'.join(map(str, reason['loc']))}`: {reason['msg']}"
         raise DataError(f"{path} is malformed: {reason}.", remedy=_REMEDY) from None
-    for name in manifest.files:
-        if not (folder / name).is_file():
-            raise DataError(f"{folder / name} is missing, though the manifest lists it.", remedy=_REMEDY)
-    for shard in _all_shards(manifest):
-        check_size(folder / shard.file, shard)
-    return manifest
 
 
-def verify_folder(folder: Path) -> Manifest:
+def verify_folder(folder: Path, *, left_out: Collection[str] = ()) -> Manifest:
     """:func:`load_manifest`, and every listed file read through and compared with its sha256.
 
     Raises:
         DataError: as load_manifest, and for a file whose content has changed.
     """
-    manifest = load_manifest(folder)
-    hashes = manifest.files | {shard.file: shard.sha256 for shard in _all_shards(manifest)}
+    manifest = load_manifest(folder, left_out=left_out)
+    hashes = manifest.files | {shard.file: shard.sha256 for shard in all_shards(manifest)}
     for name, expected in hashes.items():
         check_hash(folder / name, file_sha256(folder / name), expected)
     return manifest
 
 
-def _all_shards(manifest: Manifest) -> list[ShardInfo]:
+def all_shards(manifest: Manifest) -> list[ShardInfo]:
+    """The shards of every split."""
     return [shard for split in manifest.splits.values() for shard in split.shards]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import webdataset
+from numpy.lib import format as npy
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from mltfr_dist.data.manifest import (
@@ -33,6 +35,7 @@ from mltfr_dist.data.manifest import (
     load_manifest,
     verify_folder,
 )
+from mltfr_dist.data.reading import PATIENT, Patience, read_patiently
 from mltfr_dist.files import file_sha256
 
 __all__ = [
@@ -143,6 +146,7 @@ def write_split(
                 num_items=sum(len(block.items) for block in blocks),
                 bytes=path.stat().st_size,
                 sha256=file_sha256(path),
+                lengths=_count_lengths(blocks),
             )
         )
         max_length = max(max_length, *(int(block.lengths.max()) for block in blocks))
@@ -152,6 +156,11 @@ def write_split(
         max_length=max_length,
         shards=tuple(shards),
     )
+
+
+def _count_lengths(blocks: list[PackedSequences]) -> tuple[tuple[int, int], ...]:
+    lengths, sequences = np.unique(np.concatenate([block.lengths for block in blocks]), return_counts=True)
+    return tuple(zip(lengths.tolist(), sequences.tolist()))
 
 
 def _pack(rows: Rows, per_block: int) -> Iterator[PackedSequences]:
@@ -221,32 +230,38 @@ def _to_npy(array: np.ndarray) -> bytes:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_shard(folder: Path, info: ShardInfo, *, num_items: int) -> PackedSequences:
-    """Read one shard whole, verified before use: size, sha256, counts, offsets, id range.
+def read_shard(folder: Path, info: ShardInfo, *, num_items: int, patience: Patience = PATIENT) -> PackedSequences:
+    """Read one shard whole, verified before use: size, sha256, keys, counts, offsets, id range.
 
     Args:
         folder: the prepared folder.
         info: the shard's entry in the manifest.
         num_items: greatest valid item id.
+        patience: how often and how long to try.
 
     Raises:
-        DataError: the shard is missing or differs from its entry in any way.
+        DataError: the shard is missing, cannot be read or differs from its entry in any way.
     """
     path = folder / info.file
     check_size(path, info)
-    content = path.read_bytes()  # hashed and parsed from the same bytes: the file cannot change in between
+    content = read_patiently(path, patience)  # hashed and parsed from the same bytes: the file cannot change in between
     check_hash(path, hashlib.sha256(content).hexdigest(), info.sha256)
     source = [{"url": path.name, "stream": io.BytesIO(content)}]
     samples = webdataset.DataPipeline(lambda: iter(source), tar_file_expander, group_by_keys)
+    blocks: dict[str, PackedSequences] = {}
     try:
-        blocks = [_decode_block(path, sample, num_items) for sample in samples]
-    except (tarfile.TarError, ValueError, EOFError) as error:
+        for sample in samples:
+            key = sample["__key__"]
+            if key in blocks:
+                raise damaged(path, f"it holds block {key} twice")
+            blocks[key] = _decode_block(path, sample, num_items)
+    except (tarfile.TarError, ValueError, EOFError, SyntaxError) as error:
         raise damaged(path, str(error.args[0] if error.args else error)) from None
-    found = (len(blocks), sum(map(len, blocks)), sum(len(block.items) for block in blocks))
+    found = (len(blocks), sum(map(len, blocks.values())), sum(len(block.items) for block in blocks.values()))
     expected = (info.num_blocks, info.num_sequences, info.num_items)
     if found != expected or not blocks:
         raise damaged(path, f"(blocks, sequences, items) are {found}, the manifest says {expected}")
-    return PackedSequences.concatenate(blocks)
+    return PackedSequences.concatenate(list(blocks.values()))
 
 
 def _decode_block(path: Path, sample: dict[str, Any], num_items: int) -> PackedSequences:
@@ -254,8 +269,7 @@ def _decode_block(path: Path, sample: dict[str, Any], num_items: int) -> PackedS
     names = {name for name in sample if not name.startswith("__")}
     if names != set(PARTS):
         raise damaged(path, f"block {key} holds {sorted(names)}, not {sorted(PARTS)}")
-    # allow_pickle=False: a pickled array would run code of whoever wrote it.
-    items, offsets, users = (np.load(io.BytesIO(sample[name]), allow_pickle=False) for name in PARTS)
+    items, offsets, users = (_from_npy(sample[name]) for name in PARTS)
     for name, array in zip(PARTS, (items, offsets, users)):
         if array.ndim != 1 or array.dtype.kind != "u":
             raise damaged(path, f"block {key}: {name} is {array.dtype}{list(array.shape)}, not a flat unsigned array")
@@ -264,3 +278,22 @@ def _decode_block(path: Path, sample: dict[str, Any], num_items: int) -> PackedS
     if len(items) and not 1 <= items.min() <= items.max() <= num_items:
         raise damaged(path, f"block {key}: item ids are {items.min()}..{items.max()}, not within 1..{num_items}")
     return PackedSequences(items, offsets.astype(np.int64), users)
+
+
+def _from_npy(content: bytes) -> np.ndarray:
+    """The array of an npy file, a view of its bytes. No size that its header claims is believed, and no code of it run.
+
+    Raises:
+        ValueError: malformed, of objects, or the header claims another size than there is.
+    """
+    stream = io.BytesIO(content)
+    read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(npy.read_magic(stream))
+    if read_header is None:
+        raise ValueError("an npy member is of an unknown version")
+    shape, _, dtype = read_header(stream)
+    if dtype.hasobject:
+        raise ValueError("an npy member holds objects, which only running code could load (allow_pickle=False)")
+    claimed, there = math.prod(shape) * dtype.itemsize, len(content) - stream.tell()
+    if claimed != there:
+        raise ValueError(f"an npy member claims {claimed:,} bytes and has {there:,}")
+    return np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape)

@@ -1,13 +1,12 @@
 """Shards to batches: exact, deterministic, resumable.
 
-The order of an epoch depends on (seed, epoch) alone: the order of shards is shuffled, and the sequences of
-``shuffle_shards`` consecutive shards (a *window*) are shuffled together. Global batch s is the s-th run of
-``global_batch_size`` sequences of that order, at any world size. Ranks deal out its sequences among themselves by
-length, so each has the same number of steps and nearly the same work; each sequence comes exactly once an epoch, and
-the last batch is filled with empty rows, which weigh nothing.
+The order of an epoch depends on (seed, epoch) alone (see order.py). Global batch s holds the same samples at any world size
+and with any number of loader workers. Ranks deal out its samples among themselves by length, so each has the same number of
+steps and nearly the same work; each sample comes exactly once an epoch, and the last batch is filled with empty rows, which
+weigh nothing, or left out.
 
-As an epoch's order is a function, a stream's whole state is (epoch, step): resuming skips through the index of shard
-sizes and reads nothing that is not needed.
+As an epoch's order is a function, a stream's whole state is (epoch, step), and any step can be made by itself: resuming skips
+through the index of shard sizes and reads nothing that is not needed, and loader workers share nothing.
 """
 
 from __future__ import annotations
@@ -18,16 +17,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from mltfr_dist.config import DataConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
-from mltfr_dist.data.collate import Collator, Objective, Step, last_items
-from mltfr_dist.data.shards import Manifest, PackedSequences, ShardInfo, load_manifest, read_shard
+from mltfr_dist.data.collate import Collator, Objective, Samples, Step, padded_rows
+from mltfr_dist.data.loader import steps_from_workers
+from mltfr_dist.data.order import EpochOrder, IntArray, samples_by_shard
+from mltfr_dist.data.reading import Patience
+from mltfr_dist.data.shards import Manifest, PackedSequences, load_manifest, read_shard
 from mltfr_dist.errors import ConfigError
 
-IntArray = npt.NDArray[np.int64]
 NEXT_ITEM = Objective()
 
 
@@ -67,7 +67,7 @@ class StepBatches(NamedTuple):
     num_positions: int
     """Real positions that are read in the global batch."""
     num_sequences: int
-    """Sequences of the global batch."""
+    """Samples of the global batch."""
 
 
 class TrainStream:
@@ -84,7 +84,8 @@ class TrainStream:
         manifest: Manifest | None = None,
     ) -> None:
         self.folder, self.config, self.part, self.seed, self.objective = folder, config, part, seed, objective
-        self.manifest = manifest or load_manifest(folder)
+        self.manifest = manifest or load_manifest(folder, left_out=config.left_out)
+        self._patience = Patience(config.read_attempts, config.read_timeout)
         self.split = self.manifest.splits["train"]
         if self.split.num_sequences < part.world_size:
             raise ConfigError(
@@ -99,88 +100,131 @@ class TrainStream:
                 remedy="Choose loss.contrast_group so that it divides training.micro_batch_size (or global_batch_size / ranks).",
             )
         self.collator = Collator(objective, config.max_len, self.manifest.num_items, seed, part.micro_batch_size)
-        self._loaded: dict[int, PackedSequences] = {}
+        self._counts = samples_by_shard(self.split, config.max_len, config.long_histories, folder)
+        if not self.steps_per_epoch:
+            raise ConfigError(
+                f"An epoch of {self.num_samples} samples has no whole batch of {part.global_batch_size}.",
+                rule="data.last_batch=drop leaves out the last batch if it is not full.",
+                remedy="Lower training.global_batch_size, or set data.last_batch=pad.",
+            )
+        self._order: EpochOrder | None = None
+        self._windows: dict[int, Samples] = {}
+        self._pool: tuple[int, list[IntArray]] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch: training sequences, or the sliding windows that they are cut into."""
+        return int(self._counts.sum())
 
     @property
     def steps_per_epoch(self) -> int:
         """Updates in one epoch, the same for every rank."""
-        return -(-self.split.num_sequences // self.part.global_batch_size)
+        whole, rest = divmod(self.num_samples, self.part.global_batch_size)
+        return whole + (rest > 0 and self.config.last_batch == "pad")
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatches]:
         """This rank's share of each global batch, from ``start_step`` on.
 
         Raises:
-            DataError: A shard is damaged (before any of its sequences is used).
+            DataError: A shard is damaged (before any of its sequences is used), or a loader worker has died.
         """
-        size = self.part.global_batch_size
-        for step, (sequences, sample_ids) in enumerate(self._global_batches(epoch, start_step * size), start_step):
-            assert step < self.steps_per_epoch
-            yield self._deal(Step(sequences, sample_ids, epoch, step))
+        steps = range(start_step, self.steps_per_epoch)
+        if self.config.num_workers:
+            yield from steps_from_workers(lambda step: self.step(epoch, step), steps, self.config.num_workers)
+        else:
+            for step in steps:
+                yield self.step(epoch, step)
+
+    def step(self, epoch: int, step: int) -> StepBatches:
+        """This rank's share of one global batch. Fastest where steps are asked for in order.
+
+        Raises:
+            DataError: A shard is damaged.
+        """
+        if self._order is None or self._order.epoch != epoch:
+            self._order = EpochOrder(self._counts, self.config.shuffle_shards, self.seed, epoch)
+            self._windows, self._pool = {}, None
+        places = self._places(self._order, step)
+        return self._deal(Step(self._samples(self._order, places), places, epoch, step))
 
     # --- order -------------------------------------------------------------------------------------------------
 
     def windows(self, epoch: int) -> list[list[int]]:
         """Shard numbers of each window of ``epoch``, in order."""
-        order = np.random.default_rng((self.seed, epoch, 0)).permutation(len(self.split.shards))
-        width = self.config.shuffle_shards
-        return [sorted(order[i : i + width].tolist()) for i in range(0, len(order), width)]
+        return EpochOrder(self._counts, self.config.shuffle_shards, self.seed, epoch).windows
 
-    def _global_batches(self, epoch: int, start: int) -> Iterator[tuple[PackedSequences, IntArray]]:
-        """Global batches from the ``start``-th sequence of the epoch on, with their sequences' places in the order."""
-        size, place = self.part.global_batch_size, 0
-        rest: PackedSequences | None = None
-        for number, shards in enumerate(self.windows(epoch)):
-            count = sum(self.split.shards[i].num_sequences for i in shards)
-            skip = max(0, min(start - place, count))
-            place += skip
-            if skip == count:
-                continue
-            order = np.random.default_rng((self.seed, epoch, 1, number)).permutation(count)[skip:]
-            window = self._window(shards)
-            taken = 0
-            while taken < len(order):
-                missing = size - (len(rest) if rest is not None else 0)
-                part = window.take(order[taken : taken + missing])
-                taken += len(part)
-                rest = part if rest is None else PackedSequences.concatenate([rest, part])
-                if len(rest) == size:
-                    yield rest, np.arange(place, place + size)
-                    place, rest = place + size, None
-        if rest is not None:
-            yield rest, np.arange(place, place + len(rest))
+    def _places(self, order: EpochOrder, step: int) -> IntArray:
+        """Places of global batch ``step``."""
+        size, per_pool = self.part.global_batch_size, self.config.length_pool
+        used = min(self.num_samples, self.steps_per_epoch * size)
+        if per_pool == 1:
+            return np.arange(step * size, min((step + 1) * size, used))
+        pool, first = step // per_pool, step // per_pool * per_pool * size
+        if self._pool is None or self._pool[0] != pool:
+            places = np.arange(first, min(first + per_pool * size, used))
+            self._pool = pool, order.grouped(pool, self._samples(order, places).lengths, size)
+        return first + self._pool[1][step % per_pool]
 
-    def _window(self, shards: list[int]) -> PackedSequences:
-        kept = {i: self._loaded[i] for i in shards if i in self._loaded}
-        self._loaded = kept  # what is not in this window goes before the next shards come
-        for i in shards:
-            if i not in kept:
-                kept[i] = read_shard(self.folder, self.split.shards[i], num_items=self.manifest.num_items)
-        return PackedSequences.concatenate([kept[i] for i in shards])
+    def _samples(self, order: EpochOrder, places: IntArray) -> Samples:
+        """What lies at ``places``; the windows that hold them stay loaded until others are asked for."""
+        numbers = order.window_of(places)
+        needed = np.unique(numbers).tolist()
+        if self.config.length_pool == 1 or not set(needed) <= self._windows.keys():
+            self._windows = {number: window for number, window in self._windows.items() if number in needed}
+        for number in needed:
+            if number not in self._windows:
+                self._windows[number] = self._window(order, number)
+        within = places - order.starts[numbers]
+        if len(needed) == 1:
+            return self._windows[needed[0]].take(within)
+        parts = [np.flatnonzero(numbers == number) for number in needed]
+        joined = Samples.join([self._windows[number].take(within[part]) for number, part in zip(needed, parts)])
+        return joined.take(np.argsort(np.concatenate(parts)))
+
+    def _window(self, order: EpochOrder, number: int) -> Samples:
+        """All samples of a window, in the order of its places."""
+        infos = [self.split.shards[i] for i in order.windows[number]]
+        num_items, patience = self.manifest.num_items, self._patience
+        sequences = PackedSequences.concatenate(
+            [read_shard(self.folder, info, num_items=num_items, patience=patience) for info in infos]
+        )
+        return Samples.of(sequences, self.config.max_len, self.config.long_histories).take(order.permutation(number))
 
     # --- batches -----------------------------------------------------------------------------------------------
 
     def _deal(self, step: Step) -> StepBatches:
-        """Deal out groups of sequences of like length to the ranks in turn."""
-        by_length = np.argsort(-np.diff(step.sequences.offsets), kind="stable")
-        group, micro = self.objective.group_size, self.part.micro_batch_size
-        groups = [by_length[i : i + group] for i in range(0, len(by_length), group)]
-        mine = np.concatenate([by_length[:0], *groups[self.part.rank :: self.part.world_size]])
+        """Deal out groups of samples of like length to the ranks in turn."""
+        histories = step.samples.history_ends - step.samples.history_starts
+        by_length = np.lexsort((-histories, -step.samples.lengths))
+        micro = self.part.micro_batch_size
+        turn = np.arange(len(by_length)) // self.objective.group_size % self.part.world_size
+        mine = by_length[turn == self.part.rank]
         num_targets, num_positions = self.collator.counts(step)
         shares = [mine[i * micro : (i + 1) * micro] for i in range(self.part.grad_accum_steps)]
         batches = [self.collator.batch(step, share) for share in shares]
-        return StepBatches(batches, num_targets, num_positions, len(step.sequences))
+        return StepBatches(batches, num_targets, num_positions, len(step.sample_ids))
 
 
 class RankingStream:
     """Batches of one rank for full ranking of a split ("valid" or "test").
 
-    Batch i holds the same users at any world size and goes to rank i mod world_size; ranks that run out get batches of
-    empty rows, so that all take part in every collective.
+    Batch i holds the same users at any world size, and each rank has a run of consecutive batches, so that it reads only the
+    shards that hold them; ranks that run out get batches of empty rows, so that all take part in every collective.
     """
 
-    def __init__(self, folder: Path, split: str, *, max_len: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        max_len: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        left_out: tuple[str, ...] = (),
+    ) -> None:
         self.folder, self.max_len, self.batch_size, self.rank, self.world_size = folder, max_len, batch_size, rank, world_size
-        self.manifest = load_manifest(folder)
+        self.manifest = load_manifest(folder, left_out=left_out)
         self.split = self.manifest.splits[split]
 
     @property
@@ -191,39 +235,40 @@ class RankingStream:
     def __iter__(self) -> Iterator[RankingBatch]:
         batches = -(-self.num_users // self.batch_size)
         rounds = -(-batches // self.world_size)
-        given = 0
-        for number, sequences in enumerate(self._batches(self.split.shards)):
-            if number % self.world_size == self.rank:
-                given += 1
-                yield ranking_batch(sequences, self.max_len)
+        first = self.rank * rounds
+        given = max(0, min(rounds, batches - first))
+        for sequences in self._batches(first, first + given):
+            yield ranking_batch(sequences, self.max_len)
         for _ in range(rounds - given):
             empty = torch.zeros(0, dtype=torch.int64)
             yield RankingBatch(torch.zeros(1, 1, dtype=torch.int64), torch.full((1,), PADDING_IDX), empty, empty)
 
-    def _batches(self, shards: tuple[ShardInfo, ...]) -> Iterator[PackedSequences]:
-        rest: list[PackedSequences] = []
-        for info in shards:
-            rest.append(read_shard(self.folder, info, num_items=self.manifest.num_items))
-            whole = PackedSequences.concatenate(rest)
-            full = len(whole) // self.batch_size * self.batch_size
-            for start in range(0, full, self.batch_size):
-                yield whole.take(np.arange(start, start + self.batch_size))
-            rest = [whole.take(np.arange(full, len(whole)))]
-        if rest and len(rest[0]):
-            yield rest[0]
+    def _batches(self, first: int, end: int) -> Iterator[PackedSequences]:
+        """Batches ``first`` up to ``end``, reading a shard when its first user is due."""
+        starts = np.cumsum([0, *(info.num_sequences for info in self.split.shards)])
+        loaded: dict[int, PackedSequences] = {}
+        for batch in range(first, end):
+            users = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_users))
+            shards = np.searchsorted(starts, users, side="right") - 1
+            needed = np.unique(shards).tolist()
+            loaded = {number: loaded[number] for number in needed if number in loaded}
+            for number in needed:
+                if number not in loaded:
+                    loaded[number] = read_shard(self.folder, self.split.shards[number], num_items=self.manifest.num_items)
+            yield PackedSequences.concatenate([loaded[i].take(users[shards == i] - starts[i]) for i in needed])
 
 
 def ranking_batch(sequences: PackedSequences, max_len: int) -> RankingBatch:
     """Sequences whose last item is the target -> a batch of their last ``max_len`` history items."""
     everyone = np.arange(len(sequences))
-    sizes = np.diff(sequences.offsets)
-    recent = last_items(sequences, everyone, max_len + 1, len(sequences))
-    kept = np.minimum(sizes, max_len + 1)
+    starts, ends = sequences.offsets[:-1], sequences.offsets[1:]
+    kept = np.minimum(ends - starts, max_len + 1)
+    recent = padded_rows(sequences.items, ends - kept, ends, len(sequences))
     targets = recent[everyone, kept - 1].copy()
     recent[everyone, kept - 1] = PADDING_IDX
-    rows = np.repeat(everyone, sizes)
+    rows = np.repeat(everyone, ends - starts)
     is_history = np.ones(len(sequences.items), dtype=bool)
-    is_history[sequences.offsets[1:] - 1] = False
+    is_history[ends - 1] = False
     return RankingBatch(
         torch.from_numpy(recent[:, : max(1, recent.shape[1] - 1)].copy()),
         torch.from_numpy(targets),

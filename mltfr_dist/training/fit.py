@@ -30,6 +30,7 @@ from mltfr_dist.training.inputs import (
     build_model,
     check_division,
     consensus_tables,
+    leave_out_bad_shards,
     load_inputs,
     load_model,
     ranking_stream,
@@ -60,6 +61,7 @@ def fit(config: RunConfig, *, resume: bool = True) -> list[Result]:
     """
     ranks = start_ranks(config.training.threads, config.training.hang_seconds)
     with watched(ranks.rank, config.training.hang_seconds), stop_signals(), lost_ranks_told():
+        config = leave_out_bad_shards(config, ranks)
         inputs = check_all(config, ranks, resume=resume)
         return run(config, inputs, ranks)
 
@@ -79,7 +81,7 @@ def check_all(config: RunConfig, ranks: Ranks, *, resume: bool) -> Inputs:
         check_division(config.mltfr, part, zero_stage)
         train_stream(config, part)
         if ranks.is_main:
-            verify_folder(config.data.path)
+            verify_folder(config.data.path, left_out=config.data.left_out)
         return inputs
 
     def take() -> None:

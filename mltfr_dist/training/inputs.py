@@ -12,11 +12,14 @@ import torch
 from mltfr_dist.config import FilterConfig, MLTFRConfig, RunConfig
 from mltfr_dist.data.augment import ViewRatios
 from mltfr_dist.data.collate import Objective
+from mltfr_dist.data.manifest import all_shards, read_manifest
+from mltfr_dist.data.quarantine import find_bad_shards, loss_report
+from mltfr_dist.data.reading import Patience
 from mltfr_dist.data.shards import Manifest, load_manifest
 from mltfr_dist.data.stream import Part, RankingStream, TrainStream
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.errors import CheckpointError, ConfigError
+from mltfr_dist.errors import CheckpointError, ConfigError, DataError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.recommender import Recommender
@@ -56,7 +59,7 @@ def load_inputs(config: RunConfig) -> Inputs:
         DataError: Missing or damaged data or tables.
         ConfigError: Tables and filter, or data and item tokens, that do not go together.
     """
-    manifest = load_manifest(config.data.path)
+    manifest = load_manifest(config.data.path, left_out=config.data.left_out)
     stored = tuple(load_table(path) for path in config.mltfr.tables) if config.mltfr.enabled else ()
     tables = tuple(with_content(table, config.mltfr.table_content, config.training.seed) for table in stored)
     features = item_features(config, tables)
@@ -75,6 +78,29 @@ def load_inputs(config: RunConfig) -> Inputs:
         consensus_tables(config.mltfr, tables)
     hashes = {"data": file_sha256(config.data.path / "manifest.json")} | {table.name: table.sha256 for table in tables}
     return Inputs(manifest, tables, hashes, features)
+
+
+def leave_out_bad_shards(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """With `data.on_bad_shard=quarantine`: the run without every shard that any rank finds bad; all ranks must call.
+
+    Raises:
+        DataError: No manifest, or a split of which nothing would remain.
+    """
+    if config.data.on_bad_shard == "stop":
+        return config
+    folder, error, vector = config.data.path, None, torch.zeros(0)
+    try:
+        manifest = read_manifest(folder)
+        bad = find_bad_shards(folder, manifest, Patience(config.data.read_attempts, config.data.read_timeout))
+        files = [shard.file for shard in all_shards(manifest)]
+        vector = torch.tensor([float(file in bad or file in config.data.left_out) for file in files])
+    except DataError as caught:
+        error = caught
+    ranks.first_error(error)
+    left_out = {f: bad.get(f, "as another rank or the configuration says") for f, on in zip(files, ranks.max(vector)) if on}
+    if left_out:
+        ranks.say(loss_report(folder, manifest, left_out))
+    return config.model_copy(update={"data": config.data.model_copy(update={"left_out": tuple(sorted(left_out))})})
 
 
 def check_filter(config: FilterConfig, table: TokenTable) -> None:
@@ -220,6 +246,7 @@ def ranking_stream(config: RunConfig, split: str, ranks: Ranks) -> RankingStream
         batch_size=config.evaluation.batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        left_out=config.data.left_out,
     )
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +18,12 @@ from mltfr_dist.config import DataConfig, PrepareConfig
 from mltfr_dist.data.augment import ViewRatios
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
 from mltfr_dist.data.collate import Objective
+from mltfr_dist.data.order import EpochOrder
 from mltfr_dist.data.prepare import prepare
 from mltfr_dist.data.shards import PackedSequences, load_manifest, read_shard
 from mltfr_dist.data.stream import Part, RankingStream, StepBatches, TrainStream
-from mltfr_dist.errors import ConfigError
+from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.models.packing import Packing
 
 NUM_USERS, PER_SHARD, WINDOW = 43, 6, 2
 WHOLE = 64
@@ -61,9 +67,10 @@ def stream(
     num_negatives: int = 0,
     window: int = WINDOW,
     objective: Objective | None = None,
+    **data: object,
 ) -> TrainStream:
     part = Part(rank, world, size, micro or size // world)
-    config = DataConfig(path=folder, max_len=max_len, shuffle_shards=window)
+    config = DataConfig(path=folder, max_len=max_len, shuffle_shards=window, **data)
     return TrainStream(
         folder, config, part, seed=seed, objective=Objective(num_negatives=num_negatives) if objective is None else objective
     )
@@ -201,9 +208,7 @@ def test_resuming_reads_no_shard_that_is_not_needed(folder: Path, monkeypatch: p
     from mltfr_dist.data import stream as module
 
     read: list[str] = []
-    monkeypatch.setattr(
-        module, "read_shard", lambda f, info, num_items: (read.append(info.file), read_shard(f, info, num_items=num_items))[1]
-    )
+    monkeypatch.setattr(module, "read_shard", lambda f, info, **keys: (read.append(info.file), read_shard(f, info, **keys))[1])
     resumed = stream(folder, 6)
     list(resumed.epoch(0, 6))  # from sequence 36 of 43
     last = {resumed.split.shards[i].file for i in (resumed.windows(0)[2] + resumed.windows(0)[3])}
@@ -294,7 +299,8 @@ def test_ranking_holds_each_user_once_and_the_same_batches_at_any_world_size(
     ]
     assert len({len(batches) for batches in ranks}) == 1  # the same number of collectives
     for number, batch in enumerate(alone):
-        assert all(torch.equal(a, b) for a, b in zip(batch, ranks[number % world][number // world], strict=True))
+        mine = ranks[number // len(ranks[0])][number % len(ranks[0])]
+        assert all(torch.equal(a, b) for a, b in zip(batch, mine, strict=True))
     users = [user for batches in ranks for batch in batches for user in ranked(batch)]
     assert sorted(users) == sorted((s[:-1], s[-1], s[:-1]) for s in stored(folder, split))
     assert all(len(batch.target_ids) == batch_size for batch in alone[:-1])
@@ -394,3 +400,181 @@ def test_a_group_that_does_not_fit_a_micro_batch_is_an_error(folder: Path) -> No
         stream(folder, 8, 0, 2, 4, objective=Objective(views=RATIOS, group_size=3))
     assert "one micro-batch" in caught.value.rule
     assert "loss.contrast_group" in caught.value.remedy
+
+
+# --- loader workers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_are_equal_with_any_number_of_loader_workers(folder: Path, world: int, workers: int) -> None:
+    for rank in range(world):
+        keys = {"num_negatives": 2, "length_pool": 2}
+        alone = list(stream(folder, 8, rank, world, 2, **keys).epoch(1, 1))
+        assert same(list(stream(folder, 8, rank, world, 2, num_workers=workers, **keys).epoch(1, 1)), alone)
+
+
+def test_any_step_can_be_made_by_itself(folder: Path) -> None:
+    used = stream(folder, 8, length_pool=2)
+    whole = list(used.epoch(1))
+    for number in (5, 0, 3, 2, 4, 1):
+        assert same([used.step(1, number)], [whole[number]])
+        assert same([stream(folder, 8, length_pool=2).step(1, number)], [whole[number]])
+
+
+def test_a_killed_worker_ends_the_epoch_with_a_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = TrainStream.step
+
+    def killed(self: TrainStream, epoch: int, step: int) -> StepBatches:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made(self, epoch, step)
+
+    monkeypatch.setattr(TrainStream, "step", killed)  # forked workers inherit it
+    with pytest.raises(DataError, match="A loader worker has died") as caught:
+        list(stream(folder, 4, num_workers=2).epoch(0))
+    assert "out-of-memory" in caught.value.remedy
+
+
+def test_damage_met_by_a_worker_is_the_same_error(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    shard = copy / "train-000003.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    for workers in (0, 2):
+        with pytest.raises(DataError, match=r"train-000003\.tar is damaged: its sha256") as caught:
+            list(stream(copy, 4, num_workers=workers).epoch(0))
+        assert "prepare" in caught.value.remedy
+
+
+# --- last batch, long histories, length ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "pool"), [(1, 1), (2, 1), (2, 3)])
+def test_the_last_batch_can_be_left_out(folder: Path, world: int, pool: int) -> None:
+    keys = {"last_batch": "drop", "length_pool": pool}
+    ranks = [stream(folder, 8, rank, world, 2, **keys) for rank in range(world)]
+    assert {s.steps_per_epoch for s in ranks} == {5}
+    steps = [list(s.epoch(0)) for s in ranks]
+    ids = [row[0] for rank in steps for step in all_rows(rank) for row in step]
+    assert sorted(ids) == list(range(40))  # 43 sequences, 5 batches of 8
+    assert all(step.num_sequences == 8 for rank in steps for step in rank)
+    with pytest.raises(ConfigError, match="no whole batch of 64") as caught:
+        stream(folder, 64, last_batch="drop")
+    assert "last_batch=pad" in caught.value.remedy
+
+
+@pytest.mark.parametrize("max_len", [1, 3, 4, WHOLE])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_windows_hold_every_item_of_long_histories_once_as_a_target(folder: Path, max_len: int, pool: int) -> None:
+    keys = {"max_len": max_len, "long_histories": "windows", "num_negatives": 9, "length_pool": pool}
+    ranks = [stream(folder, 8, rank, 2, 2, **keys) for rank in range(2)]
+    expected = []
+    for items in stored(folder, "train"):
+        ends = range(len(items), 1, -max_len)
+        expected += [(items[max(0, end - 1 - max_len) : end - 1], items[max(0, end - 1 - max_len) + 1 : end]) for end in ends]
+    found = [row[1:] for s in ranks for step in all_rows(list(s.epoch(0))) for row in step]
+    assert sorted(found) == sorted(expected)
+    assert ranks[0].num_samples == len(expected)
+    assert sum(len(targets) for _, targets in found) == sum(len(items) - 1 for items in stored(folder, "train"))
+    histories = [set(items) for items in stored(folder, "train")]
+    for batch in (b for s in ranks for step in s.epoch(0) for b in step.micro_batches):
+        for row, items, targets in zip(batch.negative_ids, batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True):
+            inside = set(items + targets) - {0}
+            if inside:  # outside some user's whole history, not only outside the window
+                assert any(inside <= history and not history & set(row.flatten().tolist()) for history in histories)
+
+
+def test_windows_of_an_older_manifest_are_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    values = json.loads((copy / "manifest.json").read_text())
+    values["schema_version"] = 1
+    for split in values["splits"].values():
+        for shard in split["shards"]:
+            del shard["lengths"]
+    (copy / "manifest.json").write_text(json.dumps(values))
+    assert same(list(stream(copy).epoch(0)), list(stream(folder).epoch(0)))
+    with pytest.raises(DataError, match="did not count the lengths") as caught:
+        stream(copy, long_histories="windows")
+    assert "prepare" in caught.value.remedy
+
+
+BEAUTY = {2: 0, 3: 7100, 4: 4420, 5: 2860, 6: 1950, 7: 1350, 8: 960, 10: 1200, 13: 900, 17: 600, 24: 500, 40: 300, 80: 200}
+"""About how many training histories of Amazon Beauty have how many items: 22,340 histories, 6.9 items on average."""
+
+
+def padding(steps: list[StepBatches], width: int | None = None) -> float:
+    """Share of padding among the positions of padded batches."""
+    batches = [batch.item_ids for step in steps for batch in step.micro_batches]
+    real = sum(int((b != PADDING_IDX).sum()) for b in batches)
+    return 1 - real / sum(b.shape[0] * (width or b.shape[1]) for b in batches)
+
+
+@pytest.fixture(scope="module")
+def like_beauty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("beauty")
+    random = np.random.default_rng(0)
+    lengths = random.permutation(np.repeat(list(BEAUTY), list(BEAUTY.values())))
+    lines = [f"u{u} " + " ".join(map(str, random.integers(0, 500, size=n + 2))) for u, n in enumerate(lengths)]
+    (root / "raw.txt").write_text("\n".join(lines) + "\n")
+    config = PrepareConfig(format="sequences", user_core=1, item_core=1, duplicates="keep", sequences_per_shard=1024)
+    prepare(str(root / "raw.txt"), root / "data", config, log=lambda _: None)
+    return root / "data"
+
+
+def test_little_padding_is_computed(like_beauty: Path) -> None:
+    plain = list(stream(like_beauty, 256, max_len=50).epoch(0))
+    pooled = list(stream(like_beauty, 256, micro=32, max_len=50, length_pool=16).epoch(0))
+    assert padding(plain, 50) > 0.8  # what plain padding to 50 costs
+    assert padding(plain) > 0.8
+    assert padding(pooled) < 0.1
+    sizes = {len(Packing(batch.item_ids).columns) for batch in plain[0].micro_batches}
+    assert sizes == {plain[0].num_positions}  # position-wise layers: nothing of the padding, at any setting
+    assert sorted(r[1:] for s in all_rows(pooled) for r in s) == sorted(r[1:] for s in all_rows(plain) for r in s)
+
+
+@pytest.mark.parametrize("pool", [2, 3, 50])
+def test_batches_of_like_length_are_exact_too(folder: Path, pool: int) -> None:
+    whole = list(stream(folder, 8, length_pool=pool, num_negatives=1).epoch(1))
+    assert sorted(row[0] for step in all_rows(whole) for row in step) == list(range(NUM_USERS))
+    for world in (2, 4):
+        ranks = [list(stream(folder, 8, rank, world, 2, length_pool=pool, num_negatives=1).epoch(1)) for rank in range(world)]
+        for number, step in enumerate(whole):
+            assert sorted(r for steps in ranks for r in all_rows(steps)[number]) == sorted(all_rows(whole)[number])
+            assert {steps[number][1:] for steps in ranks} == {step[1:]}
+    assert same(list(stream(folder, 8, length_pool=pool, num_negatives=1).epoch(1, 4)), whole[4:])
+
+    def spread(steps: list[StepBatches]) -> int:
+        sizes = [[len(history) for _, history, _ in rows] for rows in all_rows(steps)]
+        return sum(max(batch) - min(batch) for batch in sizes)
+
+    assert spread(whole) < 0.8 * spread(list(stream(folder, 8).epoch(1)))
+    lengths = [step.num_positions for step in list(stream(folder, 4, length_pool=50).epoch(0))]
+    assert lengths not in (sorted(lengths), sorted(lengths, reverse=True))  # the batches are shuffled again
+
+
+def test_the_shuffle_comes_close_to_a_full_one(like_beauty: Path) -> None:
+    """With 8 of 22 shards in a window: where a batch's samples lie in the store, against a full shuffle of all."""
+    order = EpochOrder(np.array([shard.num_sequences for shard in load_manifest(like_beauty).splits["train"].shards]), 8, 0, 0)
+    firsts = np.concatenate([[0], np.cumsum(order.counts)])
+    windows = [np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in shards]) for shards in order.windows]
+    stored_at = np.concatenate([window[order.permutation(n)] for n, window in enumerate(windows)])
+    total = len(stored_at)
+    assert sorted(stored_at) == list(range(total))
+    full = np.random.default_rng(1).permutation(total)
+
+    def spread(places: np.ndarray) -> float:
+        return float(np.mean([places[i : i + 256].std() for i in range(0, total - 256, 256)])) / total
+
+    def kept_neighbours(places: np.ndarray) -> float:
+        return float(np.mean(np.abs(np.diff(places)) == 1))
+
+    assert spread(full) == pytest.approx(12**-0.5, rel=0.02)
+    assert spread(stored_at) > 0.85 * spread(full)  # one shard alone would have 1 / 22 of it
+    assert kept_neighbours(stored_at) < 0.001  # a full shuffle keeps 0.0001, the stored order all
+    assert abs(np.corrcoef(stored_at, np.arange(total))[0, 1]) < 0.5
+    in_window = stored_at[: order.starts[1]].argsort().argsort()
+    assert abs(np.corrcoef(in_window, np.arange(len(in_window)))[0, 1]) < 0.05

@@ -244,7 +244,7 @@ def test_manifest_refusals(tmp_path):
     for content, words in [
         ("{", "malformed"),
         ("[]", "not a JSON object"),
-        (json.dumps(values | {"schema_version": 2}), "schema version 2; this program reads version 1"),
+        (json.dumps(values | {"schema_version": 3}), "schema version 3; this program reads versions 1 and 2"),
         (json.dumps(values | {"num_items": "many"}), "`num_items`"),
         (json.dumps(values | {"extra": 1}), "`extra`"),
         (json.dumps(values | {"splits": {}}), "must be exactly train, valid, test"),
