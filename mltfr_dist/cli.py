@@ -215,14 +215,21 @@ def command_export(options: argparse.Namespace) -> None:
 
 
 def command_report(options: argparse.Namespace) -> None:
-    """report.md of a finished run; for a matrix of runs (.parquet) means, intervals and paired differences."""
+    """report.md of a finished run; for matrices of runs (.parquet) means, intervals, paired differences, slices of users."""
     from mltfr_dist.training.matrix import summary
     from mltfr_dist.training.run_folder import REPORT, load_config
 
-    folder = Path(options.run)
-    if folder.suffix == ".parquet":
-        print(summary(folder))
+    paths = [Path(run) for run in options.run]
+    if all(path.suffix == ".parquet" for path in paths):
+        print(summary(paths))
         return
+    if len(paths) > 1:
+        raise ConfigError(
+            f"{len(paths)} names were given, not all of them matrices.",
+            rule="One run folder, or any number of .parquet files.",
+            remedy="Name one run at a time.",
+        )
+    (folder,) = paths
     load_config(folder)
     if not (folder / REPORT).exists():
         raise ConfigError(f"The run {folder} is not finished.", remedy=f"Go on: `python train.py --config {folder}/config.yaml`.")
@@ -274,7 +281,9 @@ def build_parser() -> argparse.ArgumentParser:
     exported.add_argument("output", help="folder to write; it must not exist")
 
     report = commands.add_parser("report", help="show a run's report, or a matrix's", description=command_report.__doc__)
-    report.add_argument("run", help="run folder, such as runs/demo, or a Parquet file that benchmarks/quality.py wrote")
+    report.add_argument(
+        "run", nargs="+", help="run folder, such as runs/demo, or Parquet files that benchmarks/quality.py wrote, taken together"
+    )
     return parser
 
 

@@ -1,7 +1,8 @@
 """A matrix of runs in one Parquet file: one row a run, and what can be said over its seeds.
 
-Columns: dataset, backbone, variant, seed, config_sha256, commit, stage, epoch, epochs, seconds, parameters, and each metric
-as ``valid/NDCG@10``, ``test/NDCG@10``, ``test/item_rare/NDCG@10``.
+Columns: dataset, backbone, variant, seed, config_sha256, commit, stage, epoch, epochs, seconds, parameters, the gate's
+``gate/entropy``, ``gate/largest_weight`` and ``gate/largest_top_share``, and each metric as ``valid/NDCG@10``,
+``test/NDCG@10``, ``test/item_rare/NDCG@10``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ KEY = ("dataset", "backbone", "variant", "seed")
 REFERENCES = ("bare", "random_tables")
 SHOWN = ("valid/NDCG@10", "test/NDCG@10", "test/HR@10")
 COMPARED = "test/NDCG@10"
+GATE = ("entropy", "largest_weight", "largest_top_share")
 Row = dict[str, Any]
 
 
@@ -45,6 +47,7 @@ def make_row(variant: str, config: RunConfig, result: Result, commit: str) -> Ro
         "commit": commit,
         **{name: getattr(result, name) for name in ("stage", "epoch", "epochs", "seconds", "parameters")},
     }
+    row |= {f"gate/{name}": result.routing[name] for name in GATE if result.routing}
     row |= {f"valid/{name}": value for name, value in result.valid.items()}
     row |= {f"test/{name}": value for name, value in result.test.items()}
     return row | {f"test/{s}/{name}": v for s, values in result.test_slices.items() for name, v in values.items()}
@@ -109,15 +112,28 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
-def summary(path: Path) -> str:
-    """Mean and interval over seeds per variant, and differences paired by seed.
+def summary(paths: Sequence[Path]) -> str:
+    """Mean and interval over seeds per variant, differences paired by seed, and means by slice of users.
+
+    Args:
+        paths: Matrices, taken together.
 
     Raises:
-        DataError: No matrix there, or an empty one.
+        DataError: No matrix there, an empty one, or a run that stands in two of them.
     """
-    rows = read_rows(path)
-    if not rows:
-        raise DataError(f"{path} does not exist or holds no row.", remedy="Fill it with benchmarks/quality.py.")
+    rows: list[Row] = []
+    for path in paths:
+        found = read_rows(path)
+        if not found:
+            raise DataError(f"{path} does not exist or holds no row.", remedy="Fill it with benchmarks/quality.py.")
+        rows += found
+    keys = [tuple(row[name] for name in KEY) for row in rows]
+    if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+        raise DataError(
+            f"{', '.join(map(str, twice[0]))} stands in the matrices more than once.",
+            rule="A run counts once.",
+            remedy="Leave out the file that holds it again.",
+        )
     lines = []
     for dataset, backbone in dict.fromkeys((row["dataset"], row["backbone"]) for row in rows):
         here = [row for row in rows if (row["dataset"], row["backbone"]) == (dataset, backbone)]
@@ -126,7 +142,24 @@ def summary(path: Path) -> str:
             table = differences(here, reference)
             if len(table) > 1:
                 lines += [f"{COMPARED}, difference to {reference}, paired by seed", "", *aligned(table), ""]
+        table = slice_means(here)
+        if len(table[0]) > 1:
+            lines += ["NDCG@10 by slice of the test users: thirds by the target's popularity and by length of history", ""]
+            lines += [*aligned(table), ""]
     return "\n".join(lines).rstrip()
+
+
+def slice_means(rows: Sequence[Row]) -> list[list[str]]:
+    """A table with a line a variant and a column a slice, with its number of users; one column where there are none."""
+    first = rows[0]
+    names = [name.split("/")[1] for name in first if name.startswith("test/") and name.endswith("/NDCG@10") and name != COMPARED]
+    users = [f"{first[f'test/{name}/users']:,.0f}" for name in names]
+    table = [["variant", *names], ["(users)", *users]] if names else [["variant"]]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        runs = [row for row in rows if row["variant"] == variant]
+        cells = [f"{math.fsum(row[f'test/{name}/NDCG@10'] for row in runs) / len(runs):.4f}" for name in names]
+        table.append([variant, *cells])
+    return table
 
 
 def means(rows: Sequence[Row]) -> list[list[str]]:

@@ -56,12 +56,33 @@ def test_differences_are_paired_by_seed(tmp_path: Path, capsys: pytest.CaptureFi
     assert "0.5000 +- 0.9937" in shown  # the unpaired spread of bare
 
 
+def test_several_matrices_are_taken_together_and_a_run_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = tmp_path / "one.parquet", tmp_path / "other.parquet"
+    slices = {
+        f"test/{name}/{metric}": value
+        for name in ("item_rare", "item_common")
+        for metric, value in (("NDCG@10", 0.2), ("users", 7.0))
+    }
+    for seed in (0, 1):
+        append_row(one, row("bare", seed, 0.1) | slices)
+        append_row(other, row("repaired", seed, 0.2) | slices | {"test/item_rare/NDCG@10": 0.3 + 0.2 * seed})
+    assert mltfr(["report", str(one), str(other)]) == 0
+    shown = capsys.readouterr().out
+    assert "differs" in shown
+    by_slice = shown.split("by slice")[1].splitlines()
+    assert next(line for line in by_slice if line.startswith("(users)")).split() == ["(users)", "7", "7"]
+    assert next(line for line in by_slice if line.startswith("repaired")).split() == ["repaired", "0.4000", "0.2000"]
+    with pytest.raises(DataError, match="stands in the matrices more than once"):
+        summary([one, one])
+    assert mltfr(["report", str(one), str(tmp_path)]) == 2
+
+
 @pytest.mark.parametrize("content", [None, "text"])
 def test_what_is_no_matrix(tmp_path: Path, content: str | None) -> None:
     if content:
         (tmp_path / "m.parquet").write_text(content)
     with pytest.raises(DataError, match=r"m\.parquet"):
-        summary(tmp_path / "m.parquet")
+        summary([tmp_path / "m.parquet"])
 
 
 @pytest.mark.parametrize(
@@ -77,6 +98,31 @@ def test_what_is_no_matrix(tmp_path: Path, content: str | None) -> None:
         ("one_table", {"mltfr.tables"}),
         ("consensus_off", {"mltfr.consensus.enabled", "training.epochs"}),
         ("consensus_zero", {"mltfr.consensus.weight"}),
+        (
+            "paper",
+            {
+                "mltfr.filter.query",
+                "mltfr.filter.weights",
+                "mltfr.filter.memory",
+                "mltfr.filter.noise",
+                "mltfr.filter.noise_in_evaluation",
+                "mltfr.filter.top_k",
+                "mltfr.filter.temperature",
+                "mltfr.filter.learn_temperature",
+                "mltfr.filter.shortlist_size",
+                "mltfr.train_tables",
+                "mltfr.expert.form",
+                "mltfr.router.balance_weight",
+                "mltfr.consensus.group",
+                "mltfr.consensus.fisher",
+                "mltfr.consensus.normalise_fisher",
+                "mltfr.consensus.random_in_stage_one",
+                "mltfr.consensus.fresh_start",
+            },
+        ),
+        ("without_user_memory", {"mltfr.filter.memory"}),
+        ("without_shared_core", {"mltfr.expert.form", "mltfr.consensus.group"}),
+        ("without_causal_filter", {"backbone.filter_scope"}),
         ("grounded", {"mltfr.item_tokens.source"}),
         ("grounded_random", {"mltfr.item_tokens.source", "mltfr.table_content"}),
     ],
