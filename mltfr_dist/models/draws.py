@@ -14,6 +14,7 @@ from mltfr_dist.data.batch import PADDING_IDX
 
 MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
 """Of splitmix64 (Steele et al. 2014), as signed numbers."""
+MULTIPLIERS32 = (0x7FEB352D, 0x846CA68B - (1 << 32))
 STEP = -7046029254386353131
 """2^64 / golden ratio, as a signed number."""
 LARGEST = (1 << 63) - 1
@@ -52,9 +53,22 @@ class GumbelNoise(NamedTuple):
         return self._values(self.keys, self.row_ids[places])
 
     def _values(self, keys: Tensor, row_ids: Tensor) -> Tensor:
-        words = mix(keys[:, None] ^ mix(row_ids * STEP))
-        uniform = (((words >> 40) & ((1 << 24) - 1)).float() + 0.5) * 2.0**-24
+        """Keys and rows are mixed in 64 bits, each pair in 32: a whole table for every user is drawn at each step."""
+        words = mix32(low_half(mix(keys))[:, None] ^ low_half(mix(row_ids * STEP)))
+        uniform = (((words >> 8) & ((1 << 24) - 1)).float() + 0.5) * 2.0**-24
         return self.scale * gumbel(uniform)
+
+
+def low_half(z: Tensor) -> Tensor:
+    """The lower 32 bits of int64, as int32."""
+    return z.view(torch.int32).view(*z.shape, 2)[..., 0]
+
+
+def mix32(z: Tensor) -> Tensor:
+    """A 32-bit finaliser (Wellons 2018, lowbias32) on int32, which wraps."""
+    z = (z ^ ((z >> 16) & 0xFFFF)) * MULTIPLIERS32[0]
+    z = (z ^ ((z >> 15) & 0x1FFFF)) * MULTIPLIERS32[1]
+    return z ^ ((z >> 16) & 0xFFFF)
 
 
 def gumbel(uniform: Tensor) -> Tensor:

@@ -85,6 +85,8 @@ class TokenFilter(nn.Module):
             noise: Added to the cosines.
         """
         unit_query = F.normalize(query, dim=-1)
+        if self.weights == "straight_through" and self.num_kept == 1 and query.dtype != torch.float64:
+            return self._single(unit_query, rows, noise)
         unit_rows = self.project(rows)
         if self.weights == "straight_through":
             return self._straight_through(unit_query @ unit_rows.T, noise)
@@ -95,6 +97,12 @@ class TokenFilter(nn.Module):
         if noise is not None:
             scores = scores + noise.at(index).to(scores.dtype)
         return KeptTokens(index, F.log_softmax(at_least_fp32(scores) / at_least_fp32(self.temperature), dim=-1).to(query.dtype))
+
+    @torch.no_grad()
+    def _single(self, unit_query: Tensor, rows: Tensor, noise: GumbelNoise | None) -> KeptTokens:
+        """The straight-through weight of one token: in fp32 it is 1 to the last bit and its gradient exactly 0."""
+        index = search(unit_query, self.project(rows), 1, noise)
+        return KeptTokens(index, unit_query.new_zeros(index.shape), unit_query.new_ones(index.shape))
 
     def _straight_through(self, scores: Tensor, noise: GumbelNoise | None) -> KeptTokens:
         """Published: a softmax over all candidates [G, S], of which the kept weigh (1 - y).detach() + y, normalised."""

@@ -21,7 +21,7 @@ from mltfr_dist.data.stream import Part
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine
-from mltfr_dist.distributed.fisher import fisher_diagonals
+from mltfr_dist.distributed.fisher import batch_mean_squares, fisher_diagonals
 from mltfr_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
 from mltfr_dist.distributed.state import whole_parameters
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
@@ -87,16 +87,22 @@ def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     return found
 
 
+PUBLISHED_EXPERTS: dict[str, object] = {
+    "mltfr__expert__form": "paper",
+    "mltfr__consensus__group": ["second"],
+    "mltfr__consensus__random_in_stage_one": True,
+    "mltfr__consensus__learn_weight": True,
+}
 VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
     "sasrec": (3, {"mltfr__item_tokens__source": "titles"}),
     "esasrec": (1, {"loss__name": "sampled_softmax", "loss__num_negatives": 8, "loss__proposal": "log_uniform"}),
-    "linrec": (2, {}),
-    "fmlp": (3, {"loss__name": "gbce", "loss__num_negatives": 3}),
-    "bsarec": (0, {}),
+    "linrec": (2, {"mltfr__router__top_k": 3, "mltfr__router__null_expert": True, "mltfr__expert__per_table": 2}),
+    "fmlp": (3, {"loss__name": "gbce", "loss__num_negatives": 3, **PUBLISHED_EXPERTS}),
+    "bsarec": (0, {"mltfr__filter__noise": 0.2}),
     "bert4rec": (3, {"backbone__mask_ratio": 0.4}),
     "cl4srec": (3, {"loss__contrast_group": 4, "loss__contrast_weight": 1.0}),
 }
-"""ZeRO stage and settings of each backbone (SASRec, which the task `losses` has, with item-side tokens)."""
+"""ZeRO stage and settings of each backbone; MLTFR's options are spread over them."""
 
 
 def backbones(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
@@ -160,6 +166,9 @@ def fisher(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         stream = train_stream(config, Part(ranks.rank, ranks.world_size, size, size // ranks.world_size))
         batches = (b for step in islice(stream.epoch(0), -(-50 // size)) for b in step.micro_batches)
         found[f"batch {size}"] = flat(fisher_diagonals(model, batches, ranks, 50))
+    for micro in (8, 16 // ranks.world_size):
+        stream = train_stream(config, Part(ranks.rank, ranks.world_size, 32, micro))
+        found[f"batch mean {micro}"] = flat(batch_mean_squares(model, islice(stream.epoch(0), 2), ranks))
     for stage in (1, 3):
         engine = make_engine(no_dropout(folder, stage), ranks)
         stream = train_stream(config, engine.part)

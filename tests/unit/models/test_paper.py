@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import tiny_config
 from torch import Tensor
+from torch.nn import functional as F
 
 from mltfr_dist.config import ConsensusConfig, ExpertConfig, FilterConfig, MLTFRConfig, RouterConfig
 from mltfr_dist.data.batch import SequenceBatch
@@ -130,7 +131,14 @@ def test_with_one_kept_token_no_gradient_reaches_the_filter() -> None:
     mltfr = make(1).float()
     x = embeddings().float()
     mltfr(x, item_ids() != 0, item_ids())[0].square().sum().backward()
-    for token_filter in mltfr.filters:
+    for m, token_filter in enumerate(mltfr.filters):
+        assert token_filter.projection.weight.grad is None  # nothing is spent on it, for it is nothing:
+        kept = token_filter(x.detach()[:, 0], mltfr.table(m))
+        scores = F.normalize(x.detach()[:, 0], dim=-1) @ token_filter.project(mltfr.table(m)).T
+        spelled_out = token_filter._straight_through(scores, None)
+        assert torch.equal(kept.places, spelled_out.places)
+        assert torch.equal(kept.row_weights, spelled_out.row_weights)
+        spelled_out.row_weights.sum().backward()
         assert token_filter.projection.weight.grad.abs().max() == 0
 
 
