@@ -28,7 +28,7 @@ CABLE = ("cablea", "cableb")
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(bool(missing_for_nodes()), reason=missing_for_nodes()),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
 ]
 
 
@@ -52,6 +52,8 @@ def hosts() -> Iterator[tuple[str, str]]:
         yield NAMES
     finally:
         for name in NAMES:
+            for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split():
+                os.kill(int(pid), signal.SIGKILL)
             ip("netns", "delete", name)
 
 
@@ -68,19 +70,14 @@ def start_nodes(hosts: tuple[str, str], config: RunConfig, folder: Path) -> list
         environment = clean_environment(DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME=end)
         with (folder / f"node{number}.log").open("w") as log:
             command = ["ip", "netns", "exec", host, *launcher, *meeting, *train]
-            nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True))
+            nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder))
     return nodes
 
 
 def end_nodes(nodes: list[subprocess.Popen[bytes]], seconds: float) -> list[int]:
-    """Exit codes, if all end in time; nothing is left behind in any case."""
+    """Exit codes, if all end in time."""
     deadline = time.monotonic() + seconds
-    try:
-        return [node.wait(max(0.1, deadline - time.monotonic())) for node in nodes]
-    finally:
-        for node in nodes:
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGKILL)
+    return [node.wait(max(0.1, deadline - time.monotonic())) for node in nodes]
 
 
 def logs(folder: Path) -> list[str]:
@@ -96,13 +93,13 @@ def test_a_host_that_is_cut_off_stops_the_other_and_the_run_goes_on(hosts: tuple
     config = tiny_config(tmp_path, name="cut", **settings)
     nodes = start_nodes(hosts, config, tmp_path)
     metrics = config.folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
         assert all(node.poll() is None for node in nodes), logs(tmp_path)
         assert time.monotonic() < deadline, logs(tmp_path)
         time.sleep(0.005)
     ip("-netns", hosts[1], "link", "set", CABLE[1], "down")
-    codes = end_nodes(nodes, HANG_SECONDS + 45)
+    codes = end_nodes(nodes, HANG_SECONDS + 60)
     assert codes == [EXIT_LOST, EXIT_LOST], logs(tmp_path)
     for rank, log in enumerate(logs(tmp_path)):
         assert f"Rank {rank} on " in log
@@ -110,7 +107,7 @@ def test_a_host_that_is_cut_off_stops_the_other_and_the_run_goes_on(hosts: tuple
 
     ip("-netns", hosts[1], "link", "set", CABLE[1], "up")
     nodes = start_nodes(hosts, config, tmp_path)
-    assert end_nodes(nodes, 200) == [0, 0], logs(tmp_path)
+    assert end_nodes(nodes, 300) == [0, 0], logs(tmp_path)
     assert "going on from " in logs(tmp_path)[0]
     assert read_lines(metrics) == read_lines(whole.folder / "metrics.jsonl")
     result, expected = load_result(config.folder), load_result(whole.folder)

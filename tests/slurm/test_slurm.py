@@ -52,7 +52,7 @@ class Slurm:
         shown = subprocess.run(["scontrol", "show", "job", job, "-o"], env=self.environment, capture_output=True, text=True)
         return shown.stdout.partition(" JobState=")[2].partition(" ")[0]
 
-    def wait(self, what: str, condition: Callable[[], bool], seconds: float = 200) -> None:
+    def wait(self, what: str, condition: Callable[[], bool], seconds: float = 300) -> None:
         """Wait for a condition, or fail with the jobs' logs."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -117,7 +117,7 @@ def cancel_and_compare(slurm: Slurm, job: str, config: RunConfig, folder: Path) 
     assert trace == read_lines(whole.folder / "metrics.jsonl")[: len(trace)]
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_a_preempted_job_goes_on_with_an_unbroken_trace(slurm: Slurm, inputs: Path) -> None:
     config, path = written(inputs, "preempted", training__epochs=9999)
     job = slurm.train(path)
@@ -128,7 +128,7 @@ def test_a_preempted_job_goes_on_with_an_unbroken_trace(slurm: Slurm, inputs: Pa
     cancel_and_compare(slurm, job, config, inputs)
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_deepspeeds_launcher_and_the_signal_before_the_time_limit(slurm: Slurm, inputs: Path) -> None:
     config, path = written(inputs, "signalled", training__epochs=9999)
     job = slurm.train(path, LAUNCHER="deepspeed")
