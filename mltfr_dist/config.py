@@ -413,7 +413,9 @@ class TrainingConfig(Section):
         10, description="Steps in a row that may be skipped because a loss or gradient is not finite; one more stops the run."
     )
     hang_seconds: Positive = Field(
-        1800.0, description="A rank without progress for so many seconds writes its stack traces and exits with code 3."
+        1800.0,
+        description="A rank without progress for so many seconds writes its stack traces and exits with code 3 "
+        "(before the first step: at least 900 s).",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,3 +123,18 @@ def run_ranks(num_ranks: int, script: Path, *arguments: str, timeout: int = 240)
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def missing_for_slurm() -> str:
+    """Why the tests of Slurm cannot run here; empty where they can."""
+    missing = [program for program in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(program) is None]
+    if missing:
+        return f"Slurm needs `apt-get install slurm-wlm munge` (no {', '.join(missing)} here)"
+    return "" if os.geteuid() == 0 else "Slurm needs root to be started"
+
+
+def missing_for_nodes() -> str:
+    """Why the tests of several hosts cannot run here; empty where they may."""
+    if shutil.which("ip") is None:
+        return "network namespaces need `apt-get install iproute2`"
+    return "" if os.geteuid() == 0 else "network namespaces need root"

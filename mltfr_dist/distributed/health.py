@@ -58,3 +58,5 @@ class Health:
         found = self.ranks.max(mine.float()).tolist()
         nonfinite = tuple(name for name, bad in zip(self.names, found[:-1], strict=True) if bad)
         self.verdict = Verdict(nonfinite, stop=bool(found[-1]))
+        if self.verdict.stop:
+            signals.request_stop()

@@ -18,9 +18,17 @@ def stop_requested() -> bool:
     return _requested.is_set()
 
 
+def request_stop() -> None:
+    """What a stop signal does."""
+    _requested.set()
+
+
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Take the stop signals as a request while a run goes, and as before afterwards."""
+    """Take the stop signals as a request while a run goes, and as before afterwards.
+
+    Once asked they are ignored: the first rank that exits makes a launcher end the others, whose exit code should say why.
+    """
     if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread alone
         yield
         return
@@ -30,8 +38,8 @@ def stop_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if stop_requested() else handler)
 
 
 def _request(_number: int, _frame: FrameType | None) -> None:
-    _requested.set()
+    request_stop()

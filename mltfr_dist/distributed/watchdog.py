@@ -20,6 +20,9 @@ from mltfr_dist.errors import EXIT_LOST
 LINGER_SECONDS = 3.0
 """Between a rank's trace and its exit: a launcher ends all ranks once one has gone, and each should have its say first."""
 
+START_SECONDS = 900.0
+"""Least time before the first step, in which libraries are imported from slow disks, and kernels compiled."""
+
 STDERR = 2
 
 _current: Watchdog | None = None
@@ -48,6 +51,7 @@ class Watchdog:
 
     def __init__(self, rank: int, seconds: float) -> None:
         self.rank, self.seconds = rank, seconds
+        self._limit = max(seconds, START_SECONDS)
         self._place, self._last = "the start", time.monotonic()
         self._done = threading.Event()
         self.beat()
@@ -55,9 +59,11 @@ class Watchdog:
 
     def beat(self, place: str | None = None) -> None:
         """Note progress."""
-        self._place, self._last = place or self._place, time.monotonic()
+        if place is not None:
+            self._place, self._limit = place, self.seconds
+        self._last = time.monotonic()
         # The thread cannot speak where C code hangs and holds Python's lock; this timer needs no lock.
-        faulthandler.dump_traceback_later(self.seconds + 2 * LINGER_SECONDS, exit=True, file=STDERR)
+        faulthandler.dump_traceback_later(self._limit + 2 * LINGER_SECONDS, exit=True, file=STDERR)
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -66,12 +72,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._done.wait(min(1.0, self.seconds / 4)):
-            if time.monotonic() - self._last > self.seconds:
+            if time.monotonic() - self._last > self._limit:
                 self._exit()
 
     def _exit(self) -> None:
         print(
-            f"Rank {self.rank} on {socket.gethostname()} has made no progress for {self.seconds:g} s; last: {self._place}. "
+            f"Rank {self.rank} on {socket.gethostname()} has made no progress for {self._limit:g} s; last: {self._place}. "
             "It is stuck, or waits for a rank that is stuck, dead or cut off from the network: compare the ranks' stack "
             "traces. Start the same command again and the run goes on from its last checkpoint; if it was only slow, raise "
             "training.hang_seconds. Stack traces of this rank:",

@@ -61,12 +61,12 @@ def test_too_many_faults_stop_the_run_and_name_what_is_not_finite(tmp_path: Path
 
 @pytest.mark.integration
 def test_a_hang_ends_with_a_stack_trace_of_every_rank(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, training__hang_seconds=12)
+    config = tiny_config(tmp_path, training__hang_seconds=20)
     _, stderr, seconds = faulty_run(config, "hang", 3)
-    assert seconds < 90
+    assert seconds < 150
     for rank in (0, 1):
         assert f"Rank {rank} on " in stderr
-        assert "no progress for 12 s; last: step 3 of stage `train`" in stderr
+        assert "no progress for 20 s; last: step 3 of stage `train`" in stderr
     assert "in stuck_here" in stderr, "rank 1's trace shows where it hangs"
     assert "all_reduce" in stderr, "rank 0's trace shows what it waits in"
     assert f"exitcode  : {EXIT_LOST}" in stderr

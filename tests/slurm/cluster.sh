@@ -74,7 +74,7 @@ CONF
 down() {
     local name pid
     if [[ -S $folder/munge.socket ]]; then
-        SLURM_CONF=$folder/slurm.conf scancel --user=root 2>/dev/null || true
+        SLURM_CONF=$folder/slurm.conf scancel --user=root --signal=KILL --full 2>/dev/null || true
         sleep 1
     fi
     for name in slurmd-n1 slurmd-n2 slurmctld munged; do
@@ -85,6 +85,11 @@ down() {
                 kill -0 "$pid" 2>/dev/null || break
                 sleep 0.1
             done
+            kill -KILL "$pid" 2>/dev/null || true
+        fi
+    done
+    for pid in $(pgrep slurmstepd); do # a step that waits for the controller that has gone
+        if grep --quiet --null-data "^SLURM_CONF=$folder/slurm.conf$" "/proc/$pid/environ"; then
             kill -KILL "$pid" 2>/dev/null || true
         fi
     done
