@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mltfr_dist import __version__
-from mltfr_dist.config import PrepareConfig, RunConfig, TableConfig
+from mltfr_dist.config import PrepareConfig, PrepareResources, RunConfig, TableConfig
 from mltfr_dist.errors import ConfigError, MltfrError, OtherRankError
 from mltfr_dist.presets import PRESETS, preset
 from mltfr_dist.schema import Section, validate
@@ -166,7 +166,8 @@ def command_prepare(options: argparse.Namespace) -> None:
     """Interactions to shards."""
     from mltfr_dist.data.prepare import prepare
 
-    prepare(options.source, Path(options.output), section_from(PrepareConfig, options), packages_dir=options.packages)
+    config, resources = section_from(PrepareConfig, options), section_from(PrepareResources, options)
+    prepare(options.source, options.output, config, resources=resources, packages_dir=options.packages)
 
 
 def command_tables(options: argparse.Namespace) -> None:
@@ -245,10 +246,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     prepare = commands.add_parser("prepare", help="raw interactions to shards", description=command_prepare.__doc__)
-    prepare.add_argument("source", help="a file (csv, tsv, parquet, jsonl, sequence text; .gz too), or the named set ml-100k")
-    prepare.add_argument("output", help="folder to write; it must not hold other data")
+    prepare.add_argument(
+        "source", help="files (csv, tsv, parquet, jsonl, sequence text; .gz too): path, glob or URL; or the named set ml-100k"
+    )
+    prepare.add_argument("output", help="folder or URL to write; it must not hold other data")
     prepare.add_argument("--packages", type=Path, help="folder of unpacked packages that hold the named set")
     add_section(prepare, PrepareConfig)
+    add_section(prepare, PrepareResources)
 
     tables = commands.add_parser("tables", help="language models to token tables", description=command_tables.__doc__)
     tables.add_argument(

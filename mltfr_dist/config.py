@@ -30,6 +30,11 @@ class PrepareConfig(Section):
     user_column: str = Field("user_id", description="Column that holds the user.")
     item_column: str = Field("item_id", description="Column that holds the item.")
     time_column: str = Field("timestamp", description="Column that holds the time (number, date or date-time).")
+    times: Literal["checked", "any"] = Field(
+        "checked",
+        description="checked: times that look like moments (1985 to 2128, in seconds to nanoseconds) must have one unit and not "
+        "lie in the future; any: numbers are only compared.",
+    )
     titles: Path | None = Field(None, description="Table of item titles (csv, tsv, parquet or jsonl), shown by `recommend`.")
     titles_item_column: str = Field("item_id", description="Column of --titles that holds the item.")
     titles_title_column: str = Field("title", description="Column of --titles that holds the title.")
@@ -55,6 +60,18 @@ class PrepareConfig(Section):
             given = f"{self.valid_fraction} + {self.test_fraction}"
             raise ValueError(f"valid_fraction + test_fraction must stay below 1, so that training data remains (given: {given})")
         return self
+
+
+class PrepareResources(Section):
+    """What `mltfr prepare` may use; none of it shows in the data."""
+
+    memory_limit: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?([KMGT]i?)?B$")] | None = Field(
+        None, description="Memory for tables and sorting, as 4GB or 256MB; beyond it, disk is used. null: 60% of the machine's."
+    )
+    threads: Count | None = Field(None, description="CPU threads; null: one a core.")
+    temp_dir: Path | None = Field(
+        None, description="Folder for what is kept on disk meanwhile, several times the source's size. null: beside the output."
+    )
 
 
 class TableConfig(Section):

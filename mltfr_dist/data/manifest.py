@@ -157,8 +157,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(
             f"{folder} holds no {MANIFEST_NAME}.", rule="It is the last thing that `mltfr prepare` writes.", remedy=_REMEDY
         )
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """The manifest that ``content`` is; ``path`` is its name in errors.
+
+    Raises:
+        DataError: it is malformed, or of another schema version.
+    """
     try:
-        values = _json_object(path.read_bytes())
+        values = _json_object(content)
         version = values.get("schema_version")
         if version not in READABLE_VERSIONS:
             raise DataError(

@@ -16,8 +16,9 @@ import duckdb
 
 from mltfr_dist.errors import DataError
 
-EMPTY = "({0} IS NULL OR trim({0}) = '')"
+EMPTY = "({0} IS NULL OR trim(CAST({0} AS VARCHAR)) = '')"
 """SQL condition on the column {0}."""
+_INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"}
 _MAX_LINE_BYTES = 64_000_000
 _MAX_REJECTS = 1000
 
@@ -35,7 +36,10 @@ def quote_text(value: str) -> str:
 def read_columns(
     connection: duckdb.DuckDBPyConnection, path: Path, format: str, columns: list[str], table: str, names: list[str]
 ) -> None:
-    """Create ``table(row_number, *names)``, all text, from the named ``columns`` of a file with column names."""
+    """Create ``table(row_number, *names)`` from the named ``columns`` of a file with column names.
+
+    All of it is text, but for Parquet's integers, which need no parsing; of a Parquet file it is a view.
+    """
     # row_number() OVER () streams: DuckDB reads in file order and keeps that order (preserve_insertion_order).
     try:
         if format == "jsonl":
@@ -47,21 +51,27 @@ def read_columns(
             connection.execute("DROP TABLE lines")
             return
         if format == "parquet":
-            reader, header = f"read_parquet({_path_literal(path)})", []
-            header = [str(row[0]) for row in connection.execute(f"DESCRIBE SELECT * FROM {reader}").fetchall()]
-            fields = [quote_identifier(header[_column_index(path, name, header)]) for name in columns]
-        else:
-            header = _csv_header(path, format)
-            reader = _csv_reader(path, format, len(header), f"rejects_{table}")
-            fields = [f"c{_column_index(path, name, header)}" for name in columns]
-        fields = [f"CAST({field} AS VARCHAR) AS {name}" for field, name in zip(fields, names)]
+            reader = f"read_parquet({_path_literal(path)}, file_row_number=true)"
+            described = connection.execute(f"DESCRIBE SELECT * FROM read_parquet({_path_literal(path)})").fetchall()
+            header = [str(row[0]) for row in described]
+            chosen = [described[_column_index(path, name, header)] for name in columns]
+            kinds = ["BIGINT" if row[1] in _INTEGERS else "VARCHAR" for row in chosen]
+            fields = [f"CAST({quote_identifier(row[0])} AS {kind}) AS {name}" for row, kind, name in zip(chosen, kinds, names)]
+            connection.execute(
+                f"CREATE VIEW {table} AS SELECT file_row_number + 1 AS row_number, {', '.join(fields)} FROM {reader}"
+            )
+            return
+        header = _csv_header(path, format)
+        reader = _csv_reader(path, format, len(header), f"rejects_{table}")
+        fields = [f"CAST(c{_column_index(path, name, header)} AS VARCHAR) AS {new}" for name, new in zip(columns, names)]
         connection.execute(
             f"CREATE TABLE {table} AS SELECT row_number() OVER () AS row_number, {', '.join(fields)} FROM {reader}"
         )
+    except duckdb.OutOfMemoryException:
+        raise
     except duckdb.Error as error:
         raise unreadable(path, format, error) from None
-    if format != "parquet":
-        _refuse_rejects(connection, path, f"rejects_{table}")
+    _refuse_rejects(connection, path, f"rejects_{table}")
 
 
 def read_lines(connection: duckdb.DuckDBPyConnection, path: Path, table: str) -> None:

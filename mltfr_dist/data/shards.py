@@ -15,7 +15,7 @@ import hashlib
 import io
 import math
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,16 +43,14 @@ __all__ = [
     "PackedSequences",
     "ShardInfo",
     "SplitInfo",
+    "SplitWriter",
     "load_manifest",
     "read_shard",
     "unsigned_type",
     "verify_folder",
-    "write_split",
 ]
 
 PARTS = ("items.npy", "offsets.npy", "users.npy")
-Rows = Iterable[tuple[np.ndarray, np.ndarray]]
-"""Chunks of (user_index [c], item_index [c]), sorted by user, a user's items oldest first."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,11 @@ class PackedSequences:
     def lengths(self) -> np.ndarray:
         """[n] int64, items of each sequence."""
         return np.diff(self.offsets)
+
+    def run(self, start: int, end: int) -> PackedSequences:
+        """The sequences from ``start`` up to ``end``, views."""
+        offsets = self.offsets[start : end + 1]
+        return PackedSequences(self.items[offsets[0] : offsets[-1]], offsets - offsets[0], self.users[start:end])
 
     def take(self, indices: np.ndarray | Sequence[int]) -> PackedSequences:
         """The sequences at ``indices`` [m], in that order (repeats allowed), without a Python loop."""
@@ -115,101 +118,86 @@ def unsigned_type(maximum: int) -> np.dtype[Any]:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def write_split(
-    folder: Path, split: str, rows: Rows, *, num_items: int, num_users: int, sequences_per_block: int, sequences_per_shard: int
-) -> SplitInfo:
-    """Write `<split>-000000.tar`, ... into ``folder``. Equal input gives equal bytes.
+class SplitWriter:
+    """Writes `<split>-000000.tar`, ... of one split. Equal sequences give equal bytes, however they are handed in."""
 
-    Args:
-        folder: where the shards go.
-        split: train, valid or test; the start of file names and keys.
-        rows: chunks of (user_index, item_index), sorted by user, a user's items oldest first.
-        num_items: greatest item id.
-        num_users: one more than the greatest user_index.
-        sequences_per_block: sequences of one member, at most.
-        sequences_per_shard: sequences of one tar file, at most; the last block of a shard is cut to fit.
-    """
-    shards: list[ShardInfo] = []
-    max_length = num_blocks = 0
-    for blocks in _group_blocks(_pack(rows, min(sequences_per_block, sequences_per_shard)), sequences_per_shard):
-        path = folder / f"{split}-{len(shards):06d}.tar"
-        # An open file, not a name: webdataset would run a name that begins with `pipe:`.
-        with path.open("wb") as stream, webdataset.TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar:
-            for block in blocks:
-                tar.write(_encode_block(f"{split}-{num_blocks:08d}", block, num_items, num_users))
-                num_blocks += 1
-        shards.append(
-            ShardInfo(
-                file=path.name,
-                num_sequences=sum(map(len, blocks)),
-                num_blocks=len(blocks),
-                num_items=sum(len(block.items) for block in blocks),
-                bytes=path.stat().st_size,
-                sha256=file_sha256(path),
-                lengths=_count_lengths(blocks),
-            )
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        num_items: int,
+        num_users: int,
+        sequences_per_block: int,
+        sequences_per_shard: int,
+        written: Sequence[ShardInfo] = (),
+        on_shard: Callable[[ShardInfo, int], None] = lambda info, last_user: None,
+    ) -> None:
+        """Start, or go on behind the shards ``written`` before.
+
+        Args:
+            folder: where the shards go.
+            split: train, valid or test; the start of file names and keys.
+            num_items: greatest item id.
+            num_users: one more than the greatest user_index.
+            sequences_per_block: sequences of one member, at most.
+            sequences_per_shard: sequences of one tar file; the last may have fewer.
+            written: shards that are there already.
+            on_shard: told of each finished shard, and of its last user.
+        """
+        self.folder, self.split, self.num_items, self.num_users = folder, split, num_items, num_users
+        self.per_block, self.per_shard, self.on_shard = sequences_per_block, sequences_per_shard, on_shard
+        self.shards = list(written)
+        self._pending: list[PackedSequences] = []
+
+    def add(self, sequences: PackedSequences) -> None:
+        """Append sequences, in the order of their users."""
+        self._pending.append(sequences)
+        if sum(map(len, self._pending)) < self.per_shard:
+            return
+        flat, start = PackedSequences.concatenate(self._pending), 0
+        while len(flat) - start >= self.per_shard:
+            self._write(flat.run(start, start + self.per_shard))
+            start += self.per_shard
+        self._pending = [flat.run(start, len(flat))]
+
+    def finish(self) -> SplitInfo:
+        """Write the last shard; returns the split's entry for the manifest."""
+        rest = PackedSequences.concatenate(self._pending) if self._pending else None
+        self._pending = []
+        if rest is not None and len(rest):
+            self._write(rest)
+        return SplitInfo(
+            num_sequences=sum(shard.num_sequences for shard in self.shards),
+            num_items=sum(shard.num_items for shard in self.shards),
+            max_length=max((shard.lengths[-1][0] for shard in self.shards if shard.lengths), default=0),
+            shards=tuple(self.shards),
         )
-        max_length = max(max_length, *(int(block.lengths.max()) for block in blocks))
-    return SplitInfo(
-        num_sequences=sum(shard.num_sequences for shard in shards),
-        num_items=sum(shard.num_items for shard in shards),
-        max_length=max_length,
-        shards=tuple(shards),
-    )
 
-
-def _count_lengths(blocks: list[PackedSequences]) -> tuple[tuple[int, int], ...]:
-    lengths, sequences = np.unique(np.concatenate([block.lengths for block in blocks]), return_counts=True)
-    return tuple(zip(lengths.tolist(), sequences.tolist()))
-
-
-def _pack(rows: Rows, per_block: int) -> Iterator[PackedSequences]:
-    """Blocks of ``per_block`` sequences (the last may have fewer) from sorted rows."""
-    pending: list[tuple[np.ndarray, np.ndarray]] = []
-    num_pending = 0  # users that began within `pending`
-    last_user: int | None = None
-    for users, items in rows:
-        if not len(users):
-            continue
-        pending.append((users, items))
-        num_pending += int(np.count_nonzero(np.diff(users))) + int(last_user != int(users[0]))
-        last_user = int(users[-1])
-        if num_pending <= per_block:  # the last user may go on in the next chunk
-            continue
-        flat = _pack_all(pending)
-        whole = (len(flat) - 1) // per_block * per_block
-        for start in range(0, whole, per_block):
-            yield flat.take(np.arange(start, start + per_block))
-        end = int(flat.offsets[whole])
-        all_users = np.concatenate([chunk[0] for chunk in pending])
-        pending, num_pending = [(all_users[end:], flat.items[end:])], len(flat) - whole
-    if pending:
-        yield _pack_all(pending)
-
-
-def _pack_all(chunks: list[tuple[np.ndarray, np.ndarray]]) -> PackedSequences:
-    users = np.concatenate([chunk[0] for chunk in chunks])
-    items = np.concatenate([chunk[1] for chunk in chunks])
-    starts = np.flatnonzero(np.diff(users, prepend=-1))
-    return PackedSequences(items, np.append(starts, len(users)).astype(np.int64), users[starts])
-
-
-def _group_blocks(blocks: Iterable[PackedSequences], per_shard: int) -> Iterator[list[PackedSequences]]:
-    group: list[PackedSequences] = []
-    room = per_shard
-    for block in blocks:
-        while len(block) > room:
-            group.append(block.take(np.arange(room)))
-            yield group
-            block = block.take(np.arange(room, len(block)))
-            group, room = [], per_shard
-        group.append(block)
-        room -= len(block)
-        if room == 0:
-            yield group
-            group, room = [], per_shard
-    if group:
-        yield group
+    def _write(self, sequences: PackedSequences) -> None:
+        """One shard, there with its whole content or not at all."""
+        path = self.folder / f"{self.split}-{len(self.shards):06d}.tar"
+        first_block = sum(shard.num_blocks for shard in self.shards)
+        starts = range(0, len(sequences), self.per_block)
+        partial = path.with_name(f".{path.name}")
+        # An open file, not a name: webdataset would run a name that begins with `pipe:`.
+        with partial.open("wb") as stream, webdataset.TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar:
+            for number, start in enumerate(starts, first_block):
+                block = sequences.run(start, min(start + self.per_block, len(sequences)))
+                tar.write(_encode_block(f"{self.split}-{number:08d}", block, self.num_items, self.num_users))
+        partial.rename(path)
+        lengths, counts = np.unique(sequences.lengths, return_counts=True)
+        info = ShardInfo(
+            file=path.name,
+            num_sequences=len(sequences),
+            num_blocks=len(starts),
+            num_items=len(sequences.items),
+            bytes=path.stat().st_size,
+            sha256=file_sha256(path),
+            lengths=tuple(zip(lengths.tolist(), counts.tolist())),
+        )
+        self.shards.append(info)
+        self.on_shard(info, int(sequences.users[-1]))
 
 
 def _encode_block(key: str, block: PackedSequences, num_items: int, num_users: int) -> dict[str, Any]:

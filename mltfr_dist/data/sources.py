@@ -1,18 +1,21 @@
 """Raw files and named public sets -> a DuckDB table ``interactions(row_number, user_id, item_id, timestamp)``.
 
-Every column is read as text first, so that a bad value can be named together with the line that holds it.
+Text formats are read as text first, so that a bad value can be named together with the line that holds it.
 ``row_number`` counts rows in file order from 1: nothing later depends on the order in which DuckDB returns rows.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import duckdb
 
 from mltfr_dist.config import PrepareConfig
+from mltfr_dist.data.checks import check_rows, check_times
 from mltfr_dist.data.readers import EMPTY, one, read_columns, read_lines, unreadable, where
 from mltfr_dist.errors import DataError
 
@@ -95,52 +98,86 @@ def detect_format(path: Path, configured: str = "auto") -> str:
     return found
 
 
-def load_interactions(connection: duckdb.DuckDBPyConnection, path: Path, config: PrepareConfig) -> int:
-    """Create ``interactions(row_number, user_id, item_id, timestamp)`` from a file and return its number of rows.
+def load_interactions(connection: duckdb.DuckDBPyConnection, paths: Sequence[Path], config: PrepareConfig) -> int:
+    """Create ``interactions(row_number, user_id, item_id, timestamp)`` from files and return its number of rows.
 
-    ``timestamp`` is DECIMAL(38, 9): numbers as given, dates and date-times as microseconds since 1970 UTC,
-    and in sequence text (which has no time) the position within the user's line, from 1.
+    Rows are numbered through all files, in the order of ``paths``. Ids are text, or 64-bit integers if all files are Parquet
+    with integer ids. ``timestamp``: integers of Parquet as they are; other numbers as DECIMAL(38, 9); dates and date-times as
+    microseconds since 1970 UTC; and in sequence text (which has no time) the position within the user's line, from 1.
 
     Raises:
-        DataError: missing file or column, unparsable row (with its line), empty value, no rows.
+        DataError: missing file or column, unparsable row (with its line), empty or impossible value, no rows.
     """
-    format = detect_format(path, config.format)
-    if format == "sequences":
-        _load_sequences(connection, path)
-        names = ["user", "item", "position"]
-    else:
+    rows = 0
+    kind: str | None = None
+    places: list[tuple[int, Path, str]] = []
+    for path in paths:
+        format = detect_format(path, config.format)
+        places.append((rows, path, format))
         names = [config.user_column, config.item_column, config.time_column]
-        read_columns(connection, path, format, names, "raw", ["user_id", "item_id", "time"])
-    row = one(connection, "SELECT count(*), arg_min(time, row_number) FROM raw")
-    if not row[0]:
-        raise DataError(f"{path} holds no rows.", remedy="Give a file with at least one interaction.")
-    for column, name in zip(("user_id", "item_id", "time"), names):
-        empty = one(connection, f"SELECT min(row_number) FROM raw WHERE {EMPTY.format(column)}")[0]
-        if empty is not None:
-            raise DataError(
-                f"{where(path, format, empty)}: `{name}` is empty.",
-                rule="Every row needs a user, an item and a time.",
-                remedy="Complete or remove that row.",
-            )
-    _parse_times(connection, path, format, names[2], first=row[1])
-    connection.execute("DROP TABLE raw")
-    return int(row[0])
+        if format == "sequences":
+            _load_sequences(connection, path)
+            names = ["user", "item", "position"]
+        else:
+            read_columns(connection, path, format, names, "raw", ["user_id", "item_id", "time"])
+        count, first = one(connection, "SELECT count(*), arg_min(time, row_number) FROM raw")
+        if not count:
+            raise DataError(f"{path} holds no rows.", remedy="Give a file with at least one interaction.")
+        check_rows(connection, names, partial(where, path, format))
+        kind = kind or _time_kind(connection, first)
+        _add_times(connection, path, format, names[2], kind, before=rows)
+        connection.execute(f"DROP {'VIEW' if format == 'parquet' else 'TABLE'} raw")
+        rows += count
+    if config.times == "checked" and kind and format != "sequences":
+
+        def locate(row: int) -> str:
+            before, path, format = max(place for place in places if place[0] < row)
+            return where(path, format, row - before)
+
+        check_times(connection, kind, names[2], locate)
+    return rows
 
 
-def _parse_times(connection: duckdb.DuckDBPyConnection, path: Path, format: str, column: str, *, first: str) -> None:
-    """``raw`` with time as text -> ``interactions``; the first row decides between numbers and dates."""
-    number = "TRY_CAST({} AS DECIMAL(38, 9))"
-    moment = "CAST(epoch_us(TRY_CAST({} AS TIMESTAMPTZ)) AS DECIMAL(38, 9))"
-    is_number = one(connection, f"SELECT {number.format('$1')} IS NOT NULL", [first])[0]
-    parsed = (number if is_number else moment).format("time")
-    connection.execute(f"CREATE TABLE interactions AS SELECT row_number, user_id, item_id, {parsed} AS timestamp FROM raw")
-    bad = one(connection, "SELECT min(row_number) FROM interactions WHERE timestamp IS NULL")[0]
-    if bad is not None:
-        value = one(connection, "SELECT time FROM raw WHERE row_number = $1", [bad])[0]
-        kind = "a number, as in the first row" if is_number else "a date or date-time, as in the first row"
+_TIMES = {
+    "integers": "time",
+    "numbers": "TRY_CAST(time AS DECIMAL(38, 9))",
+    "dates": "CAST(epoch_us(TRY_CAST(time AS TIMESTAMPTZ)) AS DECIMAL(38, 9))",
+}
+"""SQL from the text or number that is read to a time."""
+
+
+def _time_kind(connection: duckdb.DuckDBPyConnection, first: str | int) -> str:
+    """Which of :data:`_TIMES` the first time is one of; all others must be, too."""
+    if isinstance(first, int):
+        return "integers"
+    is_number = one(connection, "SELECT TRY_CAST($1 AS DECIMAL(38, 9)) IS NOT NULL", [first])[0]
+    return "numbers" if is_number else "dates"
+
+
+def _add_times(connection: duckdb.DuckDBPyConnection, path: Path, format: str, column: str, kind: str, *, before: int) -> None:
+    """``raw`` -> ``interactions``, behind the ``before`` rows that are there."""
+    text = "CAST(time AS VARCHAR)"
+    into = "INSERT INTO interactions" if before else "CREATE TABLE interactions AS"
+    parsed = _TIMES[kind] if kind == "integers" else _TIMES[kind].replace("(time ", f"({text} ")
+    try:
+        connection.execute(f"{into} SELECT row_number + {before} AS row_number, user_id, item_id, {parsed} AS timestamp FROM raw")
+    except duckdb.ConversionException:
         raise DataError(
-            f"{where(path, format, bad)}: the time `{value}` in column `{column}` is not "
-            f"{kind if value != first else 'a number, date or date-time'}.",
+            f"{path}: its ids or times are of another kind than those of the files before it.",
+            rule="All files of a source have the same columns, of the same types.",
+            remedy="Convert the files to one type, or prepare them apart.",
+        ) from None
+    bad = one(connection, f"SELECT min(row_number) FROM interactions WHERE timestamp IS NULL AND row_number > {before}")[0]
+    if bad is not None:
+        value, first = one(
+            connection,
+            f"SELECT {text}, {text} = arg_min({text}, row_number) OVER () FROM raw QUALIFY row_number = $1",
+            [bad - before],
+        )
+        wanted = "a date or date-time, as in the first row" if kind == "dates" else "a number, as in the first row"
+        raise DataError(
+            f"{where(path, format, bad - before)}: the time `{value}` in column `{column}` is not "
+            f"{wanted if not first or before else 'a number, date or date-time'}.",
             rule="All times are numbers, or all are ISO dates (2024-05-31) or date-times (2024-05-31 10:00:00).",
             remedy="Correct or remove that row.",
         )
@@ -162,16 +199,19 @@ def load_titles(connection: duckdb.DuckDBPyConnection, path: Path | None, item_c
         raise DataError(f"{path} cannot hold titles.", remedy="Give titles as csv, tsv, parquet or jsonl.")
     read_columns(connection, path, format, [item_column, title_column], "raw_titles", ["item_id", "title"])
     connection.execute(
-        "CREATE TABLE titles AS SELECT item_id, arg_min(title, row_number) AS title FROM raw_titles "
+        "CREATE TABLE titles AS SELECT CAST(item_id AS VARCHAR) AS item_id, "
+        "arg_min(CAST(title AS VARCHAR), row_number) AS title FROM raw_titles "
         f"WHERE item_id IS NOT NULL AND NOT {EMPTY.format('title')} GROUP BY item_id"
     )
-    connection.execute("DROP TABLE raw_titles")
+    connection.execute(f"DROP {'VIEW' if format == 'parquet' else 'TABLE'} raw_titles")
 
 
 def _load_sequences(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
     """Create ``raw(row_number, user_id, item_id, time)`` from lines `user item item ...`; time is the position."""
     try:
         read_lines(connection, path, "lines")
+    except duckdb.OutOfMemoryException:
+        raise
     except duckdb.Error as error:
         raise unreadable(path, "sequences", error) from None
     split = "regexp_split_to_array(trim(line, chr(32) || chr(9)), '[ \\t]+')"

@@ -7,10 +7,11 @@ Tables, in the order they are made (all in a database file that is removed at th
     ordered       user_code, item_code, timestamp, position         position 1.. in time; ties keep file order
     prefixes      user_code, length, train_end, ...                 see splits.py
     item_map      item_code, item_index, item_id, title, count      item_index 1..num_items
-    user_map      user_code, user_index, user_id, length            user_index 0..num_users-1
+    user_map      user_code, user_index, user_id, length, ends      user_index 0..num_users-1
 
-Item ids go by training occurrences, most first (equal ones by id text), so low ids are popular items and
-nothing of the held-out periods shows in them; users go by id text.
+Codes go by id text. Item ids go by training occurrences, most first (equal ones by id text), so low ids are popular items and
+nothing of the held-out periods shows in them; users go by id text. ``ordered`` and ``user_map`` lie on disk in the order of
+user_code, so that a run of users is read without looking at the others.
 """
 
 from __future__ import annotations
@@ -50,22 +51,26 @@ def drop_duplicates(connection: duckdb.DuckDBPyConnection, mode: str) -> int:
         connection: holds ``interactions``, which is dropped; ``user_codes`` and ``item_codes`` are made.
         mode: exact, first or keep (see ``PrepareConfig.duplicates``).
     """
-    kept = {
-        "keep": "SELECT * FROM interactions",
-        "exact": "SELECT min(row_number) AS row_number, user_id, item_id, timestamp FROM interactions "
-        "GROUP BY user_id, item_id, timestamp",
-        "first": "SELECT * FROM interactions "
-        "QUALIFY row_number() OVER (PARTITION BY user_id, item_id ORDER BY timestamp, row_number) = 1",
-    }[mode]
     for kind in ("user", "item"):
         connection.execute(
-            f"CREATE TABLE {kind}_codes AS SELECT row_number() OVER (ORDER BY {kind}_id) AS {kind}_code, {kind}_id "
-            f"FROM (SELECT DISTINCT {kind}_id FROM interactions)"
+            f"CREATE TABLE {kind}_codes AS SELECT CAST(row_number() OVER (ORDER BY {kind}_id) AS INTEGER) AS {kind}_code, "
+            f"{kind}_id, {kind}_key FROM (SELECT CAST({kind}_id AS VARCHAR) AS {kind}_id, {kind}_id AS {kind}_key "
+            f"FROM (SELECT DISTINCT {kind}_id FROM interactions))"
         )
-    connection.execute(
-        f"CREATE TABLE events AS SELECT row_number, user_code, item_code, timestamp FROM ({kept}) "
-        "JOIN user_codes USING (user_id) JOIN item_codes USING (item_id)"
+    coded = (
+        "SELECT row_number, user_code, item_code, timestamp FROM interactions "
+        "JOIN user_codes ON interactions.user_id = user_key JOIN item_codes ON interactions.item_id = item_key"
     )
+    kept = {
+        "keep": coded,
+        "exact": "SELECT min(row_number) AS row_number, user_code, item_code, timestamp "
+        f"FROM ({coded}) GROUP BY user_code, item_code, timestamp",
+        "first": f"SELECT * FROM ({coded}) "
+        "QUALIFY row_number() OVER (PARTITION BY user_code, item_code ORDER BY timestamp, row_number) = 1",
+    }[mode]
+    connection.execute(f"CREATE TABLE events AS {kept}")
+    for kind in ("user", "item"):
+        connection.execute(f"ALTER TABLE {kind}_codes DROP {kind}_key")
     connection.execute("DROP TABLE interactions")
     return count_rows(connection, "SELECT count(*) FROM events")
 
@@ -75,7 +80,7 @@ def k_core(
 ) -> tuple[CoreRound, ...]:
     """Remove from ``events``, in rounds, users and items with too few interactions, until none is left to remove.
 
-    A round counts users and items in the same state and removes both.
+    A round counts users and items in the same state and removes both. Counts are made once, and lowered by what goes.
 
     Raises:
         DataError: nothing is left; it says after which round, and what was there before.
@@ -83,22 +88,31 @@ def k_core(
     rounds: list[CoreRound] = []
     left = count_rows(connection, "SELECT count(*) FROM events")
     least = {"user": user_core, "item": item_core}
+    for kind in least:
+        connection.execute(
+            f"CREATE TABLE {kind}_counts AS SELECT {kind}_code, count(*) AS number FROM events GROUP BY {kind}_code"
+        )
     while True:
         removed, before = {}, {}
         for kind, core in least.items():
             connection.execute(
-                f"CREATE OR REPLACE TABLE few_{kind} AS SELECT {kind}_code FROM events "
-                f"GROUP BY {kind}_code HAVING count(*) < {core:d}"
+                f"CREATE OR REPLACE TABLE few_{kind} AS SELECT {kind}_code FROM {kind}_counts WHERE number < {core:d}"
             )
             removed[kind] = count_rows(connection, f"SELECT count(*) FROM few_{kind}")
-            before[kind] = count_rows(connection, f"SELECT count(DISTINCT {kind}_code) FROM events")
+            before[kind] = count_rows(connection, f"SELECT count(*) FROM {kind}_counts")
         if not any(removed.values()):
             return tuple(rounds)
         connection.execute(
-            "CREATE TABLE core AS SELECT e.* FROM events e "
-            "ANTI JOIN few_user USING (user_code) ANTI JOIN few_item USING (item_code)"
+            "CREATE OR REPLACE TABLE gone AS SELECT rowid AS row, user_code, item_code FROM events "
+            "WHERE user_code IN (FROM few_user) OR item_code IN (FROM few_item)"
         )
-        connection.execute("DROP TABLE events; ALTER TABLE core RENAME TO events")
+        connection.execute("DELETE FROM events WHERE rowid IN (SELECT row FROM gone)")
+        for kind in least:
+            connection.execute(
+                f"CREATE OR REPLACE TABLE {kind}_counts AS SELECT {kind}_code, number - coalesce(fewer, 0) AS number "
+                f"FROM {kind}_counts LEFT JOIN (SELECT {kind}_code, count(*) AS fewer FROM gone GROUP BY {kind}_code) "
+                f"USING ({kind}_code) WHERE number > coalesce(fewer, 0)"
+            )
         was, left = left, count_rows(connection, "SELECT count(*) FROM events")
         rounds.append(CoreRound(users_removed=removed["user"], items_removed=removed["item"], interactions_left=left))
         if steps:
@@ -118,7 +132,7 @@ def order_by_time(connection: duckdb.DuckDBPyConnection) -> int:
     connection.execute(
         "CREATE TABLE ordered AS SELECT user_code, item_code, timestamp, row_number() OVER history AS position, "
         "coalesce(lag(timestamp) OVER history = timestamp, false) AS is_tie FROM events "
-        "WINDOW history AS (PARTITION BY user_code ORDER BY timestamp, row_number)"
+        "WINDOW history AS (PARTITION BY user_code ORDER BY timestamp, row_number) ORDER BY user_code, position"
     )
     connection.execute("DROP TABLE events")
     return count_rows(connection, "SELECT count(*) FROM ordered WHERE is_tie")
@@ -133,8 +147,8 @@ def make_id_maps(connection: duckdb.DuckDBPyConnection) -> None:
         "FROM counts JOIN item_codes USING (item_code) LEFT JOIN titles USING (item_id)"
     )
     connection.execute(
-        "CREATE TABLE user_map AS SELECT user_code, row_number() OVER (ORDER BY user_id) - 1 AS user_index, user_id, length "
-        "FROM prefixes JOIN user_codes USING (user_code)"
+        "CREATE TABLE user_map AS SELECT user_code, row_number() OVER (ORDER BY user_code) - 1 AS user_index, user_id, length, "
+        "train_end, valid_end, test_end FROM prefixes JOIN user_codes USING (user_code) ORDER BY user_code"
     )
 
 

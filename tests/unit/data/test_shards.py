@@ -15,25 +15,27 @@ from hypothesis import strategies as st
 
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.manifest import Manifest, PrepareReport, ShardInfo, SourceInfo, SplitInfo
-from mltfr_dist.data.shards import PackedSequences, load_manifest, read_shard, verify_folder, write_split
+from mltfr_dist.data.shards import PackedSequences, SplitWriter, load_manifest, read_shard, verify_folder
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
 
 SEQUENCES = {0: [3, 1, 2], 2: [2], 3: [1, 1], 7: [3, 3, 3, 3], 9: [2, 1]}
 
 
-def rows(sequences: dict[int, list[int]], chunk: int = 4):
-    users = np.array([user for user, items in sequences.items() for _ in items], dtype=np.int64)
+def packed_of(sequences: dict[int, list[int]]) -> PackedSequences:
     items = np.array([item for items in sequences.values() for item in items], dtype=np.int64)
-    for start in range(0, len(users), chunk):
-        yield users[start : start + chunk], items[start : start + chunk]
+    offsets = np.cumsum([0, *map(len, sequences.values())])
+    return PackedSequences(items, offsets, np.array(list(sequences)))
 
 
 def write(
     folder: Path, sequences: dict[int, list[int]] = SEQUENCES, *, block: int = 2, shard: int = 3, chunk: int = 4
 ) -> SplitInfo:
-    sizes = {"sequences_per_block": block, "sequences_per_shard": shard}
-    return write_split(folder, "train", rows(sequences, chunk), num_items=3, num_users=10, **sizes)
+    sizes = {"num_items": 3, "num_users": 10, "sequences_per_block": block, "sequences_per_shard": shard}
+    writer = SplitWriter(folder, "train", **sizes)
+    for start in range(0, len(sequences), chunk):
+        writer.add(packed_of(dict(list(sequences.items())[start : start + chunk])))
+    return writer.finish()
 
 
 def as_dict(packed: PackedSequences) -> dict[int, list[int]]:
@@ -92,7 +94,7 @@ def test_layout_read_with_tarfile_and_numpy_alone(tmp_path):
     split = write(tmp_path)
     assert [shard.file for shard in split.shards] == ["train-000000.tar", "train-000001.tar"]
     assert (split.num_sequences, split.num_items, split.max_length) == (5, 12, 4)
-    assert [(shard.num_sequences, shard.num_blocks, shard.num_items) for shard in split.shards] == [(3, 2, 6), (2, 2, 6)]
+    assert [(shard.num_sequences, shard.num_blocks, shard.num_items) for shard in split.shards] == [(3, 2, 6), (2, 1, 6)]
     found = {}
     for shard in split.shards:
         with tarfile.open(tmp_path / shard.file) as tar:
@@ -115,7 +117,7 @@ def test_layout_read_with_webdataset_alone(tmp_path):
     split = write(tmp_path)
     urls = [str(tmp_path / shard.file) for shard in split.shards]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
-    assert [sample["__key__"] for sample in samples] == [f"train-{index:08d}" for index in range(4)]
+    assert [sample["__key__"] for sample in samples] == [f"train-{index:08d}" for index in range(3)]
     assert np.concatenate([sample["items.npy"] for sample in samples]).tolist() == [
         item for items in SEQUENCES.values() for item in items
     ]
@@ -147,8 +149,9 @@ def test_any_sizes_give_all_sequences_in_order(tmp_path_factory, lengths, block,
 
 
 def test_types_are_the_smallest_that_fit(tmp_path):
-    one = [(np.array([0, 0]), np.array([256, 1]))]
-    split = write_split(tmp_path, "test", one, num_items=256, num_users=70_000, sequences_per_block=1, sequences_per_shard=1)
+    writer = SplitWriter(tmp_path, "test", num_items=256, num_users=70_000, sequences_per_block=1, sequences_per_shard=1)
+    writer.add(packed_of({0: [256, 1]}))
+    split = writer.finish()
     packed = read_shard(tmp_path, split.shards[0], num_items=256)
     assert (packed.items.dtype, packed.users.dtype) == (np.uint16, np.uint32)
 

@@ -33,7 +33,7 @@ def put(path: Path, text: str) -> Path:
 def load(path: Path, **values: object) -> list[tuple]:
     with duckdb.connect() as connection:
         connection.execute("SET TimeZone = 'UTC'")
-        count = load_interactions(connection, path, PrepareConfig(**values))
+        count = load_interactions(connection, [path], PrepareConfig(**values))
         rows = connection.execute("SELECT * FROM interactions ORDER BY row_number").fetchall()
     assert count == len(rows)
     return rows
@@ -70,7 +70,7 @@ def test_text_formats_give_the_same_rows(tmp_path, name, text):
 def test_parquet_of_any_types(tmp_path):
     table = pa.table({"user_id": [1, 2], "item_id": ["x", "y"], "timestamp": pa.array([0, 1_500_000], pa.timestamp("us"))})
     pq.write_table(table, tmp_path / "r.parquet")
-    assert load(tmp_path / "r.parquet") == [(1, "1", "x", Decimal(0)), (2, "2", "y", Decimal(1_500_000))]
+    assert load(tmp_path / "r.parquet") == [(1, 1, "x", Decimal(0)), (2, 2, "y", Decimal(1_500_000))]
 
 
 def test_other_column_names_with_quotes(tmp_path):
@@ -134,6 +134,14 @@ def test_large_file_keeps_file_order(tmp_path):
         ("s.txt", "u1 a b\nu2\n", ["line 2", "`u2` stands alone"]),
         ("s.txt", "u1 a b\n\nu2 a\nu1 c\n", ["line 4", "`u1` was on line 1 already"]),
         ("s.txt", "", ["no rows"]),
+        ("r.csv", CSV + "NaN,c,3\n", ["line 5", "`user_id` is NaN"]),
+        ("r.csv", CSV + "u1,1.23457E+19,3\n", ["line 5", "`item_id` is a rounded number", "different ids merge"]),
+        ("r.jsonl", JSONL + '{"user_id": 1e300, "item_id": 1, "timestamp": 1}\n', ["line 4", "`user_id` is a rounded number"]),
+        ("r.csv", CSV + '"u\t1",c,3\n', ["line 5", "`user_id` holds a tab"]),
+        ("r.csv", "user_id,item_id,timestamp\n7,a,1\n7.0,a,2\n", ["line 3", "mixed types", "line 2", "7.0"]),
+        ("r.csv", CSV.replace(",10\n", ",1700000000\n").replace(",11\n", ",1700000000000\n"), ["line 3", "in milliseconds"]),
+        ("r.csv", CSV + "u1,c,4000000000\n", ["line 5", "2096-10-02", "in the future", "times=any"]),
+        ("r.csv", "user_id,item_id,timestamp\nu,a,2020-01-01\nu,b,2099-01-01\n", ["line 3", "2099-01-01", "future"]),
         ("r.dat", CSV, ["ending `.dat`", ".parquet", "Name the format"]),
         ("r.parquet", CSV, ["cannot be read as parquet"]),
         ("r.parquet.gz", CSV, ["gzip around parquet"]),
@@ -150,6 +158,40 @@ def test_bad_parquet_rows_and_columns(tmp_path):
     pq.write_table(pa.table({"user_id": ["u", None], "item_id": ["a", "b"], "timestamp": [1, 2]}), tmp_path / "r.parquet")
     assert "row 2: `user_id` is empty" in refusal(tmp_path / "r.parquet")
     assert "no column `when`" in refusal(tmp_path / "r.parquet", time_column="when")
+
+
+def test_numbers_that_are_no_moments_are_only_compared(tmp_path):
+    path = put(tmp_path / "r.csv", CSV + "u1,c,4000000000\nu1,c,4000000000000\n")
+    assert [int(row[3]) for row in load(path, times="any")][3:] == [4_000_000_000, 4_000_000_000_000]
+
+
+def test_wrong_values_in_parquet(tmp_path):
+    def wrong(**columns: object) -> str:
+        values = {"user_id": [1, 2], "item_id": [1, 2], "timestamp": [1, 2]} | columns
+        pq.write_table(pa.table(values), tmp_path / "r.parquet")
+        return refusal(tmp_path / "r.parquet")
+
+    assert "row 2: `user_id` is NaN" in wrong(user_id=[1.0, float("nan")])
+    assert "row 2: `item_id` is a rounded number" in wrong(item_id=[1.0, 1.5e19])
+    assert "row 2: `item_id` is empty" in wrong(item_id=[1, None])
+    assert "row 2: the time in column `timestamp` is in seconds" in wrong(timestamp=[1_700_000_000_000, 1_700_000_000])
+    big = pa.table({"user_id": pa.array([2**64 - 1], pa.uint64()), "item_id": ["9" * 40], "timestamp": [1]})
+    pq.write_table(big, tmp_path / "r.parquet")
+    assert load(tmp_path / "r.parquet") == [(1, str(2**64 - 1), "9" * 40, 1)]  # beyond 64 bits, exactly
+
+
+def test_rows_of_several_files_are_numbered_through_and_named_by_their_own(tmp_path):
+    paths = [put(tmp_path / "a.csv", CSV), put(tmp_path / "b.csv", CSV.replace("u1,", "v1,"))]
+    with duckdb.connect() as connection:
+        assert load_interactions(connection, paths, PrepareConfig()) == 6
+        rows = connection.execute("SELECT row_number FROM interactions ORDER BY 1").fetchall()
+        assert [row[0] for row in rows] == [1, 2, 3, 4, 5, 6]
+    put(paths[1], CSV + "u,a,4000000000\n")
+    with duckdb.connect() as connection, pytest.raises(DataError, match=r"b\.csv, line 5: .* in the future"):
+        load_interactions(connection, paths, PrepareConfig())
+    put(paths[1], CSV + "u,a,2020-01-01\n")
+    with duckdb.connect() as connection, pytest.raises(DataError, match=r"b\.csv, line 5: the time `2020-01-01`"):
+        load_interactions(connection, paths, PrepareConfig())
 
 
 def test_broken_gzip_and_encoding(tmp_path):
