@@ -84,7 +84,9 @@ def test_imports_run_one_way(path: Path) -> None:
 def test_models_know_of_data_only_the_batch(path: Path) -> None:
     for imported in own(path):
         target = imported.partition(".")[0]
-        assert target in ("backbones", "schema", "config", "models", "losses", "data", "numerics"), f"{name(path)} imports {imported}"
+        assert target in ("backbones", "schema", "config", "models", "losses", "data", "numerics"), (
+            f"{name(path)} imports {imported}"
+        )
         assert target != "data" or imported.startswith("data.batch."), f"{name(path)} imports {imported}"
 
 
