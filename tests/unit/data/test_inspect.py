@@ -15,16 +15,6 @@ from mltfr_dist.data.inspect import gather, moment
 from mltfr_dist.data.prepare import prepare
 
 ROWS = [("ann", item) for item in "xyxzw"] + [("bob", item) for item in "yxyz"]
-    ("ann", "x"),
-    ("ann", "y"),
-    ("ann", "x"),
-    ("ann", "z"),
-    ("ann", "w"),
-    ("bob", "y"),
-    ("bob", "x"),
-    ("bob", "y"),
-    ("bob", "z"),
-]
 
 
 @pytest.fixture
