@@ -104,9 +104,8 @@ def resume(folder: Path, num_sequences: int, batch_size: int) -> None:
     stream = TrainStream(folder, DataConfig(path=folder), Part(0, 1, batch_size, batch_size), seed=0)
     middle = stream.steps_per_epoch // 2
     next(stream.epoch(0, middle))
-    print(
-        f"resumed at step {middle:,} of {stream.steps_per_epoch:,}, {num_sequences:,} sequences: {time.perf_counter() - started:.2f} s"
-    )
+    seconds = time.perf_counter() - started
+    print(f"resumed at step {middle:,} of {stream.steps_per_epoch:,}, {num_sequences:,} sequences: {seconds:.2f} s")
 
 
 def wait_share(folder: Path, batch_size: int, steps: int) -> None:
