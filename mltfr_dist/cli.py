@@ -1,4 +1,4 @@
-"""The `mltfr` command: prepare, tables, train, evaluate, recommend, export, report; and what train.py shares with it."""
+"""The `mltfr` command: prepare, inspect, tables, train, evaluate, recommend, export, report; what train.py shares with it."""
 
 from __future__ import annotations
 
@@ -170,6 +170,13 @@ def command_prepare(options: argparse.Namespace) -> None:
     prepare(options.source, options.output, config, resources=resources, packages_dir=options.packages)
 
 
+def command_inspect(options: argparse.Namespace) -> None:
+    """Counts, lengths, popularity, times, duplicates and cold items of a prepared folder."""
+    from mltfr_dist.data.inspect import inspect
+
+    print(inspect(Path(options.data), options.output))
+
+
 def command_tables(options: argparse.Namespace) -> None:
     """Language models to token tables."""
     from mltfr_dist.tables.build import DEMO_TABLES, build_demo_table, build_table
@@ -254,6 +261,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_section(prepare, PrepareConfig)
     add_section(prepare, PrepareResources)
 
+    inspect = commands.add_parser("inspect", help="what a prepared folder holds", description=command_inspect.__doc__)
+    inspect.add_argument("data", help="folder written by `mltfr prepare`")
+    inspect.add_argument("--output", type=Path, help="folder for PNG plots and a TensorBoard page")
+
     tables = commands.add_parser("tables", help="language models to token tables", description=command_tables.__doc__)
     tables.add_argument(
         "sources", nargs="+", help="safetensors or GGUF file, checkpoint folder, hub id, or a demo table: llama2, smollm2, minilm"
@@ -293,6 +304,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 COMMANDS = {
     "prepare": command_prepare,
+    "inspect": command_inspect,
     "tables": command_tables,
     "train": command_train,
     "evaluate": command_evaluate,

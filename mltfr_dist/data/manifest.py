@@ -93,6 +93,7 @@ class PrepareReport(Section):
     cold_targets: dict[str, int] = Field(description="Targets of valid and test that no stored training sequence holds.")
     cut_times: tuple[str, str] | None = Field(None, description="global_temporal: start of validation and of test.")
     items_with_title: int = 0
+    times: tuple[str, str] | None = Field(None, description="Earliest and latest kept; None for sequence text.")
 
 
 SPLITS = ("train", "valid", "test")

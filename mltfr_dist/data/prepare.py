@@ -9,6 +9,7 @@ import glob
 import hashlib
 import shutil
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mltfr_dist.data.manifest import (
     parse_manifest,
     verify_folder,
 )
+from mltfr_dist.data.readers import one
 from mltfr_dist.data.steps import (
     Log,
     StepLog,
@@ -295,4 +297,10 @@ def _split(connection: duckdb.DuckDBPyConnection, config: PrepareConfig, kept: i
         "cold_targets": cold,
         "cut_times": [splits.time_text(cuts[0]), splits.time_text(cuts[1])] if cuts else None,
         "items_with_title": titles,
+        "times": _time_range(connection) if config.format != "sequences" else None,
     }
+
+
+def _time_range(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    earliest, latest = one(connection, "SELECT min(timestamp), max(timestamp) FROM ordered")
+    return [splits.time_text(Decimal(earliest)), splits.time_text(Decimal(latest))]

@@ -134,7 +134,7 @@ def test_train_py_is_short_and_uses_the_package_only() -> None:
     assert {i.partition(".")[0] for i in imports(path)} <= {"mltfr_dist", *sys.stdlib_module_names}
 
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "huggingface_hub": "huggingface-hub"}
 
 
 def test_every_third_party_import_is_a_declared_dependency() -> None:

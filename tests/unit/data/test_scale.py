@@ -116,7 +116,7 @@ def test_finished_shards_stay_and_are_verified(
         prepare(str(source), tmp_path / "out", CONFIG, log=quiet)
     monkeypatch.undo()
     with (tmp_path / ".out.partial" / "shards.jsonl").open("a") as journal:
-        journal.write('{"split": "tra')  # a line that the crash cut
+        journal.write('\n{"split": "tra')  # a line that the crash cut
     (tmp_path / ".out.partial" / "out" / ".train-000099.tar").write_bytes(b"half a shard")
     if damage:
         written[-1].write_bytes(written[-1].read_bytes()[:-1])
