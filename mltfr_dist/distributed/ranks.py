@@ -30,6 +30,11 @@ class Ranks:
     device: torch.device
 
     @property
+    def is_first_of_node(self) -> bool:
+        """Whether this process does what one process of a machine has to do."""
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+
+    @property
     def is_main(self) -> bool:
         """Whether this process speaks and writes."""
         return self.rank == 0
@@ -70,6 +75,10 @@ class Ranks:
             raise error
         if first < self.world_size:
             raise OtherRankError(f"Rank {first} cannot start.", remedy="See its message.")
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+"""One process on the CPU, without a process group."""
 
 
 def start_ranks(threads: int | None = None) -> Ranks:

@@ -5,6 +5,7 @@ Shapes: B users, L positions, N real positions, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from mltfr_dist.losses import (
 from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.mltfr import MLTFR, Explanation, RoutingStats
 from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.table_rows import TableRows
 from mltfr_dist.numerics import at_least_fp32
 
 
@@ -49,7 +51,7 @@ class Recommender(nn.Module):
         *,
         num_items: int,
         max_len: int,
-        table_rows: list[Tensor],
+        table_rows: Sequence[Tensor | TableRows],
     ) -> None:
         super().__init__()
         self.loss_config = loss

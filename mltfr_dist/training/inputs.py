@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from mltfr_dist.config import FilterConfig, MLTFRConfig, RunConfig
 from mltfr_dist.data.augment import ViewRatios
 from mltfr_dist.data.collate import Objective
 from mltfr_dist.data.shards import Manifest, load_manifest
 from mltfr_dist.data.stream import Part, RankingStream, TrainStream
 from mltfr_dist.distributed import checkpoint
-from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.placement import place_tables
+from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.models.backbone import backbone_class
@@ -46,15 +45,19 @@ class Inputs:
         return tuple(table.name for table in self.tables)
 
 
-def load_inputs(config: RunConfig) -> Inputs:
+def load_inputs(config: RunConfig, *, verify: bool = True) -> Inputs:
     """Read and check the manifest and the token tables of a run.
+
+    Args:
+        config: The run.
+        verify: Compare the tables' files with their recorded hashes, which reads them whole.
 
     Raises:
         DataError: Missing or damaged data or tables.
         ConfigError: Tables and filter that do not go together.
     """
     manifest = load_manifest(config.data.path)
-    stored = tuple(load_table(path) for path in config.mltfr.tables) if config.mltfr.enabled else ()
+    stored = tuple(load_table(path, verify=verify) for path in config.mltfr.tables) if config.mltfr.enabled else ()
     tables = tuple(with_content(table, config.mltfr.table_content, config.training.seed) for table in stored)
     if config.mltfr.filter.strategy == "seed_words" and tables:
         tables = seed_tables(tables, config.mltfr.filter)
@@ -171,8 +174,8 @@ def record_inputs(folder: Path, inputs: Inputs) -> None:
         )
 
 
-def build_model(config: RunConfig, inputs: Inputs, *, with_consensus: bool) -> Recommender:
-    """A freshly initialised model, the same on every rank."""
+def build_model(config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE, *, with_consensus: bool) -> Recommender:
+    """A freshly initialised model, the same on every rank; its tables are where the configuration places them."""
     seed_all(config.training.seed, INITIALISATION)
     model = Recommender(
         config.backbone,
@@ -180,7 +183,7 @@ def build_model(config: RunConfig, inputs: Inputs, *, with_consensus: bool) -> R
         config.loss,
         num_items=inputs.manifest.num_items,
         max_len=config.data.max_len,
-        table_rows=[table.rows for table in inputs.tables],
+        table_rows=place_tables(config.mltfr, inputs.tables, ranks),
     )
     if with_consensus or (model.mltfr and config.mltfr.consensus.enabled and config.mltfr.consensus.random_in_stage_one):
         assert model.mltfr is not None
@@ -188,13 +191,13 @@ def build_model(config: RunConfig, inputs: Inputs, *, with_consensus: bool) -> R
     return model
 
 
-def load_model(config: RunConfig, inputs: Inputs, folder: Path, *, with_consensus: bool, device: torch.device) -> Recommender:
+def load_model(config: RunConfig, inputs: Inputs, folder: Path, ranks: Ranks, *, with_consensus: bool) -> Recommender:
     """The model of a checkpoint, in fp32, ready to be evaluated.
 
     Raises:
         CheckpointError: The checkpoint is damaged or does not fit the configuration.
     """
-    model = build_model(config, inputs, with_consensus=with_consensus)
+    model = build_model(config, inputs, ranks, with_consensus=with_consensus)
     state = checkpoint.read(folder)
     try:
         model.load_state_dict(state)
@@ -203,7 +206,7 @@ def load_model(config: RunConfig, inputs: Inputs, folder: Path, *, with_consensu
             f"The checkpoint {folder} does not fit its run's configuration: {error}.",
             remedy="Restore config.yaml and the data it names as they were.",
         ) from None
-    return model.to(device).eval()
+    return model.to(ranks.device).eval()
 
 
 def ranking_stream(config: RunConfig, split: str, ranks: Ranks) -> RankingStream:

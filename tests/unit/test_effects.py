@@ -137,6 +137,7 @@ ELSEWHERE = {
     "runs_dir": "names the folder: test_run_folder",
     "data.path": "every test that trains",
     "mltfr.tables": "every test that trains",
+    "mltfr.placement": "must not change the numbers: tests/distributed/test_placement.py",
     "mltfr.filter.max_direct_rows": "larger memories are refused: models/test_strategies",
     "training.micro_batch_size": "must *not* change the numbers: tests/distributed/test_zero.py",
     "training.threads": "must not change the numbers: test_threads below",
