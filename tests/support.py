@@ -44,9 +44,10 @@ def write_data(folder: Path, *, num_users: int = 120, num_items: int = 40, longe
     return folder / "data"
 
 
-def write_table(folder: Path, name: str, *, num_rows: int, dim: int, seed: int) -> Path:
-    """A stored token table of random rows."""
+def write_table(folder: Path, name: str, *, num_rows: int, dim: int, seed: int, num_distinct: int | None = None) -> Path:
+    """A stored token table of random rows; those after the first ``num_distinct`` repeat them in turn."""
     rows = torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(seed))
+    rows = rows[torch.arange(num_rows) % (num_distinct or num_rows)]
     described: dict[str, Any] = {
         "source_files": ("random",),
         "source_sha256": "0" * 64,

@@ -233,6 +233,13 @@ class MLTFRConfig(Section):
         description="real: the tables' rows. Controls of equal shape, made at load from training.seed: random: normal rows with "
         "the mean and covariance of the real ones; shuffled: each column permuted over the rows by itself.",
     )
+    placement: Literal["auto", "rows", "mmap", "replicated", "zero3"] = Field(
+        "auto",
+        description="Where tables are held. rows: each rank holds V/N rows, found and fetched by an exact exchange; mmap: on the "
+        "host, mapped from the file, one copy a node; replicated: each rank holds all; zero3: frozen parameters that ZeRO-3 "
+        "gathers whole at each use (for comparison); auto: rows above one rank, replicated at one or where a whole table is "
+        "needed. Changes no number.",
+    )
     filter: FilterConfig = Field(FilterConfig(), description="The user-guided token filter.")
     train_tables: bool = Field(False, description="Tables are trained parameters (published, though called frozen).")
     item_tokens: ItemTokensConfig = Field(ItemTokensConfig(), description="Token rows on the item side.")
@@ -245,6 +252,28 @@ class MLTFRConfig(Section):
         gates = len(self.tables) * self.expert.per_table + self.router.null_expert
         if self.enabled and self.router.top_k is not None and self.router.top_k > gates:
             raise ValueError(f"router.top_k ({self.router.top_k}) must not exceed the number of gates ({gates})")
+        return self
+
+    @property
+    def needs_whole_tables(self) -> str | None:
+        """Why a rank needs all rows of a table at once; None where it does not."""
+        if self.train_tables:
+            return "mltfr.train_tables=true"
+        if self.table_content != "real":
+            return f"mltfr.table_content={self.table_content} (made whole at load)"
+        if self.filter.strategy not in ("user_guided", "random_tokens"):
+            return f"mltfr.filter.strategy={self.filter.strategy}"
+        if self.filter.weights == "straight_through" and self.filter.shortlist_size is None:
+            return "mltfr.filter.weights=straight_through over whole tables (shortlist_size=null)"
+        return None
+
+    @model_validator(mode="after")
+    def _places(self) -> MLTFRConfig:
+        reason = self.needs_whole_tables
+        if self.enabled and self.placement == "rows" and reason:
+            raise ValueError(f"placement rows divides tables, but {reason} needs whole ones: give auto, mmap or replicated")
+        if self.enabled and self.train_tables and self.placement in ("mmap", "zero3"):
+            raise ValueError(f"placement {self.placement} holds frozen tables, but train_tables is true: give auto or replicated")
         return self
 
     @model_validator(mode="after")

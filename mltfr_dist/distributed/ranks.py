@@ -47,6 +47,11 @@ class Ranks:
     device: torch.device
 
     @property
+    def is_first_of_node(self) -> bool:
+        """Whether this process does what one process of a machine has to do."""
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+
+    @property
     def is_main(self) -> bool:
         """Whether this process speaks and writes."""
         return self.rank == 0
@@ -153,6 +158,10 @@ class Ranks:
         encoded = text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
         rows = self.gather(torch.tensor(list(encoded), dtype=torch.uint8)).tolist()
         return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+"""One process on the CPU, without a process group."""
 
 
 def start_ranks(threads: int | None = None, hang_seconds: float = 1800.0) -> Ranks:

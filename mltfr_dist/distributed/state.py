@@ -14,8 +14,13 @@ State = dict[str, Tensor]
 
 
 def whole_parameters(engine: Engine) -> State:
-    """Every parameter in fp32 and every persistent buffer, on the CPU of every rank. All ranks must call."""
-    return {name: whole_parameter(engine, p) for name, p in engine.module.named_parameters()} | persistent_buffers(engine.module)
+    """Every trained parameter in fp32 and every persistent buffer, on the CPU of every rank. All ranks must call."""
+    return {name: whole_parameter(engine, p) for name, p in trained_parameters(engine)} | persistent_buffers(engine.module)
+
+
+def trained_parameters(engine: Engine) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters without the frozen ones, which are token tables and no part of the state."""
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
 
 
 def persistent_buffers(module: nn.Module) -> State:
@@ -28,7 +33,7 @@ def persistent_buffers(module: nn.Module) -> State:
 def whole_moments(engine: Engine) -> State:
     """Adam's moments, as ``name/exp_avg`` and ``name/exp_avg_sq``, on the CPU of every rank. All ranks must call."""
     link_moments(engine)
-    return {f"{name}/{key}": _whole(engine, p, key) for name, p in engine.module.named_parameters() for key in MOMENTS}
+    return {f"{name}/{key}": _whole(engine, p, key) for name, p in trained_parameters(engine) for key in MOMENTS}
 
 
 def whole_parameter(engine: Engine, parameter: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ def _set_whole(engine: Engine, parameter: nn.Parameter, key: str | None, value: 
 @torch.no_grad()
 def restore_masters(engine: Engine, parameters: State) -> None:
     """Set the fp32 masters, which a bf16 module has rounded. The module itself must already hold ``parameters``."""
-    for name, p in engine.module.named_parameters():
+    for name, p in trained_parameters(engine):
         _set_whole(engine, p, None, parameters[name])
 
 
@@ -87,7 +92,7 @@ def restore_moments(engine: Engine, moments: State, num_updates: int) -> None:
     """Set Adam's moments and its number of updates. All ranks must call."""
     begin_moments(engine, num_updates)
     link_moments(engine)
-    for name, p in engine.module.named_parameters():
+    for name, p in trained_parameters(engine):
         for key in MOMENTS:
             _set_whole(engine, p, key, moments[f"{name}/{key}"])
 

@@ -22,7 +22,8 @@ from mltfr_dist.models.consensus import State, freeze
 from mltfr_dist.models.draws import GumbelNoise, history_keys, mix
 from mltfr_dist.models.experts import ExpertCore, Memory, Router, TableAdapter, mean_memory, pooled
 from mltfr_dist.models.strategies import AllRows, Prototypes, RandomTokens, Selection
-from mltfr_dist.models.token_filter import TokenFilter, prefix_mean, row_relevance, search
+from mltfr_dist.models.table_rows import TableRows
+from mltfr_dist.models.token_filter import TokenFilter, prefix_mean
 
 EXPLAINED = 16
 """Tokens that an explanation lists at most, where all of a table's rows are attended to."""
@@ -69,28 +70,27 @@ def make_filter(config: FilterConfig, num_rows: int, table_dim: int, hidden_dim:
 
 
 class MLTFR(nn.Module):
-    """Reads token tables on behalf of a backbone. Tables are buffers outside the state: never trained, never saved.
+    """Reads token tables on behalf of a backbone, wherever their rows are held."""
 
-    (`train_tables`, the published defect D7, makes them parameters.)
-    """
-
-    def __init__(self, config: MLTFRConfig, hidden_dim: int, table_rows: list[Tensor]) -> None:
+    def __init__(self, config: MLTFRConfig, hidden_dim: int, table_rows: Sequence[Tensor | TableRows]) -> None:
+        """Args: config: MLTFR's; hidden_dim: D; table_rows: Tables in memory [V_m, D_m], or placed otherwise."""
         super().__init__()
+        trained = config.train_tables
+        tables = [TableRows(t, trained=trained) if isinstance(t, Tensor) else t for t in table_rows]
+        self.tables = nn.ModuleList(tables)
         self.config, self.hidden_dim = config, hidden_dim
-        self.num_tables, self.per_table = len(table_rows), config.expert.per_table
+        self.num_tables, self.per_table = len(tables), config.expert.per_table
         self.num_experts = self.num_tables * self.per_table
         self.step = 0
         """Updates made so far in the run, for what changes with them; whoever trains sets it."""
-        for m, rows in enumerate(table_rows):
+        for m, table in enumerate(tables):
             whole = config.filter.strategy != "user_guided" or config.filter.shortlist_size is None
-            size = len(rows) if whole else min(config.filter.shortlist_size or 0, len(rows))
-            if config.train_tables:
-                self.register_parameter(f"table_{m}", nn.Parameter(rows.clone()))
-            else:
-                self.register_buffer(f"table_{m}", rows, persistent=False)
-            self.register_buffer(f"shortlist_{m}", torch.arange(size), persistent=size < len(rows))
-        self.filters = nn.ModuleList(make_filter(config.filter, len(r), r.shape[1], hidden_dim) for r in table_rows)
-        widths = [r.shape[1] for r in table_rows for _ in range(self.per_table)]  # of the experts' tables
+            size = table.num_rows if whole else min(config.filter.shortlist_size or 0, table.num_rows)
+            self.register_buffer(f"shortlist_{m}", torch.arange(size), persistent=size < table.num_rows)
+            self.register_buffer(f"candidates_{m}", None, persistent=False)
+        self.register_load_state_dict_post_hook(lambda mltfr, _: mltfr.forget_candidates())  # type: ignore[no-untyped-call]
+        self.filters = nn.ModuleList(make_filter(config.filter, t.num_rows, t.dim, hidden_dim) for t in tables)
+        widths = [t.dim for t in tables for _ in range(self.per_table)]  # of the experts' tables
         if config.expert.form == "core":
             self.adapters = nn.ModuleList(TableAdapter(width, hidden_dim) for width in widths)
             core = self.new_core(hidden_dim)
@@ -118,11 +118,11 @@ class MLTFR(nn.Module):
 
     # --- tables ------------------------------------------------------------------------------------------------
 
-    def table(self, m: int) -> Tensor:
-        """Rows of table m, [V_m, D_m]."""
-        rows = getattr(self, f"table_{m}")
-        assert isinstance(rows, Tensor)
-        return rows
+    def table(self, m: int) -> TableRows:
+        """Table m, V_m x D_m."""
+        table = self.tables[m]
+        assert isinstance(table, TableRows)
+        return table
 
     def shortlist(self, m: int) -> Tensor:
         """Row numbers of table m that are searched, [S]."""
@@ -139,13 +139,24 @@ class MLTFR(nn.Module):
     @property
     def uses_shortlist(self) -> bool:
         """Whether any table is searched in part only."""
-        return any(len(self.shortlist(m)) < len(self.table(m)) for m in range(self.num_tables))
+        return any(self.has_shortlist(m) for m in range(self.num_tables))
+
+    def has_shortlist(self, m: int) -> bool:
+        """Whether table m is searched in part only."""
+        return len(self.shortlist(m)) < self.table(m).num_rows
 
     def candidates(self, m: int) -> Tensor:
-        """Rows of table m that are searched, [S, D_m]."""
-        if len(self.shortlist(m)) == len(self.table(m)):
-            return self.table(m)
-        return self.table(m)[self.shortlist(m)]
+        """Rows of the shortlist of table m, [S, D_m]; fetched once for each list, so that a step needs no other rank's."""
+        if self.config.train_tables:
+            return self.table(m).take(self.shortlist(m))
+        if getattr(self, f"candidates_{m}") is None:
+            setattr(self, f"candidates_{m}", self.table(m).take(self.shortlist(m)))
+        return self.get_buffer(f"candidates_{m}")
+
+    def forget_candidates(self) -> None:
+        """Fetch the shortlists' rows anew when they are next needed; every rank must do so at the same point."""
+        for m in range(self.num_tables):
+            setattr(self, f"candidates_{m}", None)
 
     def add_consensus(self, merged: State | None = None, tables: Sequence[int] | None = None) -> None:
         """Add the consensus expert, frozen.
@@ -169,8 +180,9 @@ class MLTFR(nn.Module):
 
         DeepSpeed casts parameters only. The router's load stays in fp32, for it is a running sum.
         """
-        for m in range(self.num_tables if not self.config.train_tables else 0):
-            self.register_buffer(f"table_{m}", self.table(m).to(dtype), persistent=False)
+        self.forget_candidates()
+        for m in range(self.num_tables):
+            self.table(m).cast(dtype)
         if self.consensus is not None:
             self.consensus.to(dtype)
 
@@ -209,12 +221,28 @@ class MLTFR(nn.Module):
 
     def _select(self, m: int, queries: Tensor, keys: Tensor | None) -> Selection:
         token_filter = self.filters[m]
-        if isinstance(token_filter, TokenFilter):
-            rows, row_ids = self.candidates(m), self.shortlist(m)
-            return Selection(rows, row_ids, token_filter(queries, rows, self._noise(token_filter, keys, row_ids)))
-        selection = token_filter(keys, self.table(m))
-        assert isinstance(selection, Selection)
-        return selection
+        if not isinstance(token_filter, TokenFilter):
+            selection = token_filter(keys, self.table(m))
+            assert isinstance(selection, Selection)
+            return selection
+        row_ids = self.shortlist(m)
+        noise = self._noise(token_filter, keys, row_ids)
+        if self.has_shortlist(m):
+            rows = self.candidates(m)
+        elif token_filter.weights == "straight_through":
+            rows = self.table(m).whole()
+        else:
+            return self._exact(m, token_filter, queries, noise)
+        return Selection(rows, row_ids, token_filter(queries, rows, noise))
+
+    def _exact(self, m: int, token_filter: TokenFilter, queries: Tensor, noise: GumbelNoise | None) -> Selection:
+        """Search the whole table without gradient, fetch the rows that any query keeps, and weigh those with it."""
+        with torch.no_grad():
+            found = self.table(m).search(queries, token_filter.project, token_filter.num_kept, noise)  # [G, K]
+        row_ids, places = torch.unique(found, return_inverse=True)
+        rows = self.table(m).take(row_ids)
+        noise = None if noise is None else noise._replace(row_ids=row_ids)
+        return Selection(rows, row_ids, token_filter(queries, rows, noise, places))
 
     def _noise(self, token_filter: TokenFilter, keys: Tensor | None, row_ids: Tensor) -> GumbelNoise | None:
         """Keyed by (seed, step, user, table); the user is known by the history, for the model has no user ids."""
@@ -278,8 +306,7 @@ class MLTFR(nn.Module):
     def relevance(self, x: Tensor, valid_mask: Tensor) -> list[Tensor]:
         """Per table, [V_m] largest cosine of each row with any query of the batch; ranks reduce by maximum."""
         _, queries, _ = self.blocks(x, valid_mask)
-        unit_queries = F.normalize(queries, dim=-1)
-        return [row_relevance(unit_queries, f.project(self.table(m))).float() for m, f in enumerate(self.filters)]  # type: ignore[operator]
+        return [self.table(m).relevance(queries, f.project) for m, f in enumerate(self.filters)]  # type: ignore[arg-type]
 
     @torch.no_grad()
     def set_shortlist(self, relevance: list[Tensor]) -> None:
@@ -287,6 +314,7 @@ class MLTFR(nn.Module):
         for m, values in enumerate(relevance):
             best = values.sort(descending=True, stable=True).indices[: len(self.shortlist(m))]
             self.shortlist(m).copy_(best.sort().values)
+        self.forget_candidates()
 
     @torch.no_grad()
     def shortlist_recall(self, x: Tensor, valid_mask: Tensor, max_queries: int = 64) -> tuple[Tensor, int]:
@@ -296,12 +324,12 @@ class MLTFR(nn.Module):
             [M] sums over queries of the share of the true top K that is in the shortlist, and the number of queries.
         """
         _, queries, _ = self.blocks(x, valid_mask)
-        unit_queries = F.normalize(queries[:max_queries], dim=-1)
+        queries = queries[:max_queries]
         sums = []
-        for m, token_filter in enumerate(self.filters):
-            exact = search(unit_queries, token_filter.project(self.table(m)), token_filter.num_kept)  # type: ignore[operator,arg-type]
+        for m, f in enumerate(self.filters):
+            exact = self.table(m).search(queries, f.project, f.num_kept)  # type: ignore[arg-type]
             sums.append(torch.isin(exact, self.shortlist(m)).float().mean(1).sum())
-        return torch.stack(sums), len(unit_queries)
+        return torch.stack(sums), len(queries)
 
     @torch.no_grad()
     def explain(self, x: Tensor, valid_mask: Tensor, item_ids: Tensor) -> list[Explanation]:

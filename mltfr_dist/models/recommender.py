@@ -5,6 +5,7 @@ Shapes: B users, L positions, N real positions, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.item_tokens import ItemVectors
 from mltfr_dist.models.mltfr import MLTFR, Explanation, RoutingStats
 from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.table_rows import TableRows
 from mltfr_dist.numerics import at_least_fp32
 
 
@@ -50,7 +52,7 @@ class Recommender(nn.Module):
         *,
         num_items: int,
         max_len: int,
-        table_rows: list[Tensor],
+        table_rows: Sequence[Tensor | TableRows],
         item_features: Tensor | None = None,
     ) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mltfr_dist.models.draws import LARGEST, STEP, mix
+from mltfr_dist.models.table_rows import TableRows
 from mltfr_dist.models.token_filter import KeptTokens
 
 
@@ -40,21 +41,22 @@ class RandomTokens(nn.Module):
         self.num_kept = num_kept
         self.register_buffer("salt", torch.randint(LARGEST, (1,)))
 
-    def forward(self, keys: Tensor, table: Tensor) -> Selection:
-        """Keys [G] of the histories and the table's rows [V, D_m] -> the batch's rows, and which each query keeps."""
+    def forward(self, keys: Tensor, table: TableRows) -> Selection:
+        """Keys [G] of the histories and the table -> the batch's rows, and which each query keeps."""
         counters = torch.arange(1, self.num_kept + 1, device=keys.device) * STEP
-        drawn = (mix(mix(keys ^ self.salt)[:, None] + counters) & LARGEST) % len(table)  # [G, K]
+        drawn = (mix(mix(keys ^ self.salt)[:, None] + counters) & LARGEST) % table.num_rows  # [G, K]
         row_ids, places = torch.unique(drawn, return_inverse=True)
-        log_weights = table.new_full(places.shape, -math.log(self.num_kept))
-        return Selection(table[row_ids], row_ids, KeptTokens(places, log_weights))
+        rows = table.take(row_ids)
+        return Selection(rows, row_ids, KeptTokens(places, rows.new_full(places.shape, -math.log(self.num_kept))))
 
 
 class AllRows(nn.Module):
     """No choice: every query attends to all rows, weighed alike."""
 
-    def forward(self, keys: Tensor, table: Tensor) -> Selection:
+    def forward(self, keys: Tensor, table: TableRows) -> Selection:
         """The table's rows [V, D_m] for all."""
-        return Selection(table, torch.arange(len(table), device=table.device), kept_by_all(table))
+        rows = table.whole()
+        return Selection(rows, torch.arange(len(rows), device=rows.device), kept_by_all(rows))
 
 
 class Prototypes(nn.Module):
@@ -68,9 +70,9 @@ class Prototypes(nn.Module):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, keys: Tensor, table: Tensor) -> Selection:
+    def forward(self, keys: Tensor, table: TableRows) -> Selection:
         """[V, D_m] -> [P, D_m]."""
-        rows = self.outer(F.gelu(self.inner(table.T))).T  # [P, D_m]
+        rows = self.outer(F.gelu(self.inner(table.whole().T))).T  # [P, D_m]
         return Selection(rows, torch.arange(len(rows), device=rows.device), kept_by_all(rows))
 
 

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.draws import LARGEST, GumbelNoise
+from mltfr_dist.models.search import largest, search
 from mltfr_dist.numerics import at_least_fp32
 
-CHUNK_ELEMENTS = 1 << 24
-"""Scores held at a time while searching (64 MiB in fp32)."""
+PROJECTED_ROWS = 4096
+"""Rows projected at a time, so that rows of another device or format are never all copied."""
 NORMALISER = 1e-8
 """Added to the sum of the straight-through weights (as published)."""
 
@@ -50,13 +51,22 @@ def prefix_mean(x: Tensor, valid_mask: Tensor) -> Tensor:
     return (x * valid_mask[..., None]).cumsum(1) / counts
 
 
+class Projection(nn.Linear):
+    """A linear map that is computed in any format, from rows of any device; rows are first brought to the parameters' format."""
+
+    def forward(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[S, D_in] -> [S, D_out] in ``dtype`` (None: that of the parameters)."""
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return torch.cat([F.linear(part.to(self.weight).to(weight), weight, bias) for part in torch.split(rows, PROJECTED_ROWS)])
+
+
 class TokenFilter(nn.Module):
     """Scores the rows of one token table against a user query and keeps the best K."""
 
     def __init__(self, config: FilterConfig, num_rows: int, table_dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.num_kept, self.weights = config.num_kept(num_rows), config.weights
-        self.projection = nn.Linear(table_dim, hidden_dim)
+        self.projection = Projection(table_dim, hidden_dim)
         nn.init.normal_(self.projection.weight, std=table_dim**-0.5)
         nn.init.zeros_(self.projection.bias)
         log_temperature = torch.tensor([math.log(config.temperature)])
@@ -72,17 +82,18 @@ class TokenFilter(nn.Module):
         """tau_s, [1]."""
         return self.log_temperature.exp()
 
-    def project(self, rows: Tensor) -> Tensor:
-        """Table rows [S, D_m] -> unit vectors in the user space [S, D]."""
-        return F.normalize(self.projection(rows), dim=-1)
+    def project(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Table rows [S, D_m] -> unit vectors in the user space [S, D], computed in ``dtype``."""
+        return F.normalize(self.projection(rows, dtype), dim=-1)
 
-    def forward(self, query: Tensor, rows: Tensor, noise: GumbelNoise | None = None) -> KeptTokens:
+    def forward(self, query: Tensor, rows: Tensor, noise: GumbelNoise | None = None, places: Tensor | None = None) -> KeptTokens:
         """Keep the K candidates of highest score (cosine + noise) / tau_s for each query.
 
         Args:
             query: [G, D] user vectors.
             rows: [S, D_m] candidate rows.
             noise: Added to the cosines.
+            places: [G, K] those candidates, where a search has found them before.
         """
         unit_query = F.normalize(query, dim=-1)
         if self.weights == "straight_through" and self.num_kept == 1 and query.dtype != torch.float64:
@@ -90,13 +101,14 @@ class TokenFilter(nn.Module):
         unit_rows = self.project(rows)
         if self.weights == "straight_through":
             return self._straight_through(unit_query @ unit_rows.T, noise)
-        with torch.no_grad():
-            index = search(unit_query, unit_rows, self.num_kept, noise)  # [G, K]
+        if places is None:
+            with torch.no_grad():
+                places = search(unit_query, unit_rows, self.num_kept, noise)
         # The search ran without gradient over all candidates; only what is kept is scored again with it.
-        scores = torch.einsum("gd,gkd->gk", unit_query, F.embedding(index, unit_rows))
+        scores = torch.einsum("gd,gkd->gk", unit_query, F.embedding(places, unit_rows))
         if noise is not None:
-            scores = scores + noise.at(index).to(scores.dtype)
-        return KeptTokens(index, F.log_softmax(at_least_fp32(scores) / at_least_fp32(self.temperature), dim=-1).to(query.dtype))
+            scores = scores + noise.at(places).to(scores.dtype)
+        return KeptTokens(places, F.log_softmax(at_least_fp32(scores) / at_least_fp32(self.temperature), dim=-1).to(query.dtype))
 
     @torch.no_grad()
     def _single(self, unit_query: Tensor, rows: Tensor, noise: GumbelNoise | None) -> KeptTokens:
@@ -108,30 +120,9 @@ class TokenFilter(nn.Module):
         """Published: a softmax over all candidates [G, S], of which the kept weigh (1 - y).detach() + y, normalised."""
         if noise is not None:
             scores = scores + noise.part(slice(None)).to(scores.dtype)
-        index = scores.topk(self.num_kept, dim=1).indices
+        with torch.no_grad():
+            index = largest(scores, self.num_kept)
         y = torch.softmax(at_least_fp32(scores) / at_least_fp32(self.temperature), dim=-1).gather(1, index)  # [G, K]
         hard = (1 - y).detach() + y
         row_weights = (hard / (hard.sum(1, keepdim=True) + NORMALISER)).to(scores.dtype)
         return KeptTokens(index, torch.zeros_like(row_weights), row_weights)
-
-
-def search(unit_query: Tensor, unit_rows: Tensor, num_kept: int, noise: GumbelNoise | None = None) -> Tensor:
-    """[G, K] places of the K largest products (plus noise) per query, in chunks of queries so that memory is bounded."""
-    chunk = max(1, CHUNK_ELEMENTS // unit_rows.shape[0])
-    kept = []
-    for start in range(0, max(1, len(unit_query)), chunk):  # once where there is no query, for the shape
-        scores = unit_query[start : start + chunk] @ unit_rows.T
-        if noise is not None:
-            scores = scores + noise.part(slice(start, start + chunk)).to(scores.dtype)
-        kept.append(scores.topk(num_kept, dim=1).indices)
-    return torch.cat(kept)
-
-
-def row_relevance(unit_query: Tensor, unit_rows: Tensor) -> Tensor:
-    """[S] largest cosine of each row with any of the queries; -1 where there is no query."""
-    best = torch.full((unit_rows.shape[0],), -1.0, device=unit_rows.device, dtype=unit_rows.dtype)
-    chunk = max(1, CHUNK_ELEMENTS // unit_rows.shape[0])
-    for part in torch.split(unit_query, chunk):
-        if len(part):
-            torch.maximum(best, (part @ unit_rows.T).amax(dim=0), out=best)
-    return best

@@ -195,6 +195,13 @@ def load_table(folder: Path, *, verify: bool = True) -> TokenTable:
     return TokenTable(info.name, rows, info, folder, info.table_sha256)
 
 
+def read_rows(table: TokenTable, start: int, stop: int) -> torch.Tensor:
+    """[stop - start, D_m] rows of a stored table in memory of their own; no others are read from disk."""
+    with safe_open(table.folder / TABLE_FILE, framework="pt") as file:
+        rows: torch.Tensor = file.get_slice(TENSOR_NAME)[start:stop].clone()
+    return rows
+
+
 def _read_info(folder: Path) -> TableInfo:
     path = folder / INFO_FILE
     if not path.is_file():

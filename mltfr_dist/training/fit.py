@@ -16,6 +16,7 @@ from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine, deepspeed_config, make_part, peak_memory_bytes, versions
 from mltfr_dist.distributed.fisher import batch_mean_squares, fisher_diagonals
+from mltfr_dist.distributed.placement import check_placement
 from mltfr_dist.distributed.ranks import Ranks, lost_ranks_told, start_ranks
 from mltfr_dist.distributed.signals import stop_signals
 from mltfr_dist.distributed.watchdog import watched
@@ -75,10 +76,11 @@ def check_all(config: RunConfig, ranks: Ranks, *, resume: bool) -> Inputs:
     same_everywhere(config, ranks)
 
     def check() -> Inputs:
-        inputs = load_inputs(config)
+        inputs = load_inputs(config, verify=ranks.is_first_of_node)
         part = make_part(config, ranks)
         zero_stage = deepspeed_config(config, part).get("zero_optimization", {}).get("stage", 0)
         check_division(config.mltfr, part, zero_stage)
+        check_placement(config.mltfr, inputs.tables, ranks, zero_stage)
         train_stream(config, part)
         if ranks.is_main:
             verify_folder(config.data.path, left_out=config.data.left_out)
@@ -180,7 +182,7 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks) -> Result:
         outcomes[CONSENSUS] = run_stage(CONSENSUS, config, inputs, ranks, outcomes[TRAIN], merged)
     stage, progress = max(outcomes.items(), key=lambda pair: (pair[1].best_value, pair[0] == CONSENSUS))
     best = checkpoint.best_folder(folder, progress)
-    model = load_model(config, inputs, best, with_consensus=stage == CONSENSUS, device=ranks.device)
+    model = load_model(config, inputs, best, ranks, with_consensus=stage == CONSENSUS)
     valid = evaluate(model, ranking_stream(config, "valid", ranks), config.evaluation, ranks)
     slices = training_slices(config, inputs.manifest)
     test_stream = ranking_stream(config, "test", ranks)
@@ -199,16 +201,17 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks) -> Result:
         checkpoint=best.name,
         epoch=progress.best_epoch,
         epochs=sum(p.epoch for p in outcomes.values()),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         peak_memory_bytes=int(memory.item()),
         world_size=ranks.world_size,
     )
+    texts = kept_token_texts(config, inputs, model)  # on every rank: tables may be divided
     if ranks.is_main:
         final = list(outcomes.values())[-1]
         base = outcomes[TRAIN].step if len(outcomes) > 1 else 0
         tracker = Tracker(config.folder, active=True, stage=final.stage, step=final.step, base_step=base)
         tracker.log("test", final.step, test)
-        for tag, text in kept_token_texts(config, inputs, model).items():
+        for tag, text in texts.items():
             tracker.text(tag, text, final.step)
         tracker.close()
         write_atomically(config.folder / RESULT, result.model_dump_json(indent=2) + "\n")
@@ -239,7 +242,7 @@ def run_stage(
         ranks.say(f"  going on from {last.name} (epoch {progress.epoch}, step {progress.step})")
     part = make_part(config, ranks)
     stream = train_stream(config, part)
-    model = build_model(config, inputs, with_consensus=name == CONSENSUS)
+    model = build_model(config, inputs, ranks, with_consensus=name == CONSENSUS)
     if last:
         model.load_state_dict(ranks.jointly(lambda: checkpoint.read(last)))
     elif before is not None and merged is not None:
@@ -282,7 +285,7 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
     if not (place / checkpoint.HEADER).exists():
         started = time.monotonic()
         best = checkpoint.best_folder(place.parent, before)
-        model = load_model(config, inputs, best, with_consensus=False, device=ranks.device)
+        model = load_model(config, inputs, best, ranks, with_consensus=False)
         part = make_part(config, ranks)
         stream = train_stream(config, part)
         samples = min(config.mltfr.consensus.fisher_sequences, stream.split.num_sequences)

@@ -33,8 +33,8 @@ class LoadedRun:
     device: torch.device
 
 
-def load_run(folder: Path) -> LoadedRun:
-    """Load the chosen model of a finished run.
+def load_run(folder: Path, ranks: Ranks | None = None) -> LoadedRun:
+    """Load the chosen model of a finished run; on several ranks all must call (None: one process).
 
     Raises:
         CheckpointError: No run, an unfinished one, or inputs that changed since.
@@ -48,16 +48,16 @@ def load_run(folder: Path) -> LoadedRun:
         )
     inputs = load_inputs(config)
     record_inputs(folder, inputs)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     place = folder / CHECKPOINTS / result.checkpoint
-    model = load_model(config, inputs, place, with_consensus=result.stage == STAGES[1], device=device)
-    return LoadedRun(config, inputs, model, ItemMap.load(config), device)
+    model = load_model(config, inputs, place, ranks, with_consensus=result.stage == STAGES[1])
+    return LoadedRun(config, inputs, model, ItemMap.load(config), ranks.device)
 
 
 def evaluate_run(folder: Path, split: str) -> dict[str, float]:
     """The metrics of a run's chosen model on a split, as the run reported them."""
     ranks: Ranks = start_ranks()
-    run = load_run(folder)
+    run = load_run(folder, ranks)
     return evaluate(run.model, ranking_stream(run.config, split, ranks), run.config.evaluation, ranks)
 
 

@@ -18,7 +18,8 @@ from mltfr_dist.data.reading import Patience
 from mltfr_dist.data.shards import Manifest, load_manifest
 from mltfr_dist.data.stream import Part, RankingStream, TrainStream
 from mltfr_dist.distributed import checkpoint
-from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.placement import place_tables
+from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.errors import CheckpointError, ConfigError, DataError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.models.backbone import backbone_class
@@ -52,15 +53,19 @@ class Inputs:
         return tuple(table.name for table in self.tables)
 
 
-def load_inputs(config: RunConfig) -> Inputs:
+def load_inputs(config: RunConfig, *, verify: bool = True) -> Inputs:
     """Read and check the manifest and the token tables of a run.
+
+    Args:
+        config: The run.
+        verify: Compare the tables' files with their recorded hashes, which reads them whole.
 
     Raises:
         DataError: Missing or damaged data or tables.
         ConfigError: Tables and filter, or data and item tokens, that do not go together.
     """
     manifest = load_manifest(config.data.path, left_out=config.data.left_out)
-    stored = tuple(load_table(path) for path in config.mltfr.tables) if config.mltfr.enabled else ()
+    stored = tuple(load_table(path, verify=verify) for path in config.mltfr.tables) if config.mltfr.enabled else ()
     tables = tuple(with_content(table, config.mltfr.table_content, config.training.seed) for table in stored)
     features = item_features(config, tables)
     if config.mltfr.filter.strategy == "seed_words" and tables:
@@ -201,8 +206,8 @@ def record_inputs(folder: Path, inputs: Inputs) -> None:
         )
 
 
-def build_model(config: RunConfig, inputs: Inputs, *, with_consensus: bool) -> Recommender:
-    """A freshly initialised model, the same on every rank."""
+def build_model(config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE, *, with_consensus: bool) -> Recommender:
+    """A freshly initialised model, the same on every rank; its tables are where the configuration places them."""
     seed_all(config.training.seed, INITIALISATION)
     model = Recommender(
         config.backbone,
@@ -210,7 +215,7 @@ def build_model(config: RunConfig, inputs: Inputs, *, with_consensus: bool) -> R
         config.loss,
         num_items=inputs.manifest.num_items,
         max_len=config.data.max_len,
-        table_rows=[table.rows for table in inputs.tables],
+        table_rows=place_tables(config.mltfr, inputs.tables, ranks),
         item_features=inputs.item_features,
     )
     if with_consensus or (model.mltfr and config.mltfr.consensus.enabled and config.mltfr.consensus.random_in_stage_one):
@@ -219,13 +224,13 @@ def build_model(config: RunConfig, inputs: Inputs, *, with_consensus: bool) -> R
     return model
 
 
-def load_model(config: RunConfig, inputs: Inputs, folder: Path, *, with_consensus: bool, device: torch.device) -> Recommender:
+def load_model(config: RunConfig, inputs: Inputs, folder: Path, ranks: Ranks, *, with_consensus: bool) -> Recommender:
     """The model of a checkpoint, in fp32, ready to be evaluated.
 
     Raises:
         CheckpointError: The checkpoint is damaged or does not fit the configuration.
     """
-    model = build_model(config, inputs, with_consensus=with_consensus)
+    model = build_model(config, inputs, ranks, with_consensus=with_consensus)
     state = checkpoint.read(folder)
     try:
         model.load_state_dict(state)
@@ -234,7 +239,7 @@ def load_model(config: RunConfig, inputs: Inputs, folder: Path, *, with_consensu
             f"The checkpoint {folder} does not fit its run's configuration: {error}.",
             remedy="Restore config.yaml and the data it names as they were.",
         ) from None
-    return model.to(device).eval()
+    return model.to(ranks.device).eval()
 
 
 def ranking_stream(config: RunConfig, split: str, ranks: Ranks) -> RankingStream:

@@ -10,6 +10,7 @@ import torch
 
 from mltfr_dist import __version__
 from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed.placement import placement_text
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.files import write_atomically
 from mltfr_dist.repairs import REPAIRS, taken_away
@@ -46,6 +47,8 @@ def opening(config: RunConfig, inputs: Inputs, ranks: Ranks) -> str:
         f"  table   {t.name}: {len(t.rows):,} {'tokens' if t.content == 'real' else t.content + ' rows'} x {t.rows.shape[1]}"
         for t in inputs.tables
     ]
+    if inputs.tables:
+        lines.append(f"  tables  {placement_text(config.mltfr, ranks)}")
     if missing := taken_away(config):
         lines.append(f"  repairs taken away: {', '.join(missing)}")
     lines += [f"  note    {GROUNDED}"] * is_grounded(config)

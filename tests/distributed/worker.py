@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support import REPOSITORY, tiny_config
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.data.stream import Part
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
@@ -24,6 +25,7 @@ from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.fisher import batch_mean_squares, fisher_diagonals
 from mltfr_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
 from mltfr_dist.distributed.state import whole_parameters
+from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
 from mltfr_dist.training.loop import reduce_outputs
 
@@ -62,7 +64,7 @@ def steps(engine: Engine, config: RunConfig, ranks: Ranks, start: int, end: int)
 def make_engine(config: RunConfig, ranks: Ranks, micro_batch_size: int | None = None) -> Engine:
     size = config.training.global_batch_size
     part = Part(ranks.rank, ranks.world_size, size, micro_batch_size or size // ranks.world_size)
-    model = build_model(config, load_inputs(config), with_consensus=False)
+    model = build_model(config, load_inputs(config), ranks, with_consensus=False)
     return Engine(model, config, ranks, part, STEPS)
 
 
@@ -181,6 +183,75 @@ def fisher(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     return found
 
 
+SEARCHES: dict[str, dict[str, object]] = {
+    "shortlist": {},
+    "exact": {"mltfr__filter__shortlist_size": None},
+    "noise": {"mltfr__filter__shortlist_size": None, "mltfr__filter__noise": 0.5},
+    "random": {"mltfr__filter__strategy": "random_tokens"},
+    "paper form": {"mltfr__filter__shortlist_size": None, "mltfr__expert__form": "paper", "mltfr__consensus__enabled": False},
+}
+"""Ways to choose rows."""
+
+
+def placements(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Per way to choose rows and placement: losses and gradients of two global batches, what a user keeps, and the shortlist.
+
+    In the second batch all ranks but one have no query.
+    """
+    found = {}
+    for search, changes in SEARCHES.items():
+        for placement in ("replicated", "rows", "mmap"):
+            config = no_dropout(folder, 1, mltfr__placement=placement, **changes)
+            model = build_model(config, load_inputs(config), ranks, with_consensus=False)
+            stream = train_stream(config, Part(ranks.rank, ranks.world_size, 24, 24 // ranks.world_size))
+            (batch,) = next(stream.epoch(0)).micro_batches
+            nothing = batch._replace(item_ids=torch.zeros_like(batch.item_ids), target_ids=torch.zeros_like(batch.target_ids))
+            values = [refreshed(model, batch, ranks)] if model.mltfr.uses_shortlist else []
+            for given in (batch, batch if ranks.is_main else nothing):
+                model.zero_grad()
+                output = model(given)
+                (output.loss_sum + output.routing.balance_sum.sum()).backward()
+                values.append(ranks.sum(output.loss_sum.detach()).view(1))
+                values += [ranks.sum(p.grad).flatten() for p in model.parameters() if p.grad is not None]
+            ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]])
+            values += [torch.cat([e.kept_ids[m].float() for e in model.eval().explain(ids)]) for m in range(2)]
+            found[f"{search} {placement}"] = torch.cat(values).tolist()
+    return found
+
+
+def refreshed(model: Recommender, batch: SequenceBatch, ranks: Ranks) -> torch.Tensor:
+    """Give the model the shortlist of a global batch; returns it, and how much of an exact search the one before found."""
+    pair = (model.backbone.inputs(batch.item_ids), batch.item_ids != 0)
+    recall, _ = model.mltfr.shortlist_recall(*pair)
+    model.mltfr.set_shortlist([ranks.max(r) for r in model.mltfr.relevance(*pair)])
+    return torch.cat([ranks.sum(recall), *(model.mltfr.shortlist(m).float() for m in range(2))])
+
+
+def placed_training(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Losses of training under ZeRO with tables placed in each way, and in bf16."""
+    found = {}
+    runs = {
+        "replicated": (1, {}),
+        "rows": (1, {}),
+        "rows zero3": (3, {"mltfr__placement": "rows"}),
+        "zero3": (3, {}),
+        "mmap": (2, {}),
+        "replicated bf16": (1, {"training__precision": "bf16"}),
+        "rows bf16": (1, {"training__precision": "bf16"}),
+        "mmap bf16": (1, {"training__precision": "bf16"}),
+    }
+    for name, (stage, changes) in runs.items():
+        exact = {"mltfr__placement": name.split()[0], "mltfr__filter__shortlist_size": None}
+        config = no_dropout(folder, stage, **(exact | changes))
+        engine = make_engine(config, ranks)
+        found[name] = steps(engine, config, ranks, 0, 5)
+        if name == "zero3":
+            assert not [key for key in whole_parameters(engine) if ".tables." in key]
+            assert not [key for key in engine.module.state_dict() if ".tables." in key]
+        engine.destroy()
+    return found
+
+
 def flat(states: list[dict[str, torch.Tensor]]) -> list[float]:
     return torch.cat([t.flatten() for state in states for _, t in sorted(state.items())]).tolist()
 
@@ -188,9 +259,8 @@ def flat(states: list[dict[str, torch.Tensor]]) -> list[float]:
 if __name__ == "__main__":
     task, folder, output = sys.argv[1:]
     all_ranks = start_ranks(1)
-    result = {"losses": losses, "saved": saved, "elsewhere": elsewhere, "fisher": fisher, "backbones": backbones}[task](
-        Path(folder), all_ranks
-    )
+    tasks = [losses, saved, elsewhere, fisher, backbones, placements, placed_training]
+    result = {one.__name__: one for one in tasks}[task](Path(folder), all_ranks)
     if all_ranks.is_main:
         Path(output).write_text(json.dumps(result))
     stop_ranks()

@@ -148,6 +148,7 @@ ELSEWHERE = {
     "data.read_timeout": "needs a slow disk: test_damage",
     "data.num_workers": "must not change the batches: test_stream",
     "mltfr.tables": "every test that trains",
+    "mltfr.placement": "must not change the numbers: tests/distributed/test_placement.py",
     "mltfr.filter.max_direct_rows": "larger memories are refused: models/test_strategies",
     "training.micro_batch_size": "must *not* change the numbers: tests/distributed/test_zero.py",
     "training.max_skipped_steps": "needs numbers that are not finite: distributed/test_health",

@@ -80,7 +80,7 @@ def test_the_published_form_trains_in_two_stages(folder: Path, capsys: pytest.Ca
     assert torch.equal(start["mltfr.consensus.value.weight"], last["mltfr.consensus.value.weight"])
     assert start["mltfr.consensus.value.weight"].abs().max() > 0
     # Tables called frozen drift.
-    assert not torch.equal(first["mltfr.table_0"], last["mltfr.table_0"])
+    assert not torch.equal(first["mltfr.tables.0.rows"], last["mltfr.tables.0.rows"])
     # Stage 2 starts from a fresh initialisation: only the consensus expert carries over.
     second = checkpoint.read(checkpoints / "consensus-step000000001")
     merged, fisher = (checkpoint.read(checkpoints / "fisher", kind) for kind in (CORE, FISHER))

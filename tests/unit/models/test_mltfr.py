@@ -16,11 +16,12 @@ from torch.nn import functional as F
 from mltfr_dist.config import BackboneConfig, ConsensusConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig, RouterConfig
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.losses import full_cross_entropy
-from mltfr_dist.models import token_filter
+from mltfr_dist.models import search as searching
 from mltfr_dist.models.experts import ExpertCore, Memory, Router
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
-from mltfr_dist.models.token_filter import KeptTokens, prefix_mean, row_relevance, search
+from mltfr_dist.models.search import best, row_relevance, search, search_rows
+from mltfr_dist.models.token_filter import KeptTokens, prefix_mean
 from mltfr_dist.tables.store import table_hash
 
 NUM_ITEMS, MAX_LEN, DIM, TOP_K = 30, 10, 16, 4
@@ -82,8 +83,8 @@ def inputs(histories: list[list[int]], model: Recommender) -> tuple[Tensor, Tens
 
 
 def kept_tokens(mltfr: MLTFR, queries: Tensor) -> list[KeptTokens]:
-    """What each table's user-guided filter keeps for queries [G, D]."""
-    return [selection.kept for selection in mltfr.selections(queries, None)]
+    """What each table's user-guided filter keeps for queries [G, D]; places are row numbers."""
+    return [s.kept._replace(places=s.row_ids[s.kept.places]) for s in mltfr.selections(queries, None)]
 
 
 def padded_hidden(model: Recommender, item_ids: Tensor) -> Tensor:
@@ -228,7 +229,7 @@ def test_two_evaluations_agree_to_the_bit() -> None:
 def test_training_never_touches_a_table_or_the_consensus_expert() -> None:
     model = make(consensus=True, shortlist=40).train()
     mltfr = mltfr_of(model)
-    hashes = [table_hash(mltfr.table(m)) for m in range(len(SHAPES))]
+    hashes = [table_hash(mltfr.table(m).rows) for m in range(len(SHAPES))]
     assert mltfr.consensus is not None
     consensus = {name: t.clone() for name, t in mltfr.consensus.state_dict().items()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -238,7 +239,7 @@ def test_training_never_touches_a_table_or_the_consensus_expert() -> None:
         output = model(training_batch(some_histories(seed=step)))
         (output.loss_sum + output.routing.balance_sum.sum()).backward()
         optimizer.step()
-    assert [table_hash(mltfr.table(m)) for m in range(len(SHAPES))] == hashes
+    assert [table_hash(mltfr.table(m).rows) for m in range(len(SHAPES))] == hashes
     assert all(torch.equal(t, consensus[name]) for name, t in mltfr.consensus.state_dict().items())
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -246,7 +247,7 @@ def test_training_never_touches_a_table_or_the_consensus_expert() -> None:
 def test_tables_are_neither_parameters_nor_state() -> None:
     model = make(consensus=True, shortlist=55)
     mltfr = mltfr_of(model)
-    tables = {mltfr.table(m).data_ptr() for m in range(len(SHAPES))}
+    tables = {mltfr.table(m).rows.data_ptr() for m in range(len(SHAPES))}
     assert not tables & {p.data_ptr() for p in model.parameters()}
     assert not tables & {t.data_ptr() for t in model.state_dict().values()}
     assert not [name for name in model.state_dict() if "table_" in name]
@@ -308,7 +309,7 @@ def norm_by_hand(row: Tensor, layer: nn.LayerNorm) -> Tensor:
 
 def kept_by_hand(mltfr: MLTFR, m: int, query: Tensor) -> tuple[list[int], Tensor]:
     """Row numbers of the K largest cosines of the whole table, best first, and their log-weights."""
-    table, one, query = mltfr.table(m), mltfr.filters[m], query.detach()
+    table, one, query = mltfr.table(m).rows, mltfr.filters[m], query.detach()
     cosines = []
     for row in table:
         projected = (one.projection.weight @ row + one.projection.bias).detach()
@@ -346,7 +347,7 @@ def forward_by_hand(mltfr: MLTFR, x: Tensor, history_lengths: list[int]) -> Tens
             for m, core in enumerate(mltfr.cores):
                 kept, log_weights = kept_by_hand(mltfr, m, query)
                 linear, layer_norm = mltfr.adapters[m].linear, mltfr.adapters[m].norm
-                rows = [norm_by_hand(linear.weight @ mltfr.table(m)[v] + linear.bias, layer_norm) for v in kept]
+                rows = [norm_by_hand(linear.weight @ mltfr.table(m).rows[v] + linear.bias, layer_norm) for v in kept]
                 experts.append(attend_by_hand(core, x[user, t], rows, log_weights))
                 all_rows += rows
                 all_weights.append(log_weights)
@@ -434,14 +435,40 @@ def test_filter_ratio_gives_k(ratio: float, expected: tuple[int, ...]) -> None:
 
 def test_searching_in_chunks_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, rows = F.normalize(torch.randn(9, DIM), dim=-1), F.normalize(torch.randn(40, DIM), dim=-1)
-    whole, relevance = search(queries, rows, 5), row_relevance(queries, rows)
+    whole, relevance = search(queries, rows, 5), row_relevance(queries, rows, as_they_are)
+    exact = search_rows(queries, rows, as_they_are, 5)
+    assert torch.equal(exact[1], whole)
     torch.testing.assert_close(relevance, (queries @ rows.T).amax(0))
     for elements in (1, 80, 130):
-        monkeypatch.setattr(token_filter, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(searching, "CHUNK_ELEMENTS", elements)
         assert torch.equal(search(queries, rows, 5), whole)
-        torch.testing.assert_close(row_relevance(queries, rows), relevance)
-    assert row_relevance(queries[:0], rows).tolist() == [-1.0] * 40
+        assert all(torch.equal(a, b) for a, b in zip(search_rows(queries, rows, as_they_are, 5), exact, strict=True))
+        assert torch.equal(row_relevance(queries, rows, as_they_are), relevance)
+    assert row_relevance(queries[:0], rows, as_they_are).tolist() == [-1.0] * 40
     assert search(queries[:0], rows, 5).shape == (0, 5)
+    assert search_rows(queries[:0], rows, as_they_are, 5)[1].shape == (0, 5)
+
+
+def as_they_are(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return rows.to(dtype)
+
+
+def test_equal_rows_are_kept_by_number_however_many() -> None:
+    """More equal rows than are looked at beside the best: the lower numbers win, in parts of the table as in the whole."""
+    torch.manual_seed(0)
+    query, rows = torch.randn(7, DIM), torch.randn(100, DIM)
+    rows[5:95] = rows[3]
+    rows = F.normalize(rows, dim=-1)
+    for count in (3, 8, 40):
+        scores, ids = search_rows(query, rows, as_they_are, count)
+        exact = (F.normalize(query.double(), dim=-1) @ rows.double().T).float()
+        expected = exact.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(ids, expected.indices[:, :count])
+        assert torch.equal(scores, expected.values[:, :count])
+        parts = [search_rows(query, rows[a:b], as_they_are, count) for a, b in ((0, 1), (1, 50), (50, 100))]
+        offsets = (0, 1, 50)
+        found = torch.cat([p[1] + start for p, start in zip(parts, offsets, strict=True)], dim=1)
+        assert torch.equal(best(torch.cat([p[0] for p in parts], dim=1), found, count)[1], ids)
 
 
 # --- shortlist and explanation -----------------------------------------------------------------------------------
@@ -457,7 +484,7 @@ def test_set_shortlist_keeps_the_rows_of_highest_relevance() -> None:
     assert mltfr.shortlist(1).tolist() == [85, 86, 87, 88, 89]
     assert mltfr.shortlist(2).tolist() == [0, 1, 2, 3, 4]
     assert mltfr.uses_shortlist
-    assert torch.equal(mltfr.candidates(0), mltfr.table(0)[mltfr.shortlist(0)])
+    assert torch.equal(mltfr.candidates(0), mltfr.table(0).rows[mltfr.shortlist(0)])
 
 
 def test_a_shortlist_that_holds_the_top_k_gives_the_full_search() -> None:
@@ -476,7 +503,7 @@ def test_a_shortlist_that_holds_the_top_k_gives_the_full_search() -> None:
     with torch.no_grad():
         torch.testing.assert_close(mltfr_of(short)(x, valid)[0], mltfr_of(full)(x, valid)[0], rtol=0, atol=1e-6)
         for m in range(len(SHAPES)):
-            found = mltfr_of(short).shortlist(m)[kept_tokens(mltfr_of(short), queries)[m].places]
+            found = kept_tokens(mltfr_of(short), queries)[m].places
             assert torch.equal(found, kept_tokens(mltfr_of(full), queries)[m].places)
     recall, count = mltfr_of(short).shortlist_recall(x, valid)
     assert count == len(queries)
@@ -511,7 +538,7 @@ def test_relevance_puts_a_single_users_top_k_on_the_shortlist() -> None:
 def test_a_shortlist_as_long_as_the_table_is_the_whole_table() -> None:
     mltfr = mltfr_of(make(shortlist=1000))
     assert not mltfr.uses_shortlist
-    assert mltfr.candidates(1).data_ptr() == mltfr.table(1).data_ptr()
+    assert not mltfr.has_shortlist(1)
     assert not [name for name in mltfr.state_dict() if "shortlist" in name]
     x, valid = inputs(some_histories(2), shared())
     recall, count = mltfr.shortlist_recall(x, valid)
@@ -537,7 +564,7 @@ def test_explain_agrees_with_forward(query_every: int, shortlist: int | None) ->
             for m, (ids, weights) in enumerate(zip(found.kept_ids, found.kept_weights, strict=True)):
                 assert weights.sum().item() == pytest.approx(1, rel=1e-5)
                 assert (weights[:-1] >= weights[1:] - 1e-6).all()  # best first
-                rows = mltfr.adapters[m](mltfr.table(m)[ids])
+                rows = mltfr.adapters[m](mltfr.table(m).rows[ids])
                 experts.append(mltfr.cores[m](position, [Memory(rows, torch.arange(TOP_K)[None], weights.log()[None])])[0, 0])
             mixed = sum(g * e for g, e in zip(found.gate_weights, experts, strict=True))
             torch.testing.assert_close(mixed, added[user, last], rtol=0, atol=1e-5)

@@ -91,8 +91,8 @@ def stated(mltfr: MLTFR, x: Tensor) -> Tensor:
     for m, core in enumerate(mltfr.cores):
         projection, top_k = mltfr.filters[m].projection, mltfr.filters[m].num_kept
         tau = float(mltfr.filters[m].temperature)
-        ids, weights = published.kept(u, mltfr.table(m), projection.weight, projection.bias, noise_of(mltfr, m), tau, top_k)
-        memories.append(published.memory(mltfr.table(m), ids, weights))
+        ids, weights = published.kept(u, mltfr.table(m).rows, projection.weight, projection.bias, noise_of(mltfr, m), tau, top_k)
+        memories.append(published.memory(mltfr.table(m).rows, ids, weights))
         experts.append(published.expert(x, memories[m], dict(core.named_parameters()), 4, 3))
     linear, times = mltfr.router.linear, 2 if mltfr.config.router.double_softmax else 1
     consensus = None

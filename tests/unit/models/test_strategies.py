@@ -19,6 +19,7 @@ from mltfr_dist.models.draws import history_keys
 from mltfr_dist.models.experts import ExpertCore, Memory
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.strategies import Prototypes, RandomTokens
+from mltfr_dist.models.table_rows import TableRows
 from mltfr_dist.tables.store import load_table
 from mltfr_dist.training.evaluate import evaluate
 from mltfr_dist.training.explain import explain
@@ -148,7 +149,7 @@ def test_random_tokens_are_uniform_over_the_whole_table_and_follow_from_the_seed
     one = RandomTokens(8)
     keys = history_keys(torch.randint(1, 1000, (4000, 5)))[:, -1]
     table = torch.randn(50, 3)
-    chosen = one(keys, table)
+    chosen = one(keys, TableRows(table))
     ids = chosen.row_ids[chosen.kept.places]
     assert ids.shape == (4000, 8)
     counts = torch.bincount(ids.flatten(), minlength=50).double()
@@ -180,7 +181,7 @@ def test_random_tokens_do_not_depend_on_what_is_learned() -> None:
 def test_prototypes_by_hand() -> None:
     torch.manual_seed(0)
     one, table = Prototypes(20, 3), torch.randn(20, 5)
-    made = one(torch.zeros(1), table)
+    made = one(torch.zeros(1), TableRows(table))
     for column in range(5):
         inner = nn.functional.gelu(one.inner.weight @ table[:, column] + one.inner.bias)
         torch.testing.assert_close(made.rows[:, column], one.outer.weight @ inner + one.outer.bias)

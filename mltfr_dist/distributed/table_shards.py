@@ -1,0 +1,153 @@
+"""Token tables divided over the ranks: by rows with an exchange of our own, or as frozen parameters of ZeRO-3.
+
+By rows, rank r holds rows r V // N to (r + 1) V // N of a table. Queries are gathered, each rank searches its rows for all
+of them and returns each query's best (score, row number) to its rank, which keeps the best of all and fetches those rows.
+What carries a gradient then runs where the query is, on fetched rows, so that no gradient crosses ranks here.
+
+Every method that looks at rows is a collective: all ranks call it at the same point, with any number of queries or rows,
+none included.
+
+Shapes: V x D_m the table, N ranks, G queries of this rank, D hidden size, K kept rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.models.draws import GumbelNoise
+from mltfr_dist.models.search import Project, best, row_relevance, search_rows
+from mltfr_dist.models.table_rows import TableRows
+
+
+def row_bounds(num_rows: int, world_size: int) -> list[int]:
+    """[N + 1] first row of each rank's share, and the number of rows."""
+    return [rank * num_rows // world_size for rank in range(world_size + 1)]
+
+
+class Exchange:
+    """The two collectives of row shards, for tensors of any format, and what they have sent."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.received: Counter[str] = Counter()
+        """Bytes that came from other ranks so far, by collective."""
+
+    def counts(self, count: int) -> list[int]:
+        """``count`` of every rank."""
+        found = torch.empty(self.ranks.world_size, dtype=torch.int64, device=self.ranks.device)
+        dist.all_gather_into_tensor(found, found.new_tensor([count]))
+        self.received["all_gather"] += 8 * (self.ranks.world_size - 1)
+        return [int(n) for n in found.tolist()]
+
+    def gather(self, part: Tensor, counts: list[int]) -> Tensor:
+        """[n_r, ...] of every rank r -> [sum of n, ...], in the order of the ranks."""
+        raw = _bytes(part)
+        padded = raw.new_zeros(max(1, *counts), raw.shape[1])
+        padded[: len(raw)] = raw
+        everyone = padded.new_empty(len(counts), *padded.shape)
+        dist.all_gather_into_tensor(everyone.flatten(0, 1), padded)
+        self.received["all_gather"] += padded.numel() * (len(counts) - 1)
+        whole = torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
+        return whole.view(part.dtype).view(-1, *part.shape[1:])
+
+    def deal(self, parts: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send ``sent[r]`` rows of ``parts`` [sum, ...] to each rank r; returns what came, in the order of the ranks."""
+        raw = _bytes(parts)
+        found = raw.new_empty(sum(received), raw.shape[1])
+        dist.all_to_all_single(found, raw, received, sent)
+        self.received["all_to_all"] += (sum(received) - received[self.ranks.rank]) * raw.shape[1]
+        return found.view(parts.dtype).view(-1, *parts.shape[1:])
+
+
+def _bytes(t: Tensor) -> Tensor:
+    """[n, ...] -> [n, bytes of a row], so that every backend takes every format."""
+    return t.contiguous().view(len(t), math.prod(t.shape[1:])).view(torch.uint8)
+
+
+class RowShard(TableRows):
+    """This rank's rows of a table."""
+
+    def __init__(self, rows: Tensor, num_rows: int, exchange: Exchange) -> None:
+        """Args: rows: [V / N, D_m] its share; num_rows: V; exchange: With the other ranks."""
+        super().__init__(rows)
+        self.num_rows, self.exchange, self.ranks = num_rows, exchange, exchange.ranks
+        self.bounds = row_bounds(num_rows, self.ranks.world_size)
+        self.first = self.bounds[self.ranks.rank]
+
+    def whole(self) -> Tensor:
+        """Not to be had: no rank holds the table."""
+        raise AssertionError("a table that is divided by rows has no whole: placement is checked before any work")
+
+    def take(self, row_ids: Tensor) -> Tensor:
+        """Rows of ascending numbers ``row_ids`` [n] -> [n, D_m], from the ranks that hold them."""
+        ends = torch.searchsorted(row_ids, row_ids.new_tensor(self.bounds)).tolist()
+        wanted = [end - start for start, end in pairwise(ends)]
+        asked = self.exchange.deal(torch.tensor(wanted, device=row_ids.device), *[[1] * len(wanted)] * 2).tolist()
+        ids = self.exchange.deal(row_ids, wanted, asked)
+        return self.exchange.deal(self.rows.index_select(0, ids - self.first), asked, wanted)
+
+    def search(self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None) -> Tensor:
+        """[G, K] numbers of the rows of highest score of the whole table for each of this rank's queries, best first."""
+        counts = self.exchange.counts(len(query))
+        queries = self.exchange.gather(query, counts)
+        if noise is not None:
+            own_ids = torch.arange(self.first, self.first + len(self.rows), device=query.device)
+            noise = noise._replace(keys=self.exchange.gather(noise.keys, counts), row_ids=own_ids)
+        scores, places = search_rows(queries, self.rows, project, num_kept, noise)  # [sum of G, K or fewer]
+        missing = num_kept - scores.shape[1]
+        scores = nn.functional.pad(scores, (0, missing), value=-torch.inf)
+        ids = nn.functional.pad(places + self.first, (0, missing), value=self.num_rows)
+        found = torch.stack([scores.view(torch.int32), ids.int()], dim=-1)  # [sum of G, K, 2]
+        found = self.exchange.deal(found, counts, [len(query)] * len(counts))
+        found = found.view(len(counts), len(query), num_kept, 2).transpose(0, 1).flatten(1, 2)  # [G, N * K, 2]
+        return best(found[..., 0].contiguous().view(torch.float32), found[..., 1].long(), num_kept)[1]
+
+    def relevance(self, query: Tensor, project: Project) -> Tensor:
+        """[V] largest cosine of each row with any query of any rank."""
+        queries = self.exchange.gather(query, self.exchange.counts(len(query)))
+        shares = [end - start for start, end in pairwise(self.bounds)]
+        return self.exchange.gather(row_relevance(queries, self.rows, project), shares)
+
+
+class ZeroRows(TableRows):
+    """A table as a frozen parameter, which ZeRO-3 divides and which is gathered whole at each use. For comparison."""
+
+    def __init__(self, rows: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.num_rows, self.dim = rows.shape
+        self.rows = nn.Parameter(rows, requires_grad=False)
+
+    def forward(self, use: Callable[..., Tensor], *given: Any) -> Tensor:
+        """Call ``use``: ZeRO-3 gathers the rows before a module's forward and divides them again after it."""
+        return use(*given)
+
+    def whole(self) -> Tensor:
+        """[V, D_m], a copy."""
+        return self(lambda: self.rows.detach().clone())  # type: ignore[no-any-return]
+
+    def take(self, row_ids: Tensor) -> Tensor:
+        """Rows ``row_ids`` [n] -> [n, D_m]."""
+        return self(super().take, row_ids)  # type: ignore[no-any-return]
+
+    def search(self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None) -> Tensor:
+        """[G, K] numbers of the rows of highest score for each query, best first."""
+        return self(super().search, query, project, num_kept, noise)  # type: ignore[no-any-return]
+
+    def relevance(self, query: Tensor, project: Project) -> Tensor:
+        """[V] largest cosine of each row with any of the queries."""
+        return self(super().relevance, query, project)  # type: ignore[no-any-return]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """A table is known by its hash and never saved."""
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        """Nor is it loaded."""

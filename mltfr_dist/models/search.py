@@ -1,0 +1,123 @@
+"""The best rows of a table for each query, the same ones however queries and rows are divided over matrices.
+
+A product of matrices may round otherwise in another shape, so its last bits must not decide. They only find the rows
+that may be among the best; those are scored again in float64. Order: the score rounded to float32, then the lower row
+number.
+
+Shapes: G queries, S rows of D_m columns, D hidden size, K kept rows, C >= K rows that may be among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mltfr_dist.models.draws import GumbelNoise
+
+CHUNK_ELEMENTS = 1 << 24
+"""Scores held at a time while searching (64 MiB in fp32)."""
+MARGIN = 16
+"""Rows looked at beyond the K best, at least; more where these do not tell the best apart."""
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
+"""By how much two computed cosines may differ at least, so that the larger is the larger one."""
+
+
+class Project(Protocol):
+    """Rows [S, D_m] to unit vectors in the user space [S, D], computed in ``dtype`` (None: that of the parameters)."""
+
+    def __call__(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Project."""
+
+
+def best(scores: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` of highest score of each row of ``scores`` and ``ids`` [G, C], best first; of equal ones the lower ids."""
+    by_id = ids.argsort(dim=1)
+    scores, ids = scores.gather(1, by_id), ids.gather(1, by_id)
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return scores.gather(1, order), ids.gather(1, order)
+
+
+def search(unit_query: Tensor, unit_rows: Tensor, num_kept: int, noise: GumbelNoise | None = None) -> Tensor:
+    """[G, K] places of the K largest products (plus noise) per query as computed, of equal ones the lower places."""
+
+    def top(count: int) -> tuple[Tensor, Tensor]:
+        return _top(unit_query, unit_rows, count, noise)
+
+    return best(*_separated(top, len(unit_rows), num_kept, 0.0), num_kept)[1]
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """[G, count] places of the largest of ``scores`` [G, S], best first; of equal ones the lower places."""
+    return best(*_separated(lambda width: scores.topk(width, dim=1), scores.shape[1], count, 0.0), count)[1]
+
+
+def search_rows(
+    query: Tensor, rows: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scores (fp32) and places [G, K] of the K rows of highest cosine (plus noise), in the order stated above.
+
+    ``project`` is called twice, whatever there is to find: it may gather sharded parameters.
+    """
+    num_kept = min(num_kept, len(rows))
+    unit_query, unit_rows = F.normalize(query, dim=-1), project(rows)
+
+    def top(count: int) -> tuple[Tensor, Tensor]:
+        return _top(unit_query, unit_rows, count, noise)
+
+    _, places = _separated(top, len(rows), num_kept, TOLERANCE[query.dtype])
+    present, places_present = torch.unique(places, return_inverse=True)
+    exact_rows = project(rows[present.to(rows.device)], torch.float64)  # [U, D]
+    exact_query = F.normalize(query.double(), dim=-1)
+    chunk = max(1, CHUNK_ELEMENTS // (2 * exact_rows.shape[1] * places.shape[1]))
+    parts = [
+        torch.einsum("gd,gcd->gc", q, F.embedding(p, exact_rows))
+        for q, p in zip(torch.split(exact_query, chunk), torch.split(places_present, chunk), strict=True)
+    ]
+    scores = torch.cat(parts)
+    if noise is not None:
+        scores = scores + noise.at(places)
+    return best(scores.float(), places, num_kept)
+
+
+def _separated(
+    top: Callable[[int], tuple[Tensor, Tensor]], num_rows: int, num_kept: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Scores and places [G, C] of all rows that may be among the best K, where a difference may err by ``tolerance``.
+
+    ``top`` gives the [G, n] largest of the ``num_rows`` scores, and their places.
+    """
+    width = min(num_rows, num_kept + max(MARGIN, num_kept // 4))
+    while True:
+        scores, places = top(width)
+        clear = scores[:, num_kept - 1] - scores[:, -1] > tolerance
+        if width == num_rows or bool(clear.all()):
+            return scores, places
+        width = min(num_rows, 2 * width)
+
+
+def _top(unit_query: Tensor, unit_rows: Tensor, count: int, noise: GumbelNoise | None) -> tuple[Tensor, Tensor]:
+    """[G, count] largest products (plus noise) and their places, in chunks of queries so that memory is bounded."""
+    chunk = max(1, CHUNK_ELEMENTS // unit_rows.shape[0])
+    values, places = [], []
+    for start in range(0, max(1, len(unit_query)), chunk):  # once where there is no query, for the shape
+        scores = unit_query[start : start + chunk] @ unit_rows.T
+        if noise is not None:
+            scores = scores + noise.part(slice(start, start + chunk)).to(scores.dtype)
+        top = scores.topk(count, dim=1)
+        values.append(top.values)
+        places.append(top.indices)
+    return torch.cat(values), torch.cat(places)
+
+
+def row_relevance(query: Tensor, rows: Tensor, project: Project) -> Tensor:
+    """[S] fp32, largest cosine of each row with any of the queries [G, D]; -1 where there is no query."""
+    unit_rows = project(rows, torch.float64)
+    found = torch.full((len(unit_rows),), -1.0, device=unit_rows.device, dtype=torch.float64)
+    for part in torch.split(F.normalize(query.double(), dim=-1), max(1, CHUNK_ELEMENTS // (2 * len(unit_rows)))):
+        if len(part):
+            torch.maximum(found, (part @ unit_rows.T).amax(dim=0), out=found)
+    return found.float()
