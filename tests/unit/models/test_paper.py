@@ -133,8 +133,8 @@ def test_with_one_kept_token_no_gradient_reaches_the_filter() -> None:
     mltfr(x, item_ids() != 0, item_ids())[0].square().sum().backward()
     for m, token_filter in enumerate(mltfr.filters):
         assert token_filter.projection.weight.grad is None  # nothing is spent on it, for it is nothing:
-        kept = token_filter(x.detach()[:, 0], mltfr.table(m))
-        scores = F.normalize(x.detach()[:, 0], dim=-1) @ token_filter.project(mltfr.table(m)).T
+        kept = token_filter(x.detach()[:, 0], mltfr.table(m).whole())
+        scores = F.normalize(x.detach()[:, 0], dim=-1) @ token_filter.project(mltfr.table(m).whole()).T
         spelled_out = token_filter._straight_through(scores, None)
         assert torch.equal(kept.places, spelled_out.places)
         assert torch.equal(kept.row_weights, spelled_out.row_weights)
