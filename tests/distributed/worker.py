@@ -168,7 +168,7 @@ def fisher(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         stream = train_stream(config, Part(ranks.rank, ranks.world_size, size, size // ranks.world_size))
         batches = (b for step in islice(stream.epoch(0), -(-50 // size)) for b in step.micro_batches)
         found[f"batch {size}"] = flat(fisher_diagonals(model, batches, ranks, 50))
-    for micro in (8, 16 // ranks.world_size):
+    for micro in (4, 16 // ranks.world_size):
         stream = train_stream(config, Part(ranks.rank, ranks.world_size, 32, micro))
         found[f"batch mean {micro}"] = flat(batch_mean_squares(model, islice(stream.epoch(0), 2), ranks))
     for stage in (1, 3):
