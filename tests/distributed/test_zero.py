@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support import run_ranks, tiny_config
+from support import REPOSITORY, run_ranks, tiny_config
 
 from mltfr_dist.backbones import BACKBONES
 
@@ -86,3 +86,23 @@ def test_fisher_is_the_same_at_any_batch_size_world_size_and_stage(folder: Path)
     assert max(published[0]) < 0.9 * largest
     # Forming it must leave nothing behind in DeepSpeed's gradient buckets.
     assert relative_difference(one["zero1 still trains"], two["zero3 still trains"]) < 1e-5
+
+
+@pytest.mark.integration
+def test_every_deepspeed_file_trains_alike_and_offloaded_states_resume(folder: Path) -> None:
+    found = findings("offloaded", folder, 2)
+    reference = found["zero0 fp32"]
+    names = {path.stem for path in (REPOSITORY / "ds_configs").glob("*.json")}
+    assert names == {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"}
+    for name in names:
+        assert relative_difference(reference, found[f"{name} fp32"]) < 1e-5, name
+        if name != "zero0":
+            assert 1e-7 < relative_difference(reference, found[f"{name} bf16"]) < 0.05, name
+        if "offload" in name:
+            assert relative_difference(found[f"{name} uninterrupted"], found[f"{name} resumed"]) < 1e-6, name
+
+
+def test_each_deepspeed_file_is_documented() -> None:
+    text = (REPOSITORY / "ds_configs" / "README.md").read_text()
+    for path in (REPOSITORY / "ds_configs").glob("*.json"):
+        assert f"`{path.name}`" in text

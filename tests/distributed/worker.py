@@ -34,16 +34,15 @@ HALF = 10
 
 
 def no_dropout(folder: Path, stage: int, **changes: object) -> RunConfig:
-    return tiny_config(
-        folder,
-        backbone__dropout=0.0,
-        mltfr__expert__dropout=0.0,
-        optimizer__learning_rate=0.01,
-        optimizer__weight_decay=0.1,
-        optimizer__max_grad_norm=0.5,
-        deepspeed=str(REPOSITORY / "ds_configs" / f"zero{stage}.json"),
-        **changes,
-    )
+    settings: dict[str, object] = {
+        "backbone__dropout": 0.0,
+        "mltfr__expert__dropout": 0.0,
+        "optimizer__learning_rate": 0.01,
+        "optimizer__weight_decay": 0.1,
+        "optimizer__max_grad_norm": 0.5,
+        "deepspeed": str(REPOSITORY / "ds_configs" / f"zero{stage}.json"),
+    }
+    return tiny_config(folder, **(settings | changes))
 
 
 def steps(engine: Engine, config: RunConfig, ranks: Ranks, start: int, end: int) -> list[float]:
@@ -183,6 +182,25 @@ def fisher(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     return found
 
 
+def offloaded(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Per file of ds_configs/: losses of 10 steps, in fp32 and (above stage 0) bf16; offloaded, also resumed."""
+    found = {}
+    for path in sorted((REPOSITORY / "ds_configs").glob("*.json")):
+        for precision in ("fp32", "bf16") if path.stem != "zero0" else ("fp32",):
+            config = no_dropout(folder, 0, deepspeed=str(path), training__precision=precision)
+            engine = make_engine(config, ranks)
+            found[f"{path.stem} {precision}"] = steps(engine, config, ranks, 0, HALF)
+            if "offload" in path.stem and precision == "fp32":
+                place = folder / f"offloaded-{ranks.world_size}-{path.stem}"
+                checkpoint.save(place, engine, Progress(stage="train", step=HALF))
+                found[f"{path.stem} uninterrupted"] = steps(engine, config, ranks, HALF, STEPS)
+                engine.destroy()
+                found[f"{path.stem} resumed"] = resumed(config, ranks, place)
+            else:
+                engine.destroy()
+    return found
+
+
 SEARCHES: dict[str, dict[str, object]] = {
     "shortlist": {},
     "exact": {"mltfr__filter__shortlist_size": None},
@@ -259,7 +277,7 @@ def flat(states: list[dict[str, torch.Tensor]]) -> list[float]:
 if __name__ == "__main__":
     task, folder, output = sys.argv[1:]
     all_ranks = start_ranks(1)
-    tasks = [losses, saved, elsewhere, fisher, backbones, placements, placed_training]
+    tasks = [losses, saved, elsewhere, fisher, backbones, placements, placed_training, offloaded]
     result = {one.__name__: one for one in tasks}[task](Path(folder), all_ranks)
     if all_ranks.is_main:
         Path(output).write_text(json.dumps(result))
