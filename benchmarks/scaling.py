@@ -1,0 +1,138 @@
+"""Sequences per second by number of ranks, at equal work per rank; and the bytes that cross ranks a step, by collective.
+
+One thread a rank; each number of ranks runs in processes of its own (torchrun), in turn, round by round, and the fastest
+round counts. Bytes are those that a rank receives, by what torch.distributed is asked to do, beside the lower bound: an
+all-reduce of n bytes cannot be done with fewer than 2 n (N - 1) / N to each rank.
+
+    python benchmarks/scaling.py --data data/ml-100k --tables data/tables
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from support import REPOSITORY, clean_environment, torchrun
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed.engine import Engine, make_part
+from mltfr_dist.distributed.ranks import start_ranks, stop_ranks
+from mltfr_dist.schema import validate
+from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
+
+RECEIVED: dict[str, Callable[[int, int], float]] = {
+    "all_reduce": lambda size, n: 2 * size * (n - 1) / n,
+    "reduce_scatter_tensor": lambda size, n: size * (n - 1),
+    "all_gather_into_tensor": lambda size, n: size * (n - 1) / n,
+    "all_to_all_single": lambda size, n: size * (n - 1) / n,
+    "broadcast": lambda size, n: size,
+}
+"""Bytes that a rank receives at least, by collective, of the size of its output and the number of ranks."""
+
+
+def count_collectives(counted: Counter[str]) -> None:
+    """Let torch.distributed count what it is asked to do."""
+
+    def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*given: Any, **named: Any) -> Any:
+            output: torch.Tensor = [*given, *named.values()][0]
+            counted[name] += round(RECEIVED[name](output.numel() * output.element_size(), dist.get_world_size()))
+            return call(*given, **named)
+
+        return wrapped
+
+    for name in RECEIVED:
+        setattr(dist, name, counting(name, getattr(dist, name)))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """One rank's part: train some steps and write what they took."""
+    counted: Counter[str] = Counter()
+    count_collectives(counted)
+    ranks = start_ranks(1)
+    config = validate(
+        RunConfig,
+        {
+            "data": {"path": str(options.data), "max_len": options.max_len},
+            "mltfr": {
+                "enabled": options.tables is not None,
+                "tables": sorted(str(p) for p in options.tables.iterdir()) if options.tables else [],
+            },
+            "training": {"global_batch_size": options.batch * ranks.world_size},
+            "deepspeed": str(REPOSITORY / "ds_configs" / f"zero{options.stage}.json"),
+        },
+        source="the benchmark",
+    )
+    model = build_model(config, load_inputs(config, verify=False), ranks, with_consensus=False)
+    engine = Engine(model, config, ranks, make_part(config, ranks), 1)
+    started, times = 0.0, []
+    for step, batches in enumerate(train_stream(config, engine.part).epoch(0)):
+        if step == 2:  # warm
+            counted.clear()
+        ranks.barrier()
+        started = time.perf_counter()
+        engine.update(batches, step)
+        ranks.barrier()
+        times.append(time.perf_counter() - started)
+        if step == options.steps + 1:
+            break
+    if ranks.is_main:
+        trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        steps = len(times) - 2
+        found = {"seconds": sum(times[2:]) / steps, "trained": trained, "bytes": {k: v / steps for k, v in counted.items()}}
+        Path(options.output).write_text(json.dumps(found))
+    stop_ranks()
+
+
+def main() -> None:
+    """Measure each number of ranks and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tables", type=Path, help="folder of token tables; without it the bare backbone is measured")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--batch", type=int, default=32, help="sequences of a rank")
+    parser.add_argument("--max-len", type=int, default=100)
+    parser.add_argument("--stage", type=int, default=1, help="ZeRO stage")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.output:
+        return measure(options)
+    best: dict[int, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for _ in range(options.rounds):
+            for num_ranks in options.ranks:
+                output = Path(scratch) / "found.json"
+                command = torchrun(num_ranks, Path(__file__).resolve(), *sys.argv[1:], "--output", str(output))
+                done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(done.stderr[-4000:])
+                found = json.loads(output.read_text())
+                if num_ranks not in best or found["seconds"] < best[num_ranks]["seconds"]:
+                    best[num_ranks] = found
+    base = options.batch * options.ranks[0] / best[options.ranks[0]]["seconds"]
+    for num_ranks, found in best.items():
+        speed = options.batch * num_ranks / found["seconds"]
+        print(f"{num_ranks} rank(s): {speed:8.1f} sequences/s, {speed / base:.2f} times the first")
+        bound = 2 * found["trained"] * (num_ranks - 1) / num_ranks
+        sent = ", ".join(f"{name} {size / 1e6:.3f} MB" for name, size in sorted(found["bytes"].items()) if size >= 1)
+        print(f"    a step: {sent or 'nothing'}; gradients need {bound / 1e6:.3f} MB")
+    return None
+
+
+if __name__ == "__main__":
+    main()
