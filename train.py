@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from mltfr_dist.cli import config_epilog, fail, resolve_config
@@ -41,4 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: now and then a communication thread outlives its group and aborts the process, which hides the code.
+    os._exit(code)
