@@ -12,6 +12,7 @@ from support import tiny_config
 from benchmarks import quality
 from mltfr_dist.cli import main as mltfr
 from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed.ranks import SINGLE_PROCESS
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.matrix import append_row, config_sha256, interval, read_rows, summary
@@ -159,7 +160,11 @@ def test_the_hash_is_of_the_numbers_and_not_of_the_place(tmp_path: Path) -> None
 
 
 @pytest.mark.integration
-def test_a_matrix_is_run_row_by_row_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_matrix_is_run_row_by_row_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in SINGLE_PROCESS:  # earlier tests of this process may have left what its own group needed
+        monkeypatch.delenv(name, raising=False)
     config = tiny_config(tmp_path, training__epochs=1, training__consensus_epochs=1)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     path = tmp_path / "m.parquet"
