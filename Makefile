@@ -16,12 +16,15 @@ endif
 # A free port for each launch, so that two runs on one machine do not meet.
 PORT = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
-.PHONY: demo test integration lint bench clean help
+.PHONY: demo sweep-demo test integration lint bench clean help
 
 demo: $(BIN)/.ready data/.demo-ready  ## train MLTFR and its baselines on MovieLens-100K with three real token tables
 	@if [ -f runs/demo/report.md ]; then echo "runs/demo is finished: starting it anew"; rm -rf runs/demo; fi
 	@echo "deepspeed train.py --preset demo"
 	@$(LAUNCH) --master_port $(PORT) train.py --preset demo
+
+sweep-demo: $(BIN)/.ready data/.demo-ready  ## search filter ratio, tables and lambda on the same data: 12 trials by Ray Tune
+	@$(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu OMP_NUM_THREADS=1) $(BIN)/mltfr sweep tuning/spaces/demo.yaml
 
 test: $(BIN)/.ready  ## run the tests (real DeepSpeed processes included)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not integration and not slow"
@@ -41,7 +44,7 @@ clean:  ## delete the environment and the demo's data; runs stay
 	rm -rf $(VENV) .demo data/ml-100k data/tables data/.demo-ready .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 # The environment: pinned by constraints.txt; made again when the pins change.
 $(BIN)/.ready: pyproject.toml constraints.txt

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 
-from mltfr_dist.cli import config_epilog, fail, resolve_config
-from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.cli import config_epilog, fail
+from mltfr_dist.distributed.ranks import leave, stop_ranks
 from mltfr_dist.errors import MltfrError
 from mltfr_dist.presets import PRESETS
+from mltfr_dist.resolve import resolve_config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,8 +41,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: now and then a communication thread outlives its group and aborts the process, which hides the code.
-    os._exit(code)
+    leave(main())

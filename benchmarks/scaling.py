@@ -29,7 +29,7 @@ from support import REPOSITORY, clean_environment, torchrun
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.engine import Engine, make_part
-from mltfr_dist.distributed.ranks import start_ranks, stop_ranks
+from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
 from mltfr_dist.schema import validate
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
 
@@ -95,6 +95,7 @@ def measure(options: argparse.Namespace) -> None:
         found = {"seconds": sum(times[2:]) / steps, "trained": trained, "bytes": {k: v / steps for k, v in counted.items()}}
         Path(options.output).write_text(json.dumps(found))
     stop_ranks()
+    leave()
 
 
 def main() -> None:

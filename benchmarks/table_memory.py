@@ -29,7 +29,7 @@ from support import REPOSITORY, clean_environment, tiny_config, torchrun, write_
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import PADDING_IDX
 from mltfr_dist.distributed.engine import Engine, make_part
-from mltfr_dist.distributed.ranks import start_ranks, stop_ranks
+from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.table_shards import Exchange, RowShard
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
@@ -114,6 +114,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         }
         Path(options.output).write_text(json.dumps(found))
     stop_ranks()
+    leave()
 
 
 def private(found: dict[str, float]) -> float:

@@ -1,4 +1,4 @@
-"""The `mltfr` command: prepare, inspect, tables, train, evaluate, recommend, export, report; what train.py shares with it."""
+"""The `mltfr` command: prepare, inspect, tables, train, sweep, evaluate, recommend, export, report; and train.py's share."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mltfr_dist import __version__
 from mltfr_dist.config import PrepareConfig, PrepareResources, RunConfig, TableConfig
 from mltfr_dist.errors import ConfigError, MltfrError, OtherRankError
-from mltfr_dist.presets import PRESETS, preset
+from mltfr_dist.presets import PRESETS
+from mltfr_dist.resolve import resolve_config
 from mltfr_dist.schema import Section, validate
 
 
@@ -29,50 +29,6 @@ def fail(error: MltfrError) -> int:
 
 
 # --- configuration from the command line -------------------------------------------------------------------------
-
-
-def resolve_config(preset_name: str | None, file: str | Path | None, overrides: Sequence[str]) -> RunConfig:
-    """Preset, then file, then overrides, each over the one before.
-
-    Raises:
-        ConfigError: Nothing given, an override without `=`, or a configuration that is not valid.
-    """
-    from mltfr_dist.training.run_folder import read_yaml
-
-    if preset_name is None and file is None:
-        raise ConfigError("No configuration is given.", remedy=f"Use --preset ({', '.join(PRESETS)}) or --config FILE.")
-    values: dict[str, Any] = preset(preset_name).model_dump(mode="json") if preset_name else {}
-    sources = [f"preset `{preset_name}`"] if preset_name else []
-    if file is not None:
-        values = merge_values(values, read_yaml(Path(file)))
-        sources.append(str(file))
-    for override in overrides:
-        values = merge_values(values, parse_override(override))
-        sources.append(f"`{override}`")
-    return validate(RunConfig, values, source=", ".join(sources))
-
-
-def merge_values(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``under``, mapping by mapping."""
-    merged = dict(under)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge_values(merged[key], value) if both else value
-    return merged
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """`a.b=value` (value as in YAML) to a nested mapping."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"The override `{text}` is not understood.", rule="An override is KEY=VALUE.", remedy="Add the `=`.")
-    try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        nested = value
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    return nested  # type: ignore[no-any-return]
 
 
 def config_epilog() -> str:
@@ -198,6 +154,14 @@ def command_train(options: argparse.Namespace) -> None:
     fit(resolve_config(options.preset, options.config, options.overrides), resume=options.resume == "auto")
 
 
+def command_sweep(options: argparse.Namespace) -> None:
+    """Search a space of configurations by trials that Ray Tune runs; interrupted, the same command goes on."""
+    from mltfr_dist.tuning.sweep import load_sweep, run_sweep
+
+    report = run_sweep(load_sweep(Path(options.space), options.overrides), address=options.address, nodes=options.nodes)
+    print(report.read_text(), end="")
+
+
 def command_evaluate(options: argparse.Namespace) -> None:
     """A run's numbers again, from its best checkpoint."""
     from mltfr_dist.training.inference import evaluate_run
@@ -280,6 +244,12 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", choices=("auto", "never"), default="auto")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
 
+    sweep = commands.add_parser("sweep", help="search a space of configurations", description=command_sweep.__doc__)
+    sweep.add_argument("space", help="YAML file, such as tuning/spaces/demo.yaml")
+    sweep.add_argument("--address", help="Ray cluster, host:port (default: one on this machine, for the sweep alone)")
+    sweep.add_argument("--nodes", type=int, default=1, help="nodes of that cluster to wait for (default: 1)")
+    sweep.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over the file's, such as num_trials=20")
+
     evaluate = commands.add_parser("evaluate", help="repeat a run's numbers", description=command_evaluate.__doc__)
     evaluate.add_argument("run", help="run folder, such as runs/demo")
     evaluate.add_argument("--split", choices=("valid", "test"), default="test")
@@ -307,6 +277,7 @@ COMMANDS = {
     "inspect": command_inspect,
     "tables": command_tables,
     "train": command_train,
+    "sweep": command_sweep,
     "evaluate": command_evaluate,
     "recommend": command_recommend,
     "export": command_export,

@@ -123,13 +123,10 @@ def write_plots(facts: Facts, folder: Path) -> list[Path]:
     places = np.flatnonzero(histogram)
     ranks = np.arange(1, len(facts.counts) + 1)
     seen = facts.counts > 0
-    plots = {
-        "lengths.png": line_plot(places, histogram[places], "training sequences by length", "items", "sequences"),
-        "popularity.png": line_plot(ranks[seen], facts.counts[seen], "item popularity", "rank", "training interactions"),
-    }
-    for name, image in plots.items():
-        image.save(folder / name)
-    return [folder / name for name in plots]
+    lengths, popularity = folder / "lengths.png", folder / "popularity.png"
+    line_plot(lengths, places, histogram[places], "training sequences by length", "items", "sequences")
+    line_plot(popularity, ranks[seen], facts.counts[seen], "item popularity", "rank", "training interactions")
+    return [lengths, popularity]
 
 
 def write_board(folder: Path, facts: Facts, plots: list[Path], text: str) -> None:

@@ -6,12 +6,13 @@ import hashlib
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -165,7 +166,9 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def start_ranks(threads: int | None = None, hang_seconds: float = 1800.0) -> Ranks:
-    """Join the process group that a launcher (deepspeed, torchrun, srun) has set up, or form one of a single process.
+    """Join the ranks that a launcher (deepspeed, torchrun, srun) started, or be the only one.
+
+    A process group that is there already is taken as it is: Ray Train forms it, and so does an earlier run of this process.
 
     Args:
         threads: CPU threads of this process; None divides the cores among the node's ranks.
@@ -178,6 +181,7 @@ def start_ranks(threads: int | None = None, hang_seconds: float = 1800.0) -> Ran
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     if not dist.is_initialized():
         _init_process_group("nccl" if on_gpu else "gloo", hang_seconds, launched=is_launched())
+    _init_deepspeed()
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -195,6 +199,10 @@ def _init_process_group(backend: str, hang_seconds: float, *, launched: bool) ->
         _meet(backend, timedelta(seconds=hang_seconds + GRACE_SECONDS))
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)  # no port to collide on
+
+
+def _init_deepspeed() -> None:
+    """Let DeepSpeed adopt the process group."""
     import deepspeed
     from deepspeed.utils import logger
 
@@ -203,7 +211,7 @@ def _init_process_group(backend: str, hang_seconds: float, *, launched: bool) ->
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     # A compiled shared-memory all-reduce for one CPU node: a minute of compilation, and a killed rank leaks its buffers.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
 def _meet(backend: str, timeout: timedelta) -> None:
@@ -259,3 +267,13 @@ def stop_ranks() -> None:
             os.environ.pop(name, None)
     elif dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End this process at once, its output written.
+
+    Not by sys.exit: now and then a communication thread outlives its group and aborts the process, which hides the code.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

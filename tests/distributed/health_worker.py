@@ -25,10 +25,10 @@ from mltfr_dist.data.stream import Part
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine
-from mltfr_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
+from mltfr_dist.distributed.ranks import Ranks, leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.state import whole_parameters
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.training import fit, loop
+from mltfr_dist.training import loop, stages
 from mltfr_dist.training.inputs import build_model, load_inputs
 
 POISONED = "backbone.item_embedding.weight"
@@ -125,7 +125,7 @@ def train_with_fault(fault: str, config: str, from_step: int) -> int:
         dict(model.named_parameters())[POISONED].register_hook(lambda gradient: gradient * poison["factor"])
         return model
 
-    loop.train_step, fit.build_model = faulty_step, faulty_model
+    loop.train_step, stages.build_model = faulty_step, faulty_model
     return train.main(["--config", config])
 
 
@@ -133,5 +133,5 @@ if __name__ == "__main__":
     task, where, last = sys.argv[1:]
     if task == "skipped":
         skipped(Path(where), Path(last))
-    else:
-        sys.exit(train_with_fault(task, where, int(last)))
+        leave()
+    leave(train_with_fault(task, where, int(last)))

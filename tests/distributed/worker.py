@@ -23,7 +23,7 @@ from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.fisher import batch_mean_squares, fisher_diagonals
-from mltfr_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
+from mltfr_dist.distributed.ranks import Ranks, leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.state import whole_parameters
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
@@ -282,3 +282,4 @@ if __name__ == "__main__":
     if all_ranks.is_main:
         Path(output).write_text(json.dumps(result))
     stop_ranks()
+    leave()

@@ -9,10 +9,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mltfr_dist.cli import add_section, build_parser, config_epilog, merge_values, parse_override, resolve_config, section_from
+from mltfr_dist.cli import add_section, build_parser, config_epilog, section_from
 from mltfr_dist.config import FilterConfig, PrepareConfig, RunConfig, TableConfig
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.presets import PRESETS, preset
+from mltfr_dist.resolve import merge_values, parse_override, resolve_config
 from mltfr_dist.schema import Section, field_paths, nearest_key, validate
 from mltfr_dist.training.run_folder import dump_config
 

@@ -26,6 +26,7 @@ LAYERS = {
     "exported": 3,
     "distributed": 3,
     "training": 4,
+    "resolve": 4,
     "tuning": 5,
     "cli": 6,
 }

@@ -17,8 +17,9 @@ from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.repairs import REPAIRS, as_published, taken_away, without
 from mltfr_dist.schema import field_paths
-from mltfr_dist.training.fit import CORE, FISHER, fit
+from mltfr_dist.training.fit import fit
 from mltfr_dist.training.inputs import build_model, load_inputs
+from mltfr_dist.training.stages import CORE, FISHER
 
 DEFECTS = ["D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "D9", "D10", "D10b", "D12", "D13", "D14", "D17", "D18"]
 

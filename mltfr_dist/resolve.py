@@ -1,0 +1,57 @@
+"""A configuration from its three sources: preset, file, overrides; each over the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.errors import ConfigError
+from mltfr_dist.presets import PRESETS, preset
+from mltfr_dist.schema import validate
+from mltfr_dist.training.run_folder import read_yaml
+
+
+def resolve_config(preset_name: str | None, file: str | Path | None, overrides: Sequence[str]) -> RunConfig:
+    """Preset, then file, then overrides, each over the one before.
+
+    Raises:
+        ConfigError: Nothing given, an override without `=`, or a configuration that is not valid.
+    """
+    if preset_name is None and file is None:
+        raise ConfigError("No configuration is given.", remedy=f"Use --preset ({', '.join(PRESETS)}) or --config FILE.")
+    values: dict[str, Any] = preset(preset_name).model_dump(mode="json") if preset_name else {}
+    sources = [f"preset `{preset_name}`"] if preset_name else []
+    if file is not None:
+        values = merge_values(values, read_yaml(Path(file)))
+        sources.append(str(file))
+    for override in overrides:
+        values = merge_values(values, parse_override(override))
+        sources.append(f"`{override}`")
+    return validate(RunConfig, values, source=", ".join(sources))
+
+
+def merge_values(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``under``, mapping by mapping."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge_values(merged[key], value) if both else value
+    return merged
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=value` (value as in YAML) to a nested mapping."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"The override `{text}` is not understood.", rule="An override is KEY=VALUE.", remedy="Add the `=`.")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        nested = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return nested  # type: ignore[no-any-return]

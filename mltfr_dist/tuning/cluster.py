@@ -1,0 +1,130 @@
+"""Ray under a sweep: one of its own on this machine, or a cluster that is there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.errors import ConfigError
+from mltfr_dist.tuning.checks import check_inputs, check_resources
+from mltfr_dist.tuning.space import SweepConfig
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a trial's output goes to its own log
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run writes its own TensorBoard page
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # driver.py has its own
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+"""What is set before Ray is imported by any process of the sweep, where the user has not set it."""
+
+
+JOIN_SECONDS = 300.0
+"""How long a cluster may take to come up."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where trials run."""
+
+    resources: dict[str, float]
+
+    def concurrent(self, sweep: SweepConfig) -> int:
+        """Trials that run at a time."""
+        each = sweep.resources_per_trial
+        fits = int(self.resources.get("CPU", 0) // (each.workers * each.cpus))
+        if each.gpus:
+            fits = min(fits, int(self.resources.get("GPU", 0) / (each.workers * each.gpus)))
+        return min(fits, sweep.max_concurrent or fits)
+
+
+@contextmanager
+def ray_cluster(sweep: SweepConfig, base: RunConfig, address: str | None, nodes: int) -> Iterator[Cluster]:
+    """A running Ray: without dashboard and usage statistics, on loopback where it is our own.
+
+    Args:
+        sweep: The sweep.
+        base: What its trials start from.
+        address: Of a cluster that is there or coming up; None: one of our own on this machine.
+        nodes: Nodes that the cluster shall have before the sweep begins.
+
+    Raises:
+        ConfigError: No cluster of so many nodes comes up at ``address``, or it cannot hold a trial.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if address is None:
+        ray.init(
+            num_cpus=len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    else:
+        join(address, nodes)
+    try:
+        cluster = Cluster(ray.cluster_resources())
+        check_resources(sweep, cluster.resources)
+        verify_on_nodes(sweep, base)
+        yield cluster
+    finally:
+        ray.shutdown()
+
+
+def join(address: str, nodes: int) -> None:
+    """Connect to a cluster, once it has its nodes.
+
+    Raises:
+        ConfigError: It has not within :data:`JOIN_SECONDS`.
+    """
+    deadline, there, why = time.monotonic() + JOIN_SECONDS, 0, ""
+    while time.monotonic() < deadline:
+        try:
+            if not ray.is_initialized():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            there = sum(node["Alive"] for node in ray.nodes())
+            if there >= nodes:
+                return
+        except ConnectionError as error:
+            why = f" ({str(error).splitlines()[0]})"
+        time.sleep(1)
+    raise ConfigError(
+        f"The Ray cluster at {address} has {there} of {nodes} nodes after {JOIN_SECONDS:.0f} s{why}.",
+        rule="A sweep begins once every node is there.",
+        remedy="See the log of each node's `ray start` (slurm/sweep.sbatch: ray-NODE.log), or leave --address out for one on "
+        "this machine.",
+    )
+
+
+def verify_on_nodes(sweep: SweepConfig, base: RunConfig) -> None:
+    """Compare data and tables with their recorded hashes on every other node, as was done on this one.
+
+    Raises:
+        MltfrError: As :func:`~mltfr_dist.tuning.checks.check_inputs`, on any of them.
+    """
+    here, directory = ray.get_runtime_context().get_node_id(), Path.cwd()
+
+    def verify() -> None:
+        os.chdir(directory)
+        check_inputs(sweep, base)
+
+    task = ray.remote(num_cpus=0)(verify)
+    others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    pending = [task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in others]
+    try:
+        ray.get(pending)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None

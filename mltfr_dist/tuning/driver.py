@@ -1,0 +1,248 @@
+"""The sweep's own process: it gives trials to Ray Tune, notes how each ends, and says how far it is."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback, FailureConfig, Stopper, TuneConfig, Tuner
+from ray.tune import RunConfig as TuneRunConfig
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.search import Searcher
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.errors import StoppedError
+from mltfr_dist.tuning.cluster import Cluster
+from mltfr_dist.tuning.hparams import write_hparams
+from mltfr_dist.tuning.schedulers import make_scheduler, most_epochs
+from mltfr_dist.tuning.search import Known, suggest
+from mltfr_dist.tuning.space import SweepConfig, Values, base_values, shown
+from mltfr_dist.tuning.trial import EPOCH, NUMBER, OBJECTIVE, STOP, SweepTrial, TrialSetting, unwrapped
+from mltfr_dist.tuning.trials import Record, Trial, load_trial, load_trials
+
+TRIAL_RESOURCES = {"node:__internal_head__": 0.0001}
+"""What the process that watches a trial holds: it runs on the head node and takes no CPU from the workers.
+
+Were it a CPU, as many watchers as there are CPUs could start and wait for workers that have none left.
+"""
+
+STATUS_SECONDS = 30.0
+"""Seconds between two lines that say how far the sweep is, where no trial ends."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def run_trials(sweep: SweepConfig, base: RunConfig, folder: Path, cluster: Cluster, *, read_test: bool = False) -> None:
+    """Run the trials that a sweep still lacks.
+
+    Args:
+        sweep: The sweep.
+        base: What its trials start from.
+        folder: Where they lie.
+        cluster: Where they run.
+        read_test: Whether they read the test split at their end.
+
+    Raises:
+        StoppedError: A signal asked the sweep to stop; running trials have saved.
+    """
+    trials = load_trials(folder)
+    missing = sum(trial.state == "unfinished" for trial in trials) + max(0, sweep.trials() - len(trials))
+    if not missing:
+        return
+    (folder / STOP).unlink(missing_ok=True)
+    setting = TrialSetting(sweep, base, folder, Path.cwd(), read_test)
+    with stop_signals(folder / STOP) as take_signals:
+        progress = Progress(setting, cluster.concurrent(sweep), missing, take_signals)
+        make_tuner(setting, cluster.concurrent(sweep), trials, progress).fit()
+    if (folder / STOP).exists():
+        raise StoppedError(
+            f"A signal asked the sweep `{sweep.name}` to stop; its running trials have saved.",
+            remedy="Start the same command again and it goes on.",
+        )
+
+
+def make_tuner(setting: TrialSetting, concurrent: int, trials: list[Trial], progress: Progress) -> Tuner:
+    """Ray Tune over the trials that are missing."""
+    sweep, folder = setting.sweep, setting.folder
+    waiting = [trial.number for trial in trials if trial.state == "unfinished"]
+    return Tuner(
+        tune.with_resources(tune.with_parameters(SweepTrial, setting=setting), TRIAL_RESOURCES),
+        tune_config=TuneConfig(
+            num_samples=progress.missing,
+            search_alg=FolderSearch(setting, waiting),
+            scheduler=make_scheduler(sweep, setting.base, trials),
+            max_concurrent_trials=concurrent,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=TuneRunConfig(
+            name="tune",
+            storage_path=str(folder / "ray"),
+            failure_config=FailureConfig(max_failures=sweep.max_failures),
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=2, checkpoint_frequency=1 if sweep.scheduler == "pbt" else 0, checkpoint_at_end=False
+            ),
+            callbacks=[progress],
+            stop=StopAll(folder / STOP),
+            verbose=0,
+        ),
+    )
+
+
+class FolderSearch(Searcher):  # type: ignore[misc]
+    """Trials for Tune: first those of an earlier start that are not over, then new ones."""
+
+    def __init__(self, setting: TrialSetting, waiting: list[int]) -> None:
+        super().__init__(metric=OBJECTIVE, mode="max")
+        self.setting, self.waiting = setting, waiting
+        self.base = base_values(setting.sweep, setting.base) if setting.sweep.include_base else None
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """The next trial's number and values."""
+        folder, sweep = self.setting.folder, self.setting.sweep
+        if self.waiting:
+            trial = load_trial(folder, self.waiting.pop(0))
+            return {NUMBER: trial.number, **trial.values}
+        trials = load_trials(folder)
+        known = [Known(t.values, None if t.state == "failed" else t.best(sweep.metric_name)) for t in trials]
+        values: Values | None = suggest(sweep, known, self.base)
+        if values is None:
+            return str(Searcher.FINISHED)
+        trial = Trial(folder, len(trials), Record(values=values)).save()
+        return {NUMBER: trial.number, **trial.values}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing: outcomes are read from the trials' folders."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the folder has it all."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
+
+
+class StopAll(Stopper):  # type: ignore[misc]
+    """Stops every trial once the flag is there."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether one trial stops: never by this."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether all do."""
+        return self.flag.exists()
+
+
+@contextmanager
+def stop_signals(flag: Path) -> Iterator[Callable[[], None]]:
+    """Take Ctrl-C, SIGTERM and SIGUSR1 as the wish to save and stop; the second one ends at once.
+
+    Yields what takes them again, for Tune puts handlers of its own.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def request(number: int, _frame: FrameType | None) -> None:
+        print(f"{signal.Signals(number).name}: running trials save, then the sweep ends; once more to end at once", flush=True)
+        flag.touch()
+        restore()
+
+    def take() -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, request)
+
+    take()
+    try:
+        yield take
+    finally:
+        restore()
+
+
+class Progress(Callback):  # type: ignore[misc]
+    """Notes how trials end, and says how far the sweep is."""
+
+    def __init__(self, setting: TrialSetting, concurrent: int, missing: int, take_signals: Callable[[], None]) -> None:
+        self.setting, self.concurrent, self.missing, self.take_signals = setting, concurrent, missing, take_signals
+        self.started: dict[int, float] = {}
+        self.seconds: list[float] = []
+        self.said = time.monotonic()
+
+    def setup(self, stop: Any = None, num_samples: int | None = None, total_num_samples: int | None = None, **info: Any) -> None:
+        """Called by Tune before the first trial."""
+        self.take_signals()
+        sweep = self.setting.sweep
+        print(
+            f"sweep `{sweep.name}`: {self.missing} of {sweep.trials()} trials to do, {self.concurrent} at a time, "
+            f"up to {most_epochs(self.setting.base)} epochs each; tensorboard --logdir {self.setting.folder}",
+            flush=True,
+        )
+
+    def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """Called by Tune."""
+        number = trial.config[NUMBER]
+        ours = load_trial(self.setting.folder, number)
+        behind = ours.validations()
+        going_on = f", going on after epoch {behind[-1].epoch}" if behind else ""
+        self.started.setdefault(number, time.monotonic())
+        print(f"  trial {ours.name}  {shown(ours.values)}{going_on}", flush=True)
+
+    def on_trial_recover(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """Called by Tune where a trial failed and is started again."""
+        print(f"  trial {trial.config[NUMBER]:04d}  failed and is started again: {reason(trial)}", flush=True)
+
+    def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """Called by Tune where a trial failed for good."""
+        ours = load_trial(self.setting.folder, trial.config[NUMBER]).end("failed", reason(trial))
+        self._over(ours, f"failed: {reason(trial)}")
+
+    def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+        """Called by Tune where a trial is over, is stopped early, or stops with the sweep."""
+        ours = load_trial(self.setting.folder, trial.config[NUMBER])
+        if ours.state == "unfinished":
+            if (self.setting.folder / STOP).exists():
+                return
+            ours = ours.end("stopped", f"{self.setting.sweep.scheduler} after epoch {trial.last_result[EPOCH]}")
+        self._over(ours, "finished" if ours.record.ended is None else f"stopped by {ours.record.ended.reason}")
+
+    def on_step_end(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
+        """Called by Tune all the time."""
+        if time.monotonic() - self.said > STATUS_SECONDS:
+            self._status()
+
+    def _over(self, trial: Trial, how: str) -> None:
+        self.seconds.append(time.monotonic() - self.started.get(trial.number, time.monotonic()))
+        sweep = self.setting.sweep
+        best = trial.best(sweep.metric_name)
+        write_hparams(trial)
+        value = "" if best is None else f"  {sweep.metric} {best:.4f}"
+        print(f"  trial {trial.name}  {how}{value}  ({self.seconds[-1]:.0f} s)", flush=True)
+        self._status()
+
+    def _status(self) -> None:
+        self.said = time.monotonic()
+        sweep, over = self.setting.sweep, len(self.seconds)
+        values = {t.name: t.best(sweep.metric_name) for t in load_trials(self.setting.folder) if t.state != "failed"}
+        best = max(((value, name) for name, value in values.items() if value is not None), default=None)
+        text = f"  {over}/{self.missing} trials over" + (f", best {sweep.metric} {best[0]:.4f} (trial {best[1]})" if best else "")
+        if over:
+            left = (self.missing - over) * sum(self.seconds) / over / self.concurrent
+            text += f", about {left / 60:.0f} min left"
+        print(text, flush=True)
+
+
+def reason(trial: RayTrial) -> str:
+    """Why a trial failed, in one line."""
+    error = trial.get_error()
+    return str(unwrapped(error)).strip().splitlines()[-1] if error is not None and str(error).strip() else "no reason given"

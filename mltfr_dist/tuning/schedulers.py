@@ -1,0 +1,80 @@
+"""Which trials go on: asynchronous successive halving and population-based training, as Ray Tune has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.tuning.space import Domain, SweepConfig
+from mltfr_dist.tuning.trial import EPOCH, NUMBER, OBJECTIVE
+from mltfr_dist.tuning.trials import Trial
+
+
+def most_epochs(base: RunConfig) -> int:
+    """Epochs of a trial that nothing stops, over both stages."""
+    second = base.mltfr.enabled and base.mltfr.consensus.enabled
+    return base.training.epochs + (base.training.consensus_epochs if second else 0)
+
+
+def make_scheduler(sweep: SweepConfig, base: RunConfig, trials: Sequence[Trial]) -> TrialScheduler:
+    """The scheduler, told what ``trials`` of an earlier start of the sweep have shown."""
+    if sweep.scheduler == "asha":
+        return Asha(sweep, most_epochs(base), trials)
+    if sweep.scheduler == "pbt":
+        return PopulationBasedTraining(
+            time_attr=EPOCH,
+            metric=OBJECTIVE,
+            mode="max",
+            perturbation_interval=sweep.pbt.every_epochs,
+            quantile_fraction=sweep.pbt.quantile,
+            hyperparam_mutations={key: mutation(domain) for key, domain in sweep.search.items()},
+            log_config=False,
+        )
+    return FIFOScheduler()
+
+
+def mutation(domain: Domain) -> Any:
+    """A domain as PBT takes it: a list of values, or a distribution."""
+    from ray import tune
+
+    if domain.log_uniform:
+        return tune.loguniform(*domain.log_uniform)
+    return tune.uniform(*domain.uniform) if domain.uniform else domain.options()
+
+
+class Asha(AsyncHyperBandScheduler):  # type: ignore[misc]
+    """ASHA that remembers across starts: Tune keeps trials and forgets what its scheduler has seen of them.
+
+    A trial's own validations are entered again when it is added; those that will not run again at the beginning. Decisions
+    were taken then, so those of the repetition are ignored.
+    """
+
+    def __init__(self, sweep: SweepConfig, max_epochs: int, trials: Sequence[Trial]) -> None:
+        super().__init__(
+            time_attr=EPOCH,
+            metric=OBJECTIVE,
+            mode="max",
+            max_t=max(max_epochs, sweep.asha.grace_epochs + 1),
+            grace_period=sweep.asha.grace_epochs,
+            reduction_factor=sweep.asha.reduction_factor,
+            stop_last_trials=False,
+        )
+        self._metric_name = sweep.metric_name
+        self._trials = {trial.number: trial for trial in trials}
+        for trial in trials:
+            if trial.state != "unfinished":
+                known = SimpleNamespace(trial_id=f"earlier-{trial.number}", config={NUMBER: trial.number})
+                self.on_trial_add(None, known)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Called by Tune for a new trial."""
+        super().on_trial_add(tune_controller, trial)
+        earlier = self._trials.get(trial.config[NUMBER])
+        best = 0.0
+        for validation in earlier.validations() if earlier else ():
+            best = max(best, validation.metrics[self._metric_name])
+            self.on_trial_result(tune_controller, trial, {EPOCH: validation.epoch, OBJECTIVE: best})

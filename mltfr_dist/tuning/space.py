@@ -1,0 +1,226 @@
+"""A sweep as a typed file: what is searched, how, with which resources. `tuning/spaces/*.yaml` are ready-made."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.schema import Count, NonNegative, Positive, Section, validate
+from mltfr_dist.training.run_folder import leaf_values
+
+Values = dict[str, Any]
+"""Dotted key of a configuration to a value."""
+
+CHANGEABLE = ("optimizer.", "loss.contrast_weight", "mltfr.router.balance_weight", "mltfr.consensus.weight")
+CHANGEABLE_LEAVES = ("dropout", "noise", "expert_dropout")
+"""What PBT may change between two epochs: nothing that gives weights another shape or meaning."""
+
+
+class Domain(Section):
+    """The values of one field: exactly one of these."""
+
+    choices: tuple[Any, ...] = Field((), description="These values.")
+    subsets: tuple[Any, ...] = Field((), description="Every choice of at_least or more of these, as a list.")
+    at_least: Count = Field(1, description="subsets: the smallest number taken.")
+    uniform: tuple[float, float] | None = Field(None, description="Real numbers from the first to the second.")
+    log_uniform: tuple[float, float] | None = Field(None, description="The same, evenly on a logarithmic scale.")
+    integers: tuple[int, int] | None = Field(None, description="Whole numbers from the first to the second, both included.")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Domain:
+        given = [name for name in ("choices", "subsets", "uniform", "log_uniform", "integers") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of choices, subsets, uniform, log_uniform, integers (given: {given or 'none'})")
+        ends = self.uniform or self.log_uniform or self.integers
+        if ends and not ends[0] < ends[1]:
+            raise ValueError(f"the first end of a range must be below the second (given: {list(ends)})")
+        if self.log_uniform and self.log_uniform[0] <= 0:
+            raise ValueError(f"log_uniform needs ends above 0 (given: {list(self.log_uniform)})")
+        if self.subsets and self.at_least > len(self.subsets):
+            raise ValueError(f"at_least ({self.at_least}) exceeds the number of values ({len(self.subsets)})")
+        return self
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """First and last number of a range; None for choices."""
+        return self.uniform or self.log_uniform or self.integers
+
+    def options(self) -> list[Any] | None:
+        """All values, where they can be counted."""
+        if self.choices:
+            return list(self.choices)
+        if self.subsets:
+            sizes = range(self.at_least, len(self.subsets) + 1)
+            return [list(some) for size in sizes for some in itertools.combinations(self.subsets, size)]
+        if self.integers:
+            return list(range(self.integers[0], self.integers[1] + 1))
+        return None
+
+    def samples(self) -> list[Any]:
+        """Values that stand for all: every option, or a range's ends and a number between them that is not round."""
+        if self.ends is None:
+            return self.options() or []
+        first, last = self.ends
+        return [first, last] if self.integers else [first, last, first + (last - first) / math.pi]
+
+    def holds(self, value: Any) -> bool:
+        """Whether ``value`` is in the domain."""
+        if self.ends and not self.integers:
+            return isinstance(value, int | float) and self.ends[0] <= value <= self.ends[1]
+        return encoded(value) in {encoded(option) for option in self.options() or []}
+
+
+class AshaConfig(Section):
+    """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934)."""
+
+    grace_epochs: Count = Field(2, description="Epochs that every trial gets.")
+    reduction_factor: Annotated[float, Field(gt=1)] = Field(3, description="One of so many trials goes on at each rung.")
+
+
+class PbtConfig(Section):
+    """Population-based training (Jaderberg et al. 2017, arXiv 1711.09846); num_trials is the population."""
+
+    every_epochs: Count = Field(2, description="Epochs between two exchanges.")
+    quantile: Annotated[float, Field(gt=0, le=0.5)] = Field(
+        0.25, description="Share of the population that takes over weights and values from an equal share at the top."
+    )
+
+
+class TrialResources(Section):
+    """What one trial holds while it runs."""
+
+    workers: Count = Field(1, description="Ranks of a trial, by Ray Train; they share the trial's global batch.")
+    cpus: Positive = Field(1, description="CPU cores of a worker.")
+    gpus: NonNegative = Field(0, description="GPUs of a worker; a fraction lets several trials share one (one worker each).")
+
+    @model_validator(mode="after")
+    def _shares(self) -> TrialResources:
+        if self.workers > 1 and self.gpus % 1:
+            raise ValueError(f"workers {self.workers} with gpus {self.gpus}: two ranks of a run cannot share a GPU under NCCL")
+        return self
+
+
+class SweepConfig(Section):
+    """A sweep."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="The sweep's folder under sweeps_dir."
+    )
+    sweeps_dir: Path = Field(Path("runs/sweeps"), description="Folder of all sweeps.")
+    preset: str | None = Field(None, description="Complete configuration that a trial starts from.")
+    config: Path | None = Field(None, description="YAML file; its keys go over the preset's.")
+    overrides: dict[str, Any] = Field({}, description="Dotted keys over both: the same in every trial.")
+    search: dict[str, Domain] = Field(description="Dotted key of a configuration to its values.")
+    algorithm: Literal["random", "grid", "tpe"] = Field(
+        "random", description="random; grid: every combination; tpe: Optuna's Tree-structured Parzen Estimator."
+    )
+    num_trials: Count | None = Field(None, description="Trials; null: the whole grid.")
+    include_base: bool = Field(True, description="The first trial is the base itself, where its values lie in the space.")
+    scheduler: Literal["asha", "pbt", "none"] = Field(
+        "asha", description="Which trials are stopped early, or changed as they go."
+    )
+    asha: AshaConfig = Field(AshaConfig(), description="Early stopping.")
+    pbt: PbtConfig = Field(PbtConfig(), description="Population-based training.")
+    metric: str = Field("valid/NDCG@10", description="What is maximised: the best validation of a trial.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the search (training.seed is the trials').")
+    resources_per_trial: TrialResources = Field(TrialResources(), description="What one trial holds.")
+    max_concurrent: Count | None = Field(None, description="Trials at a time; null: as many as the cluster holds.")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        1, description="Times that a trial which fails is started again, from its last checkpoint; then it stays failed."
+    )
+    final_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0, 1, 2), description="training.seed of the runs of the chosen configuration, which alone read the test split."
+    )
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's own folder."""
+        return self.sweeps_dir / self.name
+
+    @property
+    def metric_name(self) -> str:
+        """The metric without its split."""
+        return self.metric.removeprefix("valid/")
+
+    def trials(self) -> int:
+        """Number of trials."""
+        if self.num_trials is not None:
+            return self.num_trials
+        return math.prod(len(domain.options() or []) for domain in self.search.values())
+
+    @model_validator(mode="after")
+    def _can_be_counted(self) -> SweepConfig:
+        endless = [key for key, domain in self.search.items() if domain.options() is None]
+        if not self.search:
+            raise ValueError("search names no field")
+        if self.algorithm == "grid" and endless:
+            raise ValueError(f"a grid has no ranges of real numbers (given for {', '.join(endless)})")
+        if self.algorithm != "grid" and self.num_trials is None:
+            raise ValueError(f"give num_trials: {self.algorithm} search has no end of its own")
+        if self.scheduler == "pbt" and (fixed := [key for key in self.search if not can_change(key)]):
+            raise ValueError(f"pbt changes fields while weights are kept, which {', '.join(fixed)} cannot be")
+        return self
+
+
+def can_change(key: str) -> bool:
+    """Whether a field may change in the middle of a run."""
+    return key.startswith(CHANGEABLE) or key.rpartition(".")[2] in CHANGEABLE_LEAVES
+
+
+def encoded(value: Any) -> str:
+    """A value as text that is equal for equal values."""
+    return json.dumps(value, sort_keys=True)
+
+
+def shown(values: Mapping[str, Any]) -> str:
+    """Values on one line."""
+    return "  ".join(f"{short(key)}={shown_value(value)}" for key, value in values.items())
+
+
+def short(key: str) -> str:
+    """A field by its own name and its section's."""
+    return ".".join(key.split(".")[-2:])
+
+
+def shown_value(value: Any) -> str:
+    """A value as short as it can be: files by their names."""
+    if isinstance(value, list | tuple):
+        return "+".join(Path(str(one)).name for one in value) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys to nested mappings."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, leaf = key.split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    return found
+
+
+def with_values(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The configuration of one trial.
+
+    Raises:
+        ConfigError: The values do not go together.
+    """
+    return validate(
+        RunConfig, nested({**leaf_values(base), **values}), source=", ".join(f"{key}={encoded(v)}" for key, v in values.items())
+    )
+
+
+def base_values(sweep: SweepConfig, base: RunConfig) -> Values | None:
+    """The base's own place in the space; None where it has none."""
+    leaves = leaf_values(base)
+    values = {key: leaves[key] for key in sweep.search}
+    return values if all(sweep.search[key].holds(value) for key, value in values.items()) else None

@@ -1,0 +1,129 @@
+"""A sweep from its file to its report: checks, Ray, trials, the chosen configuration over several seeds."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.errors import ConfigError
+from mltfr_dist.files import write_atomically
+from mltfr_dist.resolve import merge_values, parse_override, resolve_config
+from mltfr_dist.schema import validate
+from mltfr_dist.training.run_folder import dump_config, read_yaml
+from mltfr_dist.tuning import report
+from mltfr_dist.tuning.checks import BASE, SWEEP, check_folder, check_inputs, check_machine, check_space
+from mltfr_dist.tuning.cluster import ray_cluster
+from mltfr_dist.tuning.driver import run_trials
+from mltfr_dist.tuning.space import Domain, SweepConfig, nested
+from mltfr_dist.tuning.trials import Trial, load_trials
+
+FINAL = "final"
+"""In a sweep's folder: the runs of the chosen configuration, laid out as a sweep."""
+
+
+def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
+    """A sweep's file.
+
+    Raises:
+        ConfigError: Not valid.
+    """
+    values = read_yaml(path)
+    for override in overrides:
+        values = merge_values(values, parse_override(override))
+    return validate(SweepConfig, values, source=", ".join([str(path), *(f"`{o}`" for o in overrides)]))
+
+
+def base_config(sweep: SweepConfig) -> RunConfig:
+    """The configuration that trials start from: no baselines, and tables mapped, so that a node holds them once.
+
+    Raises:
+        ConfigError: Not valid.
+    """
+    base = resolve_config(sweep.preset, sweep.config, [])
+    source = f"`overrides` of the sweep `{sweep.name}`"
+    base = validate(RunConfig, merge_values(base.model_dump(mode="json"), nested(sweep.overrides)), source=source)
+    threads = base.training.threads or max(1, int(sweep.resources_per_trial.cpus))
+    mltfr = base.mltfr
+    if mltfr.enabled and mltfr.placement == "auto" and not mltfr.train_tables:
+        mltfr = mltfr.model_copy(update={"placement": "mmap"})
+    training = base.training.model_copy(update={"threads": threads})
+    return base.model_copy(update={"baselines": (), "training": training, "mltfr": mltfr})
+
+
+def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1) -> Path:
+    """Run or go on with a sweep; returns its report.
+
+    Args:
+        sweep: The sweep.
+        address: Of a Ray cluster, `host:port`; None starts one on this machine.
+        nodes: Nodes that the cluster at ``address`` shall have before the sweep begins.
+
+    Raises:
+        MltfrError: Bad input, before Ray starts; no trial succeeded; or the sweep was asked to stop, and has saved.
+    """
+    base = base_config(sweep)
+    check_space(sweep, base)
+    check_inputs(sweep, base)
+    if address is None:
+        check_machine(sweep)
+    with claimed(sweep, base):
+        folder = sweep.folder.resolve()
+        with ray_cluster(sweep, base, address, nodes) as cluster:
+            run_trials(sweep, base, folder, cluster)
+            best = report.choose(sweep, load_trials(folder))
+            report.write_best(sweep, base, best)
+            finals = final_sweep(sweep, base, best)
+            if finals is not None:
+                final_base = base_config(finals)
+                run_trials(finals, final_base, folder / FINAL, cluster, read_test=True)
+        return report.write(sweep, base, load_trials(folder), load_trials(folder / FINAL))
+
+
+def final_sweep(sweep: SweepConfig, base: RunConfig, best: Trial) -> SweepConfig | None:
+    """The chosen configuration over the final seeds, as a sweep without early stopping; None where there are no seeds."""
+    if not sweep.final_seeds:
+        return None
+    return sweep.model_copy(
+        update={
+            "preset": None,
+            "config": sweep.folder / report.BEST,
+            "overrides": {},
+            "search": {"training.seed": Domain(choices=sweep.final_seeds)},
+            "algorithm": "grid",
+            "num_trials": None,
+            "include_base": False,
+            "scheduler": "none",
+        }
+    )
+
+
+@contextmanager
+def claimed(sweep: SweepConfig, base: RunConfig) -> Iterator[None]:
+    """Hold the sweep's folder, alone.
+
+    Raises:
+        ConfigError: It holds another sweep, or another process runs this one.
+    """
+    folder = sweep.folder
+    check_folder(folder, sweep, base)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"Another process runs the sweep in {folder}.", remedy="Wait for it, or end it.") from None
+        write_atomically(folder / SWEEP, dump_sweep(sweep))
+        write_atomically(folder / BASE, dump_config(base))
+        shutil.rmtree(folder / "ray", ignore_errors=True)
+        yield
+
+
+def dump_sweep(sweep: SweepConfig) -> str:
+    """The complete sweep as YAML; it loads back to an equal one."""
+    return yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False)

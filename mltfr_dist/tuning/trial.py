@@ -1,0 +1,257 @@
+"""One trial on Ray: Tune's trainable, which starts the workers of a run by Ray Train and reads its metrics.jsonl.
+
+The workers call the same ``fit()`` as train.py, in the trial's own run folder, and know nothing of the sweep. So what Tune
+sees is what the run recorded; a trial that is started again goes on from the run's last checkpoint, and replays nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.train import RunConfig as RayRunConfig
+from ray.train import ScalingConfig, get_context
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGroupCallback
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.errors import ConfigError, OtherRankError
+from mltfr_dist.files import write_atomically
+from mltfr_dist.schema import validate
+from mltfr_dist.training.run_folder import CHECKPOINTS, CONFIG, dump_config
+from mltfr_dist.tuning.space import SweepConfig, TrialResources, with_values
+from mltfr_dist.tuning.trials import METRICS, TRIALS, Trial, load_trial
+
+EPOCH, OBJECTIVE, NUMBER = "epoch", "objective", "trial"
+STOP = "stop"
+"""File in the sweep's folder: every running trial saves, and ends."""
+
+POLL_SECONDS = 0.5
+STOP_SECONDS = 300.0
+"""How long a trial that was asked to stop may take to save."""
+
+COPY_ATTEMPTS = 3
+LOCK_SECONDS = 120.0
+"""How long a trial waits for the process of an earlier attempt to be gone."""
+
+
+@dataclass(frozen=True)
+class TrialSetting:
+    """What all trials of a sweep share."""
+
+    sweep: SweepConfig
+    base: RunConfig
+    folder: Path
+    """Of the sweep, absolute."""
+    directory: Path
+    """Where relative paths of the configuration begin."""
+    read_test: bool = False
+
+    def config(self, trial: Trial) -> RunConfig:
+        """The run's configuration."""
+        config = with_values(self.base, trial.values)
+        return config.model_copy(update={"name": trial.name, "runs_dir": trial.folder.parent})
+
+
+class SweepTrial(tune.Trainable):  # type: ignore[misc]
+    """Runs one trial; a step is a validation."""
+
+    def setup(self, config: dict[str, Any], setting: TrialSetting) -> None:
+        """Begin the run, or go on with it."""
+        os.chdir(setting.directory)
+        self.setting, self.values = setting, {k: v for k, v in config.items() if k != NUMBER}
+        self.record = load_trial(setting.folder, config[NUMBER])
+        self.group = setting.folder / TRIALS / f"{config[NUMBER]:04d}.group"
+        self.seen = len(self.record.validations())
+        self.error: BaseException | None = None
+        self.thread: threading.Thread | None = None
+        release(self.group)  # of an attempt that was lost with its node
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next validation.
+
+        Raises:
+            RuntimeError: The run failed; in its own words.
+        """
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._train, name="train", daemon=True)
+            self.thread.start()
+        while True:
+            running = self.thread.is_alive()  # before reading: what a thread that has ended wrote is there
+            found = self.record.validations()
+            if len(found) > self.seen:
+                self.seen += 1
+                return self._result(self.seen)
+            if not running:
+                if self.error is not None:
+                    raise RuntimeError(describe(self.error)) from None
+                return self._result(len(found)) | {"done": True}
+            time.sleep(POLL_SECONDS)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """PBT: all that another trial needs to go on in this one's place."""
+        run, place = self.record.folder, Path(checkpoint_dir)
+        for _ in range(COPY_ATTEMPTS):
+            with suppress(shutil.Error, FileNotFoundError):  # the run deletes superseded checkpoints as it goes
+                shutil.copytree(run / CHECKPOINTS, place / CHECKPOINTS, ignore=shutil.ignore_patterns(".partial-*"))
+                break
+            shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)
+        shutil.copy(run / METRICS, place)
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """PBT: go on from another trial's checkpoint with this one's new values, as a run of its own."""
+        self.record = self.record.next_generation(self.values)
+        shutil.copytree(Path(checkpoint), self.record.folder)
+        write_atomically(self.record.folder / CONFIG, dump_config(self.setting.config(self.record)))
+        self.seen = len(self.record.validations())
+
+    def cleanup(self) -> None:
+        """End the workers: where the sweep stops, once they have saved; where the trial alone does, at once."""
+        if self.thread is not None and (self.setting.folder / STOP).exists():
+            self.thread.join(STOP_SECONDS)
+        release(self.group)
+
+    def _result(self, count: int) -> dict[str, Any]:
+        validations = self.record.validations()[:count]
+        name = self.setting.sweep.metric_name
+        return {EPOCH: validations[-1].epoch, OBJECTIVE: max(v.metrics[name] for v in validations)}
+
+    def _train(self) -> None:
+        try:
+            self._trainer().fit()
+        except BaseException as error:
+            self.error = error
+
+    def _trainer(self) -> TorchTrainer:
+        resources, config = self.setting.sweep.resources_per_trial, self.setting.config(self.record)
+        given = {
+            "config": config.model_dump(mode="json"),
+            "directory": str(self.setting.directory),
+            "stop": str(self.setting.folder / STOP),
+            "log": str(self.record.folder.with_suffix(".log")),
+            "read_test": self.setting.read_test,
+        }
+        return Trainer(
+            train_worker,
+            train_loop_config=given,
+            torch_config=TorchConfig(timeout_s=int(config.training.hang_seconds) + 60),
+            scaling_config=scaling(resources),
+            run_config=RayRunConfig(
+                name=f"{self.trial_id}-{self.record.name}",
+                storage_path=str(self.setting.folder / "ray"),
+                callbacks=[KeepGroup(self.group)],
+            ),
+        )
+
+
+def scaling(resources: TrialResources) -> ScalingConfig:
+    """A trial's workers for Ray Train."""
+    per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+    return ScalingConfig(num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=per_worker)
+
+
+class Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray Train's trainer without its own watch over placement groups.
+
+    Ray Train reserves a trial's workers in a placement group that outlives the trial: Ray frees it when the whole sweep ends.
+    A detached actor of Ray Train's should free it sooner, but asks the dashboard whether the trial is alive, and where there
+    is no dashboard waits for ever. Each trial that was stopped early then kept its CPUs, and the next stayed pending until
+    the sweep was restored. Here the trial frees its own (:func:`release`).
+    """
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+
+class KeepGroup(WorkerGroupCallback):  # type: ignore[misc]
+    """Notes the placement group of a trial's workers in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Called by Ray Train once the workers are there."""
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        write_atomically(self.path, group.id.hex())
+
+
+def release(path: Path) -> None:
+    """Free the placement group that ``path`` names, and with it the workers; nothing where there is none."""
+    if path.exists():
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(path.read_text()))))
+        path.unlink()
+
+
+def train_worker(given: dict[str, Any]) -> None:
+    """One rank of a trial: the run that train.py would make."""
+    from mltfr_dist.training.fit import fit
+
+    os.chdir(given["directory"])
+    config = validate(RunConfig, given["config"], source="the sweep")
+    threading.Thread(target=stop_when_told, args=(Path(given["stop"]),), name="stop", daemon=True).start()
+    with one_attempt(Path(given["log"])):
+        fit(config, verify=False, read_test=given["read_test"])
+
+
+def stop_when_told(flag: Path) -> None:
+    """Ask this process to save and stop once ``flag`` is there."""
+    from mltfr_dist.distributed.signals import request_stop
+
+    while not flag.exists():
+        time.sleep(POLL_SECONDS)
+    request_stop()
+
+
+@contextmanager
+def one_attempt(log: Path) -> Iterator[None]:
+    """Rank 0 writes to ``log``, alone: an earlier attempt's process may live on for a moment after its driver was killed.
+
+    Raises:
+        ConfigError: It does not go.
+    """
+    if get_context().get_world_rank():
+        yield
+        return
+    with log.open("a", buffering=1) as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"{log} is held by another process since {LOCK_SECONDS:.0f} s.",
+                        rule="One process writes a trial's run.",
+                        remedy="End the other sweep over this folder.",
+                    ) from None
+                time.sleep(POLL_SECONDS)
+        with redirect_stdout(file):
+            yield
+
+
+def describe(error: BaseException) -> str:
+    """Why a run failed, in the words of the rank that knows."""
+    if not isinstance(error, WorkerGroupError):
+        return str(error) if isinstance(error, TrainingFailedError) else f"{type(error).__name__}: {error}"
+    failures = [cause for _, cause in sorted(error.worker_failures.items())]
+    told = [cause for cause in failures if not isinstance(unwrapped(cause), OtherRankError)]
+    cause = unwrapped((told or failures)[0])
+    return f"{type(cause).__name__}: {cause}"
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """What a worker raised, out of what Ray puts around it."""
+    inner = getattr(error, "cause", None) or error.__cause__
+    return unwrapped(inner) if isinstance(inner, BaseException) else error

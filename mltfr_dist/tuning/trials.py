@@ -1,0 +1,154 @@
+"""A sweep's trials as they lie on disk: `trials/NNNN/` is a run folder, `trials/NNNN.json` its record.
+
+These files are the truth. Whether a trial is finished, was stopped, failed, or waits to go on is read from them, so a sweep
+whose driver was killed at any point goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from mltfr_dist.errors import CheckpointError
+from mltfr_dist.files import write_atomically
+from mltfr_dist.schema import Section
+from mltfr_dist.training.run_folder import load_result
+from mltfr_dist.training.tracking import STAGES
+from mltfr_dist.tuning.space import Values
+
+TRIALS, METRICS = "trials", "metrics.jsonl"
+MRR = "MRR"
+
+
+class Ended(Section):
+    """Why a trial will not go on, though its run is not finished."""
+
+    state: Literal["stopped", "failed"]
+    reason: str
+
+
+class Record(Section):
+    """`trials/NNNN.json`."""
+
+    values: Values
+    generation: int = 0
+    """PBT: times that the trial has taken over another's weights; each generation is a run of its own."""
+    ended: Ended | None = None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation of a trial."""
+
+    epoch: int
+    """Epochs behind it, over both stages."""
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial."""
+
+    sweep: Path
+    number: int
+    record: Record
+
+    @property
+    def name(self) -> str:
+        """Its number, with that of its generation from the second on."""
+        return f"{self.number:04d}" + (f"-{self.record.generation + 1}" if self.record.generation else "")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.sweep / TRIALS / self.name
+
+    @property
+    def values(self) -> Values:
+        """Its place in the space."""
+        return self.record.values
+
+    @property
+    def state(self) -> Literal["finished", "stopped", "failed", "unfinished"]:
+        """What its files say."""
+        if load_result(self.folder) is not None:
+            return "finished"
+        return self.record.ended.state if self.record.ended else "unfinished"
+
+    def validations(self) -> list[Validation]:
+        """All validations so far, in order."""
+        return read_validations(self.folder / METRICS)
+
+    def best(self, metric: str) -> float | None:
+        """The best validation; None before the first."""
+        return max((v.metrics[metric] for v in self.validations()), default=None)
+
+    def save(self) -> Trial:
+        """Write the record."""
+        path = record_path(self.sweep, self.number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, self.record.model_dump_json(indent=2) + "\n")
+        return self
+
+    def end(self, state: Literal["stopped", "failed"], reason: str) -> Trial:
+        """Record that it will not go on."""
+        return self._changed(ended=Ended(state=state, reason=reason))
+
+    def next_generation(self, values: Values) -> Trial:
+        """Record that it goes on with other values, as another run."""
+        return self._changed(values=values, generation=self.record.generation + 1)
+
+    def _changed(self, **changes: Any) -> Trial:
+        return replace(self, record=self.record.model_copy(update=changes)).save()
+
+
+def record_path(sweep: Path, number: int) -> Path:
+    """Where the record of a trial lies."""
+    return sweep / TRIALS / f"{number:04d}.json"
+
+
+def load_trial(sweep: Path, number: int) -> Trial:
+    """The trial of that number.
+
+    Raises:
+        CheckpointError: Its record is damaged.
+    """
+    path = record_path(sweep, number)
+    try:
+        return Trial(sweep, number, Record.model_validate_json(path.read_text()))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}.", remedy="Delete it and the folder beside it: the trial is run anew."
+        ) from None
+
+
+def load_trials(sweep: Path) -> list[Trial]:
+    """All trials of a sweep, by number; they are numbered without gaps.
+
+    Raises:
+        CheckpointError: A record is damaged.
+    """
+    numbers = sorted(int(path.stem) for path in (sweep / TRIALS).glob("[0-9]*.json"))
+    return [load_trial(sweep, number) for number in numbers]
+
+
+def read_validations(path: Path) -> list[Validation]:
+    """Validations of a metrics.jsonl; a line that is still being written is left for the next time."""
+    found: list[Validation] = []
+    stage, base, epoch = STAGES[0], 0, 0
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line: dict[str, Any] = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if line["kind"] != "valid":
+            continue
+        if line["stage"] != stage:
+            stage, base = line["stage"], epoch
+        epoch = base + line["epoch"]
+        found.append(Validation(epoch, {name: value for name, value in line.items() if "@" in name or name == MRR}))
+    return found

@@ -1,0 +1,157 @@
+"""Real sweeps on a Ray of their own: two workers a trial, early stopping, a killed driver, a failing trial, a stop signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support import REPOSITORY, clean_environment, read_lines, tiny_config
+
+from mltfr_dist.training.run_folder import dump_config, load_result
+from mltfr_dist.tuning.trials import Trial, load_trials
+
+pytestmark = pytest.mark.integration
+
+
+def write_space(folder: Path, search: dict[str, Any], **changes: Any) -> Path:
+    """A sweep's file over the tests' small run."""
+    base = tiny_config(folder, training__epochs=3, training__consensus_epochs=1)
+    (folder / "base.yaml").write_text(dump_config(base))
+    space = {
+        "name": "sweep",
+        "sweeps_dir": str(folder / "sweeps"),
+        "config": str(folder / "base.yaml"),
+        "search": search,
+        "resources_per_trial": {"workers": 2, "cpus": 0.5},
+        "final_seeds": [0, 1],
+        **changes,
+    }
+    path = folder / "space.yaml"
+    path.write_text(yaml.safe_dump(space))
+    return path
+
+
+def start(path: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The command, in a session of its own."""
+    log = path.with_suffix(".log").open("a")
+    command = [sys.executable, str(REPOSITORY / "tuning" / "sweep.py"), str(path), *overrides]
+    environment = clean_environment(DS_ACCELERATOR="cpu")
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True, cwd=path.parent)
+
+
+def finish(path: Path, *overrides: str, code: int = 0) -> str:
+    """Run the command to its end; returns what it and those before it have printed."""
+    process = start(path, *overrides)
+    found = process.wait(timeout=600)
+    text = path.with_suffix(".log").read_text()
+    assert found == code, text[-6000:]
+    return text
+
+
+def wait_until(process: subprocess.Popen[str], path: Path, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 400
+    while not condition():
+        assert process.poll() is None, path.with_suffix(".log").read_text()[-6000:]
+        assert time.monotonic() < deadline, path.with_suffix(".log").read_text()[-6000:]
+        time.sleep(0.05)
+
+
+def valid_lines(trial: Trial) -> list[dict[str, Any]]:
+    path = trial.folder / "metrics.jsonl"
+    return [line for line in read_lines(path) if line["kind"] == "valid"] if path.exists() else []
+
+
+@pytest.mark.timeout(1200)
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    # The base, which is tried first, is good; the others learn nothing, so successive halving must stop some of them.
+    search = {
+        "optimizer.learning_rate": {"choices": [0.001, 1e-7, 2e-7, 3e-7, 4e-7, 5e-7]},
+    }
+    path = write_space(tmp_path, search, algorithm="grid", asha={"grace_epochs": 1, "reduction_factor": 2})
+    folder = tmp_path / "sweeps" / "sweep"
+    process = start(path)
+
+    def one_is_over_and_another_has_begun() -> bool:
+        states = [(trial.state, len(valid_lines(trial))) for trial in load_trials(folder)]
+        return any(s == "finished" for s, _ in states) and any(s == "unfinished" and lines for s, lines in states)
+
+    wait_until(process, path, one_is_over_and_another_has_begun)
+    before = load_trials(folder)
+    results = {t.name: (t.folder / "result.json").stat().st_mtime_ns for t in before if t.state == "finished"}
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    cut = {t.name: len(valid_lines(t)) for t in before if t.state == "unfinished"}
+
+    text = finish(path)
+
+    trials = load_trials(folder)
+    assert len(trials) == 6
+    assert {t.state for t in trials} == {"finished", "stopped"}, "every trial has run, and some were stopped early"
+    stopped = [t for t in trials if t.state == "stopped"]
+    assert stopped
+    assert all(t.record.ended and t.record.ended.reason.startswith("asha after epoch") for t in stopped)
+    assert all(t.validations()[-1].epoch < 4 for t in stopped)
+    for name, made in results.items():
+        assert (folder / "trials" / name / "result.json").stat().st_mtime_ns == made, "a finished trial is not run again"
+    begun = [name for name, lines in cut.items() if lines]
+    assert begun
+    for name in begun:
+        assert "going on from" in (folder / "trials" / f"{name}.log").read_text(), "a trial is not begun again from nothing"
+        assert f"trial {name}" in text.rpartition("trials to do")[2], "the second start goes on with it"
+
+    assert all(not load_result(t.folder).test for t in trials if t.state == "finished"), "trials leave the test split alone"  # type: ignore[union-attr]
+    finals = load_trials(folder / "final")
+    assert [t.values["training.seed"] for t in finals] == [0, 1]
+    assert all(load_result(t.folder).test for t in finals)  # type: ignore[union-attr]
+    best = yaml.safe_load((folder / "best.yaml").read_text())
+    assert best["optimizer"]["learning_rate"] == 0.001
+    report = (folder / "report.md").read_text()
+    assert "train.py --config" in report
+    assert "Over 2 seeds" in report
+    assert (folder / "parallel.png").stat().st_size > 5000
+    assert (folder / "effects.png").stat().st_size > 5000
+    finish(path)
+    assert len(load_trials(folder)) == 6
+
+
+@pytest.mark.timeout(900)
+def test_a_failing_trial_is_recorded_and_a_signal_saves(tmp_path: Path) -> None:
+    # 0.002 of a table of 70 tokens keeps two, but top_k of 99 exceeds both tables: that trial fails when it loads them.
+    search = {"mltfr.filter.top_k": {"choices": [4, 99, 8]}}
+    fixed = {"mltfr.filter.shortlist_size": None, "training.epochs": 60, "training.patience": 60}
+    options = {"scheduler": "none", "max_failures": 0, "final_seeds": [], "resources_per_trial": {"workers": 1, "cpus": 2}}
+    path = write_space(tmp_path, search, algorithm="grid", overrides=fixed, **options)
+    folder = tmp_path / "sweeps" / "sweep"
+    process = start(path)
+
+    def last_runs() -> bool:
+        trials = load_trials(folder)
+        return len(trials) == 3 and len(valid_lines(trials[-1])) > 2
+
+    wait_until(process, path, last_runs)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=120) == 75, path.with_suffix(".log").read_text()[-4000:]
+    failed, stopped = load_trials(folder)[1:]
+    assert failed.state == "failed"
+    assert failed.record.ended is not None
+    assert "top_k" in failed.record.ended.reason
+    assert stopped.state == "unfinished"
+    saved = sorted(p.name for p in (stopped.folder / "checkpoints").glob("train-step*"))[-1]
+    steps = json.loads((stopped.folder / "checkpoints" / saved / "state.json").read_text())["progress"]["step"]
+
+    text = finish(path)
+
+    assert f"going on from {saved}" in (folder / "trials" / f"{stopped.name}.log").read_text()
+    assert steps > 0
+    assert [t.state for t in load_trials(folder)] == ["finished", "failed", "finished"]
+    assert "failed: " in text
+    assert "## Failed" in (folder / "report.md").read_text()
