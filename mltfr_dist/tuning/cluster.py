@@ -18,19 +18,6 @@ from mltfr_dist.errors import ConfigError
 from mltfr_dist.tuning.checks import check_inputs, check_resources
 from mltfr_dist.tuning.space import SweepConfig
 
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a trial's output goes to its own log
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run writes its own TensorBoard page
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # driver.py has its own
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
-"""What is set before Ray is imported by any process of the sweep, where the user has not set it."""
-
-
 JOIN_SECONDS = 300.0
 """How long a cluster may take to come up."""
 
@@ -63,8 +50,6 @@ def ray_cluster(sweep: SweepConfig, base: RunConfig, address: str | None, nodes:
     Raises:
         ConfigError: No cluster of so many nodes comes up at ``address``, or it cannot hold a trial.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     if address is None:
         ray.init(
             num_cpus=len(os.sched_getaffinity(0)),

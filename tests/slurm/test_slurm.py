@@ -28,7 +28,7 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.submit_folder = folder / "submit"
         self.submit_folder.mkdir()
-        for name in ("slurm", "train.py"):
+        for name in ("slurm", "tuning", "ds_configs", "train.py"):
             (self.submit_folder / name).symlink_to(REPOSITORY / name)
         self.environment = clean_environment(
             SLURM_CONF=str(folder / "cluster" / "slurm.conf"), PYTHON=sys.executable, DS_ACCELERATOR="cpu"
