@@ -1,7 +1,7 @@
 # What train.sbatch and sweep.sbatch have in common. Nothing to edit here.
 
 EXIT_STOPPED=75 # mltfr_dist/errors.py
-logs=slurm-logs/$SLURM_JOB_ID/start${SLURM_RESTART_COUNT:-0}
+export logs=slurm-logs/$SLURM_JOB_ID/start${SLURM_RESTART_COUNT:-0}
 mkdir -p "$logs"
 
 # The address of a node in the allocation's network.

@@ -52,6 +52,7 @@ def ray_cluster(sweep: SweepConfig, base: RunConfig, address: str | None, nodes:
     """
     if address is None:
         ray.init(
+            address="local",
             num_cpus=len(os.sched_getaffinity(0)),
             include_dashboard=False,
             _node_ip_address="127.0.0.1",
