@@ -3,8 +3,8 @@
 python -I benchmarks/peer_loaders.py {recbole,rectools} SEQUENCES.npy BATCH_SIZE     # [n, 51] item ids; prints JSON
 
 Only the iteration of the loader is timed, over its second epoch; what the peer does before (reading, sorting, filtering, and
-RecBole's expansion) is not. A sample of RecTools is a sequence: 50 inputs, each with its target. A sample of RecBole is a prefix of a
-sequence with one target behind it, so a sequence of 51 items makes 50 samples, the last two of which are held out.
+RecBole's expansion) is not. A sample of RecTools is a sequence: 50 inputs, each with its target. A sample of RecBole is a prefix
+of a sequence with one target behind it: a sequence of 51 items makes 50 samples, the last two of which are held out.
 """
 
 from __future__ import annotations

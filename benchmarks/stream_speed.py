@@ -8,8 +8,9 @@ python benchmarks/stream_speed.py --recbole-python rb/bin/python --rectools-pyth
 Seconds are of wall time and, beside it, of the processor: on a shared machine the second says what the first would be.
 The peers' pins (numpy below 2) conflict with this package's, so each has an environment of its own (see peer_loaders.py):
 
-python3.11 -m venv rb && rb/bin/pip install torch==2.13.0 numpy==1.26.4 pandas==2.3.3 scipy scikit-learn tensorboard pyyaml \\
-    texttable psutil tqdm colorlog==4.7.2 colorama==0.4.4 && rb/bin/pip install --no-deps recbole==1.2.1 thop
+python3.11 -m venv rb
+rb/bin/pip install torch==2.13.0 numpy==1.26.4 pandas==2.3.3 scipy scikit-learn tensorboard pyyaml texttable psutil tqdm
+rb/bin/pip install colorlog==4.7.2 colorama==0.4.4 && rb/bin/pip install --no-deps recbole==1.2.1 thop
 python3.11 -m venv rt && rt/bin/pip install 'rectools[torch]==0.19.0' torch==2.13.0
 """
 
