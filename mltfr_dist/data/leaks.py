@@ -74,8 +74,8 @@ def _check_run(
     other = np.flatnonzero(histories.items[places] != sequences.items)
     if len(other):
         row = int(np.searchsorted(sequences.offsets, other[0], side="right")) - 1
-        place = other[0] - sequences.offsets[row]
-        raise _leak(path, sequences.users[row], f"item {sequences.items[other[0]]} at place {place}, where its history has another")
+        item, place = sequences.items[other[0]], other[0] - sequences.offsets[row]
+        raise _leak(path, sequences.users[row], f"item {item} at place {place}, where its history has another")
 
 
 def _histories(
