@@ -38,6 +38,8 @@ from mltfr_dist.data.shards import PackedSequences, SplitWriter, load_manifest, 
 from mltfr_dist.data.stream import Part, TrainStream
 
 NUM_ITEMS = 60_000
+COMMON_BATCH = 1024
+"""Batch size at which all are compared."""
 PEER_SEQUENCES = {"recbole": 4_000, "rectools": 40_000}
 """Few, for they are slow, and RecBole stores each prefix padded to the full length."""
 PREFIXES = 48
@@ -114,19 +116,19 @@ def report(name: str, total: int, wall: float, processor: float) -> float:
 
 
 def measure_peer(name: str, python: Path, folder: Path) -> float:
-    """Run a peer's loader, batch 1024, over the first sequences of ``folder``; returns sequences a processor-second."""
+    """Run a peer's loader over the first sequences of ``folder``; returns sequences a processor-second."""
     manifest, few = load_manifest(folder), PEER_SEQUENCES[name]
     first = read_shard(folder, manifest.splits["train"].shards[0], num_items=manifest.num_items).run(0, few)
     path = folder.parent / f"{name}.npy"
     np.save(path, first.items.reshape(len(first), -1))
     script = Path(__file__).with_name("peer_loaders.py")
-    command = [str(python), "-I", str(script), name, str(path), "1024"]
+    command = [str(python), "-I", str(script), name, str(path), str(COMMON_BATCH)]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     samples, wall, processor = found["samples"], found["wall"], found["processor"]
     if name == "recbole":
-        report("recbole, samples (prefixes), batch 1024", samples, wall, processor)
+        report(f"recbole, samples (prefixes), batch {COMMON_BATCH}", samples, wall, processor)
         samples //= PREFIXES
-    return report(f"{name}, whole sequences, batch 1024", samples, wall, processor)
+    return report(f"{name}, whole sequences, batch {COMMON_BATCH}", samples, wall, processor)
 
 
 def resume(folder: Path, num_sequences: int, batch_size: int) -> None:
@@ -188,19 +190,20 @@ def main() -> None:
         write_data(data, num_sequences, 51)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'':<44}{'sequences':>12}{'a second':>14}{'a processor-second':>18}")
-    best = 0.0
     sum(ours(data, 4096, options.workers))  # what a first epoch alone pays: imports, and files not yet in memory
-    for batch_size in options.batch_sizes:
-        speed = measure(f"this stream, batch {batch_size}", ours(data, batch_size, options.workers))
-        best = max(best, speed)
+    speeds = {}
+    for batch_size in sorted({*options.batch_sizes, COMMON_BATCH}):
+        speeds[batch_size] = measure(f"this stream, batch {batch_size}", ours(data, batch_size, options.workers))
     few = min(num_sequences, 20_000)
-    plain = measure("WebDataset, one sample a member, batch 1024", plain_webdataset(options.folder, 1024, few))
-    print(f"{'ratio to plain WebDataset':<44}{best / plain:>12,.0f} x")
+    batches = plain_webdataset(options.folder, COMMON_BATCH, few)
+    others = {"webdataset": measure(f"WebDataset, one sample a member, batch {COMMON_BATCH}", batches)}
     for name, python in (("recbole", options.recbole_python), ("rectools", options.rectools_python)):
         if python is None:
             print(f"{name:<44}not measured: give --{name}-python")
-            continue
-        print(f"{'ratio to ' + name:<44}{best / measure_peer(name, python, data):>12,.0f} x")
+        else:
+            others[name] = measure_peer(name, python, data)
+    for name, speed in others.items():
+        print(f"{'ratio to ' + name:<44}{speeds[COMMON_BATCH] / speed:>12,.0f} x")
     if options.wait:
         wait_share(options.wait, 256, 100)
     if options.resume:
