@@ -1,34 +1,49 @@
-"""Sequences a second as ready batches, from local shards, in one process: this stream and plain WebDataset.
+"""Sequences a second as ready batches, from local shards, in one process: this stream, plain WebDataset and two peers' loaders.
 
 python benchmarks/stream_speed.py                                    # 300,000 sequences of 51 items, batch 1024, length 50
-python benchmarks/stream_speed.py --resume 1e8                       # also: into the middle of an epoch of 1e8 (1 GB of disk)
+python benchmarks/stream_speed.py --resume 1e8                       # also: into the middle of an epoch of 1e8 (1.5 GB of disk)
 python benchmarks/stream_speed.py --wait data/ml-100k                # also: the share of time that training waits for data
+python benchmarks/stream_speed.py --recbole-python rb/bin/python --rectools-python rt/bin/python
 
 Seconds are of wall time and, beside it, of the processor: on a shared machine the second says what the first would be.
-RecBole's and RecTools' loaders are not measured yet: their pins (numpy below 2, another torch) need environments of their own.
+The peers' pins (numpy below 2) conflict with this package's, so each has an environment of its own (see peer_loaders.py):
+
+python3.11 -m venv rb
+rb/bin/pip install torch==2.13.0 numpy==1.26.4 pandas==2.3.3 scipy scikit-learn tensorboard pyyaml texttable psutil tqdm
+rb/bin/pip install colorlog==4.7.2 colorama==0.4.4 && rb/bin/pip install --no-deps recbole==1.2.1 thop
+python3.11 -m venv rt && rt/bin/pip install 'rectools[torch]==0.19.0' torch==2.13.0
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import webdataset
 
 from mltfr_dist.config import DataConfig, PrepareConfig
 from mltfr_dist.data.manifest import MANIFEST_NAME, Manifest, PrepareReport, SourceInfo, SplitInfo
-from mltfr_dist.data.shards import PackedSequences, SplitWriter
+from mltfr_dist.data.shards import PackedSequences, SplitWriter, load_manifest, read_shard
 from mltfr_dist.data.stream import Part, TrainStream
 
 NUM_ITEMS = 60_000
+COMMON_BATCH = 1024
+"""Batch size at which all are compared."""
+PEER_SEQUENCES = {"recbole": 4_000, "rectools": 40_000}
+"""Few, for they are slow, and RecBole stores each prefix padded to the full length."""
+PREFIXES = 48
+"""Samples that RecBole trains on from a sequence of 51 items: a prefix before each item but the first and the two held out."""
 
 
 def write_data(folder: Path, num_sequences: int, length: int) -> None:
@@ -91,21 +106,44 @@ def measure(name: str, batches: Iterable[int]) -> float:
     """Print and return sequences a second of the processor."""
     wall, processor = time.perf_counter(), time.process_time()
     total = sum(batches)
-    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    return report(name, total, time.perf_counter() - wall, time.process_time() - processor)
+
+
+def report(name: str, total: int, wall: float, processor: float) -> float:
+    """Print a line; returns how many a second of the processor."""
     print(f"{name:<44}{total:>12,}{total / wall:>14,.0f}{total / processor:>18,.0f}", flush=True)
     return total / processor
+
+
+def measure_peer(name: str, python: Path, folder: Path) -> float:
+    """Run a peer's loader over the first sequences of ``folder``; returns sequences a processor-second."""
+    manifest, few = load_manifest(folder), PEER_SEQUENCES[name]
+    first = read_shard(folder, manifest.splits["train"].shards[0], num_items=manifest.num_items).run(0, few)
+    path = folder.parent / f"{name}.npy"
+    np.save(path, first.items.reshape(len(first), -1))
+    script = Path(__file__).with_name("peer_loaders.py")
+    command = [str(python), "-I", str(script), name, str(path), str(COMMON_BATCH)]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    samples, wall, processor = found["samples"], found["wall"], found["processor"]
+    if name == "recbole":
+        report(f"recbole, samples (prefixes), batch {COMMON_BATCH}", samples, wall, processor)
+        samples //= PREFIXES
+    return report(f"{name}, whole sequences, batch {COMMON_BATCH}", samples, wall, processor)
 
 
 def resume(folder: Path, num_sequences: int, batch_size: int) -> None:
     """Time to the first batch from the middle of an epoch of short sequences."""
     if not folder.exists():
         write_data(folder, num_sequences, 2)
-    started = time.perf_counter()
+    process = psutil.Process()
+    started, read = time.perf_counter(), process.io_counters().read_chars
     stream = TrainStream(folder, DataConfig(path=folder), Part(0, 1, batch_size, batch_size), seed=0)
     middle = stream.steps_per_epoch // 2
     next(stream.epoch(0, middle))
-    seconds = time.perf_counter() - started
+    seconds, read = time.perf_counter() - started, process.io_counters().read_chars - read
+    of = sum(path.stat().st_size for path in folder.iterdir())
     print(f"resumed at step {middle:,} of {stream.steps_per_epoch:,}, {num_sequences:,} sequences: {seconds:.2f} s")
+    print(f"read {read / 1e6:,.1f} MB of {of / 1e6:,.1f} MB, manifest included")
 
 
 def wait_share(folder: Path, batch_size: int, steps: int) -> None:
@@ -141,6 +179,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=float, default=300_000)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--recbole-python", type=Path, help="Python of an environment that has RecBole")
+    parser.add_argument("--rectools-python", type=Path, help="Python of an environment that has RecTools")
     parser.add_argument("--resume", type=float, help="sequences of the epoch to resume in")
     parser.add_argument("--wait", type=Path, help="prepared folder to train on")
     options = parser.parse_args()
@@ -150,15 +190,20 @@ def main() -> None:
         write_data(data, num_sequences, 51)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'':<44}{'sequences':>12}{'a second':>14}{'a processor-second':>18}")
-    best = 0.0
-    for batch_size in options.batch_sizes:
-        speed = measure(f"this stream, batch {batch_size}", ours(data, batch_size, options.workers))
-        best = max(best, speed)
+    sum(ours(data, 4096, options.workers))  # what a first epoch alone pays: imports, and files not yet in memory
+    speeds = {}
+    for batch_size in sorted({*options.batch_sizes, COMMON_BATCH}):
+        speeds[batch_size] = measure(f"this stream, batch {batch_size}", ours(data, batch_size, options.workers))
     few = min(num_sequences, 20_000)
-    plain = measure("WebDataset, one sample a member, batch 1024", plain_webdataset(options.folder, 1024, few))
-    print(f"{'ratio to plain WebDataset':<44}{best / plain:>12,.0f} x")
-    for name in ("recbole", "rectools"):
-        print(f"{name:<44}not measured: its pins conflict with this package's")
+    batches = plain_webdataset(options.folder, COMMON_BATCH, few)
+    others = {"webdataset": measure(f"WebDataset, one sample a member, batch {COMMON_BATCH}", batches)}
+    for name, python in (("recbole", options.recbole_python), ("rectools", options.rectools_python)):
+        if python is None:
+            print(f"{name:<44}not measured: give --{name}-python")
+        else:
+            others[name] = measure_peer(name, python, data)
+    for name, speed in others.items():
+        print(f"{'ratio to ' + name:<44}{speeds[COMMON_BATCH] / speed:>12,.0f} x")
     if options.wait:
         wait_share(options.wait, 256, 100)
     if options.resume:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from decimal import Decimal
 
 import duckdb
 
 from mltfr_dist.data.readers import EMPTY, one
+from mltfr_dist.data.splits import time_text
 from mltfr_dist.errors import DataError
 
 Locate = Callable[[int], str]
@@ -17,15 +19,18 @@ Locate = Callable[[int], str]
 _WRONG_IDS = {
     "is empty": EMPTY,
     "is NaN": "regexp_full_match(trim({0}), '[+-]?(nan|inf(inity)?)', 'i')",
-    "is a rounded number": "regexp_full_match(trim({0}), '[+-]?[0-9](\\.[0-9]+)?[eE]\\+?[0-9]+')",
-    "holds a tab, a line end or another control character": "regexp_matches({0}, '[\\x00-\\x1F\\x7F]')",
+    "is a rounded number": "regexp_full_match(trim({0}), '[+-]?([0-9](\\.[0-9]+)?[eE]\\+?[0-9]+|[0-9]{{16,}}\\.0+)')",
+    "holds a tab, a line end or another control character": (
+        "regexp_matches({0}, '[\\x00-\\x1F\\x7F-\\x{{9F}}\\x{{2028}}\\x{{2029}}]')"
+    ),
 }
 _REMEDIES = {
+    "holds a tab, a line end or another control character": "Replace it in that id, or remove that row.",
     "is a rounded number": "Write ids as text or whole numbers: floating point keeps 15 digits, and different ids merge.",
 }
 _UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 _EARLIEST, _LATEST = 5 * 10**8, 5 * 10**9
-"""Seconds since 1970 that may be meant as a moment: 1985 to 2128. Numbers outside, in every unit, are taken for counters."""
+"""Seconds since 1970 that may be meant as a moment: 1985 to 2128. Numbers that all lie outside, in every unit, are counters."""
 _TOLERANCE = 86_400
 
 
@@ -68,7 +73,7 @@ def check_times(connection: duckdb.DuckDBPyConnection, kind: str, name: str, loc
     """Refuse times of mixed units and times in the future, where they are moments at all.
 
     Raises:
-        DataError: with the first row of the rarer unit, or the first in the future.
+        DataError: with the first row of the rarer unit, the first in the future, or the first number that is of no unit.
     """
     units = {"microseconds": _UNITS["microseconds"]} if kind == "dates" else _UNITS
     inside = {unit: f"timestamp >= {_EARLIEST * scale} AND timestamp < {_LATEST * scale}" for unit, scale in units.items()}
@@ -91,6 +96,18 @@ def check_times(connection: duckdb.DuckDBPyConnection, kind: str, name: str, loc
             raise DataError(
                 f"{locate(row)}: the time in column `{name}` is {_moment(float(value) / units[unit])}, in the future.",
                 rule="Interactions have happened already; a future time would move every split.",
+                remedy="Correct or remove that row; or, if these numbers are no moments, prepare with times=any.",
+            )
+    for unit in found if kind != "dates" else ():  # a date says itself what it means, and may be older
+        row, value = one(
+            connection,
+            "SELECT min(row_number), CAST(arg_min(timestamp, row_number) AS VARCHAR) FROM interactions "
+            f"WHERE NOT ({inside[unit]})",
+        )
+        if row is not None:
+            raise DataError(
+                f"{locate(row)}: the time in column `{name}` is {time_text(Decimal(value))}, but others are moments in {unit}.",
+                rule="Moments lie between 1985 and 2128, and all times have one unit.",
                 remedy="Correct or remove that row; or, if these numbers are no moments, prepare with times=any.",
             )
 

@@ -17,6 +17,7 @@ import duckdb
 
 from mltfr_dist.config import PrepareConfig, PrepareResources
 from mltfr_dist.data import remote, sources, splits
+from mltfr_dist.data.leaks import check_train_shards
 from mltfr_dist.data.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -259,6 +260,9 @@ def _run(
     files = write_maps(connection, workspace.out)
     sizes = ", ".join(f"{name} {split.num_sequences:,} in {len(split.shards)} shards" for name, split in written.items())
     steps.done("write", sum(split.num_items for split in written.values()), note=sizes)
+    cut = Decimal(report["cut_times"][0]) if report["cut_times"] else None
+    compared = check_train_shards(connection, workspace.out, written["train"].shards, num_items=num_items, cut=cut)
+    steps.done("read back", compared, note="no leak in the training shards as written")
     return Manifest(
         num_users=num_users,
         num_items=num_items,

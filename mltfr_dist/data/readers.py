@@ -9,6 +9,7 @@ import csv
 import difflib
 import gzip
 import itertools
+import re
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +22,7 @@ EMPTY = "({0} IS NULL OR trim(CAST({0} AS VARCHAR)) = '')"
 _INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"}
 _MAX_LINE_BYTES = 64_000_000
 _MAX_REJECTS = 1000
+_SINGLE = "A user, an item and a time are single values: a number, a text or a date."
 
 
 def quote_identifier(name: str) -> str:
@@ -44,8 +46,9 @@ def read_columns(
     try:
         if format == "jsonl":
             read_lines(connection, path, "lines")
-            _check_json(connection, path, columns)
             pointers = [quote_text("/" + name.replace("~", "~0").replace("/", "~1")) for name in columns]
+            _check_json(connection, path, columns)
+            _check_json_types(connection, path, columns, pointers, names)
             fields = [f"line ->> {pointer} AS {name}" for pointer, name in zip(pointers, names)]
             connection.execute(f"CREATE TABLE {table} AS SELECT row_number, {', '.join(fields)} FROM lines ORDER BY row_number")
             connection.execute("DROP TABLE lines")
@@ -55,6 +58,7 @@ def read_columns(
             described = connection.execute(f"DESCRIBE SELECT * FROM read_parquet({_path_literal(path)})").fetchall()
             header = [str(row[0]) for row in described]
             chosen = [described[_column_index(path, name, header)] for name in columns]
+            _refuse_types(path, {row[0]: row[1] for row in chosen})
             kinds = ["BIGINT" if row[1] in _INTEGERS else "VARCHAR" for row in chosen]
             fields = [f"CAST({quote_identifier(row[0])} AS {kind}) AS {name}" for row, kind, name in zip(chosen, kinds, names)]
             connection.execute(
@@ -87,6 +91,15 @@ def read_lines(connection: duckdb.DuckDBPyConnection, path: Path, table: str) ->
     _refuse_rejects(connection, path, "rejects_lines")
 
 
+def _refuse_types(path: Path, kinds: dict[str, str]) -> None:
+    """Refuse columns of a Parquet file that hold no single values."""
+    for name, kind in kinds.items():
+        if kind == "BOOLEAN" or kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION")):
+            raise DataError(
+                f"{path}: the column `{name}` is of type {kind}.", rule=_SINGLE, remedy="Write it as numbers, text or times."
+            )
+
+
 def _check_json(connection: duckdb.DuckDBPyConnection, path: Path, columns: list[str]) -> None:
     """Refuse lines that are no JSON object, and columns that the first line does not have."""
     bad = connection.execute(
@@ -102,6 +115,34 @@ def _check_json(connection: duckdb.DuckDBPyConnection, path: Path, columns: list
     first = connection.execute("SELECT json_keys(line) FROM lines ORDER BY row_number LIMIT 1").fetchall()
     for name in columns if first else []:
         _column_index(path, name, list(first[0][0]))
+
+
+def _check_json_types(
+    connection: duckdb.DuckDBPyConnection, path: Path, columns: list[str], pointers: list[str], names: list[str]
+) -> None:
+    """Refuse values that are not single ones, and columns of ids that hold numbers and texts."""
+    groups = connection.execute(
+        f"SELECT json_type(line, [{', '.join(pointers)}]) AS kinds, min(row_number) FROM lines GROUP BY kinds ORDER BY 2"
+    ).fetchall()
+    seen: dict[str, tuple[str, int]] = {}
+    for kinds, line in groups:
+        for column, name, kind in zip(columns, names, kinds):
+            if kind in ("ARRAY", "OBJECT", "BOOLEAN"):
+                raise DataError(
+                    f"{path}, line {line}: `{column}` is of type {kind.lower()}.",
+                    rule=_SINGLE,
+                    remedy="Correct or remove that line.",
+                )
+            if kind in (None, "NULL") or not name.endswith("_id"):
+                continue
+            what = "a text" if kind == "VARCHAR" else "a number"
+            other, before = seen.setdefault(column, (what, line))
+            if other != what:
+                raise DataError(
+                    f"{path}, line {line}: `{column}` is of mixed types: it is {what}, and {other} in line {before}.",
+                    rule='An id is compared as text, so 7 and "7" would be the same one.',
+                    remedy="Write the whole column in one way.",
+                )
 
 
 def _csv_reader(path: Path, format: str, num_columns: int, rejects: str) -> str:
@@ -170,6 +211,10 @@ def _open_text(path: Path) -> TextIO:
 
 def where(path: Path, format: str, row_number: int) -> str:
     """`file, line N` of a row; only an error pays for the search, since blank and quoted line ends shift lines."""
+    if format == "sequences":  # a row is an item there, and a line has as many as it has fields behind the first
+        with _open_text(path) as handle:
+            ends = itertools.accumulate(max(0, len(re.split("[ \t]+", line.strip(" \t\r\n"))) - 1) for line in handle)
+            return f"{path}, line {next(line for line, end in enumerate(ends, 1) if end >= row_number)}"
     if format not in ("csv", "tsv"):
         return f"{path}, {'row' if format == 'parquet' else 'line'} {row_number}"
     with _open_text(path) as handle:

@@ -45,6 +45,7 @@ __all__ = [
     "SplitInfo",
     "SplitWriter",
     "load_manifest",
+    "read_blocks",
     "read_shard",
     "unsigned_type",
     "verify_folder",
@@ -219,6 +220,11 @@ def _to_npy(array: np.ndarray) -> bytes:
 
 
 def read_shard(folder: Path, info: ShardInfo, *, num_items: int, patience: Patience = PATIENT) -> PackedSequences:
+    """The sequences of one shard; see :func:`read_blocks`."""
+    return PackedSequences.concatenate(read_blocks(folder, info, num_items=num_items, patience=patience))
+
+
+def read_blocks(folder: Path, info: ShardInfo, *, num_items: int, patience: Patience = PATIENT) -> list[PackedSequences]:
     """Read one shard whole, verified before use: size, sha256, keys, counts, offsets, id range.
 
     Args:
@@ -226,6 +232,9 @@ def read_shard(folder: Path, info: ShardInfo, *, num_items: int, patience: Patie
         info: the shard's entry in the manifest.
         num_items: greatest valid item id.
         patience: how often and how long to try.
+
+    Returns:
+        its blocks in order, at least one.
 
     Raises:
         DataError: the shard is missing, cannot be read or differs from its entry in any way.
@@ -249,7 +258,7 @@ def read_shard(folder: Path, info: ShardInfo, *, num_items: int, patience: Patie
     expected = (info.num_blocks, info.num_sequences, info.num_items)
     if found != expected or not blocks:
         raise damaged(path, f"(blocks, sequences, items) are {found}, the manifest says {expected}")
-    return PackedSequences.concatenate(list(blocks.values()))
+    return list(blocks.values())
 
 
 def _decode_block(path: Path, sample: dict[str, Any], num_items: int) -> PackedSequences:

@@ -25,7 +25,7 @@ from mltfr_dist.data.collate import Collator, Objective, Samples, Step, padded_r
 from mltfr_dist.data.loader import steps_from_workers
 from mltfr_dist.data.order import EpochOrder, IntArray, samples_by_shard
 from mltfr_dist.data.reading import Patience
-from mltfr_dist.data.shards import Manifest, PackedSequences, load_manifest, read_shard
+from mltfr_dist.data.shards import Manifest, PackedSequences, load_manifest, read_blocks, read_shard
 from mltfr_dist.errors import ConfigError
 
 NEXT_ITEM = Objective()
@@ -167,16 +167,17 @@ class TrainStream:
 
     def _samples(self, order: EpochOrder, places: IntArray) -> Samples:
         """What lies at ``places``; the windows that hold them stay loaded until others are asked for."""
-        numbers = order.window_of(places)
-        needed = np.unique(numbers).tolist()
+        first, last = order.window_of(np.array([places.min(), places.max()])).tolist()
+        needed = range(first, last + 1)
         if self.config.length_pool == 1 or not set(needed) <= self._windows.keys():
             self._windows = {number: window for number, window in self._windows.items() if number in needed}
         for number in needed:
             if number not in self._windows:
                 self._windows[number] = self._window(order, number)
+        if first == last:
+            return self._windows[first].take(places - order.starts[first])
+        numbers = order.window_of(places)
         within = places - order.starts[numbers]
-        if len(needed) == 1:
-            return self._windows[needed[0]].take(within)
         parts = [np.flatnonzero(numbers == number) for number in needed]
         joined = Samples.join([self._windows[number].take(within[part]) for number, part in zip(needed, parts)])
         return joined.take(np.argsort(np.concatenate(parts)))
@@ -185,9 +186,8 @@ class TrainStream:
         """All samples of a window, in the order of its places."""
         infos = [self.split.shards[i] for i in order.windows[number]]
         num_items, patience = self.manifest.num_items, self._patience
-        sequences = PackedSequences.concatenate(
-            [read_shard(self.folder, info, num_items=num_items, patience=patience) for info in infos]
-        )
+        shards = (read_blocks(self.folder, info, num_items=num_items, patience=patience) for info in infos)
+        sequences = PackedSequences.concatenate([block for blocks in shards for block in blocks])
         return Samples.of(sequences, self.config.max_len, self.config.long_histories).take(order.permutation(number))
 
     # --- batches -----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from mltfr_dist.data.workspace import Workspace
 from mltfr_dist.files import file_sha256
 
 _ROWS_PER_BATCH = 1_048_576
-_ROWS_PER_RUN = 2_000_000
+ROWS_PER_RUN = 2_000_000
 
 
 def write_splits(
@@ -50,9 +50,9 @@ def write_splits(
     for path in workspace.out.iterdir():
         if path.name not in finished:
             path.unlink()  # begun or damaged before the interruption
-    indices = _item_indices(connection)
+    indices = item_indices(connection)
     total = one(connection, "SELECT count(*) FROM ordered")[0]
-    per_run = max(1, _ROWS_PER_RUN * num_users // total)
+    per_run = max(1, ROWS_PER_RUN * num_users // total)
     first = min(next_user.values())
     began = said = time.monotonic()
     for start in range(first, num_users, per_run):
@@ -69,7 +69,7 @@ def write_splits(
     return {split: writer.finish() for split, writer in writers.items()}
 
 
-def _item_indices(connection: duckdb.DuckDBPyConnection) -> np.ndarray:
+def item_indices(connection: duckdb.DuckDBPyConnection) -> np.ndarray:
     """[greatest item_code + 1] item_index of each code."""
     columns = connection.execute("SELECT item_code, item_index FROM item_map").fetchnumpy()
     indices = np.zeros(int(columns["item_code"].max()) + 1, dtype=np.int64)

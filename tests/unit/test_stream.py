@@ -20,7 +20,7 @@ from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
 from mltfr_dist.data.collate import Objective
 from mltfr_dist.data.order import EpochOrder
 from mltfr_dist.data.prepare import prepare
-from mltfr_dist.data.shards import PackedSequences, load_manifest, read_shard
+from mltfr_dist.data.shards import PackedSequences, load_manifest, read_blocks, read_shard
 from mltfr_dist.data.stream import Part, RankingStream, StepBatches, TrainStream
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.models.packing import Packing
@@ -208,7 +208,7 @@ def test_resuming_reads_no_shard_that_is_not_needed(folder: Path, monkeypatch: p
     from mltfr_dist.data import stream as module
 
     read: list[str] = []
-    monkeypatch.setattr(module, "read_shard", lambda f, info, **keys: (read.append(info.file), read_shard(f, info, **keys))[1])
+    monkeypatch.setattr(module, "read_blocks", lambda f, info, **keys: (read.append(info.file), read_blocks(f, info, **keys))[1])
     resumed = stream(folder, 6)
     list(resumed.epoch(0, 6))  # from sequence 36 of 43
     last = {resumed.split.shards[i].file for i in (resumed.windows(0)[2] + resumed.windows(0)[3])}

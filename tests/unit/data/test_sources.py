@@ -136,12 +136,28 @@ def test_large_file_keeps_file_order(tmp_path):
         ("s.txt", "", ["no rows"]),
         ("r.csv", CSV + "NaN,c,3\n", ["line 5", "`user_id` is NaN"]),
         ("r.csv", CSV + "u1,1.23457E+19,3\n", ["line 5", "`item_id` is a rounded number", "different ids merge"]),
-        ("r.jsonl", JSONL + '{"user_id": 1e300, "item_id": 1, "timestamp": 1}\n', ["line 4", "`user_id` is a rounded number"]),
+        ("r.jsonl", '\n{"user_id": 1e300, "item_id": 1, "timestamp": 1}\n', ["line 2", "`user_id` is a rounded number"]),
         ("r.csv", CSV + '"u\t1",c,3\n', ["line 5", "`user_id` holds a tab"]),
         ("r.csv", "user_id,item_id,timestamp\n7,a,1\n7.0,a,2\n", ["line 3", "mixed types", "line 2", "7.0"]),
         ("r.csv", CSV.replace(",10\n", ",1700000000\n").replace(",11\n", ",1700000000000\n"), ["line 3", "in milliseconds"]),
         ("r.csv", CSV + "u1,c,4000000000\n", ["line 5", "2096-10-02", "in the future", "times=any"]),
         ("r.csv", "user_id,item_id,timestamp\nu,a,2020-01-01\nu,b,2099-01-01\n", ["line 3", "2099-01-01", "future"]),
+        ("r.csv", "user_id,item_id,timestamp\nu,a,1600000000\nu,b,0\n", ["line 3", "is 0, but others are moments in seconds"]),
+        ("r.csv", "user_id,item_id,timestamp\nu,a,18500.5\nu,b,1600000000\n", ["line 2", "is 18500.5, but others", "times=any"]),
+        ("r.csv", CSV + "9007199254740993.0,c,3\n", ["line 5", "`user_id` is a rounded number"]),
+        ("r.csv", CSV + "u\u2028v,c,3\n", ["line 5", "`user_id` holds a tab, a line end"]),
+        (
+            "r.jsonl",
+            JSONL + '{"user_id": 7, "item_id": "a", "timestamp": 1}\n',
+            ["line 4", "`user_id` is of mixed", "text in line 1"],
+        ),
+        ("r.jsonl", JSONL + '{"user_id": "u", "item_id": [1], "timestamp": 1}\n', ["line 4", "`item_id` is of type array"]),
+        (
+            "r.jsonl",
+            JSONL + '{"user_id": "u", "item_id": "a", "timestamp": true}\n',
+            ["line 4", "`timestamp` is of type boolean"],
+        ),
+        ("s.txt", "u1 a b\n\n u2 a\tb c\nu3 a nan b\n", ["line 4", "`item` is NaN"]),
         ("r.dat", CSV, ["ending `.dat`", ".parquet", "Name the format"]),
         ("r.parquet", CSV, ["cannot be read as parquet"]),
         ("r.parquet.gz", CSV, ["gzip around parquet"]),
@@ -174,6 +190,9 @@ def test_wrong_values_in_parquet(tmp_path):
     assert "row 2: `user_id` is NaN" in wrong(user_id=[1.0, float("nan")])
     assert "row 2: `item_id` is a rounded number" in wrong(item_id=[1.0, 1.5e19])
     assert "row 2: `item_id` is empty" in wrong(item_id=[1, None])
+    assert "row 1: `user_id` is a rounded number" in wrong(user_id=[2.0**53, 1.0])
+    assert "the column `item_id` is of type BIGINT[]" in wrong(item_id=[[1], [2]])
+    assert "the column `user_id` is of type BOOLEAN" in wrong(user_id=[True, False])
     assert "row 2: the time in column `timestamp` is in seconds" in wrong(timestamp=[1_700_000_000_000, 1_700_000_000])
     big = pa.table({"user_id": pa.array([2**64 - 1], pa.uint64()), "item_id": ["9" * 40], "timestamp": [1]})
     pq.write_table(big, tmp_path / "r.parquet")
