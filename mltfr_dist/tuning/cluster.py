@@ -55,7 +55,6 @@ def ray_cluster(sweep: SweepConfig, base: RunConfig, address: str | None, nodes:
             address="local",
             num_cpus=len(os.sched_getaffinity(0)),
             include_dashboard=False,
-            _node_ip_address="127.0.0.1",
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

@@ -39,9 +39,8 @@ def test_a_sweep_on_two_nodes_is_signalled_and_goes_on(slurm: Slurm, inputs: Pat
     def validations(number: int) -> int:
         return len(read_validations(folder / "trials" / f"{number:04d}" / "metrics.jsonl"))
 
-    job = slurm.command(
-        "sbatch", "--parsable", "--partition=low", "--nodes=2", "slurm/sweep.sbatch", str(tmp_path / "space.yaml")
-    ).strip()
+    options = ("--parsable", "--partition=low", "--nodes=2", "--cpus-per-task=2", "slurm/sweep.sbatch")
+    job = slurm.command("sbatch", *options, str(tmp_path / "space.yaml")).strip()
     slurm.wait("both trials run", lambda: validations(0) > 2 and validations(1) > 1, 400)
     slurm.command("scancel", "--batch", "--signal=USR1", job)  # what `--signal=B:USR1@300` sends
     slurm.wait("it saves and requeues itself", lambda: "requeued" in slurm.log(job))
