@@ -19,7 +19,7 @@ up() {
     dd if=/dev/urandom of="$folder/munge.key" bs=1024 count=1 status=none
     chmod 400 "$folder/munge.key"
     local host cpus memory
-    host=$(hostname -s) cpus=$(nproc) memory=$(($(awk '/MemAvailable/ {print $2}' /proc/meminfo) / 2048))
+    host=$(hostname -s) cpus=$(nproc --all) memory=$(($(awk '/MemAvailable/ {print $2}' /proc/meminfo) / 2048))
     cat >"$folder/slurm.conf" <<CONF
 ClusterName=test
 SlurmctldHost=$host(127.0.0.1)
