@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 EXIT_BAD_INPUT = 2
 """Exit code of every command that refuses its input."""
 
@@ -24,6 +26,16 @@ class MltfrError(Exception):
     def __init__(self, what: str, *, rule: str = "", remedy: str) -> None:
         self.what, self.rule, self.remedy = what, rule, remedy
         super().__init__(" ".join(part for part in (what, rule, remedy) if part))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive the way between processes, which an exception with keyword arguments does not by itself."""
+        return _remade, (type(self), self.args, self.__dict__)
+
+
+def _remade(kind: type[MltfrError], args: tuple[Any, ...], state: dict[str, Any]) -> MltfrError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigError(MltfrError):

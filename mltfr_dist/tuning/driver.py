@@ -23,7 +23,7 @@ from mltfr_dist.tuning.hparams import write_hparams
 from mltfr_dist.tuning.schedulers import make_scheduler, most_epochs
 from mltfr_dist.tuning.search import Known, suggest
 from mltfr_dist.tuning.space import SweepConfig, Values, base_values, shown
-from mltfr_dist.tuning.trial import EPOCH, NUMBER, OBJECTIVE, STOP, SweepTrial, TrialSetting, unwrapped
+from mltfr_dist.tuning.trial import EPOCH, NUMBER, OBJECTIVE, STOP, SweepTrial, TrialSetting
 from mltfr_dist.tuning.trials import Record, Trial, load_trial, load_trials
 
 TRIAL_RESOURCES = {"node:__internal_head__": 0.0001}
@@ -200,12 +200,13 @@ class Progress(Callback):  # type: ignore[misc]
 
     def on_trial_recover(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Called by Tune where a trial failed and is started again."""
-        print(f"  trial {trial.config[NUMBER]:04d}  failed and is started again: {reason(trial)}", flush=True)
+        ours = load_trial(self.setting.folder, trial.config[NUMBER])
+        print(f"  trial {ours.name}  failed and is started again: {ours.reason}", flush=True)
 
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Called by Tune where a trial failed for good."""
-        ours = load_trial(self.setting.folder, trial.config[NUMBER]).end("failed", reason(trial))
-        self._over(ours, f"failed: {reason(trial)}")
+        ours = load_trial(self.setting.folder, trial.config[NUMBER])
+        self._over(ours.end("failed", ours.reason), f"failed: {ours.reason}")
 
     def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Called by Tune where a trial is over, is stopped early, or stops with the sweep."""
@@ -240,9 +241,3 @@ class Progress(Callback):  # type: ignore[misc]
             left = (self.missing - over) * sum(self.seconds) / over / self.concurrent
             text += f", about {left / 60:.0f} min left"
         print(text, flush=True)
-
-
-def reason(trial: RayTrial) -> str:
-    """Why a trial failed, in one line."""
-    error = trial.get_error()
-    return str(unwrapped(error)).strip().splitlines()[-1] if error is not None and str(error).strip() else "no reason given"

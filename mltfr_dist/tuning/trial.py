@@ -77,6 +77,7 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         self.error: BaseException | None = None
         self.thread: threading.Thread | None = None
         release(self.group)  # of an attempt that was lost with its node
+        self.record.failure.unlink(missing_ok=True)
 
     def step(self) -> dict[str, Any]:
         """Wait for the next validation.
@@ -95,6 +96,7 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
                 return self._result(self.seen)
             if not running:
                 if self.error is not None:
+                    write_atomically(self.record.failure, describe(self.error) + "\n")
                     raise RuntimeError(describe(self.error)) from None
                 return self._result(len(found)) | {"done": True}
             time.sleep(POLL_SECONDS)

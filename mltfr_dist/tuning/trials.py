@@ -102,6 +102,18 @@ class Trial:
         """Record that it goes on with other values, as another run."""
         return self._changed(values=values, generation=self.record.generation + 1)
 
+    @property
+    def failure(self) -> Path:
+        """File in which the last attempt that failed says why."""
+        return self.sweep / TRIALS / f"{self.number:04d}.error"
+
+    @property
+    def reason(self) -> str:
+        """Why the last attempt failed."""
+        if self.failure.exists():
+            return self.failure.read_text().strip()
+        return f"its process has died (out of memory, or its node was lost); its output is in {self.name}.log"
+
     def _changed(self, **changes: Any) -> Trial:
         return replace(self, record=self.record.model_copy(update=changes)).save()
 
