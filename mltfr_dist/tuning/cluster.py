@@ -60,6 +60,7 @@ def ray_cluster(sweep: SweepConfig, base: RunConfig, address: str | None, nodes:
         )
     else:
         join(address, nodes)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's error is told once, in its own words
     try:
         cluster = Cluster(ray.cluster_resources())
         check_resources(sweep, cluster.resources)

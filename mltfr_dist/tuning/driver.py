@@ -70,28 +70,42 @@ def run_trials(sweep: SweepConfig, base: RunConfig, folder: Path, cluster: Clust
 def make_tuner(setting: TrialSetting, concurrent: int, trials: list[Trial], progress: Progress) -> Tuner:
     """Ray Tune over the trials that are missing."""
     sweep, folder = setting.sweep, setting.folder
-    waiting = [trial.number for trial in trials if trial.state == "unfinished"]
+    population = sweep.scheduler == "pbt"
+    search = FolderSearch(setting, [trial.number for trial in trials if trial.state == "unfinished"])
     return Tuner(
         tune.with_resources(tune.with_parameters(SweepTrial, setting=setting), TRIAL_RESOURCES),
+        param_space=whole_population(search) if population else None,
         tune_config=TuneConfig(
-            num_samples=progress.missing,
-            search_alg=FolderSearch(setting, waiting),
+            num_samples=1 if population else progress.missing,
+            search_alg=None if population else search,
             scheduler=make_scheduler(sweep, setting.base, trials),
             max_concurrent_trials=concurrent,
+            reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=TuneRunConfig(
             name="tune",
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=sweep.max_failures),
-            checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=2, checkpoint_frequency=1 if sweep.scheduler == "pbt" else 0, checkpoint_at_end=False
-            ),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=4, checkpoint_frequency=int(population), checkpoint_at_end=False),
             callbacks=[progress],
             stop=StopAll(folder / STOP),
             verbose=0,
         ),
     )
+
+
+def whole_population(search: FolderSearch) -> dict[str, Any]:
+    """Every trial that is missing, for PBT, which takes no search algorithm: it wants its population at once."""
+    found = []
+    while isinstance(trial := search.suggest(""), dict):
+        found.append(trial)
+    by_number = {trial[NUMBER]: trial for trial in found}
+
+    def value_of(key: str) -> Any:
+        return tune.sample_from(lambda spec: by_number[spec.config[NUMBER]][key])
+
+    return {NUMBER: tune.grid_search(list(by_number))} | {key: value_of(key) for key in search.setting.sweep.search}
 
 
 class FolderSearch(Searcher):  # type: ignore[misc]

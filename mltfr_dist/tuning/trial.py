@@ -34,6 +34,9 @@ from mltfr_dist.tuning.space import SweepConfig, TrialResources, with_values
 from mltfr_dist.tuning.trials import METRICS, TRIALS, Trial, load_trial
 
 EPOCH, OBJECTIVE, NUMBER = "epoch", "objective", "trial"
+OWNER = "owner"
+"""File in a checkpoint of Tune's: the number of the trial that made it."""
+
 STOP = "stop"
 """File in the sweep's folder: every running trial saves, and ends."""
 
@@ -68,9 +71,20 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
     """Runs one trial; a step is a validation."""
 
     def setup(self, config: dict[str, Any], setting: TrialSetting) -> None:
-        """Begin the run, or go on with it."""
+        """Called by Tune in a new process."""
         os.chdir(setting.directory)
-        self.setting, self.values = setting, {k: v for k, v in config.items() if k != NUMBER}
+        self.setting = setting
+        self._take(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Called by Tune to give this process another trial."""
+        self._take(new_config)
+        return True
+
+    def _take(self, config: dict[str, Any]) -> None:
+        """A trial, which the next step begins or goes on with."""
+        setting = self.setting
+        self.values = {key: value for key, value in config.items() if key != NUMBER}
         self.record = load_trial(setting.folder, config[NUMBER])
         self.group = setting.folder / TRIALS / f"{config[NUMBER]:04d}.group"
         self.seen = len(self.record.validations())
@@ -110,11 +124,18 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
                 break
             shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)
         shutil.copy(run / METRICS, place)
+        (place / OWNER).write_text(str(self.record.number))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """PBT: go on from another trial's checkpoint with this one's new values, as a run of its own."""
+        """PBT: go on from another trial's checkpoint with this one's new values, as a run of its own.
+
+        Where PBT only paused the trial, its own run goes on.
+        """
+        place = Path(checkpoint)
+        if int((place / OWNER).read_text()) == self.record.number and self.values == self.record.values:
+            return
         self.record = self.record.next_generation(self.values)
-        shutil.copytree(Path(checkpoint), self.record.folder)
+        shutil.copytree(place, self.record.folder, ignore=shutil.ignore_patterns(OWNER, ".*"))
         write_atomically(self.record.folder / CONFIG, dump_config(self.setting.config(self.record)))
         self.seen = len(self.record.validations())
 

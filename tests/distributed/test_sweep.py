@@ -171,7 +171,9 @@ def test_a_population_hands_on_its_weights(tmp_path: Path) -> None:
     # One of two learns nothing; it must take over the other's weights, and go on from them.
     search = {"optimizer.learning_rate": {"choices": [0.003, 1e-7]}}
     options = {"scheduler": "pbt", "pbt": {"every_epochs": 3, "quantile": 0.5}, "final_seeds": []}
-    path = write_space(tmp_path, search, algorithm="grid", resources_per_trial={"workers": 1, "cpus": 1}, **options)
+    longer = {"training.epochs": 60, "training.patience": 60}
+    resources = {"workers": 1, "cpus": 1}
+    path = write_space(tmp_path, search, algorithm="grid", resources_per_trial=resources, overrides=longer, **options)
     finish(path)
     folder = tmp_path / "sweeps" / "sweep"
     trials = load_trials(folder)
