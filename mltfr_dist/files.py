@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
+BLOCK_BYTES = 1 << 26
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, hexadecimal; read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+
+def file_sha256(path: Path, after_block: Callable[[], object] = lambda: None) -> str:
+    """sha256 of a file, hexadecimal; read in blocks of :data:`BLOCK_BYTES`, after each of which ``after_block`` is called."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(min(BLOCK_BYTES, path.stat().st_size)))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+            after_block()
+    return digest.hexdigest()
 
 
 def code_sha256() -> str:

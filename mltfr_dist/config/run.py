@@ -60,6 +60,11 @@ class OptimizerConfig(Section):
         "constant", description="After warm-up: constant, or cosine to 0 at the stage's last possible step."
     )
     max_grad_norm: Positive | None = Field(None, description="Global gradient norm is clipped to this; null: no clipping.")
+    item_gradients: Literal["dense", "sparse"] = Field(
+        "dense",
+        description="dense: an update moves, and exchanges the gradient of, every row of the item table; sparse: of the rows "
+        "that its batch touches alone, by lazy Adam (other numbers than AdamW's). sparse needs a loss that samples items.",
+    )
 
 
 class TrainingConfig(Section):
@@ -136,6 +141,15 @@ class RunConfig(Section):
         (), description="Compared in the report. backbone: the same run without MLTFR, with the epochs of both stages."
     )
     deepspeed: Path = Field(Path("ds_configs/zero1.json"), description="DeepSpeed file: sharding and offload only.")
+
+    @model_validator(mode="after")
+    def _touches_few_items(self) -> RunConfig:
+        if self.optimizer.item_gradients == "sparse" and self.loss.name == "cross_entropy":
+            raise ValueError(
+                "optimizer.item_gradients sparse with loss.name cross_entropy, which scores every item, so that every row has a "
+                "gradient: give loss.name sampled_softmax, bce or gbce, or item_gradients dense"
+            )
+        return self
 
     @property
     def folder(self) -> Path:

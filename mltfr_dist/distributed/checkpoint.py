@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mltfr_dist.distributed.engine import Engine
+from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.state import begin_moments, restore_masters, restore_moments, whole_moments, whole_parameters
+from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.errors import CheckpointError, DamagedError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.schema import Section
@@ -28,6 +30,8 @@ SCHEMA_VERSION = 2
 HEADER = "state.json"
 PARTIAL = ".partial-"
 MODEL, MOMENTS = "model.safetensors", "optimizer.safetensors"
+CHECKED_ELEMENTS = 1 << 24
+"""Numbers looked at together, so that a check needs no memory of a tensor's size."""
 
 
 class Progress(Section):
@@ -81,7 +85,7 @@ def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bo
         if progress.step == progress.skipped_steps:  # no update yet, so Adam has no moments
             begin_moments(engine)
         tensors[MOMENTS] = whole_moments(engine)
-    damaged = [name for state in tensors.values() for name, t in state.items() if not torch.isfinite(t).all()]
+    damaged = nonfinite(tensors, engine.ranks)
     if damaged:
         raise engine.ranks.one_speaks(
             CheckpointError(
@@ -91,24 +95,33 @@ def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bo
                 remedy="Lower optimizer.learning_rate or set optimizer.max_grad_norm.",
             )
         )
-    if engine.ranks.is_main:
-        write(folder, tensors, progress)
-    engine.ranks.barrier()
+    engine.ranks.main_works(lambda goes_on: write(folder, tensors, progress, goes_on))
 
 
-def write(folder: Path, tensors: dict[str, dict[str, Tensor]], progress: Progress) -> None:
-    """Write files of tensors with their header, atomically."""
+def nonfinite(tensors: dict[str, dict[str, Tensor]], ranks: Ranks) -> list[str]:
+    """Names of the tensors that are not finite on some rank, each looked at in parts. All ranks must call."""
+    named = [(name, t) for state in tensors.values() for name, t in state.items()]
+    found = [any(not torch.isfinite(part).all() for part in torch.split(t.flatten(), CHECKED_ELEMENTS)) for _, t in named]
+    return [name for (name, _), bad in zip(named, ranks.max(torch.tensor(found).float()).tolist(), strict=True) if bad]
+
+
+def write(
+    folder: Path, tensors: dict[str, dict[str, Tensor]], progress: Progress, goes_on: Callable[[], object] = lambda: None
+) -> None:
+    """Write files of tensors with their header, atomically; ``goes_on`` is called again and again."""
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     hashes = {}
     for name, state in tensors.items():
         save_file({key: t.contiguous() for key, t in state.items()}, partial / name)
-        hashes[name] = file_sha256(partial / name)
+        goes_on()
+        hashes[name] = file_sha256(partial / name, goes_on)
     header = Header(schema_version=SCHEMA_VERSION, progress=progress, sha256=hashes)
     (partial / HEADER).write_text(header.model_dump_json(indent=2) + "\n")
     for file in partial.iterdir():
         _flush(file)
+        goes_on()
     _flush(partial)
     if folder.exists():
         shutil.rmtree(folder)
@@ -160,14 +173,14 @@ def read(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
     return tensors
 
 
-def verify(folder: Path, name: str) -> None:
-    """Compare a file of a checkpoint with its recorded hash.
+def verify(folder: Path, name: str, goes_on: Callable[[], object] = beat) -> None:
+    """Compare a file of a checkpoint with its recorded hash; ``goes_on`` is called again and again.
 
     Raises:
         DamagedError: The file is missing or its content is not what was written.
     """
     header, path = read_header(folder), folder / name
-    if name not in header.sha256 or not path.exists() or file_sha256(path) != header.sha256[name]:
+    if name not in header.sha256 or not path.exists() or file_sha256(path, goes_on) != header.sha256[name]:
         raise DamagedError(
             f"{path} is missing or damaged.",
             rule="Its sha256 must equal the one in state.json.",
@@ -203,16 +216,22 @@ def latest(folder: Path, stage: str) -> Path | None:
     return complete[-1] if complete else None
 
 
-def latest_intact(folder: Path, stage: str, warn: Callable[[str], None]) -> Path | None:
-    """Newest checkpoint of a stage whose files are what was written; ``warn`` is told of those that are not.
+def latest_intact(folder: Path, stage: str, warn: Callable[[str], None], goes_on: Callable[[], object] = beat) -> Path | None:
+    """Newest checkpoint of a stage whose files are what was written.
+
+    Args:
+        folder: Of all checkpoints.
+        stage: "train" or "consensus".
+        warn: Told of those that are damaged.
+        goes_on: Called again and again.
 
     Raises:
         CheckpointError: One is of another schema version.
     """
     for path in reversed(_complete(folder, f"{stage}-step")):
         try:
-            verify(path, MODEL)
-            verify(path, MOMENTS)
+            verify(path, MODEL, goes_on)
+            verify(path, MOMENTS, goes_on)
         except DamagedError as error:
             warn(f"  warning: skipping the checkpoint {path.name}: {error.what}")
         else:

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from mltfr_dist.config import OptimizerConfig, RunConfig
 from mltfr_dist.data.stream import Part, StepBatches
+from mltfr_dist.distributed.clipping import JointNorm
 from mltfr_dist.distributed.health import NORM, Health, Verdict
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.row_adam import RowAdam
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.files import code_sha256
+from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
 from mltfr_dist.schema import nearest_key
 
@@ -149,8 +152,12 @@ class Engine:
 
         self.config, self.ranks, self.part, self.total_steps = config, ranks, part, total_steps
         ds_config = deepspeed_config(config, part)
-        if config.training.precision == "bf16" and model.mltfr is not None:
-            model.mltfr.cast_frozen(torch.bfloat16)
+        tables = [(f"{name}.weight", m) for name, m in model.named_modules() if isinstance(m, ItemRows)]
+        if config.training.precision == "bf16":
+            if model.mltfr is not None:
+                model.mltfr.cast_frozen(torch.bfloat16)
+            for _, rows in tables:
+                rows.dtype = torch.bfloat16
         self.zero_stage: int = ds_config.get("zero_optimization", {}).get("stage", 0)
         offloads = "offload_optimizer" in ds_config.get("zero_optimization", {})
         if offloads:
@@ -162,7 +169,9 @@ class Engine:
             fused=ranks.device.type == "cuda" and not offloads,
         )
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-        self.health = Health(self.module, optimizer, ranks)
+        self.row_adam = RowAdam(*tables[0], config.optimizer, ranks) if tables else None
+        self.joint_norm = JointNorm(self.deepspeed, self.zero_stage, config.optimizer.max_grad_norm) if tables else None
+        self.health = Health(self.module, optimizer, ranks, [name for name, _ in tables])
         self.balance_weight = config.mltfr.router.balance_weight
         self.contrast_weight = config.loss.contrast_weight
 
@@ -202,7 +211,10 @@ class Engine:
                 loss = loss + self.contrast_weight * contrast
             self.deepspeed.backward(loss)
             self.health.note_loss(loss)
+            if self.row_adam is not None:
+                self.row_adam.collect()
             if self.deepspeed.is_gradient_accumulation_boundary():
+                self._reduce_rows()
                 self.health.agree()
             self.deepspeed.step()
             contrastive_sum = None if output.contrastive_sum is None else output.contrastive_sum.detach()
@@ -210,12 +222,28 @@ class Engine:
         if not self.verdict.nonfinite and not self.deepspeed.was_step_applied():
             # Finite gradients whose norm is not: DeepSpeed skips them at stages 1 to 3 without a word.
             self.health.verdict = self.verdict._replace(nonfinite=(NORM,))
+        self._step_rows()
         return outputs
+
+    def _reduce_rows(self) -> None:
+        if self.row_adam is not None and self.joint_norm is not None:
+            self.row_adam.reduce()
+            self.joint_norm.rest = self.row_adam.squared_norm()
+            self.health.note_rows(self.joint_norm.rest)
+
+    def _step_rows(self) -> None:
+        if self.row_adam is not None and self.joint_norm is not None:
+            if self.verdict.nonfinite:
+                self.row_adam.forget()
+            else:
+                self.row_adam.step(float(self.optimizer.param_groups[0]["lr"]), self.joint_norm.scale())
 
     def grad_norm(self) -> float | None:
         """Global gradient norm of the last update before clipping, where DeepSpeed has formed it."""
         norm = self.deepspeed.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        if norm is None or self.joint_norm is None:
+            return None if norm is None else float(norm)
+        return math.hypot(float(norm), math.sqrt(float(self.joint_norm.rest)))
 
     def destroy(self) -> None:
         """Free what DeepSpeed holds, so that another engine can follow in the same process."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from mltfr_dist.data.batch import SequenceBatch, lengths
 from mltfr_dist.data.stream import StepBatches
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.models.consensus import State
 from mltfr_dist.models.experts import ExpertCore, Tap
 from mltfr_dist.models.mltfr import MLTFR
@@ -49,6 +50,7 @@ def fisher_diagonals(model: Recommender, batches: Iterable[SequenceBatch], ranks
     was_training = model.training
     model.eval()
     for batch in batches:
+        beat()
         for state, squares in zip(sums, _batch_squares(model, mltfr, cores, batch.to(ranks.device), num_samples), strict=True):
             for name, value in squares.items():
                 state[name] = state[name] + value if name in state else value
@@ -78,6 +80,7 @@ def batch_mean_squares(model: Recommender, steps: Iterable[StepBatches], ranks: 
     for step in steps:
         totals = [torch.zeros_like(p) for p in parameters]
         for batch in step.micro_batches:
+            beat()
             output = model(batch.to(ranks.device)._replace(view_ids=None))
             assert isinstance(output, TrainingOutput)
             for total, gradient in zip(totals, torch.autograd.grad(output.loss_sum, parameters), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -29,10 +30,11 @@ class Health:
     Local gradients, before DeepSpeed reduces and divides them: afterwards a non-finite one can no longer be told by name.
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, row_tables: Sequence[str] = ()) -> None:
+        """Args: row_tables: name of the table that is stepped by rows, where there is one, as it has no such gradient."""
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.ranks, self.verdict = ranks, Verdict()
-        self.names = (LOSS, *(name for name, _ in trained))
+        self.names = (LOSS, *(name for name, _ in trained), *row_tables)
         self._sums = torch.zeros(len(self.names), device=ranks.device)  # a sum of magnitudes is finite if all of them are
         for index, (_, parameter) in enumerate(trained, 1):
             parameter.register_hook(partial(self._note, index))  # type: ignore[no-untyped-call]
@@ -47,6 +49,10 @@ class Health:
     def note_loss(self, loss: Tensor) -> None:
         """Look at the loss of one micro-batch."""
         self._note(0, loss)
+
+    def note_rows(self, squared_norm: Tensor) -> None:
+        """Look at the squared norm of the gradient of a table that is stepped by rows."""
+        self._note(len(self.names) - 1, squared_norm)
 
     def _note(self, index: int, values: Tensor) -> None:
         self._sums[index] += torch.linalg.vector_norm(values.detach(), ord=torch.inf)

@@ -94,6 +94,31 @@ class Ranks:
             dist.barrier()
         beat()
 
+    def main_works(self, work: Callable[[Callable[[], object]], T]) -> T | None:
+        """Rank 0 does ``work(goes_on)``, the others wait; all must call.
+
+        At each call of ``goes_on`` every rank notes progress: the work may take longer than `training.hang_seconds`, and yet
+        the run ends if rank 0 gets stuck in it.
+
+        Returns:
+            What ``work`` returned on rank 0; None on the others.
+
+        Raises:
+            MltfrError: See :meth:`first_error`.
+        """
+        error, result, working = None, None, torch.ones(1)
+        if self.is_main:
+            try:
+                result = work(lambda: self.sum(working))
+            except MltfrError as caught:
+                error = caught
+            self.sum(torch.zeros(1))
+        else:
+            while self.sum(torch.zeros(1)).item():
+                pass
+        self.first_error(error)
+        return result
+
     def jointly(self, work: Callable[[], T]) -> T:
         """``work()`` on every rank; if any refuses its input, all do, and none is left waiting in a collective.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.distributed.engine import Engine
+from mltfr_dist.models.item_rows import ItemRows
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state per parameter."""
@@ -14,7 +15,10 @@ State = dict[str, Tensor]
 
 
 def whole_parameters(engine: Engine) -> State:
-    """Every trained parameter in fp32 and every persistent buffer, on the CPU of every rank. All ranks must call."""
+    """Every trained parameter in fp32 and every persistent buffer, on the CPU of every rank. All ranks must call.
+
+    Copies, except for a table that is stepped by rows, which may be as large as all memory that is left.
+    """
     return {name: whole_parameter(engine, p) for name, p in trained_parameters(engine)} | persistent_buffers(engine.module)
 
 
@@ -27,13 +31,20 @@ def persistent_buffers(module: nn.Module) -> State:
     """Name to tensor of the buffers that belong to the state."""
     parameters = {name for name, _ in module.named_parameters()}
     buffers = {name for name, _ in module.named_buffers()} - parameters
-    return {name: t.detach().cpu().clone() for name, t in module.state_dict().items() if name in buffers}
+    tables = {m.weight.data_ptr() for m in module.modules() if isinstance(m, ItemRows)}
+    found = {name: t.detach() for name, t in module.state_dict().items() if name in buffers}
+    return {name: t.cpu() if t.data_ptr() in tables else t.cpu().clone() for name, t in found.items()}
 
 
 def whole_moments(engine: Engine) -> State:
-    """Adam's moments, as ``name/exp_avg`` and ``name/exp_avg_sq``, on the CPU of every rank. All ranks must call."""
+    """Adam's moments, as ``name/exp_avg`` and ``name/exp_avg_sq``, on the CPU of every rank. All ranks must call.
+
+    Those of a table that is stepped by rows are whole on rank 0 alone.
+    """
     link_moments(engine)
-    return {f"{name}/{key}": _whole(engine, p, key) for name, p in trained_parameters(engine) for key in MOMENTS}
+    moments = {f"{name}/{key}": _whole(engine, p, key) for name, p in trained_parameters(engine) for key in MOMENTS}
+    rows = engine.row_adam
+    return moments if rows is None else moments | {f"{rows.name}/{key}": rows.whole(key) for key in MOMENTS}
 
 
 def whole_parameter(engine: Engine, parameter: Tensor) -> Tensor:
@@ -95,6 +106,9 @@ def restore_moments(engine: Engine, moments: State, num_updates: int) -> None:
     for name, p in trained_parameters(engine):
         for key in MOMENTS:
             _set_whole(engine, p, key, moments[f"{name}/{key}"])
+    if engine.row_adam is not None:
+        for key in MOMENTS:
+            engine.row_adam.restore(key, moments[f"{engine.row_adam.name}/{key}"])
 
 
 def begin_moments(engine: Engine, num_updates: int = 0) -> None:
@@ -105,6 +119,8 @@ def begin_moments(engine: Engine, num_updates: int = 0) -> None:
         inner.state[part] = {key: torch.zeros_like(part) for key in MOMENTS} | {
             "step": torch.tensor(float(num_updates), device=part.device if on_device else "cpu")
         }
+    if engine.row_adam is not None:
+        engine.row_adam.begin(num_updates)
 
 
 def link_moments(engine: Engine) -> None:

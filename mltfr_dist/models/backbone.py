@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mltfr_dist.backbones import BACKBONES
 from mltfr_dist.config import BackboneConfig
 from mltfr_dist.data.batch import PADDING_IDX
+from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.item_tokens import ItemVectors
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.transformer import init_weights
@@ -39,7 +40,7 @@ class Backbone(nn.Module):
     attended_width: int | None = None
     """Where padding acts as items (a published defect): positions that every history is padded to."""
 
-    item_embedding: nn.Embedding | ItemVectors
+    item_embedding: nn.Embedding | ItemRows | ItemVectors
     blocks: nn.ModuleList
 
     def __init__(self, config: BackboneConfig, num_items: int, max_len: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.transformer import init_weights
 
 
@@ -24,7 +25,7 @@ class ItemVectors(nn.Module):
     features: Tensor
     """[R, C]."""
 
-    def __init__(self, embedding: nn.Embedding, item_features: Tensor) -> None:
+    def __init__(self, embedding: nn.Embedding | ItemRows, item_features: Tensor) -> None:
         """Args: embedding: the backbone's own, [R, D]; item_features: [I + 1, C], row 0 zero."""
         super().__init__()
         self.embedding = embedding
@@ -43,5 +44,5 @@ class ItemVectors(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Vectors of all rows [R, D], to be read inside the model's forward pass (ZeRO-3 gathers there)."""
-        own = self.embedding.weight
-        return own + self.adapter(self.features.to(own.dtype))  # type: ignore[no-any-return]
+        adapted: Tensor = self.adapter(self.features.to(self.adapter.weight.dtype))
+        return self.embedding.weight.to(adapted.dtype) + adapted

@@ -23,6 +23,7 @@ from mltfr_dist.losses import (
     sampled_softmax,
 )
 from mltfr_dist.models.backbone import backbone_class
+from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.item_tokens import ItemVectors
 from mltfr_dist.models.mltfr import MLTFR, Explanation, RoutingStats
 from mltfr_dist.models.packing import Packing
@@ -54,15 +55,26 @@ class Recommender(nn.Module):
         max_len: int,
         table_rows: Sequence[Tensor | TableRows],
         item_features: Tensor | None = None,
+        sparse_items: bool = False,
     ) -> None:
+        """Args beside the configuration: sparse_items: only item rows that a batch looks up get a gradient."""
         super().__init__()
         self.loss_config = loss
         self.num_items = num_items
         self.backbone = backbone_class(backbone.name)(backbone, num_items, max_len)
         self.mltfr = MLTFR(mltfr, backbone.hidden_dim, table_rows) if mltfr.enabled else None
-        if item_features is not None:
+        if sparse_items:
             assert isinstance(self.backbone.item_embedding, nn.Embedding)
+            self.backbone.item_embedding = ItemRows(self.backbone.item_embedding)
+        if item_features is not None:
+            assert isinstance(self.backbone.item_embedding, nn.Embedding | ItemRows)
             self.backbone.item_embedding = ItemVectors(self.backbone.item_embedding, item_features)
+
+    @property
+    def num_trained(self) -> int:
+        """Numbers that are trained."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return sum(t.numel() for t in [*parameters, *(m.weight for m in self.modules() if isinstance(m, ItemRows))])
 
     def hidden(self, item_ids: Tensor) -> tuple[Tensor, Packing, RoutingStats | None]:
         """Item ids [B, L] -> hidden states of the real positions [N, D], where they stand, and routing sums."""
@@ -115,10 +127,10 @@ class Recommender(nn.Module):
         targets = packing.pack(batch.target_ids)
         scored = (targets != PADDING_IDX).nonzero()[:, 0]
         hidden, targets, weights = (t.index_select(0, scored) for t in (hidden, targets, weights))
-        item_vectors = self.backbone.item_embedding.weight[1 : self.num_items + 1]  # [I, D], no padding, no mask
-        if self.loss_config.name == "cross_entropy":
-            return full_cross_entropy(hidden, item_vectors, targets, weights)
         embedding = self.backbone.item_embedding
+        if self.loss_config.name == "cross_entropy":
+            item_vectors = embedding.weight[1 : self.num_items + 1]  # [I, D], no padding, no mask
+            return full_cross_entropy(hidden, item_vectors, targets, weights)
         if self.loss_config.name == "sampled_softmax":
             assert batch.shared_negative_ids is not None
             assert batch.shared_log_probability is not None
@@ -148,7 +160,8 @@ class Recommender(nn.Module):
         )
 
     def _scores(self, final: Tensor) -> Tensor:
-        scores = at_least_fp32(final @ self.backbone.item_embedding.weight[: self.num_items + 1].T)  # [B, I + 1]
+        item_vectors = self.backbone.item_embedding.weight[: self.num_items + 1].to(final.dtype)
+        scores = at_least_fp32(final @ item_vectors.T)  # [B, I + 1]
         scores[:, PADDING_IDX] = -torch.inf
         return scores
 

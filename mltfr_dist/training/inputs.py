@@ -217,6 +217,7 @@ def build_model(config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE, *, with
         max_len=config.data.max_len,
         table_rows=place_tables(config.mltfr, inputs.tables, ranks),
         item_features=inputs.item_features,
+        sparse_items=config.optimizer.item_gradients == "sparse",
     )
     if with_consensus or (model.mltfr and config.mltfr.consensus.enabled and config.mltfr.consensus.random_in_stage_one):
         assert model.mltfr is not None

@@ -71,7 +71,7 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         checkpoint=best.name,
         epoch=progress.best_epoch,
         epochs=sum(p.epoch for p in outcomes.values()),
-        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=model.num_trained,
         peak_memory_bytes=int(memory.item()),
         world_size=ranks.world_size,
     )
@@ -144,7 +144,7 @@ def last_checkpoint(folder: Path, stage: str, ranks: Ranks) -> Path | None:
     """The checkpoint that a stage goes on from, the same on every rank; None where there is none."""
     if ranks.is_main:
         checkpoint.remove_interrupted(folder, ranks.say)
-    found = ranks.jointly(lambda: checkpoint.latest_intact(folder, stage, ranks.say) if ranks.is_main else None)
+    found = ranks.main_works(lambda goes_on: checkpoint.latest_intact(folder, stage, ranks.say, goes_on))
     name = ranks.from_main(found.name if found else "")
     return folder / name if name else None
 

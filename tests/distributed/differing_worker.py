@@ -17,5 +17,6 @@ if __name__ == "__main__":
     if other and folder != "-":
         os.chdir(folder)
     import train
+    from mltfr_dist.distributed.ranks import leave
 
-    sys.exit(train.main(["--config", config, *(overrides if other else [])]))
+    leave(train.main(["--config", config, *(overrides if other else [])]))

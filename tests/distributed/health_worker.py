@@ -1,6 +1,7 @@
 """Ranks with a fault that a test asks for; started by torchrun.
 
 Usage: health_worker.py skipped FOLDER OUTPUT
+       health_worker.py slow FOLDER OUTPUT      long passes that are healthy
        health_worker.py FAULT CONFIG STEP       train.py with a fault on rank 1 from STEP on
 """
 
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,15 +23,20 @@ from worker import no_dropout, resumed_from, steps
 
 import train
 from mltfr_dist.config import RunConfig
+from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.data.stream import Part
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine
+from mltfr_dist.distributed.fisher import fisher_diagonals
 from mltfr_dist.distributed.ranks import Ranks, leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.state import whole_parameters
+from mltfr_dist.distributed.watchdog import beat, watched
+from mltfr_dist.errors import ConfigError, MltfrError
+from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.training import loop, stages
-from mltfr_dist.training.inputs import build_model, load_inputs
+from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
 
 POISONED = "backbone.item_embedding.weight"
 NAN_STEP, INF_STEP, STEPS = 2, 4, 8
@@ -46,7 +53,14 @@ def poisoned_engine(config: RunConfig, ranks: Ranks, micro: int, place: dict[str
     def poison_loss(_module: object, _inputs: object, output: object) -> object:
         return output._replace(loss_sum=output.loss_sum + torch.inf) if last and place["step"] == INF_STEP else output
 
-    dict(model.named_parameters())[POISONED].register_hook(poison_gradient)
+    def poison_lookup(_module: object, _inputs: object, output: torch.Tensor) -> None:
+        output.register_hook(poison_gradient)
+
+    embedding = model.backbone.item_embedding
+    if isinstance(embedding, ItemRows):
+        embedding.register_forward_hook(poison_lookup)
+    else:
+        embedding.weight.register_hook(poison_gradient)
     model.register_forward_hook(poison_loss)
     return Engine(model, config, ranks, Part(ranks.rank, ranks.world_size, 32, micro), STEPS)
 
@@ -58,13 +72,16 @@ def skipped(folder: Path, output: Path) -> None:
     variants = {f"zero{stage}": (no_dropout(folder, stage), 32 // ranks.world_size) for stage in range(4)}
     variants["accumulated"] = (no_dropout(folder, 2), 8)
     variants["bf16"] = (no_dropout(folder, 2, training__precision="bf16"), 32 // ranks.world_size)
+    sampled = {"loss__name": "sampled_softmax", "loss__num_negatives": 8, "optimizer__item_gradients": "sparse"}
+    variants["rows"] = (no_dropout(folder, 1, **sampled), 8)
+    variants["rows zero3"] = (no_dropout(folder, 3, **sampled), 32 // ranks.world_size)
     for name, (config, micro) in variants.items():
         place = {"step": -1}
         engine = poisoned_engine(config, ranks, micro, place)
         verdicts, losses = [], []
         for step in range(STEPS):
             place["step"] = step
-            before = whole_parameters(engine)
+            before = {key: t.clone() for key, t in whole_parameters(engine).items()}
             loss = steps(engine, config, ranks, step, step + 1)
             if engine.verdict.nonfinite:
                 verdicts.append([step, *engine.verdict.nonfinite])
@@ -102,6 +119,44 @@ def skipped_first(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     }
 
 
+PATIENCE_SECONDS, PART_SECONDS, PARTS = 6.0, 2.5, 4
+"""Each part of a pass ends in time, the whole pass does not."""
+
+
+def slow(folder: Path, output: Path) -> None:
+    """Rank 0 works for long while the others wait; then every rank does, in a Fisher pass."""
+    ranks = start_ranks(1)
+    config = no_dropout(folder, 1)
+    model = build_model(config, load_inputs(config), with_consensus=False)
+    (batch,) = next(train_stream(config, Part(ranks.rank, ranks.world_size, 32, 32 // ranks.world_size)).epoch(0)).micro_batches
+    said = []
+
+    def work(goes_on: Callable[[], object]) -> str:
+        for _ in range(PARTS):
+            time.sleep(PART_SECONDS)
+            goes_on()
+        return "done"
+
+    def batches() -> Iterator[SequenceBatch]:
+        for _ in range(PARTS):
+            time.sleep(PART_SECONDS)
+            yield batch
+
+    def refuse(goes_on: Callable[[], object]) -> None:
+        raise ConfigError("refused", remedy="")
+
+    with watched(ranks.rank, PATIENCE_SECONDS):
+        beat("a slow pass")
+        said.append(ranks.main_works(work) or "waited")
+        fisher_diagonals(model, batches(), ranks, 32)
+        try:
+            ranks.main_works(refuse)
+        except MltfrError as error:
+            said.append(type(error).__name__)
+    (output.parent / f"slow-{ranks.rank}.json").write_text(json.dumps(said))
+    stop_ranks()
+
+
 def stuck_here() -> None:
     while True:
         time.sleep(1)
@@ -131,7 +186,7 @@ def train_with_fault(fault: str, config: str, from_step: int) -> int:
 
 if __name__ == "__main__":
     task, where, last = sys.argv[1:]
-    if task == "skipped":
-        skipped(Path(where), Path(last))
+    if task in ("skipped", "slow"):
+        {"skipped": skipped, "slow": slow}[task](Path(where), Path(last))
         leave()
     leave(train_with_fault(task, where, int(last)))

@@ -58,6 +58,20 @@ def test_a_table_that_differs_between_nodes(tmp_path: Path) -> None:
     assert "tables/first" in error
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("training.global_batch_size=33",), "33 cannot be dealt out to 2 ranks in micro-batches of 16"),
+        (("training.micro_batch_size=12",), "32 cannot be dealt out to 2 ranks in micro-batches of 12"),
+        (("training.global_batch_size=1",), "1 is below the number of ranks, 2"),
+        (("backbone.name=cl4srec", "loss.contrast_group=3"), "contrast_group is 3, but a micro-batch holds 16 sequences"),
+    ],
+)
+def test_a_number_of_ranks_that_does_not_divide(tmp_path: Path, overrides: tuple[str, ...], words: str) -> None:
+    changes = {key.replace(".", "__"): int(v) if v.isdecimal() else v for key, v in (o.split("=") for o in overrides)}
+    assert words in refused(tiny_config(tmp_path, **changes), tmp_path)
+
+
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
     place = tmp_path / "config.yaml"
     place.write_text(dump_config(tiny_config(tmp_path)))

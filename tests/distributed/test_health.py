@@ -25,12 +25,21 @@ def test_a_fault_of_one_rank_is_skipped_on_all(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
     run_ranks(2, WORKER, "skipped", str(tmp_path), str(output))
     found = json.loads(output.read_text())
-    for name in ("zero0", "zero1", "zero2", "zero3", "accumulated", "bf16"):
+    for name in ("zero0", "zero1", "zero2", "zero3", "accumulated", "bf16", "rows", "rows zero3"):
         verdicts = found[name]["verdicts"]
         assert verdicts == [[2, POISONED], [4, "loss"]], name
         assert found[name]["losses"] == found[name]["without"], f"{name}: a skipped step left a trace"
     for step in (1, 3):
         assert found[f"after {step} resumed"] == found[f"after {step}"]
+
+
+@pytest.mark.integration
+def test_a_long_pass_that_goes_on_is_no_hang(tmp_path: Path) -> None:
+    """A Fisher pass, and one rank's work while the other waits, each longer than the watchdog's patience."""
+    tiny_config(tmp_path)
+    run_ranks(2, WORKER, "slow", str(tmp_path), str(tmp_path / "unused.json"))
+    said = [json.loads((tmp_path / f"slow-{rank}.json").read_text()) for rank in (0, 1)]
+    assert said == [["done", "ConfigError"], ["waited", "OtherRankError"]]
 
 
 def faulty_run(config: RunConfig, fault: str, step: int) -> tuple[str, str, float]:

@@ -54,10 +54,14 @@ def comparable(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
+ROWS = {"optimizer__item_gradients": "sparse", "loss__name": "gbce", "training__precision": "bf16"}
+
+
 @pytest.mark.integration
-def test_killed_run_resumes_to_the_same_trace(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, ROWS], ids=["dense", "sparse item gradients in bf16"])
+def test_killed_run_resumes_to_the_same_trace(tmp_path: Path, changes: dict[str, Any]) -> None:
     # Two steps between checkpoints: most kills lose work, so the trace is only whole if it is made again exactly.
-    changes = {"checkpoint__every_steps": 2, "deepspeed": str(REPOSITORY / "ds_configs" / "zero2.json")}
+    changes = changes | {"checkpoint__every_steps": 2, "deepspeed": str(REPOSITORY / "ds_configs" / "zero2.json")}
     whole = tiny_config(tmp_path, **changes)
     run_to_the_end(whole, tmp_path / "whole.yaml")
     expected = read_lines(whole.folder / "metrics.jsonl")

@@ -122,6 +122,12 @@ def test_rules_over_several_fields_name_the_values(override: str, value: str) ->
     assert value in refused(override).what
 
 
+def test_sparse_item_gradients_need_a_loss_that_samples() -> None:
+    message = refused("optimizer.item_gradients=sparse").what
+    assert "loss.name cross_entropy, which scores every item" in message
+    assert "sampled_softmax, bce or gbce" in message
+
+
 def test_all_problems_are_named_at_once() -> None:
     message = str(refused("training.epochs=0", "training.epoch=1", "loss.name=x"))
     assert all(path in message for path in ("`training.epochs`", "`training.epoch`", "`loss.name`"))

@@ -88,6 +88,7 @@ CHANGES: dict[str, Any] = {
     "optimizer.warmup_steps": 3,
     "optimizer.schedule": "cosine",
     "optimizer.max_grad_norm": 0.01,
+    "optimizer.item_gradients": "sparse",
     "training.seed": 1,
     "training.global_batch_size": 40,
     "training.precision": "bf16",
@@ -134,6 +135,7 @@ WITH: dict[str, dict[str, Any]] = {
     "loss.contrast_weight": {"backbone.name": "cl4srec"},
     "loss.contrast_temperature": {"backbone.name": "cl4srec"},
     "loss.contrast_group": {"backbone.name": "cl4srec"},
+    "optimizer.item_gradients": {"loss.name": "sampled_softmax", "loss.num_negatives": 8},
     "training.patience": {"training.epochs": 6, "optimizer.learning_rate": 1e-9},
     "checkpoint.keep_last": {"checkpoint.every_steps": 3},
 }

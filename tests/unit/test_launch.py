@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import REPOSITORY, clean_environment, tiny_config
 
-from mltfr_dist.distributed.launch import LAUNCHER_VARIABLES, is_launched, tasks_of_node
+from mltfr_dist.distributed.launch import LAUNCHER_VARIABLES, is_launched, tasks_of_nodes
 from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, OtherRankError
 from mltfr_dist.training.run_folder import dump_config
 
@@ -91,6 +91,36 @@ def test_the_command_says_so_and_exits(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_incomplete_environment_is_refused_and_rank_0_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "n1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="but not MASTER_PORT"):
+        is_launched()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(OtherRankError):
+        is_launched()
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "2"), ("RANK", "x"), ("WORLD_SIZE", "-2"), ("MASTER_PORT", "")])
+def test_what_cannot_be_a_rank_is_refused_before_it_waits(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    for given, number in (MEETING | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", name: value}).items():
+        monkeypatch.setenv(given, number)
+    with pytest.raises(ConfigError, match=f"{name}={value}.*RANK lies below WORLD_SIZE"):
+        is_launched()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SLURM_PROCID", "3"), ("SLURM_NODEID", "2"), ("SLURM_LOCALID", "1"), ("SLURM_STEP_TASKS_PER_NODE", "2(x2)")],
+)
+def test_slurm_that_contradicts_itself_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    for given, text in (TASK | {"SLURM_PROCID": "0"} | MEETING | {name: value}).items():
+        monkeypatch.setenv(given, text)
+    kind = ConfigError if name != "SLURM_PROCID" else OtherRankError
+    with pytest.raises(kind, match="contradict" if kind is ConfigError else "says why"):
+        is_launched()
+
+
 @pytest.mark.parametrize(("text", "counts"), [("2", [2]), ("4(x2),1", [4, 4, 1]), ("1,3(x2)", [1, 3, 3])])
-def test_tasks_of_node(text: str, counts: list[int]) -> None:
-    assert [tasks_of_node(text, node) for node in range(len(counts))] == counts
+def test_tasks_of_nodes(text: str, counts: list[int]) -> None:
+    assert tasks_of_nodes(text) == counts

@@ -1,0 +1,46 @@
+"""Clipping to one norm of all gradients, where DeepSpeed holds only a part of them.
+
+DeepSpeed forms the norm of what it holds and clips by it, in one place at stage 0 and in another at stages 1 to 3; both are
+given the norm of everything instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+EPSILON = 1e-6
+"""What DeepSpeed and torch add to a norm before they divide by it."""
+
+
+class JointNorm:
+    """The norm of DeepSpeed's gradients and of others."""
+
+    def __init__(self, deepspeed: Any, zero_stage: int, max_norm: float | None) -> None:
+        """Args: deepspeed: its engine; zero_stage: of it; max_norm: what to clip to, None for no clipping."""
+        self.rest = torch.zeros(())
+        """Squared norm of the gradients that DeepSpeed does not hold, to be set before each of its steps."""
+        self._deepspeed, self._max_norm, self._norm = deepspeed, max_norm, torch.zeros(())
+        if max_norm is None:
+            return
+        if zero_stage == 0:
+            deepspeed.clip_fp32_gradients = self._clip
+        else:
+            unscale = deepspeed.optimizer.unscale_and_clip_grads
+            deepspeed.optimizer.unscale_and_clip_grads = lambda part, norm: unscale(part, self._join(norm))
+
+    def _clip(self) -> None:
+        parameters = [p for p in self._deepspeed.module.parameters() if p.grad is not None]
+        assert self._max_norm is not None
+        clip_grads_with_norm_(parameters, self._max_norm, self._join(get_total_norm([p.grad for p in parameters])))
+
+    def _join(self, norm: Tensor) -> Tensor:
+        self._norm = (norm.square() + self.rest.to(norm.device)).sqrt()
+        return self._norm
+
+    def scale(self) -> float:
+        """Factor by which the last step clipped DeepSpeed's gradients, and the others are to be."""
+        return 1.0 if self._max_norm is None else min(1.0, self._max_norm / (float(self._norm) + EPSILON))

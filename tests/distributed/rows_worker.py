@@ -1,0 +1,201 @@
+"""What the ranks of test_row_adam.py do; started by torchrun, writes its findings as JSON.
+
+Usage: rows_worker.py TASK FOLDER OUTPUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from support import REPOSITORY
+from worker import HALF, STEPS, make_engine, no_dropout, resumed, steps
+
+from mltfr_dist.config import OptimizerConfig, RunConfig
+from mltfr_dist.data.stream import Part
+from mltfr_dist.distributed import checkpoint
+from mltfr_dist.distributed.checkpoint import Progress
+from mltfr_dist.distributed.engine import Engine, parameter_groups
+from mltfr_dist.distributed.ranks import Ranks, leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.row_adam import RowAdam
+from mltfr_dist.models.item_rows import ItemRows
+from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
+from mltfr_dist.training.loop import reduce_outputs
+
+SAMPLED = {"loss__name": "sampled_softmax", "loss__num_negatives": 8}
+
+
+def sparse(folder: Path, stage: int, **changes: object) -> RunConfig:
+    return no_dropout(folder, stage, **(SAMPLED | {"optimizer__item_gradients": "sparse"} | changes))
+
+
+def offloaded(stage: int) -> dict[str, object]:
+    return {"deepspeed": str(REPOSITORY / "ds_configs" / f"zero{stage}_offload.json")}
+
+
+VARIANTS: dict[str, tuple[int, int | None, dict[str, object]]] = {
+    "zero0": (0, None, {}),
+    "zero1": (1, None, {}),
+    "zero2": (2, None, {}),
+    "zero3": (3, None, {}),
+    "zero2 offload": (2, None, offloaded(2)),
+    "zero3 offload": (3, None, offloaded(3)),
+    "accumulated zero0": (0, 4, {}),
+    "accumulated zero3": (3, 8, {}),
+    "unclipped": (1, None, {"optimizer__max_grad_norm": None}),
+    "bce": (1, None, {"loss__name": "bce", "loss__num_negatives": 3, "loss__negatives": "any"}),
+    "gbce bert4rec": (3, 8, {"loss__name": "gbce", "loss__num_negatives": 3, "backbone__name": "bert4rec"}),
+    "cl4srec": (2, 4, {"backbone__name": "cl4srec", "loss__contrast_group": 4}),
+    "titles": (3, 8, {"mltfr__item_tokens__source": "titles"}),
+    "bf16 zero3": (3, None, {"training__precision": "bf16"}),
+}
+"""ZeRO stage, micro-batch and settings."""
+
+
+def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Losses of each variant; on one rank also of the references."""
+    found = {}
+    for name, (stage, micro, changes) in VARIANTS.items():
+        config = sparse(folder, stage, **changes)
+        engine = make_engine(config, ranks, micro)
+        found[name] = steps(engine, config, ranks, 0, STEPS)
+        assert replicas_are_equal(engine, ranks), name
+        assert "item_embedding" not in "".join(name for name, _ in engine.module.named_parameters() if "adapter" not in name)
+        engine.destroy()
+    if ranks.world_size == 1:
+        for name in ("zero1", "bce", "unclipped"):
+            found[f"{name} reference"] = reference(sparse(folder, 1, **VARIANTS[name][2]), ranks)
+        config = no_dropout(folder, 1, **SAMPLED)
+        engine = make_engine(config, ranks)
+        found["dense"] = steps(engine, config, ranks, 0, STEPS)
+        engine.destroy()
+    return found
+
+
+def replicas_are_equal(engine: Engine, ranks: Ranks) -> bool:
+    (table,) = [m.weight for m in engine.module.modules() if isinstance(m, ItemRows)]
+    everywhere = ranks.gather(table)
+    return table.dtype == torch.float32 and bool((everywhere == everywhere[0]).all()) and not table[0].any()
+
+
+def reference(config: RunConfig, ranks: Ranks) -> list[float]:
+    """A plain loop without DeepSpeed: torch's own sparse embedding under SparseAdam, all else under AdamW."""
+    dense = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"item_gradients": "dense"})})
+    model = build_model(dense, load_inputs(config), with_consensus=False)
+    embedding = model.backbone.item_embedding
+    embedding.sparse = True
+    groups = parameter_groups(model, config.optimizer.weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p is not embedding.weight]
+    options = {"lr": config.optimizer.learning_rate, "betas": config.optimizer.betas}
+    optimizers = [torch.optim.AdamW(groups, **options), torch.optim.SparseAdam([embedding.weight], **options)]
+    stream = train_stream(config, Part(0, 1, 32, 32))
+    found = []
+    for step in range(STEPS):
+        batches = next(stream.epoch(step // stream.steps_per_epoch, step % stream.steps_per_epoch))
+        output = model(batches.micro_batches[0])
+        balance = config.mltfr.router.balance_weight * output.routing.balance_sum.squeeze() / batches.num_positions
+        (output.loss_sum / batches.num_targets + balance).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        values = [(g.coalesce().values() if g.is_sparse else g) for g in gradients]
+        norm = torch.stack([v.square().sum() for v in values]).sum().sqrt()
+        if config.optimizer.max_grad_norm is not None:
+            for gradient in gradients:
+                gradient.mul_(min(1.0, config.optimizer.max_grad_norm / (float(norm) + 1e-6)))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        totals = reduce_outputs(ranks, [output], batches)
+        model.mltfr.router.update_load(totals.gate_weights)
+        found.append(totals.loss)
+    return found
+
+
+def gradients(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Per variant: largest difference of the rows' gradient from the dense one's, that one's size, and the norms of both."""
+    found = {}
+    for name, stage, micro in (("zero1", 1, None), ("zero3", 3, None), ("accumulated", 2, 4)):
+        config = sparse(folder, stage)
+        engine = make_engine(config, ranks, micro)
+        batches = next(train_stream(config, engine.part).epoch(0))
+        whole = next(train_stream(config, Part(0, 1, 32, 32)).epoch(0))
+        plain = build_model(no_dropout(folder, stage, **SAMPLED), load_inputs(config), with_consensus=False)
+        output = plain(whole.micro_batches[0])
+        balance = engine.balance_weight * output.routing.balance_sum.squeeze() / whole.num_positions
+        (output.loss_sum / whole.num_targets + balance).backward()
+        expected = plain.backbone.item_embedding.weight.grad
+        given, step = torch.zeros_like(expected), engine.row_adam.step
+        clipped = []
+
+        def recorded(rate: float, scale: float, engine=engine, given=given, step=step, clipped=clipped) -> None:
+            given[engine.row_adam.ids] = engine.row_adam.gradients
+            clipped.append(scale)
+            step(rate, scale)
+
+        engine.row_adam.step = recorded
+        engine.update(batches, 0)
+        norm = torch.stack([p.grad.square().sum() for p in plain.parameters() if p.grad is not None]).sum().sqrt()
+        difference = (ranks.sum(given) - expected).abs().max()
+        found[name] = [float(difference), float(expected.abs().max()), engine.grad_norm(), float(norm), *clipped]
+        engine.destroy()
+    return found | exchanged(ranks)
+
+
+SAVED = {"zero0": (0, {}), "zero1": (1, {}), "zero3": (3, {}), "bf16": (2, {"training__precision": "bf16"})}
+
+
+def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Save after half the steps, go on; and go on from the file in a new engine."""
+    found = {}
+    for name, (stage, changes) in SAVED.items():
+        config = sparse(folder, stage, **changes)
+        place = folder / f"rows-{ranks.world_size}-{name}"
+        engine = make_engine(config, ranks)
+        steps(engine, config, ranks, 0, HALF)
+        checkpoint.save(place, engine, Progress(stage="train", step=HALF))
+        found[f"{name} uninterrupted"] = steps(engine, config, ranks, HALF, STEPS)
+        engine.destroy()
+        found[f"{name} resumed"] = resumed(config, ranks, place)
+    return found
+
+
+def elsewhere(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Go on from the checkpoints that 2 ranks wrote, at this world size."""
+    return {
+        f"{name} resumed": resumed(sparse(folder, stage, **changes), ranks, folder / f"rows-2-{name}")
+        for name, (stage, changes) in SAVED.items()
+    }
+
+
+def exchanged(ranks: Ranks) -> dict[str, list[float]]:
+    """Bytes that three updates bring this rank, by the rows of the table."""
+    found = {}
+    for num_rows in (1_000, 1_000_000):
+        rows = ItemRows(nn.Embedding(num_rows, 8, padding_idx=0))
+        adam = RowAdam("table", rows, OptimizerConfig(), ranks)
+        generator = torch.Generator().manual_seed(ranks.rank)
+        for step in range(3):
+            if step < 2 or ranks.is_main:  # in the last, all ranks but one have nothing
+                rows(torch.randint(1000, (4, 25), generator=generator)).square().sum().backward()
+            adam.collect()
+            adam.reduce()
+            adam.step(0.1, 1.0)
+        found[f"{num_rows} rows"] = [float(v) for _, v in sorted(adam.exchange.received.items())]
+    return found
+
+
+if __name__ == "__main__":
+    task, where, output = sys.argv[1:]
+    all_ranks = start_ranks(1)
+    result = {one.__name__: one for one in (losses, gradients, saved, elsewhere)}[task](Path(where), all_ranks)
+    if all_ranks.is_main:
+        Path(output).write_text(json.dumps(result))
+    stop_ranks()
+    leave()
