@@ -4,6 +4,9 @@ One thread a rank; each number of ranks runs in processes of its own (torchrun),
 round counts. Bytes are those that a rank receives, by what torch.distributed is asked to do, beside the lower bound: an
 all-reduce of n bytes cannot be done with fewer than 2 n (N - 1) / N to each rank.
 
+`unconnected` is the machine's own limit: as many single ranks at the same time, which know nothing of each other and share
+only caches, memory and cores.
+
     python benchmarks/scaling.py --data data/ml-100k --tables data/tables
 """
 
@@ -98,6 +101,22 @@ def measure(options: argparse.Namespace) -> None:
     leave()
 
 
+def run_at_once(groups: list[int]) -> list[dict[str, Any]]:
+    """Start a group of so many ranks for each entry, all at the same time; what each has found."""
+    with tempfile.TemporaryDirectory() as scratch:
+        running = []
+        for number, num_ranks in enumerate(groups):
+            output = Path(scratch) / f"{number}.json"
+            command = torchrun(num_ranks, Path(__file__).resolve(), *sys.argv[1:], "--output", str(output))
+            pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+            running.append((output, subprocess.Popen(command, env=clean_environment(), **pipes)))  # type: ignore[call-overload]
+        for _, process in running:
+            said = process.communicate()[1]
+            if process.returncode:
+                sys.exit(said[-4000:])
+        return [json.loads(output.read_text()) for output, _ in running]
+
+
 def main() -> None:
     """Measure each number of ranks and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,21 +133,20 @@ def main() -> None:
     if options.output:
         return measure(options)
     best: dict[int, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for _ in range(options.rounds):
-            for num_ranks in options.ranks:
-                output = Path(scratch) / "found.json"
-                command = torchrun(num_ranks, Path(__file__).resolve(), *sys.argv[1:], "--output", str(output))
-                done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(done.stderr[-4000:])
-                found = json.loads(output.read_text())
-                if num_ranks not in best or found["seconds"] < best[num_ranks]["seconds"]:
-                    best[num_ranks] = found
+    apart: dict[int, float] = {}
+    for _ in range(options.rounds):
+        for num_ranks in options.ranks:
+            (found,) = run_at_once([num_ranks])
+            if num_ranks not in best or found["seconds"] < best[num_ranks]["seconds"]:
+                best[num_ranks] = found
+            if num_ranks > 1:
+                speed = sum(options.batch / alone["seconds"] for alone in run_at_once([1] * num_ranks))
+                apart[num_ranks] = max(speed, apart.get(num_ranks, 0.0))
     base = options.batch * options.ranks[0] / best[options.ranks[0]]["seconds"]
     for num_ranks, found in best.items():
         speed = options.batch * num_ranks / found["seconds"]
-        print(f"{num_ranks} rank(s): {speed:8.1f} sequences/s, {speed / base:.2f} times the first")
+        limit = f"; unconnected {apart[num_ranks] / base:.2f} times" if num_ranks in apart else ""
+        print(f"{num_ranks} rank(s): {speed:8.1f} sequences/s, {speed / base:.2f} times the first{limit}")
         bound = 2 * found["trained"] * (num_ranks - 1) / num_ranks
         sent = ", ".join(f"{name} {size / 1e6:.3f} MB" for name, size in sorted(found["bytes"].items()) if size >= 1)
         print(f"    a step: {sent or 'nothing'}; gradients need {bound / 1e6:.3f} MB")

@@ -1,0 +1,40 @@
+"""A run can leave the test split unread, and read it when it is started again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import read_lines, tiny_config
+
+from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.training import stages
+from mltfr_dist.training.fit import fit
+from mltfr_dist.training.run_folder import REPORT, load_result
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    yield
+    stop_ranks()
+
+
+def test_the_test_split_is_read_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path, baselines=["popularity", "backbone"], mltfr__consensus__enabled=False)
+    asked: list[str] = []
+    stream = stages.ranking_stream
+    monkeypatch.setattr(stages, "ranking_stream", lambda c, split, ranks: asked.append(split) or stream(c, split, ranks))
+    unread = fit(config, verify=False, read_test=False)
+    assert [result.test for result in unread] == [{}, {}, {}]
+    assert "test" not in asked
+    assert not (config.folder / REPORT).exists()
+    assert "test" not in {line["kind"] for line in read_lines(config.folder / "metrics.jsonl")}
+
+    read = fit(config)
+    assert asked.count("test") == 2
+    assert [result.valid for result in read] == [result.valid for result in unread]
+    assert all(result.test["NDCG@10"] >= 0 for result in read)
+    assert (config.folder / REPORT).exists()
+    assert load_result(config.folder) == read[-1]
+    assert fit(config, read_test=False)[-1] == read[-1], "a run that has read it stays as it is"
