@@ -36,6 +36,14 @@ def config_epilog() -> str:
     return "configuration (YAML or KEY=VALUE):\n" + "\n".join(_describe(RunConfig, ""))
 
 
+def sweep_epilog() -> str:
+    """Every field of a sweep's file, with its default, and of what `search` gives each key."""
+    from mltfr_dist.tuning.space import Domain, SweepConfig
+
+    domain = "\n\n  search.KEY: the values of one field, exactly one of\n" + "\n".join(_describe(Domain, "search.KEY."))
+    return "the file, and KEY=VALUE over it:\n" + "\n".join(_describe(SweepConfig, "")) + domain
+
+
 def _describe(model: type[Section], prefix: str) -> list[str]:
     lines = []
     for name, field in model.model_fields.items():
@@ -244,7 +252,13 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", choices=("auto", "never"), default="auto")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
 
-    sweep = commands.add_parser("sweep", help="search a space of configurations", description=command_sweep.__doc__)
+    sweep = commands.add_parser(
+        "sweep",
+        help="search a space of configurations",
+        description=command_sweep.__doc__,
+        epilog=sweep_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     sweep.add_argument("space", help="YAML file, such as tuning/spaces/demo.yaml")
     sweep.add_argument("--address", help="Ray cluster, host:port (default: one on this machine, for the sweep alone)")
     sweep.add_argument("--nodes", type=int, default=1, help="nodes of that cluster to wait for (default: 1)")
