@@ -240,7 +240,8 @@ class Progress(Callback):  # type: ignore[misc]
         self.seconds.append(time.monotonic() - self.started.get(trial.number, time.monotonic()))
         sweep = self.setting.sweep
         best = trial.best(sweep.metric_name)
-        write_hparams(trial)
+        if not self.setting.read_test:
+            write_hparams(trial)
         value = "" if best is None else f"  {sweep.metric} {best:.4f}"
         print(f"  trial {trial.name}  {how}{value}  ({self.seconds[-1]:.0f} s)", flush=True)
         self._status()
