@@ -44,9 +44,9 @@ def choose(sweep: SweepConfig, trials: Sequence[Trial]) -> Trial:
     return ranked[0][1]
 
 
-def write_best(sweep: SweepConfig, base: RunConfig, best: Trial) -> None:
-    """best.yaml: the chosen configuration, complete, as train.py runs it."""
-    config = with_values(base, best.values)
+def write_best(sweep: SweepConfig, resolved: RunConfig, best: Trial) -> None:
+    """best.yaml: the chosen configuration, complete, as train.py runs it; what only trials need (threads, no baselines) is out."""
+    config = with_values(resolved, best.values)
     name = f"{sweep.name}-best"
     write_atomically(sweep.folder / BEST, dump_config(config.model_copy(update={"name": name, "runs_dir": sweep.folder})))
 

@@ -54,15 +54,24 @@ def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
     return validate(SweepConfig, values, source=", ".join([str(path), *(f"`{o}`" for o in overrides)]))
 
 
-def base_config(sweep: SweepConfig) -> RunConfig:
-    """The configuration that trials start from: no baselines, and tables mapped, so that a node holds them once.
+def resolved_config(sweep: SweepConfig) -> RunConfig:
+    """The configuration that the sweep's file names.
 
     Raises:
         ConfigError: Not valid.
     """
     base = resolve_config(sweep.preset, sweep.config, [])
     source = f"`overrides` of the sweep `{sweep.name}`"
-    base = validate(RunConfig, merge_values(base.model_dump(mode="json"), nested(sweep.overrides)), source=source)
+    return validate(RunConfig, merge_values(base.model_dump(mode="json"), nested(sweep.overrides)), source=source)
+
+
+def base_config(sweep: SweepConfig) -> RunConfig:
+    """The same as trials start from it: no baselines, and tables mapped, so that a node holds them once.
+
+    Raises:
+        ConfigError: Not valid.
+    """
+    base = resolved_config(sweep)
     threads = base.training.threads or max(1, int(sweep.resources_per_trial.cpus))
     mltfr = base.mltfr
     if mltfr.enabled and mltfr.placement == "auto" and not mltfr.train_tables:
@@ -97,7 +106,7 @@ def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1)
         with ray_cluster(sweep, base, address, nodes) as cluster:
             run_trials(sweep, base, folder, cluster)
             best = report.choose(sweep, load_trials(folder))
-            report.write_best(sweep, base, best)
+            report.write_best(sweep, resolved_config(sweep), best)
             finals = final_sweep(sweep, base, best)
             if finals is not None:
                 final_base = base_config(finals)
