@@ -45,7 +45,7 @@ def choose(sweep: SweepConfig, trials: Sequence[Trial]) -> Trial:
 
 
 def write_best(sweep: SweepConfig, resolved: RunConfig, best: Trial) -> None:
-    """best.yaml: the chosen configuration, complete, as train.py runs it; what only trials need (threads, no baselines) is out."""
+    """best.yaml: the chosen configuration, complete, as train.py runs it, without what only trials need (threads, no baselines)."""
     config = with_values(resolved, best.values)
     name = f"{sweep.name}-best"
     write_atomically(sweep.folder / BEST, dump_config(config.model_copy(update={"name": name, "runs_dir": sweep.folder})))
@@ -94,7 +94,7 @@ def importance(sweep: SweepConfig, key: str, trials: Sequence[Trial], epoch: int
     return max(0.0, 1 - (within / spare) / (total / (len(everything) - 1)))
 
 
-def write(sweep: SweepConfig, base: RunConfig, trials: Sequence[Trial], finals: Sequence[Trial]) -> Path:
+def write(sweep: SweepConfig, trials: Sequence[Trial], finals: Sequence[Trial]) -> Path:
     """report.md and its plots.
 
     Returns:

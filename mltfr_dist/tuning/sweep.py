@@ -111,7 +111,7 @@ def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1)
             if finals is not None:
                 final_base = base_config(finals)
                 run_trials(finals, final_base, folder / FINAL, cluster, read_test=True)
-        return report.write(sweep, base, load_trials(folder), load_trials(folder / FINAL))
+        return report.write(sweep, load_trials(folder), load_trials(folder / FINAL))
 
 
 def final_sweep(sweep: SweepConfig, base: RunConfig, best: Trial) -> SweepConfig | None:

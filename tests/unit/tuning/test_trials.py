@@ -134,7 +134,7 @@ def test_the_report_ranks_explains_and_names_the_command(tmp_path: Path) -> None
     written = validate(RunConfig, yaml.safe_load((sweep.folder / "best.yaml").read_text()), source="best.yaml")
     assert written.backbone.num_layers == 2
     assert written.name == "s-best"
-    text = report.write(sweep, base_of(), trials, []).read_text()
+    text = report.write(sweep, trials, []).read_text()
     assert "| 0007 | 0.2070 |" in text
     assert text.index("| 0007 |") < text.index("| 0005 |") < text.index("| 0008 |")
     assert "stopped by asha after epoch 1" in text
