@@ -45,7 +45,7 @@ def choose(sweep: SweepConfig, trials: Sequence[Trial]) -> Trial:
 
 
 def write_best(sweep: SweepConfig, resolved: RunConfig, best: Trial) -> None:
-    """best.yaml: the chosen configuration, complete, as train.py runs it, without what only trials need (threads, no baselines)."""
+    """best.yaml: the chosen configuration, complete, as train.py runs it, without what trials need (threads, no baselines)."""
     config = with_values(resolved, best.values)
     name = f"{sweep.name}-best"
     write_atomically(sweep.folder / BEST, dump_config(config.model_copy(update={"name": name, "runs_dir": sweep.folder})))
