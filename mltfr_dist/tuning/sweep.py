@@ -20,7 +20,7 @@ from mltfr_dist.training.run_folder import dump_config, read_yaml
 from mltfr_dist.tuning import report
 from mltfr_dist.tuning.checks import BASE, SWEEP, check_folder, check_inputs, check_machine, check_space
 from mltfr_dist.tuning.space import Domain, SweepConfig, nested
-from mltfr_dist.tuning.trials import Trial, load_trials
+from mltfr_dist.tuning.trials import load_trials
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -39,7 +39,7 @@ LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 whatever the name says); asked for that address in any other way, it listens on all interfaces."""
 
 FINAL = "final"
-"""In a sweep's folder: the runs of the chosen configuration, laid out as a sweep."""
+"""In a sweep's folder: by trial, the runs of the chosen configuration, laid out as a sweep."""
 
 
 def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
@@ -93,9 +93,10 @@ def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1)
     """
     base = base_config(sweep)
     check_space(sweep, base)
-    check_inputs(sweep, base)
+    check_folder(sweep.folder, sweep, base)
     if address is None:
         check_machine(sweep)
+    check_inputs(sweep, base)  # last, for it reads files of any size
     for name, value in (ENVIRONMENT | (LOOPBACK if address is None else {})).items():
         os.environ.setdefault(name, value)
     from mltfr_dist.tuning.cluster import ray_cluster  # imports Ray, which reads its environment then
@@ -107,14 +108,13 @@ def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1)
             run_trials(sweep, base, folder, cluster)
             best = report.choose(sweep, load_trials(folder))
             report.write_best(sweep, resolved_config(sweep), best)
-            finals = final_sweep(sweep, base, best)
+            finals, final_folder = final_sweep(sweep), folder / FINAL / best.name
             if finals is not None:
-                final_base = base_config(finals)
-                run_trials(finals, final_base, folder / FINAL, cluster, read_test=True)
-        return report.write(sweep, load_trials(folder), load_trials(folder / FINAL))
+                run_trials(finals, base_config(finals), final_folder, cluster, read_test=True)
+        return report.write(sweep, load_trials(folder), load_trials(final_folder))
 
 
-def final_sweep(sweep: SweepConfig, base: RunConfig, best: Trial) -> SweepConfig | None:
+def final_sweep(sweep: SweepConfig) -> SweepConfig | None:
     """The chosen configuration over the final seeds, as a sweep without early stopping; None where there are no seeds."""
     if not sweep.final_seeds:
         return None
@@ -137,10 +137,9 @@ def claimed(sweep: SweepConfig, base: RunConfig) -> Iterator[None]:
     """Hold the sweep's folder, alone.
 
     Raises:
-        ConfigError: It holds another sweep, or another process runs this one.
+        ConfigError: Another process runs this sweep.
     """
     folder = sweep.folder
-    check_folder(folder, sweep, base)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:

@@ -118,7 +118,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "going on from train-step" in (folder / "trials" / "0001.log").read_text(), "none is begun again from nothing"
 
     assert all(not load_result(t.folder).test for t in trials if t.state == "finished"), "trials leave the test split alone"  # type: ignore[union-attr]
-    finals = load_trials(folder / "final")
+    finals = load_trials(next((folder / "final").iterdir()))
     assert [t.values["training.seed"] for t in finals] == [0, 1]
     assert all(load_result(t.folder).test for t in finals)  # type: ignore[union-attr]
     best = yaml.safe_load((folder / "best.yaml").read_text())
