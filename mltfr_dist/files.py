@@ -6,16 +6,21 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-BLOCK_BYTES = 1 << 26
+BLOCK_BYTES, READ_BYTES = 1 << 26, 1 << 20
 
 
 def file_sha256(path: Path, after_block: Callable[[], object] = lambda: None) -> str:
-    """sha256 of a file, hexadecimal; read in blocks of :data:`BLOCK_BYTES`, after each of which ``after_block`` is called."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(min(BLOCK_BYTES, path.stat().st_size)))
+    """sha256 of a file, hexadecimal; ``after_block`` is called after each :data:`BLOCK_BYTES`, and at the end of the last."""
+    digest, buffer, unsaid = hashlib.sha256(), memoryview(bytearray(min(READ_BYTES, BLOCK_BYTES))), 0
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(block[:size])
-            after_block()
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            unsaid += size
+            if unsaid >= BLOCK_BYTES:
+                after_block()
+                unsaid = 0
+    if unsaid:
+        after_block()
     return digest.hexdigest()
 
 
