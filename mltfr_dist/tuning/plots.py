@@ -9,15 +9,15 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mltfr_dist.tuning.space import Domain, SweepConfig, encoded, short, shown_value
+from mltfr_dist.tuning.space import Domain, SweepConfig, short, shown_value
 from mltfr_dist.tuning.trials import Trial
 
 
 def height(domain: Domain, value: object) -> float:
     """Where a value lies on its axis, from 0 to 1."""
     if domain.ends is None:
-        options = [encoded(option) for option in domain.options() or []]
-        return (options.index(encoded(value)) + 0.5) / len(options)
+        options = domain.options() or []
+        return (options.index(value) + 0.5) / len(options)
     low, high, at = (float(x) for x in (*domain.ends, value))  # type: ignore[arg-type]
     if domain.log_uniform:
         low, high, at = np.log(low), np.log(high), np.log(at)

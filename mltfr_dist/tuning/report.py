@@ -14,7 +14,7 @@ from mltfr_dist.training.matrix import interval
 from mltfr_dist.training.matrix import shown as mean_and_interval
 from mltfr_dist.training.run_folder import dump_config, load_result
 from mltfr_dist.tuning import plots
-from mltfr_dist.tuning.space import SweepConfig, encoded, short, shown_value, with_values
+from mltfr_dist.tuning.space import SweepConfig, short, shown_value, with_values
 from mltfr_dist.tuning.trials import Trial
 
 REPORT, BEST, PARALLEL, EFFECTS = "report.md", "best.yaml", "parallel.png", "effects.png"
@@ -65,11 +65,8 @@ def groups(sweep: SweepConfig, key: str, trials: Sequence[Trial]) -> dict[str, l
     """Trials by the value of a field; a range's by thirds of its values."""
     domain = sweep.search[key]
     if domain.options() is not None:
-        options = {encoded(option): shown_value(option) for option in domain.options() or []}
-        found: dict[str, list[Trial]] = {}
-        for name, text in options.items():
-            found[text] = [trial for trial in trials if encoded(trial.values[key]) == name]
-        return {text: some for text, some in found.items() if some}
+        found = [(shown_value(option), [t for t in trials if t.values[key] == option]) for option in domain.options() or []]
+        return {text: some for text, some in found if some}
     ordered = sorted(trials, key=lambda trial: (trial.values[key], trial.number))
     edges = [round(i * len(ordered) / BINS) for i in range(BINS + 1)]
     parts = [ordered[a:b] for a, b in itertools.pairwise(edges) if a < b]

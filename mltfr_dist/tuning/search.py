@@ -48,7 +48,7 @@ def grid(sweep: SweepConfig, base: Values | None) -> list[Values]:
     """Every combination, the base first."""
     axes = [domain.options() or [] for domain in sweep.search.values()]
     points = [dict(zip(sweep.search, some)) for some in itertools.product(*axes)]
-    return points if base is None else [base, *(point for point in points if encoded(point) != encoded(base))]
+    return points if base is None else [base, *(point for point in points if point != base)]
 
 
 def drawn(sweep: SweepConfig, known: Sequence[Known]) -> Values:

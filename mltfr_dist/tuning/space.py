@@ -74,7 +74,7 @@ class Domain(Section):
         """Whether ``value`` is in the domain."""
         if self.ends and not self.integers:
             return isinstance(value, int | float) and self.ends[0] <= value <= self.ends[1]
-        return encoded(value) in {encoded(option) for option in self.options() or []}
+        return value in (self.options() or [])
 
 
 class AshaConfig(Section):
@@ -162,6 +162,8 @@ class SweepConfig(Section):
             raise ValueError("search names no field")
         if self.algorithm == "grid" and endless:
             raise ValueError(f"a grid has no ranges of real numbers (given for {', '.join(endless)})")
+        if self.algorithm == "grid" and self.num_trials is not None:
+            raise ValueError(f"a grid has as many trials as combinations: leave num_trials out (given: {self.num_trials})")
         if self.algorithm != "grid" and self.num_trials is None:
             raise ValueError(f"give num_trials: {self.algorithm} search has no end of its own")
         if self.scheduler == "pbt" and (fixed := [key for key in self.search if not can_change(key)]):
@@ -175,7 +177,7 @@ def can_change(key: str) -> bool:
 
 
 def encoded(value: Any) -> str:
-    """A value as text that is equal for equal values."""
+    """A value as text, for Optuna's categories and for messages."""
     return json.dumps(value, sort_keys=True)
 
 

@@ -47,6 +47,7 @@ def test_domains_list_their_values() -> None:
     assert Domain(subsets=("a", "b")).holds(["b"])
     assert not Domain(subsets=("a", "b")).holds(["c"])
     assert not Domain(uniform=(0.0, 1.0)).holds(None)
+    assert Domain(choices=(0, 0.1)).holds(0.0)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,7 @@ def test_picking_on_the_test_split_is_refused(base_file: Path) -> None:
     [
         ({"algorithm": "grid", "num_trials": None}, "a grid has no ranges of real numbers"),
         ({"num_trials": None}, "give num_trials"),
+        ({"algorithm": "grid", "search": {"training.epochs": {"integers": [1, 3]}}}, "leave num_trials out"),
         ({"search": {}}, "search names no field"),
         ({"scheduler": "pbt", "search": {"backbone.num_layers": {"integers": [1, 2]}}}, "pbt changes fields"),
         ({"resources_per_trial": {"workers": 2, "gpus": 0.5}}, "cannot share a GPU"),
