@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,23 +77,37 @@ def join(address: str, nodes: int) -> None:
     Raises:
         ConfigError: It has not within :data:`JOIN_SECONDS`.
     """
-    deadline, there, why = time.monotonic() + JOIN_SECONDS, 0, ""
+    deadline, there = time.monotonic() + JOIN_SECONDS, 0
     while time.monotonic() < deadline:
-        try:
-            if not ray.is_initialized():
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        if not ray.is_initialized() and answers(address):  # Ray itself would try for minutes
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        if ray.is_initialized():
             there = sum(node["Alive"] for node in ray.nodes())
             if there >= nodes:
                 return
-        except ConnectionError as error:
-            why = f" ({str(error).splitlines()[0]})"
         time.sleep(1)
     raise ConfigError(
-        f"The Ray cluster at {address} has {there} of {nodes} nodes after {JOIN_SECONDS:.0f} s{why}.",
+        f"The Ray cluster at {address} has {there} of {nodes} nodes after {JOIN_SECONDS:.0f} s.",
         rule="A sweep begins once every node is there.",
         remedy="See the log of each node's `ray start` (slurm/sweep.sbatch: ray-NODE.log), or leave --address out for one on "
         "this machine.",
     )
+
+
+def answers(address: str) -> bool:
+    """Whether anything listens at ``host:port``.
+
+    Raises:
+        ConfigError: The address is none.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--address {address} is not understood.", rule="It is HOST:PORT.", remedy="Give the head's address.")
+    try:
+        with socket.create_connection((host, int(port)), timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def verify_on_nodes(sweep: SweepConfig, base: RunConfig) -> None:
