@@ -80,7 +80,7 @@ def make_tuner(setting: TrialSetting, concurrent: int, trials: list[Trial], prog
             search_alg=None if population else search,
             scheduler=make_scheduler(sweep, setting.base, trials),
             max_concurrent_trials=concurrent,
-            reuse_actors=True,
+            reuse_actors=False,  # a trial that is stopped would train on until its process gets another
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=TuneRunConfig(

@@ -73,18 +73,7 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any], setting: TrialSetting) -> None:
         """Called by Tune in a new process."""
         os.chdir(setting.directory)
-        self.setting = setting
-        self._take(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Called by Tune to give this process another trial."""
-        self._take(new_config)
-        return True
-
-    def _take(self, config: dict[str, Any]) -> None:
-        """A trial, which the next step begins or goes on with."""
-        setting = self.setting
-        self.values = {key: value for key, value in config.items() if key != NUMBER}
+        self.setting, self.values = setting, {key: value for key, value in config.items() if key != NUMBER}
         self.record = load_trial(setting.folder, config[NUMBER])
         self.group = setting.folder / TRIALS / f"{config[NUMBER]:04d}.group"
         self.seen = len(self.record.validations())
