@@ -25,15 +25,7 @@ def make_scheduler(sweep: SweepConfig, base: RunConfig, trials: Sequence[Trial])
     if sweep.scheduler == "asha":
         return Asha(sweep, most_epochs(base), trials)
     if sweep.scheduler == "pbt":
-        return PopulationBasedTraining(
-            time_attr=EPOCH,
-            metric=OBJECTIVE,
-            mode="max",
-            perturbation_interval=sweep.pbt.every_epochs,
-            quantile_fraction=sweep.pbt.quantile,
-            hyperparam_mutations={key: mutation(domain) for key, domain in sweep.search.items()},
-            log_config=False,
-        )
+        return Population(sweep)
     return FIFOScheduler()
 
 
@@ -44,6 +36,31 @@ def mutation(domain: Domain) -> Any:
     if domain.log_uniform:
         return tune.loguniform(*domain.log_uniform)
     return tune.uniform(*domain.uniform) if domain.uniform else domain.options()
+
+
+class Population(PopulationBasedTraining):  # type: ignore[misc]
+    """PBT whose trials keep their own numbers, and whose values stay in the space."""
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        super().__init__(
+            time_attr=EPOCH,
+            metric=OBJECTIVE,
+            mode="max",
+            perturbation_interval=sweep.pbt.every_epochs,
+            quantile_fraction=sweep.pbt.quantile,
+            hyperparam_mutations={key: mutation(domain) for key, domain in sweep.search.items()},
+            log_config=False,
+        )
+        self._search = dict(sweep.search)
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Tune's values for a trial that goes on from another's weights; Tune copies the other's number as well."""
+        config, operations = super()._get_new_config(trial, trial_to_clone)
+        config[NUMBER] = trial.config[NUMBER]
+        for key, domain in self._search.items():
+            if domain.ends:  # Tune steps by factors, beyond the ends of a range too
+                config[key] = min(max(config[key], domain.ends[0]), domain.ends[1])
+        return config, operations
 
 
 class Asha(AsyncHyperBandScheduler):  # type: ignore[misc]

@@ -90,7 +90,8 @@ class FakeTrial:
     """What the scheduler reads of Tune's trial."""
 
     def __init__(self, number: int) -> None:
-        self.trial_id, self.config = f"new-{number}", {"trial": number}
+        self.trial_id = f"new-{number}"
+        self.config: dict[str, Any] = {"trial": number}
 
 
 def test_successive_halving_remembers_an_earlier_start(tmp_path: Path) -> None:
@@ -112,6 +113,19 @@ def test_successive_halving_remembers_an_earlier_start(tmp_path: Path) -> None:
     told.on_trial_add(None, again)
     assert decides(told, 1, 0.35, again) == "CONTINUE", "it was decided in the earlier start"
     assert type(make_scheduler(sweep, base_of(), [])).__name__ == "Asha"
+
+
+def test_a_population_keeps_numbers_and_stays_in_the_space(tmp_path: Path) -> None:
+    search = {RATE: {"log_uniform": [1e-4, 1e-1]}, "backbone.dropout": {"choices": [0.1, 0.2, 0.3]}}
+    population: Any = make_scheduler(sweep_of(tmp_path, search=search, scheduler="pbt"), base_of(), [])
+    weak, strong = FakeTrial(3), FakeTrial(5)
+    for trial in (weak, strong):
+        trial.config |= {RATE: 0.095, "backbone.dropout": 0.2}
+    seen = [population._get_new_config(weak, strong)[0] for _ in range(50)]
+    assert {config["trial"] for config in seen} == {3}
+    assert all(1e-4 <= config[RATE] <= 1e-1 for config in seen)
+    assert len({config[RATE] for config in seen}) > 1
+    assert {config["backbone.dropout"] for config in seen} <= {0.1, 0.2, 0.3}
 
 
 def base_of() -> RunConfig:
