@@ -104,7 +104,7 @@ def test_successive_halving_remembers_an_earlier_start(tmp_path: Path) -> None:
     def decides(scheduler: Asha, epoch: int, value: float, trial: Any) -> str:
         return str(scheduler.on_trial_result(None, trial, {"epoch": epoch, "objective": value}))
 
-    fresh, told = (Asha(sweep, 8, trials) for trials in ([], load_trials(sweep.folder)))
+    fresh, told = (Asha(sweep, 8, trials, base_first=True) for trials in ([], load_trials(sweep.folder)))
     for scheduler in (fresh, told):
         scheduler.on_trial_add(None, bad)
     assert decides(fresh, 1, 0.1, bad) == "CONTINUE", "the first of its rung"
@@ -112,6 +112,9 @@ def test_successive_halving_remembers_an_earlier_start(tmp_path: Path) -> None:
     again: Any = FakeTrial(begun.number)
     told.on_trial_add(None, again)
     assert decides(told, 1, 0.35, again) == "CONTINUE", "it was decided in the earlier start"
+    base: Any = FakeTrial(0)
+    told.on_trial_add(None, base)
+    assert decides(told, 2, 0.01, base) == "CONTINUE", "what the others must beat gets its full time"
     assert type(make_scheduler(sweep, base_of(), [])).__name__ == "Asha"
 
 
