@@ -87,7 +87,8 @@ def make_tuner(setting: TrialSetting, concurrent: int, trials: list[Trial], prog
             name="tune",
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=sweep.max_failures),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=4, checkpoint_frequency=int(population), checkpoint_at_end=False),
+            # PBT saves where it exchanges. All are kept: one deleted while another trial starts from it would fail that trial.
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=None, checkpoint_frequency=0, checkpoint_at_end=False),
             callbacks=[progress],
             stop=StopAll(folder / STOP),
             verbose=0,
