@@ -162,26 +162,3 @@ def test_a_failing_trial_is_recorded_and_a_signal_saves(tmp_path: Path) -> None:
     assert [t.state for t in load_trials(folder)] == ["finished", "failed", "finished"]
     assert "failed: " in text
     assert "## Failed" in (folder / "report.md").read_text()
-
-
-@pytest.mark.timeout(900)
-def test_a_population_hands_on_its_weights(tmp_path: Path) -> None:
-    # One of two learns nothing; it must take over the other's weights, and go on from them.
-    search = {"optimizer.learning_rate": {"choices": [0.003, 1e-7]}}
-    options = {"scheduler": "pbt", "pbt": {"every_epochs": 3, "quantile": 0.5}, "final_seeds": []}
-    longer = {"training.epochs": 60, "training.patience": 60}
-    resources = {"workers": 1, "cpus": 1}
-    path = write_space(tmp_path, search, algorithm="grid", resources_per_trial=resources, overrides=longer, **options)
-    finish(path)
-    folder = tmp_path / "sweeps" / "sweep"
-    trials = load_trials(folder)
-    assert [t.state for t in trials] == ["finished", "finished"]
-    taken = [t for t in trials if t.record.generation]
-    assert taken, "a trial went on from another's weights"
-    for trial in taken:
-        first = read_lines(folder / "trials" / f"{trial.number:04d}" / "metrics.jsonl")
-        assert "going on from" in trial.folder.with_suffix(".log").read_text()
-        at_start = trial.validations()[0]
-        own = next(line for line in first if line["kind"] == "valid")
-        assert at_start.metrics["NDCG@10"] != own["NDCG@10"], "its record is the donor's up to then"
-        assert trial.best("NDCG@10") > 2 * max(line["NDCG@10"] for line in first if line["kind"] == "valid")  # type: ignore[operator]
