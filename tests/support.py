@@ -121,6 +121,19 @@ def run_ranks(num_ranks: int, script: Path, *arguments: str, timeout: int = 240)
     return done.stdout
 
 
+def findings(worker: Path, task: str, folder: Path, num_ranks: int) -> Any:
+    """What ``task`` of a worker script found on so many real ranks; it writes JSON."""
+    output = folder / f"{task}-{num_ranks}.json"
+    run_ranks(num_ranks, worker, task, str(folder), str(output))
+    return json.loads(output.read_text())
+
+
+def relative_difference(first: list[float], second: list[float]) -> float:
+    """The largest of |a - b| / |a|."""
+    assert len(first) == len(second) > 0
+    return max(abs(a - b) / abs(a) for a, b in zip(first, second, strict=True))
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text().splitlines()]

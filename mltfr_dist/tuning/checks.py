@@ -14,7 +14,6 @@ import torch
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.manifest import verify_folder
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.resolve import merge_values
 from mltfr_dist.schema import field_paths, nearest_key, validate
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import differing_fields, leaf_values, read_yaml
@@ -26,6 +25,9 @@ SWEEP, BASE = "sweep.yaml", "base.yaml"
 
 SET_BY_THE_SWEEP = ("name", "runs_dir", "baselines")
 """Fields that a sweep sets itself."""
+
+WHAT_IS_MEASURED = ("evaluation.", "data.path", "data.left_out")
+"""Fields whose values make objectives of trials that cannot be compared, or of the test split."""
 
 MOST_COMBINATIONS = 256
 """Combinations of other fields that are tried before a value counts as one that no trial can run with."""
@@ -50,6 +52,12 @@ def check_space(sweep: SweepConfig, base: RunConfig) -> None:
             )
         if key in SET_BY_THE_SWEEP:
             raise ConfigError(f"`{key}` cannot be searched.", rule="The sweep sets it itself.", remedy="Remove it from `search`.")
+        if key.startswith(WHAT_IS_MEASURED):
+            raise ConfigError(
+                f"`{key}` cannot be searched.",
+                rule="All trials are measured alike: on the same data, by the same ranking, on validation.",
+                remedy="Set it in `overrides`, for all of them.",
+            )
         for value in domain.samples():
             check_value(sweep, base, key, value)
     check_metric(sweep, base)
@@ -160,10 +168,7 @@ def check_folder(folder: Path, sweep: SweepConfig, base: RunConfig) -> None:
     there = validate(SweepConfig, read_yaml(folder / SWEEP), source=str(folder / SWEEP))
     hidden = dict.fromkeys(MAY_CHANGE)
     differences = differing_fields(there.model_dump(mode="json") | hidden, sweep.model_dump(mode="json") | hidden)
-    threads = {"training": {"threads": None}}
-    differences += differing_fields(
-        merge_values(read_yaml(folder / BASE), threads), merge_values(base.model_dump(mode="json"), threads)
-    )
+    differences += differing_fields(read_yaml(folder / BASE), base.model_dump(mode="json"))
     if differences:
         raise ConfigError(
             f"{folder} already holds a different sweep: {'; '.join(differences)}.",

@@ -19,7 +19,7 @@ from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import dump_config, read_yaml
 from mltfr_dist.tuning import report
 from mltfr_dist.tuning.checks import BASE, SWEEP, check_folder, check_inputs, check_machine, check_space
-from mltfr_dist.tuning.space import Domain, SweepConfig, nested
+from mltfr_dist.tuning.space import Domain, SweepConfig, nested, with_values
 from mltfr_dist.tuning.trials import load_trials
 
 ENVIRONMENT = {
@@ -80,6 +80,14 @@ def base_config(sweep: SweepConfig) -> RunConfig:
     return base.model_copy(update={"baselines": (), "training": training, "mltfr": mltfr})
 
 
+def as_begun(folder: Path, base: RunConfig) -> RunConfig:
+    """With the threads that the sweep in ``folder`` began with, where there is one: they are part of its trials' runs."""
+    if not (folder / BASE).exists():
+        return base
+    threads = read_yaml(folder / BASE)["training"]["threads"]
+    return with_values(base, {"training.threads": threads})
+
+
 def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1) -> Path:
     """Run or go on with a sweep; returns its report.
 
@@ -91,7 +99,7 @@ def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1)
     Raises:
         MltfrError: Bad input, before Ray starts; no trial succeeded; or the sweep was asked to stop, and has saved.
     """
-    base = base_config(sweep)
+    base = as_begun(sweep.folder, base_config(sweep))
     check_space(sweep, base)
     check_folder(sweep.folder, sweep, base)
     if address is None:
@@ -108,21 +116,16 @@ def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1)
             run_trials(sweep, base, folder, cluster)
             best = report.choose(sweep, load_trials(folder))
             report.write_best(sweep, resolved_config(sweep), best)
-            finals, final_folder = final_sweep(sweep), folder / FINAL / best.name
-            if finals is not None:
-                run_trials(finals, base_config(finals), final_folder, cluster, read_test=True)
+            final_folder = folder / FINAL / best.name
+            if sweep.final_seeds:
+                run_trials(final_sweep(sweep), with_values(base, best.values), final_folder, cluster, read_test=True)
         return report.write(sweep, load_trials(folder), load_trials(final_folder))
 
 
-def final_sweep(sweep: SweepConfig) -> SweepConfig | None:
-    """The chosen configuration over the final seeds, as a sweep without early stopping; None where there are no seeds."""
-    if not sweep.final_seeds:
-        return None
+def final_sweep(sweep: SweepConfig) -> SweepConfig:
+    """The final seeds, as a sweep without early stopping."""
     return sweep.model_copy(
         update={
-            "preset": None,
-            "config": sweep.folder / report.BEST,
-            "overrides": {},
             "search": {"training.seed": Domain(choices=sweep.final_seeds)},
             "algorithm": "grid",
             "num_trials": None,

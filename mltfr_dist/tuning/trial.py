@@ -22,7 +22,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train import ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGroupCallback
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
 from mltfr_dist.config import RunConfig
@@ -31,7 +31,7 @@ from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import CHECKPOINTS, CONFIG, dump_config
 from mltfr_dist.tuning.space import SweepConfig, TrialResources, with_values
-from mltfr_dist.tuning.trials import METRICS, TRIALS, Trial, load_trial
+from mltfr_dist.tuning.trials import METRICS, TRIALS, Trial, Validation, load_trial
 
 EPOCH, OBJECTIVE, NUMBER = "epoch", "objective", "trial"
 OWNER = "owner"
@@ -96,12 +96,12 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
             found = self.record.validations()
             if len(found) > self.seen:
                 self.seen += 1
-                return self._result(self.seen)
+                return self._result(found[: self.seen])
             if not running:
                 if self.error is not None:
                     write_atomically(self.record.failure, describe(self.error) + "\n")
                     raise RuntimeError(describe(self.error)) from None
-                return self._result(len(found)) | {"done": True}
+                return self._result(found) | {"done": True}
             time.sleep(POLL_SECONDS)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -134,8 +134,7 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
             self.thread.join(STOP_SECONDS)
         release(self.group)
 
-    def _result(self, count: int) -> dict[str, Any]:
-        validations = self.record.validations()[:count]
+    def _result(self, validations: list[Validation]) -> dict[str, Any]:
         name = self.setting.sweep.metric_name
         return {EPOCH: validations[-1].epoch, OBJECTIVE: max(v.metrics[name] for v in validations)}
 
@@ -254,13 +253,12 @@ def one_attempt(log: Path) -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """Why a run failed, in the words of the rank that knows."""
-    if not isinstance(error, WorkerGroupError):
-        return str(error) if isinstance(error, TrainingFailedError) else f"{type(error).__name__}: {error}"
-    failures = [cause for _, cause in sorted(error.worker_failures.items())]
-    told = [cause for cause in failures if not isinstance(unwrapped(cause), OtherRankError)]
-    cause = unwrapped((told or failures)[0])
-    return f"{type(cause).__name__}: {cause}"
+    """Why a run failed, in one line, in the words of the rank that knows."""
+    if isinstance(error, WorkerGroupError):
+        failures = [unwrapped(cause) for _, cause in sorted(error.worker_failures.items())]
+        error = next((cause for cause in failures if not isinstance(cause, OtherRankError)), failures[0])
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
 
 
 def unwrapped(error: BaseException) -> BaseException:

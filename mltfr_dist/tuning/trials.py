@@ -22,6 +22,8 @@ from mltfr_dist.tuning.space import Values
 
 TRIALS, METRICS = "trials", "metrics.jsonl"
 MRR = "MRR"
+VALID = '{"kind": "valid"'
+"""How a validation's line begins (training/tracking.py)."""
 
 
 class Ended(Section):
@@ -153,11 +155,11 @@ def read_validations(path: Path) -> list[Validation]:
     found: list[Validation] = []
     stage, base, epoch = STAGES[0], 0, 0
     for text in path.read_text().splitlines() if path.exists() else ():
+        if not text.startswith(VALID):  # the file is read again and again, and nearly all of it are steps
+            continue
         try:
             line: dict[str, Any] = json.loads(text)
         except json.JSONDecodeError:
-            continue
-        if line["kind"] != "valid":
             continue
         if line["stage"] != stage:
             stage, base = line["stage"], epoch

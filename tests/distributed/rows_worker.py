@@ -16,12 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from support import REPOSITORY
-from worker import HALF, STEPS, make_engine, no_dropout, resumed, steps
+from worker import STEPS, make_engine, no_dropout, resumed, saved_and_resumed, steps
 
 from mltfr_dist.config import OptimizerConfig, RunConfig
 from mltfr_dist.data.stream import Part
-from mltfr_dist.distributed import checkpoint
-from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine, parameter_groups
 from mltfr_dist.distributed.ranks import Ranks, leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.row_adam import RowAdam
@@ -152,17 +150,11 @@ SAVED = {"zero0": (0, {}), "zero1": (1, {}), "zero3": (3, {}), "bf16": (2, {"tra
 
 
 def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Save after half the steps, go on; and go on from the file in a new engine."""
+    """Uninterrupted and resumed losses."""
     found = {}
     for name, (stage, changes) in SAVED.items():
-        config = sparse(folder, stage, **changes)
         place = folder / f"rows-{ranks.world_size}-{name}"
-        engine = make_engine(config, ranks)
-        steps(engine, config, ranks, 0, HALF)
-        checkpoint.save(place, engine, Progress(stage="train", step=HALF))
-        found[f"{name} uninterrupted"] = steps(engine, config, ranks, HALF, STEPS)
-        engine.destroy()
-        found[f"{name} resumed"] = resumed(config, ranks, place)
+        found |= saved_and_resumed(name, sparse(folder, stage, **changes), ranks, place)
     return found
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, read_lines, run_ranks, tiny_config, write_table
+from support import REPOSITORY, findings, read_lines, run_ranks, tiny_config, write_table
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.placement import check_placement, place_tables, placement_text, resolve_placement
@@ -33,17 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def findings(task: str, folder: Path, num_ranks: int) -> dict[str, list[float]]:
-    output = folder / f"{task}-{num_ranks}.json"
-    run_ranks(num_ranks, WORKER, task, str(folder), str(output))
-    return json.loads(output.read_text())
-
-
 @pytest.mark.parametrize(
     "num_ranks", [pytest.param(1, marks=pytest.mark.integration), 2, 3, pytest.param(4, marks=pytest.mark.integration)]
 )
 def test_losses_gradients_and_kept_rows_are_those_of_replicated_tables(folder: Path, num_ranks: int) -> None:
-    found = findings("placements", folder, num_ranks)
+    found = findings(WORKER, "placements", folder, num_ranks)
     for search in ("shortlist", "exact", "noise", "random", "paper form"):
         expected = found[f"{search} replicated"]
         assert len(expected) > 1000
@@ -58,7 +51,7 @@ def test_losses_gradients_and_kept_rows_are_those_of_replicated_tables(folder: P
 
 @pytest.mark.integration
 def test_training_is_the_same_wherever_tables_are(folder: Path) -> None:
-    one, two = findings("placed_training", folder, 1), findings("placed_training", folder, 2)
+    one, two = findings(WORKER, "placed_training", folder, 1), findings(WORKER, "placed_training", folder, 2)
     for found in (one, two):
         for name in ("rows", "rows zero3", "zero3", "mmap"):
             assert found[name] == pytest.approx(one["replicated"], rel=1e-6), name

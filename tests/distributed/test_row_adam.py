@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from support import run_ranks, tiny_config
+from support import findings, relative_difference, tiny_config
 
 WORKER = Path(__file__).parent / "rows_worker.py"
 
@@ -18,20 +17,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def findings(task: str, folder: Path, num_ranks: int) -> dict[str, list[float]]:
-    output = folder / f"{task}-{num_ranks}.json"
-    run_ranks(num_ranks, WORKER, task, str(folder), str(output))
-    return json.loads(output.read_text())
-
-
-def relative_difference(first: list[float], second: list[float]) -> float:
-    assert len(first) == len(second) > 0
-    return max(abs(a - b) / abs(a) for a, b in zip(first, second, strict=True))
-
-
 def test_gradients_are_the_dense_ones_and_what_is_exchanged_does_not_grow_with_the_table(folder: Path) -> None:
     for num_ranks in (1, 2):
-        found = findings("gradients", folder, num_ranks)
+        found = findings(WORKER, "gradients", folder, num_ranks)
         small, large = found.pop("1000 rows"), found.pop("1000000 rows")
         assert small == large
         assert len(small) == 2
@@ -46,7 +34,7 @@ def test_gradients_are_the_dense_ones_and_what_is_exchanged_does_not_grow_with_t
 @pytest.mark.integration
 @pytest.mark.timeout(600)
 def test_losses_are_those_of_sparse_adam_however_the_work_is_divided(folder: Path) -> None:
-    one, two = findings("losses", folder, 1), findings("losses", folder, 2)
+    one, two = findings(WORKER, "losses", folder, 1), findings(WORKER, "losses", folder, 2)
     for name in ("zero1", "bce", "unclipped"):
         assert relative_difference(one[f"{name} reference"], one[name]) < 1e-5, name
     base = one["zero1"]
@@ -64,13 +52,13 @@ def test_losses_are_those_of_sparse_adam_however_the_work_is_divided(folder: Pat
 
 @pytest.mark.integration
 def test_checkpoints_continue_exactly_and_at_other_world_sizes(folder: Path) -> None:
-    saved = findings("saved", folder, 2)
+    saved = findings(WORKER, "saved", folder, 2)
     names = [name.removesuffix(" resumed") for name in saved if name.endswith(" resumed")]
     assert len(names) == 4
     for name in names:
         assert saved[f"{name} resumed"] == saved[f"{name} uninterrupted"], name
     for num_ranks in (1, 4):
-        found = findings("elsewhere", folder, num_ranks)
+        found = findings(WORKER, "elsewhere", folder, num_ranks)
         for name in names:
             tolerance = 1e-3 if name == "bf16" else 1e-5
             assert relative_difference(saved[f"{name} uninterrupted"], found[f"{name} resumed"]) < tolerance, name

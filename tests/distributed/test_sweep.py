@@ -19,7 +19,7 @@ import yaml
 from support import REPOSITORY, clean_environment, read_lines, tiny_config
 
 from mltfr_dist.training.run_folder import dump_config, load_result
-from mltfr_dist.tuning.trials import Trial, load_trials
+from mltfr_dist.tuning.trials import Trial, load_trials, read_validations
 
 pytestmark = pytest.mark.integration
 EPOCHS = 12
@@ -162,3 +162,26 @@ def test_a_failing_trial_is_recorded_and_a_signal_saves(tmp_path: Path) -> None:
     assert [t.state for t in load_trials(folder)] == ["finished", "failed", "finished"]
     assert "failed: " in text
     assert "## Failed" in (folder / "report.md").read_text()
+
+
+@pytest.mark.timeout(900)
+def test_a_population_hands_on_its_weights(tmp_path: Path) -> None:
+    # The rates of seed 4 are 1.3e-3 and 9e-7: the second trial learns nothing, and takes over the weights of the first.
+    search = {"optimizer.learning_rate": {"log_uniform": [1e-7, 1e-2]}}
+    options = {"scheduler": "pbt", "pbt": {"every_epochs": 8, "quantile": 0.5}, "num_trials": 2, "seed": 4, "final_seeds": []}
+    longer = {"training.epochs": 40, "training.patience": 40}
+    resources = {"workers": 1, "cpus": 1}
+    path = write_space(tmp_path, search, resources_per_trial=resources, overrides=longer, include_base=False, **options)
+    text = finish(path)
+    folder = tmp_path / "sweeps" / "sweep"
+    trials = load_trials(folder)
+    assert [trial.state for trial in trials] == ["finished", "finished"], text[-4000:]
+    taken = [trial for trial in trials if trial.record.generation]
+    assert taken, "a trial went on from another's weights"
+    for trial in taken:
+        assert "going on from" in trial.folder.with_suffix(".log").read_text()
+        assert trial.validations()[-1].epoch >= 40
+        earlier = [read_validations(other / "metrics.jsonl") for other in (folder / "trials").glob("00??*/")]
+        begun = trial.validations()[:3]
+        same = [other for other in earlier if other[:3] == begun]
+        assert len(same) >= 2, "its record begins as that of the trial whose weights it has"

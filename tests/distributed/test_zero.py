@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, run_ranks, tiny_config
+from support import REPOSITORY, findings, relative_difference, tiny_config
 
 from mltfr_dist.backbones import BACKBONES
 
@@ -20,19 +19,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def findings(task: str, folder: Path, num_ranks: int) -> dict[str, list[float]]:
-    output = folder / f"{task}-{num_ranks}.json"
-    run_ranks(num_ranks, WORKER, task, str(folder), str(output))
-    return json.loads(output.read_text())
-
-
-def relative_difference(first: list[float], second: list[float]) -> float:
-    assert len(first) == len(second) > 0
-    return max(abs(a - b) / abs(a) for a, b in zip(first, second, strict=True))
-
-
 def test_losses_are_the_same_at_any_stage_and_world_size(folder: Path) -> None:
-    one, two = findings("losses", folder, 1), findings("losses", folder, 2)
+    one, two = findings(WORKER, "losses", folder, 1), findings(WORKER, "losses", folder, 2)
     reference = one["zero0"]
     assert len(reference) == 20
     assert reference[-1] < 0.8 * reference[0], "nothing was learned, so equality would say nothing"
@@ -49,7 +37,7 @@ def test_losses_are_the_same_at_any_stage_and_world_size(folder: Path) -> None:
 @pytest.mark.integration
 def test_every_backbone_and_loss_is_the_same_at_any_division(folder: Path) -> None:
     """Masks, views and shared negatives are drawn alike whatever the ranks and micro-batches."""
-    one, two = findings("backbones", folder, 1), findings("backbones", folder, 2)
+    one, two = findings(WORKER, "backbones", folder, 1), findings(WORKER, "backbones", folder, 2)
     assert len(one) == 14
     for name in BACKBONES:
         reference = one[f"{name} whole"]
@@ -60,18 +48,18 @@ def test_every_backbone_and_loss_is_the_same_at_any_division(folder: Path) -> No
 
 
 def test_checkpoints_continue_exactly_and_at_other_world_sizes(folder: Path) -> None:
-    saved = findings("saved", folder, 2)
+    saved = findings(WORKER, "saved", folder, 2)
     for stage in range(4):
         assert saved[f"zero{stage} resumed"] == saved[f"zero{stage} uninterrupted"], f"stage {stage}"
     for num_ranks in (1, 4):
-        elsewhere = findings("elsewhere", folder, num_ranks)
+        elsewhere = findings(WORKER, "elsewhere", folder, num_ranks)
         for name, losses in elsewhere.items():
             uninterrupted = saved[name.replace("resumed", "uninterrupted")]
             assert relative_difference(uninterrupted, losses) < 1e-5, f"{name} on {num_ranks} ranks"
 
 
 def test_fisher_is_the_same_at_any_batch_size_world_size_and_stage(folder: Path) -> None:
-    one, two = findings("fisher", folder, 1), findings("fisher", folder, 2)
+    one, two = findings(WORKER, "fisher", folder, 1), findings(WORKER, "fisher", folder, 2)
     reference = one["batch 8"]
     largest = max(reference)
     assert largest > 0
@@ -90,7 +78,7 @@ def test_fisher_is_the_same_at_any_batch_size_world_size_and_stage(folder: Path)
 
 @pytest.mark.integration
 def test_every_deepspeed_file_trains_alike_and_offloaded_states_resume(folder: Path) -> None:
-    found = findings("offloaded", folder, 2)
+    found = findings(WORKER, "offloaded", folder, 2)
     reference = found["zero0 fp32"]
     names = {path.stem for path in (REPOSITORY / "ds_configs").glob("*.json")}
     assert names == {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"}

@@ -119,18 +119,22 @@ def backbones(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 
 
 def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Per ZeRO stage: save after 10 steps, go on; and go on from the file in a new engine."""
+    """Per ZeRO stage: uninterrupted and resumed losses."""
     found = {}
     for stage in range(4):
-        config = no_dropout(folder, stage)
         place = folder / f"checkpoint-{ranks.world_size}-zero{stage}"
-        engine = make_engine(config, ranks)
-        steps(engine, config, ranks, 0, HALF)
-        checkpoint.save(place, engine, Progress(stage="train", step=HALF))
-        found[f"zero{stage} uninterrupted"] = steps(engine, config, ranks, HALF, STEPS)
-        engine.destroy()
-        found[f"zero{stage} resumed"] = resumed(config, ranks, place)
+        found |= saved_and_resumed(f"zero{stage}", no_dropout(folder, stage), ranks, place)
     return found
+
+
+def saved_and_resumed(name: str, config: RunConfig, ranks: Ranks, place: Path) -> dict[str, list[float]]:
+    """Save after half the steps, go on; and go on from the file in a new engine."""
+    engine = make_engine(config, ranks)
+    steps(engine, config, ranks, 0, HALF)
+    checkpoint.save(place, engine, Progress(stage="train", step=HALF))
+    uninterrupted = steps(engine, config, ranks, HALF, STEPS)
+    engine.destroy()
+    return {f"{name} uninterrupted": uninterrupted, f"{name} resumed": resumed(config, ranks, place)}
 
 
 def elsewhere(folder: Path, ranks: Ranks) -> dict[str, list[float]]:

@@ -74,6 +74,8 @@ def test_a_domain_that_is_none_is_refused(base_file: Path, domain: dict[str, Any
         ({"filter_ratio": {"uniform": [0.1, 1]}}, "nearest is `mltfr.filter.filter_ratio`"),
         ({"optimizer": {"choices": [1]}}, "`optimizer` is not a field of a run"),
         ({"name": {"choices": ["a"]}}, "`name` cannot be searched"),
+        ({"evaluation.select_on": {"choices": ["valid", "test"]}}, "`evaluation.select_on` cannot be searched"),
+        ({"data.path": {"choices": ["data/a", "data/b"]}}, "`data.path` cannot be searched"),
         ({"mltfr.expert.per_table": {"uniform": [1, 4]}}, "mltfr.expert.per_table"),
         ({"backbone.name": {"uniform": [1, 4]}}, "backbone.name"),
         ({"backbone.name": {"choices": ["sasrec", "sasrek"]}}, "sasrek"),
