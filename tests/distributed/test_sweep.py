@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from support import REPOSITORY, clean_environment, read_lines, tiny_config
+from support import REPOSITORY, clean_environment, read_lines, run_ranks, tiny_config
 
 from mltfr_dist.training.run_folder import dump_config, load_result
 from mltfr_dist.tuning.trials import Trial, load_trials, read_validations
@@ -116,6 +116,9 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "going on from train-step" in (folder / "trials" / "0001.log").read_text(), "none is begun again from nothing"
 
     assert all(not load_result(t.folder).test for t in trials if t.state == "finished"), "trials leave the test split alone"  # type: ignore[union-attr]
+    run_ranks(2, REPOSITORY / "train.py", "--config", str(first.folder / "config.yaml"), f"runs_dir={tmp_path / 'by-hand'}")
+    by_hand = read_lines(tmp_path / "by-hand" / first.name / "metrics.jsonl")
+    assert read_lines(first.folder / "metrics.jsonl") == [line for line in by_hand if line["kind"] != "test"]
     finals = load_trials(next((folder / "final").iterdir()))
     assert [t.values["training.seed"] for t in finals] == [0, 1]
     assert all(load_result(t.folder).test for t in finals)  # type: ignore[union-attr]
