@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from mltfr_dist.cli import config_epilog, fail
-from mltfr_dist.distributed.ranks import leave, stop_ranks
+from mltfr_dist.cli import config_epilog
+from mltfr_dist.distributed.ranks import leave, say_why, stop_ranks
 from mltfr_dist.errors import MltfrError
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.resolve import resolve_config
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         fit(config, resume=options.resume == "auto")
     except MltfrError as error:
-        return fail(error)
+        return say_why(error)
     finally:
         stop_ranks()
     return 0

@@ -22,9 +22,8 @@ from typing import Any
 
 import torch
 
-from mltfr_dist.cli import fail
 from mltfr_dist.config import RunConfig
-from mltfr_dist.errors import ConfigError, MltfrError
+from mltfr_dist.errors import ConfigError, MltfrError, fail
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.repairs import REPAIRS, as_published, changed, without
 from mltfr_dist.resolve import resolve_config

@@ -1,7 +1,7 @@
 """What a sweep costs beyond its runs: its wall time against that of the same runs started by hand, one after the other.
 
-Both train the same configurations on one worker, one at a time; the start of Ray is measured by itself, and left out of the
-ratio, as it is paid once. The machine may be shared and noisy: read the ratio, and repeat it.
+Both train the same configurations on one worker, one at a time, in turn, round by round; the start of Ray is measured by itself,
+and left out of the ratio, as it is paid once.
 
     python benchmarks/sweep_overhead.py --data data/ml-100k --tables data/tables
 """
@@ -18,6 +18,15 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+
+START_RAY = """
+import os
+from mltfr_dist.tuning.sweep import ENVIRONMENT, LOOPBACK
+os.environ.update(ENVIRONMENT | LOOPBACK)
+import ray
+ray.init(address="local", include_dashboard=False, log_to_driver=False)
+ray.shutdown()
+"""
 
 
 def space(options: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -54,22 +63,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tables", type=Path, required=True, help="folder of token tables")
-    parser.add_argument("--trials", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    start_ray = "import ray; ray.init(include_dashboard=False, log_to_driver=False); ray.shutdown()"
-    ray_seconds = timed(sys.executable, "-c", start_ray)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "space.yaml"
-        path.write_text(yaml.safe_dump(space(options, Path(scratch))))
-        sweep = timed(sys.executable, "tuning/sweep.py", str(path)) - ray_seconds
-        print(f"start of Ray                {ray_seconds:7.1f} s", flush=True)
-        print(f"sweep of {options.trials} trials           {sweep:7.1f} s without it", flush=True)
-        runs = 0.0
-        for config in sorted((Path(scratch) / "sweeps/overhead/trials").glob("*/config.yaml")):
-            runs += timed(sys.executable, "train.py", "--config", str(config), f"runs_dir={scratch}/by-hand")
-    print(f"the same runs by train.py   {runs:7.1f} s")
-    print(f"overhead                    {sweep / runs - 1:7.1%}")
+    totals = {"start of Ray": 0.0, "sweep, without it": 0.0, "the same runs by train.py": 0.0}
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "space.yaml"
+            path.write_text(yaml.safe_dump(space(options, Path(scratch))))
+            ray_seconds = timed(sys.executable, "-c", START_RAY)
+            sweep = timed(sys.executable, "tuning/sweep.py", str(path)) - ray_seconds
+            runs = 0.0
+            for config in sorted((Path(scratch) / "sweeps/overhead/trials").glob("*/config.yaml")):
+                runs += timed(sys.executable, "train.py", "--config", str(config), f"runs_dir={scratch}/by-hand")
+        for name, seconds in zip(totals, (ray_seconds, sweep, runs), strict=True):
+            totals[name] += seconds
+            print(f"{name:27} {seconds:7.1f} s", flush=True)
+    overhead = totals["sweep, without it"] / totals["the same runs by train.py"] - 1
+    print(f"overhead of {options.rounds} sweeps of {options.trials} trials: {overhead:.1%}")
 
 
 if __name__ == "__main__":

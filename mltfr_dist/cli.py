@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,18 +14,10 @@ from pydantic_core import PydanticUndefined
 
 from mltfr_dist import __version__
 from mltfr_dist.config import PrepareConfig, PrepareResources, RunConfig, TableConfig
-from mltfr_dist.errors import ConfigError, MltfrError, OtherRankError
+from mltfr_dist.errors import ConfigError, MltfrError, fail
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.resolve import resolve_config
 from mltfr_dist.schema import Section, validate
-
-
-def fail(error: MltfrError) -> int:
-    """Print a user's error without a traceback; returns the exit code."""
-    if not isinstance(error, OtherRankError):
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    return error.exit_code
-
 
 # --- configuration from the command line -------------------------------------------------------------------------
 

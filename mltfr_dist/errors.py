@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 EXIT_BAD_INPUT = 2
@@ -72,3 +73,10 @@ class CheckpointError(MltfrError):
 
 class DamagedError(CheckpointError):
     """A checkpoint that is not what was written; the one before it may be."""
+
+
+def fail(error: MltfrError) -> int:
+    """Print a user's error without a traceback; returns the exit code."""
+    if not isinstance(error, OtherRankError):
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return error.exit_code

@@ -37,6 +37,12 @@ def is_launched() -> bool:
     return launched
 
 
+def expected_rank() -> int:
+    """The rank that this process will have, before anything is checked: 0 where it was not launched."""
+    texts = [os.environ[name] for name in ("RANK", "SLURM_PROCID") if name in os.environ]
+    return int(texts[0]) if texts and texts[0].isdecimal() else 0
+
+
 def check_numbers() -> None:
     """Whether what is set can be a rank among others.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -17,12 +19,12 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from mltfr_dist.distributed.launch import is_launched
+from mltfr_dist.distributed.launch import expected_rank, is_launched
 from mltfr_dist.distributed.watchdog import beat
-from mltfr_dist.errors import ConfigError, LostRankError, MltfrError, OtherRankError
+from mltfr_dist.errors import ConfigError, LostRankError, MltfrError, OtherRankError, fail
 
 T = TypeVar("T")
 
@@ -31,6 +33,15 @@ RENDEZVOUS_SECONDS = 300
 
 GRACE_SECONDS = 60
 """What a collective may take beyond ``hang_seconds``, so that the watchdog, with its stack traces, speaks first."""
+
+SPEAK_SECONDS = 30.0
+"""How long a rank that ends leaves rank 0 to say why."""
+
+HEAR_SECONDS = 5.0
+"""How long rank 0, which may hold the store, then waits for the others to have seen it."""
+
+SPOKEN = "mltfr/spoken"
+"""Key of the ranks' store that is set once rank 0 has said why the run ends; `mltfr/spoken/RANK` once that rank knows."""
 
 MESSAGE_BYTES = 4096
 """Longest error that one rank tells another."""
@@ -186,6 +197,9 @@ class Ranks:
         return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
+_meeting: list[Store] = []
+"""The store by which the ranks met, from then on."""
+
 ALONE = Ranks(0, 1, torch.device("cpu"))
 """One process on the CPU, without a process group."""
 
@@ -248,6 +262,7 @@ def _meet(backend: str, timeout: timedelta) -> None:
     place = f"MASTER_ADDR:MASTER_PORT {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, rank, world_size = next(iter(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS))))
+        _meeting.append(store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (dist.DistError, ValueError) as error:
         taken = "EADDRINUSE" in str(error)
@@ -292,6 +307,30 @@ def stop_ranks() -> None:
             os.environ.pop(name, None)
     elif dist.is_initialized():
         dist.destroy_process_group()
+
+
+def say_why(error: MltfrError) -> int:
+    """Print why the run ends; returns the exit code.
+
+    Launchers end all ranks once one has left: one that left first, and in silence, would take the reason with it. So the
+    others leave after rank 0 has spoken. Before the ranks have met they cannot know, and only give it time; what rank 0 does
+    not have to say, such as a file that one node lacks, they then say themselves.
+    """
+    rank = expected_rank()
+    if rank and not _meeting:
+        signal.signal(signal.SIGTERM, lambda *_: leave(error.exit_code))
+        time.sleep(SPEAK_SECONDS)
+    code = fail(error)
+    with suppress(dist.DistError):  # a rank that is lost will not hear, or, if it was rank 0, not speak
+        for store in _meeting:
+            if rank == 0:
+                store.set(SPOKEN, "")
+                others = range(1, int(os.environ["WORLD_SIZE"]))
+                store.wait([f"{SPOKEN}/{other}" for other in others], timedelta(seconds=HEAR_SECONDS))
+            elif isinstance(error, OtherRankError):
+                store.wait([SPOKEN], timedelta(seconds=SPEAK_SECONDS))
+                store.set(f"{SPOKEN}/{rank}", "")
+    return code
 
 
 def leave(code: int = 0) -> NoReturn:

@@ -114,10 +114,12 @@ def run_stage(
     epochs = config.training.epochs if name == TRAIN else config.training.consensus_epochs
     last = last_checkpoint(folder, name, ranks)
     progress = ranks.jointly(lambda: checkpoint.read_header(last).progress) if last else Progress(stage=name)
-    if last and is_finished(config, progress, epochs):
-        return progress
+    done = last is not None and is_finished(config, progress, epochs)
     if last:
-        ranks.say(f"  going on from {last.name} (epoch {progress.epoch}, step {progress.step})")
+        over = ", where the stage is over" if done else ""
+        ranks.say(f"  going on from {last.name} (epoch {progress.epoch}, step {progress.step}){over}")
+    if done:
+        return progress
     part = make_part(config, ranks)
     stream = train_stream(config, part)
     model = build_model(config, inputs, ranks, with_consensus=name == CONSENSUS)

@@ -26,6 +26,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a trial's output goes to its own log
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process a trial; Slurm's signal and a lost node are seen without it
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a trial's end is seen that much later at most, instead of 2 s
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run writes its own TensorBoard page

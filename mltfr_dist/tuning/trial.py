@@ -6,6 +6,7 @@ sees is what the run recorded; a trial that is started again goes on from the ru
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import shutil
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.train import Result, ScalingConfig, get_context
 from ray.train import RunConfig as RayRunConfig
-from ray.train import ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
@@ -172,17 +174,29 @@ def scaling(resources: TrialResources) -> ScalingConfig:
     return ScalingConfig(num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=per_worker)
 
 
+NOT_NEEDED = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+"""What Ray Train starts for each run, each with a process of its own: see :class:`Trainer`; and Ray's own data sets."""
+
+
 class Trainer(TorchTrainer):  # type: ignore[misc]
-    """Ray Train's trainer without its own watch over placement groups.
+    """Ray Train's trainer without its own watch over placement groups, and without a process of its own.
 
     Ray Train reserves a trial's workers in a placement group that outlives the trial: Ray frees it when the whole sweep ends.
     A detached actor of Ray Train's should free it sooner, but asks the dashboard whether the trial is alive, and where there
     is no dashboard waits for ever. Each trial that was stopped early then kept its CPUs, and the next stayed pending until
     the sweep was restored. Here the trial frees its own (:func:`release`).
+
+    Ray Train watches the workers from one more process, which imports PyTorch again before they start. The process of
+    :class:`SweepTrial` does nothing but wait, and does it as well.
     """
 
+    def _initialize_and_run_controller(self, **given: Any) -> Result:
+        controller = TrainController(**given)
+        asyncio.run(controller.run())
+        return controller.get_result()
+
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        return [c for c in super()._create_default_callbacks() if type(c).__name__ != "PlacementGroupCleanerCallback"]
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in NOT_NEEDED]
 
 
 class KeepGroup(WorkerGroupCallback):  # type: ignore[misc]

@@ -89,3 +89,62 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     assert time.monotonic() - started < 100
     assert done.stderr.count("the port is taken") == 1
     assert f"127.0.0.1:{port}" in done.stderr
+
+
+SLOW_TO_SPEAK = """
+import sys, time, train
+from mltfr_dist.distributed import ranks
+fail = ranks.fail
+ranks.fail = lambda error: (time.sleep(4), fail(error))[1]
+ranks.leave(train.main(sys.argv[1:]))
+"""
+
+
+def start_rank(rank: int, config: Path, *overrides: str, port: int, slow: bool = False) -> subprocess.Popen[str]:
+    """One of two ranks, as a launcher starts it; its errors go to `rankN.log` beside the configuration."""
+    numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    environment = clean_environment(DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", **numbers)
+    program = ["-c", SLOW_TO_SPEAK] if slow else ["train.py"]
+    command = [sys.executable, *program, "--config", str(config), *overrides]
+    with (config.parent / f"rank{rank}.log").open("w") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, cwd=REPOSITORY)
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_a_rank_that_fails_first_leaves_the_reason_to_rank_0(tmp_path: Path, port: int) -> None:
+    place = tmp_path / "config.yaml"
+    place.write_text(dump_config(tiny_config(tmp_path)).replace("epochs: 3", "epoch: 3"))
+    other, main = start_rank(1, place, port=port), start_rank(0, place, port=port)
+    assert main.wait(timeout=100) == EXIT_BAD_INPUT
+    assert "training.epoch" in (tmp_path / "rank0.log").read_text()
+    with pytest.raises(subprocess.TimeoutExpired):  # a launcher would end rank 0 as soon as this one left
+        other.wait(timeout=3)
+    other.terminate()
+    assert other.wait(timeout=100) == EXIT_BAD_INPUT
+    assert not (tmp_path / "rank1.log").read_text()
+
+
+def test_what_one_rank_alone_has_to_say_it_says(tmp_path: Path, port: int) -> None:
+    place = tmp_path / "config.yaml"
+    place.write_text(dump_config(tiny_config(tmp_path)))
+    main, other = start_rank(0, place, port=port), start_rank(1, place, "training.epoch=3", port=port)
+    assert other.wait(timeout=100) == EXIT_BAD_INPUT
+    assert "training.epoch" in (tmp_path / "rank1.log").read_text()
+    main.kill()  # what a launcher does
+    main.wait()
+
+
+def test_ranks_that_have_met_leave_after_rank_0_has_spoken(tmp_path: Path, port: int) -> None:
+    place = tmp_path / "config.yaml"
+    place.write_text(dump_config(tiny_config(tmp_path, training__global_batch_size=33)))
+    main, other = start_rank(0, place, port=port, slow=True), start_rank(1, place, port=port)
+    assert other.wait(timeout=100) == EXIT_BAD_INPUT
+    assert "33 cannot be dealt out" in (tmp_path / "rank0.log").read_text()
+    assert main.wait(timeout=100) == EXIT_BAD_INPUT
+    assert "Error" not in (tmp_path / "rank1.log").read_text()

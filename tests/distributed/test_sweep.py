@@ -1,10 +1,11 @@
-"""Real sweeps on a Ray of their own: two workers a trial, early stopping, a killed driver, a failing trial, a stop signal."""
+"""Real sweeps: two workers a trial, early stopping, a killed driver, a failing trial, a stop signal, PBT, a lost node."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -171,7 +172,7 @@ def test_a_failing_trial_is_recorded_and_a_signal_saves(tmp_path: Path) -> None:
 def test_a_population_hands_on_its_weights(tmp_path: Path) -> None:
     # The rates of seed 4 are 1.3e-3 and 9e-7: the second trial learns nothing, and takes over the weights of the first.
     search = {"optimizer.learning_rate": {"log_uniform": [1e-7, 1e-2]}}
-    options = {"scheduler": "pbt", "pbt": {"every_epochs": 8, "quantile": 0.5}, "num_trials": 2, "seed": 4, "final_seeds": []}
+    options = {"scheduler": "pbt", "pbt": {"every_epochs": 15, "quantile": 0.5}, "num_trials": 2, "seed": 4, "final_seeds": []}
     longer = {"training.epochs": 40, "training.patience": 40}
     resources = {"workers": 1, "cpus": 1}
     path = write_space(tmp_path, search, resources_per_trial=resources, overrides=longer, include_base=False, **options)
@@ -188,3 +189,54 @@ def test_a_population_hands_on_its_weights(tmp_path: Path) -> None:
         begun = trial.validations()[:3]
         same = [other for other in earlier if other[:3] == begun]
         assert len(same) >= 2, "its record begins as that of the trial whose weights it has"
+
+
+def ray_node(*options: str) -> subprocess.Popen[bytes]:
+    """A node of a Ray cluster, with one CPU."""
+    common = ("--block", "--num-cpus=1", "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--include-dashboard=false")
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *common, *options]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environment = clean_environment(DS_ACCELERATOR="cpu", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="1")
+    return subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+
+
+def kill_node(node: subprocess.Popen[bytes]) -> None:
+    """As by a power cut: all processes of the node at once."""
+    for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    node.wait()
+
+
+@pytest.mark.timeout(900)
+def test_a_lost_node_costs_its_trial_no_epoch(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    longer = {"training.epochs": 60, "training.patience": 60}
+    options = {"scheduler": "none", "final_seeds": [], "resources_per_trial": {"workers": 1, "cpus": 1}, "overrides": longer}
+    path = write_space(tmp_path, {"training.seed": {"choices": [0, 1]}}, algorithm="grid", **options)
+    folder = tmp_path / "sweeps" / "sweep"
+    head = ray_node("--head", f"--port={address.rpartition(':')[2]}")
+    other = ray_node(f"--address={address}")
+    try:
+        process = start(path, "--address", address, "--nodes", "2")
+
+        def both_run() -> bool:
+            trials = load_trials(folder)
+            return len(trials) == 2 and all(len(valid_lines(trial)) > 3 for trial in trials)
+
+        wait_until(process, path, both_run)
+        kill_node(other)
+        assert process.wait(timeout=600) == 0, path.with_suffix(".log").read_text()[-6000:]
+    finally:
+        kill_node(head)
+    text = path.with_suffix(".log").read_text()
+    assert "2 at a time" in text
+    assert text.count("failed and is started again") == 1
+    trials = load_trials(folder)
+    assert [trial.state for trial in trials] == ["finished", "finished"]
+    logs = [(folder / "trials" / f"{trial.name}.log").read_text() for trial in trials]
+    assert sum("going on from train-step" in log for log in logs) == 1, "the lost trial alone goes on from its checkpoint"
+    for trial in trials:
+        assert [line["epoch"] for line in valid_lines(trial) if line["stage"] == "train"] == list(range(1, 61))
