@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.train import Result, ScalingConfig, get_context
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -33,7 +34,7 @@ from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import CHECKPOINTS, CONFIG, dump_config
 from mltfr_dist.tuning.space import SweepConfig, TrialResources, with_values
-from mltfr_dist.tuning.trials import METRICS, TRIALS, Trial, Validation, load_trial
+from mltfr_dist.tuning.trials import DIED, METRICS, TRIALS, Trial, Validation, load_trial
 
 EPOCH, OBJECTIVE, NUMBER = "epoch", "objective", "trial"
 OWNER = "owner"
@@ -271,11 +272,13 @@ def describe(error: BaseException) -> str:
     if isinstance(error, WorkerGroupError):
         failures = [unwrapped(cause) for _, cause in sorted(error.worker_failures.items())]
         error = next((cause for cause in failures if not isinstance(cause, OtherRankError)), failures[0])
+    if isinstance(error, RayActorError):
+        return DIED
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
 
 
 def unwrapped(error: BaseException) -> BaseException:
     """What a worker raised, out of what Ray puts around it."""
-    inner = getattr(error, "cause", None) or error.__cause__
+    inner = getattr(error, "cause", None) or getattr(error, "health_check_failure", None) or error.__cause__
     return unwrapped(inner) if isinstance(inner, BaseException) else error

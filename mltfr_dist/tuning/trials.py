@@ -25,6 +25,8 @@ MRR = "MRR"
 VALID = '{"kind": "valid"'
 """How a validation's line begins (training/tracking.py)."""
 
+DIED = "its process has died (out of memory, or its node was lost)"
+
 
 class Ended(Section):
     """Why a trial will not go on, though its run is not finished."""
@@ -114,7 +116,7 @@ class Trial:
         """Why the last attempt failed."""
         if self.failure.exists():
             return self.failure.read_text().strip()
-        return f"its process has died (out of memory, or its node was lost); its output is in {self.name}.log"
+        return f"{DIED}; its output is in {self.name}.log"
 
     def _changed(self, **changes: Any) -> Trial:
         return replace(self, record=self.record.model_copy(update=changes)).save()

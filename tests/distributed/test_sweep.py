@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import yaml
 from support import REPOSITORY, clean_environment, read_lines, run_ranks, tiny_config
 
@@ -44,11 +46,11 @@ def write_space(folder: Path, search: dict[str, Any], **changes: Any) -> Path:
     return path
 
 
-def start(path: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(path: Path, *overrides: str, **variables: str) -> subprocess.Popen[str]:
     """The command, in a session of its own."""
     log = path.with_suffix(".log").open("a")
     command = [sys.executable, str(REPOSITORY / "tuning" / "sweep.py"), str(path), *overrides]
-    environment = clean_environment(DS_ACCELERATOR="cpu")
+    environment = clean_environment(DS_ACCELERATOR="cpu", **variables)
     return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True, cwd=path.parent)
 
 
@@ -191,12 +193,12 @@ def test_a_population_hands_on_its_weights(tmp_path: Path) -> None:
         assert len(same) >= 2, "its record begins as that of the trial whose weights it has"
 
 
-def ray_node(*options: str) -> subprocess.Popen[bytes]:
+def ray_node(environment: dict[str, str], *options: str) -> subprocess.Popen[bytes]:
     """A node of a Ray cluster, with one CPU."""
-    common = ("--block", "--num-cpus=1", "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--include-dashboard=false")
+    free_ports = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
+    common = ("--block", "--num-cpus=1", "--disable-usage-stats", *free_ports)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *common, *options]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = clean_environment(DS_ACCELERATOR="cpu", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="1")
     return subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
 
 
@@ -212,15 +214,21 @@ def kill_node(node: subprocess.Popen[bytes]) -> None:
 def test_a_lost_node_costs_its_trial_no_epoch(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        port = free.getsockname()[1]
+    address = f"{ray.util.get_node_ip_address()}:{port}"
+    token = tmp_path / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    protected = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}  # as slurm/sweep.sbatch does
+    environment = clean_environment(DS_ACCELERATOR="cpu", **protected)
     longer = {"training.epochs": 60, "training.patience": 60}
     options = {"scheduler": "none", "final_seeds": [], "resources_per_trial": {"workers": 1, "cpus": 1}, "overrides": longer}
     path = write_space(tmp_path, {"training.seed": {"choices": [0, 1]}}, algorithm="grid", **options)
     folder = tmp_path / "sweeps" / "sweep"
-    head = ray_node("--head", f"--port={address.rpartition(':')[2]}")
-    other = ray_node(f"--address={address}")
+    head = ray_node(environment, "--head", f"--port={port}", "--include-dashboard=false")
+    other = ray_node(environment, f"--address={address}")
     try:
-        process = start(path, "--address", address, "--nodes", "2")
+        process = start(path, "--address", address, "--nodes", "2", **protected)
 
         def both_run() -> bool:
             trials = load_trials(folder)
@@ -233,7 +241,7 @@ def test_a_lost_node_costs_its_trial_no_epoch(tmp_path: Path) -> None:
         kill_node(head)
     text = path.with_suffix(".log").read_text()
     assert "2 at a time" in text
-    assert text.count("failed and is started again") == 1
+    assert text.count("failed and is started again: its process has died") == 1
     trials = load_trials(folder)
     assert [trial.state for trial in trials] == ["finished", "finished"]
     logs = [(folder / "trials" / f"{trial.name}.log").read_text() for trial in trials]
