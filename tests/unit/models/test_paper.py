@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 
 import published
 import pytest
 import torch
-from support import tiny_config
+from support import tiny_config, write_table
 from torch import Tensor
 from torch.nn import functional as F
 
-from mltfr_dist.config import ConsensusConfig, ExpertConfig, FilterConfig, MLTFRConfig, RouterConfig
+from mltfr_dist.config import ConsensusConfig, ExpertConfig, FilterConfig, MLTFRConfig, RouterConfig, RunConfig
 from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.data.stream import Part
 from mltfr_dist.distributed.fisher import batch_mean_squares
@@ -23,11 +23,13 @@ from mltfr_dist.models.consensus import merge
 from mltfr_dist.models.draws import GumbelNoise, gumbel, history_keys
 from mltfr_dist.models.experts import ExpertCore
 from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.token_filter import TokenFilter
 from mltfr_dist.repairs import as_published
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
+from mltfr_dist.tuning.space import with_values
 
-DIM, LAMBDA = 8, 0.3
+DIM, LAMBDA, STEPS = 8, 0.3, 4
 WIDTHS, ROWS = (6, 6, 5), (40, 30, 20)
 GROUP = [0, 1]
 HISTORIES = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8], [7]]
@@ -74,33 +76,34 @@ def embeddings() -> Tensor:
     return (x * (item_ids() != 0)[..., None]).requires_grad_()
 
 
-def noise_of(mltfr: MLTFR, m: int) -> Tensor:
+def noise_of(mltfr: MLTFR, m: int, ids: Tensor) -> Tensor:
     """[B, V_m] the noise that the filter draws."""
     token_filter = mltfr.filters[m]
     assert isinstance(token_filter, TokenFilter)
-    drawn = mltfr._noise(token_filter, history_keys(item_ids())[:, -1], torch.arange(ROWS[m]))
+    drawn = mltfr._noise(token_filter, history_keys(ids)[:, -1], torch.arange(mltfr.table(m).num_rows))
     assert drawn is not None
     return drawn.part(slice(None)).double()
 
 
-def stated(mltfr: MLTFR, x: Tensor) -> Tensor:
+def stated(mltfr: MLTFR, x: Tensor, ids: Tensor) -> Tensor:
     """What is added to block 0's output, by the independent statement."""
-    valid = item_ids() != 0
+    valid, expert = ids != 0, mltfr.config.expert
     u = published.user_vectors(x, valid)
     memories, experts = [], []
     for m, core in enumerate(mltfr.cores):
         projection, top_k = mltfr.filters[m].projection, mltfr.filters[m].num_kept
-        tau = float(mltfr.filters[m].temperature)
-        ids, weights = published.kept(u, mltfr.table(m).rows, projection.weight, projection.bias, noise_of(mltfr, m), tau, top_k)
-        memories.append(published.memory(mltfr.table(m).rows, ids, weights))
-        experts.append(published.expert(x, memories[m], dict(core.named_parameters()), 4, 3))
+        noise, tau, rows = noise_of(mltfr, m, ids), float(mltfr.filters[m].temperature), mltfr.table(m).rows
+        tokens, weights = published.kept(u, rows, projection.weight, projection.bias, noise, tau, top_k)
+        memories.append(published.memory(rows, tokens, weights))
+        experts.append(published.expert(x, memories[m], dict(core.named_parameters()), expert.num_heads, expert.head_dim))
     linear, times = mltfr.router.linear, 2 if mltfr.config.router.double_softmax else 1
     consensus = None
     if mltfr.consensus is not None:
-        shared = published.consensus_memory([memories[m] for m in GROUP])
-        consensus = published.expert(x, shared, dict(mltfr.consensus.named_buffers()), 4, 3)
-    added = published.output(published.gate(x, linear.weight, linear.bias, times), experts, consensus, LAMBDA)
-    return added * valid[..., None]
+        shared = published.consensus_memory([memories[m] for m in mltfr.consensus_members])
+        parameters = dict(mltfr.consensus.named_buffers())
+        consensus = published.expert(x, shared, parameters, expert.num_heads, expert.head_dim)
+    pi = published.gate(x, linear.weight, linear.bias, times)
+    return published.output(pi, experts, consensus, mltfr.config.consensus.weight) * valid[..., None]
 
 
 @pytest.mark.parametrize("consensus", [False, True])
@@ -111,7 +114,7 @@ def test_forward_and_gradients_equal_the_statement(top_k: int, double_softmax: b
     outputs = []
     for function, gradients in (
         (lambda x: mltfr(x, item_ids() != 0, item_ids())[0], found_gradients),
-        (lambda x: stated(mltfr, x), stated_gradients),
+        (lambda x: stated(mltfr, x, item_ids()), stated_gradients),
     ):
         x = embeddings()
         output = function(x)
@@ -146,12 +149,12 @@ def test_the_noise_is_the_stated_gumbel_noise_and_is_keyed_by_step_user_and_tabl
     uniform = torch.rand(1000, dtype=torch.float64)
     torch.testing.assert_close(gumbel(uniform), published.gumbel(uniform), **EXACT)
     mltfr = make(3)
-    first = [noise_of(mltfr, m) for m in range(3)]
-    assert torch.equal(first[0], noise_of(mltfr, 0))
+    first = [noise_of(mltfr, m, item_ids()) for m in range(3)]
+    assert torch.equal(first[0], noise_of(mltfr, 0, item_ids()))
     assert not (first[0][0] == first[0][1]).any()  # users
     assert not (first[0][:, :20] == first[2]).any()  # tables
     mltfr.step = 7
-    assert not (first[0] == noise_of(mltfr, 0)).any()  # steps
+    assert not (first[0] == noise_of(mltfr, 0, item_ids())).any()  # steps
     many = GumbelNoise(torch.arange(500), torch.arange(400), 1.0).part(slice(None)).double()
     assert abs(float(many.mean()) - 0.5772) < 0.02  # Euler's constant
     assert abs(float(many.var()) - 1.6449) < 0.03  # pi^2 / 6
@@ -201,3 +204,63 @@ def test_fisher_and_merge_equal_the_statement(tmp_path: Path) -> None:
     fishers = [{"w": torch.rand(4, 3, dtype=torch.float64) * 1e-11} for _ in range(3)]
     torch.testing.assert_close(merge(group, fishers, normalise=False)["w"], published.merge(group, fishers)["w"], **EXACT)
     assert not torch.allclose(merge(group, fishers)["w"], published.merge(group, fishers)["w"])
+
+
+def procedure(config: RunConfig, model_of: Callable[[bool], Recommender], *, by_statement: bool) -> dict[str, Tensor]:
+    """Both stages by plain Adam on whole batches: losses, Fisher, consensus expert, and the parameters at each stage's end."""
+    found: dict[str, Tensor] = {}
+    merged: dict[str, Tensor] = {}
+    for stage in ("train", "consensus"):
+        model = model_of(stage == "consensus")
+        mltfr = model.mltfr
+        assert mltfr is not None
+        if merged:
+            mltfr.consensus.load_state_dict(merged)
+        if by_statement:
+            mltfr.forward = lambda x, valid, ids, m=mltfr: (stated(m, x, ids), m._stats(m.router(x)))
+        optimizer = torch.optim.Adam(model.parameters(), config.optimizer.learning_rate)
+        batches = [step.micro_batches[0] for step in islice(train_stream(config, Part(0, 1, 16, 16)).epoch(0), STEPS)]
+        losses = []
+        for mltfr.step, batch in enumerate(batches):
+            losses.append(model(batch).loss_sum / batch.num_targets)
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        found[f"{stage} losses"] = torch.stack(losses).detach()
+        found |= {f"{stage} {name}": p.detach() for name, p in model.named_parameters()}
+        if stage == "train":
+            cores = [{name: p.detach() for name, p in mltfr.cores[m].named_parameters()} for m in GROUP]
+            if by_statement:
+                after = [model(batch).loss_sum / batch.num_targets for batch in batches]
+                fishers = published.batch_mean_fisher(after, [dict(mltfr.cores[m].named_parameters()) for m in GROUP])
+                merged = published.merge(cores, fishers)
+            else:
+                steps = islice(train_stream(config, Part(0, 1, 16, 16)).epoch(0), STEPS)
+                every = batch_mean_squares(model, steps, ONE)
+                fishers = [every[m] for m in GROUP]
+                merged = merge(cores, fishers, normalise=False)
+            found |= {f"fisher {m} {name}": t for m, f in zip(GROUP, fishers, strict=True) for name, t in f.items()}
+            found |= {f"merged {name}": t for name, t in merged.items()}
+    return found
+
+
+def test_the_two_stages_equal_the_statement(tmp_path: Path) -> None:
+    """Stage 1 with a random consensus expert, Fisher, merge, and stage 2 from a fresh start, tables trained throughout."""
+    tables = [write_table(tmp_path / "tables", name, num_rows=50, dim=12, seed=7 + i) for i, name in enumerate("abc")]
+    group = {"mltfr__consensus__group": ["a", "b"], "mltfr__consensus__weight": LAMBDA, "optimizer__learning_rate": 0.01}
+    base = tiny_config(tmp_path, mltfr__tables=[str(t) for t in tables], loss__name="bce", **group)
+    config = with_values(as_published(base, scopes=["method"]), {"mltfr.filter.top_k": 3})
+    inputs = load_inputs(config)
+
+    def model_of(with_consensus: bool) -> Recommender:
+        return build_model(config, inputs, with_consensus=with_consensus).double().eval()
+
+    found = procedure(config, model_of, by_statement=False)
+    expected = procedure(config, model_of, by_statement=True)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+    start = dict(model_of(False).named_parameters())
+    for part in ("mltfr.tables.0.rows", "mltfr.filters.2.projection.weight", "mltfr.cores.1.value.weight"):
+        assert (found[f"train {part}"] - start[part]).abs().max() > 1e-4, part
+        assert (found[f"train {part}"] - found[f"consensus {part}"]).abs().max() > 1e-7, "the stages differ by their expert"
