@@ -27,7 +27,7 @@ sweep-demo: $(BIN)/.ready data/.demo-ready  ## search filter ratio, tables and l
 	@$(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu OMP_NUM_THREADS=1) $(BIN)/mltfr sweep tuning/spaces/demo.yaml
 
 test: $(BIN)/.ready  ## run the tests (real DeepSpeed processes included)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not integration and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration and not slow"
 
 integration: $(BIN)/.ready  ## run the longer tests: real launchers, killed and resumed runs, Slurm, two hosts
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs --durations=15 -m "integration and not slow"

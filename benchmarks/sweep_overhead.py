@@ -20,9 +20,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 START_RAY = """
-import os
-from mltfr_dist.tuning.sweep import ENVIRONMENT, LOOPBACK
-os.environ.update(ENVIRONMENT | LOOPBACK)
+from mltfr_dist.tuning.environment import LOOPBACK, set_environment
+set_environment(LOOPBACK)
 import ray
 ray.init(address="local", include_dashboard=False, log_to_driver=False)
 ray.shutdown()

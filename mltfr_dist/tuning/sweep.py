@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,26 +18,9 @@ from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import dump_config, read_yaml
 from mltfr_dist.tuning import report
 from mltfr_dist.tuning.checks import BASE, SWEEP, check_folder, check_inputs, check_machine, check_space
+from mltfr_dist.tuning.environment import LOOPBACK, set_environment
 from mltfr_dist.tuning.space import Domain, SweepConfig, nested, with_values
 from mltfr_dist.tuning.trials import load_trials
-
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a trial's output goes to its own log
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process a trial; Slurm's signal and a lost node are seen without it
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a trial's end is seen that much later at most, instead of 2 s
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run writes its own TensorBoard page
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # driver.py has its own
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
-"""What is set before Ray is imported, where the user has not set it."""
-
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""The same for a Ray of our own: without clusters it takes 127.0.0.1 for its node and listens there alone (on every system,
-whatever the name says); asked for that address in any other way, it listens on all interfaces."""
 
 FINAL = "final"
 """In a sweep's folder: by trial, the runs of the chosen configuration, laid out as a sweep."""
@@ -107,8 +89,7 @@ def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1)
     if address is None:
         check_machine(sweep)
     check_inputs(sweep, base)  # last, for it reads files of any size
-    for name, value in (ENVIRONMENT | (LOOPBACK if address is None else {})).items():
-        os.environ.setdefault(name, value)
+    set_environment(LOOPBACK if address is None else {})
     from mltfr_dist.tuning.cluster import ray_cluster  # imports Ray, which reads its environment then
     from mltfr_dist.tuning.driver import run_trials
 

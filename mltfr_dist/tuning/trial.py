@@ -33,6 +33,7 @@ from mltfr_dist.errors import ConfigError, OtherRankError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import CHECKPOINTS, CONFIG, dump_config
+from mltfr_dist.tuning.environment import set_environment
 from mltfr_dist.tuning.space import SweepConfig, TrialResources, with_values
 from mltfr_dist.tuning.trials import DIED, METRICS, TRIALS, Trial, Validation, load_trial
 
@@ -76,6 +77,7 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any], setting: TrialSetting) -> None:
         """Called by Tune in a new process."""
         os.chdir(setting.directory)
+        set_environment()  # a cluster that was there before the sweep does not have it
         self.setting, self.values = setting, {key: value for key, value in config.items() if key != NUMBER}
         self.record = load_trial(setting.folder, config[NUMBER])
         self.group = setting.folder / TRIALS / f"{config[NUMBER]:04d}.group"
