@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def measure(options: argparse.Namespace) -> None:
     config = validate(
         RunConfig,
         {
-            "data": {"path": str(options.data), "max_len": options.max_len},
+            "data": {"path": str(options.data), "max_len": options.max_len, "last_batch": "drop"},
             "mltfr": {
                 "enabled": options.tables is not None,
                 "tables": sorted(str(p) for p in options.tables.iterdir()) if options.tables else [],
@@ -82,7 +83,8 @@ def measure(options: argparse.Namespace) -> None:
     model = build_model(config, load_inputs(config, verify=False), ranks, with_consensus=False)
     engine = Engine(model, config, ranks, make_part(config, ranks), 1)
     started, times = 0.0, []
-    for step, batches in enumerate(train_stream(config, engine.part).epoch(0)):
+    stream = train_stream(config, engine.part)
+    for step, batches in enumerate(islice(chain.from_iterable(map(stream.epoch, count())), options.steps + 2)):
         if step == 2:  # warm
             counted.clear()
         ranks.barrier()
@@ -90,8 +92,6 @@ def measure(options: argparse.Namespace) -> None:
         engine.update(batches, step)
         ranks.barrier()
         times.append(time.perf_counter() - started)
-        if step == options.steps + 1:
-            break
     if ranks.is_main:
         trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         steps = len(times) - 2
