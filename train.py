@@ -14,14 +14,32 @@ from mltfr_dist.resolve import resolve_config
 def main(arguments: list[str] | None = None) -> int:
     """Train; returns the exit code."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=config_epilog(), formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=config_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", help=f"start from a complete configuration: {', '.join(PRESETS)}")
+    parser.add_argument(
+        "--preset", help=f"start from a complete configuration: {', '.join(PRESETS)}"
+    )
     parser.add_argument("--config", help="YAML file; its keys go over the preset's")
-    parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from the run folder (default: auto)")
-    parser.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers pass it; the environment has it too
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys, such as optimizer.learning_rate=0.0005")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="go on from the run folder (default: auto)",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the complete configuration and stop"
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", help=argparse.SUPPRESS
+    )  # launchers pass it; the environment has it too
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="dotted keys, such as optimizer.learning_rate=0.0005",
+    )
     options = parser.parse_args(arguments)
     try:
         config = resolve_config(options.preset, options.config, options.overrides)

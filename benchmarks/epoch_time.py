@@ -31,7 +31,11 @@ def config_for(options: argparse.Namespace, variant: str) -> RunConfig:
         RunConfig,
         {
             "data": {"path": str(options.data), "max_len": options.max_len},
-            "mltfr": {"enabled": variant != "bare", "tables": tables, "filter": {"shortlist_size": shortlist}},
+            "mltfr": {
+                "enabled": variant != "bare",
+                "tables": tables,
+                "filter": {"shortlist_size": shortlist},
+            },
             "training": {"global_batch_size": options.batch},
         },
         source="the benchmark",
@@ -53,9 +57,15 @@ def seconds(engine: Engine, config: RunConfig, epoch: int, max_steps: int) -> tu
 
 def main() -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tables", type=Path, help="folder of token tables; without it only the bare backbone is measured")
+    parser.add_argument(
+        "--tables",
+        type=Path,
+        help="folder of token tables; without it only the bare backbone is measured",
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--max-len", type=int, default=100)
     parser.add_argument("--shortlist", type=int, default=2048)

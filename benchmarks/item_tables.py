@@ -42,9 +42,13 @@ GIB = 2**30
 def random_step(options: argparse.Namespace, step: int, rank: int, world_size: int) -> StepBatches:
     """Histories near Zipf's law, and negatives that all ranks share."""
     size, length, items = options.batch, options.max_len, options.items
-    drawn, _ = sample_shared(size * (length + 1), "log_uniform", num_items=items, seed=rank, epoch=0, step=step)
+    drawn, _ = sample_shared(
+        size * (length + 1), "log_uniform", num_items=items, seed=rank, epoch=0, step=step
+    )
     histories = torch.from_numpy(drawn).view(size, length + 1)
-    ids, log_probability = sample_shared(options.negatives, "uniform", num_items=items, seed=1 << 40, epoch=0, step=step)
+    ids, log_probability = sample_shared(
+        options.negatives, "uniform", num_items=items, seed=1 << 40, epoch=0, step=step
+    )
     batch = SequenceBatch(
         histories[:, :-1].contiguous(),
         histories[:, 1:].contiguous(),
@@ -102,14 +106,21 @@ def measure(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     with torch.no_grad():
         mask_seen(engine.module(ranking), ranking)
-    found = {"seconds": min(times[2:]), "peak": trained, "received": received, "ranking": time.perf_counter() - started}
+    found = {
+        "seconds": min(times[2:]),
+        "peak": trained,
+        "received": received,
+        "ranking": time.perf_counter() - started,
+    }
     found["ranking_peak"] = peak_memory_bytes() - trained
     Path(f"{options.output}.{ranks.rank}").write_text(json.dumps(found))
     stop_ranks()
     leave()
 
 
-def run_case(options: argparse.Namespace, items: int, gradients: str, num_ranks: int) -> dict[str, float] | str:
+def run_case(
+    options: argparse.Namespace, items: int, gradients: str, num_ranks: int
+) -> dict[str, float] | str:
     """What a case took: the slowest rank's, memory and bytes of the rank that needs most; or why there is nothing."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "found"
@@ -118,29 +129,41 @@ def run_case(options: argparse.Namespace, items: int, gradients: str, num_ranks:
         done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
         if done.returncode:
             return f"failed: {done.stderr.strip().splitlines()[-1]}"
-        found: list[dict[str, float]] = [json.loads(path.read_text()) for path in Path(scratch).iterdir()]
+        found: list[dict[str, float]] = [
+            json.loads(path.read_text()) for path in Path(scratch).iterdir()
+        ]
         return {key: max(one[key] for one in found) for key in found[0]}
 
 
 def main() -> None:
     """Measure every case and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10**5, 10**6, 10**7], help="rows of the item table")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[10**5, 10**6, 10**7], help="rows of the item table"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, default=32, help="sequences of a rank")
     parser.add_argument("--max-len", type=int, default=50)
     parser.add_argument("--negatives", type=int, default=256)
-    parser.add_argument("--users", type=int, default=4, help="users ranked among all items at a time")
+    parser.add_argument(
+        "--users", type=int, default=4, help="users ranked among all items at a time"
+    )
     parser.add_argument("--stage", type=int, default=1, help="ZeRO stage")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--limit", type=float, default=12.0, help="GiB that all ranks together may need")
+    parser.add_argument(
+        "--limit", type=float, default=12.0, help="GiB that all ranks together may need"
+    )
     parser.add_argument("--items", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--gradients", help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.output:
         return measure(options)
-    print("| items | gradients | ranks | step, s | peak, GiB a rank | received a step, MB | ranking users, s | GiB more |")
+    print(
+        "| items | gradients | ranks | step, s | peak, GiB a rank | received a step, MB | ranking users, s | GiB more |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for gradients in ("dense", "sparse"):
         for num_ranks in options.ranks:
@@ -149,7 +172,9 @@ def main() -> None:
                 row = f"| {items:,} | {gradients} | {num_ranks} |"
                 if len(known) > 1:
                     (few, low), (many, high) = known[-2:]
-                    peak = high["peak"] + (high["peak"] - low["peak"]) / (many - few) * (items - many)
+                    peak = high["peak"] + (high["peak"] - low["peak"]) / (many - few) * (
+                        items - many
+                    )
                     if peak * num_ranks > options.limit * GIB:
                         print(f"{row} not run | about {peak / GIB:.1f} | | | |", flush=True)
                         continue

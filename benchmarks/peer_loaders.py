@@ -38,8 +38,12 @@ def recbole_loader(sequences: np.ndarray, batch_size: int) -> Iterable[Any]:
         path = Path(folder) / "random" / "random.inter"
         path.parent.mkdir()
         columns = table(sequences)
-        header = "\t".join(f"{name}:{'float' if name == 'timestamp' else 'token'}" for name in columns)
-        np.savetxt(path, np.stack(list(columns.values()), axis=1), "%d", "\t", header=header, comments="")
+        header = "\t".join(
+            f"{name}:{'float' if name == 'timestamp' else 'token'}" for name in columns
+        )
+        np.savetxt(
+            path, np.stack(list(columns.values()), axis=1), "%d", "\t", header=header, comments=""
+        )
         settings = {
             "data_path": folder,
             "checkpoint_dir": folder,
@@ -62,9 +66,13 @@ def rectools_loader(sequences: np.ndarray, batch_size: int) -> Iterable[Any]:
     from rectools.models.nn.transformers.sasrec import SASRecDataPreparator
 
     columns = table(sequences)
-    interactions = pandas.DataFrame({Columns.User: columns["user_id"], Columns.Item: columns["item_id"], Columns.Weight: 1.0})
+    interactions = pandas.DataFrame(
+        {Columns.User: columns["user_id"], Columns.Item: columns["item_id"], Columns.Weight: 1.0}
+    )
     interactions[Columns.Datetime] = pandas.to_datetime(columns["timestamp"], unit="s")
-    preparator = SASRecDataPreparator(session_max_len=LENGTH, batch_size=batch_size, dataloader_num_workers=0)
+    preparator = SASRecDataPreparator(
+        session_max_len=LENGTH, batch_size=batch_size, dataloader_num_workers=0
+    )
     preparator.process_dataset_train(Dataset.construct(interactions))
     return preparator.get_dataloader_train()
 

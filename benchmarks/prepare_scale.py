@@ -25,16 +25,24 @@ import pyarrow.parquet as pq
 ROWS_PER_GROUP = 1_000_000
 
 
-def write_interactions(path: Path, num_interactions: int, num_users: int, num_items: int, exponent: float) -> None:
+def write_interactions(
+    path: Path, num_interactions: int, num_users: int, num_items: int, exponent: float
+) -> None:
     """A Parquet file of synthetic interactions; the item of rank r is drawn with probability ~ r ** -exponent."""
     random = np.random.default_rng(0)
     share = np.cumsum(np.arange(1, num_items + 1) ** -exponent)
-    schema = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", pa.int64())])
+    schema = pa.schema(
+        [("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", pa.int64())]
+    )
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, num_interactions, ROWS_PER_GROUP):
             rows = min(ROWS_PER_GROUP, num_interactions - start)
             items = np.searchsorted(share, random.random(rows) * share[-1])
-            columns = [random.integers(0, num_users, rows), items * 7919 % 1_000_003, random.integers(1.5e9, 1.7e9, rows)]
+            columns = [
+                random.integers(0, num_users, rows),
+                items * 7919 % 1_000_003,
+                random.integers(1.5e9, 1.7e9, rows),
+            ]
             writer.write_table(pa.table(columns, schema=schema))
 
 
@@ -55,7 +63,10 @@ def prepare(source: Path, output: Path, memory: str) -> tuple[float, float]:
     with subprocess.Popen(command) as process:
         while process.poll() is None:
             try:
-                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                family = [
+                    psutil.Process(process.pid),
+                    *psutil.Process(process.pid).children(recursive=True),
+                ]
                 peak = max(peak, sum(member.memory_info().rss for member in family))
             except psutil.NoSuchProcess:
                 continue
@@ -77,7 +88,9 @@ def digest(folder: Path) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("data/scale"))
     parser.add_argument("--interactions", type=float, default=1e6)
     parser.add_argument("--users", type=float, default=1e5)
@@ -90,7 +103,9 @@ def main() -> None:
     source = options.folder / f"interactions-{rows}.parquet"
     if not source.exists():
         write_interactions(source, rows, int(options.users), int(options.items), options.exponent)
-    print(f"{rows:,} interactions, {source.stat().st_size / 1e9:.2f} GB, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{rows:,} interactions, {source.stat().st_size / 1e9:.2f} GB, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
     results = []
     for memory in options.memory:
         output = options.folder / "prepared"

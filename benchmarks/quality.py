@@ -46,7 +46,9 @@ def vary(config: RunConfig, fields: dict[str, Any]) -> RunConfig:
 def one_stage(config: RunConfig) -> RunConfig:
     """The epochs of both stages in one."""
     if config.mltfr.consensus.enabled:
-        config = vary(config, {"training.epochs": config.training.epochs + config.training.consensus_epochs})
+        config = vary(
+            config, {"training.epochs": config.training.epochs + config.training.consensus_epochs}
+        )
     return config
 
 
@@ -76,7 +78,11 @@ def group_of_one_width(base: RunConfig) -> dict[str, Any]:
     stored = [load_table(path) for path in base.mltfr.tables]
     widths = [table.rows.shape[1] for table in stored]
     width = max(widths, key=lambda w: (widths.count(w), -widths.index(w)))
-    return {"mltfr.consensus.group": [table.name for table, w in zip(stored, widths, strict=True) if w == width]}
+    return {
+        "mltfr.consensus.group": [
+            table.name for table, w in zip(stored, widths, strict=True) if w == width
+        ]
+    }
 
 
 def paper(base: RunConfig) -> RunConfig:
@@ -190,7 +196,14 @@ def num_parameters(config: RunConfig) -> int:
         tables = [torch.empty(table.rows.shape) for table in inputs.tables]
         features = None if inputs.item_features is None else torch.empty(inputs.item_features.shape)
         sizes = {"num_items": inputs.manifest.num_items, "max_len": config.data.max_len}
-        model = Recommender(config.backbone, config.mltfr, config.loss, table_rows=tables, item_features=features, **sizes)
+        model = Recommender(
+            config.backbone,
+            config.mltfr,
+            config.loss,
+            table_rows=tables,
+            item_features=features,
+            **sizes,
+        )
     return sum(p.numel() for p in model.parameters())
 
 
@@ -201,9 +214,15 @@ def plan(base: RunConfig, options: argparse.Namespace) -> list[tuple[str, RunCon
         for data in options.data or [base.data.path]:
             for backbone in options.backbones or [base.backbone.name]:
                 for name in options.variants:
-                    config = vary(base, {"data.path": str(data), "backbone.name": backbone, "training.seed": seed})
+                    config = vary(
+                        base,
+                        {"data.path": str(data), "backbone.name": backbone, "training.seed": seed},
+                    )
                     config = variant(name)(config)
-                    update = {"name": f"{config.data.path.name}-{backbone}-{name}-{seed}", "runs_dir": options.runs}
+                    update = {
+                        "name": f"{config.data.path.name}-{backbone}-{name}-{seed}",
+                        "runs_dir": options.runs,
+                    }
                     runs.append((name, config.model_copy(update={**update, "baselines": ()})))
     return runs
 
@@ -230,19 +249,41 @@ def run(config: RunConfig, launcher: Sequence[str]) -> Result | None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("matrix", type=Path, help="Parquet file that rows are added to")
-    parser.add_argument("--data", type=Path, nargs="+", help="prepared data sets (default: the configuration's)")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", help="prepared data sets (default: the configuration's)"
+    )
     parser.add_argument("--backbones", nargs="+", help="backbones (default: the configuration's)")
     parser.add_argument(
-        "--variants", nargs="+", default=CONTROLS, help=f"any of {', '.join(VARIANTS)} (default: {', '.join(CONTROLS)})"
+        "--variants",
+        nargs="+",
+        default=CONTROLS,
+        help=f"any of {', '.join(VARIANTS)} (default: {', '.join(CONTROLS)})",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs")
-    parser.add_argument("--launcher", default=sys.executable, help="what starts train.py (default: this Python)")
-    parser.add_argument("--preset", default=None, help="base configuration (default: demo, unless --config is given)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/quality"), help="folder of the runs"
+    )
+    parser.add_argument(
+        "--launcher", default=sys.executable, help="what starts train.py (default: this Python)"
+    )
+    parser.add_argument(
+        "--preset",
+        default=None,
+        help="base configuration (default: demo, unless --config is given)",
+    )
     parser.add_argument("--config", help="base configuration as YAML, over the preset's")
-    parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[], dest="overrides", help="over the base configuration")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=[],
+        dest="overrides",
+        help="over the base configuration",
+    )
     return parser
 
 
@@ -250,14 +291,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing from the matrix; returns the exit code."""
     options = build_parser().parse_args(arguments)
     try:
-        base = resolve_config(options.preset or (None if options.config else "demo"), options.config, options.overrides)
+        base = resolve_config(
+            options.preset or (None if options.config else "demo"),
+            options.config,
+            options.overrides,
+        )
         rows = read_rows(options.matrix)
-        runs = [(name, config) for name, config in plan(base, options) if not is_done(rows, name, config)]
+        runs = [
+            (name, config)
+            for name, config in plan(base, options)
+            if not is_done(rows, name, config)
+        ]
         print(f"{len(runs)} runs to do, {len(rows)} rows in {options.matrix}", flush=True)
         for name, config in runs:
             result = run(config, shlex.split(options.launcher))
             if result is None:
-                print(f"{config.folder} failed: the matrix stops here.", file=sys.stderr, flush=True)
+                print(
+                    f"{config.folder} failed: the matrix stops here.", file=sys.stderr, flush=True
+                )
                 return 1
             append_row(options.matrix, make_row(name, config, result, commit()))
     except MltfrError as error:

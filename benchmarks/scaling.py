@@ -53,7 +53,9 @@ def count_collectives(counted: Counter[str]) -> None:
     def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*given: Any, **named: Any) -> Any:
             output: torch.Tensor = [*given, *named.values()][0]
-            counted[name] += round(RECEIVED[name](output.numel() * output.element_size(), dist.get_world_size()))
+            counted[name] += round(
+                RECEIVED[name](output.numel() * output.element_size(), dist.get_world_size())
+            )
             return call(*given, **named)
 
         return wrapped
@@ -73,7 +75,9 @@ def measure(options: argparse.Namespace) -> None:
             "data": {"path": str(options.data), "max_len": options.max_len, "last_batch": "drop"},
             "mltfr": {
                 "enabled": options.tables is not None,
-                "tables": sorted(str(p) for p in options.tables.iterdir()) if options.tables else [],
+                "tables": sorted(str(p) for p in options.tables.iterdir())
+                if options.tables
+                else [],
             },
             "training": {"global_batch_size": options.batch * ranks.world_size},
             "deepspeed": str(REPOSITORY / "ds_configs" / f"zero{options.stage}.json"),
@@ -84,7 +88,9 @@ def measure(options: argparse.Namespace) -> None:
     engine = Engine(model, config, ranks, make_part(config, ranks), 1)
     started, times = 0.0, []
     stream = train_stream(config, engine.part)
-    for step, batches in enumerate(islice(chain.from_iterable(map(stream.epoch, count())), options.steps + 2)):
+    for step, batches in enumerate(
+        islice(chain.from_iterable(map(stream.epoch, count())), options.steps + 2)
+    ):
         if step == 2:  # warm
             counted.clear()
         ranks.barrier()
@@ -95,7 +101,11 @@ def measure(options: argparse.Namespace) -> None:
     if ranks.is_main:
         trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         steps = len(times) - 2
-        found = {"seconds": sum(times[2:]) / steps, "trained": trained, "bytes": {k: v / steps for k, v in counted.items()}}
+        found = {
+            "seconds": sum(times[2:]) / steps,
+            "trained": trained,
+            "bytes": {k: v / steps for k, v in counted.items()},
+        }
         Path(options.output).write_text(json.dumps(found))
     stop_ranks()
     leave()
@@ -107,7 +117,9 @@ def run_at_once(groups: list[int]) -> list[dict[str, Any]]:
         running = []
         for number, num_ranks in enumerate(groups):
             output = Path(scratch) / f"{number}.json"
-            command = torchrun(num_ranks, Path(__file__).resolve(), *sys.argv[1:], "--output", str(output))
+            command = torchrun(
+                num_ranks, Path(__file__).resolve(), *sys.argv[1:], "--output", str(output)
+            )
             pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
             running.append((output, subprocess.Popen(command, env=clean_environment(), **pipes)))  # type: ignore[call-overload]
         for _, process in running:
@@ -119,9 +131,15 @@ def run_at_once(groups: list[int]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure each number of ranks and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tables", type=Path, help="folder of token tables; without it the bare backbone is measured")
+    parser.add_argument(
+        "--tables",
+        type=Path,
+        help="folder of token tables; without it the bare backbone is measured",
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, default=32, help="sequences of a rank")
     parser.add_argument("--max-len", type=int, default=100)
@@ -140,15 +158,23 @@ def main() -> None:
             if num_ranks not in best or found["seconds"] < best[num_ranks]["seconds"]:
                 best[num_ranks] = found
             if num_ranks > 1:
-                speed = sum(options.batch / alone["seconds"] for alone in run_at_once([1] * num_ranks))
+                speed = sum(
+                    options.batch / alone["seconds"] for alone in run_at_once([1] * num_ranks)
+                )
                 apart[num_ranks] = max(speed, apart.get(num_ranks, 0.0))
     base = options.batch * options.ranks[0] / best[options.ranks[0]]["seconds"]
     for num_ranks, found in best.items():
         speed = options.batch * num_ranks / found["seconds"]
         limit = f"; unconnected {apart[num_ranks] / base:.2f} times" if num_ranks in apart else ""
-        print(f"{num_ranks} rank(s): {speed:8.1f} sequences/s, {speed / base:.2f} times the first{limit}")
+        print(
+            f"{num_ranks} rank(s): {speed:8.1f} sequences/s, {speed / base:.2f} times the first{limit}"
+        )
         bound = 2 * found["trained"] * (num_ranks - 1) / num_ranks
-        sent = ", ".join(f"{name} {size / 1e6:.3f} MB" for name, size in sorted(found["bytes"].items()) if size >= 1)
+        sent = ", ".join(
+            f"{name} {size / 1e6:.3f} MB"
+            for name, size in sorted(found["bytes"].items())
+            if size >= 1
+        )
         print(f"    a step: {sent or 'nothing'}; gradients need {bound / 1e6:.3f} MB")
     return None
 

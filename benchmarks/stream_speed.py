@@ -58,7 +58,13 @@ def write_data(folder: Path, num_sequences: int, length: int) -> None:
         writer.add(PackedSequences(items, np.arange(0, len(items) + 1, length), users))
     train, empty = writer.finish(), SplitInfo(num_sequences=0, num_items=0, max_length=0, shards=())
     report = PrepareReport(
-        rows_read=0, duplicates_dropped=0, core_rounds=(), ties=0, train_only_users=0, short_train_sequences=0, cold_targets={}
+        rows_read=0,
+        duplicates_dropped=0,
+        core_rounds=(),
+        ties=0,
+        train_only_users=0,
+        short_train_sequences=0,
+        cold_targets={},
     )
     manifest = Manifest(
         num_users=num_sequences,
@@ -97,7 +103,12 @@ def plain_webdataset(folder: Path, batch_size: int, num_sequences: int) -> Itera
             row[: len(items)] = items
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 
-    data = webdataset.WebDataset(str(path), shardshuffle=False).shuffle(1000).decode().to_tuple("items.npy")
+    data = (
+        webdataset.WebDataset(str(path), shardshuffle=False)
+        .shuffle(1000)
+        .decode()
+        .to_tuple("items.npy")
+    )
     for history, _ in data.batched(batch_size, collation_fn=to_batch):
         yield len(history)
 
@@ -118,12 +129,18 @@ def report(name: str, total: int, wall: float, processor: float) -> float:
 def measure_peer(name: str, python: Path, folder: Path) -> float:
     """Run a peer's loader over the first sequences of ``folder``; returns sequences a processor-second."""
     manifest, few = load_manifest(folder), PEER_SEQUENCES[name]
-    first = read_shard(folder, manifest.splits["train"].shards[0], num_items=manifest.num_items).run(0, few)
+    first = read_shard(
+        folder, manifest.splits["train"].shards[0], num_items=manifest.num_items
+    ).run(0, few)
     path = folder.parent / f"{name}.npy"
     np.save(path, first.items.reshape(len(first), -1))
     script = Path(__file__).with_name("peer_loaders.py")
     command = [str(python), "-I", str(script), name, str(path), str(COMMON_BATCH)]
-    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    found = json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[
+            -1
+        ]
+    )
     samples, wall, processor = found["samples"], found["wall"], found["processor"]
     if name == "recbole":
         report(f"recbole, samples (prefixes), batch {COMMON_BATCH}", samples, wall, processor)
@@ -137,12 +154,16 @@ def resume(folder: Path, num_sequences: int, batch_size: int) -> None:
         write_data(folder, num_sequences, 2)
     process = psutil.Process()
     started, read = time.perf_counter(), process.io_counters().read_chars
-    stream = TrainStream(folder, DataConfig(path=folder), Part(0, 1, batch_size, batch_size), seed=0)
+    stream = TrainStream(
+        folder, DataConfig(path=folder), Part(0, 1, batch_size, batch_size), seed=0
+    )
     middle = stream.steps_per_epoch // 2
     next(stream.epoch(0, middle))
     seconds, read = time.perf_counter() - started, process.io_counters().read_chars - read
     of = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"resumed at step {middle:,} of {stream.steps_per_epoch:,}, {num_sequences:,} sequences: {seconds:.2f} s")
+    print(
+        f"resumed at step {middle:,} of {stream.steps_per_epoch:,}, {num_sequences:,} sequences: {seconds:.2f} s"
+    )
     print(f"read {read / 1e6:,.1f} MB of {of / 1e6:,.1f} MB, manifest included")
 
 
@@ -152,12 +173,18 @@ def wait_share(folder: Path, batch_size: int, steps: int) -> None:
     from mltfr_dist.schema import validate
     from mltfr_dist.training.inputs import build_model, load_inputs
 
-    values = {"data": {"path": str(folder)}, "mltfr": {"enabled": False}, "training": {"global_batch_size": batch_size}}
+    values = {
+        "data": {"path": str(folder)},
+        "mltfr": {"enabled": False},
+        "training": {"global_batch_size": batch_size},
+    }
     config = validate(RunConfig, values, source="the benchmark")
     model = build_model(config, load_inputs(config), with_consensus=False)
     optimizer = torch.optim.AdamW(model.parameters())
     waited = worked = 0.0
-    batches = islice(TrainStream(folder, config.data, Part(0, 1, batch_size, batch_size), seed=0).epoch(0), steps)
+    batches = islice(
+        TrainStream(folder, config.data, Part(0, 1, batch_size, batch_size), seed=0).epoch(0), steps
+    )
     while True:
         started = time.process_time()
         step = next(batches, None)
@@ -169,18 +196,26 @@ def wait_share(folder: Path, batch_size: int, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         worked += time.process_time() - started
-    print(f"bare SASRec on {folder}, batch {batch_size}: {waited / (waited + worked):.2%} of the time goes into the data")
+    print(
+        f"bare SASRec on {folder}, batch {batch_size}: {waited / (waited + worked):.2%} of the time goes into the data"
+    )
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("data/speed"))
     parser.add_argument("--sequences", type=float, default=300_000)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--recbole-python", type=Path, help="Python of an environment that has RecBole")
-    parser.add_argument("--rectools-python", type=Path, help="Python of an environment that has RecTools")
+    parser.add_argument(
+        "--recbole-python", type=Path, help="Python of an environment that has RecBole"
+    )
+    parser.add_argument(
+        "--rectools-python", type=Path, help="Python of an environment that has RecTools"
+    )
     parser.add_argument("--resume", type=float, help="sequences of the epoch to resume in")
     parser.add_argument("--wait", type=Path, help="prepared folder to train on")
     options = parser.parse_args()
@@ -190,14 +225,23 @@ def main() -> None:
         write_data(data, num_sequences, 51)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'':<44}{'sequences':>12}{'a second':>14}{'a processor-second':>18}")
-    sum(ours(data, 4096, options.workers))  # what a first epoch alone pays: imports, and files not yet in memory
+    sum(
+        ours(data, 4096, options.workers)
+    )  # what a first epoch alone pays: imports, and files not yet in memory
     speeds = {}
     for batch_size in sorted({*options.batch_sizes, COMMON_BATCH}):
-        speeds[batch_size] = measure(f"this stream, batch {batch_size}", ours(data, batch_size, options.workers))
+        speeds[batch_size] = measure(
+            f"this stream, batch {batch_size}", ours(data, batch_size, options.workers)
+        )
     few = min(num_sequences, 20_000)
     batches = plain_webdataset(options.folder, COMMON_BATCH, few)
-    others = {"webdataset": measure(f"WebDataset, one sample a member, batch {COMMON_BATCH}", batches)}
-    for name, python in (("recbole", options.recbole_python), ("rectools", options.rectools_python)):
+    others = {
+        "webdataset": measure(f"WebDataset, one sample a member, batch {COMMON_BATCH}", batches)
+    }
+    for name, python in (
+        ("recbole", options.recbole_python),
+        ("rectools", options.rectools_python),
+    ):
         if python is None:
             print(f"{name:<44}not measured: give --{name}-python")
         else:

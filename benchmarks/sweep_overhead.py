@@ -59,7 +59,9 @@ def timed(*command: str) -> float:
 
 def main() -> None:
     """Measure both and print the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tables", type=Path, required=True, help="folder of token tables")
     parser.add_argument("--trials", type=int, default=3)
@@ -75,7 +77,13 @@ def main() -> None:
             sweep = timed(sys.executable, "tuning/sweep.py", str(path)) - ray_seconds
             runs = 0.0
             for config in sorted((Path(scratch) / "sweeps/overhead/trials").glob("*/config.yaml")):
-                runs += timed(sys.executable, "train.py", "--config", str(config), f"runs_dir={scratch}/by-hand")
+                runs += timed(
+                    sys.executable,
+                    "train.py",
+                    "--config",
+                    str(config),
+                    f"runs_dir={scratch}/by-hand",
+                )
         for name, seconds in zip(totals, (ray_seconds, sweep, runs), strict=True):
             totals[name] += seconds
             print(f"{name:27} {seconds:7.1f} s", flush=True)

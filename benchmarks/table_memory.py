@@ -58,7 +58,9 @@ def memory() -> dict[str, float]:
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
     status = Path("/proc/self/status").read_text().splitlines()
-    return found | {"Hwm": next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:"))}
+    return found | {
+        "Hwm": next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:"))
+    }
 
 
 def forget_peak() -> None:
@@ -90,7 +92,9 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     for step, batches in enumerate(stream.epoch(0)):
         if mltfr.uses_shortlist and step == 0:
             item_ids = batches.micro_batches[0].item_ids
-            relevance = mltfr.relevance(engine.module.backbone.inputs(item_ids), item_ids != PADDING_IDX)
+            relevance = mltfr.relevance(
+                engine.module.backbone.inputs(item_ids), item_ids != PADDING_IDX
+            )
             mltfr.set_shortlist([ranks.max(r) for r in relevance])
         if step == 1:
             exchange.received.clear()  # the first step builds what later ones use
@@ -101,7 +105,11 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         if step == options.steps:
             break
     after = memory()
-    grown = (after["Hwm"] - before["Rss"], after["Pss"] - before["Pss"], private(loaded) - private(before))
+    grown = (
+        after["Hwm"] - before["Rss"],
+        after["Pss"] - before["Pss"],
+        private(loaded) - private(before),
+    )
     worst = ranks.max(torch.tensor(grown))
     if ranks.is_main:
         found = {
@@ -110,7 +118,9 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
             "pss": float(worst[1]),
             "private": float(worst[2]),
             "step": min(times[1:]),  # others may be using the machine
-            "received": {name: count / (len(times) - 1) / MIB for name, count in exchange.received.items()},
+            "received": {
+                name: count / (len(times) - 1) / MIB for name, count in exchange.received.items()
+            },
         }
         Path(options.output).write_text(json.dumps(found))
     stop_ranks()
@@ -124,12 +134,21 @@ def private(found: dict[str, float]) -> float:
 
 def main() -> None:
     """Measure each placement and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=32000)
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a rank at the largest number of ranks")
-    parser.add_argument("--shortlist", type=int, default=0, help="rows searched per table; 0: the whole table, in every step")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="sequences of a rank at the largest number of ranks"
+    )
+    parser.add_argument(
+        "--shortlist",
+        type=int,
+        default=0,
+        help="rows searched per table; 0: the whole table, in every step",
+    )
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument("--placements", nargs="+", default=list(PLACEMENTS), choices=PLACEMENTS)
     parser.add_argument("--placement", help=argparse.SUPPRESS)
@@ -144,24 +163,62 @@ def main() -> None:
         for seed, name in enumerate(("left", "right")):
             write_table(folder / "tables", name, num_rows=options.rows, dim=options.dim, seed=seed)
         whole = 2 * options.rows * options.dim * 4 / MIB
-        print(f"two tables {options.rows} x {options.dim} fp32, {whole:.0f} MiB; MiB added to the rank that needs most")
-        columns = ("ranks", "placement", "held", "of whole", "peak", "PSS", "private", "step", "of replicated", "received a step")
+        print(
+            f"two tables {options.rows} x {options.dim} fp32, {whole:.0f} MiB; MiB added to the rank that needs most"
+        )
+        columns = (
+            "ranks",
+            "placement",
+            "held",
+            "of whole",
+            "peak",
+            "PSS",
+            "private",
+            "step",
+            "of replicated",
+            "received a step",
+        )
         print("  ".join(f"{c:>12}" for c in columns))
         for num_ranks in options.ranks:
             reference = None
             for placement in options.placements:
                 output = folder / "found.json"
-                given = [*sys.argv[1:], "--placement", placement, "--folder", str(folder), "--output", str(output)]
+                given = [
+                    *sys.argv[1:],
+                    "--placement",
+                    placement,
+                    "--folder",
+                    str(folder),
+                    "--output",
+                    str(output),
+                ]
                 command = torchrun(num_ranks, Path(__file__), *given)
-                done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+                done = subprocess.run(
+                    command, env=clean_environment(), capture_output=True, text=True
+                )
                 if done.returncode:
                     sys.exit(done.stderr[-4000:])
                 found = json.loads(output.read_text())
                 reference = found["step"] if placement == "replicated" else reference
                 ratio = f"{found['step'] / reference:.2f}x" if reference else "-"
-                received = ", ".join(f"{name} {size:.2f}" for name, size in found["received"].items()) or "-"
-                cells = [num_ranks, placement, f"{found['held']:.1f}", f"{found['held'] / whole:.1%}", f"{found['peak']:.0f}"]
-                cells += [f"{found['pss']:.0f}", f"{found['private']:.0f}", f"{found['step']:.2f} s", ratio, received]
+                received = (
+                    ", ".join(f"{name} {size:.2f}" for name, size in found["received"].items())
+                    or "-"
+                )
+                cells = [
+                    num_ranks,
+                    placement,
+                    f"{found['held']:.1f}",
+                    f"{found['held'] / whole:.1%}",
+                    f"{found['peak']:.0f}",
+                ]
+                cells += [
+                    f"{found['pss']:.0f}",
+                    f"{found['private']:.0f}",
+                    f"{found['step']:.2f} s",
+                    ratio,
+                    received,
+                ]
                 print("  ".join(f"{c:>12}" for c in cells), flush=True)
     return None
 

@@ -16,10 +16,14 @@ class Entry(NamedTuple):
 
 BACKBONES: dict[str, Entry] = {
     "sasrec": Entry("sasrec:SASRec", "Kang and McAuley 2018, causal transformer"),
-    "esasrec": Entry("esasrec:ESASRec", "Tikhonovich et al. 2025, LiGR layers (take loss.name=sampled_softmax)"),
+    "esasrec": Entry(
+        "esasrec:ESASRec", "Tikhonovich et al. 2025, LiGR layers (take loss.name=sampled_softmax)"
+    ),
     "linrec": Entry("linrec:LinRec", "Liu et al. 2023, causal L2-normalised linear attention"),
     "fmlp": Entry("fmlp:FMLPRec", "Zhou et al. 2022, learned filters, made causal"),
-    "bsarec": Entry("bsarec:BSARec", "Shin et al. 2024, frequency filter beside attention, made causal"),
+    "bsarec": Entry(
+        "bsarec:BSARec", "Shin et al. 2024, frequency filter beside attention, made causal"
+    ),
     "bert4rec": Entry("bert4rec:BERT4Rec", "Sun et al. 2019, bidirectional, masked items"),
     "cl4srec": Entry("cl4srec:CL4SRec", "Xie et al. 2022, SASRec with contrasted views"),
 }

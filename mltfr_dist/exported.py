@@ -27,7 +27,12 @@ from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.schema import Section
 
 SCHEMA_VERSION = 1
-CONFIG, MODEL, TABLES, ITEMS = "config.json", "model.safetensors", "tables.safetensors", "items.json"
+CONFIG, MODEL, TABLES, ITEMS = (
+    "config.json",
+    "model.safetensors",
+    "tables.safetensors",
+    "items.json",
+)
 
 
 class ExportInfo(Section):
@@ -136,4 +141,6 @@ def read_info(folder: Path) -> ExportInfo:
             )
         return ExportInfo.model_validate(content)
     except (OSError, ValueError, ValidationError) as error:
-        raise DamagedError(f"{folder} is no exported model: {error}.", remedy="Write one with `mltfr export`.") from None
+        raise DamagedError(
+            f"{folder} is no exported model: {error}.", remedy="Write one with `mltfr export`."
+        ) from None

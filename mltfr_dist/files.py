@@ -11,7 +11,11 @@ BLOCK_BYTES, READ_BYTES = 1 << 26, 1 << 20
 
 def file_sha256(path: Path, after_block: Callable[[], object] = lambda: None) -> str:
     """sha256 of a file, hexadecimal; ``after_block`` is called after each :data:`BLOCK_BYTES`, and at the end of the last."""
-    digest, buffer, unsaid = hashlib.sha256(), memoryview(bytearray(min(READ_BYTES, BLOCK_BYTES))), 0
+    digest, buffer, unsaid = (
+        hashlib.sha256(),
+        memoryview(bytearray(min(READ_BYTES, BLOCK_BYTES))),
+        0,
+    )
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])

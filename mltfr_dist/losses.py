@@ -31,7 +31,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
+    ) -> Tensor:
         needs_grad = hidden.requires_grad or weight.requires_grad
         total = at_least_fp32(hidden.new_zeros(()))
         grad_hidden = torch.empty_like(hidden) if needs_grad else hidden
@@ -61,10 +63,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad_total,) = grad_outputs
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None
+        return (
+            grad_hidden * grad_total.to(grad_hidden.dtype),
+            grad_weight * grad_total.to(grad_weight.dtype),
+            None,
+            None,
+        )
 
 
-def full_cross_entropy(hidden: Tensor, item_vectors: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def full_cross_entropy(
+    hidden: Tensor, item_vectors: Tensor, targets: Tensor, weights: Tensor
+) -> Tensor:
     """Softmax cross-entropy over all items.
 
     Args:
@@ -80,7 +89,9 @@ def full_cross_entropy(hidden: Tensor, item_vectors: Tensor, targets: Tensor, we
     return result
 
 
-def binary_cross_entropy(hidden: Tensor, positive_vectors: Tensor, negative_vectors: Tensor, weights: Tensor) -> Tensor:
+def binary_cross_entropy(
+    hidden: Tensor, positive_vectors: Tensor, negative_vectors: Tensor, weights: Tensor
+) -> Tensor:
     """SASRec's loss (Kang and McAuley 2018, eq. 7): the target against sampled negatives, each a binary decision.
 
     Args:
@@ -99,7 +110,13 @@ def binary_cross_entropy(hidden: Tensor, positive_vectors: Tensor, negative_vect
 
 
 def generalised_binary_cross_entropy(
-    hidden: Tensor, positive_vectors: Tensor, negative_vectors: Tensor, weights: Tensor, *, num_items: int, calibration: float
+    hidden: Tensor,
+    positive_vectors: Tensor,
+    negative_vectors: Tensor,
+    weights: Tensor,
+    *,
+    num_items: int,
+    calibration: float,
 ) -> Tensor:
     """The gBCE loss (Petrov and Macdonald 2023, arXiv 2308.07192): BCE whose positive is tempered, against overconfidence.
 
@@ -135,7 +152,9 @@ class Negatives(NamedTuple):
     """[S] log Q: with which probability each was drawn."""
 
 
-def sampled_softmax(hidden: Tensor, targets: Tensor, target_vectors: Tensor, negatives: Negatives, weights: Tensor) -> Tensor:
+def sampled_softmax(
+    hidden: Tensor, targets: Tensor, target_vectors: Tensor, negatives: Negatives, weights: Tensor
+) -> Tensor:
     """Softmax over the target and sampled items, with the logQ correction (Bengio and Senecal 2008; Yi et al. 2019).
 
     A negative's logit is lowered by log(S Q), its expected count, so that the sum of exponentials estimates that over
@@ -154,13 +173,17 @@ def sampled_softmax(hidden: Tensor, targets: Tensor, target_vectors: Tensor, neg
     """
     positive = at_least_fp32((hidden * target_vectors).sum(-1))  # [N]
     logits = at_least_fp32(hidden @ negatives.vectors.T)  # [N, S]
-    logits = logits - (negatives.log_probability + math.log(max(1, len(negatives.item_ids)))).to(logits.dtype)
+    logits = logits - (negatives.log_probability + math.log(max(1, len(negatives.item_ids)))).to(
+        logits.dtype
+    )
     logits = logits.masked_fill(targets[:, None] == negatives.item_ids, -torch.inf)
     losses = torch.logsumexp(torch.cat([positive[:, None], logits], dim=1), dim=1) - positive
     return (weights.to(losses.dtype) * losses).sum()
 
 
-def contrastive(first: Tensor, second: Tensor, present: Tensor, *, group_size: int, temperature: float) -> Tensor:
+def contrastive(
+    first: Tensor, second: Tensor, present: Tensor, *, group_size: int, temperature: float
+) -> Tensor:
     """NT-Xent over two views of each sequence (Chen et al. 2020; CL4SRec, Xie et al. 2022), in groups.
 
     A view's positive is the other view of its sequence; its negatives are all views of the other sequences of its group.
@@ -184,6 +207,9 @@ def contrastive(first: Tensor, second: Tensor, present: Tensor, *, group_size: i
     itself = numbers[:, None] == numbers
     logits = logits.masked_fill(itself | ~here[:, None, :], -torch.inf)
     other = (numbers ^ 1).expand(views.shape[:2])  # views 2i and 2i + 1 belong together
-    kept_logits, kept_other = logits[here], other[here]  # rows of present views: each has its positive
+    kept_logits, kept_other = (
+        logits[here],
+        other[here],
+    )  # rows of present views: each has its positive
     losses = torch.logsumexp(kept_logits, dim=1) - kept_logits.gather(1, kept_other[:, None])[:, 0]
     return losses.sum() / 2

@@ -30,10 +30,16 @@ def target_ranks(scores: Tensor, target_ids: Tensor, ties: Ties) -> Tensor:
     """
     target_scores = scores.gather(1, target_ids[:, None])  # [B, 1]
     if torch.isnan(scores).any() or not torch.isfinite(target_scores).all():
-        raise ValueError("scores hold NaN, or a target without a finite score: the model has diverged")
+        raise ValueError(
+            "scores hold NaN, or a target without a finite score: the model has diverged"
+        )
     better = (scores > target_scores).sum(1).double()
     equal = (scores == target_scores).sum(1).double() - 1  # without the target itself
-    return better + 1 + {"pessimistic": equal, "mean": equal / 2, "optimistic": torch.zeros_like(equal)}[ties]
+    return (
+        better
+        + 1
+        + {"pessimistic": equal, "mean": equal / 2, "optimistic": torch.zeros_like(equal)}[ties]
+    )
 
 
 def metric_sums(ranks: Tensor, cutoffs: Sequence[int]) -> dict[str, float]:

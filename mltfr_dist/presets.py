@@ -87,10 +87,14 @@ def paper() -> RunConfig:
         name="paper",
         data=DataConfig(path=Path("data/pantry"), max_len=50),
         backbone=BackboneConfig(hidden_dim=64, num_layers=2, num_heads=2, dropout=0.2),
-        mltfr=MLTFRConfig(tables=DEMO_TABLES, consensus=ConsensusConfig(group=("llama2",), weight=0.01)),
+        mltfr=MLTFRConfig(
+            tables=DEMO_TABLES, consensus=ConsensusConfig(group=("llama2",), weight=0.01)
+        ),
         loss=LossConfig(name="bce", num_negatives=1),
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        training=TrainingConfig(global_batch_size=128, epochs=100, consensus_epochs=100, patience=100),
+        training=TrainingConfig(
+            global_batch_size=128, epochs=100, consensus_epochs=100, patience=100
+        ),
         checkpoint=CheckpointConfig(keep_last=1),
     )
     return as_published(config)
@@ -108,7 +112,9 @@ def smoke() -> RunConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {f.__name__: f for f in (demo, sasrec_beauty, esasrec_beauty, paper, smoke)}
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    f.__name__: f for f in (demo, sasrec_beauty, esasrec_beauty, paper, smoke)
+}
 
 
 def preset(name: str) -> RunConfig:

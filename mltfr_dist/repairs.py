@@ -29,12 +29,26 @@ class Repair(NamedTuple):
 
 REPAIRS: dict[str, Repair] = {
     "soft_weights": Repair(
-        "D1", "method", {"mltfr.filter.weights": "straight_through", "mltfr.filter.top_k": 1, "mltfr.filter.filter_ratio": None}
+        "D1",
+        "method",
+        {
+            "mltfr.filter.weights": "straight_through",
+            "mltfr.filter.top_k": 1,
+            "mltfr.filter.filter_ratio": None,
+        },
     ),
     "sharp_scores": Repair(
-        "D2", "method", {"mltfr.filter.temperature": 0.5, "mltfr.filter.learn_temperature": False, "mltfr.filter.noise": 1.0}
+        "D2",
+        "method",
+        {
+            "mltfr.filter.temperature": 0.5,
+            "mltfr.filter.learn_temperature": False,
+            "mltfr.filter.noise": 1.0,
+        },
     ),
-    "quiet_evaluation": Repair("D3", "method", {"mltfr.filter.noise": 1.0, "mltfr.filter.noise_in_evaluation": True}),
+    "quiet_evaluation": Repair(
+        "D3", "method", {"mltfr.filter.noise": 1.0, "mltfr.filter.noise_in_evaluation": True}
+    ),
     "user_memory": Repair("D4", "method", {"mltfr.filter.memory": "batch"}),
     "causal_query": Repair("D5", "method", {"mltfr.filter.query": "history"}),
     "causal_filter": Repair("D6", "backbone", {"backbone.filter_scope": "sequence"}),
@@ -42,7 +56,11 @@ REPAIRS: dict[str, Repair] = {
     "read_the_mask": Repair("D8", "backbone", {"backbone.read_at": "before_mask"}),
     "masked_padding": Repair("D9", "backbone", {"backbone.padding": "attended"}),
     "single_softmax": Repair("D10", "method", {"mltfr.router.double_softmax": True}),
-    "going_on": Repair("D10b", "method", {"mltfr.consensus.random_in_stage_one": True, "mltfr.consensus.fresh_start": True}),
+    "going_on": Repair(
+        "D10b",
+        "method",
+        {"mltfr.consensus.random_in_stage_one": True, "mltfr.consensus.fresh_start": True},
+    ),
     "per_sample_fisher": Repair("D12", "method", {"mltfr.consensus.fisher": "batch_mean"}),
     "normalised_fisher": Repair("D13", "method", {"mltfr.consensus.normalise_fisher": False}),
     "shared_core": Repair("D14", "method", {"mltfr.expert.form": "paper"}),
@@ -51,7 +69,10 @@ REPAIRS: dict[str, Repair] = {
 }
 """Every repair by name."""
 
-NEVER_PUBLISHED: dict[str, Any] = {"mltfr.router.balance_weight": 0.0, "mltfr.filter.shortlist_size": None}
+NEVER_PUBLISHED: dict[str, Any] = {
+    "mltfr.router.balance_weight": 0.0,
+    "mltfr.filter.shortlist_size": None,
+}
 """What the published method does without: a load-balancing term, and a search in part of a table."""
 
 
@@ -71,7 +92,9 @@ def changed(config: RunConfig, fields: dict[str, Any], *, source: str) -> RunCon
     return validate(RunConfig, values, source=source)
 
 
-def as_published(config: RunConfig, *, scopes: Iterable[Scope] = ("method", "backbone", "protocol")) -> RunConfig:
+def as_published(
+    config: RunConfig, *, scopes: Iterable[Scope] = ("method", "backbone", "protocol")
+) -> RunConfig:
     """``config`` with every repair of ``scopes`` taken away.
 
     The gate has one softmax, as in the published SASRec variant; `router.double_softmax` is that of the others. The
@@ -108,4 +131,8 @@ def taken_away(config: RunConfig) -> list[str]:
             place = getattr(place, name)
         return place
 
-    return [name for name, repair in REPAIRS.items() if all(value(path) == wanted for path, wanted in repair.published.items())]
+    return [
+        name
+        for name, repair in REPAIRS.items()
+        if all(value(path) == wanted for path, wanted in repair.published.items())
+    ]

@@ -15,14 +15,19 @@ from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import read_yaml
 
 
-def resolve_config(preset_name: str | None, file: str | Path | None, overrides: Sequence[str]) -> RunConfig:
+def resolve_config(
+    preset_name: str | None, file: str | Path | None, overrides: Sequence[str]
+) -> RunConfig:
     """Preset, then file, then overrides, each over the one before.
 
     Raises:
         ConfigError: Nothing given, an override without `=`, or a configuration that is not valid.
     """
     if preset_name is None and file is None:
-        raise ConfigError("No configuration is given.", remedy=f"Use --preset ({', '.join(PRESETS)}) or --config FILE.")
+        raise ConfigError(
+            "No configuration is given.",
+            remedy=f"Use --preset ({', '.join(PRESETS)}) or --config FILE.",
+        )
     values: dict[str, Any] = preset(preset_name).model_dump(mode="json") if preset_name else {}
     sources = [f"preset `{preset_name}`"] if preset_name else []
     if file is not None:
@@ -47,7 +52,11 @@ def parse_override(text: str) -> dict[str, Any]:
     """`a.b=value` (value as in YAML) to a nested mapping."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"The override `{text}` is not understood.", rule="An override is KEY=VALUE.", remedy="Add the `=`.")
+        raise ConfigError(
+            f"The override `{text}` is not understood.",
+            rule="An override is KEY=VALUE.",
+            remedy="Add the `=`.",
+        )
     try:
         nested: Any = yaml.safe_load(value)
     except yaml.YAMLError:

@@ -19,14 +19,20 @@ Positive = Annotated[float, Field(gt=0)]
 class Section(BaseModel):
     """Base of every configuration section: immutable, and unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _no_boolean_numbers(cls, values: Any) -> Any:
         """`epochs: true` is a slip, and would count as 1."""
         for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:
+            if (
+                isinstance(value, bool)
+                and name in cls.model_fields
+                and cls.model_fields[name].annotation is not bool
+            ):
                 raise ValueError(f"{name} must not be true or false (given: {value})")
         return values
 
@@ -48,11 +54,17 @@ def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> S
             path = ".".join(str(part) for part in item["loc"]) or "(whole configuration)"
             if item["type"] == "extra_forbidden":
                 near = nearest_key(path, field_paths(model))
-                problems.append(f"`{path}` is not a field" + (f"; the nearest is `{near}`" if near else ""))
+                problems.append(
+                    f"`{path}` is not a field" + (f"; the nearest is `{near}`" if near else "")
+                )
             elif item["type"] == "missing":
                 problems.append(f"`{path}` is required and was not given")
             else:
-                given = "" if isinstance(item["input"], dict | Section) else f" (given: {item['input']!r})"
+                given = (
+                    ""
+                    if isinstance(item["input"], dict | Section)
+                    else f" (given: {item['input']!r})"
+                )
                 problems.append(f"`{path}`: {item['msg'].removeprefix('Value error, ')}{given}")
         raise ConfigError(
             f"The configuration from {source} is not valid: {'; '.join(problems)}.",
@@ -79,5 +91,7 @@ def nearest_key(path: str, valid: list[str]) -> str | None:
     by_path = difflib.get_close_matches(path, valid, n=1, cutoff=0.6)
     if by_path:
         return by_path[0]
-    by_leaf = difflib.get_close_matches(leaf, [key.rpartition(".")[2] for key in valid], n=1, cutoff=0.6)
+    by_leaf = difflib.get_close_matches(
+        leaf, [key.rpartition(".")[2] for key in valid], n=1, cutoff=0.6
+    )
     return next((key for key in valid if by_leaf and key.rpartition(".")[2] == by_leaf[0]), None)

@@ -21,7 +21,9 @@ from mltfr_dist.tables.store import save_table
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def write_data(folder: Path, *, num_users: int = 120, num_items: int = 40, longest: int = 14, seed: int = 0) -> Path:
+def write_data(
+    folder: Path, *, num_users: int = 120, num_items: int = 40, longest: int = 14, seed: int = 0
+) -> Path:
     """Prepared interactions with something to learn: an item is followed by its successor more often than not."""
     rng = np.random.default_rng(seed)
     lines = []
@@ -35,16 +37,28 @@ def write_data(folder: Path, *, num_users: int = 120, num_items: int = 40, longe
     source = folder / "interactions.txt"
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text("\n".join(lines) + "\n")
-    titles = folder / "titles.csv"  # item 5 has none; the others are named by tokens of `write_table`
-    titles.write_text("item_id,title\n" + "".join(f"i{i},first-{i} second-{i % 7}\n" for i in range(num_items) if i != 5))
+    titles = (
+        folder / "titles.csv"
+    )  # item 5 has none; the others are named by tokens of `write_table`
+    titles.write_text(
+        "item_id,title\n"
+        + "".join(f"i{i},first-{i} second-{i % 7}\n" for i in range(num_items) if i != 5)
+    )
     config = PrepareConfig(
-        format="sequences", titles=titles, user_core=1, item_core=1, sequences_per_block=16, sequences_per_shard=32
+        format="sequences",
+        titles=titles,
+        user_core=1,
+        item_core=1,
+        sequences_per_block=16,
+        sequences_per_shard=32,
     )
     prepare(str(source), folder / "data", config, log=lambda _: None)
     return folder / "data"
 
 
-def write_table(folder: Path, name: str, *, num_rows: int, dim: int, seed: int, num_distinct: int | None = None) -> Path:
+def write_table(
+    folder: Path, name: str, *, num_rows: int, dim: int, seed: int, num_distinct: int | None = None
+) -> Path:
     """A stored token table of random rows; those after the first ``num_distinct`` repeat them in turn."""
     rows = torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(seed))
     rows = rows[torch.arange(num_rows) % (num_distinct or num_rows)]
@@ -83,11 +97,22 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
         "backbone": {"hidden_dim": 16, "num_heads": 2},
         "mltfr": {
             "tables": [str(folder / "tables" / "first"), str(folder / "tables" / "second")],
-            "filter": {"top_k": 4, "query_every": 2, "shortlist_size": 40, "shortlist_refresh_steps": 4},
+            "filter": {
+                "top_k": 4,
+                "query_every": 2,
+                "shortlist_size": 40,
+                "shortlist_refresh_steps": 4,
+            },
             "expert": {"num_heads": 2, "head_dim": 4},
             "consensus": {"fisher_sequences": 50},
         },
-        "training": {"global_batch_size": 32, "epochs": 3, "consensus_epochs": 2, "log_every_steps": 1, "threads": 1},
+        "training": {
+            "global_batch_size": 32,
+            "epochs": 3,
+            "consensus_epochs": 2,
+            "log_every_steps": 1,
+            "threads": 1,
+        },
         "evaluation": {"batch_size": 50},
         "deepspeed": str(REPOSITORY / "ds_configs" / "zero1.json"),
     }
@@ -102,22 +127,45 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
 
 def clean_environment(**more: str) -> dict[str, str]:
     """The environment without any launcher's variables."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
     kept = {k: v for k, v in os.environ.items() if k not in names}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | more
 
 
 def torchrun(num_ranks: int, script: Path, *arguments: str) -> list[str]:
     """The command that starts ``script`` on ``num_ranks`` processes; torchrun finds a free port itself."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={num_ranks}",
+    ]
     return [*launcher, str(script), *arguments]
 
 
 def run_ranks(num_ranks: int, script: Path, *arguments: str, timeout: int = 240) -> str:
     """Run ``script`` on real processes to its end; returns what it printed, and fails the test if it failed."""
     command = torchrun(num_ranks, script, *arguments)
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=timeout, cwd=REPOSITORY)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    done = subprocess.run(
+        command,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0, (
+        f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    )
     return done.stdout
 
 
@@ -141,7 +189,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def missing_for_slurm() -> str:
     """Why the tests of Slurm cannot run here; empty where they can."""
-    missing = [program for program in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(program) is None]
+    missing = [
+        program
+        for program in ("slurmctld", "slurmd", "sbatch", "munged")
+        if shutil.which(program) is None
+    ]
     if missing:
         return f"Slurm needs `apt-get install slurm-wlm munge` (no {', '.join(missing)} here)"
     return "" if os.geteuid() == 0 else "Slurm needs root to be started"

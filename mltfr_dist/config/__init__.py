@@ -16,7 +16,14 @@ from mltfr_dist.config.model import (
     TableContent,
 )
 from mltfr_dist.config.preparation import PrepareConfig, PrepareResources, TableConfig
-from mltfr_dist.config.run import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig, RunConfig, TrainingConfig
+from mltfr_dist.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
 
 __all__ = [
     "BackboneConfig",

@@ -14,32 +14,49 @@ class PrepareConfig(Section):
     """`mltfr prepare`: raw interactions to shards."""
 
     format: Literal["auto", "csv", "tsv", "parquet", "jsonl", "sequences"] = Field(
-        "auto", description="File format; auto goes by the ending. sequences: one `user item item ...` a line, oldest first."
+        "auto",
+        description="File format; auto goes by the ending. sequences: one `user item item ...` a line, oldest first.",
     )
     user_column: str = Field("user_id", description="Column that holds the user.")
     item_column: str = Field("item_id", description="Column that holds the item.")
-    time_column: str = Field("timestamp", description="Column that holds the time (number, date or date-time).")
+    time_column: str = Field(
+        "timestamp", description="Column that holds the time (number, date or date-time)."
+    )
     times: Literal["checked", "any"] = Field(
         "checked",
         description="checked: times that look like moments (1985 to 2128, in seconds to nanoseconds) must have one unit and not "
         "lie in the future; any: numbers are only compared.",
     )
-    titles: Path | None = Field(None, description="Table of item titles (csv, tsv, parquet or jsonl), shown by `recommend`.")
-    titles_item_column: str = Field("item_id", description="Column of --titles that holds the item.")
-    titles_title_column: str = Field("title", description="Column of --titles that holds the title.")
+    titles: Path | None = Field(
+        None, description="Table of item titles (csv, tsv, parquet or jsonl), shown by `recommend`."
+    )
+    titles_item_column: str = Field(
+        "item_id", description="Column of --titles that holds the item."
+    )
+    titles_title_column: str = Field(
+        "title", description="Column of --titles that holds the title."
+    )
     duplicates: Literal["exact", "first", "keep"] = Field(
         "exact",
         description="exact: drop rows equal in user, item and time; first: keep a user's first row with an item; keep: keep all.",
     )
-    user_core: Count = Field(5, description="k-core: interactions that every kept user has at least.")
-    item_core: Count = Field(5, description="k-core: interactions that every kept item has at least.")
+    user_core: Count = Field(
+        5, description="k-core: interactions that every kept user has at least."
+    )
+    item_core: Count = Field(
+        5, description="k-core: interactions that every kept item has at least."
+    )
     split: Literal["leave_one_out", "global_temporal"] = Field(
         "leave_one_out",
         description="leave_one_out: a user's last item is test, the one before it validation. "
         "global_temporal: two points in time cut all users alike.",
     )
-    valid_fraction: Fraction = Field(0.1, description="global_temporal: share of interactions in the validation period.")
-    test_fraction: Fraction = Field(0.1, description="global_temporal: share of interactions in the test period.")
+    valid_fraction: Fraction = Field(
+        0.1, description="global_temporal: share of interactions in the validation period."
+    )
+    test_fraction: Fraction = Field(
+        0.1, description="global_temporal: share of interactions in the test period."
+    )
     sequences_per_block: Count = Field(4096, description="Sequences packed in one shard member.")
     sequences_per_shard: Count = Field(65536, description="Sequences in one shard file.")
 
@@ -47,7 +64,9 @@ class PrepareConfig(Section):
     def _leaves_training_data(self) -> PrepareConfig:
         if self.valid_fraction + self.test_fraction >= 1:
             given = f"{self.valid_fraction} + {self.test_fraction}"
-            raise ValueError(f"valid_fraction + test_fraction must stay below 1, so that training data remains (given: {given})")
+            raise ValueError(
+                f"valid_fraction + test_fraction must stay below 1, so that training data remains (given: {given})"
+            )
         return self
 
 
@@ -55,18 +74,22 @@ class PrepareResources(Section):
     """What `mltfr prepare` may use; none of it shows in the data."""
 
     memory_limit: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?([KMGT]i?)?B$")] | None = Field(
-        None, description="Memory for tables and sorting, as 4GB or 256MB; beyond it, disk is used. null: 60% of the machine's."
+        None,
+        description="Memory for tables and sorting, as 4GB or 256MB; beyond it, disk is used. null: 60% of the machine's.",
     )
     threads: Count | None = Field(None, description="CPU threads; null: one a core.")
     temp_dir: Path | None = Field(
-        None, description="Folder for what is kept on disk meanwhile, several times the source's size. null: beside the output."
+        None,
+        description="Folder for what is kept on disk meanwhile, several times the source's size. null: beside the output.",
     )
 
 
 class TableConfig(Section):
     """`mltfr tables`: a language model's input embeddings to a clean token table."""
 
-    tensor: str | None = Field(None, description="Name of the embedding tensor; found from the checkpoint when not given.")
+    tensor: str | None = Field(
+        None, description="Name of the embedding tensor; found from the checkpoint when not given."
+    )
     vocabulary: Path | None = Field(
         None,
         description="tokenizer.json, tokenizer_config.json, vocab.json or vocab.txt; found beside the source when not given.",
@@ -75,4 +98,7 @@ class TableConfig(Section):
         "scale",
         description="scale: centre the rows, divide by their root mean square; whiten: centre, then ZCA; none: raw values.",
     )
-    keep_special: bool = Field(False, description="Keep special, unused and byte tokens, which carry no meaning of their own.")
+    keep_special: bool = Field(
+        False,
+        description="Keep special, unused and byte tokens, which carry no meaning of their own.",
+    )

@@ -15,9 +15,12 @@ class DataConfig(Section):
     """What is trained on."""
 
     path: Path = Field(description="Folder written by `mltfr prepare` (it holds manifest.json).")
-    max_len: Count = Field(50, description="Items of a history that the model sees, the most recent ones.")
+    max_len: Count = Field(
+        50, description="Items of a history that the model sees, the most recent ones."
+    )
     shuffle_shards: Count = Field(
-        8, description="Shards whose sequences are shuffled together; the order of shards is shuffled too."
+        8,
+        description="Shards whose sequences are shuffled together; the order of shards is shuffled too.",
     )
     long_histories: Literal["truncate", "windows"] = Field(
         "truncate",
@@ -35,7 +38,8 @@ class DataConfig(Section):
         "drop: left out (other samples each epoch).",
     )
     num_workers: Annotated[int, Field(ge=0)] = Field(
-        0, description="Processes of a rank that make batches ahead of training; 0: made in turn by the rank itself."
+        0,
+        description="Processes of a rank that make batches ahead of training; 0: made in turn by the rank itself.",
     )
     on_bad_shard: Literal["stop", "quarantine"] = Field(
         "stop",
@@ -43,23 +47,38 @@ class DataConfig(Section):
         "starts, and what any rank finds bad goes to left_out.",
     )
     left_out: tuple[str, ...] = Field(
-        (), description="Shard files that are not read, of any split. Part of the run: it goes on only without the same ones."
+        (),
+        description="Shard files that are not read, of any split. Part of the run: it goes on only without the same ones.",
     )
-    read_attempts: Count = Field(4, description="Times that a shard is read, 0.5 s, 1 s, 2 s, ... apart, before it is given up.")
-    read_timeout: Positive = Field(300.0, description="Seconds after which one attempt to read a shard has failed.")
+    read_attempts: Count = Field(
+        4,
+        description="Times that a shard is read, 0.5 s, 1 s, 2 s, ... apart, before it is given up.",
+    )
+    read_timeout: Positive = Field(
+        300.0, description="Seconds after which one attempt to read a shard has failed."
+    )
 
 
 class OptimizerConfig(Section):
     """AdamW and its schedule."""
 
     learning_rate: Positive = Field(1e-3, description="Peak learning rate.")
-    betas: tuple[Probability, Probability] = Field((0.9, 0.98), description="Decay of the first and second moment.")
-    weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay of matrices (never of biases, norms, embeddings).")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps over which the learning rate rises from 0.")
-    schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="After warm-up: constant, or cosine to 0 at the stage's last possible step."
+    betas: tuple[Probability, Probability] = Field(
+        (0.9, 0.98), description="Decay of the first and second moment."
     )
-    max_grad_norm: Positive | None = Field(None, description="Global gradient norm is clipped to this; null: no clipping.")
+    weight_decay: NonNegative = Field(
+        0.0, description="Decoupled weight decay of matrices (never of biases, norms, embeddings)."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps over which the learning rate rises from 0."
+    )
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant",
+        description="After warm-up: constant, or cosine to 0 at the stage's last possible step.",
+    )
+    max_grad_norm: Positive | None = Field(
+        None, description="Global gradient norm is clipped to this; null: no clipping."
+    )
     item_gradients: Literal["dense", "sparse"] = Field(
         "dense",
         description="dense: an update moves, and exchanges the gradient of, every row of the item table; sparse: of the rows "
@@ -75,16 +94,30 @@ class TrainingConfig(Section):
     )
     global_batch_size: Count = Field(256, description="Sequences per update over all ranks.")
     micro_batch_size: Count | None = Field(
-        None, description="Sequences per forward-backward pass of a rank; null: global_batch_size / world_size."
+        None,
+        description="Sequences per forward-backward pass of a rank; null: global_batch_size / world_size.",
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Numbers of the forward and backward pass.")
-    epochs: Count = Field(20, description="Epochs at most of stage 1 (of the whole run for a bare backbone).")
-    consensus_epochs: Count = Field(10, description="Epochs at most of stage 2, with the consensus expert.")
-    patience: Count = Field(5, description="Validations without a better NDCG@10 after which a stage stops.")
-    log_every_steps: Count = Field(10, description="Steps between two lines of metrics.jsonl and TensorBoard points.")
-    threads: Count | None = Field(None, description="CPU threads of a rank; null: cores / ranks of the node.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Numbers of the forward and backward pass."
+    )
+    epochs: Count = Field(
+        20, description="Epochs at most of stage 1 (of the whole run for a bare backbone)."
+    )
+    consensus_epochs: Count = Field(
+        10, description="Epochs at most of stage 2, with the consensus expert."
+    )
+    patience: Count = Field(
+        5, description="Validations without a better NDCG@10 after which a stage stops."
+    )
+    log_every_steps: Count = Field(
+        10, description="Steps between two lines of metrics.jsonl and TensorBoard points."
+    )
+    threads: Count | None = Field(
+        None, description="CPU threads of a rank; null: cores / ranks of the node."
+    )
     max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
-        10, description="Steps in a row that may be skipped because a loss or gradient is not finite; one more stops the run."
+        10,
+        description="Steps in a row that may be skipped because a loss or gradient is not finite; one more stops the run.",
     )
     hang_seconds: Positive = Field(
         1800.0,
@@ -96,12 +129,17 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """Full ranking: every item is a candidate."""
 
-    cutoffs: tuple[Count, ...] = Field((5, 10, 20), description="K of HR@K and NDCG@K; 10 must be among them.")
+    cutoffs: tuple[Count, ...] = Field(
+        (5, 10, 20), description="K of HR@K and NDCG@K; 10 must be among them."
+    )
     batch_size: Count = Field(256, description="Users ranked at a time.")
     select_on: Literal["valid", "test"] = Field(
-        "valid", description="Split whose NDCG@10 picks the checkpoint; test (published) makes the figures too high."
+        "valid",
+        description="Split whose NDCG@10 picks the checkpoint; test (published) makes the figures too high.",
     )
-    filter_seen: bool = Field(True, description="Items of the history are no candidates (the target always is).")
+    filter_seen: bool = Field(
+        True, description="Items of the history are no candidates (the target always is)."
+    )
     ties: Literal["pessimistic", "mean", "optimistic"] = Field(
         "pessimistic", description="Rank of a target among equal scores: last, middle, first."
     )
@@ -110,25 +148,35 @@ class EvaluationConfig(Section):
     @model_validator(mode="after")
     def _selects(self) -> EvaluationConfig:
         if 10 not in self.cutoffs:
-            raise ValueError(f"cutoffs must hold 10, for NDCG@10 selects the best checkpoint (given: {self.cutoffs})")
+            raise ValueError(
+                f"cutoffs must hold 10, for NDCG@10 selects the best checkpoint (given: {self.cutoffs})"
+            )
         return self
 
 
 class CheckpointConfig(Section):
     """What is saved, and when."""
 
-    every_steps: Count | None = Field(None, description="Steps between two checkpoints; null: one at the end of each epoch.")
+    every_steps: Count | None = Field(
+        None, description="Steps between two checkpoints; null: one at the end of each epoch."
+    )
     keep_last: Count = Field(2, description="Newest checkpoints that stay.")
-    keep_best: Count = Field(1, description="Best validations of a stage whose weights stay; the first of them is the outcome.")
+    keep_best: Count = Field(
+        1,
+        description="Best validations of a stage whose weights stay; the first of them is the outcome.",
+    )
 
 
 class RunConfig(Section):
     """A complete training run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        "run", description="The run's folder under runs_dir (letters, digits, dot, dash, underscore)."
+        "run",
+        description="The run's folder under runs_dir (letters, digits, dot, dash, underscore).",
     )
-    runs_dir: Path = Field(Path("runs"), description="Folder of all runs; `tensorboard --logdir` reads it.")
+    runs_dir: Path = Field(
+        Path("runs"), description="Folder of all runs; `tensorboard --logdir` reads it."
+    )
     data: DataConfig = Field(description="What is trained on.")
     backbone: BackboneConfig = Field(BackboneConfig(), description="The sequential recommender.")
     mltfr: MLTFRConfig = Field(description="Token filtering and routing.")
@@ -138,9 +186,12 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Full ranking.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is saved, and when.")
     baselines: tuple[Literal["popularity", "item_knn", "backbone"], ...] = Field(
-        (), description="Compared in the report. backbone: the same run without MLTFR, with the epochs of both stages."
+        (),
+        description="Compared in the report. backbone: the same run without MLTFR, with the epochs of both stages.",
     )
-    deepspeed: Path = Field(Path("ds_configs/zero1.json"), description="DeepSpeed file: sharding and offload only.")
+    deepspeed: Path = Field(
+        Path("ds_configs/zero1.json"), description="DeepSpeed file: sharding and offload only."
+    )
 
     @model_validator(mode="after")
     def _touches_few_items(self) -> RunConfig:

@@ -50,7 +50,9 @@ def cloze_mask(draws: Draws, lengths: IntArray, width: int, ratio: float) -> Boo
         [B, L] bool, False at padding.
     """
     columns = np.arange(width, dtype=np.uint64)
-    words = hash_u64(draws.seed, draws.epoch, CLOZE, draws.sample_ids.astype(np.uint64)[:, None], columns)
+    words = hash_u64(
+        draws.seed, draws.epoch, CLOZE, draws.sample_ids.astype(np.uint64)[:, None], columns
+    )
     chosen: BoolArray = (unit_interval(words) < ratio) & (np.arange(width) < lengths[:, None])
     last: BoolArray = np.arange(width) == lengths[:, None] - 1
     return chosen | (last & ~chosen.any(axis=1, keepdims=True))
@@ -84,29 +86,43 @@ def augmented_views(draws: Draws, item_ids: IntArray, ratios: ViewRatios, mask_i
     return np.stack(views, axis=1)
 
 
-def _window(lengths: IntArray, places: npt.NDArray[np.uint64], ratio: float) -> tuple[IntArray, IntArray]:
+def _window(
+    lengths: IntArray, places: npt.NDArray[np.uint64], ratio: float
+) -> tuple[IntArray, IntArray]:
     """Start and size [B, 1] of a run of ``ratio`` of each history, at least one position (none of an empty row)."""
     sizes = np.minimum(np.maximum(1, np.floor(ratio * lengths).astype(np.int64)), lengths)
     starts = (places % (lengths - sizes + 1).astype(np.uint64)).astype(np.int64)
     return starts, sizes
 
 
-def _crop(item_ids: IntArray, lengths: IntArray, places: npt.NDArray[np.uint64], ratio: float) -> IntArray:
+def _crop(
+    item_ids: IntArray, lengths: IntArray, places: npt.NDArray[np.uint64], ratio: float
+) -> IntArray:
     starts, sizes = _window(lengths, places, ratio)
     columns = np.arange(item_ids.shape[1])
-    moved = np.take_along_axis(item_ids, np.minimum(starts + columns, item_ids.shape[1] - 1), axis=1)
+    moved = np.take_along_axis(
+        item_ids, np.minimum(starts + columns, item_ids.shape[1] - 1), axis=1
+    )
     return np.where(columns < sizes, moved, PADDING_IDX)
 
 
-def _mask(item_ids: IntArray, lengths: IntArray, words: npt.NDArray[np.uint64], ratio: float, mask_id: int) -> IntArray:
+def _mask(
+    item_ids: IntArray, lengths: IntArray, words: npt.NDArray[np.uint64], ratio: float, mask_id: int
+) -> IntArray:
     real = item_ids != PADDING_IDX
-    order = np.argsort(np.where(real, words >> np.uint64(1), np.uint64(1 << 63)), axis=1, kind="stable")
+    order = np.argsort(
+        np.where(real, words >> np.uint64(1), np.uint64(1 << 63)), axis=1, kind="stable"
+    )
     ranks = np.argsort(order, axis=1, kind="stable")
     return np.where(real & (ranks < np.floor(ratio * lengths)), mask_id, item_ids)
 
 
 def _reorder(
-    item_ids: IntArray, lengths: IntArray, places: npt.NDArray[np.uint64], words: npt.NDArray[np.uint64], ratio: float
+    item_ids: IntArray,
+    lengths: IntArray,
+    places: npt.NDArray[np.uint64],
+    words: npt.NDArray[np.uint64],
+    ratio: float,
 ) -> IntArray:
     starts, sizes = _window(lengths, places, ratio)
     columns = np.arange(item_ids.shape[1])

@@ -41,7 +41,9 @@ class SequenceBatch(NamedTuple):
 
     def to(self, device: torch.device) -> SequenceBatch:
         """The same batch on ``device``."""
-        return SequenceBatch(*(None if t is None else t.to(device, non_blocking=True) for t in self))  # type: ignore[arg-type]
+        return SequenceBatch(
+            *(None if t is None else t.to(device, non_blocking=True) for t in self)
+        )  # type: ignore[arg-type]
 
 
 class RankingBatch(NamedTuple):

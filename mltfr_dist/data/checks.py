@@ -43,8 +43,14 @@ def check_rows(connection: duckdb.DuckDBPyConnection, names: list[str], locate: 
     kinds = {row[0]: row[1] for row in connection.execute("DESCRIBE raw").fetchall()}
     for column, name in zip(("user_id", "item_id", "time"), names):
         is_text = kinds[column] == "VARCHAR"
-        wrong = _WRONG_IDS if is_text and column != "time" else {"is empty": "({0} IS NULL)" if not is_text else EMPTY}
-        firsts = ", ".join(f"min(row_number) FILTER ({condition.format(column)})" for condition in wrong.values())
+        wrong = (
+            _WRONG_IDS
+            if is_text and column != "time"
+            else {"is empty": "({0} IS NULL)" if not is_text else EMPTY}
+        )
+        firsts = ", ".join(
+            f"min(row_number) FILTER ({condition.format(column)})" for condition in wrong.values()
+        )
         for reason, row in zip(wrong, one(connection, f"SELECT {firsts} FROM raw")):
             if row is not None:
                 raise DataError(
@@ -56,9 +62,14 @@ def check_rows(connection: duckdb.DuckDBPyConnection, names: list[str], locate: 
             _check_one_kind(connection, column, name, locate)
 
 
-def _check_one_kind(connection: duckdb.DuckDBPyConnection, column: str, name: str, locate: Locate) -> None:
+def _check_one_kind(
+    connection: duckdb.DuckDBPyConnection, column: str, name: str, locate: Locate
+) -> None:
     """Refuse a column that writes whole numbers in two ways: `7` and `7.0` would be two users."""
-    whole, pointed = (f"min(row_number) FILTER (regexp_full_match({column}, '{p}'))" for p in ("-?[0-9]+", "-?[0-9]+\\.0+"))
+    whole, pointed = (
+        f"min(row_number) FILTER (regexp_full_match({column}, '{p}'))"
+        for p in ("-?[0-9]+", "-?[0-9]+\\.0+")
+    )
     first, other = one(connection, f"SELECT {whole}, {pointed} FROM raw")
     if first is not None and other is not None:
         raise DataError(
@@ -69,17 +80,26 @@ def _check_one_kind(connection: duckdb.DuckDBPyConnection, column: str, name: st
         )
 
 
-def check_times(connection: duckdb.DuckDBPyConnection, kind: str, name: str, locate: Locate) -> None:
+def check_times(
+    connection: duckdb.DuckDBPyConnection, kind: str, name: str, locate: Locate
+) -> None:
     """Refuse times of mixed units and times in the future, where they are moments at all.
 
     Raises:
         DataError: with the first row of the rarer unit, the first in the future, or the first number that is of no unit.
     """
     units = {"microseconds": _UNITS["microseconds"]} if kind == "dates" else _UNITS
-    inside = {unit: f"timestamp >= {_EARLIEST * scale} AND timestamp < {_LATEST * scale}" for unit, scale in units.items()}
-    fields = ", ".join(f"count(*) FILTER ({c}), min(row_number) FILTER ({c})" for c in inside.values())
+    inside = {
+        unit: f"timestamp >= {_EARLIEST * scale} AND timestamp < {_LATEST * scale}"
+        for unit, scale in units.items()
+    }
+    fields = ", ".join(
+        f"count(*) FILTER ({c}), min(row_number) FILTER ({c})" for c in inside.values()
+    )
     values = one(connection, f"SELECT {fields} FROM interactions")
-    found = {unit: (values[2 * i], values[2 * i + 1]) for i, unit in enumerate(inside) if values[2 * i]}
+    found = {
+        unit: (values[2 * i], values[2 * i + 1]) for i, unit in enumerate(inside) if values[2 * i]
+    }
     if len(found) > 1:
         usual, *_, rare = sorted(found, key=lambda unit: (-found[unit][0], found[unit][1]))
         raise DataError(
@@ -90,7 +110,8 @@ def check_times(connection: duckdb.DuckDBPyConnection, kind: str, name: str, loc
     for unit in found:
         limit = int((time.time() + _TOLERANCE) * units[unit])
         row, value = one(
-            connection, f"SELECT min(row_number), arg_min(timestamp, row_number) FROM interactions WHERE timestamp > {limit}"
+            connection,
+            f"SELECT min(row_number), arg_min(timestamp, row_number) FROM interactions WHERE timestamp > {limit}",
         )
         if row is not None:
             raise DataError(
@@ -98,7 +119,9 @@ def check_times(connection: duckdb.DuckDBPyConnection, kind: str, name: str, loc
                 rule="Interactions have happened already; a future time would move every split.",
                 remedy="Correct or remove that row; or, if these numbers are no moments, prepare with times=any.",
             )
-    for unit in found if kind != "dates" else ():  # a date says itself what it means, and may be older
+    for unit in (
+        found if kind != "dates" else ()
+    ):  # a date says itself what it means, and may be older
         row, value = one(
             connection,
             "SELECT min(row_number), CAST(arg_min(timestamp, row_number) AS VARCHAR) FROM interactions "

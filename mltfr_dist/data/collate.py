@@ -72,13 +72,21 @@ class Samples(NamedTuple):
         """
         starts, ends = sequences.offsets[:-1], sequences.offsets[1:]
         if long_histories == "truncate":
-            return Samples(sequences.items, np.maximum(starts, ends - max_len - 1), ends, starts, ends)
+            return Samples(
+                sequences.items, np.maximum(starts, ends - max_len - 1), ends, starts, ends
+            )
         pieces = num_pieces(ends - starts, max_len)
         history_starts, history_ends = np.repeat(starts, pieces), np.repeat(ends, pieces)
-        newer = np.repeat(np.cumsum(pieces), pieces) - np.arange(pieces.sum()) - 1  # windows of the history behind this one
+        newer = (
+            np.repeat(np.cumsum(pieces), pieces) - np.arange(pieces.sum()) - 1
+        )  # windows of the history behind this one
         piece_ends = history_ends - newer * max_len
         return Samples(
-            sequences.items, np.maximum(history_starts, piece_ends - max_len - 1), piece_ends, history_starts, history_ends
+            sequences.items,
+            np.maximum(history_starts, piece_ends - max_len - 1),
+            piece_ends,
+            history_starts,
+            history_ends,
         )
 
     @staticmethod
@@ -92,7 +100,10 @@ class Samples(NamedTuple):
             moved = begins - part.history_starts
             copies.append((part.items[places], *(array + moved for array in part[1:])))
         shifts = np.cumsum([0, *(len(copy[0]) for copy in copies[:-1])])
-        rest = (np.concatenate([copy[i] + shift for copy, shift in zip(copies, shifts)]) for i in range(1, 5))
+        rest = (
+            np.concatenate([copy[i] + shift for copy, shift in zip(copies, shifts)])
+            for i in range(1, 5)
+        )
         return Samples(np.concatenate([copy[0] for copy in copies]), *rest)
 
 
@@ -129,7 +140,11 @@ class Collator:
         if self.objective.cloze_ratio is None:
             history, targets = next_items(samples, self.num_rows)
         else:
-            history, targets = self._masked(step, chosen, padded_rows(samples.items, samples.starts, samples.ends, self.num_rows))
+            history, targets = self._masked(
+                step,
+                chosen,
+                padded_rows(samples.items, samples.starts, samples.ends, self.num_rows),
+            )
         ids = np.full(self.num_rows, -1, dtype=np.int64)
         ids[: len(chosen)] = step.sample_ids[chosen]
         shared = self._shared(step)
@@ -156,13 +171,17 @@ class Collator:
         masked[: len(chosen), : chosen_mask.shape[1]] = chosen_mask
         return np.where(masked, self.num_items + 1, recent), np.where(masked, recent, PADDING_IDX)
 
-    def _negatives(self, step: Step, samples: Samples, sample_ids: IntArray, length: int) -> torch.Tensor | None:
+    def _negatives(
+        self, step: Step, samples: Samples, sample_ids: IntArray, length: int
+    ) -> torch.Tensor | None:
         count = self.objective.num_negatives
         if not count:
             return None
         drawn = np.zeros((self.num_rows, length, count), dtype=np.int64)
         if len(sample_ids):
-            histories = [samples.items[a:b] for a, b in zip(samples.history_starts, samples.history_ends)]
+            histories = [
+                samples.items[a:b] for a, b in zip(samples.history_starts, samples.history_ends)
+            ]
             keys = {"num_items": self.num_items, "seed": self.seed, "epoch": step.epoch}
             drawn[: len(sample_ids)] = sample_negatives(
                 histories, sample_ids, length, count, **keys, unseen=self.objective.unseen_negatives
@@ -173,7 +192,12 @@ class Collator:
         count = self.objective.num_shared_negatives
         if not count:
             return None, None
-        keys = {"num_items": self.num_items, "seed": self.seed, "epoch": step.epoch, "step": step.number}
+        keys = {
+            "num_items": self.num_items,
+            "seed": self.seed,
+            "epoch": step.epoch,
+            "step": step.number,
+        }
         ids, log_probability = sample_shared(count, self.objective.proposal, **keys)
         return torch.from_numpy(ids), torch.from_numpy(log_probability.astype(np.float32))
 
@@ -182,7 +206,9 @@ class Collator:
             return None
         views = np.full((self.num_rows, 2, history.shape[1]), PADDING_IDX, dtype=np.int64)
         draws = self._draws(step, chosen)
-        views[: len(chosen)] = augmented_views(draws, history[: len(chosen)], self.objective.views, self.num_items + 1)
+        views[: len(chosen)] = augmented_views(
+            draws, history[: len(chosen)], self.objective.views, self.num_items + 1
+        )
         return torch.from_numpy(views)
 
 
@@ -198,7 +224,9 @@ def next_items(samples: Samples, num_rows: int) -> tuple[IntArray, IntArray]:
     return history, targets
 
 
-def padded_rows(items: npt.NDArray[np.integer], starts: IntArray, ends: IntArray, num_rows: int) -> IntArray:
+def padded_rows(
+    items: npt.NDArray[np.integer], starts: IntArray, ends: IntArray, num_rows: int
+) -> IntArray:
     """Runs of ``items`` as rows, padded behind.
 
     Returns:

@@ -43,7 +43,10 @@ def gather(folder: Path) -> Facts:
         DataError: something is missing or damaged.
     """
     manifest = load_manifest(folder)
-    lengths = {name: np.zeros(split.max_length + 1, dtype=np.int64) for name, split in manifest.splits.items()}
+    lengths = {
+        name: np.zeros(split.max_length + 1, dtype=np.int64)
+        for name, split in manifest.splits.items()
+    }
     counts = np.zeros(manifest.num_items + 1, dtype=np.int64)
     repeats = 0
     targets = {name: np.zeros(manifest.num_items + 1, dtype=np.int64) for name in ("valid", "test")}
@@ -57,8 +60,12 @@ def gather(folder: Path) -> Facts:
                 pairs = owners * (manifest.num_items + 1) + sequences.items
                 repeats += len(pairs) - len(np.unique(pairs))
             else:
-                targets[name] += np.bincount(sequences.items[sequences.offsets[1:] - 1], minlength=len(counts))
-    cold = {name: (int(found[counts == 0].sum()), int(found.sum())) for name, found in targets.items()}
+                targets[name] += np.bincount(
+                    sequences.items[sequences.offsets[1:] - 1], minlength=len(counts)
+                )
+    cold = {
+        name: (int(found[counts == 0].sum()), int(found.sum())) for name, found in targets.items()
+    }
     return Facts(manifest, lengths, np.sort(counts[1:])[::-1], cold, repeats)
 
 
@@ -70,7 +77,10 @@ def table(folder: Path, facts: Facts) -> str:
         ("items", f"{manifest.num_items:,}"),
         ("interactions", f"{manifest.num_interactions:,} of {report.rows_read:,} read"),
         ("duplicates dropped", f"{report.duplicates_dropped:,} ({manifest.prepare.duplicates})"),
-        ("repeated items", f"{facts.repeats:,} training interactions with an item the user had before"),
+        (
+            "repeated items",
+            f"{facts.repeats:,} training interactions with an item the user had before",
+        ),
         ("ties in time", f"{report.ties:,}"),
         ("density", f"{manifest.num_interactions / (manifest.num_users * manifest.num_items):.4%}"),
         ("split", manifest.prepare.split),
@@ -79,7 +89,12 @@ def table(folder: Path, facts: Facts) -> str:
     if report.cut_times:
         rows.append(("cuts", " and ".join(moment(cut) for cut in report.cut_times)))
     top = facts.counts[: max(1, len(facts.counts) // 100)].sum() / max(1, facts.counts.sum())
-    rows.append(("popularity", f"top 1% of items: {top:.1%} of training; {int((facts.counts == 0).sum()):,} items never in it"))
+    rows.append(
+        (
+            "popularity",
+            f"top 1% of items: {top:.1%} of training; {int((facts.counts == 0).sum()):,} items never in it",
+        )
+    )
     lines = [f"{folder}", *(f"  {name:<20}{value}" for name, value in rows), ""]
     lines.append(
         f"  {'split':<8}{'sequences':>12}{'items':>14}{'median':>8}{'mean':>8}{'longest':>9}{'shards':>8}{'cold targets':>22}"
@@ -87,20 +102,30 @@ def table(folder: Path, facts: Facts) -> str:
     for name, split in manifest.splits.items():
         cold, total = facts.cold.get(name, (0, 0))
         note = f"{cold:,} ({cold / total:.2%})" if total else ""
-        median = int(np.searchsorted(np.cumsum(facts.lengths[name]), split.num_sequences / 2)) if split.num_sequences else 0
+        median = (
+            int(np.searchsorted(np.cumsum(facts.lengths[name]), split.num_sequences / 2))
+            if split.num_sequences
+            else 0
+        )
         mean = split.num_items / max(1, split.num_sequences)
         lines.append(
             f"  {name:<8}{split.num_sequences:>12,}{split.num_items:>14,}{median:>8}{mean:>8.1f}{split.max_length:>9,}"
             f"{len(split.shards):>8}{note:>22}"
         )
-    return "\n".join([*lines, "", "  training sequences by length", *_histogram(facts.lengths["train"])])
+    return "\n".join(
+        [*lines, "", "  training sequences by length", *_histogram(facts.lengths["train"])]
+    )
 
 
 def _histogram(lengths: np.ndarray) -> list[str]:
     edges = [*_LENGTHS, max(_LENGTHS[-1] + 1, len(lengths))]
     sums = [(a, b - 1, int(lengths[a:b].sum())) for a, b in pairwise(edges)]
     most = max(1, *(count for *_, count in sums))
-    return [f"  {f'{a}-{b}' if b > a else a:>10} {count:>12,}  {'#' * round(40 * count / most)}" for a, b, count in sums if count]
+    return [
+        f"  {f'{a}-{b}' if b > a else a:>10} {count:>12,}  {'#' * round(40 * count / most)}"
+        for a, b, count in sums
+        if count
+    ]
 
 
 def moment(time: str) -> str:
@@ -113,7 +138,11 @@ def moment(time: str) -> str:
 
 
 def _time_range(times: tuple[str, str] | None) -> str:
-    return f"{moment(times[0])} to {moment(times[1])}" if times else "not recorded (prepared by an earlier version)"
+    return (
+        f"{moment(times[0])} to {moment(times[1])}"
+        if times
+        else "not recorded (prepared by an earlier version)"
+    )
 
 
 def write_plots(facts: Facts, folder: Path) -> list[Path]:
@@ -124,8 +153,17 @@ def write_plots(facts: Facts, folder: Path) -> list[Path]:
     ranks = np.arange(1, len(facts.counts) + 1)
     seen = facts.counts > 0
     lengths, popularity = folder / "lengths.png", folder / "popularity.png"
-    line_plot(lengths, places, histogram[places], "training sequences by length", "items", "sequences")
-    line_plot(popularity, ranks[seen], facts.counts[seen], "item popularity", "rank", "training interactions")
+    line_plot(
+        lengths, places, histogram[places], "training sequences by length", "items", "sequences"
+    )
+    line_plot(
+        popularity,
+        ranks[seen],
+        facts.counts[seen],
+        "item popularity",
+        "rank",
+        "training interactions",
+    )
     return [lengths, popularity]
 
 
@@ -138,9 +176,13 @@ def write_board(folder: Path, facts: Facts, plots: list[Path], text: str) -> Non
         writer.add_text("data/facts", "\n".join(f"    {line}" for line in text.splitlines()))
         for path in plots:
             with Image.open(path) as image:
-                writer.add_image(f"data/{path.stem}", np.asarray(image.convert("RGB")), dataformats="HWC")
+                writer.add_image(
+                    f"data/{path.stem}", np.asarray(image.convert("RGB")), dataformats="HWC"
+                )
         lengths = facts.lengths["train"]
-        writer.add_histogram("data/train_lengths", np.repeat(np.arange(len(lengths)), np.minimum(lengths, 10_000)))
+        writer.add_histogram(
+            "data/train_lengths", np.repeat(np.arange(len(lengths)), np.minimum(lengths, 10_000))
+        )
         writer.add_histogram("data/log10_item_counts", np.log10(facts.counts[facts.counts > 0]))
 
 
@@ -150,5 +192,7 @@ def inspect(folder: Path, output: Path | None) -> str:
     text = table(folder, facts)
     if output is not None:
         write_board(output, facts, write_plots(facts, output), text)
-        text += f"\n\nPlots and a TensorBoard page are in {output} (`tensorboard --logdir {output}`)."
+        text += (
+            f"\n\nPlots and a TensorBoard page are in {output} (`tensorboard --logdir {output}`)."
+        )
     return text

@@ -34,7 +34,12 @@ class _Histories(NamedTuple):
 
 
 def check_train_shards(
-    connection: duckdb.DuckDBPyConnection, folder: Path, shards: Sequence[ShardInfo], *, num_items: int, cut: Decimal | None
+    connection: duckdb.DuckDBPyConnection,
+    folder: Path,
+    shards: Sequence[ShardInfo],
+    *,
+    num_items: int,
+    cut: Decimal | None,
 ) -> int:
     """Read the training shards in ``folder`` and compare each sequence with its user's interactions before the cut.
 
@@ -56,12 +61,18 @@ def check_train_shards(
         sequences = read_shard(folder, info, num_items=num_items)
         per_run = max(1, ROWS_PER_RUN * len(sequences) // len(sequences.items))
         for start in range(0, len(sequences), per_run):
-            _check_run(connection, indices, folder / info.file, sequences.run(start, start + per_run), cut)
+            _check_run(
+                connection, indices, folder / info.file, sequences.run(start, start + per_run), cut
+            )
     return sum(info.num_items for info in shards)
 
 
 def _check_run(
-    connection: duckdb.DuckDBPyConnection, indices: np.ndarray, path: Path, sequences: PackedSequences, cut: Decimal | None
+    connection: duckdb.DuckDBPyConnection,
+    indices: np.ndarray,
+    path: Path,
+    sequences: PackedSequences,
+    cut: Decimal | None,
 ) -> None:
     first, last = int(sequences.users.min()), int(sequences.users.max())
     histories = _histories(connection, indices, first, last, cut)
@@ -69,21 +80,36 @@ def _check_run(
     longer = np.flatnonzero(lengths > histories.allowed[users])
     if len(longer):
         held, allowed = lengths[longer[0]], histories.allowed[users[longer[0]]]
-        raise _leak(path, sequences.users[longer[0]], f"{held} items, of which {held - allowed} lie at or after the cut")
-    places = np.repeat(histories.starts[users] - sequences.offsets[:-1], lengths) + np.arange(len(sequences.items))
+        raise _leak(
+            path,
+            sequences.users[longer[0]],
+            f"{held} items, of which {held - allowed} lie at or after the cut",
+        )
+    places = np.repeat(histories.starts[users] - sequences.offsets[:-1], lengths) + np.arange(
+        len(sequences.items)
+    )
     other = np.flatnonzero(histories.items[places] != sequences.items)
     if len(other):
         row = int(np.searchsorted(sequences.offsets, other[0], side="right")) - 1
         item, place = sequences.items[other[0]], other[0] - sequences.offsets[row]
-        raise _leak(path, sequences.users[row], f"item {item} at place {place}, where its history has another")
+        raise _leak(
+            path,
+            sequences.users[row],
+            f"item {item} at place {place}, where its history has another",
+        )
 
 
 def _histories(
-    connection: duckdb.DuckDBPyConnection, indices: np.ndarray, first: int, last: int, cut: Decimal | None
+    connection: duckdb.DuckDBPyConnection,
+    indices: np.ndarray,
+    first: int,
+    last: int,
+    cut: Decimal | None,
 ) -> _Histories:
     """The histories of the users ``first`` to ``last``, in the order of time itself and not of the recorded positions."""
     codes = connection.execute(
-        "SELECT user_code FROM user_map WHERE user_index >= $1 AND user_index <= $2 ORDER BY user_index", [first, last]
+        "SELECT user_code FROM user_map WHERE user_index >= $1 AND user_index <= $2 ORDER BY user_index",
+        [first, last],
     ).fetchnumpy()["user_code"]
     before = "true" if cut is None else f"timestamp < CAST('{cut}' AS DECIMAL(38, 9))"
     rows = connection.execute(

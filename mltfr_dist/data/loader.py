@@ -42,7 +42,9 @@ def _same(step: StepT) -> StepT:
     return step
 
 
-def steps_from_workers(make: Callable[[int], StepT], numbers: range, num_workers: int) -> Iterator[StepT]:
+def steps_from_workers(
+    make: Callable[[int], StepT], numbers: range, num_workers: int
+) -> Iterator[StepT]:
     """``make(number)`` for each of ``numbers``, in order, made by ``num_workers`` forked processes.
 
     Worker w makes every num_workers-th step and reads for itself what they need.

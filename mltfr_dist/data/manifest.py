@@ -32,7 +32,8 @@ class ShardInfo(Section):
     bytes: Count
     sha256: str
     lengths: tuple[tuple[int, int], ...] | None = Field(
-        None, description="(items, number of sequences with as many), ascending. Manifests of version 1 have none."
+        None,
+        description="(items, number of sequences with as many), ascending. Manifests of version 1 have none.",
     )
 
 
@@ -53,13 +54,18 @@ class SplitInfo(Section):
         for name in ("file", "sha256"):  # the same content twice would give its sequences twice
             values = [getattr(shard, name) for shard in self.shards]
             if len(set(values)) < len(values):
-                raise ValueError(f"two shards have the same {name}, {max(values, key=values.count)}")
+                raise ValueError(
+                    f"two shards have the same {name}, {max(values, key=values.count)}"
+                )
         return self
 
     def without(self, files: Collection[str]) -> SplitInfo:
         """The split without some of its shards."""
         kept = tuple(shard for shard in self.shards if shard.file not in files)
-        sums = {name: sum(getattr(shard, name) for shard in kept) for name in ("num_sequences", "num_items")}
+        sums = {
+            name: sum(getattr(shard, name) for shard in kept)
+            for name in ("num_sequences", "num_items")
+        }
         return SplitInfo(**sums, max_length=self.max_length, shards=kept)
 
 
@@ -87,13 +93,25 @@ class PrepareReport(Section):
     rows_read: int
     duplicates_dropped: int
     core_rounds: tuple[CoreRound, ...]
-    ties: int = Field(description="Interactions at the same time as the user's one before; they keep file order.")
-    train_only_users: int = Field(description="leave_one_out: users with fewer than 3 interactions.")
-    short_train_sequences: int = Field(description="Users whose training part has one item and is not stored.")
-    cold_targets: dict[str, int] = Field(description="Targets of valid and test that no stored training sequence holds.")
-    cut_times: tuple[str, str] | None = Field(None, description="global_temporal: start of validation and of test.")
+    ties: int = Field(
+        description="Interactions at the same time as the user's one before; they keep file order."
+    )
+    train_only_users: int = Field(
+        description="leave_one_out: users with fewer than 3 interactions."
+    )
+    short_train_sequences: int = Field(
+        description="Users whose training part has one item and is not stored."
+    )
+    cold_targets: dict[str, int] = Field(
+        description="Targets of valid and test that no stored training sequence holds."
+    )
+    cut_times: tuple[str, str] | None = Field(
+        None, description="global_temporal: start of validation and of test."
+    )
     items_with_title: int = 0
-    times: tuple[str, str] | None = Field(None, description="Earliest and latest kept; None for sequence text.")
+    times: tuple[str, str] | None = Field(
+        None, description="Earliest and latest kept; None for sequence text."
+    )
 
 
 SPLITS = ("train", "valid", "test")
@@ -134,14 +152,17 @@ def load_manifest(folder: Path, *, left_out: Collection[str] = ()) -> Manifest:
     unknown = set(left_out) - {shard.file for shard in all_shards(manifest)}
     if unknown:
         raise DataError(
-            f"{folder} has no shard {', '.join(sorted(unknown))} that could be left out.", remedy="Correct data.left_out."
+            f"{folder} has no shard {', '.join(sorted(unknown))} that could be left out.",
+            remedy="Correct data.left_out.",
         )
     if left_out:
         splits = {name: split.without(left_out) for name, split in manifest.splits.items()}
         manifest = manifest.model_copy(update={"splits": splits})
     for name in manifest.files:
         if not (folder / name).is_file():
-            raise DataError(f"{folder / name} is missing, though the manifest lists it.", remedy=_REMEDY)
+            raise DataError(
+                f"{folder / name} is missing, though the manifest lists it.", remedy=_REMEDY
+            )
     for shard in all_shards(manifest):
         check_size(folder / shard.file, shard)
     return manifest
@@ -156,7 +177,9 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise DataError(
-            f"{folder} holds no {MANIFEST_NAME}.", rule="It is the last thing that `mltfr prepare` writes.", remedy=_REMEDY
+            f"{folder} holds no {MANIFEST_NAME}.",
+            rule="It is the last thing that `mltfr prepare` writes.",
+            remedy=_REMEDY,
         )
     return parse_manifest(path.read_bytes(), str(path))
 
@@ -204,7 +227,9 @@ def all_shards(manifest: Manifest) -> list[ShardInfo]:
 def check_size(path: Path, info: ShardInfo) -> None:
     """Refuse a shard that is missing or of another size than its entry says."""
     if not path.is_file():
-        raise DataError(f"The shard {path} is missing, though the manifest lists it.", remedy=_REMEDY)
+        raise DataError(
+            f"The shard {path} is missing, though the manifest lists it.", remedy=_REMEDY
+        )
     size = path.stat().st_size
     if size != info.bytes:
         raise damaged(path, f"it has {size:,} bytes, the manifest says {info.bytes:,}")
@@ -218,7 +243,11 @@ def check_hash(path: Path, found: str, expected: str) -> None:
 
 def damaged(path: Path, reason: str) -> DataError:
     """The error for a file that is not what was written."""
-    return DataError(f"{path} is damaged: {reason}.", rule="A file must be exactly what `mltfr prepare` wrote.", remedy=_REMEDY)
+    return DataError(
+        f"{path} is damaged: {reason}.",
+        rule="A file must be exactly what `mltfr prepare` wrote.",
+        remedy=_REMEDY,
+    )
 
 
 def _json_object(content: bytes) -> dict[str, Any]:

@@ -107,7 +107,9 @@ def sample_negatives(
     negatives = np.zeros(shape, dtype=np.int64)
     pending = np.ones(shape, dtype=bool)
     for attempt in range(MAX_ATTEMPTS):
-        draws = (hash_u64(seed, epoch, rows, places, attempt) % np.uint64(num_items)).astype(np.int64) + 1
+        draws = (hash_u64(seed, epoch, rows, places, attempt) % np.uint64(num_items)).astype(
+            np.int64
+        ) + 1
         negatives = np.where(pending, draws, negatives)
         pending = np.isin(negatives + row_base, taken)
         if not pending.any():

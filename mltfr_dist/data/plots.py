@@ -9,7 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
-def line_plot(path: Path, x: np.ndarray, y: np.ndarray, title: str, x_label: str, y_label: str) -> None:
+def line_plot(
+    path: Path, x: np.ndarray, y: np.ndarray, title: str, x_label: str, y_label: str
+) -> None:
     """Positive values ``y`` [n] over positive ``x`` [n], written to ``path``."""
     figure = Figure(figsize=(7.2, 4.4), dpi=100)
     FigureCanvasAgg(figure)

@@ -83,7 +83,9 @@ def prepare(
     if _is_reusable(output, info, recorded):
         manifest = verify_folder(output)
         workspace.remove()
-        log(f"{output} already holds this data, from the same source and configuration: verified and reused.")
+        log(
+            f"{output} already holds this data, from the same source and configuration: verified and reused."
+        )
         return manifest
     plan = info.model_dump(mode="json") | recorded.model_dump(mode="json")
     workspace.claim(plan | {"schema_version": SCHEMA_VERSION, "temp_dir": str(resources.temp_dir)})
@@ -96,7 +98,9 @@ def prepare(
     if bad_input is not None:
         workspace.remove()  # bad input stays bad: nothing to go on with
         raise bad_input
-    (workspace.out / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (workspace.out / MANIFEST_NAME).write_text(
+        manifest.model_dump_json(indent=2) + "\n", encoding="utf-8"
+    )
     workspace.out.rename(output)  # onto an empty folder or none
     workspace.remove()
     log(f"Written to {output}.")
@@ -104,7 +108,12 @@ def prepare(
 
 
 def _prepare_remotely(
-    source: str, url: str, config: PrepareConfig, resources: PrepareResources, packages_dir: Path | None, log: Log
+    source: str,
+    url: str,
+    config: PrepareConfig,
+    resources: PrepareResources,
+    packages_dir: Path | None,
+    log: Log,
 ) -> Manifest:
     """Prepare on this machine, then copy to ``url``, the manifest last."""
     name = f"prepared-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
@@ -118,7 +127,9 @@ def _prepare_remotely(
         workspace.remove()
         log(f"{url} already holds this data, from the same source and configuration.")
         return manifest
-    manifest = prepare(source, local, config, resources=resources, packages_dir=packages_dir, log=log)
+    manifest = prepare(
+        source, local, config, resources=resources, packages_dir=packages_dir, log=log
+    )
     remote.upload(local, url)
     shutil.rmtree(local)
     log(f"Copied to {url}.")
@@ -133,8 +144,14 @@ def _resolve(
         found = sources.named_source(source, packages_dir)
         # A named set knows its files: a format or column set for another file would only break it.
         titles = {"titles": found.titles} if config.titles is None else {}
-        columns = {key: value for key, value in found.columns.items() if config.titles is None or not key.startswith("titles_")}
-        return [found.interactions], config.model_copy(update={"format": "tsv", **columns, **titles})
+        columns = {
+            key: value
+            for key, value in found.columns.items()
+            if config.titles is None or not key.startswith("titles_")
+        }
+        return [found.interactions], config.model_copy(
+            update={"format": "tsv", **columns, **titles}
+        )
     if remote.is_url(source):
         paths = remote.fetch(source, workspace.fetched)
     elif Path(source).exists() or not glob.has_magic(source):
@@ -142,7 +159,10 @@ def _resolve(
     else:
         paths = [Path(path) for path in sorted(glob.glob(source))]  # noqa: PTH207, the pattern may be absolute
         if not paths:
-            raise DataError(f"Nothing matches {source}.", remedy="Correct the pattern, or quote it if the shell cut it.")
+            raise DataError(
+                f"Nothing matches {source}.",
+                remedy="Correct the pattern, or quote it if the shell cut it.",
+            )
     formats = {sources.detect_format(path, config.format) for path in paths}
     if len(formats) > 1:
         raise DataError(
@@ -177,9 +197,13 @@ def _source_info(source: str, paths: Sequence[Path], config: PrepareConfig) -> S
     titles = config.titles
     hashes = [file_sha256(path) for path in paths]
     return SourceInfo(
-        file=paths[0].name if source in sources.NAMED_SETS else source.rstrip("/").rpartition("/")[2],
+        file=paths[0].name
+        if source in sources.NAMED_SETS
+        else source.rstrip("/").rpartition("/")[2],
         bytes=sum(path.stat().st_size for path in paths),
-        sha256=hashes[0] if len(paths) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        sha256=hashes[0]
+        if len(paths) == 1
+        else hashlib.sha256("".join(hashes).encode()).hexdigest(),
         titles_file=titles.name if titles else None,
         titles_sha256=file_sha256(titles) if titles else None,
     )
@@ -203,7 +227,9 @@ def _is_reusable(output: Path, info: SourceInfo, recorded: PrepareConfig) -> boo
     return True
 
 
-def _refuse_other(manifest: Manifest, place: str, info: SourceInfo, recorded: PrepareConfig) -> None:
+def _refuse_other(
+    manifest: Manifest, place: str, info: SourceInfo, recorded: PrepareConfig
+) -> None:
     before = manifest.source.model_dump() | manifest.prepare.model_dump()
     now = info.model_dump() | recorded.model_dump()
     changed = [f"{key} was {before[key]}, now {now[key]}" for key in now if before[key] != now[key]]
@@ -229,7 +255,9 @@ def _run(
     def read() -> int:
         rows = sources.load_interactions(connection, paths, config)
         steps.done("read", rows, note=f"{config.format}, {info.bytes / 1e6:,.1f} MB")
-        sources.load_titles(connection, config.titles, config.titles_item_column, config.titles_title_column)
+        sources.load_titles(
+            connection, config.titles, config.titles_item_column, config.titles_title_column
+        )
         return rows
 
     rows = workspace.step(connection, "read", read)
@@ -242,7 +270,10 @@ def _run(
     unique = workspace.step(connection, "duplicates", deduplicate)
 
     def core() -> list[dict[str, Any]]:
-        return [core_round.model_dump() for core_round in k_core(connection, config.user_core, config.item_core, steps)]
+        return [
+            core_round.model_dump()
+            for core_round in k_core(connection, config.user_core, config.item_core, steps)
+        ]
 
     rounds = workspace.step(connection, "k-core", core)
 
@@ -258,10 +289,15 @@ def _run(
     num_items = count_rows(connection, "SELECT count(*) FROM item_map")
     written = write_splits(connection, workspace, config, num_items=num_items, num_users=num_users)
     files = write_maps(connection, workspace.out)
-    sizes = ", ".join(f"{name} {split.num_sequences:,} in {len(split.shards)} shards" for name, split in written.items())
+    sizes = ", ".join(
+        f"{name} {split.num_sequences:,} in {len(split.shards)} shards"
+        for name, split in written.items()
+    )
     steps.done("write", sum(split.num_items for split in written.values()), note=sizes)
     cut = Decimal(report["cut_times"][0]) if report["cut_times"] else None
-    compared = check_train_shards(connection, workspace.out, written["train"].shards, num_items=num_items, cut=cut)
+    compared = check_train_shards(
+        connection, workspace.out, written["train"].shards, num_items=num_items, cut=cut
+    )
     steps.done("read back", compared, note="no leak in the training shards as written")
     return Manifest(
         num_users=num_users,
@@ -281,20 +317,35 @@ def _run(
     )
 
 
-def _split(connection: duckdb.DuckDBPyConnection, config: PrepareConfig, kept: int, steps: StepLog) -> dict[str, Any]:
+def _split(
+    connection: duckdb.DuckDBPyConnection, config: PrepareConfig, kept: int, steps: StepLog
+) -> dict[str, Any]:
     """Cut the histories, prove that nothing leaks, map the ids; the rest of the report."""
     cuts = splits.make_prefixes(
-        connection, config.split, valid_fraction=config.valid_fraction, test_fraction=config.test_fraction
+        connection,
+        config.split,
+        valid_fraction=config.valid_fraction,
+        test_fraction=config.test_fraction,
     )
     splits.check_no_leak(connection, cuts)
-    train_only = count_rows(connection, "SELECT count(*) FROM prefixes WHERE length < 3") if cuts is None else 0
+    train_only = (
+        count_rows(connection, "SELECT count(*) FROM prefixes WHERE length < 3")
+        if cuts is None
+        else 0
+    )
     short = count_rows(connection, "SELECT count(*) FROM prefixes WHERE train_length = 1")
-    note = f"no leak; {train_only:,} users train only; {short:,} training parts of 1 item not stored"
+    note = (
+        f"no leak; {train_only:,} users train only; {short:,} training parts of 1 item not stored"
+    )
     steps.done(config.split, kept, note=note)
     make_id_maps(connection)
     cold = {name: count_cold(connection, name) for name in ("valid", "test")}
     titles = count_rows(connection, "SELECT count(title) FROM item_map")
-    steps.done("id maps", kept, note=f"{titles:,} titles; cold targets: {cold['valid']:,} valid, {cold['test']:,} test")
+    steps.done(
+        "id maps",
+        kept,
+        note=f"{titles:,} titles; cold targets: {cold['valid']:,} valid, {cold['test']:,} test",
+    )
     return {
         "train_only_users": train_only,
         "short_train_sequences": short,

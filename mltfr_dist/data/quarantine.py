@@ -28,7 +28,9 @@ def loss_report(folder: Path, manifest: Manifest, left_out: Mapping[str, str]) -
     Raises:
         DataError: a split would be empty.
     """
-    lines = [f"Left out on all ranks: {file}: {reason}" for file, reason in sorted(left_out.items())]
+    lines = [
+        f"Left out on all ranks: {file}: {reason}" for file, reason in sorted(left_out.items())
+    ]
     for name, split in manifest.splits.items():
         kept = split.without(left_out)
         if not kept.shards:
@@ -37,7 +39,10 @@ def loss_report(folder: Path, manifest: Manifest, left_out: Mapping[str, str]) -
                 rule="data.on_bad_shard=quarantine leaves out bad shards as long as some remain.",
                 remedy="Copy the folder again, or run `mltfr prepare` into a new folder.",
             )
-        sequences, items = split.num_sequences - kept.num_sequences, split.num_items - kept.num_items
+        sequences, items = (
+            split.num_sequences - kept.num_sequences,
+            split.num_items - kept.num_items,
+        )
         if sequences:
             lines.append(
                 f"  {name} loses {sequences:,} of {split.num_sequences:,} sequences ({sequences / split.num_sequences:.2%}) "

@@ -36,7 +36,12 @@ def quote_text(value: str) -> str:
 
 
 def read_columns(
-    connection: duckdb.DuckDBPyConnection, path: Path, format: str, columns: list[str], table: str, names: list[str]
+    connection: duckdb.DuckDBPyConnection,
+    path: Path,
+    format: str,
+    columns: list[str],
+    table: str,
+    names: list[str],
 ) -> None:
     """Create ``table(row_number, *names)`` from the named ``columns`` of a file with column names.
 
@@ -46,28 +51,40 @@ def read_columns(
     try:
         if format == "jsonl":
             read_lines(connection, path, "lines")
-            pointers = [quote_text("/" + name.replace("~", "~0").replace("/", "~1")) for name in columns]
+            pointers = [
+                quote_text("/" + name.replace("~", "~0").replace("/", "~1")) for name in columns
+            ]
             _check_json(connection, path, columns)
             _check_json_types(connection, path, columns, pointers, names)
             fields = [f"line ->> {pointer} AS {name}" for pointer, name in zip(pointers, names)]
-            connection.execute(f"CREATE TABLE {table} AS SELECT row_number, {', '.join(fields)} FROM lines ORDER BY row_number")
+            connection.execute(
+                f"CREATE TABLE {table} AS SELECT row_number, {', '.join(fields)} FROM lines ORDER BY row_number"
+            )
             connection.execute("DROP TABLE lines")
             return
         if format == "parquet":
             reader = f"read_parquet({_path_literal(path)}, file_row_number=true)"
-            described = connection.execute(f"DESCRIBE SELECT * FROM read_parquet({_path_literal(path)})").fetchall()
+            described = connection.execute(
+                f"DESCRIBE SELECT * FROM read_parquet({_path_literal(path)})"
+            ).fetchall()
             header = [str(row[0]) for row in described]
             chosen = [described[_column_index(path, name, header)] for name in columns]
             _refuse_types(path, {row[0]: row[1] for row in chosen})
             kinds = ["BIGINT" if row[1] in _INTEGERS else "VARCHAR" for row in chosen]
-            fields = [f"CAST({quote_identifier(row[0])} AS {kind}) AS {name}" for row, kind, name in zip(chosen, kinds, names)]
+            fields = [
+                f"CAST({quote_identifier(row[0])} AS {kind}) AS {name}"
+                for row, kind, name in zip(chosen, kinds, names)
+            ]
             connection.execute(
                 f"CREATE VIEW {table} AS SELECT file_row_number + 1 AS row_number, {', '.join(fields)} FROM {reader}"
             )
             return
         header = _csv_header(path, format)
         reader = _csv_reader(path, format, len(header), f"rejects_{table}")
-        fields = [f"CAST(c{_column_index(path, name, header)} AS VARCHAR) AS {new}" for name, new in zip(columns, names)]
+        fields = [
+            f"CAST(c{_column_index(path, name, header)} AS VARCHAR) AS {new}"
+            for name, new in zip(columns, names)
+        ]
         connection.execute(
             f"CREATE TABLE {table} AS SELECT row_number() OVER () AS row_number, {', '.join(fields)} FROM {reader}"
         )
@@ -81,9 +98,8 @@ def read_columns(
 def read_lines(connection: duckdb.DuckDBPyConnection, path: Path, table: str) -> None:
     """Create ``table(row_number, line)``: the lines of a text file that are not blank; row_number counts all from 1."""
     # The unit separator is no legal character of JSON and none of ids: a line that holds one is refused, not cut.
-    options = (
-        f"delim='\x1f', quote='', escape='', header=false, columns={{'line': 'VARCHAR'}}, {_csv_options(path, 'rejects_lines')}"
-    )
+    options = "delim='\x1f', quote='', escape='', header=false, columns={'line': 'VARCHAR'}, "
+    options += _csv_options(path, "rejects_lines")
     connection.execute(
         f"CREATE TABLE {table} AS SELECT * FROM (SELECT row_number() OVER () AS row_number, line "
         f"FROM read_csv({_path_literal(path)}, {options})) WHERE NOT {EMPTY.format('line')}"
@@ -96,7 +112,9 @@ def _refuse_types(path: Path, kinds: dict[str, str]) -> None:
     for name, kind in kinds.items():
         if kind == "BOOLEAN" or kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION")):
             raise DataError(
-                f"{path}: the column `{name}` is of type {kind}.", rule=_SINGLE, remedy="Write it as numbers, text or times."
+                f"{path}: the column `{name}` is of type {kind}.",
+                rule=_SINGLE,
+                remedy="Write it as numbers, text or times.",
             )
 
 
@@ -112,13 +130,19 @@ def _check_json(connection: duckdb.DuckDBPyConnection, path: Path, columns: list
             rule="Each line of a jsonl file is one JSON object.",
             remedy="Correct or remove that line.",
         )
-    first = connection.execute("SELECT json_keys(line) FROM lines ORDER BY row_number LIMIT 1").fetchall()
+    first = connection.execute(
+        "SELECT json_keys(line) FROM lines ORDER BY row_number LIMIT 1"
+    ).fetchall()
     for name in columns if first else []:
         _column_index(path, name, list(first[0][0]))
 
 
 def _check_json_types(
-    connection: duckdb.DuckDBPyConnection, path: Path, columns: list[str], pointers: list[str], names: list[str]
+    connection: duckdb.DuckDBPyConnection,
+    path: Path,
+    columns: list[str],
+    pointers: list[str],
+    names: list[str],
 ) -> None:
     """Refuse values that are not single ones, and columns of ids that hold numbers and texts."""
     groups = connection.execute(
@@ -147,7 +171,11 @@ def _check_json_types(
 
 def _csv_reader(path: Path, format: str, num_columns: int, rejects: str) -> str:
     # Tab separated files have no quoting: a title may begin with a quotation mark.
-    quoting = "delim=',', quote='\"', escape='\"'" if format == "csv" else "delim='\t', quote='', escape=''"
+    quoting = (
+        "delim=',', quote='\"', escape='\"'"
+        if format == "csv"
+        else "delim='\t', quote='', escape=''"
+    )
     columns = ", ".join(f"'c{index}': 'VARCHAR'" for index in range(num_columns))
     return f"read_csv({_path_literal(path)}, {quoting}, header=true, columns={{{columns}}}, {_csv_options(path, rejects)})"
 
@@ -161,7 +189,9 @@ def _csv_options(path: Path, rejects: str) -> str:
 
 
 def _refuse_rejects(connection: duckdb.DuckDBPyConnection, path: Path, rejects: str) -> None:
-    bad = connection.execute(f"SELECT line, csv_line, error_message FROM {rejects} ORDER BY line LIMIT 1").fetchall()
+    bad = connection.execute(
+        f"SELECT line, csv_line, error_message FROM {rejects} ORDER BY line LIMIT 1"
+    ).fetchall()
     for line, text, reason in bad:
         raise DataError(
             f"{path}, line {line}: `{str(text).strip()[:80]}` cannot be read: {str(reason).splitlines()[0].rstrip('.')}.",
@@ -193,7 +223,10 @@ def _csv_header(path: Path, format: str) -> list[str]:
     except (OSError, EOFError, csv.Error) as error:
         raise unreadable(path, format, error) from None
     if not header:
-        raise DataError(f"{path} holds no rows.", remedy="Give a file with a line of column names and at least one row.")
+        raise DataError(
+            f"{path} holds no rows.",
+            remedy="Give a file with a line of column names and at least one row.",
+        )
     return header
 
 
@@ -211,9 +244,13 @@ def _open_text(path: Path) -> TextIO:
 
 def where(path: Path, format: str, row_number: int) -> str:
     """`file, line N` of a row; only an error pays for the search, since blank and quoted line ends shift lines."""
-    if format == "sequences":  # a row is an item there, and a line has as many as it has fields behind the first
+    if (
+        format == "sequences"
+    ):  # a row is an item there, and a line has as many as it has fields behind the first
         with _open_text(path) as handle:
-            ends = itertools.accumulate(max(0, len(re.split("[ \t]+", line.strip(" \t\r\n"))) - 1) for line in handle)
+            ends = itertools.accumulate(
+                max(0, len(re.split("[ \t]+", line.strip(" \t\r\n"))) - 1) for line in handle
+            )
             return f"{path}, line {next(line for line, end in enumerate(ends, 1) if end >= row_number)}"
     if format not in ("csv", "tsv"):
         return f"{path}, {'row' if format == 'parquet' else 'line'} {row_number}"
@@ -226,15 +263,22 @@ def where(path: Path, format: str, row_number: int) -> str:
 def unreadable(path: Path, format: str, error: Exception) -> DataError:
     """The error for a file that is not of its format at all."""
     reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    return DataError(f"{path} cannot be read as {format}: {reason}.", remedy="Check the file, or name its true format.")
+    return DataError(
+        f"{path} cannot be read as {format}: {reason}.",
+        remedy="Check the file, or name its true format.",
+    )
 
 
 def _path_literal(path: Path) -> str:
     # DuckDB takes a path as a pattern; a bracket expression makes each special character mean itself.
-    return quote_text("".join(f"[{character}]" if character in "*?[" else character for character in str(path)))
+    return quote_text(
+        "".join(f"[{character}]" if character in "*?[" else character for character in str(path))
+    )
 
 
-def one(connection: duckdb.DuckDBPyConnection, sql: str, parameters: list[Any] | None = None) -> tuple[Any, ...]:
+def one(
+    connection: duckdb.DuckDBPyConnection, sql: str, parameters: list[Any] | None = None
+) -> tuple[Any, ...]:
     """The single row that ``sql`` selects."""
     # fetchall, not fetchone: an unfinished result would block the connection for later streaming reads.
     row: tuple[Any, ...] = connection.execute(sql, parameters).fetchall()[0]

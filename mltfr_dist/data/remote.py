@@ -10,7 +10,22 @@ import fsspec
 from mltfr_dist.data.manifest import MANIFEST_NAME
 from mltfr_dist.errors import DataError
 
-PROTOCOLS = ("file", "memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "webhdfs", "http", "https", "hf")
+PROTOCOLS = (
+    "file",
+    "memory",
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "az",
+    "abfs",
+    "abfss",
+    "hdfs",
+    "webhdfs",
+    "http",
+    "https",
+    "hf",
+)
 """What a URL may begin with: each only moves bytes. Chains (`a::b`) are none of it, nor is what runs a command."""
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?=//|[^/\\])")
 
@@ -49,7 +64,10 @@ def fetch(url: str, folder: Path) -> list[Path]:
         copies = []
         for number, address in enumerate(addresses):
             # Numbered, since files of different folders may have one name; the name's end tells the format.
-            copy = folder / f"{number:05d}-{re.sub(r'[^A-Za-z0-9._-]', '_', address.rpartition('/')[2])}"
+            copy = (
+                folder
+                / f"{number:05d}-{re.sub(r'[^A-Za-z0-9._-]', '_', address.rpartition('/')[2])}"
+            )
             size = system.info(address)["size"]
             if not copy.is_file() or copy.stat().st_size != size:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +95,9 @@ def manifest_at(url: str) -> bytes | None:
             return content
     except (OSError, ImportError, ValueError) as error:
         raise _failed("read", url, error) from None
-    if all(name.endswith((".tar", ".parquet")) for name in names):  # an upload that was interrupted: the manifest comes last
+    if all(
+        name.endswith((".tar", ".parquet")) for name in names
+    ):  # an upload that was interrupted: the manifest comes last
         return None
     raise DataError(
         f"{url} holds something other than prepared data.",
@@ -95,7 +115,9 @@ def upload(folder: Path, url: str) -> None:
     try:
         system, path = fsspec.core.url_to_fs(url.rstrip("/"))
         system.makedirs(path, exist_ok=True)
-        for file in sorted(folder.iterdir(), key=lambda file: (file.name == MANIFEST_NAME, file.name)):
+        for file in sorted(
+            folder.iterdir(), key=lambda file: (file.name == MANIFEST_NAME, file.name)
+        ):
             target, size = f"{path}/{file.name}", file.stat().st_size
             system.put_file(str(file), target)
             if system.info(target)["size"] != size:

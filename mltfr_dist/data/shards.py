@@ -84,7 +84,9 @@ class PackedSequences:
     def run(self, start: int, end: int) -> PackedSequences:
         """The sequences from ``start`` up to ``end``, views."""
         offsets = self.offsets[start : end + 1]
-        return PackedSequences(self.items[offsets[0] : offsets[-1]], offsets - offsets[0], self.users[start:end])
+        return PackedSequences(
+            self.items[offsets[0] : offsets[-1]], offsets - offsets[0], self.users[start:end]
+        )
 
     def take(self, indices: np.ndarray | Sequence[int]) -> PackedSequences:
         """The sequences at ``indices`` [m], in that order (repeats allowed), without a Python loop."""
@@ -92,7 +94,9 @@ class PackedSequences:
         lengths = self.lengths[chosen]
         offsets = _offsets(lengths)
         # Position j of the result belongs to sequence i; it lies j - offsets[i] after that sequence's old start.
-        sources = np.repeat(self.offsets[:-1][chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        sources = np.repeat(self.offsets[:-1][chosen] - offsets[:-1], lengths) + np.arange(
+            offsets[-1]
+        )
         return PackedSequences(self.items[sources], offsets, self.users[chosen])
 
     @staticmethod
@@ -146,8 +150,17 @@ class SplitWriter:
             written: shards that are there already.
             on_shard: told of each finished shard, and of its last user.
         """
-        self.folder, self.split, self.num_items, self.num_users = folder, split, num_items, num_users
-        self.per_block, self.per_shard, self.on_shard = sequences_per_block, sequences_per_shard, on_shard
+        self.folder, self.split, self.num_items, self.num_users = (
+            folder,
+            split,
+            num_items,
+            num_users,
+        )
+        self.per_block, self.per_shard, self.on_shard = (
+            sequences_per_block,
+            sequences_per_shard,
+            on_shard,
+        )
         self.shards = list(written)
         self._pending: list[PackedSequences] = []
 
@@ -171,7 +184,9 @@ class SplitWriter:
         return SplitInfo(
             num_sequences=sum(shard.num_sequences for shard in self.shards),
             num_items=sum(shard.num_items for shard in self.shards),
-            max_length=max((shard.lengths[-1][0] for shard in self.shards if shard.lengths), default=0),
+            max_length=max(
+                (shard.lengths[-1][0] for shard in self.shards if shard.lengths), default=0
+            ),
             shards=tuple(self.shards),
         )
 
@@ -182,10 +197,17 @@ class SplitWriter:
         starts = range(0, len(sequences), self.per_block)
         partial = path.with_name(f".{path.name}")
         # An open file, not a name: webdataset would run a name that begins with `pipe:`.
-        with partial.open("wb") as stream, webdataset.TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar:
+        with (
+            partial.open("wb") as stream,
+            webdataset.TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar,
+        ):
             for number, start in enumerate(starts, first_block):
                 block = sequences.run(start, min(start + self.per_block, len(sequences)))
-                tar.write(_encode_block(f"{self.split}-{number:08d}", block, self.num_items, self.num_users))
+                tar.write(
+                    _encode_block(
+                        f"{self.split}-{number:08d}", block, self.num_items, self.num_users
+                    )
+                )
         partial.rename(path)
         lengths, counts = np.unique(sequences.lengths, return_counts=True)
         info = ShardInfo(
@@ -201,11 +223,15 @@ class SplitWriter:
         self.on_shard(info, int(sequences.users[-1]))
 
 
-def _encode_block(key: str, block: PackedSequences, num_items: int, num_users: int) -> dict[str, Any]:
+def _encode_block(
+    key: str, block: PackedSequences, num_items: int, num_users: int
+) -> dict[str, Any]:
     return {
         "__key__": key,
         "items.npy": _to_npy(block.items.astype(unsigned_type(num_items))),
-        "offsets.npy": _to_npy(block.offsets.astype(np.uint32 if len(block.items) < 2**32 else np.uint64)),
+        "offsets.npy": _to_npy(
+            block.offsets.astype(np.uint32 if len(block.items) < 2**32 else np.uint64)
+        ),
         "users.npy": _to_npy(block.users.astype(unsigned_type(max(num_users - 1, 0)))),
     }
 
@@ -219,12 +245,18 @@ def _to_npy(array: np.ndarray) -> bytes:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_shard(folder: Path, info: ShardInfo, *, num_items: int, patience: Patience = PATIENT) -> PackedSequences:
+def read_shard(
+    folder: Path, info: ShardInfo, *, num_items: int, patience: Patience = PATIENT
+) -> PackedSequences:
     """The sequences of one shard; see :func:`read_blocks`."""
-    return PackedSequences.concatenate(read_blocks(folder, info, num_items=num_items, patience=patience))
+    return PackedSequences.concatenate(
+        read_blocks(folder, info, num_items=num_items, patience=patience)
+    )
 
 
-def read_blocks(folder: Path, info: ShardInfo, *, num_items: int, patience: Patience = PATIENT) -> list[PackedSequences]:
+def read_blocks(
+    folder: Path, info: ShardInfo, *, num_items: int, patience: Patience = PATIENT
+) -> list[PackedSequences]:
     """Read one shard whole, verified before use: size, sha256, keys, counts, offsets, id range.
 
     Args:
@@ -241,7 +273,9 @@ def read_blocks(folder: Path, info: ShardInfo, *, num_items: int, patience: Pati
     """
     path = folder / info.file
     check_size(path, info)
-    content = read_patiently(path, patience)  # hashed and parsed from the same bytes: the file cannot change in between
+    content = read_patiently(
+        path, patience
+    )  # hashed and parsed from the same bytes: the file cannot change in between
     check_hash(path, hashlib.sha256(content).hexdigest(), info.sha256)
     source = [{"url": path.name, "stream": io.BytesIO(content)}]
     samples = webdataset.DataPipeline(lambda: iter(source), tar_file_expander, group_by_keys)
@@ -254,7 +288,11 @@ def read_blocks(folder: Path, info: ShardInfo, *, num_items: int, patience: Pati
             blocks[key] = _decode_block(path, sample, num_items)
     except (tarfile.TarError, ValueError, EOFError, SyntaxError) as error:
         raise damaged(path, str(error.args[0] if error.args else error)) from None
-    found = (len(blocks), sum(map(len, blocks.values())), sum(len(block.items) for block in blocks.values()))
+    found = (
+        len(blocks),
+        sum(map(len, blocks.values())),
+        sum(len(block.items) for block in blocks.values()),
+    )
     expected = (info.num_blocks, info.num_sequences, info.num_items)
     if found != expected or not blocks:
         raise damaged(path, f"(blocks, sequences, items) are {found}, the manifest says {expected}")
@@ -269,11 +307,25 @@ def _decode_block(path: Path, sample: dict[str, Any], num_items: int) -> PackedS
     items, offsets, users = (_from_npy(sample[name]) for name in PARTS)
     for name, array in zip(PARTS, (items, offsets, users)):
         if array.ndim != 1 or array.dtype.kind != "u":
-            raise damaged(path, f"block {key}: {name} is {array.dtype}{list(array.shape)}, not a flat unsigned array")
-    if len(offsets) != len(users) + 1 or offsets[0] != 0 or offsets[-1] != len(items) or np.any(offsets[1:] <= offsets[:-1]):
-        raise damaged(path, f"block {key}: the offsets do not rise from 0 to {len(items)} over {len(users)} sequences")
+            raise damaged(
+                path,
+                f"block {key}: {name} is {array.dtype}{list(array.shape)}, not a flat unsigned array",
+            )
+    if (
+        len(offsets) != len(users) + 1
+        or offsets[0] != 0
+        or offsets[-1] != len(items)
+        or np.any(offsets[1:] <= offsets[:-1])
+    ):
+        raise damaged(
+            path,
+            f"block {key}: the offsets do not rise from 0 to {len(items)} over {len(users)} sequences",
+        )
     if len(items) and not 1 <= items.min() <= items.max() <= num_items:
-        raise damaged(path, f"block {key}: item ids are {items.min()}..{items.max()}, not within 1..{num_items}")
+        raise damaged(
+            path,
+            f"block {key}: item ids are {items.min()}..{items.max()}, not within 1..{num_items}",
+        )
     return PackedSequences(items, offsets.astype(np.int64), users)
 
 
@@ -284,12 +336,16 @@ def _from_npy(content: bytes) -> np.ndarray:
         ValueError: malformed, of objects, or the header claims another size than there is.
     """
     stream = io.BytesIO(content)
-    read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(npy.read_magic(stream))
+    read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(
+        npy.read_magic(stream)
+    )
     if read_header is None:
         raise ValueError("an npy member is of an unknown version")
     shape, _, dtype = read_header(stream)
     if dtype.hasobject:
-        raise ValueError("an npy member holds objects, which only running code could load (allow_pickle=False)")
+        raise ValueError(
+            "an npy member holds objects, which only running code could load (allow_pickle=False)"
+        )
     claimed, there = math.prod(shape) * dtype.itemsize, len(content) - stream.tell()
     if claimed != there:
         raise ValueError(f"an npy member claims {claimed:,} bytes and has {there:,}")

@@ -54,12 +54,18 @@ def named_source(name: str, packages_dir: Path | None) -> NamedSource:
         DataError: unknown name, or the package is not there.
     """
     if name not in NAMED_SETS:
-        raise DataError(f"`{name}` is not a named set.", remedy=f"The named sets are: {', '.join(NAMED_SETS)}.")
+        raise DataError(
+            f"`{name}` is not a named set.", remedy=f"The named sets are: {', '.join(NAMED_SETS)}."
+        )
     if packages_dir is not None:
         package = packages_dir / "recbole"
     else:
-        spec = importlib.util.find_spec("recbole")  # finds a top-level package without running its code
-        package = Path((spec.submodule_search_locations or ["recbole"])[0]) if spec else Path("recbole")
+        spec = importlib.util.find_spec(
+            "recbole"
+        )  # finds a top-level package without running its code
+        package = (
+            Path((spec.submodule_search_locations or ["recbole"])[0]) if spec else Path("recbole")
+        )
     folder = package / "dataset_example" / name
     interactions, titles = folder / f"{name}.inter", folder / f"{name}.item"
     if not interactions.is_file():
@@ -94,11 +100,16 @@ def detect_format(path: Path, configured: str = "auto") -> str:
             remedy="Name the format (csv, tsv, parquet, jsonl or sequences).",
         )
     if found == "parquet" and is_gzip:
-        raise DataError(f"{path} is gzip around parquet.", remedy="Unpack it first; parquet is compressed inside.")
+        raise DataError(
+            f"{path} is gzip around parquet.",
+            remedy="Unpack it first; parquet is compressed inside.",
+        )
     return found
 
 
-def load_interactions(connection: duckdb.DuckDBPyConnection, paths: Sequence[Path], config: PrepareConfig) -> int:
+def load_interactions(
+    connection: duckdb.DuckDBPyConnection, paths: Sequence[Path], config: PrepareConfig
+) -> int:
     """Create ``interactions(row_number, user_id, item_id, timestamp)`` from files and return its number of rows.
 
     Rows are numbered through all files, in the order of ``paths``. Ids are text, or 64-bit integers if all files are Parquet
@@ -122,7 +133,9 @@ def load_interactions(connection: duckdb.DuckDBPyConnection, paths: Sequence[Pat
             read_columns(connection, path, format, names, "raw", ["user_id", "item_id", "time"])
         count, first = one(connection, "SELECT count(*), arg_min(time, row_number) FROM raw")
         if not count:
-            raise DataError(f"{path} holds no rows.", remedy="Give a file with at least one interaction.")
+            raise DataError(
+                f"{path} holds no rows.", remedy="Give a file with at least one interaction."
+            )
         check_rows(connection, names, partial(where, path, format))
         kind = kind or _time_kind(connection, first)
         _add_times(connection, path, format, names[2], kind, before=rows)
@@ -154,27 +167,44 @@ def _time_kind(connection: duckdb.DuckDBPyConnection, first: str | int) -> str:
     return "numbers" if is_number else "dates"
 
 
-def _add_times(connection: duckdb.DuckDBPyConnection, path: Path, format: str, column: str, kind: str, *, before: int) -> None:
+def _add_times(
+    connection: duckdb.DuckDBPyConnection,
+    path: Path,
+    format: str,
+    column: str,
+    kind: str,
+    *,
+    before: int,
+) -> None:
     """``raw`` -> ``interactions``, behind the ``before`` rows that are there."""
     text = "CAST(time AS VARCHAR)"
     into = "INSERT INTO interactions" if before else "CREATE TABLE interactions AS"
     parsed = _TIMES[kind] if kind == "integers" else _TIMES[kind].replace("(time ", f"({text} ")
     try:
-        connection.execute(f"{into} SELECT row_number + {before} AS row_number, user_id, item_id, {parsed} AS timestamp FROM raw")
+        connection.execute(
+            f"{into} SELECT row_number + {before} AS row_number, user_id, item_id, {parsed} AS timestamp FROM raw"
+        )
     except duckdb.ConversionException:
         raise DataError(
             f"{path}: its ids or times are of another kind than those of the files before it.",
             rule="All files of a source have the same columns, of the same types.",
             remedy="Convert the files to one type, or prepare them apart.",
         ) from None
-    bad = one(connection, f"SELECT min(row_number) FROM interactions WHERE timestamp IS NULL AND row_number > {before}")[0]
+    bad = one(
+        connection,
+        f"SELECT min(row_number) FROM interactions WHERE timestamp IS NULL AND row_number > {before}",
+    )[0]
     if bad is not None:
         value, first = one(
             connection,
             f"SELECT {text}, {text} = arg_min({text}, row_number) OVER () FROM raw QUALIFY row_number = $1",
             [bad - before],
         )
-        wanted = "a date or date-time, as in the first row" if kind == "dates" else "a number, as in the first row"
+        wanted = (
+            "a date or date-time, as in the first row"
+            if kind == "dates"
+            else "a number, as in the first row"
+        )
         raise DataError(
             f"{where(path, format, bad - before)}: the time `{value}` in column `{column}` is not "
             f"{wanted if not first or before else 'a number, date or date-time'}.",
@@ -183,7 +213,9 @@ def _add_times(connection: duckdb.DuckDBPyConnection, path: Path, format: str, c
         )
 
 
-def load_titles(connection: duckdb.DuckDBPyConnection, path: Path | None, item_column: str, title_column: str) -> None:
+def load_titles(
+    connection: duckdb.DuckDBPyConnection, path: Path | None, item_column: str, title_column: str
+) -> None:
     """Create ``titles(item_id, title)`` from a csv, tsv, parquet or jsonl file; an item's first title counts.
 
     Without a file (``path`` None) the table is empty.
@@ -196,8 +228,12 @@ def load_titles(connection: duckdb.DuckDBPyConnection, path: Path | None, item_c
         return
     format = detect_format(path)
     if format == "sequences":
-        raise DataError(f"{path} cannot hold titles.", remedy="Give titles as csv, tsv, parquet or jsonl.")
-    read_columns(connection, path, format, [item_column, title_column], "raw_titles", ["item_id", "title"])
+        raise DataError(
+            f"{path} cannot hold titles.", remedy="Give titles as csv, tsv, parquet or jsonl."
+        )
+    read_columns(
+        connection, path, format, [item_column, title_column], "raw_titles", ["item_id", "title"]
+    )
     connection.execute(
         "CREATE TABLE titles AS SELECT CAST(item_id AS VARCHAR) AS item_id, "
         "arg_min(CAST(title AS VARCHAR), row_number) AS title FROM raw_titles "
@@ -215,7 +251,9 @@ def _load_sequences(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
     except duckdb.Error as error:
         raise unreadable(path, "sequences", error) from None
     split = "regexp_split_to_array(trim(line, chr(32) || chr(9)), '[ \\t]+')"
-    connection.execute(f"CREATE TABLE fields AS SELECT row_number AS line_number, {split} AS fields FROM lines")
+    connection.execute(
+        f"CREATE TABLE fields AS SELECT row_number AS line_number, {split} AS fields FROM lines"
+    )
     lonely = one(connection, "SELECT min(line_number) FROM fields WHERE len(fields) < 2")[0]
     if lonely is not None:
         user = one(connection, "SELECT fields[1] FROM fields WHERE line_number = $1", [lonely])[0]

@@ -58,7 +58,9 @@ def global_temporal_sql(cuts: Cuts) -> str:
         SQL with columns user_code, length, train_length, train_end, valid_end, test_end.
     """
     first, second = (f"CAST('{cut}' AS DECIMAL(38, 9))" for cut in cuts)
-    before_first, before_second = (f"count(*) FILTER (timestamp < {cut})" for cut in (first, second))
+    before_first, before_second = (
+        f"count(*) FILTER (timestamp < {cut})" for cut in (first, second)
+    )
     return _prefixes_sql(
         f"SELECT user_code, count(*) AS length, {before_first} AS train_length, "
         f"CASE WHEN {before_first} > 0 AND {before_second} > {before_first} THEN {before_first} + 1 ELSE 0 END AS valid_end, "
@@ -72,7 +74,9 @@ def _prefixes_sql(ends: str) -> str:
     return f"SELECT user_code, length, train_length, {train_end} AS train_end, valid_end, test_end FROM ({ends})"
 
 
-def find_cuts(connection: duckdb.DuckDBPyConnection, valid_fraction: float, test_fraction: float) -> Cuts:
+def find_cuts(
+    connection: duckdb.DuckDBPyConnection, valid_fraction: float, test_fraction: float
+) -> Cuts:
     """The two cut times, so that about these fractions of all interactions lie between and after them.
 
     Interactions of one moment stay together, so coarse times (days) move the fractions.
@@ -105,15 +109,23 @@ def find_cuts(connection: duckdb.DuckDBPyConnection, valid_fraction: float, test
 
 
 def make_prefixes(
-    connection: duckdb.DuckDBPyConnection, split: str, *, valid_fraction: float, test_fraction: float
+    connection: duckdb.DuckDBPyConnection,
+    split: str,
+    *,
+    valid_fraction: float,
+    test_fraction: float,
 ) -> Cuts | None:
     """Create the table ``prefixes`` and return the cut times (None for leave_one_out).
 
     Raises:
         DataError: the times cannot be cut, or a split would be empty.
     """
-    cuts = find_cuts(connection, valid_fraction, test_fraction) if split == "global_temporal" else None
-    connection.execute(f"CREATE OR REPLACE TABLE prefixes AS {global_temporal_sql(cuts) if cuts else leave_one_out_sql()}")
+    cuts = (
+        find_cuts(connection, valid_fraction, test_fraction) if split == "global_temporal" else None
+    )
+    connection.execute(
+        f"CREATE OR REPLACE TABLE prefixes AS {global_temporal_sql(cuts) if cuts else leave_one_out_sql()}"
+    )
     for name in SPLITS:
         if not one(connection, f"SELECT count(*) FROM prefixes WHERE {name}_end > 0")[0]:
             longest = one(connection, "SELECT max(length) FROM prefixes")[0]
@@ -161,7 +173,9 @@ def check_no_leak(connection: duckdb.DuckDBPyConnection, cuts: Cuts | None) -> N
     found = one(connection, f"SELECT {counts} FROM ({facts})", parameters)
     if any(found):
         broken = ", ".join(f"{count} in {name}" for name, count in zip(rules, found) if count)
-        raise LeakError(f"Interactions on the wrong side of their cut: {broken}. Please report this as a defect.")
+        raise LeakError(
+            f"Interactions on the wrong side of their cut: {broken}. Please report this as a defect."
+        )
 
 
 def time_text(time: Decimal) -> str:

@@ -41,7 +41,9 @@ class StepLog:
         now = time.perf_counter()
         seconds, self.started = now - self.started, now
         rate = (rows + dropped) / max(seconds, 1e-9)
-        self.log(f"{name:<22}{rows:>14,}{dropped:>12,}{seconds:>9.2f}{rate:>13,.0f}  {note}".rstrip())
+        self.log(
+            f"{name:<22}{rows:>14,}{dropped:>12,}{seconds:>9.2f}{rate:>13,.0f}  {note}".rstrip()
+        )
 
 
 def drop_duplicates(connection: duckdb.DuckDBPyConnection, mode: str) -> int:
@@ -76,7 +78,10 @@ def drop_duplicates(connection: duckdb.DuckDBPyConnection, mode: str) -> int:
 
 
 def k_core(
-    connection: duckdb.DuckDBPyConnection, user_core: int, item_core: int, steps: StepLog | None = None
+    connection: duckdb.DuckDBPyConnection,
+    user_core: int,
+    item_core: int,
+    steps: StepLog | None = None,
 ) -> tuple[CoreRound, ...]:
     """Remove from ``events``, in rounds, users and items with too few interactions, until none is left to remove.
 
@@ -114,7 +119,11 @@ def k_core(
                 f"USING ({kind}_code) WHERE number > coalesce(fewer, 0)"
             )
         was, left = left, count_rows(connection, "SELECT count(*) FROM events")
-        rounds.append(CoreRound(users_removed=removed["user"], items_removed=removed["item"], interactions_left=left))
+        rounds.append(
+            CoreRound(
+                users_removed=removed["user"], items_removed=removed["item"], interactions_left=left
+            )
+        )
         if steps:
             note = f"{removed['user']:,} users below {user_core}, {removed['item']:,} items below {item_core}"
             steps.done(f"k-core round {len(rounds)}", left, was - left, note)

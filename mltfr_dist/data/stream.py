@@ -83,7 +83,13 @@ class TrainStream:
         objective: Objective = NEXT_ITEM,
         manifest: Manifest | None = None,
     ) -> None:
-        self.folder, self.config, self.part, self.seed, self.objective = folder, config, part, seed, objective
+        self.folder, self.config, self.part, self.seed, self.objective = (
+            folder,
+            config,
+            part,
+            seed,
+            objective,
+        )
         self.manifest = manifest or load_manifest(folder, left_out=config.left_out)
         self._patience = Patience(config.read_attempts, config.read_timeout)
         self.split = self.manifest.splits["train"]
@@ -99,7 +105,9 @@ class TrainStream:
                 rule="Sequences that are contrasted must sit in one micro-batch, or the loss would depend on the division.",
                 remedy="Choose loss.contrast_group so that it divides training.micro_batch_size (or global_batch_size / ranks).",
             )
-        self.collator = Collator(objective, config.max_len, self.manifest.num_items, seed, part.micro_batch_size)
+        self.collator = Collator(
+            objective, config.max_len, self.manifest.num_items, seed, part.micro_batch_size
+        )
         self._counts = samples_by_shard(self.split, config.max_len, config.long_histories, folder)
         if not self.steps_per_epoch:
             raise ConfigError(
@@ -130,7 +138,9 @@ class TrainStream:
         """
         steps = range(start_step, self.steps_per_epoch)
         if self.config.num_workers:
-            yield from steps_from_workers(lambda step: self.step(epoch, step), steps, self.config.num_workers)
+            yield from steps_from_workers(
+                lambda step: self.step(epoch, step), steps, self.config.num_workers
+            )
         else:
             for step in steps:
                 yield self.step(epoch, step)
@@ -170,7 +180,9 @@ class TrainStream:
         first, last = order.window_of(np.array([places.min(), places.max()])).tolist()
         needed = range(first, last + 1)
         if self.config.length_pool == 1 or not set(needed) <= self._windows.keys():
-            self._windows = {number: window for number, window in self._windows.items() if number in needed}
+            self._windows = {
+                number: window for number, window in self._windows.items() if number in needed
+            }
         for number in needed:
             if number not in self._windows:
                 self._windows[number] = self._window(order, number)
@@ -179,16 +191,22 @@ class TrainStream:
         numbers = order.window_of(places)
         within = places - order.starts[numbers]
         parts = [np.flatnonzero(numbers == number) for number in needed]
-        joined = Samples.join([self._windows[number].take(within[part]) for number, part in zip(needed, parts)])
+        joined = Samples.join(
+            [self._windows[number].take(within[part]) for number, part in zip(needed, parts)]
+        )
         return joined.take(np.argsort(np.concatenate(parts)))
 
     def _window(self, order: EpochOrder, number: int) -> Samples:
         """All samples of a window, in the order of its places."""
         infos = [self.split.shards[i] for i in order.windows[number]]
         num_items, patience = self.manifest.num_items, self._patience
-        shards = (read_blocks(self.folder, info, num_items=num_items, patience=patience) for info in infos)
+        shards = (
+            read_blocks(self.folder, info, num_items=num_items, patience=patience) for info in infos
+        )
         sequences = PackedSequences.concatenate([block for blocks in shards for block in blocks])
-        return Samples.of(sequences, self.config.max_len, self.config.long_histories).take(order.permutation(number))
+        return Samples.of(sequences, self.config.max_len, self.config.long_histories).take(
+            order.permutation(number)
+        )
 
     # --- batches -----------------------------------------------------------------------------------------------
 
@@ -223,7 +241,13 @@ class RankingStream:
         world_size: int = 1,
         left_out: tuple[str, ...] = (),
     ) -> None:
-        self.folder, self.max_len, self.batch_size, self.rank, self.world_size = folder, max_len, batch_size, rank, world_size
+        self.folder, self.max_len, self.batch_size, self.rank, self.world_size = (
+            folder,
+            max_len,
+            batch_size,
+            rank,
+            world_size,
+        )
         self.manifest = load_manifest(folder, left_out=left_out)
         self.split = self.manifest.splits[split]
 
@@ -241,21 +265,29 @@ class RankingStream:
             yield ranking_batch(sequences, self.max_len)
         for _ in range(rounds - given):
             empty = torch.zeros(0, dtype=torch.int64)
-            yield RankingBatch(torch.zeros(1, 1, dtype=torch.int64), torch.full((1,), PADDING_IDX), empty, empty)
+            yield RankingBatch(
+                torch.zeros(1, 1, dtype=torch.int64), torch.full((1,), PADDING_IDX), empty, empty
+            )
 
     def _batches(self, first: int, end: int) -> Iterator[PackedSequences]:
         """Batches ``first`` up to ``end``, reading a shard when its first user is due."""
         starts = np.cumsum([0, *(info.num_sequences for info in self.split.shards)])
         loaded: dict[int, PackedSequences] = {}
         for batch in range(first, end):
-            users = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_users))
+            users = np.arange(
+                batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_users)
+            )
             shards = np.searchsorted(starts, users, side="right") - 1
             needed = np.unique(shards).tolist()
             loaded = {number: loaded[number] for number in needed if number in loaded}
             for number in needed:
                 if number not in loaded:
-                    loaded[number] = read_shard(self.folder, self.split.shards[number], num_items=self.manifest.num_items)
-            yield PackedSequences.concatenate([loaded[i].take(users[shards == i] - starts[i]) for i in needed])
+                    loaded[number] = read_shard(
+                        self.folder, self.split.shards[number], num_items=self.manifest.num_items
+                    )
+            yield PackedSequences.concatenate(
+                [loaded[i].take(users[shards == i] - starts[i]) for i in needed]
+            )
 
 
 def ranking_batch(sequences: PackedSequences, max_len: int) -> RankingBatch:

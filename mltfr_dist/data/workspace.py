@@ -42,9 +42,13 @@ class Workspace:
 
     def __init__(self, output: Path, resources: PrepareResources, log: Log) -> None:
         self.folder = output.parent / f".{output.name}.partial"
-        self.out, self._plan, self._journal = (self.folder / name for name in ("out", "plan.json", "shards.jsonl"))
+        self.out, self._plan, self._journal = (
+            self.folder / name for name in ("out", "plan.json", "shards.jsonl")
+        )
         self.resources, self.log = resources, log
-        self.temporary = resources.temp_dir / f"{output.name}.partial" if resources.temp_dir else self.folder
+        self.temporary = (
+            resources.temp_dir / f"{output.name}.partial" if resources.temp_dir else self.folder
+        )
         self.fetched = self.temporary / "fetched"
         """Where copies of remote sources go."""
 
@@ -56,7 +60,11 @@ class Workspace:
         """
         if self._plan.is_file():
             before = json.loads(self._plan.read_text())
-            changed = [f"{key} was {before.get(key)}, now {plan[key]}" for key in plan if before.get(key) != plan[key]]
+            changed = [
+                f"{key} was {before.get(key)}, now {plan[key]}"
+                for key in plan
+                if before.get(key) != plan[key]
+            ]
             if changed:
                 raise DataError(
                     f"{self.folder} is half prepared, and differently: {'; '.join(changed)}.",
@@ -84,13 +92,18 @@ class Workspace:
         settings = {
             "temp_directory": str(self.temporary / "spill"),
             "autoinstall_known_extensions": "false",
-            "memory_limit": self.resources.memory_limit or f"{int(psutil.virtual_memory().total * _DEFAULT_SHARE)}B",
+            "memory_limit": self.resources.memory_limit
+            or f"{int(psutil.virtual_memory().total * _DEFAULT_SHARE)}B",
         }
         if self.resources.threads:
             settings["threads"] = str(self.resources.threads)
         try:
-            with duckdb.connect(str(self.temporary / "prepare.duckdb"), config=settings) as connection:
-                connection.execute("SET TimeZone = 'UTC'; SET preserve_insertion_order = true; SET enable_progress_bar = true")
+            with duckdb.connect(
+                str(self.temporary / "prepare.duckdb"), config=settings
+            ) as connection:
+                connection.execute(
+                    "SET TimeZone = 'UTC'; SET preserve_insertion_order = true; SET enable_progress_bar = true"
+                )
                 connection.execute("SET enable_progress_bar_print = false")
                 connection.execute("CREATE TABLE IF NOT EXISTS done(step VARCHAR, value VARCHAR)")
                 with self._progress(connection):
@@ -108,7 +121,9 @@ class Workspace:
                 remedy="Wait for the other process, or free disk. It goes on where it stopped.",
             ) from None
 
-    def step(self, connection: duckdb.DuckDBPyConnection, name: str, work: Callable[[], Any]) -> Any:
+    def step(
+        self, connection: duckdb.DuckDBPyConnection, name: str, work: Callable[[], Any]
+    ) -> Any:
         """Do ``work`` once, all or nothing; its value (as JSON) is kept for when the preparation is started again."""
         found = connection.execute("SELECT value FROM done WHERE step = $1", [name]).fetchall()
         if found:
@@ -130,12 +145,17 @@ class Workspace:
         """Note a finished shard."""
         with self._journal.open("a", encoding="utf-8") as file:
             # The line end comes first, so that a line that a crash cut does not spoil this one.
-            file.write("\n" + json.dumps({"split": split, "last_user": last_user, "info": info.model_dump()}))
+            file.write(
+                "\n"
+                + json.dumps({"split": split, "last_user": last_user, "info": info.model_dump()})
+            )
 
     def written_shards(self, split: str) -> list[WrittenShard]:
         """The finished shards of a split that are still what was written, up to the first that is not."""
         found: list[WrittenShard] = []
-        for line in self._journal.read_text(encoding="utf-8").splitlines() if self._journal.exists() else []:
+        for line in (
+            self._journal.read_text(encoding="utf-8").splitlines() if self._journal.exists() else []
+        ):
             try:
                 values = json.loads(line)
             except ValueError:  # empty, or cut by the interruption

@@ -23,7 +23,12 @@ ROWS_PER_RUN = 2_000_000
 
 
 def write_splits(
-    connection: duckdb.DuckDBPyConnection, workspace: Workspace, config: PrepareConfig, *, num_items: int, num_users: int
+    connection: duckdb.DuckDBPyConnection,
+    workspace: Workspace,
+    config: PrepareConfig,
+    *,
+    num_items: int,
+    num_users: int,
 ) -> dict[str, SplitInfo]:
     """Write the shards of every split, going on behind those that are there.
 
@@ -88,12 +93,15 @@ def _histories(
     ).fetchnumpy()
     codes = [int(users["user_code"][0]), int(users["user_code"][-1])]
     items = connection.execute(
-        "SELECT item_code FROM ordered WHERE user_code >= $1 AND user_code <= $2 ORDER BY user_code, position", codes
+        "SELECT item_code FROM ordered WHERE user_code >= $1 AND user_code <= $2 ORDER BY user_code, position",
+        codes,
     ).fetchnumpy()["item_code"]
     return indices[items], users
 
 
-def _prefixes(items: np.ndarray, users: dict[str, np.ndarray], end: str, first_user: int) -> PackedSequences:
+def _prefixes(
+    items: np.ndarray, users: dict[str, np.ndarray], end: str, first_user: int
+) -> PackedSequences:
     """The sequences of one split: of each user from ``first_user`` on the first ``end`` items, where there are any."""
     starts = np.cumsum(users["length"]) - users["length"]
     chosen = (users[end] > 0) & (users["user_index"] >= first_user)

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.distributed.state import begin_moments, restore_masters, restore_moments, whole_moments, whole_parameters
+from mltfr_dist.distributed.state import (
+    begin_moments,
+    restore_masters,
+    restore_moments,
+    whole_moments,
+    whole_parameters,
+)
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.errors import CheckpointError, DamagedError
 from mltfr_dist.files import file_sha256
@@ -101,12 +107,24 @@ def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bo
 def nonfinite(tensors: dict[str, dict[str, Tensor]], ranks: Ranks) -> list[str]:
     """Names of the tensors that are not finite on some rank, each looked at in parts. All ranks must call."""
     named = [(name, t) for state in tensors.values() for name, t in state.items()]
-    found = [any(not torch.isfinite(part).all() for part in torch.split(t.flatten(), CHECKED_ELEMENTS)) for _, t in named]
-    return [name for (name, _), bad in zip(named, ranks.max(torch.tensor(found).float()).tolist(), strict=True) if bad]
+    found = [
+        any(not torch.isfinite(part).all() for part in torch.split(t.flatten(), CHECKED_ELEMENTS))
+        for _, t in named
+    ]
+    return [
+        name
+        for (name, _), bad in zip(
+            named, ranks.max(torch.tensor(found).float()).tolist(), strict=True
+        )
+        if bad
+    ]
 
 
 def write(
-    folder: Path, tensors: dict[str, dict[str, Tensor]], progress: Progress, goes_on: Callable[[], object] = lambda: None
+    folder: Path,
+    tensors: dict[str, dict[str, Tensor]],
+    progress: Progress,
+    goes_on: Callable[[], object] = lambda: None,
 ) -> None:
     """Write files of tensors with their header, atomically; ``goes_on`` is called again and again."""
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
@@ -148,7 +166,8 @@ def read_header(folder: Path) -> Header:
         content: Any = json.loads((folder / HEADER).read_text())
     except (FileNotFoundError, ValueError) as error:
         raise DamagedError(
-            f"{folder} is not a checkpoint: {error}.", remedy="Name a run folder that `train.py` wrote, or train again."
+            f"{folder} is not a checkpoint: {error}.",
+            remedy="Name a run folder that `train.py` wrote, or train again.",
         ) from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
@@ -159,7 +178,9 @@ def read_header(folder: Path) -> Header:
     try:
         return Header.model_validate(content)
     except ValidationError as error:
-        raise DamagedError(f"The header of {folder} is damaged: {error}.", remedy="Delete this checkpoint folder.") from None
+        raise DamagedError(
+            f"The header of {folder} is damaged: {error}.", remedy="Delete this checkpoint folder."
+        ) from None
 
 
 def read(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
@@ -180,7 +201,11 @@ def verify(folder: Path, name: str, goes_on: Callable[[], object] = beat) -> Non
         DamagedError: The file is missing or its content is not what was written.
     """
     header, path = read_header(folder), folder / name
-    if name not in header.sha256 or not path.exists() or file_sha256(path, goes_on) != header.sha256[name]:
+    if (
+        name not in header.sha256
+        or not path.exists()
+        or file_sha256(path, goes_on) != header.sha256[name]
+    ):
         raise DamagedError(
             f"{path} is missing or damaged.",
             rule="Its sha256 must equal the one in state.json.",
@@ -216,7 +241,9 @@ def latest(folder: Path, stage: str) -> Path | None:
     return complete[-1] if complete else None
 
 
-def latest_intact(folder: Path, stage: str, warn: Callable[[str], None], goes_on: Callable[[], object] = beat) -> Path | None:
+def latest_intact(
+    folder: Path, stage: str, warn: Callable[[str], None], goes_on: Callable[[], object] = beat
+) -> Path | None:
     """Newest checkpoint of a stage whose files are what was written.
 
     Args:
@@ -242,7 +269,9 @@ def latest_intact(folder: Path, stage: str, warn: Callable[[str], None], goes_on
 def remove_interrupted(folder: Path, warn: Callable[[str], None]) -> None:
     """Delete what a killed process was writing; ``warn`` is told."""
     for partial in sorted(folder.glob(f"{PARTIAL}*")):
-        warn(f"  warning: the save of {partial.name.removeprefix(PARTIAL)} was interrupted; what there is of it is deleted")
+        warn(
+            f"  warning: the save of {partial.name.removeprefix(PARTIAL)} was interrupted; what there is of it is deleted"
+        )
         shutil.rmtree(partial)
 
 
@@ -251,7 +280,10 @@ def prune(folder: Path, progress: Progress, keep_last: int) -> None:
     steps = _complete(folder, f"{progress.stage}-step")
     epochs = {epoch for path in steps[-keep_last:] for epoch, _ in read_header(path).progress.best}
     best = {validated_folder(folder, progress.stage, epoch) for epoch in epochs}
-    for old in [*steps[:-keep_last], *(path for path in _complete(folder, f"{progress.stage}-best") if path not in best)]:
+    for old in [
+        *steps[:-keep_last],
+        *(path for path in _complete(folder, f"{progress.stage}-best") if path not in best),
+    ]:
         shutil.rmtree(old)
 
 

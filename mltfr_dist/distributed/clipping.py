@@ -30,12 +30,16 @@ class JointNorm:
             deepspeed.clip_fp32_gradients = self._clip
         else:
             unscale = deepspeed.optimizer.unscale_and_clip_grads
-            deepspeed.optimizer.unscale_and_clip_grads = lambda part, norm: unscale(part, self._join(norm))
+            deepspeed.optimizer.unscale_and_clip_grads = lambda part, norm: unscale(
+                part, self._join(norm)
+            )
 
     def _clip(self) -> None:
         parameters = [p for p in self._deepspeed.module.parameters() if p.grad is not None]
         assert self._max_norm is not None
-        clip_grads_with_norm_(parameters, self._max_norm, self._join(get_total_norm([p.grad for p in parameters])))
+        clip_grads_with_norm_(
+            parameters, self._max_norm, self._join(get_total_norm([p.grad for p in parameters]))
+        )
 
     def _join(self, norm: Tensor) -> Tensor:
         self._norm = (norm.square() + self.rest.to(norm.device)).sqrt()
@@ -43,4 +47,8 @@ class JointNorm:
 
     def scale(self) -> float:
         """Factor by which the last step clipped DeepSpeed's gradients, and the others are to be."""
-        return 1.0 if self._max_norm is None else min(1.0, self._max_norm / (float(self._norm) + EPSILON))
+        return (
+            1.0
+            if self._max_norm is None
+            else min(1.0, self._max_norm / (float(self._norm) + EPSILON))
+        )

@@ -53,11 +53,13 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(
-            f"The DeepSpeed file {path} does not exist.", remedy="Set `deepspeed` to one of ds_configs/*.json."
+            f"The DeepSpeed file {path} does not exist.",
+            remedy="Set `deepspeed` to one of ds_configs/*.json.",
         ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"The DeepSpeed file {path} is not JSON: {error}.", remedy="Correct it, or start from ds_configs/zero1.json."
+            f"The DeepSpeed file {path} is not JSON: {error}.",
+            remedy="Correct it, or start from ds_configs/zero1.json.",
         ) from None
     for key in content:
         if key in RUN_KEYS:
@@ -69,13 +71,16 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
         if key not in FILE_KEYS:
             near = nearest_key(key, list(FILE_KEYS))
             raise ConfigError(
-                f"`{key}` in {path} is not a key of a sharding file" + (f"; the nearest is `{near}`." if near else "."),
+                f"`{key}` in {path} is not a key of a sharding file"
+                + (f"; the nearest is `{near}`." if near else "."),
                 rule="DeepSpeed would ignore it without a word.",
                 remedy=f"Remove or correct it; valid keys: {', '.join(FILE_KEYS)}.",
             )
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    _check_keys(content.get("zero_optimization", {}), DeepSpeedZeroConfig, "zero_optimization", path)
+    _check_keys(
+        content.get("zero_optimization", {}), DeepSpeedZeroConfig, "zero_optimization", path
+    )
     return content  # type: ignore[no-any-return]
 
 
@@ -85,7 +90,8 @@ def _check_keys(values: dict[str, Any], model: type[BaseModel], where: str, path
         if key not in fields:
             near = nearest_key(key, list(fields))
             raise ConfigError(
-                f"`{where}.{key}` in {path} is not a DeepSpeed key" + (f"; the nearest is `{near}`." if near else "."),
+                f"`{where}.{key}` in {path} is not a DeepSpeed key"
+                + (f"; the nearest is `{near}`." if near else "."),
                 rule="DeepSpeed would ignore it without a word.",
                 remedy="Remove or correct it.",
             )
@@ -147,12 +153,16 @@ def make_part(config: RunConfig, ranks: Ranks) -> Part:
 class Engine:
     """A model under DeepSpeed with its optimizer."""
 
-    def __init__(self, model: Recommender, config: RunConfig, ranks: Ranks, part: Part, total_steps: int) -> None:
+    def __init__(
+        self, model: Recommender, config: RunConfig, ranks: Ranks, part: Part, total_steps: int
+    ) -> None:
         import deepspeed
 
         self.config, self.ranks, self.part, self.total_steps = config, ranks, part, total_steps
         ds_config = deepspeed_config(config, part)
-        tables = [(f"{name}.weight", m) for name, m in model.named_modules() if isinstance(m, ItemRows)]
+        tables = [
+            (f"{name}.weight", m) for name, m in model.named_modules() if isinstance(m, ItemRows)
+        ]
         if config.training.precision == "bf16":
             if model.mltfr is not None:
                 model.mltfr.cast_frozen(torch.bfloat16)
@@ -168,9 +178,15 @@ class Engine:
             betas=config.optimizer.betas,
             fused=ranks.device.type == "cuda" and not offloads,
         )
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=ds_config
+        )
         self.row_adam = RowAdam(*tables[0], config.optimizer, ranks) if tables else None
-        self.joint_norm = JointNorm(self.deepspeed, self.zero_stage, config.optimizer.max_grad_norm) if tables else None
+        self.joint_norm = (
+            JointNorm(self.deepspeed, self.zero_stage, config.optimizer.max_grad_norm)
+            if tables
+            else None
+        )
         self.health = Health(self.module, optimizer, ranks, [name for name, _ in tables])
         self.balance_weight = config.mltfr.router.balance_weight
         self.contrast_weight = config.loss.contrast_weight
@@ -217,8 +233,12 @@ class Engine:
                 self._reduce_rows()
                 self.health.agree()
             self.deepspeed.step()
-            contrastive_sum = None if output.contrastive_sum is None else output.contrastive_sum.detach()
-            outputs.append(TrainingOutput(output.loss_sum.detach(), output.routing, contrastive_sum))
+            contrastive_sum = (
+                None if output.contrastive_sum is None else output.contrastive_sum.detach()
+            )
+            outputs.append(
+                TrainingOutput(output.loss_sum.detach(), output.routing, contrastive_sum)
+            )
         if not self.verdict.nonfinite and not self.deepspeed.was_step_applied():
             # Finite gradients whose norm is not: DeepSpeed skips them at stages 1 to 3 without a word.
             self.health.verdict = self.verdict._replace(nonfinite=(NORM,))
@@ -236,7 +256,9 @@ class Engine:
             if self.verdict.nonfinite:
                 self.row_adam.forget()
             else:
-                self.row_adam.step(float(self.optimizer.param_groups[0]["lr"]), self.joint_norm.scale())
+                self.row_adam.step(
+                    float(self.optimizer.param_groups[0]["lr"]), self.joint_norm.scale()
+                )
 
     def grad_norm(self) -> float | None:
         """Global gradient norm of the last update before clipping, where DeepSpeed has formed it."""
@@ -291,7 +313,9 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would count the launcher's memory from before this process was born
+    if (
+        status.exists()
+    ):  # ru_maxrss would count the launcher's memory from before this process was born
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(peak.split()[1]) * 1024
     import resource

@@ -29,7 +29,9 @@ from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
 
 
-def fisher_diagonals(model: Recommender, batches: Iterable[SequenceBatch], ranks: Ranks, num_samples: int) -> list[State]:
+def fisher_diagonals(
+    model: Recommender, batches: Iterable[SequenceBatch], ranks: Ranks, num_samples: int
+) -> list[State]:
     """Fisher diagonal of every expert's core.
 
     Args:
@@ -45,20 +47,30 @@ def fisher_diagonals(model: Recommender, batches: Iterable[SequenceBatch], ranks
     mltfr = model.mltfr
     assert isinstance(mltfr, MLTFR)
     cores = [core for core in mltfr.cores if isinstance(core, ExpertCore)]
-    names = [f"{linear}.{kind}" for linear in ("query", "key", "value", "out") for kind in ("weight", "bias")]
+    names = [
+        f"{linear}.{kind}"
+        for linear in ("query", "key", "value", "out")
+        for kind in ("weight", "bias")
+    ]
     sums: list[State] = [{} for _ in cores]
     was_training = model.training
     model.eval()
     for batch in batches:
         beat()
-        for state, squares in zip(sums, _batch_squares(model, mltfr, cores, batch.to(ranks.device), num_samples), strict=True):
+        for state, squares in zip(
+            sums,
+            _batch_squares(model, mltfr, cores, batch.to(ranks.device), num_samples),
+            strict=True,
+        ):
             for name, value in squares.items():
                 state[name] = state[name] + value if name in state else value
     model.train(was_training)
     return [{name: ranks.sum(state[name]) / num_samples for name in names} for state in sums]
 
 
-def batch_mean_squares(model: Recommender, steps: Iterable[StepBatches], ranks: Ranks) -> list[State]:
+def batch_mean_squares(
+    model: Recommender, steps: Iterable[StepBatches], ranks: Ranks
+) -> list[State]:
     """The published estimate: mean over global batches of the squared gradient of the batch's mean loss.
 
     The batch is the global one: ranks and micro-batches add their gradients before the square.
@@ -83,7 +95,9 @@ def batch_mean_squares(model: Recommender, steps: Iterable[StepBatches], ranks: 
             beat()
             output = model(batch.to(ranks.device)._replace(view_ids=None))
             assert isinstance(output, TrainingOutput)
-            for total, gradient in zip(totals, torch.autograd.grad(output.loss_sum, parameters), strict=True):
+            for total, gradient in zip(
+                totals, torch.autograd.grad(output.loss_sum, parameters), strict=True
+            ):
                 total += gradient
         for square, total in zip(sums, totals, strict=True):
             square += (ranks.sum(total) / step.num_targets).square()
@@ -94,27 +108,39 @@ def batch_mean_squares(model: Recommender, steps: Iterable[StepBatches], ranks: 
 
 
 def _batch_squares(
-    model: Recommender, mltfr: MLTFR, cores: list[ExpertCore], batch: SequenceBatch, num_samples: int
+    model: Recommender,
+    mltfr: MLTFR,
+    cores: list[ExpertCore],
+    batch: SequenceBatch,
+    num_samples: int,
 ) -> list[State]:
     """Per core, sums over the batch's samples of squared gradients."""
     counted = (batch.sample_ids >= 0) & (batch.sample_ids < num_samples)  # [B]
     weights = counted[:, None] / lengths(batch.target_ids).clamp(min=1)[:, None].float()  # [B, 1]
     for core in cores:
         core.taps = []
-    output = model(batch._replace(view_ids=None), weights.expand_as(batch.item_ids))  # of the recommendation loss alone
+    output = model(
+        batch._replace(view_ids=None), weights.expand_as(batch.item_ids)
+    )  # of the recommendation loss alone
     assert isinstance(output, TrainingOutput)
     taps = [core.taps or [] for core in cores]
     for core in cores:
         core.taps = None
-    gradients = torch.autograd.grad(output.loss_sum, [tap.outputs for core_taps in taps for tap in core_taps])
+    gradients = torch.autograd.grad(
+        output.loss_sum, [tap.outputs for core_taps in taps for tap in core_taps]
+    )
     valid_mask = model.backbone.pack(model.widened(batch.item_ids)).valid_mask
-    sample_of_block = torch.nonzero(valid_mask[:, :: mltfr.block_length(valid_mask.shape[1])])[:, 0]  # [G]
+    sample_of_block = torch.nonzero(valid_mask[:, :: mltfr.block_length(valid_mask.shape[1])])[
+        :, 0
+    ]  # [G]
     remaining = iter(gradients)
     return [
         {
             name: squares
             for tap in core_taps
-            for name, squares in _tap_squares(tap, next(remaining), sample_of_block, len(valid_mask)).items()
+            for name, squares in _tap_squares(
+                tap, next(remaining), sample_of_block, len(valid_mask)
+            ).items()
         }
         for core_taps in taps
     ]
@@ -129,6 +155,8 @@ def _tap_squares(tap: Tap, gradient: Tensor, sample_of_block: Tensor, num_rows: 
     }
     squares = {}
     for kind, value in per_block.items():
-        per_sample = value.new_zeros(num_rows, *value.shape[1:]).index_add_(0, sample_of_block, value)
+        per_sample = value.new_zeros(num_rows, *value.shape[1:]).index_add_(
+            0, sample_of_block, value
+        )
         squares[f"{tap.parameter}.{kind}"] = per_sample.square().sum(0)
     return squares

@@ -30,12 +30,20 @@ class Health:
     Local gradients, before DeepSpeed reduces and divides them: afterwards a non-finite one can no longer be told by name.
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, row_tables: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
+        row_tables: Sequence[str] = (),
+    ) -> None:
         """Args: row_tables: name of the table that is stepped by rows, where there is one, as it has no such gradient."""
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.ranks, self.verdict = ranks, Verdict()
         self.names = (LOSS, *(name for name, _ in trained), *row_tables)
-        self._sums = torch.zeros(len(self.names), device=ranks.device)  # a sum of magnitudes is finite if all of them are
+        self._sums = torch.zeros(
+            len(self.names), device=ranks.device
+        )  # a sum of magnitudes is finite if all of them are
         for index, (_, parameter) in enumerate(trained, 1):
             parameter.register_hook(partial(self._note, index))  # type: ignore[no-untyped-call]
         update = optimizer.step
@@ -59,7 +67,12 @@ class Health:
 
     def agree(self) -> None:
         """Agree with all ranks on what was seen since the last call: the new ``verdict``. All ranks must call."""
-        mine = torch.cat([~torch.isfinite(self._sums), self._sums.new_tensor([signals.stop_requested()], dtype=torch.bool)])
+        mine = torch.cat(
+            [
+                ~torch.isfinite(self._sums),
+                self._sums.new_tensor([signals.stop_requested()], dtype=torch.bool),
+            ]
+        )
         self._sums.zero_()
         found = self.ranks.max(mine.float()).tolist()
         nonfinite = tuple(name for name, bad in zip(self.names, found[:-1], strict=True) if bad)

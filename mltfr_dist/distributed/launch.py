@@ -49,7 +49,11 @@ def check_numbers() -> None:
     Raises:
         ConfigError: It is no number, or a rank beyond the last: it would wait for the others until it gives up.
     """
-    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT") if name in os.environ}
+    given = {
+        name: os.environ[name]
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        if name in os.environ
+    }
     numbers = {name: int(text) for name, text in given.items() if text.isdecimal()}
     if len(numbers) < len(given) or numbers.get("RANK", 0) >= numbers.get("WORLD_SIZE", math.inf):
         raise ConfigError(
@@ -67,7 +71,9 @@ def adopt_slurm_task() -> None:
             Slurm's variables do among themselves.
         OtherRankError: The same, on a task that is not the first: one speaks.
     """
-    tasks, task, local = (int(os.environ[name]) for name in (SLURM_TASKS, "SLURM_PROCID", "SLURM_LOCALID"))
+    tasks, task, local = (
+        int(os.environ[name]) for name in (SLURM_TASKS, "SLURM_PROCID", "SLURM_LOCALID")
+    )
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         one_each = world_size == tasks
@@ -101,7 +107,9 @@ def adopt_slurm_task() -> None:
             remedy="Unset those that were exported by hand: `srun` sets them itself.",
         )
     local_size = counts[node]
-    os.environ.update(RANK=str(task), WORLD_SIZE=str(tasks), LOCAL_RANK=str(local), LOCAL_SIZE=str(local_size))
+    os.environ.update(
+        RANK=str(task), WORLD_SIZE=str(tasks), LOCAL_RANK=str(local), LOCAL_SIZE=str(local_size)
+    )
 
 
 def _refuse(task: int, what: str, *, rule: str, remedy: str) -> None:

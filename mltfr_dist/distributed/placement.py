@@ -22,7 +22,9 @@ def resolve_placement(config: MLTFRConfig, ranks: Ranks) -> Placement:
     return "replicated" if ranks.world_size == 1 or config.needs_whole_tables else "rows"
 
 
-def check_placement(config: MLTFRConfig, tables: Sequence[TokenTable], ranks: Ranks, zero_stage: int) -> None:
+def check_placement(
+    config: MLTFRConfig, tables: Sequence[TokenTable], ranks: Ranks, zero_stage: int
+) -> None:
     """Whether the placement goes together with the run.
 
     Raises:
@@ -47,13 +49,20 @@ def check_placement(config: MLTFRConfig, tables: Sequence[TokenTable], ranks: Ra
             )
 
 
-def place_tables(config: MLTFRConfig, tables: Sequence[TokenTable], ranks: Ranks) -> list[TableRows]:
+def place_tables(
+    config: MLTFRConfig, tables: Sequence[TokenTable], ranks: Ranks
+) -> list[TableRows]:
     """The tables as the model uses them, still on the host; of divided ones only this rank's rows are read."""
     placement = resolve_placement(config, ranks)
     if placement == "rows" and ranks.world_size > 1:
         exchange = Exchange(ranks)
-        shares = [row_bounds(len(table.rows), ranks.world_size)[ranks.rank :][:2] for table in tables]
-        return [RowShard(read_rows(t, *share), len(t.rows), exchange) for t, share in zip(tables, shares, strict=True)]
+        shares = [
+            row_bounds(len(table.rows), ranks.world_size)[ranks.rank :][:2] for table in tables
+        ]
+        return [
+            RowShard(read_rows(t, *share), len(t.rows), exchange)
+            for t, share in zip(tables, shares, strict=True)
+        ]
     if placement == "mmap":
         return [MappedRows(table.rows) for table in tables]
     if placement == "zero3":
@@ -70,5 +79,7 @@ def placement_text(config: MLTFRConfig, ranks: Ranks) -> str:
         "replicated": "each rank holds every row",
         "zero3": "divided by ZeRO-3, gathered at each use",
     }
-    because = config.needs_whole_tables if config.placement == "auto" and ranks.world_size > 1 else None
+    because = (
+        config.needs_whole_tables if config.placement == "auto" and ranks.world_size > 1 else None
+    )
     return f"{placement}: {texts[placement]}" + (f", because {because}" if because else "")

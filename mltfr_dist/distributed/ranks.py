@@ -151,7 +151,9 @@ class Ranks:
             MltfrError: On rank 0: its own error, or what the lowest rank that has one says.
             OtherRankError: On the other ranks.
         """
-        first = -int(self.max(torch.tensor([float(-self.rank if error else -self.world_size)])).item())
+        first = -int(
+            self.max(torch.tensor([float(-self.rank if error else -self.world_size)])).item()
+        )
         if first == self.world_size:
             return
         message = self._texts(f"{socket.gethostname()}: {type(error).__name__}: {error}")[first]
@@ -161,7 +163,13 @@ class Ranks:
 
     def one_speaks(self, error: MltfrError) -> MltfrError:
         """What a rank should raise where all ranks meet the same error: rank 0 the error, the others silence."""
-        return error if self.is_main else OtherRankError("Rank 0 says why.", remedy="See its message.", exit_code=error.exit_code)
+        return (
+            error
+            if self.is_main
+            else OtherRankError(
+                "Rank 0 says why.", remedy="See its message.", exit_code=error.exit_code
+            )
+        )
 
     def agree(self, values: Mapping[str, str], *, rule: str, remedy: str) -> None:
         """Make sure that every rank holds the same ``values`` (of the same names).
@@ -169,13 +177,19 @@ class Ranks:
         Raises:
             ConfigError: Some differ; rank 0 says which, and where.
         """
-        digests = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) for text in values.values()]
+        digests = [
+            int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) for text in values.values()
+        ]
         differs = self.gather(torch.tensor(digests, dtype=torch.int64))
         differs = (differs != differs[0]).cpu()  # [W, values]
         if not differs.any():
             return
         hosts = self._texts(socket.gethostname())
-        names = [name for name, differing in zip(values, differs.any(0).tolist(), strict=True) if differing]
+        names = [
+            name
+            for name, differing in zip(values, differs.any(0).tolist(), strict=True)
+            if differing
+        ]
         places = [f"rank {r} ({hosts[r]})" for r in differs.any(1).nonzero()[:, 0].tolist()]
         raise self.one_speaks(
             ConfigError(
@@ -224,7 +238,9 @@ def start_ranks(threads: int | None = None, hang_seconds: float = 1800.0) -> Ran
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    local_size = int(os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size))))
+    local_size = int(
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    )
     if on_gpu:
         return Ranks(rank, world_size, torch.device("cuda", torch.cuda.current_device()))
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
@@ -237,7 +253,9 @@ def _init_process_group(backend: str, hang_seconds: float, *, launched: bool) ->
     if launched:
         _meet(backend, timedelta(seconds=hang_seconds + GRACE_SECONDS))
     else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)  # no port to collide on
+        dist.init_process_group(
+            backend, store=HashStore(), rank=0, world_size=1
+        )  # no port to collide on
 
 
 def _init_deepspeed() -> None:
@@ -247,7 +265,9 @@ def _init_deepspeed() -> None:
 
     logger.setLevel(logging.WARNING)
     # DeepSpeed's own calls; nothing a user could change.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning
+    )
     # A compiled shared-memory all-reduce for one CPU node: a minute of compilation, and a killed rank leaks its buffers.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
@@ -261,9 +281,13 @@ def _meet(backend: str, timeout: timedelta) -> None:
     """
     place = f"MASTER_ADDR:MASTER_PORT {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store, rank, world_size = next(iter(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS))))
+        store, rank, world_size = next(
+            iter(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))
+        )
         _meeting.append(store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     except (dist.DistError, ValueError) as error:
         taken = "EADDRINUSE" in str(error)
         raise ConfigError(
@@ -321,12 +345,16 @@ def say_why(error: MltfrError) -> int:
         signal.signal(signal.SIGTERM, lambda *_: leave(error.exit_code))
         time.sleep(SPEAK_SECONDS)
     code = fail(error)
-    with suppress(dist.DistError):  # a rank that is lost will not hear, or, if it was rank 0, not speak
+    with suppress(
+        dist.DistError
+    ):  # a rank that is lost will not hear, or, if it was rank 0, not speak
         for store in _meeting:
             if rank == 0:
                 store.set(SPOKEN, "")
                 others = range(1, int(os.environ["WORLD_SIZE"]))
-                store.wait([f"{SPOKEN}/{other}" for other in others], timedelta(seconds=HEAR_SECONDS))
+                store.wait(
+                    [f"{SPOKEN}/{other}" for other in others], timedelta(seconds=HEAR_SECONDS)
+                )
             elif isinstance(error, OtherRankError):
                 store.wait([SPOKEN], timedelta(seconds=SPEAK_SECONDS))
                 store.set(f"{SPOKEN}/{rank}", "")

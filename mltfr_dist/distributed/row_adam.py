@@ -42,7 +42,9 @@ class RowAdam:
         self.name, self.rows, self.betas, self.ranks = name, rows, config.betas, ranks
         self.exchange = Exchange(ranks)
         own = len(range(ranks.rank, rows.num_embeddings, ranks.world_size))
-        self.moments = {key: rows.weight.new_zeros(own, rows.embedding_dim) for key in ("exp_avg", "exp_avg_sq")}
+        self.moments = {
+            key: rows.weight.new_zeros(own, rows.embedding_dim) for key in ("exp_avg", "exp_avg_sq")
+        }
         self.num_updates = 0
         self.forget()
         dist.broadcast(rows.weight, 0)  # as DeepSpeed does with parameters
@@ -61,12 +63,17 @@ class RowAdam:
     def collect(self) -> None:
         """Add the gradients of one backward pass to the update's."""
         found = [(self.ids, self.gradients), *self.rows.take_gradients()]
-        self._sum(torch.cat([ids for ids, _ in found]), torch.cat([gradients.float() for _, gradients in found]))
+        self._sum(
+            torch.cat([ids for ids, _ in found]),
+            torch.cat([gradients.float() for _, gradients in found]),
+        )
 
     def _sum(self, ids: Tensor, gradients: Tensor) -> None:
         """Rows in ascending order, each once; padding is no item and never moves."""
         shape = self.rows.weight.shape
-        summed = torch.sparse_coo_tensor(ids[None], gradients, shape, check_invariants=False).coalesce()
+        summed = torch.sparse_coo_tensor(
+            ids[None], gradients, shape, check_invariants=False
+        ).coalesce()
         real = summed.indices()[0] != PADDING_IDX
         self.ids, self.gradients = summed.indices()[0][real], summed.values()[real]
 
@@ -98,7 +105,9 @@ class RowAdam:
         self.moments["exp_avg"].index_copy_(0, own, exp_avg)
         self.moments["exp_avg_sq"].index_copy_(0, own, exp_avg_sq)
         counts = self.exchange.counts(len(own))
-        self.rows.weight.index_copy_(0, self.exchange.gather(self.ids, counts), self.exchange.gather(stepped, counts))
+        self.rows.weight.index_copy_(
+            0, self.exchange.gather(self.ids, counts), self.exchange.gather(stepped, counts)
+        )
         self.forget()
 
     def whole(self, key: str) -> Tensor:

@@ -29,7 +29,9 @@ def stop_signals() -> Iterator[None]:
 
     Once asked they are ignored: the first rank that exits makes a launcher end the others, whose exit code should say why.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread alone
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python takes signals in the main thread alone
         yield
         return
     _requested.clear()

@@ -19,7 +19,9 @@ def whole_parameters(engine: Engine) -> State:
 
     Copies, except for a table that is stepped by rows, which may be as large as all memory that is left.
     """
-    return {name: whole_parameter(engine, p) for name, p in trained_parameters(engine)} | persistent_buffers(engine.module)
+    return {
+        name: whole_parameter(engine, p) for name, p in trained_parameters(engine)
+    } | persistent_buffers(engine.module)
 
 
 def trained_parameters(engine: Engine) -> list[tuple[str, nn.Parameter]]:
@@ -33,7 +35,9 @@ def persistent_buffers(module: nn.Module) -> State:
     buffers = {name for name, _ in module.named_buffers()} - parameters
     tables = {m.weight.data_ptr() for m in module.modules() if isinstance(m, ItemRows)}
     found = {name: t.detach() for name, t in module.state_dict().items() if name in buffers}
-    return {name: t.cpu() if t.data_ptr() in tables else t.cpu().clone() for name, t in found.items()}
+    return {
+        name: t.cpu() if t.data_ptr() in tables else t.cpu().clone() for name, t in found.items()
+    }
 
 
 def whole_moments(engine: Engine) -> State:
@@ -42,14 +46,26 @@ def whole_moments(engine: Engine) -> State:
     Those of a table that is stepped by rows are whole on rank 0 alone.
     """
     link_moments(engine)
-    moments = {f"{name}/{key}": _whole(engine, p, key) for name, p in trained_parameters(engine) for key in MOMENTS}
+    moments = {
+        f"{name}/{key}": _whole(engine, p, key)
+        for name, p in trained_parameters(engine)
+        for key in MOMENTS
+    }
     rows = engine.row_adam
-    return moments if rows is None else moments | {f"{rows.name}/{key}": rows.whole(key) for key in MOMENTS}
+    return (
+        moments
+        if rows is None
+        else moments | {f"{rows.name}/{key}": rows.whole(key) for key in MOMENTS}
+    )
 
 
 def whole_parameter(engine: Engine, parameter: Tensor) -> Tensor:
     """One parameter (or buffer) in fp32 on the CPU of every rank. All ranks must call."""
-    return _whole(engine, parameter, None) if isinstance(parameter, nn.Parameter) else parameter.detach().float().cpu()
+    return (
+        _whole(engine, parameter, None)
+        if isinstance(parameter, nn.Parameter)
+        else parameter.detach().float().cpu()
+    )
 
 
 def _whole(engine: Engine, parameter: nn.Parameter, key: str | None) -> Tensor:
@@ -76,7 +92,9 @@ def _set_whole(engine: Engine, parameter: nn.Parameter, key: str | None, value: 
     elif engine.zero_stage == 3:
         # DeepSpeed's own setter of whole tensors fails where ranks do not divide the size: the last part is padded.
         local = (
-            utils.safe_get_local_fp32_param(parameter) if key is None else utils.safe_get_local_optimizer_state(parameter, key)
+            utils.safe_get_local_fp32_param(parameter)
+            if key is None
+            else utils.safe_get_local_optimizer_state(parameter, key)
         )
         padded = value.new_zeros(local.numel() * engine.ranks.world_size)
         padded[: value.numel()] = value.flatten()
@@ -133,7 +151,9 @@ def link_moments(engine: Engine) -> None:
 
     if engine.zero_stage in (1, 2):
         zero = engine.optimizer
-        for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        for group, flat in zip(
+            zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True
+        ):
             lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)
 
 

@@ -85,31 +85,43 @@ class RowShard(TableRows):
 
     def whole(self) -> Tensor:
         """Not to be had: no rank holds the table."""
-        raise AssertionError("a table that is divided by rows has no whole: placement is checked before any work")
+        raise AssertionError(
+            "a table that is divided by rows has no whole: placement is checked before any work"
+        )
 
     def take(self, row_ids: Tensor) -> Tensor:
         """Rows of ascending numbers ``row_ids`` [n] -> [n, D_m], from the ranks that hold them."""
         ends = torch.searchsorted(row_ids, row_ids.new_tensor(self.bounds)).tolist()
         wanted = [end - start for start, end in pairwise(ends)]
-        asked = self.exchange.deal(torch.tensor(wanted, device=row_ids.device), *[[1] * len(wanted)] * 2).tolist()
+        asked = self.exchange.deal(
+            torch.tensor(wanted, device=row_ids.device), *[[1] * len(wanted)] * 2
+        ).tolist()
         ids = self.exchange.deal(row_ids, wanted, asked)
         return self.exchange.deal(self.rows.index_select(0, ids - self.first), asked, wanted)
 
-    def search(self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None) -> Tensor:
+    def search(
+        self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
+    ) -> Tensor:
         """[G, K] numbers of the rows of highest score of the whole table for each of this rank's queries, best first."""
         counts = self.exchange.counts(len(query))
         queries = self.exchange.gather(query, counts)
         if noise is not None:
             own_ids = torch.arange(self.first, self.first + len(self.rows), device=query.device)
             noise = noise._replace(keys=self.exchange.gather(noise.keys, counts), row_ids=own_ids)
-        scores, places = search_rows(queries, self.rows, project, num_kept, noise)  # [sum of G, K or fewer]
+        scores, places = search_rows(
+            queries, self.rows, project, num_kept, noise
+        )  # [sum of G, K or fewer]
         missing = num_kept - scores.shape[1]
         scores = nn.functional.pad(scores, (0, missing), value=-torch.inf)
         ids = nn.functional.pad(places + self.first, (0, missing), value=self.num_rows)
         found = torch.stack([scores.view(torch.int32), ids.int()], dim=-1)  # [sum of G, K, 2]
         found = self.exchange.deal(found, counts, [len(query)] * len(counts))
-        found = found.view(len(counts), len(query), num_kept, 2).transpose(0, 1).flatten(1, 2)  # [G, N * K, 2]
-        return best(found[..., 0].contiguous().view(torch.float32), found[..., 1].long(), num_kept)[1]
+        found = (
+            found.view(len(counts), len(query), num_kept, 2).transpose(0, 1).flatten(1, 2)
+        )  # [G, N * K, 2]
+        return best(found[..., 0].contiguous().view(torch.float32), found[..., 1].long(), num_kept)[
+            1
+        ]
 
     def relevance(self, query: Tensor, project: Project) -> Tensor:
         """[V] largest cosine of each row with any query of any rank."""
@@ -138,7 +150,9 @@ class ZeroRows(TableRows):
         """Rows ``row_ids`` [n] -> [n, D_m]."""
         return self(super().take, row_ids)  # type: ignore[no-any-return]
 
-    def search(self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None) -> Tensor:
+    def search(
+        self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
+    ) -> Tensor:
         """[G, K] numbers of the rows of highest score for each query, best first."""
         return self(super().search, query, project, num_kept, noise)  # type: ignore[no-any-return]
 

@@ -72,7 +72,9 @@ class Backbone(nn.Module):
         packing = self.pack(item_ids)
         return packing.unpack(self.embed(packing.pack(item_ids), packing.columns))
 
-    def forward(self, item_ids: Tensor, injection: Injection | None = None) -> tuple[Tensor, Packing]:
+    def forward(
+        self, item_ids: Tensor, injection: Injection | None = None
+    ) -> tuple[Tensor, Packing]:
         """Item ids [B, L] -> hidden states of the real positions [N, D], and where they stand."""
         packing = self.pack(item_ids)
         inputs = self.embed(packing.pack(item_ids), packing.columns)
@@ -80,7 +82,9 @@ class Backbone(nn.Module):
         for index, block in enumerate(self.blocks):
             hidden = block(hidden, packing)
             if index == 0 and injection is not None:
-                hidden = hidden + packing.pack(injection(packing.unpack(inputs), packing.valid_mask))
+                hidden = hidden + packing.pack(
+                    injection(packing.unpack(inputs), packing.valid_mask)
+                )
         return self.finish(hidden), packing
 
 
@@ -100,11 +104,15 @@ class PositionalBackbone(Backbone):
         super().__init__(config, num_items, max_len)
         dim = config.hidden_dim
         self.num_items = num_items
-        self.item_embedding = nn.Embedding(num_items + 1 + self.num_special_items, dim, padding_idx=PADDING_IDX)
+        self.item_embedding = nn.Embedding(
+            num_items + 1 + self.num_special_items, dim, padding_idx=PADDING_IDX
+        )
         self.position_embedding = nn.Embedding(max_len + self.num_special_positions, dim)
         self.input_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(self.make_block(config, max_len) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            self.make_block(config, max_len) for _ in range(config.num_layers)
+        )
         self.output_norm = nn.LayerNorm(dim)
         self.apply(init_weights)
 

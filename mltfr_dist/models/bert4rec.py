@@ -32,7 +32,9 @@ class BERT4Rec(PositionalBackbone):
 
     def __init__(self, config: BackboneConfig, num_items: int, max_len: int) -> None:
         super().__init__(config, num_items, max_len)
-        self.attended_width = max_len + self.num_special_positions if config.padding == "attended" else None
+        self.attended_width = (
+            max_len + self.num_special_positions if config.padding == "attended" else None
+        )
         self.read_before_mask_up_to = max_len if config.read_at == "before_mask" else 0
         self.projection = nn.Sequential(nn.Linear(config.hidden_dim, config.hidden_dim), nn.GELU())
         self.projection_norm = nn.LayerNorm(config.hidden_dim)
@@ -51,7 +53,9 @@ class BERT4Rec(PositionalBackbone):
     def last(self, hidden: Tensor, packing: Packing) -> Tensor:
         """The state at the mask (published: before it, unless the history is full)."""
         at_mask, before = packing.last(hidden), packing.last(hidden, back=1)
-        return torch.where(packing.num_items[:, None] <= self.read_before_mask_up_to, before, at_mask)
+        return torch.where(
+            packing.num_items[:, None] <= self.read_before_mask_up_to, before, at_mask
+        )
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Final norm and the paper's projection, [N, D]."""

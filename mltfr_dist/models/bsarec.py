@@ -43,7 +43,9 @@ class FrequencyFilter(nn.Module):
     low_pass: Tensor
     """[max_len, max_len]."""
 
-    def __init__(self, hidden_dim: int, max_len: int, num_frequencies: int, *, causal: bool) -> None:
+    def __init__(
+        self, hidden_dim: int, max_len: int, num_frequencies: int, *, causal: bool
+    ) -> None:
         super().__init__()
         matrix = low_pass_matrix if causal else whole_low_pass_matrix
         self.register_buffer("low_pass", matrix(max_len, num_frequencies), persistent=False)
@@ -64,11 +66,15 @@ class BSARecBlock(nn.Module):
         super().__init__()
         dim = config.hidden_dim
         self.inductive_bias = config.inductive_bias
-        self.filter = FrequencyFilter(dim, max_len, config.low_frequencies, causal=config.filter_scope == "prefix")
+        self.filter = FrequencyFilter(
+            dim, max_len, config.low_frequencies, causal=config.filter_scope == "prefix"
+        )
         self.filter_norm = nn.LayerNorm(dim)
         self.attention = SelfAttention(dim, config.num_heads)
         self.attention_norm = nn.LayerNorm(dim)
-        self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
+        )
         self.feed_forward_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(config.dropout)
 

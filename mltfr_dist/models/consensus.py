@@ -35,10 +35,14 @@ def merge(cores: list[State], fishers: list[State], *, normalise: bool = True) -
         ValueError: No expert, names or shapes differ, or a Fisher value is not finite.
     """
     if not cores or len(cores) != len(fishers):
-        raise ValueError(f"merge needs as many Fishers as cores, and at least one ({len(cores)} cores, {len(fishers)} Fishers)")
+        raise ValueError(
+            f"merge needs as many Fishers as cores, and at least one ({len(cores)} cores, {len(fishers)} Fishers)"
+        )
     shapes = [{name: tuple(t.shape) for name, t in state.items()} for state in cores + fishers]
     if any(s != shapes[0] for s in shapes):
-        raise ValueError("experts to merge, and their Fishers, must have equal parameter names and shapes")
+        raise ValueError(
+            "experts to merge, and their Fishers, must have equal parameter names and shapes"
+        )
     if not all(bool(torch.isfinite(t).all()) for fisher in fishers for t in fisher.values()):
         raise ValueError("a Fisher value is not finite: the experts it comes from have diverged")
     weights = [divided_by_mean(fisher) if normalise else fisher for fisher in fishers]
@@ -49,7 +53,9 @@ def merge(cores: list[State], fishers: list[State], *, normalise: bool = True) -
         total, weighted = weight.sum(0), (values * weight).sum(0)
         if normalise:
             informed = total > NEGLIGIBLE
-            mean = torch.where(informed, weighted / torch.where(informed, total, 1.0), values.mean(0))
+            mean = torch.where(
+                informed, weighted / torch.where(informed, total, 1.0), values.mean(0)
+            )
         else:
             mean = weighted / (total + PUBLISHED_EPS)
         merged[name] = mean.to(first.dtype)
@@ -59,8 +65,14 @@ def merge(cores: list[State], fishers: list[State], *, normalise: bool = True) -
 def divided_by_mean(fisher: State) -> State:
     """A Fisher diagonal of mean 1 over all its elements, float64 (all zero where it is zero)."""
     elements = sum(t.numel() for t in fisher.values())
-    mean = sum((t.double().sum() for t in fisher.values()), torch.zeros((), dtype=torch.float64)) / elements
-    return {name: t.double() / mean.clamp(min=torch.finfo(torch.float64).tiny) for name, t in fisher.items()}
+    mean = (
+        sum((t.double().sum() for t in fisher.values()), torch.zeros((), dtype=torch.float64))
+        / elements
+    )
+    return {
+        name: t.double() / mean.clamp(min=torch.finfo(torch.float64).tiny)
+        for name, t in fisher.items()
+    }
 
 
 def freeze(module: nn.Module) -> None:

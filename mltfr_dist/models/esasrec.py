@@ -49,7 +49,9 @@ class LiGRBlock(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), packing) * torch.sigmoid(self.attention_gate(x)))
+        x = x + self.dropout(
+            self.attention(self.attention_norm(x), packing) * torch.sigmoid(self.attention_gate(x))
+        )
         return x + self.dropout(  # type: ignore[no-any-return]
             self.feed_forward(self.feed_forward_norm(x)) * torch.sigmoid(self.feed_forward_gate(x))
         )

@@ -58,7 +58,9 @@ def mean_memory(memories: list[Memory]) -> Memory:
     Args:
         memories: Of tables of equal width that keep equally many rows.
     """
-    log_weights = torch.stack([m.log_weights for m in memories]).logsumexp(0) - math.log(len(memories))
+    log_weights = torch.stack([m.log_weights for m in memories]).logsumexp(0) - math.log(
+        len(memories)
+    )
     if memories[0].places is None:
         return Memory(torch.stack([m.rows for m in memories]).mean(0), None, log_weights)
     rows = torch.stack([m.gathered() for m in memories]).mean(0)  # [G, K, E]
@@ -110,18 +112,26 @@ class ExpertCore(nn.Module):
         # Rows are projected once and then gathered: S products in place of G * K. One copy serves all queries that share it.
         shared = self.taps is None and all(m.places is None for m in memories)
         copies = 1 if shared else groups
-        keys = torch.cat([self._project("key", m, copies) for m in memories], dim=1)  # [G or 1, K, H*d]
+        keys = torch.cat(
+            [self._project("key", m, copies) for m in memories], dim=1
+        )  # [G or 1, K, H*d]
         values = torch.cat([self._project("value", m, copies) for m in memories], dim=1)
-        log_weights = torch.cat([m.log_weights.expand(copies, -1) for m in memories], dim=1)  # [G or 1, K]
+        log_weights = torch.cat(
+            [m.log_weights.expand(copies, -1) for m in memories], dim=1
+        )  # [G or 1, K]
         query = self._tap("query", x, self.query(x))
 
         def split(t: Tensor) -> Tensor:
-            return t.view(len(t), t.shape[1], self.num_heads, self.head_dim).transpose(1, 2)  # [G or 1, H, r, d]
+            return t.view(len(t), t.shape[1], self.num_heads, self.head_dim).transpose(
+                1, 2
+            )  # [G or 1, H, r, d]
 
         if shared:  # as one group, for a product would copy the memory once a group
             query = query.flatten(0, 1)[None]
         logits = split(query) @ split(keys).transpose(2, 3) / self.head_dim**0.5
-        weights = torch.softmax(at_least_fp32(logits) + at_least_fp32(log_weights)[:, None, None, :], dim=-1).to(x.dtype)
+        weights = torch.softmax(
+            at_least_fp32(logits) + at_least_fp32(log_weights)[:, None, None, :], dim=-1
+        ).to(x.dtype)
         mixed = self.attention_dropout(weights) @ split(values)  # [G, H, n, d]
         mixed = mixed.transpose(1, 2).reshape(groups, positions, self.num_heads * self.head_dim)
         return self.output_dropout(self._tap("out", mixed, self.out(mixed)))  # type: ignore[no-any-return]
@@ -129,15 +139,23 @@ class ExpertCore(nn.Module):
     def _project(self, parameter: str, memory: Memory, copies: int) -> Tensor:
         """[G or 1, K, H*d] keys or values of what each query attends to."""
         linear: nn.Linear = getattr(self, parameter)
-        if memory.row_weights is not None:  # they act before the bias, so each query has rows of its own
+        if (
+            memory.row_weights is not None
+        ):  # they act before the bias, so each query has rows of its own
             rows = memory.gathered()
             return self._tap(parameter, rows, linear(rows))
 
         def gather(rows: Tensor) -> Tensor:
-            return rows.expand(copies, *rows.shape) if memory.places is None else F.embedding(memory.places, rows)
+            return (
+                rows.expand(copies, *rows.shape)
+                if memory.places is None
+                else F.embedding(memory.places, rows)
+            )
 
         gathered = gather(linear(memory.rows))
-        return gathered if self.taps is None else self._tap(parameter, gather(memory.rows), gathered)
+        return (
+            gathered if self.taps is None else self._tap(parameter, gather(memory.rows), gathered)
+        )
 
     def _tap(self, parameter: str, inputs: Tensor, outputs: Tensor) -> Tensor:
         if self.taps is not None:
@@ -205,7 +223,9 @@ class Router(nn.Module):
         Args:
             gate_weights: [N, E].
         """
-        return (at_least_fp32(gate_weights) @ self.load.to(at_least_fp32(gate_weights))).sum() * len(self.load)
+        return (
+            at_least_fp32(gate_weights) @ self.load.to(at_least_fp32(gate_weights))
+        ).sum() * len(self.load)
 
     @torch.no_grad()
     def update_load(self, mean_gate_weights: Tensor) -> None:

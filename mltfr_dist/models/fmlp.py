@@ -31,7 +31,9 @@ class SequenceFilter(nn.Module):
         """[B, L, D] -> [B, L, D]: y_t = sum over s <= t of kernel_(t - s) x_s, or over all s, modulo max_len."""
         length = x.shape[1]
         # Twice the length leaves room for the whole linear convolution: nothing wraps around.
-        size, kernel = (2 * length, self.kernel[:length]) if self.causal else (len(self.kernel), self.kernel)
+        size, kernel = (
+            (2 * length, self.kernel[:length]) if self.causal else (len(self.kernel), self.kernel)
+        )
         spectrum = torch.fft.rfft(at_least_fp32(x), n=size, dim=1)
         response = torch.fft.rfft(at_least_fp32(kernel), n=size, dim=0)
         filtered: Tensor = torch.fft.irfft(spectrum * response, n=size, dim=1)[:, :length]
@@ -45,7 +47,9 @@ class FilterBlock(nn.Module):
         super().__init__()
         self.filter = SequenceFilter(hidden_dim, max_len, causal=causal)
         self.filter_norm = nn.LayerNorm(hidden_dim)
-        self.feed_forward = nn.Sequential(nn.Linear(hidden_dim, 4 * hidden_dim), nn.GELU(), nn.Linear(4 * hidden_dim, hidden_dim))
+        self.feed_forward = nn.Sequential(
+            nn.Linear(hidden_dim, 4 * hidden_dim), nn.GELU(), nn.Linear(4 * hidden_dim, hidden_dim)
+        )
         self.feed_forward_norm = nn.LayerNorm(hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
@@ -61,4 +65,6 @@ class FMLPRec(PositionalBackbone):
 
     def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:
         """A filter block."""
-        return FilterBlock(config.hidden_dim, max_len, config.dropout, causal=config.filter_scope == "prefix")
+        return FilterBlock(
+            config.hidden_dim, max_len, config.dropout, causal=config.filter_scope == "prefix"
+        )

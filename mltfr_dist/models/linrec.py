@@ -38,7 +38,9 @@ class CausalLinearAttention(nn.Module):
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]; padding stands behind and is never read."""
         dim = x.shape[-1]
-        qkv = packing.unpack(self.qkv(x).view(len(x), 3, self.num_heads, dim // self.num_heads))  # [B, L, 3, H, d]
+        qkv = packing.unpack(
+            self.qkv(x).view(len(x), 3, self.num_heads, dim // self.num_heads)
+        )  # [B, L, 3, H, d]
         query, key, value = at_least_fp32(qkv).permute(2, 0, 3, 1, 4)  # each [B, H, L, d]
         key = F.elu(key)
         column_norms = (1 + key.square().cumsum(2)).sqrt()  # [B, H, L, d] over positions <= t
@@ -62,4 +64,8 @@ class LinRec(PositionalBackbone):
 
     def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:
         """The transformer block with linear attention in place of softmax attention."""
-        return TransformerBlock(config.hidden_dim, config.dropout, CausalLinearAttention(config.hidden_dim, config.num_heads))
+        return TransformerBlock(
+            config.hidden_dim,
+            config.dropout,
+            CausalLinearAttention(config.hidden_dim, config.num_heads),
+        )

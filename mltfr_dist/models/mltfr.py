@@ -72,7 +72,9 @@ def make_filter(config: FilterConfig, num_rows: int, table_dim: int, hidden_dim:
 class MLTFR(nn.Module):
     """Reads token tables on behalf of a backbone, wherever their rows are held."""
 
-    def __init__(self, config: MLTFRConfig, hidden_dim: int, table_rows: Sequence[Tensor | TableRows]) -> None:
+    def __init__(
+        self, config: MLTFRConfig, hidden_dim: int, table_rows: Sequence[Tensor | TableRows]
+    ) -> None:
         """Args: config: MLTFR's; hidden_dim: D; table_rows: Tables in memory [V_m, D_m], or placed otherwise."""
         super().__init__()
         trained = config.train_tables
@@ -85,11 +87,17 @@ class MLTFR(nn.Module):
         """Updates made so far in the run, for what changes with them; whoever trains sets it."""
         for m, table in enumerate(tables):
             whole = config.filter.strategy != "user_guided" or config.filter.shortlist_size is None
-            size = table.num_rows if whole else min(config.filter.shortlist_size or 0, table.num_rows)
-            self.register_buffer(f"shortlist_{m}", torch.arange(size), persistent=size < table.num_rows)
+            size = (
+                table.num_rows if whole else min(config.filter.shortlist_size or 0, table.num_rows)
+            )
+            self.register_buffer(
+                f"shortlist_{m}", torch.arange(size), persistent=size < table.num_rows
+            )
             self.register_buffer(f"candidates_{m}", None, persistent=False)
         self.register_load_state_dict_post_hook(lambda mltfr, _: mltfr.forget_candidates())  # type: ignore[no-untyped-call]
-        self.filters = nn.ModuleList(make_filter(config.filter, t.num_rows, t.dim, hidden_dim) for t in tables)
+        self.filters = nn.ModuleList(
+            make_filter(config.filter, t.num_rows, t.dim, hidden_dim) for t in tables
+        )
         widths = [t.dim for t in tables for _ in range(self.per_table)]  # of the experts' tables
         if config.expert.form == "core":
             self.adapters = nn.ModuleList(TableAdapter(width, hidden_dim) for width in widths)
@@ -113,7 +121,9 @@ class MLTFR(nn.Module):
     def gate_names(self, table_names: Sequence[str]) -> list[str]:
         """What the gates stand for, in their order: tables, or their experts where a table has several, or none."""
         count = self.per_table
-        names = [name if count == 1 else f"{name}.{i}" for name in table_names for i in range(count)]
+        names = [
+            name if count == 1 else f"{name}.{i}" for name in table_names for i in range(count)
+        ]
         return names + ["none"] * self.config.router.null_expert
 
     # --- tables ------------------------------------------------------------------------------------------------
@@ -158,14 +168,18 @@ class MLTFR(nn.Module):
         for m in range(self.num_tables):
             setattr(self, f"candidates_{m}", None)
 
-    def add_consensus(self, merged: State | None = None, tables: Sequence[int] | None = None) -> None:
+    def add_consensus(
+        self, merged: State | None = None, tables: Sequence[int] | None = None
+    ) -> None:
         """Add the consensus expert, frozen.
 
         Args:
             merged: Its parameters; None: a fresh initialisation, to be loaded from a checkpoint (or, published, kept).
             tables: Whose experts it merges, and whose memories it reads; None: all.
         """
-        self.consensus_members = self.experts_of(range(self.num_tables) if tables is None else tables)
+        self.consensus_members = self.experts_of(
+            range(self.num_tables) if tables is None else tables
+        )
         core = self.cores[self.consensus_members[0]]
         assert isinstance(core, ExpertCore)
         self.consensus = self.new_core(core.key.in_features).train(self.training)
@@ -194,7 +208,11 @@ class MLTFR(nn.Module):
 
     def of_queries(self, t: Tensor) -> Tensor:
         """What stands where the queries are taken: [B, L, ...] -> [B, ceil(L / n), ...]."""
-        return t[:, -1:] if self.config.filter.query == "history" else t[:, :: self.config.filter.query_every]
+        return (
+            t[:, -1:]
+            if self.config.filter.query == "history"
+            else t[:, :: self.config.filter.query_every]
+        )
 
     def blocks(self, x: Tensor, valid_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cut positions into blocks that share a query.
@@ -211,7 +229,9 @@ class MLTFR(nn.Module):
         n = self.block_length(x.shape[1])
         pad = -x.shape[1] % n
         queries = self.of_queries(prefix_mean(x, valid_mask))  # [B, L/n, D]
-        occupied = in_blocks(F.pad(valid_mask, (0, pad)), n)[..., 0]  # sequences start at 0 and have no gaps
+        occupied = in_blocks(F.pad(valid_mask, (0, pad)), n)[
+            ..., 0
+        ]  # sequences start at 0 and have no gaps
         positions = in_blocks(F.pad(x, (0, 0, 0, pad)), n)  # [B, L/n, n, D]
         return positions[occupied], queries[occupied], occupied
 
@@ -235,23 +255,33 @@ class MLTFR(nn.Module):
             return self._exact(m, token_filter, queries, noise)
         return Selection(rows, row_ids, token_filter(queries, rows, noise))
 
-    def _exact(self, m: int, token_filter: TokenFilter, queries: Tensor, noise: GumbelNoise | None) -> Selection:
+    def _exact(
+        self, m: int, token_filter: TokenFilter, queries: Tensor, noise: GumbelNoise | None
+    ) -> Selection:
         """Search the whole table without gradient, fetch the rows that any query keeps, and weigh those with it."""
         with torch.no_grad():
-            found = self.table(m).search(queries, token_filter.project, token_filter.num_kept, noise)  # [G, K]
+            found = self.table(m).search(
+                queries, token_filter.project, token_filter.num_kept, noise
+            )  # [G, K]
         row_ids, places = torch.unique(found, return_inverse=True)
         rows = self.table(m).take(row_ids)
         noise = None if noise is None else noise._replace(row_ids=row_ids)
         return Selection(rows, row_ids, token_filter(queries, rows, noise, places))
 
-    def _noise(self, token_filter: TokenFilter, keys: Tensor | None, row_ids: Tensor) -> GumbelNoise | None:
+    def _noise(
+        self, token_filter: TokenFilter, keys: Tensor | None, row_ids: Tensor
+    ) -> GumbelNoise | None:
         """Keyed by (seed, step, user, table); the user is known by the history, for the model has no user ids."""
         config = self.config.filter
         scale = config.noise_scale(self.step)
         if scale == 0 or not (self.training or config.noise_in_evaluation):
             return None
         assert keys is not None
-        return GumbelNoise(mix(keys ^ token_filter.get_buffer("salt") ^ mix(keys.new_tensor(self.step))), row_ids, scale)
+        return GumbelNoise(
+            mix(keys ^ token_filter.get_buffer("salt") ^ mix(keys.new_tensor(self.step))),
+            row_ids,
+            scale,
+        )
 
     def block_keys(self, item_ids: Tensor | None, occupied: Tensor) -> Tensor | None:
         """[G] hash of each block's history up to where its query is taken; None where no history is given."""
@@ -260,12 +290,16 @@ class MLTFR(nn.Module):
     def memories(self, queries: Tensor, keys: Tensor | None) -> list[Memory]:
         """What each expert attends to, for ``queries`` [G, D]."""
         found = []
-        for e, selection in enumerate(s for s in self.selections(queries, keys) for _ in range(self.per_table)):
+        for e, selection in enumerate(
+            s for s in self.selections(queries, keys) for _ in range(self.per_table)
+        ):
             memory = Memory(self.adapters[e](selection.rows), *selection.kept)
             found.append(pooled(memory) if self.config.filter.memory == "batch" else memory)
         return found
 
-    def forward(self, x: Tensor, valid_mask: Tensor, item_ids: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
+    def forward(
+        self, x: Tensor, valid_mask: Tensor, item_ids: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStats]:
         """Input embeddings [B, L, D] -> what is added to block 0's output [B, L, D] (zero at padding), and sums.
 
         Args:
@@ -275,11 +309,17 @@ class MLTFR(nn.Module):
         """
         positions, queries, occupied = self.blocks(x, valid_mask)
         memories = self.memories(queries, self.block_keys(item_ids, occupied))
-        expert_outputs = torch.stack([core(positions, [memories[e]]) for e, core in enumerate(self.cores)], dim=-1)
+        expert_outputs = torch.stack(
+            [core(positions, [memories[e]]) for e, core in enumerate(self.cores)], dim=-1
+        )
         gate_weights = self.router(positions)  # [G, n, E]
-        output = torch.einsum("gnde,gne->gnd", expert_outputs, gate_weights[..., : self.num_experts])
+        output = torch.einsum(
+            "gnde,gne->gnd", expert_outputs, gate_weights[..., : self.num_experts]
+        )
         if self.consensus is not None:
-            output = output + self._consensus_output(positions, [memories[e] for e in self.consensus_members])
+            output = output + self._consensus_output(
+                positions, [memories[e] for e in self.consensus_members]
+            )
         n = self.block_length(x.shape[1])
         spread = output.new_zeros(*occupied.shape, n, x.shape[-1])  # [B, L/n, n, D]
         spread[occupied] = output
@@ -289,7 +329,11 @@ class MLTFR(nn.Module):
 
     def _consensus_output(self, positions: Tensor, memories: list[Memory]) -> Tensor:
         assert self.consensus is not None
-        weight = self.consensus_weight if self.config.consensus.learn_weight else self.config.consensus.weight
+        weight = (
+            self.consensus_weight
+            if self.config.consensus.learn_weight
+            else self.config.consensus.weight
+        )
         if self.config.expert.form == "paper":
             memories = [mean_memory(memories)]
         return weight * self.consensus(positions, memories)  # type: ignore[no-any-return]
@@ -298,7 +342,9 @@ class MLTFR(nn.Module):
         detached = gate_weights.detach().float()  # [N, E]
         top = F.one_hot(detached.argmax(-1), detached.shape[-1]).float()
         entropy = -(detached * detached.clamp(min=1e-12).log()).sum().view(1)
-        return RoutingStats(detached.sum(0), top.sum(0), entropy, self.router.balance_loss(gate_weights).view(1))
+        return RoutingStats(
+            detached.sum(0), top.sum(0), entropy, self.router.balance_loss(gate_weights).view(1)
+        )
 
     # --- shortlist and explanation -----------------------------------------------------------------------------
 
@@ -317,7 +363,9 @@ class MLTFR(nn.Module):
         self.forget_candidates()
 
     @torch.no_grad()
-    def shortlist_recall(self, x: Tensor, valid_mask: Tensor, max_queries: int = 64) -> tuple[Tensor, int]:
+    def shortlist_recall(
+        self, x: Tensor, valid_mask: Tensor, max_queries: int = 64
+    ) -> tuple[Tensor, int]:
         """How much of an exact search the shortlist finds.
 
         Returns:
@@ -350,5 +398,7 @@ class MLTFR(nn.Module):
                 of_rows = kept.log_weights.exp() if kept.row_weights is None else kept.row_weights
                 weights.append(of_rows[row, : len(ids[-1])].float())
             of_experts = gate_weights[g, position % n, : self.num_experts].float()
-            explanations.append(Explanation(ids, weights, of_experts.view(self.num_tables, -1).sum(1)))
+            explanations.append(
+                Explanation(ids, weights, of_experts.view(self.num_tables, -1).sum(1))
+            )
         return explanations

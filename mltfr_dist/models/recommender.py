@@ -74,7 +74,10 @@ class Recommender(nn.Module):
     def num_trained(self) -> int:
         """Numbers that are trained."""
         parameters = [p for p in self.parameters() if p.requires_grad]
-        return sum(t.numel() for t in [*parameters, *(m.weight for m in self.modules() if isinstance(m, ItemRows))])
+        return sum(
+            t.numel()
+            for t in [*parameters, *(m.weight for m in self.modules() if isinstance(m, ItemRows))]
+        )
 
     def hidden(self, item_ids: Tensor) -> tuple[Tensor, Packing, RoutingStats | None]:
         """Item ids [B, L] -> hidden states of the real positions [N, D], where they stand, and routing sums."""
@@ -90,7 +93,9 @@ class Recommender(nn.Module):
 
         return *self.backbone(item_ids, injection), stats[0]
 
-    def forward(self, batch: SequenceBatch | RankingBatch, weights: Tensor | None = None) -> TrainingOutput | Tensor:
+    def forward(
+        self, batch: SequenceBatch | RankingBatch, weights: Tensor | None = None
+    ) -> TrainingOutput | Tensor:
         """Loss sums for a training batch, scores for a ranking batch.
 
         Args:
@@ -102,7 +107,9 @@ class Recommender(nn.Module):
             id, padding -inf).
         """
         if isinstance(batch, RankingBatch):
-            hidden, packing, _ = self.hidden(self.widened(self.backbone.for_ranking(batch.item_ids)))
+            hidden, packing, _ = self.hidden(
+                self.widened(self.backbone.for_ranking(batch.item_ids))
+            )
             return self._scores(self.backbone.last(hidden, packing))
         if weights is None:
             weights = torch.ones_like(batch.target_ids, dtype=torch.float32)
@@ -110,7 +117,9 @@ class Recommender(nn.Module):
             batch, weights = self._widened_batch(batch), self.widened(weights)
         hidden, packing, routing = self.hidden(batch.item_ids)
         loss_sum = self._loss(hidden, batch, packing, packing.pack(weights))
-        return TrainingOutput(loss_sum, routing, self._contrast(batch) if batch.view_ids is not None else None)
+        return TrainingOutput(
+            loss_sum, routing, self._contrast(batch) if batch.view_ids is not None else None
+        )
 
     def widened(self, t: Tensor) -> Tensor:
         """[B, L, ...] -> [B, W, ...] where padding acts as items, with W their width; as it is elsewhere."""
@@ -122,7 +131,9 @@ class Recommender(nn.Module):
         ids, targets = self.widened(batch.item_ids), self.widened(batch.target_ids)
         return batch._replace(item_ids=ids, target_ids=targets, negative_ids=negatives)
 
-    def _loss(self, hidden: Tensor, batch: SequenceBatch, packing: Packing, weights: Tensor) -> Tensor:
+    def _loss(
+        self, hidden: Tensor, batch: SequenceBatch, packing: Packing, weights: Tensor
+    ) -> Tensor:
         """Weighted loss over the scored positions: those of the real positions [N] that have a target."""
         targets = packing.pack(batch.target_ids)
         scored = (targets != PADDING_IDX).nonzero()[:, 0]
@@ -143,7 +154,12 @@ class Recommender(nn.Module):
             return binary_cross_entropy(hidden, embedding(targets), negative_vectors, weights)
         calibration = self.loss_config.calibration
         return generalised_binary_cross_entropy(
-            hidden, embedding(targets), negative_vectors, weights, num_items=self.num_items, calibration=calibration
+            hidden,
+            embedding(targets),
+            negative_vectors,
+            weights,
+            num_items=self.num_items,
+            calibration=calibration,
         )
 
     def _contrast(self, batch: SequenceBatch) -> Tensor:
@@ -170,4 +186,6 @@ class Recommender(nn.Module):
         """Kept tokens and gate weights at the last position of each history [B, L]."""
         assert self.mltfr is not None
         read = self.widened(self.backbone.for_ranking(item_ids))
-        return self.mltfr.explain(self.backbone.inputs(read), self.backbone.pack(read).valid_mask, read)
+        return self.mltfr.explain(
+            self.backbone.inputs(read), self.backbone.pack(read).valid_mask, read
+        )

@@ -19,4 +19,6 @@ class SASRec(PositionalBackbone):
 
     def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:
         """A causal transformer block."""
-        return TransformerBlock(config.hidden_dim, config.dropout, SelfAttention(config.hidden_dim, config.num_heads))
+        return TransformerBlock(
+            config.hidden_dim, config.dropout, SelfAttention(config.hidden_dim, config.num_heads)
+        )

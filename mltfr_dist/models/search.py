@@ -41,7 +41,9 @@ def best(scores: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return scores.gather(1, order), ids.gather(1, order)
 
 
-def search(unit_query: Tensor, unit_rows: Tensor, num_kept: int, noise: GumbelNoise | None = None) -> Tensor:
+def search(
+    unit_query: Tensor, unit_rows: Tensor, num_kept: int, noise: GumbelNoise | None = None
+) -> Tensor:
     """[G, K] places of the K largest products (plus noise) per query as computed, of equal ones the lower places."""
 
     def top(count: int) -> tuple[Tensor, Tensor]:
@@ -52,7 +54,9 @@ def search(unit_query: Tensor, unit_rows: Tensor, num_kept: int, noise: GumbelNo
 
 def largest(scores: Tensor, count: int) -> Tensor:
     """[G, count] places of the largest of ``scores`` [G, S], best first; of equal ones the lower places."""
-    return best(*_separated(lambda width: scores.topk(width, dim=1), scores.shape[1], count, 0.0), count)[1]
+    return best(
+        *_separated(lambda width: scores.topk(width, dim=1), scores.shape[1], count, 0.0), count
+    )[1]
 
 
 def search_rows(
@@ -75,7 +79,9 @@ def search_rows(
     chunk = max(1, CHUNK_ELEMENTS // (2 * exact_rows.shape[1] * places.shape[1]))
     parts = [
         torch.einsum("gd,gcd->gc", q, F.embedding(p, exact_rows))
-        for q, p in zip(torch.split(exact_query, chunk), torch.split(places_present, chunk), strict=True)
+        for q, p in zip(
+            torch.split(exact_query, chunk), torch.split(places_present, chunk), strict=True
+        )
     ]
     scores = torch.cat(parts)
     if noise is not None:
@@ -99,11 +105,15 @@ def _separated(
         width = min(num_rows, 2 * width)
 
 
-def _top(unit_query: Tensor, unit_rows: Tensor, count: int, noise: GumbelNoise | None) -> tuple[Tensor, Tensor]:
+def _top(
+    unit_query: Tensor, unit_rows: Tensor, count: int, noise: GumbelNoise | None
+) -> tuple[Tensor, Tensor]:
     """[G, count] largest products (plus noise) and their places, in chunks of queries so that memory is bounded."""
     chunk = max(1, CHUNK_ELEMENTS // unit_rows.shape[0])
     values, places = [], []
-    for start in range(0, max(1, len(unit_query)), chunk):  # once where there is no query, for the shape
+    for start in range(
+        0, max(1, len(unit_query)), chunk
+    ):  # once where there is no query, for the shape
         scores = unit_query[start : start + chunk] @ unit_rows.T
         if noise is not None:
             scores = scores + noise.part(slice(start, start + chunk)).to(scores.dtype)
@@ -117,7 +127,9 @@ def row_relevance(query: Tensor, rows: Tensor, project: Project) -> Tensor:
     """[S] fp32, largest cosine of each row with any of the queries [G, D]; -1 where there is no query."""
     unit_rows = project(rows, torch.float64)
     found = torch.full((len(unit_rows),), -1.0, device=unit_rows.device, dtype=torch.float64)
-    for part in torch.split(F.normalize(query.double(), dim=-1), max(1, CHUNK_ELEMENTS // (2 * len(unit_rows)))):
+    for part in torch.split(
+        F.normalize(query.double(), dim=-1), max(1, CHUNK_ELEMENTS // (2 * len(unit_rows)))
+    ):
         if len(part):
             torch.maximum(found, (part @ unit_rows.T).amax(dim=0), out=found)
     return found.float()

@@ -44,10 +44,14 @@ class RandomTokens(nn.Module):
     def forward(self, keys: Tensor, table: TableRows) -> Selection:
         """Keys [G] of the histories and the table -> the batch's rows, and which each query keeps."""
         counters = torch.arange(1, self.num_kept + 1, device=keys.device) * STEP
-        drawn = (mix(mix(keys ^ self.salt)[:, None] + counters) & LARGEST) % table.num_rows  # [G, K]
+        drawn = (
+            mix(mix(keys ^ self.salt)[:, None] + counters) & LARGEST
+        ) % table.num_rows  # [G, K]
         row_ids, places = torch.unique(drawn, return_inverse=True)
         rows = table.take(row_ids)
-        return Selection(rows, row_ids, KeptTokens(places, rows.new_full(places.shape, -math.log(self.num_kept))))
+        return Selection(
+            rows, row_ids, KeptTokens(places, rows.new_full(places.shape, -math.log(self.num_kept)))
+        )
 
 
 class AllRows(nn.Module):

@@ -39,7 +39,9 @@ class TableRows(nn.Module):
         """Rows of ascending numbers ``row_ids`` [n] -> [n, D_m]."""
         return self.rows.index_select(0, row_ids)
 
-    def search(self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None) -> Tensor:
+    def search(
+        self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
+    ) -> Tensor:
         """[G, K] numbers of the rows of highest score for each of this rank's queries [G, D], best first."""
         return search_rows(query, self.rows, project, num_kept, noise)[1]
 

@@ -57,13 +57,20 @@ class Projection(nn.Linear):
     def forward(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[S, D_in] -> [S, D_out] in ``dtype`` (None: that of the parameters)."""
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        return torch.cat([F.linear(part.to(self.weight).to(weight), weight, bias) for part in torch.split(rows, PROJECTED_ROWS)])
+        return torch.cat(
+            [
+                F.linear(part.to(self.weight).to(weight), weight, bias)
+                for part in torch.split(rows, PROJECTED_ROWS)
+            ]
+        )
 
 
 class TokenFilter(nn.Module):
     """Scores the rows of one token table against a user query and keeps the best K."""
 
-    def __init__(self, config: FilterConfig, num_rows: int, table_dim: int, hidden_dim: int) -> None:
+    def __init__(
+        self, config: FilterConfig, num_rows: int, table_dim: int, hidden_dim: int
+    ) -> None:
         super().__init__()
         self.num_kept, self.weights = config.num_kept(num_rows), config.weights
         self.projection = Projection(table_dim, hidden_dim)
@@ -86,7 +93,13 @@ class TokenFilter(nn.Module):
         """Table rows [S, D_m] -> unit vectors in the user space [S, D], computed in ``dtype``."""
         return F.normalize(self.projection(rows, dtype), dim=-1)
 
-    def forward(self, query: Tensor, rows: Tensor, noise: GumbelNoise | None = None, places: Tensor | None = None) -> KeptTokens:
+    def forward(
+        self,
+        query: Tensor,
+        rows: Tensor,
+        noise: GumbelNoise | None = None,
+        places: Tensor | None = None,
+    ) -> KeptTokens:
         """Keep the K candidates of highest score (cosine + noise) / tau_s for each query.
 
         Args:
@@ -96,7 +109,11 @@ class TokenFilter(nn.Module):
             places: [G, K] those candidates, where a search has found them before.
         """
         unit_query = F.normalize(query, dim=-1)
-        if self.weights == "straight_through" and self.num_kept == 1 and query.dtype != torch.float64:
+        if (
+            self.weights == "straight_through"
+            and self.num_kept == 1
+            and query.dtype != torch.float64
+        ):
             return self._single(unit_query, rows, noise)
         unit_rows = self.project(rows)
         if self.weights == "straight_through":
@@ -108,13 +125,20 @@ class TokenFilter(nn.Module):
         scores = torch.einsum("gd,gkd->gk", unit_query, F.embedding(places, unit_rows))
         if noise is not None:
             scores = scores + noise.at(places).to(scores.dtype)
-        return KeptTokens(places, F.log_softmax(at_least_fp32(scores) / at_least_fp32(self.temperature), dim=-1).to(query.dtype))
+        return KeptTokens(
+            places,
+            F.log_softmax(at_least_fp32(scores) / at_least_fp32(self.temperature), dim=-1).to(
+                query.dtype
+            ),
+        )
 
     @torch.no_grad()
     def _single(self, unit_query: Tensor, rows: Tensor, noise: GumbelNoise | None) -> KeptTokens:
         """The straight-through weight of one token: in fp32 it is 1 to the last bit and its gradient exactly 0."""
         index = search(unit_query, self.project(rows), 1, noise)
-        return KeptTokens(index, unit_query.new_zeros(index.shape), unit_query.new_ones(index.shape))
+        return KeptTokens(
+            index, unit_query.new_zeros(index.shape), unit_query.new_ones(index.shape)
+        )
 
     def _straight_through(self, scores: Tensor, noise: GumbelNoise | None) -> KeptTokens:
         """Published: a softmax over all candidates [G, S], of which the kept weigh (1 - y).detach() + y, normalised."""
@@ -122,7 +146,9 @@ class TokenFilter(nn.Module):
             scores = scores + noise.part(slice(None)).to(scores.dtype)
         with torch.no_grad():
             index = largest(scores, self.num_kept)
-        y = torch.softmax(at_least_fp32(scores) / at_least_fp32(self.temperature), dim=-1).gather(1, index)  # [G, K]
+        y = torch.softmax(at_least_fp32(scores) / at_least_fp32(self.temperature), dim=-1).gather(
+            1, index
+        )  # [G, K]
         hard = (1 - y).detach() + y
         row_weights = (hard / (hard.sum(1, keepdim=True) + NORMALISER)).to(scores.dtype)
         return KeptTokens(index, torch.zeros_like(row_weights), row_weights)

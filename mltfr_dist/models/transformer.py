@@ -23,7 +23,9 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]; causal: position t of a history sees its positions <= t, and so never the padding behind."""
         dim = x.shape[-1]
-        qkv = packing.unpack(self.qkv(x).view(len(x), 3, self.num_heads, dim // self.num_heads))  # [B, L, 3, H, D/H]
+        qkv = packing.unpack(
+            self.qkv(x).view(len(x), 3, self.num_heads, dim // self.num_heads)
+        )  # [B, L, 3, H, D/H]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, D/H]
         # No dropout on attention weights: it would forbid the fused kernels; the output is dropped out instead.
         mask = None
@@ -31,7 +33,9 @@ class SelfAttention(nn.Module):
             valid = packing.valid_mask[:, None]  # [B, 1, L]
             # Padding is no key. What padding itself would read is thrown away: it sees all, so that no row is empty.
             mask = valid[:, :, None] | ~valid[..., None]  # [B, 1, L, L]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=self.causal)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=self.causal
+        )
         return self.out(packing.pack(mixed.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
@@ -44,7 +48,10 @@ class TransformerBlock(nn.Module):
         self.attention = attention
         self.feed_forward_norm = nn.LayerNorm(hidden_dim)
         self.feed_forward = nn.Sequential(
-            nn.Linear(hidden_dim, 4 * hidden_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * hidden_dim, hidden_dim)
+            nn.Linear(hidden_dim, 4 * hidden_dim),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * hidden_dim, hidden_dim),
         )
         self.dropout = nn.Dropout(dropout)
 

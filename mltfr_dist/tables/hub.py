@@ -44,13 +44,20 @@ def fetch(repository: str, revision: str | None, tensor: str | None) -> tuple[Pa
 
         small = {name: get(name) for name in choose.small_files(files)}
         index = choose.read_index(small[choose.INDEX_FILE]) if choose.INDEX_FILE in small else None
-        architecture = choose.names_from_config(small["config.json"].parent)[0] if "config.json" in small else ()
+        architecture = (
+            choose.names_from_config(small["config.json"].parent)[0]
+            if "config.json" in small
+            else ()
+        )
         weight = get(
             choose.weight_file(
                 files,
                 index,
                 lambda names: choose.choose_tensor(
-                    names, asked=tensor, architecture=architecture, describe=lambda: ", ".join(sorted(names)[:40])
+                    names,
+                    asked=tensor,
+                    architecture=architecture,
+                    describe=lambda: ", ".join(sorted(names)[:40]),
                 ),
             )
         )

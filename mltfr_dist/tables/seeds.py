@@ -39,7 +39,8 @@ def seed_tables(tables: Sequence[TokenTable], config: FilterConfig) -> tuple[Tok
                 remedy="Leave the table out of mltfr.tables, or add a word to mltfr.filter.seed_words that it holds.",
             )
     return tuple(
-        cut(table, [i for ids in rows.values() for i in ids], config.seed_neighbours) for table, rows in zip(tables, found)
+        cut(table, [i for ids in rows.values() for i in ids], config.seed_neighbours)
+        for table, rows in zip(tables, found)
     )
 
 
@@ -57,6 +58,8 @@ def rows_of(table: TokenTable, words: Sequence[str]) -> dict[str, list[int]]:
 def cut(table: TokenTable, seeds: Sequence[int], num_neighbours: int) -> TokenTable:
     """``table`` with the rows ``seeds`` and, of each, the ``num_neighbours`` others of highest cosine."""
     unit = F.normalize(table.rows, dim=1)  # [V, D]
-    order = (unit[list(seeds)] @ unit.T).topk(min(num_neighbours + 1, len(unit)), dim=1).indices  # [W, n + 1], itself first
+    order = (
+        (unit[list(seeds)] @ unit.T).topk(min(num_neighbours + 1, len(unit)), dim=1).indices
+    )  # [W, n + 1], itself first
     ids = torch.tensor(sorted({*order.flatten().tolist(), *seeds}))
     return replace(table, rows=table.rows[ids], row_ids=tuple(ids.tolist()))

@@ -36,11 +36,15 @@ class TableInfo(Section):
     """What a stored token table is and where it comes from (``table.json``)."""
 
     schema_version: Literal[1] = Field(1, description="Layout of the folder.")
-    name: str = Field(description="The table's name, also its folder's.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        description="The table's name, also its folder's.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
     num_rows: Count = Field(description="V_m, tokens.")
     dim: Count = Field(description="D_m, columns.")
     table_sha256: str = Field(description="Of the file table.safetensors.")
-    rows_sha256: str = Field(description="Of the rows alone (see table_hash), as a training run reports it.")
+    rows_sha256: str = Field(
+        description="Of the rows alone (see table_hash), as a training run reports it."
+    )
     vocabulary_sha256: str = Field(description="Of the file vocabulary.json.")
     source_files: tuple[str, ...] = Field(description="Names of the files that the rows come from.")
     source_sha256: str = Field(description="Of the source tensor's bytes as stored there.")
@@ -51,9 +55,13 @@ class TableInfo(Section):
     vocabulary_file: str = Field(description="Name of the file that the tokens come from.")
     licence: str | None = Field(description="As the source states it; null when it does not.")
     dropped: dict[str, int] = Field(description="Rows of the source that were dropped, by reason.")
-    mean_cosine_before: float = Field(description="Mean cosine over pairs of kept rows, as extracted.")
+    mean_cosine_before: float = Field(
+        description="Mean cosine over pairs of kept rows, as extracted."
+    )
     mean_cosine_after: float = Field(description="The same after normalisation.")
-    config: TableConfig = Field(description="The configuration it was built with (vocabulary: the file's name only).")
+    config: TableConfig = Field(
+        description="The configuration it was built with (vocabulary: the file's name only)."
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,9 @@ def table_hash(rows: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def save_table(output: Path, rows: torch.Tensor, vocabulary: Sequence[str], **described: Any) -> TableInfo:
+def save_table(
+    output: Path, rows: torch.Tensor, vocabulary: Sequence[str], **described: Any
+) -> TableInfo:
     """Write a token table to ``output / name``: all of it or nothing.
 
     The same rows, tokens and description give the same bytes. An equal table that is already there is kept.
@@ -113,14 +123,18 @@ def save_table(output: Path, rows: torch.Tensor, vocabulary: Sequence[str], **de
         DataError: a different table of this name is there, or rows and vocabulary disagree.
     """
     if len(vocabulary) != len(rows):
-        raise DataError(f"{len(rows)} rows but {len(vocabulary)} tokens.", remedy="Give every row its token.")
+        raise DataError(
+            f"{len(rows)} rows but {len(vocabulary)} tokens.", remedy="Give every row its token."
+        )
     output.mkdir(parents=True, exist_ok=True)
     partial = output / f".{described['name']}.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         save_file({TENSOR_NAME: rows}, partial / TABLE_FILE)
-        (partial / VOCABULARY_FILE).write_text(json.dumps(list(vocabulary), ensure_ascii=False, indent=0), encoding="utf-8")
+        (partial / VOCABULARY_FILE).write_text(
+            json.dumps(list(vocabulary), ensure_ascii=False, indent=0), encoding="utf-8"
+        )
         info = TableInfo(
             num_rows=rows.shape[0],
             dim=rows.shape[1],
@@ -153,9 +167,13 @@ def _publish(partial: Path, folder: Path, info: TableInfo) -> None:
     try:
         present = load_table(folder).info
     except DataError as error:
-        raise DataError(f"{folder} exists and is no sound token table: {error.what}", remedy=_REBUILD) from None
+        raise DataError(
+            f"{folder} exists and is no sound token table: {error.what}", remedy=_REBUILD
+        ) from None
     if present != info:
-        differing = [key for key in TableInfo.model_fields if getattr(present, key) != getattr(info, key)]
+        differing = [
+            key for key in TableInfo.model_fields if getattr(present, key) != getattr(info, key)
+        ]
         raise DataError(
             f"{folder} already holds a different table (differing: {', '.join(differing)}).",
             rule="A stored table never changes, since runs refer to it.",
@@ -178,7 +196,10 @@ def load_table(folder: Path, *, verify: bool = True) -> TokenTable:
     if not path.is_file():
         raise DataError(f"The token table {folder} has no {TABLE_FILE}.", remedy=_REBUILD)
     if verify and file_sha256(path) != info.table_sha256:
-        raise DataError(f"{path} was changed after it was written: its sha256 is not the one in {INFO_FILE}.", remedy=_REBUILD)
+        raise DataError(
+            f"{path} was changed after it was written: its sha256 is not the one in {INFO_FILE}.",
+            remedy=_REBUILD,
+        )
     try:
         # Mapped from the file, not read into memory.
         with safe_open(path, framework="pt") as file:
@@ -205,12 +226,18 @@ def read_rows(table: TokenTable, start: int, stop: int) -> torch.Tensor:
 def _read_info(folder: Path) -> TableInfo:
     path = folder / INFO_FILE
     if not path.is_file():
-        raise DataError(f"{folder} is no token table: it has no {INFO_FILE}.", remedy="Build it with `mltfr tables`.")
+        raise DataError(
+            f"{folder} is no token table: it has no {INFO_FILE}.",
+            remedy="Build it with `mltfr tables`.",
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
-            raise DataError(f"{path} has schema version {version!r}; this program reads {SCHEMA_VERSION}.", remedy=_REBUILD)
+            raise DataError(
+                f"{path} has schema version {version!r}; this program reads {SCHEMA_VERSION}.",
+                remedy=_REBUILD,
+            )
         return TableInfo.model_validate(content)
     except (ValidationError, ValueError) as error:
         raise DataError(f"{path} is malformed: {error}.", remedy=_REBUILD) from None
@@ -221,8 +248,14 @@ def _read_vocabulary(folder: Path, info: TableInfo) -> tuple[str, ...]:
     if not path.is_file():
         raise DataError(f"The token table {folder} has no {VOCABULARY_FILE}.", remedy=_REBUILD)
     if file_sha256(path) != info.vocabulary_sha256:
-        raise DataError(f"{path} was changed after it was written: its sha256 is not the one in {INFO_FILE}.", remedy=_REBUILD)
+        raise DataError(
+            f"{path} was changed after it was written: its sha256 is not the one in {INFO_FILE}.",
+            remedy=_REBUILD,
+        )
     tokens = json.loads(path.read_text(encoding="utf-8"))
     if len(tokens) != info.num_rows:
-        raise DataError(f"{path} has {len(tokens)} tokens, but {INFO_FILE} says {info.num_rows} rows.", remedy=_REBUILD)
+        raise DataError(
+            f"{path} has {len(tokens)} tokens, but {INFO_FILE} says {info.num_rows} rows.",
+            remedy=_REBUILD,
+        )
     return tuple(tokens)

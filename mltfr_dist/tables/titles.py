@@ -32,7 +32,10 @@ def title_tokens(title: str, rows: Mapping[str, int]) -> list[int]:
         start = 0
         while start < len(word):
             begins = start == 0 or not word[start - 1].isalnum()
-            cuts = ((end, _row(word[start:end], rows, begins=begins)) for end in range(len(word), start, -1))
+            cuts = (
+                (end, _row(word[start:end], rows, begins=begins))
+                for end in range(len(word), start, -1)
+            )
             end, row = next((cut for cut in cuts if cut[1] is not None), (start + 1, None))
             found += [] if row is None else [row]
             start = end
@@ -59,7 +62,9 @@ def title_features(titles: Sequence[str | None], table: TokenTable) -> Tensor:
     Returns:
         [I + 1, D_m].
     """
-    rows = {token: row for row, token in reversed(list(enumerate(table.vocabulary)))}  # of equal tokens the first
+    rows = {
+        token: row for row, token in reversed(list(enumerate(table.vocabulary)))
+    }  # of equal tokens the first
     tokens = [set(title_tokens(title or "", rows)) for title in titles]
     counts = Counter(row for item in tokens for row in item)
     features = torch.zeros(len(titles), table.rows.shape[1])

@@ -29,7 +29,9 @@ VOCABULARY_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vo
 Decode = Callable[[str], str]
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_UNUSED = re.compile(r"[<\[](unused_?\d+|PAD\d+|extra_id_\d+|reserved_special_token_\d+)[>\]]|<\|reserved\w*\|>|madeupword\d+")
+_UNUSED = re.compile(
+    r"[<\[](unused_?\d+|PAD\d+|extra_id_\d+|reserved_special_token_\d+)[>\]]|<\|reserved\w*\|>|madeupword\d+"
+)
 # Named one by one: `<...>` and `[...]` alone would also match ordinary pieces of code and HTML (`<div>`, `[i]`).
 _CONTROL = re.compile(
     r"<\|.*\|>|</?(s|unk|pad|mask|bos|eos|cls|sep|image|start_of_\w+|end_of_\w+|begin_of_\w+|fim_\w+|repo_name|file_sep)>"
@@ -59,20 +61,37 @@ def read_vocabulary(path: Path) -> Vocabulary:
         DataError: the file is missing, malformed or holds no vocabulary.
     """
     if not path.is_file():
-        raise DataError(f"The vocabulary file {path} does not exist.", remedy="Give the path of a tokenizer.json or vocab.txt.")
+        raise DataError(
+            f"The vocabulary file {path} does not exist.",
+            remedy="Give the path of a tokenizer.json or vocab.txt.",
+        )
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"The vocabulary file {path} cannot be read: {error}.", remedy="Fetch it again.") from None
+        raise DataError(
+            f"The vocabulary file {path} cannot be read: {error}.", remedy="Fetch it again."
+        ) from None
     if content is None:
         entries: dict[int, str] = dict(enumerate(text.removesuffix("\n").split("\n")))
-        return _assemble(entries, _plain_decoder(entries.values()), _side_tokens(path.parent), path.name)
-    if isinstance(content, dict) and isinstance(content.get("model"), dict) and "vocab" in content["model"]:
+        return _assemble(
+            entries, _plain_decoder(entries.values()), _side_tokens(path.parent), path.name
+        )
+    if (
+        isinstance(content, dict)
+        and isinstance(content.get("model"), dict)
+        and "vocab" in content["model"]
+    ):
         return _from_tokenizer_json(content, path)
-    if isinstance(content, dict) and content and all(isinstance(value, int) for value in content.values()):
+    if (
+        isinstance(content, dict)
+        and content
+        and all(isinstance(value, int) for value in content.values())
+    ):
         entries = {int(index): token for token, index in content.items()}
-        return _assemble(entries, _plain_decoder(entries.values()), _side_tokens(path.parent), path.name)
+        return _assemble(
+            entries, _plain_decoder(entries.values()), _side_tokens(path.parent), path.name
+        )
     raise DataError(
         f"{path} holds no vocabulary.",
         rule="A tokenizer.json has model.vocab; a vocab.json maps tokens to ids.",
@@ -139,7 +158,9 @@ def _byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-ins: character to byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + index): byte for index, byte in enumerate(others)
+    }
 
 
 _ALPHABET = _byte_alphabet()
@@ -162,7 +183,9 @@ def _decode_wordpiece(token: str) -> str:
 
 def _with_suffix(decode: Decode, suffix: str) -> Decode:
     """Vocabularies that mark a word's end, not its start (`</w>`): the mark becomes a trailing space."""
-    return lambda token: decode(token.removesuffix(suffix)) + (" " if token.endswith(suffix) else "")
+    return lambda token: (
+        decode(token.removesuffix(suffix)) + (" " if token.endswith(suffix) else "")
+    )
 
 
 def _plain_decoder(tokens: Iterable[str]) -> Decode:
@@ -170,8 +193,14 @@ def _plain_decoder(tokens: Iterable[str]) -> Decode:
     tokens = list(tokens)
     if any(token.startswith("##") and len(token) > 2 for token in tokens):
         return _decode_wordpiece
-    decode = decode_byte_level if any(token.startswith("\u0120") for token in tokens) else _decode_sentencepiece
-    return _with_suffix(decode, "</w>") if any(token.endswith("</w>") for token in tokens) else decode
+    decode = (
+        decode_byte_level
+        if any(token.startswith("\u0120") for token in tokens)
+        else _decode_sentencepiece
+    )
+    return (
+        _with_suffix(decode, "</w>") if any(token.endswith("</w>") for token in tokens) else decode
+    )
 
 
 def _mentions(node: Any, kind: str) -> bool:
@@ -188,10 +217,17 @@ def _from_tokenizer_json(content: dict[str, Any], path: Path) -> Vocabulary:
             entries = {int(index): str(token) for token, index in model["vocab"].items()}
         else:  # Unigram: a list of [token, score]
             entries = {index: str(pair[0]) for index, pair in enumerate(model["vocab"])}
-        added = {int(token["id"]): (str(token["content"]), bool(token["special"])) for token in content.get("added_tokens") or ()}
+        added = {
+            int(token["id"]): (str(token["content"]), bool(token["special"]))
+            for token in content.get("added_tokens") or ()
+        }
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DataError(f"The vocabulary in {path} is malformed: {error!r}.", remedy="Fetch the file again.") from None
-    if _mentions(content.get("decoder"), "ByteLevel") or _mentions(content.get("pre_tokenizer"), "ByteLevel"):
+        raise DataError(
+            f"The vocabulary in {path} is malformed: {error!r}.", remedy="Fetch the file again."
+        ) from None
+    if _mentions(content.get("decoder"), "ByteLevel") or _mentions(
+        content.get("pre_tokenizer"), "ByteLevel"
+    ):
         decode: Decode = decode_byte_level
     elif model.get("type") == "WordPiece" or model.get("continuing_subword_prefix") == "##":
         decode = _decode_wordpiece
@@ -215,16 +251,22 @@ def _side_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
     return added
 
 
-def _assemble(entries: Mapping[int, str], decode: Decode, added: Mapping[int, tuple[str, bool]], source: str) -> Vocabulary:
+def _assemble(
+    entries: Mapping[int, str], decode: Decode, added: Mapping[int, tuple[str, bool]], source: str
+) -> Vocabulary:
     """Readable tokens and drop reasons by id. ``added`` (id to text and special flag) wins: added tokens are plain text."""
     if not entries:
-        raise DataError(f"The vocabulary in {source} is empty.", remedy="Fetch the tokenizer's file again.")
+        raise DataError(
+            f"The vocabulary in {source} is empty.", remedy="Fetch the tokenizer's file again."
+        )
     size = max([*entries, *added]) + 1
     texts: list[str | None] = [None] * size
     reasons: list[DropReason | None] = ["no_entry"] * size
     for index, token in entries.items():
         # Control tokens stand in the same list but are not written in the tokenizer's marking.
-        marked = not (_CONTROL.fullmatch(token) or _UNUSED.fullmatch(token) or _BYTE.fullmatch(token))
+        marked = not (
+            _CONTROL.fullmatch(token) or _UNUSED.fullmatch(token) or _BYTE.fullmatch(token)
+        )
         texts[index] = text = decode(token) if marked else token
         reasons[index] = drop_reason(token, text)
     for index, (token, special) in added.items():

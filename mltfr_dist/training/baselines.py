@@ -20,7 +20,9 @@ from mltfr_dist.training.evaluate import Scorer
 def training_sequences(folder: Path, manifest: Manifest) -> PackedSequences:
     """All training sequences of a prepared data set."""
     shards = manifest.splits["train"].shards
-    return PackedSequences.concatenate([read_shard(folder, info, num_items=manifest.num_items) for info in shards])
+    return PackedSequences.concatenate(
+        [read_shard(folder, info, num_items=manifest.num_items) for info in shards]
+    )
 
 
 def popularity(train: PackedSequences, num_items: int) -> Scorer:
@@ -34,14 +36,18 @@ def popularity(train: PackedSequences, num_items: int) -> Scorer:
     return score
 
 
-def item_knn(train: PackedSequences, num_items: int, *, num_neighbours: int = 100, shrinkage: float = 10.0) -> Scorer:
+def item_knn(
+    train: PackedSequences, num_items: int, *, num_neighbours: int = 100, shrinkage: float = 10.0
+) -> Scorer:
     """Item-based nearest neighbours (Sarwar et al. 2001): sum of similarities to the items of the history.
 
     Similarity is the cosine of the items' user sets, shrunk for rare items; each item keeps its ``num_neighbours``
     nearest.
     """
     rows = np.repeat(np.arange(len(train)), np.diff(train.offsets))
-    seen = sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, train.items)), shape=(len(train), num_items + 1))
+    seen = sparse.csr_matrix(
+        (np.ones(len(rows), np.float32), (rows, train.items)), shape=(len(train), num_items + 1)
+    )
     seen.data[:] = 1.0  # a user's repeats count once
     together = (seen.T @ seen).tocoo()
     norms = np.sqrt(np.asarray(seen.sum(0)).ravel())
@@ -52,17 +58,21 @@ def item_knn(train: PackedSequences, num_items: int, *, num_neighbours: int = 10
     place = np.arange(len(by_row)) - np.searchsorted(by_row, by_row)  # rank within the row
     nearest = order[place < num_neighbours]
     neighbours = sparse.csr_matrix(
-        (similarity[nearest], (together.row[nearest], together.col[nearest])), shape=(num_items + 1, num_items + 1)
+        (similarity[nearest], (together.row[nearest], together.col[nearest])),
+        shape=(num_items + 1, num_items + 1),
     )
 
     def score(batch: RankingBatch) -> Tensor:
         users = len(batch.target_ids)
         data = np.ones(len(batch.seen_rows), np.float32)
         history = sparse.csr_matrix(
-            (data, (batch.seen_rows.cpu().numpy(), batch.seen_items.cpu().numpy())), shape=(users, num_items + 1)
+            (data, (batch.seen_rows.cpu().numpy(), batch.seen_items.cpu().numpy())),
+            shape=(users, num_items + 1),
         )
         history.data[:] = 1.0
-        scores = torch.from_numpy(sparse.csr_matrix(history @ neighbours).toarray().astype(np.float32)).to(batch.item_ids.device)
+        scores = torch.from_numpy(
+            sparse.csr_matrix(history @ neighbours).toarray().astype(np.float32)
+        ).to(batch.item_ids.device)
         scores[:, 0] = -torch.inf
         return scores
 

@@ -24,7 +24,9 @@ Scorer = Callable[[RankingBatch], Tensor]
 """A ranking batch -> scores [B, num_items + 1], column = item id."""
 
 
-def evaluate(score: Scorer, stream: RankingStream, config: EvaluationConfig, ranks: Ranks) -> dict[str, float]:
+def evaluate(
+    score: Scorer, stream: RankingStream, config: EvaluationConfig, ranks: Ranks
+) -> dict[str, float]:
     """Rank every user's target among all candidates.
 
     Args:
@@ -69,7 +71,10 @@ def evaluate_slices(
     totals = ranks.sum(totals).cpu()
     found = {}
     for slice_name, row in zip((ALL, *slice_names), totals, strict=True):
-        found[slice_name] = {name: float(total / row[-1].clamp(min=1)) for name, total in zip(names, row[:-1], strict=True)}
+        found[slice_name] = {
+            name: float(total / row[-1].clamp(min=1))
+            for name, total in zip(names, row[:-1], strict=True)
+        }
         if slice_name != ALL:
             found[slice_name]["users"] = float(row[-1])
     return found

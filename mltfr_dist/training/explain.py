@@ -30,7 +30,9 @@ class TableView:
     """Kept tokens with their weights, best first."""
 
 
-def explain(model: Recommender, tables: Sequence[TokenTable], item_ids: torch.Tensor) -> list[list[TableView]]:
+def explain(
+    model: Recommender, tables: Sequence[TokenTable], item_ids: torch.Tensor
+) -> list[list[TableView]]:
     """Per history [B, L], per table: gate weight and kept tokens at the last position."""
     assert model.mltfr is not None
     made = model.mltfr.config.filter.strategy == "learned_prototypes"
@@ -43,7 +45,9 @@ def explain(model: Recommender, tables: Sequence[TokenTable], item_ids: torch.Te
                     float(explanation.gate_weights[m]),
                     [
                         (f"prototype {int(row)}" if made else table.token(int(row)), float(weight))
-                        for row, weight in zip(explanation.kept_ids[m], explanation.kept_weights[m], strict=True)
+                        for row, weight in zip(
+                            explanation.kept_ids[m], explanation.kept_weights[m], strict=True
+                        )
                     ],
                 )
                 for m, table in enumerate(tables)
@@ -65,10 +69,17 @@ def kept_token_texts(config: RunConfig, inputs: Inputs, model: Recommender) -> d
         item_ids = item_ids[(item_ids != PADDING_IDX).any(1)]
         for user, views in enumerate(explain(model, inputs.tables, item_ids)):
             history = item_ids[user, : int(lengths(item_ids)[user])].tolist()
-            lines = ["**Last items:** " + "; ".join(items.name(i) for i in history[-SHOWN_ITEMS:]), ""]
+            lines = [
+                "**Last items:** " + "; ".join(items.name(i) for i in history[-SHOWN_ITEMS:]),
+                "",
+            ]
             lines += ["| table | gate | kept tokens (weight) |", "|---|---|---|"]
             for view in views:
-                tokens = ", ".join(f"`{token.strip() or token!r}` {weight:.2f}" for token, weight in view.tokens)
-                lines.append(f"| {view.table} | {view.gate_weight:.2f} | {tokens.replace('|', '&#124;')} |")
+                tokens = ", ".join(
+                    f"`{token.strip() or token!r}` {weight:.2f}" for token, weight in view.tokens
+                )
+                lines.append(
+                    f"| {view.table} | {view.gate_weight:.2f} | {tokens.replace('|', '&#124;')} |"
+                )
             texts[f"kept_tokens/user_{user}"] = "\n".join(lines)
     return texts

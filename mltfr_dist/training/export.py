@@ -23,7 +23,11 @@ def export(run: Path, folder: Path) -> ExportInfo:
         CheckpointError: No run, an unfinished one, or a damaged checkpoint.
     """
     if folder.exists():
-        raise ConfigError(f"{folder} exists.", rule="An export never overwrites.", remedy="Name another folder, or delete it.")
+        raise ConfigError(
+            f"{folder} exists.",
+            rule="An export never overwrites.",
+            remedy="Name another folder, or delete it.",
+        )
     loaded = load_run(run)
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)

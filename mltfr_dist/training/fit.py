@@ -31,7 +31,9 @@ from mltfr_dist.training.run_folder import CHECKPOINTS, Result, claim, leaf_valu
 from mltfr_dist.training.stages import fit_model
 
 
-def fit(config: RunConfig, *, resume: bool = True, verify: bool = True, read_test: bool = True) -> list[Result]:
+def fit(
+    config: RunConfig, *, resume: bool = True, verify: bool = True, read_test: bool = True
+) -> list[Result]:
     """Train and compare as ``config`` says; all ranks must call.
 
     Everything that can be checked is checked first, on all ranks, before anything is written. A run that was
@@ -86,7 +88,11 @@ def check_all(config: RunConfig, ranks: Ranks, *, resume: bool, verify: bool) ->
     files = {f"`{name}`": digest for name, digest in inputs.hashes.items()} | {
         f"{config.deepspeed}": file_sha256(config.deepspeed)
     }
-    ranks.agree(files, rule="Every node reads the same data, token tables and DeepSpeed file.", remedy="Copy them anew there.")
+    ranks.agree(
+        files,
+        rule="Every node reads the same data, token tables and DeepSpeed file.",
+        remedy="Copy them anew there.",
+    )
     ranks.jointly(take)
     return inputs
 
@@ -98,15 +104,23 @@ def same_everywhere(config: RunConfig, ranks: Ranks) -> None:
         ConfigError: They differ.
     """
     rule = "All ranks of a run execute one program with one configuration."
-    ranks.agree(versions(), rule=rule, remedy="Install the same release on every node, or share one environment.")
+    ranks.agree(
+        versions(),
+        rule=rule,
+        remedy="Install the same release on every node, or share one environment.",
+    )
     leaves = {f"`{path}`": str(value) for path, value in leaf_values(config).items()}
-    ranks.agree(leaves, rule=rule, remedy="Start every rank with the same preset, file and overrides.")
+    ranks.agree(
+        leaves, rule=rule, remedy="Start every rank with the same preset, file and overrides."
+    )
 
 
 def run(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: bool) -> list[Result]:
     """Train and compare; the outcomes in the report's order."""
     ranks.say(report.opening(config, inputs, ranks))
-    results = [compare(name, config, inputs, ranks, read_test=read_test) for name in config.baselines]
+    results = [
+        compare(name, config, inputs, ranks, read_test=read_test) for name in config.baselines
+    ]
     results.append(fit_model(config, inputs, ranks, read_test=read_test))
     if ranks.is_main and read_test:
         report.write(config, inputs, results)
@@ -126,7 +140,9 @@ def check_checkpoints(folder: Path) -> None:
             checkpoint.read_header(header.parent)
 
 
-def compare(name: str, config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: bool) -> Result:
+def compare(
+    name: str, config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: bool
+) -> Result:
     """A baseline's outcome."""
     if name == "backbone":
         bare = bare_config(config)
@@ -134,13 +150,19 @@ def compare(name: str, config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_
             claim(bare.folder, bare, resume=True)
             record_inputs(bare.folder, Inputs(inputs.manifest, (), inputs.hashes))
         ranks.barrier()
-        return fit_model(bare, Inputs(inputs.manifest, (), inputs.hashes), ranks, read_test=read_test)
+        return fit_model(
+            bare, Inputs(inputs.manifest, (), inputs.hashes), ranks, read_test=read_test
+        )
     started = time.monotonic()
     train = baselines.training_sequences(config.data.path, inputs.manifest)
     scorer: Scorer = getattr(baselines, name)(train, inputs.manifest.num_items)
     seconds = time.monotonic() - started
     valid = evaluate(scorer, ranking_stream(config, "valid", ranks), config.evaluation, ranks)
-    test = evaluate(scorer, ranking_stream(config, "test", ranks), config.evaluation, ranks) if read_test else {}
+    test = (
+        evaluate(scorer, ranking_stream(config, "test", ranks), config.evaluation, ranks)
+        if read_test
+        else {}
+    )
     return Result(name=name, valid=valid, test=test, seconds=seconds, world_size=ranks.world_size)
 
 
@@ -148,8 +170,16 @@ def bare_config(config: RunConfig) -> RunConfig:
     """The same run without MLTFR, with the epochs of both stages, in a folder inside the run's."""
     training = config.training
     if config.mltfr.consensus.enabled:
-        training = training.model_copy(update={"epochs": training.epochs + training.consensus_epochs})
+        training = training.model_copy(
+            update={"epochs": training.epochs + training.consensus_epochs}
+        )
     mltfr = config.mltfr.model_copy(update={"enabled": False})
     return config.model_copy(
-        update={"name": "backbone", "runs_dir": config.folder, "mltfr": mltfr, "training": training, "baselines": ()}
+        update={
+            "name": "backbone",
+            "runs_dir": config.folder,
+            "mltfr": mltfr,
+            "training": training,
+            "baselines": (),
+        }
     )

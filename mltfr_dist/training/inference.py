@@ -16,7 +16,13 @@ from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.schema import nearest_key
 from mltfr_dist.training.evaluate import evaluate, mask_seen
 from mltfr_dist.training.explain import TableView, explain
-from mltfr_dist.training.inputs import Inputs, load_inputs, load_model, ranking_stream, record_inputs
+from mltfr_dist.training.inputs import (
+    Inputs,
+    load_inputs,
+    load_model,
+    ranking_stream,
+    record_inputs,
+)
 from mltfr_dist.training.items import ItemMap
 from mltfr_dist.training.run_folder import CHECKPOINTS, load_config, load_result
 from mltfr_dist.training.tracking import STAGES
@@ -44,7 +50,8 @@ def load_run(folder: Path, ranks: Ranks | None = None) -> LoadedRun:
     result = load_result(folder)
     if result is None:
         raise CheckpointError(
-            f"The run {folder} is not finished.", remedy=f"Go on with it: `python train.py --config {folder}/config.yaml`."
+            f"The run {folder} is not finished.",
+            remedy=f"Go on with it: `python train.py --config {folder}/config.yaml`.",
         )
     inputs = load_inputs(config)
     record_inputs(folder, inputs)
@@ -58,7 +65,9 @@ def evaluate_run(folder: Path, split: str) -> dict[str, float]:
     """The metrics of a run's chosen model on a split, as the run reported them."""
     ranks: Ranks = start_ranks()
     run = load_run(folder, ranks)
-    return evaluate(run.model, ranking_stream(run.config, split, ranks), run.config.evaluation, ranks)
+    return evaluate(
+        run.model, ranking_stream(run.config, split, ranks), run.config.evaluation, ranks
+    )
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,9 @@ class Recommendation:
     score: float
 
 
-def recommend(run: LoadedRun, history: Sequence[str], *, k: int, keep_seen: bool = False) -> list[Recommendation]:
+def recommend(
+    run: LoadedRun, history: Sequence[str], *, k: int, keep_seen: bool = False
+) -> list[Recommendation]:
     """The ``k`` items of highest score after a history.
 
     Args:
@@ -85,10 +96,16 @@ def recommend(run: LoadedRun, history: Sequence[str], *, k: int, keep_seen: bool
     item_ids = encode_history(run, history)
     num_items = run.inputs.manifest.num_items
     if not 1 <= k <= num_items:
-        raise DataError(f"k is {k}; there are {num_items} items.", rule="k lies in 1..number of items.", remedy="Change --k.")
+        raise DataError(
+            f"k is {k}; there are {num_items} items.",
+            rule="k lies in 1..number of items.",
+            remedy="Change --k.",
+        )
     seen = torch.zeros(0, dtype=torch.int64) if keep_seen else torch.tensor(item_ids)
     recent = torch.tensor([item_ids[-run.config.data.max_len :]])
-    batch = RankingBatch(recent, torch.zeros(1, dtype=torch.int64), torch.zeros_like(seen), seen).to(run.device)
+    batch = RankingBatch(
+        recent, torch.zeros(1, dtype=torch.int64), torch.zeros_like(seen), seen
+    ).to(run.device)
     with torch.no_grad():
         scores = mask_seen(run.model(batch), batch)[0]
     best = scores.topk(min(k, int(torch.isfinite(scores).sum())))
@@ -102,7 +119,9 @@ def encode_history(run: LoadedRun, history: Sequence[str]) -> list[int]:
     """Raw item ids to 1..num_items."""
     numbers = {raw: index for index, raw in enumerate(run.items.ids) if index}
     if not history:
-        raise DataError("The history is empty.", remedy="Give at least one item: --history ID,ID,...")
+        raise DataError(
+            "The history is empty.", remedy="Give at least one item: --history ID,ID,..."
+        )
     unknown = [raw for raw in history if raw not in numbers]
     if unknown:
         near = nearest_key(unknown[0], list(numbers))
@@ -115,13 +134,17 @@ def encode_history(run: LoadedRun, history: Sequence[str]) -> list[int]:
     return [numbers[raw] for raw in history]
 
 
-def recommendation_text(run: LoadedRun, history: Sequence[str], *, k: int, explain: bool, keep_seen: bool) -> str:
+def recommendation_text(
+    run: LoadedRun, history: Sequence[str], *, k: int, explain: bool, keep_seen: bool
+) -> str:
     """What `mltfr recommend` prints."""
     found = recommend(run, history, k=k, keep_seen=keep_seen)
     names = [run.items.name(i) for i in encode_history(run, history)]
     lines = [f"After: {' -> '.join(names)}", "", f"{'rank':>4}  {'score':>8}  {'item':<10}  title"]
     for rank, item in enumerate(found, 1):
-        lines.append(f"{rank:>4}  {item.score:>8.4f}  {item.item_id:<10}  {item.title or ''}".rstrip())
+        lines.append(
+            f"{rank:>4}  {item.score:>8.4f}  {item.item_id:<10}  {item.title or ''}".rstrip()
+        )
     if explain:
         lines += ["", *explanation_lines(run, history)]
     return "\n".join(lines)
@@ -131,9 +154,13 @@ def explanation_lines(run: LoadedRun, history: Sequence[str]) -> list[str]:
     """Kept tokens per table and gate weights for a history."""
     if run.model.mltfr is None:
         return ["This run is a bare backbone: no token tables."]
-    item_ids = torch.tensor([encode_history(run, history)[-run.config.data.max_len :]], device=run.device)
+    item_ids = torch.tensor(
+        [encode_history(run, history)[-run.config.data.max_len :]], device=run.device
+    )
     views: list[TableView] = explain_views(run, item_ids)
-    lines = ["What the token filter keeps for this history, and how much the router listens to each table:"]
+    lines = [
+        "What the token filter keeps for this history, and how much the router listens to each table:"
+    ]
     for view in views:
         tokens = ", ".join(f"{token!r} {weight:.2f}" for token, weight in view.tokens)
         lines.append(f"  {view.table:<12} gate {view.gate_weight:.2f}  {tokens}")

@@ -65,8 +65,14 @@ def load_inputs(config: RunConfig, *, verify: bool = True) -> Inputs:
         ConfigError: Tables and filter, or data and item tokens, that do not go together.
     """
     manifest = load_manifest(config.data.path, left_out=config.data.left_out)
-    stored = tuple(load_table(path, verify=verify) for path in config.mltfr.tables) if config.mltfr.enabled else ()
-    tables = tuple(with_content(table, config.mltfr.table_content, config.training.seed) for table in stored)
+    stored = (
+        tuple(load_table(path, verify=verify) for path in config.mltfr.tables)
+        if config.mltfr.enabled
+        else ()
+    )
+    tables = tuple(
+        with_content(table, config.mltfr.table_content, config.training.seed) for table in stored
+    )
     features = item_features(config, tables)
     if config.mltfr.filter.strategy == "seed_words" and tables:
         tables = seed_tables(tables, config.mltfr.filter)
@@ -81,7 +87,9 @@ def load_inputs(config: RunConfig, *, verify: bool = True) -> Inputs:
         check_filter(config.mltfr.filter, table)
     if tables:
         consensus_tables(config.mltfr, tables)
-    hashes = {"data": file_sha256(config.data.path / "manifest.json")} | {table.name: table.sha256 for table in tables}
+    hashes = {"data": file_sha256(config.data.path / "manifest.json")} | {
+        table.name: table.sha256 for table in tables
+    }
     return Inputs(manifest, tables, hashes, features)
 
 
@@ -96,16 +104,26 @@ def leave_out_bad_shards(config: RunConfig, ranks: Ranks) -> RunConfig:
     folder, error, vector = config.data.path, None, torch.zeros(0)
     try:
         manifest = read_manifest(folder)
-        bad = find_bad_shards(folder, manifest, Patience(config.data.read_attempts, config.data.read_timeout))
+        bad = find_bad_shards(
+            folder, manifest, Patience(config.data.read_attempts, config.data.read_timeout)
+        )
         files = [shard.file for shard in all_shards(manifest)]
-        vector = torch.tensor([float(file in bad or file in config.data.left_out) for file in files])
+        vector = torch.tensor(
+            [float(file in bad or file in config.data.left_out) for file in files]
+        )
     except DataError as caught:
         error = caught
     ranks.first_error(error)
-    left_out = {f: bad.get(f, "as another rank or the configuration says") for f, on in zip(files, ranks.max(vector)) if on}
+    left_out = {
+        f: bad.get(f, "as another rank or the configuration says")
+        for f, on in zip(files, ranks.max(vector))
+        if on
+    }
     if left_out:
         ranks.say(loss_report(folder, manifest, left_out))
-    return config.model_copy(update={"data": config.data.model_copy(update={"left_out": tuple(sorted(left_out))})})
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"left_out": tuple(sorted(left_out))})}
+    )
 
 
 def check_filter(config: FilterConfig, table: TokenTable) -> None:
@@ -122,7 +140,9 @@ def check_filter(config: FilterConfig, table: TokenTable) -> None:
             remedy="Raise it if the machine can bear it, give fewer words, or choose with strategy=user_guided.",
         )
     kept = config.num_kept(rows)
-    searched = rows if config.strategy == "random_tokens" else min(rows, config.shortlist_size or rows)
+    searched = (
+        rows if config.strategy == "random_tokens" else min(rows, config.shortlist_size or rows)
+    )
     if config.strategy in ("user_guided", "random_tokens") and kept > searched:
         raise ConfigError(
             f"The filter keeps {kept} tokens of table `{table.name}`, of which {searched} rows are searched.",
@@ -147,9 +167,14 @@ def consensus_tables(config: MLTFRConfig, tables: Sequence[TokenTable]) -> list[
                 remedy=f"Tables: {', '.join(names)}.",
             )
     places = [names.index(name) for name in config.consensus.group or names]
-    shapes = {names[m]: (tables[m].rows.shape[1], kept_rows(config.filter, len(tables[m].rows))) for m in places}
+    shapes = {
+        names[m]: (tables[m].rows.shape[1], kept_rows(config.filter, len(tables[m].rows)))
+        for m in places
+    }
     if config.consensus.enabled and config.expert.form == "paper" and len(set(shapes.values())) > 1:
-        listed = ", ".join(f"{name} {width} wide, {kept} kept" for name, (width, kept) in shapes.items())
+        listed = ", ".join(
+            f"{name} {width} wide, {kept} kept" for name, (width, kept) in shapes.items()
+        )
         raise ConfigError(
             f"The consensus group cannot be merged with mltfr.expert.form=paper: {listed}.",
             rule="In this form experts read a table's own rows, so a group's tables must be equally wide and keep equally many.",
@@ -162,7 +187,11 @@ def kept_rows(config: FilterConfig, num_rows: int) -> int:
     """Rows of a table that one query attends to."""
     if config.strategy == "learned_prototypes":
         return config.num_prototypes
-    return config.num_kept(num_rows) if config.strategy in ("user_guided", "random_tokens") else num_rows
+    return (
+        config.num_kept(num_rows)
+        if config.strategy in ("user_guided", "random_tokens")
+        else num_rows
+    )
 
 
 def check_division(config: MLTFRConfig, part: Part, zero_stage: int) -> None:
@@ -206,7 +235,9 @@ def record_inputs(folder: Path, inputs: Inputs) -> None:
         )
 
 
-def build_model(config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE, *, with_consensus: bool) -> Recommender:
+def build_model(
+    config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE, *, with_consensus: bool
+) -> Recommender:
     """A freshly initialised model, the same on every rank; its tables are where the configuration places them."""
     seed_all(config.training.seed, INITIALISATION)
     model = Recommender(
@@ -219,13 +250,19 @@ def build_model(config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE, *, with
         item_features=inputs.item_features,
         sparse_items=config.optimizer.item_gradients == "sparse",
     )
-    if with_consensus or (model.mltfr and config.mltfr.consensus.enabled and config.mltfr.consensus.random_in_stage_one):
+    if with_consensus or (
+        model.mltfr
+        and config.mltfr.consensus.enabled
+        and config.mltfr.consensus.random_in_stage_one
+    ):
         assert model.mltfr is not None
         model.mltfr.add_consensus(tables=consensus_tables(config.mltfr, inputs.tables))
     return model
 
 
-def load_model(config: RunConfig, inputs: Inputs, folder: Path, ranks: Ranks, *, with_consensus: bool) -> Recommender:
+def load_model(
+    config: RunConfig, inputs: Inputs, folder: Path, ranks: Ranks, *, with_consensus: bool
+) -> Recommender:
     """The model of a checkpoint, in fp32, ready to be evaluated.
 
     Raises:
@@ -258,7 +295,9 @@ def ranking_stream(config: RunConfig, split: str, ranks: Ranks) -> RankingStream
 
 def train_stream(config: RunConfig, part: Part) -> TrainStream:
     """This rank's share of the training sequences."""
-    return TrainStream(config.data.path, config.data, part, seed=config.training.seed, objective=objective(config))
+    return TrainStream(
+        config.data.path, config.data, part, seed=config.training.seed, objective=objective(config)
+    )
 
 
 def objective(config: RunConfig) -> Objective:
@@ -270,6 +309,8 @@ def objective(config: RunConfig) -> Objective:
         num_shared_negatives=loss.num_negatives if loss.name == "sampled_softmax" else 0,
         proposal=loss.proposal,
         cloze_ratio=backbone.mask_ratio if kind.objective == "cloze" else None,
-        views=ViewRatios(backbone.crop_ratio, backbone.mask_ratio, backbone.reorder_ratio) if kind.contrasts_views else None,
+        views=ViewRatios(backbone.crop_ratio, backbone.mask_ratio, backbone.reorder_ratio)
+        if kind.contrasts_views
+        else None,
         group_size=loss.contrast_group if kind.contrasts_views else 1,
     )

@@ -28,7 +28,10 @@ class ItemMap:
         """From the prepared data."""
         columns = pq.read_table(config.data.path / "items.parquet").to_pydict()
         order = np.argsort(columns["item_index"])
-        return cls(["", *(columns["item_id"][i] for i in order)], [None, *(columns["title"][i] for i in order)])
+        return cls(
+            ["", *(columns["item_id"][i] for i in order)],
+            [None, *(columns["title"][i] for i in order)],
+        )
 
     def name(self, item: int) -> str:
         """Title where there is one, raw id otherwise."""
@@ -50,4 +53,6 @@ def item_features(config: RunConfig, tables: Sequence[TokenTable]) -> torch.Tens
             rule="This positive control reads each item's title.",
             remedy="Prepare the data with --titles FILE, or set mltfr.item_tokens.source=none.",
         )
-    return torch.cat([title_features(titles, table) for table in tables], dim=1) / math.sqrt(len(tables))
+    return torch.cat([title_features(titles, table) for table in tables], dim=1) / math.sqrt(
+        len(tables)
+    )

@@ -13,7 +13,14 @@ from torch import Tensor
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import PADDING_IDX, SequenceBatch
 from mltfr_dist.data.stream import RankingStream, StepBatches, TrainStream
-from mltfr_dist.distributed.checkpoint import Progress, latest, prune, save, step_folder, validated_folder
+from mltfr_dist.distributed.checkpoint import (
+    Progress,
+    latest,
+    prune,
+    save,
+    step_folder,
+    validated_folder,
+)
 from mltfr_dist.distributed.engine import Engine, peak_memory_bytes
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.state import whole_parameter
@@ -71,7 +78,10 @@ def train_stage(stage: Stage, progress: Progress) -> Progress:
         progress = validate(stage, progress)  # what the new expert changes before any training
     while not is_finished(stage.config, progress, stage.epochs):
         progress = train_epoch(stage, progress)
-        if progress.epoch % stage.config.evaluation.every_epochs == 0 or progress.epoch == stage.epochs:
+        if (
+            progress.epoch % stage.config.evaluation.every_epochs == 0
+            or progress.epoch == stage.epochs
+        ):
             progress = validate(stage, progress)
         save_checkpoint(stage, progress)
     return progress
@@ -80,7 +90,10 @@ def train_stage(stage: Stage, progress: Progress) -> Progress:
 def is_finished(config: RunConfig, progress: Progress, epochs: int) -> bool:
     """Whether a stage has used up its epochs, or `training.patience` validations without a better one."""
     waited = progress.epoch - progress.best_epoch if progress.best_epoch >= 0 else 0
-    return progress.epoch >= epochs or waited >= config.training.patience * config.evaluation.every_epochs
+    return (
+        progress.epoch >= epochs
+        or waited >= config.training.patience * config.evaluation.every_epochs
+    )
 
 
 def train_epoch(stage: Stage, progress: Progress) -> Progress:
@@ -106,11 +119,17 @@ def train_epoch(stage: Stage, progress: Progress) -> Progress:
         else:
             log_step(stage, progress, totals, batches.num_targets)
         stop = stage.engine.verdict.stop
-        if stop or (every and progress.step % every == 0 and progress.step_in_epoch < stage.stream.steps_per_epoch):
+        if stop or (
+            every
+            and progress.step % every == 0
+            and progress.step_in_epoch < stage.stream.steps_per_epoch
+        ):
             save_checkpoint(stage, progress)
         if stop:
             what = f"A signal asked the run to stop; it did after step {progress.step} of stage `{stage.name}`."
-            raise stage.ranks.one_speaks(StoppedError(what, remedy="Start the same command again and it goes on."))
+            raise stage.ranks.one_speaks(
+                StoppedError(what, remedy="Start the same command again and it goes on.")
+            )
     return progress.model_copy(update={"epoch": progress.epoch + 1, "step_in_epoch": 0})
 
 
@@ -121,7 +140,11 @@ def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
     """
     engine, ranks, config = stage.engine, stage.ranks, stage.config
     mltfr = engine.module.mltfr
-    if mltfr is not None and mltfr.uses_shortlist and step % config.mltfr.filter.shortlist_refresh_steps == 0:
+    if (
+        mltfr is not None
+        and mltfr.uses_shortlist
+        and step % config.mltfr.filter.shortlist_refresh_steps == 0
+    ):
         refresh_shortlist(stage, batches.micro_batches, step)
     if mltfr is not None:
         mltfr.step = stage.tracker.base_step + step
@@ -141,10 +164,18 @@ def note_skipped(stage: Stage, progress: Progress, totals: StepTotals) -> None:
     Raises:
         MltfrError: More were skipped in a row than may be.
     """
-    limit, row, names = stage.config.training.max_skipped_steps, progress.skipped_in_a_row, ", ".join(totals.nonfinite)
+    limit, row, names = (
+        stage.config.training.max_skipped_steps,
+        progress.skipped_in_a_row,
+        ", ".join(totals.nonfinite),
+    )
     values = {"in_a_row": float(row), "in_stage": float(progress.skipped_steps)}
-    stage.tracker.log("skipped", progress.step, values, epoch=progress.epoch, nonfinite=list(totals.nonfinite))
-    stage.tracker.say(f"  step {progress.step} of stage `{stage.name}` skipped ({row} in a row), not finite: {names}")
+    stage.tracker.log(
+        "skipped", progress.step, values, epoch=progress.epoch, nonfinite=list(totals.nonfinite)
+    )
+    stage.tracker.say(
+        f"  step {progress.step} of stage `{stage.name}` skipped ({row} in a row), not finite: {names}"
+    )
     if row > limit:
         last = latest(stage.checkpoints, stage.name)
         raise stage.ranks.one_speaks(
@@ -163,17 +194,30 @@ def reduce_outputs(ranks: Ranks, outputs: list[TrainingOutput], batches: StepBat
     vectors = []
     for output in outputs:
         routing, contrast = output.routing, output.contrastive_sum
-        parts = [output.loss_sum.view(1), output.loss_sum.new_zeros(1) if contrast is None else contrast.view(1)]
+        parts = [
+            output.loss_sum.view(1),
+            output.loss_sum.new_zeros(1) if contrast is None else contrast.view(1),
+        ]
         if routing is not None:
-            parts += [routing.entropy_sum, routing.balance_sum.detach(), routing.gate_sum, routing.top_sum]
+            parts += [
+                routing.entropy_sum,
+                routing.balance_sum.detach(),
+                routing.gate_sum,
+                routing.top_sum,
+            ]
         vectors.append(torch.cat([p.double() for p in parts]))
     means = ranks.sum(torch.stack(vectors).sum(0)).cpu()
-    loss, contrast_mean = float(means[0]) / batches.num_targets, float(means[1]) / batches.num_sequences
+    loss, contrast_mean = (
+        float(means[0]) / batches.num_targets,
+        float(means[1]) / batches.num_sequences,
+    )
     contrasted = None if outputs[0].contrastive_sum is None else contrast_mean
     if len(means) == 2:
         return StepTotals(loss, contrast=contrasted)
     gates = (len(means) - 4) // 2
-    routed = means[2:] / means[4 : 4 + gates].sum()  # the gates of a position sum to 1, so their sum counts positions
+    routed = (
+        means[2:] / means[4 : 4 + gates].sum()
+    )  # the gates of a position sum to 1, so their sum counts positions
     gate, top = routed[2:].float().chunk(2)
     return StepTotals(loss, gate, top, float(routed[0]), float(routed[1]), contrasted)
 
@@ -189,13 +233,22 @@ def refresh_shortlist(stage: Stage, batches: list[SequenceBatch], step: int) -> 
     for batch in batches:
         item_ids = batch.item_ids.to(ranks.device)
         inputs.append((module.backbone.inputs(item_ids), item_ids != PADDING_IDX))
-    recall, queries = mltfr.shortlist_recall(*inputs[0])  # of the outgoing list, on users it was not made from
-    found = ranks.sum(torch.cat([recall.double().cpu(), torch.tensor([float(queries)], dtype=torch.float64)])).cpu()
+    recall, queries = mltfr.shortlist_recall(
+        *inputs[0]
+    )  # of the outgoing list, on users it was not made from
+    found = ranks.sum(
+        torch.cat([recall.double().cpu(), torch.tensor([float(queries)], dtype=torch.float64)])
+    ).cpu()
     relevance = [mltfr.relevance(*pair) for pair in inputs]
-    mltfr.set_shortlist([ranks.max(torch.stack(rows).amax(0)) for rows in zip(*relevance, strict=True)])
+    mltfr.set_shortlist(
+        [ranks.max(torch.stack(rows).amax(0)) for rows in zip(*relevance, strict=True)]
+    )
     module.train()
     if step:
-        values = {f"filter_shortlist_recall/{name}": float(found[m] / found[-1]) for m, name in enumerate(stage.table_names)}
+        values = {
+            f"filter_shortlist_recall/{name}": float(found[m] / found[-1])
+            for m, name in enumerate(stage.table_names)
+        }
         stage.tracker.log("filter", step + 1, values)  # part of the update that it precedes
 
 
@@ -203,7 +256,10 @@ def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: 
     """metrics.jsonl, TensorBoard and the screen, on schedule. All ranks must call."""
     step, config = progress.step, stage.config
     stage.tracker.progress(step, stage.total_steps, config.training.global_batch_size, totals.loss)
-    if step % config.training.log_every_steps and progress.step_in_epoch < stage.stream.steps_per_epoch:
+    if (
+        step % config.training.log_every_steps
+        and progress.step_in_epoch < stage.stream.steps_per_epoch
+    ):
         return
     values = {
         "loss": totals.loss,
@@ -217,21 +273,30 @@ def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: 
         values["grad_norm"] = norm
     if totals.gate_weights is not None and totals.top_share is not None:
         values |= {"balance_loss": totals.balance, "gate/entropy": totals.entropy}
-        values |= {"gate/max_weight": float(totals.gate_weights.max()), "gate/max_top_share": float(totals.top_share.max())}
+        values |= {
+            "gate/max_weight": float(totals.gate_weights.max()),
+            "gate/max_top_share": float(totals.top_share.max()),
+        }
         mltfr = stage.engine.module.mltfr
         assert mltfr is not None
         for e, name in enumerate(mltfr.gate_names(stage.table_names)):
             values[f"gate_weight/{name}"] = float(totals.gate_weights[e])
             values[f"gate_top_share/{name}"] = float(totals.top_share[e])
         if mltfr.consensus is not None and mltfr.config.consensus.learn_weight:
-            values["consensus/weight"] = float(whole_parameter(stage.engine, mltfr.consensus_weight))
+            values["consensus/weight"] = float(
+                whole_parameter(stage.engine, mltfr.consensus_weight)
+            )
         for m, name in enumerate(stage.table_names):
             log_temperature = mltfr.log_temperature(m)
             if log_temperature is not None:
-                values[f"filter_temperature/{name}"] = math.exp(float(whole_parameter(stage.engine, log_temperature)))
+                values[f"filter_temperature/{name}"] = math.exp(
+                    float(whole_parameter(stage.engine, log_temperature))
+                )
     stage.tracker.log("step", step, values, epoch=progress.epoch)
     speed = progress.step * config.training.global_batch_size / max(1e-9, progress.train_seconds)
-    stage.tracker.board({"speed/sequences_per_second": speed, "memory/peak_gib": peak_memory_bytes() / 2**30}, step)
+    stage.tracker.board(
+        {"speed/sequences_per_second": speed, "memory/peak_gib": peak_memory_bytes() / 2**30}, step
+    )
 
 
 def validate(stage: Stage, progress: Progress) -> Progress:
@@ -239,15 +304,26 @@ def validate(stage: Stage, progress: Progress) -> Progress:
     started = time.monotonic()
     stage.engine.deepspeed.eval()
     metrics = evaluate(stage.engine.module, stage.valid, stage.config.evaluation, stage.ranks)
-    progress = progress.model_copy(update={"train_seconds": progress.train_seconds + time.monotonic() - started})
-    validated = sorted([*progress.best, (progress.epoch, metrics[SELECTION])], key=lambda pair: (-pair[1], pair[0]))
-    progress = progress.model_copy(update={"best": tuple(validated[: stage.config.checkpoint.keep_best])})
+    progress = progress.model_copy(
+        update={"train_seconds": progress.train_seconds + time.monotonic() - started}
+    )
+    validated = sorted(
+        [*progress.best, (progress.epoch, metrics[SELECTION])], key=lambda pair: (-pair[1], pair[0])
+    )
+    progress = progress.model_copy(
+        update={"best": tuple(validated[: stage.config.checkpoint.keep_best])}
+    )
     best = progress.best_epoch == progress.epoch
     if progress.epoch in dict(progress.best):
         place = validated_folder(stage.checkpoints, stage.name, progress.epoch)
         save(place, stage.engine, progress, with_optimizer=False)
     split = stage.config.evaluation.select_on
-    stage.tracker.log(split if split == "valid" else "picked_on_test", progress.step, metrics, epoch=progress.epoch)
+    stage.tracker.log(
+        split if split == "valid" else "picked_on_test",
+        progress.step,
+        metrics,
+        epoch=progress.epoch,
+    )
     stage.tracker.say(
         f"  {stage.name} epoch {progress.epoch}/{stage.epochs}  {SPLIT_WORDS[split]} HR@10 {metrics['HR@10']:.4f}  "
         f"NDCG@10 {metrics['NDCG@10']:.4f}{' *' if best else ''}  ({progress.train_seconds:.0f} s)"

@@ -45,12 +45,19 @@ def make_row(variant: str, config: RunConfig, result: Result, commit: str) -> Ro
         "seed": config.training.seed,
         "config_sha256": config_sha256(config),
         "commit": commit,
-        **{name: getattr(result, name) for name in ("stage", "epoch", "epochs", "seconds", "parameters")},
+        **{
+            name: getattr(result, name)
+            for name in ("stage", "epoch", "epochs", "seconds", "parameters")
+        },
     }
     row |= {f"gate/{name}": result.routing[name] for name in GATE if result.routing}
     row |= {f"valid/{name}": value for name, value in result.valid.items()}
     row |= {f"test/{name}": value for name, value in result.test.items()}
-    return row | {f"test/{s}/{name}": v for s, values in result.test_slices.items() for name, v in values.items()}
+    return row | {
+        f"test/{s}/{name}": v
+        for s, values in result.test_slices.items()
+        for name, v in values.items()
+    }
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -65,11 +72,15 @@ def read_rows(path: Path) -> list[Row]:
         rows: list[Row] = pq.read_table(path).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{path} cannot be read as Parquet: {error}.", remedy="Name a file that benchmarks/quality.py wrote."
+            f"{path} cannot be read as Parquet: {error}.",
+            remedy="Name a file that benchmarks/quality.py wrote.",
         ) from None
     missing = [name for name in (*KEY, *SHOWN) if rows and name not in rows[0]]
     if missing:
-        raise DataError(f"{path} lacks the columns {', '.join(missing)}.", remedy="Name a file that benchmarks/quality.py wrote.")
+        raise DataError(
+            f"{path} lacks the columns {', '.join(missing)}.",
+            remedy="Name a file that benchmarks/quality.py wrote.",
+        )
     return rows
 
 
@@ -125,7 +136,10 @@ def summary(paths: Sequence[Path]) -> str:
     for path in paths:
         found = read_rows(path)
         if not found:
-            raise DataError(f"{path} does not exist or holds no row.", remedy="Fill it with benchmarks/quality.py.")
+            raise DataError(
+                f"{path} does not exist or holds no row.",
+                remedy="Fill it with benchmarks/quality.py.",
+            )
         rows += found
     keys = [tuple(row[name] for name in KEY) for row in rows]
     if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
@@ -137,14 +151,27 @@ def summary(paths: Sequence[Path]) -> str:
     lines = []
     for dataset, backbone in dict.fromkeys((row["dataset"], row["backbone"]) for row in rows):
         here = [row for row in rows if (row["dataset"], row["backbone"]) == (dataset, backbone)]
-        lines += [f"{dataset}, {backbone}: mean +- 95% t-interval over seeds", "", *aligned(means(here)), ""]
+        lines += [
+            f"{dataset}, {backbone}: mean +- 95% t-interval over seeds",
+            "",
+            *aligned(means(here)),
+            "",
+        ]
         for reference in REFERENCES:
             table = differences(here, reference)
             if len(table) > 1:
-                lines += [f"{COMPARED}, difference to {reference}, paired by seed", "", *aligned(table), ""]
+                lines += [
+                    f"{COMPARED}, difference to {reference}, paired by seed",
+                    "",
+                    *aligned(table),
+                    "",
+                ]
         table = slice_means(here)
         if len(table[0]) > 1:
-            lines += ["NDCG@10 by slice of the test users: thirds by the target's popularity and by length of history", ""]
+            lines += [
+                "NDCG@10 by slice of the test users: thirds by the target's popularity and by length of history",
+                "",
+            ]
             lines += [*aligned(table), ""]
     return "\n".join(lines).rstrip()
 
@@ -152,12 +179,19 @@ def summary(paths: Sequence[Path]) -> str:
 def slice_means(rows: Sequence[Row]) -> list[list[str]]:
     """A table with a line a variant and a column a slice, with its number of users; one column where there are none."""
     first = rows[0]
-    names = [name.split("/")[1] for name in first if name.startswith("test/") and name.endswith("/NDCG@10") and name != COMPARED]
+    names = [
+        name.split("/")[1]
+        for name in first
+        if name.startswith("test/") and name.endswith("/NDCG@10") and name != COMPARED
+    ]
     users = [f"{first[f'test/{name}/users']:,.0f}" for name in names]
     table = [["variant", *names], ["(users)", *users]] if names else [["variant"]]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         runs = [row for row in rows if row["variant"] == variant]
-        cells = [f"{math.fsum(row[f'test/{name}/NDCG@10'] for row in runs) / len(runs):.4f}" for name in names]
+        cells = [
+            f"{math.fsum(row[f'test/{name}/NDCG@10'] for row in runs) / len(runs):.4f}"
+            for name in names
+        ]
         table.append([variant, *cells])
     return table
 
@@ -169,7 +203,9 @@ def means(rows: Sequence[Row]) -> list[list[str]]:
         runs = [row for row in rows if row["variant"] == variant]
         cells = [shown(*interval([row[name] for row in runs])) for name in SHOWN]
         seconds = math.fsum(row["seconds"] for row in runs) / len(runs)
-        table.append([variant, str(len(runs)), *cells, f"{runs[0]['parameters']:,}", f"{seconds:.0f}"])
+        table.append(
+            [variant, str(len(runs)), *cells, f"{runs[0]['parameters']:,}", f"{seconds:.0f}"]
+        )
     return table
 
 
@@ -178,11 +214,21 @@ def differences(rows: Sequence[Row], reference: str) -> list[list[str]]:
     values = {(row["variant"], row["seed"]): row[COMPARED] for row in rows}
     table = [["variant", "seeds", "difference", "verdict"]]
     for variant in dict.fromkeys(row["variant"] for row in rows):
-        paired = [v - values[reference, s] for (name, s), v in values.items() if name == variant and (reference, s) in values]
+        paired = [
+            v - values[reference, s]
+            for (name, s), v in values.items()
+            if name == variant and (reference, s) in values
+        ]
         if variant == reference or not paired:
             continue
         mean, half = interval(paired)
-        verdict = "too few seeds" if math.isnan(half) else "differs" if abs(mean) > half else "no difference shown"
+        verdict = (
+            "too few seeds"
+            if math.isnan(half)
+            else "differs"
+            if abs(mean) > half
+            else "no difference shown"
+        )
         table.append([variant, str(len(paired)), shown(mean, half, sign="+"), verdict])
     return table
 
@@ -195,4 +241,7 @@ def shown(mean: float, half: float, sign: str = "") -> str:
 def aligned(table: list[list[str]]) -> list[str]:
     """Rows of cells as lines of columns, the first flush left."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in table]
+    return [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        for row in table
+    ]

@@ -76,13 +76,23 @@ def closing(config: RunConfig, results: list[Result]) -> str:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = [
         "",
-        *("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in table),
+        *(
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths))
+            )
+            for row in table
+        ),
     ]
     rule = f"seen items {'left out' if config.evaluation.filter_seen else 'kept'}, ties {config.evaluation.ties}"
     lines += ["", f"Full ranking of every item, {rule}; {PICKED[config.evaluation.select_on]}."]
     lines += [GROUNDED] * is_grounded(config)
-    lines.append(f"One seed ({config.training.seed}): differences of this size need several to mean anything.")
-    lines.append(f"Report: {config.folder / REPORT}   Use it: mltfr recommend {config.folder} --history ID,ID,... --k 10")
+    lines.append(
+        f"One seed ({config.training.seed}): differences of this size need several to mean anything."
+    )
+    lines.append(
+        f"Report: {config.folder / REPORT}   Use it: mltfr recommend {config.folder} --history ID,ID,... --k 10"
+    )
     return "\n".join(lines)
 
 
@@ -101,7 +111,10 @@ def routing_section(result: Result) -> list[str]:
         return []
     names = [name.removeprefix(WEIGHT) for name in result.routing if name.startswith(WEIGHT)]
     lines = ["", "## Routing", "", "| gate | mean weight | largest at |", "|---|---|---|"]
-    lines += [f"| {n} | {result.routing[WEIGHT + n]:.3f} | {result.routing[TOP_SHARE + n]:.1%} of positions |" for n in names]
+    lines += [
+        f"| {n} | {result.routing[WEIGHT + n]:.3f} | {result.routing[TOP_SHARE + n]:.1%} of positions |"
+        for n in names
+    ]
     limit = math.log(len(names))
     return [
         *lines,
@@ -115,7 +128,12 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
     """Write report.md."""
     manifest, final = inputs.manifest, results[-1]
     table = rows(results)
-    text = [f"# {config.name}", "", "| " + " | ".join(table[0]) + " |", "|" + "---|" * len(table[0])]
+    text = [
+        f"# {config.name}",
+        "",
+        "| " + " | ".join(table[0]) + " |",
+        "|" + "---|" * len(table[0]),
+    ]
     text += ["| " + " | ".join(row) + " |" for row in table[1:]]
     text += [
         "",
@@ -126,7 +144,9 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
     ]
     for r in results:
         for split, values in (("valid", r.valid), ("test", r.test)):
-            text.append(f"| {r.name} | {split} | " + " | ".join(f"{v:.6f}" for v in values.values()) + " |")
+            text.append(
+                f"| {r.name} | {split} | " + " | ".join(f"{v:.6f}" for v in values.values()) + " |"
+            )
     text += [
         *routing_section(final),
         "",

@@ -28,12 +28,20 @@ def measure_routing(
     names = model.mltfr.gate_names(table_names)
     totals = torch.zeros(2 * len(names) + 1, dtype=torch.float64, device=ranks.device)
     for batch in stream:
-        _, _, routing = model.hidden(model.widened(model.backbone.for_ranking(batch.item_ids.to(ranks.device))))
+        _, _, routing = model.hidden(
+            model.widened(model.backbone.for_ranking(batch.item_ids.to(ranks.device)))
+        )
         assert routing is not None
         totals += torch.cat([routing.gate_sum, routing.top_sum, routing.entropy_sum]).double()
     sums = ranks.sum(totals).cpu()
-    means = (sums / sums[: len(names)].sum()).tolist()  # the gates of a position sum to 1: together they count positions
+    means = (
+        sums / sums[: len(names)].sum()
+    ).tolist()  # the gates of a position sum to 1: together they count positions
     weights, top_shares = means[: len(names)], means[len(names) : -1]
-    found = {"entropy": means[-1], "largest_weight": max(weights), "largest_top_share": max(top_shares)}
+    found = {
+        "entropy": means[-1],
+        "largest_weight": max(weights),
+        "largest_top_share": max(top_shares),
+    }
     found |= {WEIGHT + name: weight for name, weight in zip(names, weights, strict=True)}
     return found | {TOP_SHARE + name: share for name, share in zip(names, top_shares, strict=True)}

@@ -58,11 +58,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The configuration file {path} cannot be read: {error}.", remedy="Check the path.") from None
+        raise ConfigError(
+            f"The configuration file {path} cannot be read: {error}.", remedy="Check the path."
+        ) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}.", remedy="Correct the line it names.") from None
+        raise ConfigError(
+            f"{path} is not valid YAML: {error}.", remedy="Correct the line it names."
+        ) from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} does not hold a mapping.", rule="A configuration is `key: value` lines.", remedy="Correct it.")
+        raise ConfigError(
+            f"{path} does not hold a mapping.",
+            rule="A configuration is `key: value` lines.",
+            remedy="Correct it.",
+        )
     return content
 
 
@@ -75,7 +83,8 @@ def load_config(folder: Path) -> RunConfig:
     path = folder / CONFIG
     if not path.exists():
         raise CheckpointError(
-            f"{folder} holds no run: there is no {CONFIG}.", remedy="Name a run folder that `train.py` wrote, such as runs/demo."
+            f"{folder} holds no run: there is no {CONFIG}.",
+            remedy="Name a run folder that `train.py` wrote, such as runs/demo.",
         )
     return validate(RunConfig, read_yaml(path), source=str(path))
 
@@ -93,7 +102,8 @@ def load_result(folder: Path) -> Result | None:
         return Result.model_validate_json(path.read_text())
     except ValidationError as error:
         raise CheckpointError(
-            f"{path} is damaged: {error}.", remedy="Delete it: the run evaluates its checkpoint again."
+            f"{path} is damaged: {error}.",
+            remedy="Delete it: the run evaluates its checkpoint again.",
         ) from None
 
 
@@ -105,7 +115,9 @@ def claim(folder: Path, config: RunConfig, *, resume: bool) -> None:
     """
     path = folder / CONFIG
     if path.exists():
-        differences = differing_fields(load_config(folder).model_dump(mode="json"), config.model_dump(mode="json"))
+        differences = differing_fields(
+            load_config(folder).model_dump(mode="json"), config.model_dump(mode="json")
+        )
         if differences:
             raise ConfigError(
                 f"{folder} already holds a different run: {'; '.join(differences)}.",
@@ -114,11 +126,16 @@ def claim(folder: Path, config: RunConfig, *, resume: bool) -> None:
             )
         if not resume:
             raise ConfigError(
-                f"{folder} already holds this run.", remedy="Use `--resume auto` to go on with it, another `name`, or delete it."
+                f"{folder} already holds this run.",
+                remedy="Use `--resume auto` to go on with it, another `name`, or delete it.",
             )
         return
-    if folder.is_file() or (folder.exists() and any(not p.name.startswith(".partial-") for p in folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not a run.", remedy="Give this run another `name`.")
+    if folder.is_file() or (
+        folder.exists() and any(not p.name.startswith(".partial-") for p in folder.iterdir())
+    ):
+        raise ConfigError(
+            f"{folder} exists and is not a run.", remedy="Give this run another `name`."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, dump_config(config))
 
@@ -129,7 +146,11 @@ def leaf_values(config: RunConfig) -> dict[str, Any]:
     def leaves(values: dict[str, Any], prefix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in values.items():
-            found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            found |= (
+                leaves(value, f"{prefix}{key}.")
+                if isinstance(value, dict)
+                else {prefix + key: value}
+            )
         return found
 
     return leaves(config.model_dump(mode="json"), "")
@@ -143,5 +164,7 @@ def differing_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
         if isinstance(before, dict) and isinstance(after, dict):
             found += differing_fields(before, after, f"{prefix}{key}.")
         elif before != after:
-            found.append(f"{prefix}{key} is {json.dumps(before)} there and {json.dumps(after)} here")
+            found.append(
+                f"{prefix}{key} is {json.dumps(before)} there and {json.dumps(after)} here"
+            )
     return found

@@ -31,15 +31,26 @@ class Slices:
     short: int
     long: int
 
-    NAMES = ("item_rare", "item_middle", "item_common", "history_short", "history_middle", "history_long")
+    NAMES = (
+        "item_rare",
+        "item_middle",
+        "item_common",
+        "history_short",
+        "history_middle",
+        "history_long",
+    )
 
     def members(self, batch: RankingBatch) -> Tensor:
         """[B, 6] bool, in the order of ``NAMES``; rows that only fill the batch belong nowhere."""
         third = self.item_third.to(batch.target_ids.device)[batch.target_ids]
-        length = torch.bincount(batch.seen_rows, minlength=len(batch.target_ids))  # of the full history
+        length = torch.bincount(
+            batch.seen_rows, minlength=len(batch.target_ids)
+        )  # of the full history
         by_length = (length > self.short).long() + (length >= self.long).long()
         groups = torch.stack([third, by_length + 3], dim=1)
-        member = torch.zeros(len(third), len(self.NAMES), dtype=torch.bool, device=third.device).scatter(1, groups, value=True)
+        member = torch.zeros(
+            len(third), len(self.NAMES), dtype=torch.bool, device=third.device
+        ).scatter(1, groups, value=True)
         return member & (batch.target_ids != PADDING_IDX)[:, None]
 
 
@@ -54,5 +65,7 @@ def training_slices(config: RunConfig, manifest: Manifest) -> Slices:
     order = np.argsort(counts[1:], kind="stable")
     third = np.zeros(len(counts), np.int64)
     third[order + 1] = np.arange(manifest.num_items) * 3 // max(1, manifest.num_items)
-    short, long = (int(v) for v in np.quantile(np.concatenate(lengths), (1 / 3, 2 / 3), method="higher"))
+    short, long = (
+        int(v) for v in np.quantile(np.concatenate(lengths), (1 / 3, 2 / 3), method="higher")
+    )
     return Slices(torch.from_numpy(third), short, max(long, short + 1))

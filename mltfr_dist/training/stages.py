@@ -50,15 +50,21 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
     outcomes = {TRAIN: run_stage(TRAIN, config, inputs, ranks)}
     if config.mltfr.enabled and config.mltfr.consensus.enabled:
         merged = consensus_core(config, inputs, ranks, outcomes[TRAIN])
-        ranks.say(f"{name}, with the consensus expert: up to {config.training.consensus_epochs} epochs")
+        ranks.say(
+            f"{name}, with the consensus expert: up to {config.training.consensus_epochs} epochs"
+        )
         outcomes[CONSENSUS] = run_stage(CONSENSUS, config, inputs, ranks, outcomes[TRAIN], merged)
-    stage, progress = max(outcomes.items(), key=lambda pair: (pair[1].best_value, pair[0] == CONSENSUS))
+    stage, progress = max(
+        outcomes.items(), key=lambda pair: (pair[1].best_value, pair[0] == CONSENSUS)
+    )
     best = checkpoint.best_folder(folder, progress)
     model = load_model(config, inputs, best, ranks, with_consensus=stage == CONSENSUS)
     valid = evaluate(model, ranking_stream(config, "valid", ranks), config.evaluation, ranks)
     test_slices = test_metrics(model, config, inputs, ranks) if read_test else {}
     test = test_slices.pop(ALL, {})
-    routing = measure_routing(model, ranking_stream(config, "valid", ranks), ranks, inputs.table_names)
+    routing = measure_routing(
+        model, ranking_stream(config, "valid", ranks), ranks, inputs.table_names
+    )
     memory = ranks.max(torch.tensor([float(peak_memory_bytes())], dtype=torch.float64))
     result = Result(
         name=name,
@@ -79,7 +85,9 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
     if ranks.is_main:
         final = list(outcomes.values())[-1]
         base = outcomes[TRAIN].step if len(outcomes) > 1 else 0
-        tracker = Tracker(config.folder, active=True, stage=final.stage, step=final.step, base_step=base)
+        tracker = Tracker(
+            config.folder, active=True, stage=final.stage, step=final.step, base_step=base
+        )
         if read_test:
             tracker.log("test", final.step, test)
         for tag, text in texts.items():
@@ -90,7 +98,9 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
     return result
 
 
-def test_metrics(model: Recommender, config: RunConfig, inputs: Inputs, ranks: Ranks) -> dict[str, dict[str, float]]:
+def test_metrics(
+    model: Recommender, config: RunConfig, inputs: Inputs, ranks: Ranks
+) -> dict[str, dict[str, float]]:
     """Metrics of the test split, of all its users and by slice."""
     slices = training_slices(config, inputs.manifest)
     stream = ranking_stream(config, "test", ranks)
@@ -98,7 +108,12 @@ def test_metrics(model: Recommender, config: RunConfig, inputs: Inputs, ranks: R
 
 
 def run_stage(
-    name: str, config: RunConfig, inputs: Inputs, ranks: Ranks, before: Progress | None = None, merged: State | None = None
+    name: str,
+    config: RunConfig,
+    inputs: Inputs,
+    ranks: Ranks,
+    before: Progress | None = None,
+    merged: State | None = None,
 ) -> Progress:
     """Train one stage from its last checkpoint, or from its start.
 
@@ -113,11 +128,17 @@ def run_stage(
     folder = config.folder / CHECKPOINTS
     epochs = config.training.epochs if name == TRAIN else config.training.consensus_epochs
     last = last_checkpoint(folder, name, ranks)
-    progress = ranks.jointly(lambda: checkpoint.read_header(last).progress) if last else Progress(stage=name)
+    progress = (
+        ranks.jointly(lambda: checkpoint.read_header(last).progress)
+        if last
+        else Progress(stage=name)
+    )
     done = last is not None and is_finished(config, progress, epochs)
     if last:
         over = ", where the stage is over" if done else ""
-        ranks.say(f"  going on from {last.name} (epoch {progress.epoch}, step {progress.step}){over}")
+        ranks.say(
+            f"  going on from {last.name} (epoch {progress.epoch}, step {progress.step}){over}"
+        )
     if done:
         return progress
     part = make_part(config, ranks)
@@ -131,9 +152,17 @@ def run_stage(
     if last:
         checkpoint.restore_optimizer(last, engine)
     base = before.step if before else 0
-    tracker = Tracker(config.folder, active=ranks.is_main, stage=name, step=progress.step if last else None, base_step=base)
+    tracker = Tracker(
+        config.folder,
+        active=ranks.is_main,
+        stage=name,
+        step=progress.step if last else None,
+        base_step=base,
+    )
     valid = ranking_stream(config, config.evaluation.select_on, ranks)
-    stage = Stage(name, epochs, config, folder, ranks, engine, stream, valid, tracker, inputs.table_names)
+    stage = Stage(
+        name, epochs, config, folder, ranks, engine, stream, valid, tracker, inputs.table_names
+    )
     progress = train_stage(stage, progress)
     tracker.close()
     engine.destroy()
@@ -146,12 +175,16 @@ def last_checkpoint(folder: Path, stage: str, ranks: Ranks) -> Path | None:
     """The checkpoint that a stage goes on from, the same on every rank; None where there is none."""
     if ranks.is_main:
         checkpoint.remove_interrupted(folder, ranks.say)
-    found = ranks.main_works(lambda goes_on: checkpoint.latest_intact(folder, stage, ranks.say, goes_on))
+    found = ranks.main_works(
+        lambda goes_on: checkpoint.latest_intact(folder, stage, ranks.say, goes_on)
+    )
     name = ranks.from_main(found.name if found else "")
     return folder / name if name else None
 
 
-def start_from_stage_one(model: torch.nn.Module, config: RunConfig, best: Path, merged: State) -> None:
+def start_from_stage_one(
+    model: torch.nn.Module, config: RunConfig, best: Path, merged: State
+) -> None:
     """Put stage 1's best weights (unless a fresh start is asked for) and the consensus expert into ``model``."""
     state = model.state_dict()
     if not config.mltfr.consensus.fresh_start:
@@ -171,7 +204,9 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
         samples = min(config.mltfr.consensus.fisher_sequences, stream.split.num_sequences)
         steps = islice(stream.epoch(0), -(-samples // part.global_batch_size))
         if config.mltfr.consensus.fisher == "per_sample":
-            fishers = fisher_diagonals(model, (batch for step in steps for batch in step.micro_batches), ranks, samples)
+            fishers = fisher_diagonals(
+                model, (batch for step in steps for batch in step.micro_batches), ranks, samples
+            )
         else:
             fishers = batch_mean_squares(model, steps, ranks)
         assert model.mltfr is not None
@@ -183,8 +218,12 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
                 [{name: t.cpu() for name, t in fishers[e].items()} for e in members],
                 normalise=config.mltfr.consensus.normalise_fisher,
             )
-            fisher_state = {f"{e}.{name}": t.cpu() for e, f in enumerate(fishers) for name, t in f.items()}
+            fisher_state = {
+                f"{e}.{name}": t.cpu() for e, f in enumerate(fishers) for name, t in f.items()
+            }
             checkpoint.write(place, {CORE: merged, FISHER: fisher_state}, before)
         ranks.barrier()
-        ranks.say(f"  Fisher information of {len(cores)} experts over {samples} sequences: {time.monotonic() - started:.0f} s")
+        ranks.say(
+            f"  Fisher information of {len(cores)} experts over {samples} sequences: {time.monotonic() - started:.0f} s"
+        )
     return checkpoint.read(place, CORE)

@@ -20,7 +20,9 @@ QUIET_SECONDS = 30.0
 class Tracker:
     """Writes a stage's metrics; on ranks other than 0 it does nothing."""
 
-    def __init__(self, folder: Path, *, active: bool, stage: str, step: int | None, base_step: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, active: bool, stage: str, step: int | None, base_step: int = 0
+    ) -> None:
         """Continue the records of ``folder`` at ``step`` of ``stage``.
 
         Lines written after the checkpoint that the run goes on from are dropped, for they will be written again.
@@ -39,7 +41,9 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
 
             self._path = folder / "metrics.jsonl"
-            drop_later_lines(self._path, stage, -1 if step is None else step)  # a validation may stand at step 0
+            drop_later_lines(
+                self._path, stage, -1 if step is None else step
+            )  # a validation may stand at step 0
             self._file = self._path.open("a")
             self._board = SummaryWriter(str(folder / "tb"), purge_step=base_step + (step or 0) + 1)
 
@@ -57,7 +61,10 @@ class Tracker:
         line = {"kind": kind, "stage": self.stage, "step": step, **extra, **values}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        self.board({name if "/" in name else f"{kind}/{name}": value for name, value in values.items()}, step)
+        self.board(
+            {name if "/" in name else f"{kind}/{name}": value for name, value in values.items()},
+            step,
+        )
 
     def board(self, values: dict[str, float], step: int) -> None:
         """Write TensorBoard points only: what differs from run to run (speed, memory) and would blur a comparison."""
@@ -82,7 +89,11 @@ class Tracker:
             f"  {self.stage} step {step}/{total_steps}  loss {loss:.4f}  {rate * sequences_per_step:,.0f} sequences/s  "
             f"at most {left / 60:.0f} min {left % 60:02.0f} s left"
         )
-        print(f"\r\x1b[K{text}" if self._on_terminal else text, end="" if self._on_terminal else "\n", flush=True)
+        print(
+            f"\r\x1b[K{text}" if self._on_terminal else text,
+            end="" if self._on_terminal else "\n",
+            flush=True,
+        )
 
     def say(self, message: str) -> None:
         """Print a line of its own."""

@@ -47,11 +47,16 @@ def check_space(sweep: SweepConfig, base: RunConfig) -> None:
         if key not in leaves:
             near = nearest_key(key, [path for path in field_paths(RunConfig) if path in leaves])
             raise ConfigError(
-                f"The searched key `{key}` is not a field of a run" + (f"; the nearest is `{near}`." if near else "."),
+                f"The searched key `{key}` is not a field of a run"
+                + (f"; the nearest is `{near}`." if near else "."),
                 remedy="Correct it; `train.py --help` lists every field.",
             )
         if key in SET_BY_THE_SWEEP:
-            raise ConfigError(f"`{key}` cannot be searched.", rule="The sweep sets it itself.", remedy="Remove it from `search`.")
+            raise ConfigError(
+                f"`{key}` cannot be searched.",
+                rule="The sweep sets it itself.",
+                remedy="Remove it from `search`.",
+            )
         if key.startswith(WHAT_IS_MEASURED):
             raise ConfigError(
                 f"`{key}` cannot be searched.",
@@ -123,10 +128,14 @@ def check_inputs(sweep: SweepConfig, base: RunConfig) -> None:
 def with_all_tables(sweep: SweepConfig, base: RunConfig) -> RunConfig:
     """The base with every table that a trial may read."""
     domain = sweep.search.get("mltfr.tables")
-    searched = [Path(table) for option in (domain.options() if domain else None) or [] for table in option]
+    searched = [
+        Path(table) for option in (domain.options() if domain else None) or [] for table in option
+    ]
     tables = tuple(dict.fromkeys([*base.mltfr.tables, *searched]))
     consensus = base.mltfr.consensus.model_copy(update={"group": ()})
-    return base.model_copy(update={"mltfr": base.mltfr.model_copy(update={"tables": tables, "consensus": consensus})})
+    return base.model_copy(
+        update={"mltfr": base.mltfr.model_copy(update={"tables": tables, "consensus": consensus})}
+    )
 
 
 def check_machine(sweep: SweepConfig) -> None:
@@ -135,7 +144,9 @@ def check_machine(sweep: SweepConfig) -> None:
     Raises:
         ConfigError: More CPUs or GPUs a trial than it has.
     """
-    check_resources(sweep, {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())})
+    check_resources(
+        sweep, {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+    )
 
 
 def check_resources(sweep: SweepConfig, there: dict[str, float]) -> None:
@@ -163,11 +174,15 @@ def check_folder(folder: Path, sweep: SweepConfig, base: RunConfig) -> None:
     """
     if not (folder / SWEEP).exists():
         if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"{folder} exists and is not a sweep.", remedy="Give this sweep another `name`.")
+            raise ConfigError(
+                f"{folder} exists and is not a sweep.", remedy="Give this sweep another `name`."
+            )
         return
     there = validate(SweepConfig, read_yaml(folder / SWEEP), source=str(folder / SWEEP))
     hidden = dict.fromkeys(MAY_CHANGE)
-    differences = differing_fields(there.model_dump(mode="json") | hidden, sweep.model_dump(mode="json") | hidden)
+    differences = differing_fields(
+        there.model_dump(mode="json") | hidden, sweep.model_dump(mode="json") | hidden
+    )
     differences += differing_fields(read_yaml(folder / BASE), base.model_dump(mode="json"))
     if differences:
         raise ConfigError(

@@ -39,7 +39,9 @@ class Cluster:
 
 
 @contextmanager
-def ray_cluster(sweep: SweepConfig, base: RunConfig, address: str | None, nodes: int) -> Iterator[Cluster]:
+def ray_cluster(
+    sweep: SweepConfig, base: RunConfig, address: str | None, nodes: int
+) -> Iterator[Cluster]:
     """A running Ray: without dashboard and usage statistics, on loopback where it is our own.
 
     Args:
@@ -61,7 +63,9 @@ def ray_cluster(sweep: SweepConfig, base: RunConfig, address: str | None, nodes:
         )
     else:
         join(address, nodes)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's error is told once, in its own words
+    logging.getLogger("ray.tune").setLevel(
+        logging.CRITICAL
+    )  # a trial's error is told once, in its own words
     try:
         cluster = Cluster(ray.cluster_resources())
         check_resources(sweep, cluster.resources)
@@ -102,7 +106,11 @@ def answers(address: str) -> bool:
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ConfigError(f"--address {address} is not understood.", rule="It is HOST:PORT.", remedy="Give the head's address.")
+        raise ConfigError(
+            f"--address {address} is not understood.",
+            rule="It is HOST:PORT.",
+            remedy="Give the head's address.",
+        )
     try:
         with socket.create_connection((host, int(port)), timeout=5):
             return True
@@ -124,7 +132,10 @@ def verify_on_nodes(sweep: SweepConfig, base: RunConfig) -> None:
 
     task = ray.remote(num_cpus=0)(verify)
     others = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    pending = [task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in others]
+    pending = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for node in others
+    ]
     try:
         ray.get(pending)
     except ray.exceptions.RayTaskError as error:

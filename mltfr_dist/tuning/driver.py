@@ -38,7 +38,9 @@ STATUS_SECONDS = 30.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def run_trials(sweep: SweepConfig, base: RunConfig, folder: Path, cluster: Cluster, *, read_test: bool = False) -> None:
+def run_trials(
+    sweep: SweepConfig, base: RunConfig, folder: Path, cluster: Cluster, *, read_test: bool = False
+) -> None:
     """Run the trials that a sweep still lacks.
 
     Args:
@@ -52,7 +54,9 @@ def run_trials(sweep: SweepConfig, base: RunConfig, folder: Path, cluster: Clust
         StoppedError: A signal asked the sweep to stop; running trials have saved.
     """
     trials = load_trials(folder)
-    missing = sum(trial.state == "unfinished" for trial in trials) + max(0, sweep.trials() - len(trials))
+    missing = sum(trial.state == "unfinished" for trial in trials) + max(
+        0, sweep.trials() - len(trials)
+    )
     if not missing:
         return
     (folder / STOP).unlink(missing_ok=True)
@@ -67,11 +71,15 @@ def run_trials(sweep: SweepConfig, base: RunConfig, folder: Path, cluster: Clust
         )
 
 
-def make_tuner(setting: TrialSetting, concurrent: int, trials: list[Trial], progress: Progress) -> Tuner:
+def make_tuner(
+    setting: TrialSetting, concurrent: int, trials: list[Trial], progress: Progress
+) -> Tuner:
     """Ray Tune over the trials that are missing."""
     sweep, folder = setting.sweep, setting.folder
     population = sweep.scheduler == "pbt"
-    search = FolderSearch(setting, [trial.number for trial in trials if trial.state == "unfinished"])
+    search = FolderSearch(
+        setting, [trial.number for trial in trials if trial.state == "unfinished"]
+    )
     return Tuner(
         tune.with_resources(tune.with_parameters(SweepTrial, setting=setting), TRIAL_RESOURCES),
         param_space=whole_population(search) if population else None,
@@ -88,7 +96,9 @@ def make_tuner(setting: TrialSetting, concurrent: int, trials: list[Trial], prog
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=sweep.max_failures),
             # PBT saves where it exchanges. All are kept: one deleted while another trial starts from it would fail that trial.
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=None, checkpoint_frequency=0, checkpoint_at_end=False),
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=None, checkpoint_frequency=0, checkpoint_at_end=False
+            ),
             callbacks=[progress],
             stop=StopAll(folder / STOP),
             verbose=0,
@@ -106,7 +116,9 @@ def whole_population(search: FolderSearch) -> dict[str, Any]:
     def value_of(key: str) -> Any:
         return tune.sample_from(lambda spec: by_number[spec.config[NUMBER]][key])
 
-    return {NUMBER: tune.grid_search(list(by_number))} | {key: value_of(key) for key in search.setting.sweep.search}
+    return {NUMBER: tune.grid_search(list(by_number))} | {
+        key: value_of(key) for key in search.setting.sweep.search
+    }
 
 
 class FolderSearch(Searcher):  # type: ignore[misc]
@@ -124,14 +136,19 @@ class FolderSearch(Searcher):  # type: ignore[misc]
             trial = load_trial(folder, self.waiting.pop(0))
             return {NUMBER: trial.number, **trial.values}
         trials = load_trials(folder)
-        known = [Known(t.values, None if t.state == "failed" else t.best(sweep.metric_name)) for t in trials]
+        known = [
+            Known(t.values, None if t.state == "failed" else t.best(sweep.metric_name))
+            for t in trials
+        ]
         values: Values | None = suggest(sweep, known, self.base)
         if values is None:
             return str(Searcher.FINISHED)
         trial = Trial(folder, len(trials), Record(values=values)).save()
         return {NUMBER: trial.number, **trial.values}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         """Nothing: outcomes are read from the trials' folders."""
 
     def save(self, checkpoint_path: str) -> None:
@@ -170,7 +187,10 @@ def stop_signals(flag: Path) -> Iterator[Callable[[], None]]:
             signal.signal(number, handler)
 
     def request(number: int, _frame: FrameType | None) -> None:
-        print(f"{signal.Signals(number).name}: running trials save, then the sweep ends; once more to end at once", flush=True)
+        print(
+            f"{signal.Signals(number).name}: running trials save, then the sweep ends; once more to end at once",
+            flush=True,
+        )
         flag.touch()
         restore()
 
@@ -188,13 +208,26 @@ def stop_signals(flag: Path) -> Iterator[Callable[[], None]]:
 class Progress(Callback):  # type: ignore[misc]
     """Notes how trials end, and says how far the sweep is."""
 
-    def __init__(self, setting: TrialSetting, concurrent: int, missing: int, take_signals: Callable[[], None]) -> None:
-        self.setting, self.concurrent, self.missing, self.take_signals = setting, concurrent, missing, take_signals
+    def __init__(
+        self, setting: TrialSetting, concurrent: int, missing: int, take_signals: Callable[[], None]
+    ) -> None:
+        self.setting, self.concurrent, self.missing, self.take_signals = (
+            setting,
+            concurrent,
+            missing,
+            take_signals,
+        )
         self.started: dict[int, float] = {}
         self.seconds: list[float] = []
         self.said = time.monotonic()
 
-    def setup(self, stop: Any = None, num_samples: int | None = None, total_num_samples: int | None = None, **info: Any) -> None:
+    def setup(
+        self,
+        stop: Any = None,
+        num_samples: int | None = None,
+        total_num_samples: int | None = None,
+        **info: Any,
+    ) -> None:
         """Called by Tune before the first trial."""
         self.take_signals()
         sweep = self.setting.sweep
@@ -204,7 +237,9 @@ class Progress(Callback):  # type: ignore[misc]
             flush=True,
         )
 
-    def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+    def on_trial_start(
+        self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
+    ) -> None:
         """Called by Tune."""
         number = trial.config[NUMBER]
         ours = load_trial(self.setting.folder, number)
@@ -213,24 +248,35 @@ class Progress(Callback):  # type: ignore[misc]
         self.started.setdefault(number, time.monotonic())
         print(f"  trial {ours.name}  {shown(ours.values)}{going_on}", flush=True)
 
-    def on_trial_recover(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+    def on_trial_recover(
+        self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
+    ) -> None:
         """Called by Tune where a trial failed and is started again."""
         ours = load_trial(self.setting.folder, trial.config[NUMBER])
         print(f"  trial {ours.name}  failed and is started again: {ours.reason}", flush=True)
 
-    def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+    def on_trial_error(
+        self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
+    ) -> None:
         """Called by Tune where a trial failed for good."""
         ours = load_trial(self.setting.folder, trial.config[NUMBER])
         self._over(ours.end("failed", ours.reason), f"failed: {ours.reason}")
 
-    def on_trial_complete(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
+    def on_trial_complete(
+        self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
+    ) -> None:
         """Called by Tune where a trial is over, is stopped early, or stops with the sweep."""
         ours = load_trial(self.setting.folder, trial.config[NUMBER])
         if ours.state == "unfinished":
             if (self.setting.folder / STOP).exists():
                 return
-            ours = ours.end("stopped", f"{self.setting.sweep.scheduler} after epoch {trial.last_result[EPOCH]}")
-        self._over(ours, "finished" if ours.record.ended is None else f"stopped by {ours.record.ended.reason}")
+            ours = ours.end(
+                "stopped", f"{self.setting.sweep.scheduler} after epoch {trial.last_result[EPOCH]}"
+            )
+        self._over(
+            ours,
+            "finished" if ours.record.ended is None else f"stopped by {ours.record.ended.reason}",
+        )
 
     def on_step_end(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
         """Called by Tune all the time."""
@@ -250,9 +296,17 @@ class Progress(Callback):  # type: ignore[misc]
     def _status(self) -> None:
         self.said = time.monotonic()
         sweep, over = self.setting.sweep, len(self.seconds)
-        values = {t.name: t.best(sweep.metric_name) for t in load_trials(self.setting.folder) if t.state != "failed"}
-        best = max(((value, name) for name, value in values.items() if value is not None), default=None)
-        text = f"  {over}/{self.missing} trials over" + (f", best {sweep.metric} {best[0]:.4f} (trial {best[1]})" if best else "")
+        values = {
+            t.name: t.best(sweep.metric_name)
+            for t in load_trials(self.setting.folder)
+            if t.state != "failed"
+        }
+        best = max(
+            ((value, name) for name, value in values.items() if value is not None), default=None
+        )
+        text = f"  {over}/{self.missing} trials over" + (
+            f", best {sweep.metric} {best[0]:.4f} (trial {best[1]})" if best else ""
+        )
         if over:
             left = (self.missing - over) * sum(self.seconds) / over / self.concurrent
             text += f", about {left / 60:.0f} min left"

@@ -14,9 +14,15 @@ def write_hparams(trial: Trial) -> None:
     validations = trial.validations()
     if not validations:
         return
-    best = {f"sweep/best_{name}": max(v.metrics[name] for v in validations) for name in validations[-1].metrics}
+    best = {
+        f"sweep/best_{name}": max(v.metrics[name] for v in validations)
+        for name in validations[-1].metrics
+    }
     metrics = best | {"sweep/epochs": float(validations[-1].epoch)}
-    fields = {key: v if isinstance(v, int | float | str | bool) else shown_value(v) for key, v in trial.values.items()}
+    fields = {
+        key: v if isinstance(v, int | float | str | bool) else shown_value(v)
+        for key, v in trial.values.items()
+    }
     fields |= {"state": trial.state}
     writer = SummaryWriter(str(trial.folder / "tb"))
     assert writer.file_writer is not None

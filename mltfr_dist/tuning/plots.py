@@ -30,7 +30,9 @@ def ticks(domain: Domain) -> dict[float, str]:
     return {height(domain, value): shown_value(value) for value in values}
 
 
-def parallel_coordinates(sweep: SweepConfig, ranked: Sequence[tuple[float, Trial]], path: Path) -> None:
+def parallel_coordinates(
+    sweep: SweepConfig, ranked: Sequence[tuple[float, Trial]], path: Path
+) -> None:
     """One line a trial over an axis a field, coloured by the objective; trials that were stopped early are dashed."""
     keys = list(sweep.search)
     figure = Figure(figsize=(max(6.0, 2.2 * len(keys) + 2), 5))
@@ -42,15 +44,35 @@ def parallel_coordinates(sweep: SweepConfig, ranked: Sequence[tuple[float, Trial
         shade = (value - low) / (high - low) if high > low else 1.0
         heights = [height(sweep.search[key], trial.values[key]) for key in keys]
         style = "--" if trial.state == "stopped" else "-"
-        axes.plot([*range(len(keys)), len(keys)], [*heights, shade], style, color=colour(shade), linewidth=1 + 2 * shade)
+        axes.plot(
+            [*range(len(keys)), len(keys)],
+            [*heights, shade],
+            style,
+            color=colour(shade),
+            linewidth=1 + 2 * shade,
+        )
     for place, key in enumerate(keys):
         axes.axvline(place, color="0.7", zorder=0)
         for at, text in ticks(sweep.search[key]).items():
-            axes.annotate(text, (place, at), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
+            axes.annotate(
+                text,
+                (place, at),
+                xytext=(4, 0),
+                textcoords="offset points",
+                fontsize=8,
+                va="center",
+            )
     axes.axvline(len(keys), color="0.7", zorder=0)
     for at in (0.0, 0.5, 1.0):
         label = f"{low + at * (high - low):.4f}"
-        axes.annotate(label, (len(keys), at), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center")
+        axes.annotate(
+            label,
+            (len(keys), at),
+            xytext=(4, 0),
+            textcoords="offset points",
+            fontsize=8,
+            va="center",
+        )
     axes.set_xticks(range(len(keys) + 1), [*(short(key) for key in keys), sweep.metric])
     axes.set_yticks([])
     axes.set_xlim(-0.15, len(keys) + 0.35)
@@ -62,17 +84,24 @@ def parallel_coordinates(sweep: SweepConfig, ranked: Sequence[tuple[float, Trial
     figure.savefig(path, dpi=110)
 
 
-def effects(sweep: SweepConfig, grouped: Mapping[str, Mapping[str, Sequence[Trial]]], epoch: int, path: Path) -> None:
+def effects(
+    sweep: SweepConfig, grouped: Mapping[str, Mapping[str, Sequence[Trial]]], epoch: int, path: Path
+) -> None:
     """One panel a field: each trial's objective after ``epoch`` epochs over its value, and the mean of each value."""
     figure = Figure(figsize=(max(5.0, 3.4 * len(grouped)), 4))
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(grouped), sharey=True, squeeze=False)[0]
     for panel, (key, parts) in zip(panels, grouped.items()):
         for place, some in enumerate(parts.values()):
-            points = [max(v.metrics[sweep.metric_name] for v in t.validations() if v.epoch <= epoch) for t in some]
+            points = [
+                max(v.metrics[sweep.metric_name] for v in t.validations() if v.epoch <= epoch)
+                for t in some
+            ]
             spread = np.linspace(-0.12, 0.12, len(points)) if len(points) > 1 else [0.0]
             panel.plot([place + s for s in spread], points, "o", color=colour(0.4), alpha=0.7)
-            panel.plot([place - 0.25, place + 0.25], [np.mean(points)] * 2, color=colour(1.0), linewidth=2)
+            panel.plot(
+                [place - 0.25, place + 0.25], [np.mean(points)] * 2, color=colour(1.0), linewidth=2
+            )
         panel.set_xticks(range(len(parts)), list(parts), rotation=30, ha="right", fontsize=8)
         panel.set_title(short(key))
         panel.grid(axis="y", color="0.9")

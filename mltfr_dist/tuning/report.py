@@ -25,7 +25,10 @@ BINS = 3
 def ranking(sweep: SweepConfig, trials: Sequence[Trial]) -> list[tuple[float, Trial]]:
     """Trials with a validation, best first; those that failed are left out."""
     values = [(trial.best(sweep.metric_name), trial) for trial in trials if trial.state != "failed"]
-    return sorted(((value, t) for value, t in values if value is not None), key=lambda pair: (-pair[0], pair[1].number))
+    return sorted(
+        ((value, t) for value, t in values if value is not None),
+        key=lambda pair: (-pair[0], pair[1].number),
+    )
 
 
 def choose(sweep: SweepConfig, trials: Sequence[Trial]) -> Trial:
@@ -48,12 +51,17 @@ def write_best(sweep: SweepConfig, resolved: RunConfig, best: Trial) -> None:
     """best.yaml: the chosen configuration, complete, as train.py runs it, without what trials need (threads, no baselines)."""
     config = with_values(resolved, best.values)
     name = f"{sweep.name}-best"
-    write_atomically(sweep.folder / BEST, dump_config(config.model_copy(update={"name": name, "runs_dir": sweep.folder})))
+    write_atomically(
+        sweep.folder / BEST,
+        dump_config(config.model_copy(update={"name": name, "runs_dir": sweep.folder})),
+    )
 
 
 def common_epoch(trials: Sequence[Trial]) -> int:
     """Epochs that every trial with a validation has behind it."""
-    return min((trial.validations()[-1].epoch for trial in trials if trial.validations()), default=0)
+    return min(
+        (trial.validations()[-1].epoch for trial in trials if trial.validations()), default=0
+    )
 
 
 def at_epoch(sweep: SweepConfig, trial: Trial, epoch: int) -> float:
@@ -65,12 +73,18 @@ def groups(sweep: SweepConfig, key: str, trials: Sequence[Trial]) -> dict[str, l
     """Trials by the value of a field; a range's by thirds of its values."""
     domain = sweep.search[key]
     if domain.options() is not None:
-        found = [(shown_value(option), [t for t in trials if t.values[key] == option]) for option in domain.options() or []]
+        found = [
+            (shown_value(option), [t for t in trials if t.values[key] == option])
+            for option in domain.options() or []
+        ]
         return {text: some for text, some in found if some}
     ordered = sorted(trials, key=lambda trial: (trial.values[key], trial.number))
     edges = [round(i * len(ordered) / BINS) for i in range(BINS + 1)]
     parts = [ordered[a:b] for a, b in itertools.pairwise(edges) if a < b]
-    return {f"{shown_value(part[0].values[key])} to {shown_value(part[-1].values[key])}": part for part in parts}
+    return {
+        f"{shown_value(part[0].values[key])} to {shown_value(part[-1].values[key])}": part
+        for part in parts
+    }
 
 
 def importance(sweep: SweepConfig, key: str, trials: Sequence[Trial], epoch: int) -> float:
@@ -87,7 +101,9 @@ def importance(sweep: SweepConfig, key: str, trials: Sequence[Trial], epoch: int
     total = math.fsum((value - mean) ** 2 for value in everything)
     if spare < 1 or not total:
         return 0.0
-    within = math.fsum((value - math.fsum(part) / len(part)) ** 2 for part in values for value in part)
+    within = math.fsum(
+        (value - math.fsum(part) / len(part)) ** 2 for part in values for value in part
+    )
     return max(0.0, 1 - (within / spare) / (total / (len(everything) - 1)))
 
 
@@ -102,18 +118,45 @@ def write(sweep: SweepConfig, trials: Sequence[Trial], finals: Sequence[Trial]) 
     epoch = common_epoch(seen)
     weights = {key: importance(sweep, key, seen, epoch) for key in sweep.search}
     plots.parallel_coordinates(sweep, ranked, sweep.folder / PARALLEL)
-    plots.effects(sweep, {key: groups(sweep, key, seen) for key in weights}, epoch, sweep.folder / EFFECTS)
+    plots.effects(
+        sweep, {key: groups(sweep, key, seen) for key in weights}, epoch, sweep.folder / EFFECTS
+    )
     best = choose(sweep, trials)
-    text = [f"# Sweep {sweep.name}", "", *summary_lines(sweep, trials, best), "", "## The chosen configuration", ""]
-    text += [f"Trial {best.name}: {', '.join(f'`{k}` = {shown_value(v)}' for k, v in best.values.items())}.", ""]
-    text += ["```", f"deepspeed train.py --config {sweep.folder / BEST}", "```", "", *final_lines(sweep, finals)]
+    text = [
+        f"# Sweep {sweep.name}",
+        "",
+        *summary_lines(sweep, trials, best),
+        "",
+        "## The chosen configuration",
+        "",
+    ]
+    text += [
+        f"Trial {best.name}: {', '.join(f'`{k}` = {shown_value(v)}' for k, v in best.values.items())}.",
+        "",
+    ]
+    text += [
+        "```",
+        f"deepspeed train.py --config {sweep.folder / BEST}",
+        "```",
+        "",
+        *final_lines(sweep, finals),
+    ]
     text += ["", "## Ranking", "", *ranking_table(sweep, ranked), ""]
     text += ["## What each field does", "", *importance_lines(sweep, weights, seen, epoch), ""]
-    text += [f"![Parallel coordinates: one line a trial]({PARALLEL})", "", f"![Effect of each field]({EFFECTS})", ""]
+    text += [
+        f"![Parallel coordinates: one line a trial]({PARALLEL})",
+        "",
+        f"![Effect of each field]({EFFECTS})",
+        "",
+    ]
     failed = [trial for trial in trials if trial.state == "failed"]
     if failed:
         text += ["## Failed", ""]
-        text += [f"- Trial {trial.name}: {trial.record.ended.reason}" for trial in failed if trial.record.ended] + [""]
+        text += [
+            f"- Trial {trial.name}: {trial.record.ended.reason}"
+            for trial in failed
+            if trial.record.ended
+        ] + [""]
     write_atomically(sweep.folder / REPORT, "\n".join(text))
     return sweep.folder / REPORT
 
@@ -145,9 +188,16 @@ def final_lines(sweep: SweepConfig, finals: Sequence[Trial]) -> list[str]:
         "|---|---|---|",
     ]
     for name in next(iter(done.values())).test:
-        cells = [mean_and_interval(*interval([getattr(r, split)[name] for r in done.values()])) for split in ("valid", "test")]
+        cells = [
+            mean_and_interval(*interval([getattr(r, split)[name] for r in done.values()]))
+            for split in ("valid", "test")
+        ]
         lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
-    failed = [f"seed {trial.values['training.seed']}: {trial.record.ended.reason}" for trial in finals if trial.record.ended]
+    failed = [
+        f"seed {trial.values['training.seed']}: {trial.record.ended.reason}"
+        for trial in finals
+        if trial.record.ended
+    ]
     return lines + [f"\nFailed: {'; '.join(failed)}."] * bool(failed)
 
 
@@ -157,12 +207,18 @@ def ranking_table(sweep: SweepConfig, ranked: Sequence[tuple[float, Trial]]) -> 
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for value, trial in ranked:
         state = f"stopped by {trial.record.ended.reason}" if trial.record.ended else trial.state
-        cells = [trial.name, f"{value:.4f}", *(shown_value(trial.values[key]) for key in sweep.search)]
+        cells = [
+            trial.name,
+            f"{value:.4f}",
+            *(shown_value(trial.values[key]) for key in sweep.search),
+        ]
         lines.append("| " + " | ".join([*cells, str(trial.validations()[-1].epoch), state]) + " |")
     return lines
 
 
-def importance_lines(sweep: SweepConfig, weights: dict[str, float], trials: Sequence[Trial], epoch: int) -> list[str]:
+def importance_lines(
+    sweep: SweepConfig, weights: dict[str, float], trials: Sequence[Trial], epoch: int
+) -> list[str]:
     """Importance and mean by value, the most important field first."""
     lines = [
         f"Importance: share of the variance of {sweep.metric} that the field's value accounts for (adjusted eta squared), all "

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.tuning.space import Domain, SweepConfig, base_values
@@ -54,7 +59,9 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         )
         self._search = dict(sweep.search)
 
-    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _get_new_config(
+        self, trial: Any, trial_to_clone: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Tune's values for a trial that goes on from another's weights; Tune copies the other's number as well."""
         config, operations = super()._get_new_config(trial, trial_to_clone)
         config[NUMBER] = trial.config[NUMBER]
@@ -72,7 +79,9 @@ class Asha(AsyncHyperBandScheduler):  # type: ignore[misc]
     its full time.
     """
 
-    def __init__(self, sweep: SweepConfig, max_epochs: int, trials: Sequence[Trial], *, base_first: bool) -> None:
+    def __init__(
+        self, sweep: SweepConfig, max_epochs: int, trials: Sequence[Trial], *, base_first: bool
+    ) -> None:
         super().__init__(
             time_attr=EPOCH,
             metric=OBJECTIVE,
@@ -87,13 +96,19 @@ class Asha(AsyncHyperBandScheduler):  # type: ignore[misc]
         self._never_stopped = 0 if base_first else None
         for trial in trials:
             if trial.state != "unfinished":
-                known = SimpleNamespace(trial_id=f"earlier-{trial.number}", config={NUMBER: trial.number})
+                known = SimpleNamespace(
+                    trial_id=f"earlier-{trial.number}", config={NUMBER: trial.number}
+                )
                 self.on_trial_add(None, known)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Called by Tune for each validation."""
         decision = str(super().on_trial_result(tune_controller, trial, result))
-        return str(TrialScheduler.CONTINUE) if trial.config[NUMBER] == self._never_stopped else decision
+        return (
+            str(TrialScheduler.CONTINUE)
+            if trial.config[NUMBER] == self._never_stopped
+            else decision
+        )
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Called by Tune for a new trial."""

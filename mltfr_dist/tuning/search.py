@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.exceptions import ExperimentalWarning
 
 from mltfr_dist.tuning.space import Domain, SweepConfig, Values, encoded
@@ -59,7 +64,11 @@ def drawn(sweep: SweepConfig, known: Sequence[Known]) -> Values:
     for trial in known:
         if trial.value is not None:
             params = {key: to_optuna(sweep.search[key], trial.values[key]) for key in sweep.search}
-            study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=trial.value))
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=params, distributions=distributions, value=trial.value
+                )
+            )
     params = study.ask(distributions).params
     return {key: from_optuna(sweep.search[key], params[key]) for key in sweep.search}
 
@@ -71,7 +80,9 @@ def sampler(sweep: SweepConfig, number: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # multivariate, in Optuna since 2.2
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True)
+        return optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True
+        )
 
 
 def distribution(domain: Domain) -> BaseDistribution:

@@ -18,7 +18,12 @@ from mltfr_dist.training.run_folder import leaf_values
 Values = dict[str, Any]
 """Dotted key of a configuration to a value."""
 
-CHANGEABLE = ("optimizer.", "loss.contrast_weight", "mltfr.router.balance_weight", "mltfr.consensus.weight")
+CHANGEABLE = (
+    "optimizer.",
+    "loss.contrast_weight",
+    "mltfr.router.balance_weight",
+    "mltfr.consensus.weight",
+)
 CHANGEABLE_LEAVES = ("dropout", "noise", "expert_dropout")
 """What PBT may change between two epochs: nothing that gives weights another shape or meaning."""
 
@@ -27,24 +32,42 @@ class Domain(Section):
     """The values of one field: exactly one of these."""
 
     choices: tuple[Any, ...] = Field((), description="These values.")
-    subsets: tuple[Any, ...] = Field((), description="Every choice of at_least or more of these, as a list.")
+    subsets: tuple[Any, ...] = Field(
+        (), description="Every choice of at_least or more of these, as a list."
+    )
     at_least: Count = Field(1, description="subsets: the smallest number taken.")
-    uniform: tuple[float, float] | None = Field(None, description="Real numbers from the first to the second.")
-    log_uniform: tuple[float, float] | None = Field(None, description="The same, evenly on a logarithmic scale.")
-    integers: tuple[int, int] | None = Field(None, description="Whole numbers from the first to the second, both included.")
+    uniform: tuple[float, float] | None = Field(
+        None, description="Real numbers from the first to the second."
+    )
+    log_uniform: tuple[float, float] | None = Field(
+        None, description="The same, evenly on a logarithmic scale."
+    )
+    integers: tuple[int, int] | None = Field(
+        None, description="Whole numbers from the first to the second, both included."
+    )
 
     @model_validator(mode="after")
     def _is_one(self) -> Domain:
-        given = [name for name in ("choices", "subsets", "uniform", "log_uniform", "integers") if getattr(self, name)]
+        given = [
+            name
+            for name in ("choices", "subsets", "uniform", "log_uniform", "integers")
+            if getattr(self, name)
+        ]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of choices, subsets, uniform, log_uniform, integers (given: {given or 'none'})")
+            raise ValueError(
+                f"give exactly one of choices, subsets, uniform, log_uniform, integers (given: {given or 'none'})"
+            )
         ends = self.uniform or self.log_uniform or self.integers
         if ends and not ends[0] < ends[1]:
-            raise ValueError(f"the first end of a range must be below the second (given: {list(ends)})")
+            raise ValueError(
+                f"the first end of a range must be below the second (given: {list(ends)})"
+            )
         if self.log_uniform and self.log_uniform[0] <= 0:
             raise ValueError(f"log_uniform needs ends above 0 (given: {list(self.log_uniform)})")
         if self.subsets and self.at_least > len(self.subsets):
-            raise ValueError(f"at_least ({self.at_least}) exceeds the number of values ({len(self.subsets)})")
+            raise ValueError(
+                f"at_least ({self.at_least}) exceeds the number of values ({len(self.subsets)})"
+            )
         return self
 
     @property
@@ -58,7 +81,9 @@ class Domain(Section):
             return list(self.choices)
         if self.subsets:
             sizes = range(self.at_least, len(self.subsets) + 1)
-            return [list(some) for size in sizes for some in itertools.combinations(self.subsets, size)]
+            return [
+                list(some) for size in sizes for some in itertools.combinations(self.subsets, size)
+            ]
         if self.integers:
             return list(range(self.integers[0], self.integers[1] + 1))
         return None
@@ -81,7 +106,9 @@ class AshaConfig(Section):
     """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934)."""
 
     grace_epochs: Count = Field(2, description="Epochs that every trial gets.")
-    reduction_factor: Annotated[float, Field(gt=1)] = Field(3, description="One of so many trials goes on at each rung.")
+    reduction_factor: Annotated[float, Field(gt=1)] = Field(
+        3, description="One of so many trials goes on at each rung."
+    )
 
 
 class PbtConfig(Section):
@@ -89,21 +116,29 @@ class PbtConfig(Section):
 
     every_epochs: Count = Field(2, description="Epochs between two exchanges.")
     quantile: Annotated[float, Field(gt=0, le=0.5)] = Field(
-        0.25, description="Share of the population that takes over weights and values from an equal share at the top."
+        0.25,
+        description="Share of the population that takes over weights and values from an equal share at the top.",
     )
 
 
 class TrialResources(Section):
     """What one trial holds while it runs."""
 
-    workers: Count = Field(1, description="Ranks of a trial, by Ray Train; they share the trial's global batch.")
+    workers: Count = Field(
+        1, description="Ranks of a trial, by Ray Train; they share the trial's global batch."
+    )
     cpus: Positive = Field(1, description="CPU cores of a worker.")
-    gpus: NonNegative = Field(0, description="GPUs of a worker; a fraction lets several trials share one (one worker each).")
+    gpus: NonNegative = Field(
+        0,
+        description="GPUs of a worker; a fraction lets several trials share one (one worker each).",
+    )
 
     @model_validator(mode="after")
     def _shares(self) -> TrialResources:
         if self.workers > 1 and self.gpus % 1:
-            raise ValueError(f"workers {self.workers} with gpus {self.gpus}: two ranks of a run cannot share a GPU under NCCL")
+            raise ValueError(
+                f"workers {self.workers} with gpus {self.gpus}: two ranks of a run cannot share a GPU under NCCL"
+            )
         return self
 
 
@@ -116,27 +151,42 @@ class SweepConfig(Section):
     sweeps_dir: Path = Field(Path("runs/sweeps"), description="Folder of all sweeps.")
     preset: str | None = Field(None, description="Complete configuration that a trial starts from.")
     config: Path | None = Field(None, description="YAML file; its keys go over the preset's.")
-    overrides: dict[str, Any] = Field({}, description="Dotted keys over both: the same in every trial.")
+    overrides: dict[str, Any] = Field(
+        {}, description="Dotted keys over both: the same in every trial."
+    )
     search: dict[str, Domain] = Field(description="Dotted key of a configuration to its values.")
     algorithm: Literal["random", "grid", "tpe"] = Field(
-        "random", description="random; grid: every combination; tpe: Optuna's Tree-structured Parzen Estimator."
+        "random",
+        description="random; grid: every combination; tpe: Optuna's Tree-structured Parzen Estimator.",
     )
     num_trials: Count | None = Field(None, description="Trials; null: the whole grid.")
-    include_base: bool = Field(True, description="The first trial is the base itself, where its values lie in the space.")
+    include_base: bool = Field(
+        True, description="The first trial is the base itself, where its values lie in the space."
+    )
     scheduler: Literal["asha", "pbt", "none"] = Field(
         "asha", description="Which trials are stopped early, or changed as they go."
     )
     asha: AshaConfig = Field(AshaConfig(), description="Early stopping.")
     pbt: PbtConfig = Field(PbtConfig(), description="Population-based training.")
-    metric: str = Field("valid/NDCG@10", description="What is maximised: the best validation of a trial.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the search (training.seed is the trials').")
-    resources_per_trial: TrialResources = Field(TrialResources(), description="What one trial holds.")
-    max_concurrent: Count | None = Field(None, description="Trials at a time; null: as many as the cluster holds.")
+    metric: str = Field(
+        "valid/NDCG@10", description="What is maximised: the best validation of a trial."
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="Seed of the search (training.seed is the trials')."
+    )
+    resources_per_trial: TrialResources = Field(
+        TrialResources(), description="What one trial holds."
+    )
+    max_concurrent: Count | None = Field(
+        None, description="Trials at a time; null: as many as the cluster holds."
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
-        1, description="Times that a trial which fails is started again, from its last checkpoint; then it stays failed."
+        1,
+        description="Times that a trial which fails is started again, from its last checkpoint; then it stays failed.",
     )
     final_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0, 1, 2), description="training.seed of the runs of the chosen configuration, which alone read the test split."
+        (0, 1, 2),
+        description="training.seed of the runs of the chosen configuration, which alone read the test split.",
     )
 
     @property
@@ -161,13 +211,21 @@ class SweepConfig(Section):
         if not self.search:
             raise ValueError("search names no field")
         if self.algorithm == "grid" and endless:
-            raise ValueError(f"a grid has no ranges of real numbers (given for {', '.join(endless)})")
+            raise ValueError(
+                f"a grid has no ranges of real numbers (given for {', '.join(endless)})"
+            )
         if self.algorithm == "grid" and self.num_trials is not None:
-            raise ValueError(f"a grid has as many trials as combinations: leave num_trials out (given: {self.num_trials})")
+            raise ValueError(
+                f"a grid has as many trials as combinations: leave num_trials out (given: {self.num_trials})"
+            )
         if self.algorithm != "grid" and self.num_trials is None:
             raise ValueError(f"give num_trials: {self.algorithm} search has no end of its own")
-        if self.scheduler == "pbt" and (fixed := [key for key in self.search if not can_change(key)]):
-            raise ValueError(f"pbt changes fields while weights are kept, which {', '.join(fixed)} cannot be")
+        if self.scheduler == "pbt" and (
+            fixed := [key for key in self.search if not can_change(key)]
+        ):
+            raise ValueError(
+                f"pbt changes fields while weights are kept, which {', '.join(fixed)} cannot be"
+            )
         return self
 
 
@@ -217,7 +275,9 @@ def with_values(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         ConfigError: The values do not go together.
     """
     return validate(
-        RunConfig, nested({**leaf_values(base), **values}), source=", ".join(f"{key}={encoded(v)}" for key, v in values.items())
+        RunConfig,
+        nested({**leaf_values(base), **values}),
+        source=", ".join(f"{key}={encoded(v)}" for key, v in values.items()),
     )
 
 

@@ -17,7 +17,14 @@ from mltfr_dist.resolve import merge_values, parse_override, resolve_config
 from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import dump_config, read_yaml
 from mltfr_dist.tuning import report
-from mltfr_dist.tuning.checks import BASE, SWEEP, check_folder, check_inputs, check_machine, check_space
+from mltfr_dist.tuning.checks import (
+    BASE,
+    SWEEP,
+    check_folder,
+    check_inputs,
+    check_machine,
+    check_space,
+)
 from mltfr_dist.tuning.environment import LOOPBACK, set_environment
 from mltfr_dist.tuning.space import Domain, SweepConfig, nested, with_values
 from mltfr_dist.tuning.trials import load_trials
@@ -35,7 +42,9 @@ def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
     values = read_yaml(path)
     for override in overrides:
         values = merge_values(values, parse_override(override))
-    return validate(SweepConfig, values, source=", ".join([str(path), *(f"`{o}`" for o in overrides)]))
+    return validate(
+        SweepConfig, values, source=", ".join([str(path), *(f"`{o}`" for o in overrides)])
+    )
 
 
 def resolved_config(sweep: SweepConfig) -> RunConfig:
@@ -46,7 +55,11 @@ def resolved_config(sweep: SweepConfig) -> RunConfig:
     """
     base = resolve_config(sweep.preset, sweep.config, [])
     source = f"`overrides` of the sweep `{sweep.name}`"
-    return validate(RunConfig, merge_values(base.model_dump(mode="json"), nested(sweep.overrides)), source=source)
+    return validate(
+        RunConfig,
+        merge_values(base.model_dump(mode="json"), nested(sweep.overrides)),
+        source=source,
+    )
 
 
 def base_config(sweep: SweepConfig) -> RunConfig:
@@ -90,7 +103,9 @@ def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1)
         check_machine(sweep)
     check_inputs(sweep, base)  # last, for it reads files of any size
     set_environment(LOOPBACK if address is None else {})
-    from mltfr_dist.tuning.cluster import ray_cluster  # imports Ray, which reads its environment then
+    from mltfr_dist.tuning.cluster import (
+        ray_cluster,
+    )  # imports Ray, which reads its environment then
     from mltfr_dist.tuning.driver import run_trials
 
     with claimed(sweep, base):
@@ -101,7 +116,13 @@ def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1)
             report.write_best(sweep, resolved_config(sweep), best)
             final_folder = folder / FINAL / best.name
             if sweep.final_seeds:
-                run_trials(final_sweep(sweep), with_values(base, best.values), final_folder, cluster, read_test=True)
+                run_trials(
+                    final_sweep(sweep),
+                    with_values(base, best.values),
+                    final_folder,
+                    cluster,
+                    read_test=True,
+                )
         return report.write(sweep, load_trials(folder), load_trials(final_folder))
 
 
@@ -131,7 +152,9 @@ def claimed(sweep: SweepConfig, base: RunConfig) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"Another process runs the sweep in {folder}.", remedy="Wait for it, or end it.") from None
+            raise ConfigError(
+                f"Another process runs the sweep in {folder}.", remedy="Wait for it, or end it."
+            ) from None
         write_atomically(folder / SWEEP, dump_sweep(sweep))
         write_atomically(folder / BASE, dump_config(base))
         shutil.rmtree(folder / "ray", ignore_errors=True)

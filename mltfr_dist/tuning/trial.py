@@ -78,7 +78,10 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         """Called by Tune in a new process."""
         os.chdir(setting.directory)
         set_environment()  # a cluster that was there before the sweep does not have it
-        self.setting, self.values = setting, {key: value for key, value in config.items() if key != NUMBER}
+        self.setting, self.values = (
+            setting,
+            {key: value for key, value in config.items() if key != NUMBER},
+        )
         self.record = load_trial(setting.folder, config[NUMBER])
         self.group = setting.folder / TRIALS / f"{config[NUMBER]:04d}.group"
         self.seen = len(self.record.validations())
@@ -97,7 +100,9 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
             self.thread = threading.Thread(target=self._train, name="train", daemon=True)
             self.thread.start()
         while True:
-            running = self.thread.is_alive()  # before reading: what a thread that has ended wrote is there
+            running = (
+                self.thread.is_alive()
+            )  # before reading: what a thread that has ended wrote is there
             found = self.record.validations()
             if len(found) > self.seen:
                 self.seen += 1
@@ -113,8 +118,14 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         """PBT: all that another trial needs to go on in this one's place."""
         run, place = self.record.folder, Path(checkpoint_dir)
         for _ in range(COPY_ATTEMPTS):
-            with suppress(shutil.Error, FileNotFoundError):  # the run deletes superseded checkpoints as it goes
-                shutil.copytree(run / CHECKPOINTS, place / CHECKPOINTS, ignore=shutil.ignore_patterns(".partial-*"))
+            with suppress(
+                shutil.Error, FileNotFoundError
+            ):  # the run deletes superseded checkpoints as it goes
+                shutil.copytree(
+                    run / CHECKPOINTS,
+                    place / CHECKPOINTS,
+                    ignore=shutil.ignore_patterns(".partial-*"),
+                )
                 break
             shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)
         shutil.copy(run / METRICS, place)
@@ -126,7 +137,10 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         Where PBT only paused the trial, its own run goes on.
         """
         place = Path(checkpoint)
-        if int((place / OWNER).read_text()) == self.record.number and self.values == self.record.values:
+        if (
+            int((place / OWNER).read_text()) == self.record.number
+            and self.values == self.record.values
+        ):
             return
         self.record = self.record.next_generation(self.values)
         shutil.copytree(place, self.record.folder, ignore=shutil.ignore_patterns(OWNER, ".*"))
@@ -174,7 +188,9 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
 def scaling(resources: TrialResources) -> ScalingConfig:
     """A trial's workers for Ray Train."""
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-    return ScalingConfig(num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=per_worker)
+    return ScalingConfig(
+        num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=per_worker
+    )
 
 
 NOT_NEEDED = ("PlacementGroupCleanerCallback", "DatasetsCallback")
@@ -199,7 +215,9 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         return controller.get_result()
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in NOT_NEEDED]
+        return [
+            c for c in super()._create_default_callbacks() if type(c).__name__ not in NOT_NEEDED
+        ]
 
 
 class KeepGroup(WorkerGroupCallback):  # type: ignore[misc]
@@ -227,7 +245,9 @@ def train_worker(given: dict[str, Any]) -> None:
 
     os.chdir(given["directory"])
     config = validate(RunConfig, given["config"], source="the sweep")
-    threading.Thread(target=stop_when_told, args=(Path(given["stop"]),), name="stop", daemon=True).start()
+    threading.Thread(
+        target=stop_when_told, args=(Path(given["stop"]),), name="stop", daemon=True
+    ).start()
     with one_attempt(Path(given["log"])):
         fit(config, verify=False, read_test=given["read_test"])
 
@@ -273,7 +293,9 @@ def describe(error: BaseException) -> str:
     """Why a run failed, in one line, in the words of the rank that knows."""
     if isinstance(error, WorkerGroupError):
         failures = [unwrapped(cause) for _, cause in sorted(error.worker_failures.items())]
-        error = next((cause for cause in failures if not isinstance(cause, OtherRankError)), failures[0])
+        error = next(
+            (cause for cause in failures if not isinstance(cause, OtherRankError)), failures[0]
+        )
     if isinstance(error, RayActorError):
         return DIED
     lines = str(error).strip().splitlines()
@@ -282,5 +304,9 @@ def describe(error: BaseException) -> str:
 
 def unwrapped(error: BaseException) -> BaseException:
     """What a worker raised, out of what Ray puts around it."""
-    inner = getattr(error, "cause", None) or getattr(error, "health_check_failure", None) or error.__cause__
+    inner = (
+        getattr(error, "cause", None)
+        or getattr(error, "health_check_failure", None)
+        or error.__cause__
+    )
     return unwrapped(inner) if isinstance(inner, BaseException) else error

@@ -64,7 +64,9 @@ class Trial:
     @property
     def name(self) -> str:
         """Its number, with that of its generation from the second on."""
-        return f"{self.number:04d}" + (f"-{self.record.generation + 1}" if self.record.generation else "")
+        return f"{self.number:04d}" + (
+            f"-{self.record.generation + 1}" if self.record.generation else ""
+        )
 
     @property
     def folder(self) -> Path:
@@ -138,7 +140,8 @@ def load_trial(sweep: Path, number: int) -> Trial:
         return Trial(sweep, number, Record.model_validate_json(path.read_text()))
     except ValidationError as error:
         raise CheckpointError(
-            f"{path} is damaged: {error}.", remedy="Delete it and the folder beside it: the trial is run anew."
+            f"{path} is damaged: {error}.",
+            remedy="Delete it and the folder beside it: the trial is run anew.",
         ) from None
 
 
@@ -157,7 +160,9 @@ def read_validations(path: Path) -> list[Validation]:
     found: list[Validation] = []
     stage, base, epoch = STAGES[0], 0, 0
     for text in path.read_text().splitlines() if path.exists() else ():
-        if not text.startswith(VALID):  # the file is read again and again, and nearly all of it are steps
+        if not text.startswith(
+            VALID
+        ):  # the file is read again and again, and nearly all of it are steps
             continue
         try:
             line: dict[str, Any] = json.loads(text)
@@ -166,5 +171,9 @@ def read_validations(path: Path) -> list[Validation]:
         if line["stage"] != stage:
             stage, base = line["stage"], epoch
         epoch = base + line["epoch"]
-        found.append(Validation(epoch, {name: value for name, value in line.items() if "@" in name or name == MRR}))
+        found.append(
+            Validation(
+                epoch, {name: value for name, value in line.items() if "@" in name or name == MRR}
+            )
+        )
     return found

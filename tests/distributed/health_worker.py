@@ -51,7 +51,11 @@ def poisoned_engine(config: RunConfig, ranks: Ranks, micro: int, place: dict[str
         return gradient * torch.nan if last and place["step"] == NAN_STEP else gradient
 
     def poison_loss(_module: object, _inputs: object, output: object) -> object:
-        return output._replace(loss_sum=output.loss_sum + torch.inf) if last and place["step"] == INF_STEP else output
+        return (
+            output._replace(loss_sum=output.loss_sum + torch.inf)
+            if last and place["step"] == INF_STEP
+            else output
+        )
 
     def poison_lookup(_module: object, _inputs: object, output: torch.Tensor) -> None:
         output.register_hook(poison_gradient)
@@ -69,10 +73,16 @@ def skipped(folder: Path, output: Path) -> None:
     """Per ZeRO stage: verdicts and losses of a run with two faults, and losses of one that lacks those two steps."""
     ranks = start_ranks(1)
     found = {}
-    variants = {f"zero{stage}": (no_dropout(folder, stage), 32 // ranks.world_size) for stage in range(4)}
+    variants = {
+        f"zero{stage}": (no_dropout(folder, stage), 32 // ranks.world_size) for stage in range(4)
+    }
     variants["accumulated"] = (no_dropout(folder, 2), 8)
     variants["bf16"] = (no_dropout(folder, 2, training__precision="bf16"), 32 // ranks.world_size)
-    sampled = {"loss__name": "sampled_softmax", "loss__num_negatives": 8, "optimizer__item_gradients": "sparse"}
+    sampled = {
+        "loss__name": "sampled_softmax",
+        "loss__num_negatives": 8,
+        "optimizer__item_gradients": "sparse",
+    }
     variants["rows"] = (no_dropout(folder, 1, **sampled), 8)
     variants["rows zero3"] = (no_dropout(folder, 3, **sampled), 32 // ranks.world_size)
     for name, (config, micro) in variants.items():
@@ -85,13 +95,19 @@ def skipped(folder: Path, output: Path) -> None:
             loss = steps(engine, config, ranks, step, step + 1)
             if engine.verdict.nonfinite:
                 verdicts.append([step, *engine.verdict.nonfinite])
-                assert all(torch.equal(before[key], t) for key, t in whole_parameters(engine).items())
+                assert all(
+                    torch.equal(before[key], t) for key, t in whole_parameters(engine).items()
+                )
             else:
                 losses += loss
         engine.destroy()
         place = {"step": -1}
         engine = poisoned_engine(config, ranks, micro, place)
-        without = [steps(engine, config, ranks, s, s + 1)[0] for s in range(STEPS) if s not in (NAN_STEP, INF_STEP)]
+        without = [
+            steps(engine, config, ranks, s, s + 1)[0]
+            for s in range(STEPS)
+            if s not in (NAN_STEP, INF_STEP)
+        ]
         engine.destroy()
         found[name] = {"verdicts": verdicts, "losses": losses, "without": without}
     found |= skipped_first(folder, ranks)
@@ -128,7 +144,11 @@ def slow(folder: Path, output: Path) -> None:
     ranks = start_ranks(1)
     config = no_dropout(folder, 1)
     model = build_model(config, load_inputs(config), with_consensus=False)
-    (batch,) = next(train_stream(config, Part(ranks.rank, ranks.world_size, 32, 32 // ranks.world_size)).epoch(0)).micro_batches
+    (batch,) = next(
+        train_stream(config, Part(ranks.rank, ranks.world_size, 32, 32 // ranks.world_size)).epoch(
+            0
+        )
+    ).micro_batches
     said = []
 
     def work(goes_on: Callable[[], object]) -> str:
@@ -177,7 +197,9 @@ def train_with_fault(fault: str, config: str, from_step: int) -> int:
 
     def faulty_model(*arguments: object, **named: object) -> Recommender:
         model = build_model(*arguments, **named)
-        dict(model.named_parameters())[POISONED].register_hook(lambda gradient: gradient * poison["factor"])
+        dict(model.named_parameters())[POISONED].register_hook(
+            lambda gradient: gradient * poison["factor"]
+        )
         return model
 
     loop.train_step, stages.build_model = faulty_step, faulty_model

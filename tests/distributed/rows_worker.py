@@ -31,7 +31,9 @@ SAMPLED = {"loss__name": "sampled_softmax", "loss__num_negatives": 8}
 
 
 def sparse(folder: Path, stage: int, **changes: object) -> RunConfig:
-    return no_dropout(folder, stage, **(SAMPLED | {"optimizer__item_gradients": "sparse"} | changes))
+    return no_dropout(
+        folder, stage, **(SAMPLED | {"optimizer__item_gradients": "sparse"} | changes)
+    )
 
 
 def offloaded(stage: int) -> dict[str, object]:
@@ -49,7 +51,11 @@ VARIANTS: dict[str, tuple[int, int | None, dict[str, object]]] = {
     "accumulated zero3": (3, 8, {}),
     "unclipped": (1, None, {"optimizer__max_grad_norm": None}),
     "bce": (1, None, {"loss__name": "bce", "loss__num_negatives": 3, "loss__negatives": "any"}),
-    "gbce bert4rec": (3, 8, {"loss__name": "gbce", "loss__num_negatives": 3, "backbone__name": "bert4rec"}),
+    "gbce bert4rec": (
+        3,
+        8,
+        {"loss__name": "gbce", "loss__num_negatives": 3, "backbone__name": "bert4rec"},
+    ),
     "cl4srec": (2, 4, {"backbone__name": "cl4srec", "loss__contrast_group": 4}),
     "titles": (3, 8, {"mltfr__item_tokens__source": "titles"}),
     "bf16 zero3": (3, None, {"training__precision": "bf16"}),
@@ -65,7 +71,9 @@ def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         engine = make_engine(config, ranks, micro)
         found[name] = steps(engine, config, ranks, 0, STEPS)
         assert replicas_are_equal(engine, ranks), name
-        assert "item_embedding" not in "".join(name for name, _ in engine.module.named_parameters() if "adapter" not in name)
+        assert "item_embedding" not in "".join(
+            name for name, _ in engine.module.named_parameters() if "adapter" not in name
+        )
         engine.destroy()
     if ranks.world_size == 1:
         for name in ("zero1", "bce", "unclipped"):
@@ -80,12 +88,18 @@ def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 def replicas_are_equal(engine: Engine, ranks: Ranks) -> bool:
     (table,) = [m.weight for m in engine.module.modules() if isinstance(m, ItemRows)]
     everywhere = ranks.gather(table)
-    return table.dtype == torch.float32 and bool((everywhere == everywhere[0]).all()) and not table[0].any()
+    return (
+        table.dtype == torch.float32
+        and bool((everywhere == everywhere[0]).all())
+        and not table[0].any()
+    )
 
 
 def reference(config: RunConfig, ranks: Ranks) -> list[float]:
     """A plain loop without DeepSpeed: torch's own sparse embedding under SparseAdam, all else under AdamW."""
-    dense = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"item_gradients": "dense"})})
+    dense = config.model_copy(
+        update={"optimizer": config.optimizer.model_copy(update={"item_gradients": "dense"})}
+    )
     model = build_model(dense, load_inputs(config), with_consensus=False)
     embedding = model.backbone.item_embedding
     embedding.sparse = True
@@ -93,13 +107,20 @@ def reference(config: RunConfig, ranks: Ranks) -> list[float]:
     for group in groups:
         group["params"] = [p for p in group["params"] if p is not embedding.weight]
     options = {"lr": config.optimizer.learning_rate, "betas": config.optimizer.betas}
-    optimizers = [torch.optim.AdamW(groups, **options), torch.optim.SparseAdam([embedding.weight], **options)]
+    optimizers = [
+        torch.optim.AdamW(groups, **options),
+        torch.optim.SparseAdam([embedding.weight], **options),
+    ]
     stream = train_stream(config, Part(0, 1, 32, 32))
     found = []
     for step in range(STEPS):
         batches = next(stream.epoch(step // stream.steps_per_epoch, step % stream.steps_per_epoch))
         output = model(batches.micro_batches[0])
-        balance = config.mltfr.router.balance_weight * output.routing.balance_sum.squeeze() / batches.num_positions
+        balance = (
+            config.mltfr.router.balance_weight
+            * output.routing.balance_sum.squeeze()
+            / batches.num_positions
+        )
         (output.loss_sum / batches.num_targets + balance).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         values = [(g.coalesce().values() if g.is_sparse else g) for g in gradients]
@@ -124,7 +145,9 @@ def gradients(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         engine = make_engine(config, ranks, micro)
         batches = next(train_stream(config, engine.part).epoch(0))
         whole = next(train_stream(config, Part(0, 1, 32, 32)).epoch(0))
-        plain = build_model(no_dropout(folder, stage, **SAMPLED), load_inputs(config), with_consensus=False)
+        plain = build_model(
+            no_dropout(folder, stage, **SAMPLED), load_inputs(config), with_consensus=False
+        )
         output = plain(whole.micro_batches[0])
         balance = engine.balance_weight * output.routing.balance_sum.squeeze() / whole.num_positions
         (output.loss_sum / whole.num_targets + balance).backward()
@@ -132,21 +155,38 @@ def gradients(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         given, step = torch.zeros_like(expected), engine.row_adam.step
         clipped = []
 
-        def recorded(rate: float, scale: float, engine=engine, given=given, step=step, clipped=clipped) -> None:
+        def recorded(
+            rate: float, scale: float, engine=engine, given=given, step=step, clipped=clipped
+        ) -> None:
             given[engine.row_adam.ids] = engine.row_adam.gradients
             clipped.append(scale)
             step(rate, scale)
 
         engine.row_adam.step = recorded
         engine.update(batches, 0)
-        norm = torch.stack([p.grad.square().sum() for p in plain.parameters() if p.grad is not None]).sum().sqrt()
+        norm = (
+            torch.stack([p.grad.square().sum() for p in plain.parameters() if p.grad is not None])
+            .sum()
+            .sqrt()
+        )
         difference = (ranks.sum(given) - expected).abs().max()
-        found[name] = [float(difference), float(expected.abs().max()), engine.grad_norm(), float(norm), *clipped]
+        found[name] = [
+            float(difference),
+            float(expected.abs().max()),
+            engine.grad_norm(),
+            float(norm),
+            *clipped,
+        ]
         engine.destroy()
     return found | exchanged(ranks)
 
 
-SAVED = {"zero0": (0, {}), "zero1": (1, {}), "zero3": (3, {}), "bf16": (2, {"training__precision": "bf16"})}
+SAVED = {
+    "zero0": (0, {}),
+    "zero1": (1, {}),
+    "zero3": (3, {}),
+    "bf16": (2, {"training__precision": "bf16"}),
+}
 
 
 def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
@@ -161,7 +201,9 @@ def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 def elsewhere(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Go on from the checkpoints that 2 ranks wrote, at this world size."""
     return {
-        f"{name} resumed": resumed(sparse(folder, stage, **changes), ranks, folder / f"rows-2-{name}")
+        f"{name} resumed": resumed(
+            sparse(folder, stage, **changes), ranks, folder / f"rows-2-{name}"
+        )
         for name, (stage, changes) in SAVED.items()
     }
 
@@ -186,7 +228,9 @@ def exchanged(ranks: Ranks) -> dict[str, list[float]]:
 if __name__ == "__main__":
     task, where, output = sys.argv[1:]
     all_ranks = start_ranks(1)
-    result = {one.__name__: one for one in (losses, gradients, saved, elsewhere)}[task](Path(where), all_ranks)
+    result = {one.__name__: one for one in (losses, gradients, saved, elsewhere)}[task](
+        Path(where), all_ranks
+    )
     if all_ranks.is_main:
         Path(output).write_text(json.dumps(result))
     stop_ranks()

@@ -28,7 +28,9 @@ def test_a_fault_of_one_rank_is_skipped_on_all(tmp_path: Path) -> None:
     for name in ("zero0", "zero1", "zero2", "zero3", "accumulated", "bf16", "rows", "rows zero3"):
         verdicts = found[name]["verdicts"]
         assert verdicts == [[2, POISONED], [4, "loss"]], name
-        assert found[name]["losses"] == found[name]["without"], f"{name}: a skipped step left a trace"
+        assert found[name]["losses"] == found[name]["without"], (
+            f"{name}: a skipped step left a trace"
+        )
     for step in (1, 3):
         assert found[f"after {step} resumed"] == found[f"after {step}"]
 
@@ -48,13 +50,17 @@ def faulty_run(config: RunConfig, fault: str, step: int) -> tuple[str, str, floa
     place.write_text(dump_config(config))
     started = time.monotonic()
     command = torchrun(2, WORKER, fault, str(place), str(step))
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command, env=clean_environment(), capture_output=True, text=True, timeout=200
+    )
     assert done.returncode != 0, done.stdout
     return done.stdout, done.stderr, time.monotonic() - started
 
 
 def test_too_many_faults_stop_the_run_and_name_what_is_not_finite(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, training__max_skipped_steps=2, checkpoint__every_steps=1, checkpoint__keep_last=1)
+    config = tiny_config(
+        tmp_path, training__max_skipped_steps=2, checkpoint__every_steps=1, checkpoint__keep_last=1
+    )
     stdout, stderr, _ = faulty_run(config, "nan", 3)
     assert stdout.count("skipped") == 3
     assert stderr.count(f"not finite: {POISONED}") == 1, "one rank speaks"
@@ -64,8 +70,12 @@ def test_too_many_faults_stop_the_run_and_name_what_is_not_finite(tmp_path: Path
     assert last is not None
     assert last.name == "train-step000000003", "what was saved before the faults is kept"
     assert checkpoint.read(last)
-    lines = [line for line in read_lines(config.folder / "metrics.jsonl") if line["kind"] == "skipped"]
-    assert [(line["step"], line["in_a_row"], line["nonfinite"]) for line in lines] == [(s, s - 3, [POISONED]) for s in (4, 5, 6)]
+    lines = [
+        line for line in read_lines(config.folder / "metrics.jsonl") if line["kind"] == "skipped"
+    ]
+    assert [(line["step"], line["in_a_row"], line["nonfinite"]) for line in lines] == [
+        (s, s - 3, [POISONED]) for s in (4, 5, 6)
+    ]
 
 
 @pytest.mark.integration

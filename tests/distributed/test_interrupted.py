@@ -26,7 +26,9 @@ def command(config: RunConfig, place: Path) -> list[str]:
 
 
 def run_to_the_end(config: RunConfig, place: Path) -> None:
-    done = subprocess.run(command(config, place), env=clean_environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command(config, place), env=clean_environment(), capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
@@ -35,7 +37,11 @@ def kill_at(config: RunConfig, place: Path, num_lines: int) -> None:
     metrics = config.folder / "metrics.jsonl"
     with (place.parent / "killed.log").open("w") as log:
         process = subprocess.Popen(
-            command(config, place), env=clean_environment(), stdout=log, stderr=log, start_new_session=True
+            command(config, place),
+            env=clean_environment(),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         deadline = time.monotonic() + 120
         while not (metrics.exists() and len(metrics.read_text().splitlines()) >= num_lines):
@@ -43,7 +49,9 @@ def kill_at(config: RunConfig, place: Path, num_lines: int) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
-        ranks = subprocess.run(["pgrep", "-f", str(place)], capture_output=True, text=True).stdout.split()
+        ranks = subprocess.run(
+            ["pgrep", "-f", str(place)], capture_output=True, text=True
+        ).stdout.split()
         for rank in ranks:
             os.kill(int(rank), signal.SIGKILL)  # torchrun gives each rank a session of its own
         process.wait()
@@ -61,7 +69,10 @@ ROWS = {"optimizer__item_gradients": "sparse", "loss__name": "gbce", "training__
 @pytest.mark.parametrize("changes", [{}, ROWS], ids=["dense", "sparse item gradients in bf16"])
 def test_killed_run_resumes_to_the_same_trace(tmp_path: Path, changes: dict[str, Any]) -> None:
     # Two steps between checkpoints: most kills lose work, so the trace is only whole if it is made again exactly.
-    changes = changes | {"checkpoint__every_steps": 2, "deepspeed": str(REPOSITORY / "ds_configs" / "zero2.json")}
+    changes = changes | {
+        "checkpoint__every_steps": 2,
+        "deepspeed": str(REPOSITORY / "ds_configs" / "zero2.json"),
+    }
     whole = tiny_config(tmp_path, **changes)
     run_to_the_end(whole, tmp_path / "whole.yaml")
     expected = read_lines(whole.folder / "metrics.jsonl")
@@ -69,17 +80,26 @@ def test_killed_run_resumes_to_the_same_trace(tmp_path: Path, changes: dict[str,
 
     killed = tiny_config(tmp_path, name="killed", **changes)
     rng = random.Random()
-    places = sorted([rng.randint(1, last_train), rng.randint(last_train + 2, len(expected) - 3)])  # one kill in each stage
+    places = sorted(
+        [rng.randint(1, last_train), rng.randint(last_train + 2, len(expected) - 3)]
+    )  # one kill in each stage
     print(f"killed after {places} of {len(expected)} lines")
     for place in places:
         kill_at(killed, tmp_path / "killed.yaml", place)
     run_to_the_end(killed, tmp_path / "killed.yaml")
 
-    assert comparable(read_lines(killed.folder / "metrics.jsonl")) == comparable(expected), f"killed after {places}"
+    assert comparable(read_lines(killed.folder / "metrics.jsonl")) == comparable(expected), (
+        f"killed after {places}"
+    )
     first, second = load_result(whole.folder), load_result(killed.folder)
     assert first is not None
     assert second is not None
-    assert (second.test, second.valid, second.stage, second.epoch) == (first.test, first.valid, first.stage, first.epoch)
+    assert (second.test, second.valid, second.stage, second.epoch) == (
+        first.test,
+        first.valid,
+        first.stage,
+        first.epoch,
+    )
     assert not list((killed.folder / "checkpoints").glob(".partial-*"))
 
 
@@ -88,7 +108,12 @@ def test_all_launchers_give_the_same_run(tmp_path: Path) -> None:
     """`deepspeed train.py` on 2 ranks, and `python train.py` alone, end with the metrics of torchrun's 2 ranks."""
     results = {}
     for name in ("torchrun", "deepspeed", "python"):
-        config = tiny_config(tmp_path, name=name, training__consensus_epochs=1, baselines=("popularity", "item_knn", "backbone"))
+        config = tiny_config(
+            tmp_path,
+            name=name,
+            training__consensus_epochs=1,
+            baselines=("popularity", "item_knn", "backbone"),
+        )
         place = tmp_path / f"{name}.yaml"
         place.write_text(dump_config(config))
         arguments = [str(TRAIN), "--config", str(place)]
@@ -105,13 +130,23 @@ def test_all_launchers_give_the_same_run(tmp_path: Path) -> None:
             ],
             "python": [sys.executable, *arguments],
         }[name]
-        done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+        done = subprocess.run(
+            start, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         results[name] = load_result(config.folder)
         for line in ("popularity", "item_knn", "sasrec ", "sasrec + MLTFR"):
             assert line in done.stdout, f"{name} printed no row for {line}"
         assert done.stdout.count("test HR@10") == 1, "only rank 0 may speak"
-        for file in ("config.yaml", "metrics.jsonl", "report.md", "result.json", "tb", "checkpoints", "backbone/config.yaml"):
+        for file in (
+            "config.yaml",
+            "metrics.jsonl",
+            "report.md",
+            "result.json",
+            "tb",
+            "checkpoints",
+            "backbone/config.yaml",
+        ):
             assert (config.folder / file).exists(), file
     assert results["torchrun"].test == pytest.approx(results["deepspeed"].test, rel=1e-9)
     # Dropout masks belong to ranks, so one rank trains a (slightly) different model.

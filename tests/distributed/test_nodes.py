@@ -13,7 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, clean_environment, missing_for_nodes, read_lines, run_ranks, tiny_config
+from support import (
+    REPOSITORY,
+    clean_environment,
+    missing_for_nodes,
+    read_lines,
+    run_ranks,
+    tiny_config,
+)
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import EXIT_LOST
@@ -44,7 +51,20 @@ def hosts() -> Iterator[tuple[str, str]]:
         if made.returncode:
             pytest.skip(f"network namespaces cannot be made here: {made.stderr.strip()}")
     try:
-        ip("link", "add", CABLE[0], "netns", NAMES[0], "type", "veth", "peer", "name", CABLE[1], "netns", NAMES[1])
+        ip(
+            "link",
+            "add",
+            CABLE[0],
+            "netns",
+            NAMES[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            CABLE[1],
+            "netns",
+            NAMES[1],
+        )
         for name, end, address in zip(NAMES, CABLE, ADDRESSES, strict=True):
             ip("-netns", name, "address", "add", f"{address}/24", "dev", end)
             ip("-netns", name, "link", "set", end, "up")
@@ -52,25 +72,42 @@ def hosts() -> Iterator[tuple[str, str]]:
         yield NAMES
     finally:
         for name in NAMES:
-            for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split():
+            for pid in subprocess.run(
+                ["ip", "netns", "pids", name], capture_output=True, text=True
+            ).stdout.split():
                 os.kill(int(pid), signal.SIGKILL)
             ip("netns", "delete", name)
 
 
-def start_nodes(hosts: tuple[str, str], config: RunConfig, folder: Path) -> list[subprocess.Popen[bytes]]:
+def start_nodes(
+    hosts: tuple[str, str], config: RunConfig, folder: Path
+) -> list[subprocess.Popen[bytes]]:
     """One process of DeepSpeed's launcher on each host, as its runner starts them over ssh; logs in node0.log and node1.log."""
     path = folder / f"{config.name}.yaml"
     path.write_text(dump_config(config))
-    world = base64.urlsafe_b64encode(json.dumps({address: [0] for address in ADDRESSES}).encode()).decode()
+    world = base64.urlsafe_b64encode(
+        json.dumps({address: [0] for address in ADDRESSES}).encode()
+    ).decode()
     nodes = []
     for number, (host, end) in enumerate(zip(hosts, CABLE, strict=True)):
-        launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--node_rank={number}"]
-        meeting = [f"--master_addr={ADDRESSES[0]}", "--master_port=29501"]  # each namespace has ports of its own
+        launcher = [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.launch",
+            f"--world_info={world}",
+            f"--node_rank={number}",
+        ]
+        meeting = [
+            f"--master_addr={ADDRESSES[0]}",
+            "--master_port=29501",
+        ]  # each namespace has ports of its own
         train = [str(REPOSITORY / "train.py"), "--config", str(path)]
         environment = clean_environment(DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME=end)
         with (folder / f"node{number}.log").open("w") as log:
             command = ["ip", "netns", "exec", host, *launcher, *meeting, *train]
-            nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder))
+            nodes.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
+            )
     return nodes
 
 
@@ -84,8 +121,14 @@ def logs(folder: Path) -> list[str]:
     return [(folder / f"node{number}.log").read_text() for number in (0, 1)]
 
 
-def test_a_host_that_is_cut_off_stops_the_other_and_the_run_goes_on(hosts: tuple[str, str], tmp_path: Path) -> None:
-    settings = {"training__hang_seconds": HANG_SECONDS, "checkpoint__every_steps": 3, "training__consensus_epochs": 1}
+def test_a_host_that_is_cut_off_stops_the_other_and_the_run_goes_on(
+    hosts: tuple[str, str], tmp_path: Path
+) -> None:
+    settings = {
+        "training__hang_seconds": HANG_SECONDS,
+        "checkpoint__every_steps": 3,
+        "training__consensus_epochs": 1,
+    }
     whole = tiny_config(tmp_path, name="whole", **settings)
     (tmp_path / "whole.yaml").write_text(dump_config(whole))
     run_ranks(2, REPOSITORY / "train.py", "--config", str(tmp_path / "whole.yaml"))
@@ -103,7 +146,10 @@ def test_a_host_that_is_cut_off_stops_the_other_and_the_run_goes_on(hosts: tuple
     assert codes == [EXIT_LOST, EXIT_LOST], logs(tmp_path)
     for rank, log in enumerate(logs(tmp_path)):
         assert f"Rank {rank} on " in log
-        assert f"no progress for {HANG_SECONDS} s; last: step " in log or "has lost another rank" in log
+        assert (
+            f"no progress for {HANG_SECONDS} s; last: step " in log
+            or "has lost another rank" in log
+        )
 
     ip("-netns", hosts[1], "link", "set", CABLE[1], "up")
     nodes = start_nodes(hosts, config, tmp_path)

@@ -10,7 +10,12 @@ import pytest
 from support import REPOSITORY, findings, read_lines, run_ranks, tiny_config, write_table
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed.placement import check_placement, place_tables, placement_text, resolve_placement
+from mltfr_dist.distributed.placement import (
+    check_placement,
+    place_tables,
+    placement_text,
+    resolve_placement,
+)
 from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.distributed.table_shards import row_bounds
 from mltfr_dist.errors import ConfigError
@@ -33,9 +38,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "num_ranks", [pytest.param(1, marks=pytest.mark.integration), 2, 3, pytest.param(4, marks=pytest.mark.integration)]
+    "num_ranks",
+    [
+        pytest.param(1, marks=pytest.mark.integration),
+        2,
+        3,
+        pytest.param(4, marks=pytest.mark.integration),
+    ],
 )
-def test_losses_gradients_and_kept_rows_are_those_of_replicated_tables(folder: Path, num_ranks: int) -> None:
+def test_losses_gradients_and_kept_rows_are_those_of_replicated_tables(
+    folder: Path, num_ranks: int
+) -> None:
     found = findings(WORKER, "placements", folder, num_ranks)
     for search in ("shortlist", "exact", "noise", "random", "paper form"):
         expected = found[f"{search} replicated"]
@@ -51,7 +64,10 @@ def test_losses_gradients_and_kept_rows_are_those_of_replicated_tables(folder: P
 
 @pytest.mark.integration
 def test_training_is_the_same_wherever_tables_are(folder: Path) -> None:
-    one, two = findings(WORKER, "placed_training", folder, 1), findings(WORKER, "placed_training", folder, 2)
+    one, two = (
+        findings(WORKER, "placed_training", folder, 1),
+        findings(WORKER, "placed_training", folder, 2),
+    )
     for found in (one, two):
         for name in ("rows", "rows zero3", "zero3", "mmap"):
             assert found[name] == pytest.approx(one["replicated"], rel=1e-6), name
@@ -64,13 +80,19 @@ def test_a_whole_run_over_rows_is_that_over_replicated_tables(folder: Path) -> N
     """Both stages, validation, Fisher, explanation; then its numbers again on one process."""
     results = {}
     for placement in ("auto", "replicated"):
-        config = tiny_config(folder, name=placement, mltfr__placement=placement, mltfr__filter__shortlist_size=40)
+        config = tiny_config(
+            folder, name=placement, mltfr__placement=placement, mltfr__filter__shortlist_size=40
+        )
         path = folder / f"{placement}.yaml"
         path.write_text(dump_config(config))
-        printed = run_ranks(3, REPOSITORY / "train.py", "--config", str(path), "training.global_batch_size=33")
+        printed = run_ranks(
+            3, REPOSITORY / "train.py", "--config", str(path), "training.global_batch_size=33"
+        )
         assert ("each rank holds 1/3 of the rows" in printed) == (placement == "auto")
         results[placement] = config
-    first, second = (read_lines(results[p].folder / "metrics.jsonl") for p in ("auto", "replicated"))
+    first, second = (
+        read_lines(results[p].folder / "metrics.jsonl") for p in ("auto", "replicated")
+    )
     assert [{k: v for k, v in line.items() if k != "seconds"} for line in first] == [
         {k: v for k, v in line.items() if k != "seconds"} for line in second
     ]
@@ -98,20 +120,30 @@ def test_a_replicated_table_is_a_copy_and_a_mapped_one_is_none(folder: Path) -> 
     config = tiny_config(folder)
     tables = load_inputs(config).tables
     for placement, copied in (("replicated", True), ("mmap", False)):
-        placed = place_tables(config.mltfr.model_copy(update={"placement": placement}), tables, ALONE)
-        assert all((p.whole().data_ptr() != t.rows.data_ptr()) == copied for p, t in zip(placed, tables, strict=True))
+        placed = place_tables(
+            config.mltfr.model_copy(update={"placement": placement}), tables, ALONE
+        )
+        assert all(
+            (p.whole().data_ptr() != t.rows.data_ptr()) == copied
+            for p, t in zip(placed, tables, strict=True)
+        )
 
 
 NEEDS_WHOLE = {
     "train_tables": {"mltfr__train_tables": True},
     "table_content": {"mltfr__table_content": "random"},
     "strategy": {"mltfr__filter__strategy": "learned_prototypes"},
-    "straight_through": {"mltfr__filter__weights": "straight_through", "mltfr__filter__shortlist_size": None},
+    "straight_through": {
+        "mltfr__filter__weights": "straight_through",
+        "mltfr__filter__shortlist_size": None,
+    },
 }
 
 
 @pytest.mark.parametrize("name", NEEDS_WHOLE)
-def test_rows_are_refused_where_a_whole_table_is_needed_and_auto_says_so(folder: Path, name: str) -> None:
+def test_rows_are_refused_where_a_whole_table_is_needed_and_auto_says_so(
+    folder: Path, name: str
+) -> None:
     with pytest.raises(ConfigError, match=rf"placement rows divides tables, but mltfr\.\S*{name}"):
         tiny_config(folder, mltfr__placement="rows", **NEEDS_WHOLE[name])
     config = tiny_config(folder, **NEEDS_WHOLE[name]).mltfr

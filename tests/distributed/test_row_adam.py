@@ -17,7 +17,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_gradients_are_the_dense_ones_and_what_is_exchanged_does_not_grow_with_the_table(folder: Path) -> None:
+def test_gradients_are_the_dense_ones_and_what_is_exchanged_does_not_grow_with_the_table(
+    folder: Path,
+) -> None:
     for num_ranks in (1, 2):
         found = findings(WORKER, "gradients", folder, num_ranks)
         small, large = found.pop("1000 rows"), found.pop("1000000 rows")
@@ -28,7 +30,9 @@ def test_gradients_are_the_dense_ones_and_what_is_exchanged_does_not_grow_with_t
         for name, (difference, largest, norm, dense_norm, scale) in found.items():
             assert difference < 1e-5 * largest, name
             assert norm == pytest.approx(dense_norm, rel=1e-5), name
-            assert scale == pytest.approx(0.5 / dense_norm, rel=1e-5), "clipped by the norm of all gradients"
+            assert scale == pytest.approx(0.5 / dense_norm, rel=1e-5), (
+                "clipped by the norm of all gradients"
+            )
 
 
 @pytest.mark.integration
@@ -61,4 +65,7 @@ def test_checkpoints_continue_exactly_and_at_other_world_sizes(folder: Path) -> 
         found = findings(WORKER, "elsewhere", folder, num_ranks)
         for name in names:
             tolerance = 1e-3 if name == "bf16" else 1e-5
-            assert relative_difference(saved[f"{name} uninterrupted"], found[f"{name} resumed"]) < tolerance, name
+            assert (
+                relative_difference(saved[f"{name} uninterrupted"], found[f"{name} resumed"])
+                < tolerance
+            ), name

@@ -20,14 +20,21 @@ from mltfr_dist.errors import EXIT_STOPPED
 from mltfr_dist.training.run_folder import dump_config
 
 TRAIN = REPOSITORY / "train.py"
-NO_DROPOUT = {"backbone__dropout": 0.0, "mltfr__expert__dropout": 0.0, "training__epochs": 4, "training__patience": 9}
+NO_DROPOUT = {
+    "backbone__dropout": 0.0,
+    "mltfr__expert__dropout": 0.0,
+    "training__epochs": 4,
+    "training__patience": 9,
+}
 
 
 def start(config: RunConfig, tmp_path: Path, num_ranks: int) -> subprocess.Popen[str]:
     place = tmp_path / f"{config.name}.yaml"
     place.write_text(dump_config(config))
     command = torchrun(num_ranks, TRAIN, "--config", str(place))
-    return subprocess.Popen(command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def end(process: subprocess.Popen[str]) -> tuple[str, str]:
@@ -37,7 +44,9 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 def rank_process(config: RunConfig, tmp_path: Path, rank: int) -> int:
     """Process id of a rank."""
-    pids = subprocess.run(["pgrep", "-f", str(tmp_path / f"{config.name}.yaml")], capture_output=True, text=True).stdout.split()
+    pids = subprocess.run(
+        ["pgrep", "-f", str(tmp_path / f"{config.name}.yaml")], capture_output=True, text=True
+    ).stdout.split()
     found = [pid for pid in pids if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()]
     return int(found[0])
 
@@ -80,7 +89,9 @@ def test_one_rank_is_asked_and_the_run_goes_on_at_other_world_sizes(tmp_path: Pa
         assert f"going on from {last.name}" in stdout
         assert json.loads((again.folder / "result.json").read_text())["world_size"] == num_ranks
         assert [place[:2] for place in losses(again)] == [place[:2] for place in losses(whole)]
-        differences = [abs(a[2] - b[2]) / b[2] for a, b in zip(losses(again), losses(whole), strict=True)]
+        differences = [
+            abs(a[2] - b[2]) / b[2] for a, b in zip(losses(again), losses(whole), strict=True)
+        ]
         assert max(differences) < 1e-5, f"on {num_ranks} ranks"
 
 

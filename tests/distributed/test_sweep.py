@@ -30,7 +30,9 @@ EPOCHS = 12
 
 def write_space(folder: Path, search: dict[str, Any], **changes: Any) -> Path:
     """A sweep's file over the tests' small run."""
-    base = tiny_config(folder, training__epochs=EPOCHS, training__consensus_epochs=1, training__patience=EPOCHS)
+    base = tiny_config(
+        folder, training__epochs=EPOCHS, training__consensus_epochs=1, training__patience=EPOCHS
+    )
     (folder / "base.yaml").write_text(dump_config(base))
     space = {
         "name": "sweep",
@@ -51,7 +53,15 @@ def start(path: Path, *overrides: str, **variables: str) -> subprocess.Popen[str
     log = path.with_suffix(".log").open("a")
     command = [sys.executable, str(REPOSITORY / "tuning" / "sweep.py"), str(path), *overrides]
     environment = clean_environment(DS_ACCELERATOR="cpu", **variables)
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True, cwd=path.parent)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=log,
+        stderr=log,
+        text=True,
+        start_new_session=True,
+        cwd=path.parent,
+    )
 
 
 def finish(path: Path, *overrides: str, code: int = 0) -> str:
@@ -83,7 +93,11 @@ def listening(driver: int) -> set[str]:
         with suppress(psutil.NoSuchProcess):
             if "RayTrainWorker" not in " ".join(process.cmdline()):
                 sockets = process.net_connections(kind="inet")
-                found |= {s.laddr.ip.removeprefix("::ffff:") for s in sockets if s.status == psutil.CONN_LISTEN}
+                found |= {
+                    s.laddr.ip.removeprefix("::ffff:")
+                    for s in sockets
+                    if s.status == psutil.CONN_LISTEN
+                }
     return found
 
 
@@ -91,13 +105,17 @@ def listening(driver: int) -> set[str]:
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     # The base, which is tried first, is good, and so is the second; the others learn nothing, and successive halving stops them.
     search = {"optimizer.learning_rate": {"choices": [0.001, 0.003, 1e-7, 2e-7, 3e-7, 4e-7]}}
-    path = write_space(tmp_path, search, algorithm="grid", asha={"grace_epochs": 1, "reduction_factor": 2})
+    path = write_space(
+        tmp_path, search, algorithm="grid", asha={"grace_epochs": 1, "reduction_factor": 2}
+    )
     folder = tmp_path / "sweeps" / "sweep"
     process = start(path)
 
     def the_second_is_in_the_middle() -> bool:
         trials = load_trials(folder)
-        return len(trials) == 2 and trials[0].state == "finished" and len(valid_lines(trials[1])) > 3
+        return (
+            len(trials) == 2 and trials[0].state == "finished" and len(valid_lines(trials[1])) > 3
+        )
 
     wait_until(process, path, the_second_is_in_the_middle)
     assert listening(process.pid) == {"127.0.0.1"}
@@ -112,16 +130,32 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     trials = load_trials(folder)
     assert len(trials) == 6
     assert [t.state for t in trials] == ["finished"] * 2 + ["stopped"] * 4
-    assert all(t.record.ended and t.record.ended.reason.startswith("asha after epoch") for t in trials[2:])
-    assert all(t.validations()[-1].epoch < EPOCHS for t in trials[2:]), "their workers are gone, too"
+    assert all(
+        t.record.ended and t.record.ended.reason.startswith("asha after epoch") for t in trials[2:]
+    )
+    assert all(t.validations()[-1].epoch < EPOCHS for t in trials[2:]), (
+        "their workers are gone, too"
+    )
     assert (first.folder / "result.json").stat() == result, "a finished trial is not run again"
     assert f"trial {second.name}" in text.rpartition("5 of 6 trials to do")[2]
-    assert "going on from train-step" in (folder / "trials" / "0001.log").read_text(), "none is begun again from nothing"
+    assert "going on from train-step" in (folder / "trials" / "0001.log").read_text(), (
+        "none is begun again from nothing"
+    )
 
-    assert all(not load_result(t.folder).test for t in trials if t.state == "finished"), "trials leave the test split alone"  # type: ignore[union-attr]
-    run_ranks(2, REPOSITORY / "train.py", "--config", str(first.folder / "config.yaml"), f"runs_dir={tmp_path / 'by-hand'}")
+    assert all(not load_result(t.folder).test for t in trials if t.state == "finished"), (
+        "trials leave the test split alone"
+    )  # type: ignore[union-attr]
+    run_ranks(
+        2,
+        REPOSITORY / "train.py",
+        "--config",
+        str(first.folder / "config.yaml"),
+        f"runs_dir={tmp_path / 'by-hand'}",
+    )
     by_hand = read_lines(tmp_path / "by-hand" / first.name / "metrics.jsonl")
-    assert read_lines(first.folder / "metrics.jsonl") == [line for line in by_hand if line["kind"] != "test"]
+    assert read_lines(first.folder / "metrics.jsonl") == [
+        line for line in by_hand if line["kind"] != "test"
+    ]
     finals = load_trials(next((folder / "final").iterdir()))
     assert [t.values["training.seed"] for t in finals] == [0, 1]
     assert all(load_result(t.folder).test for t in finals)  # type: ignore[union-attr]
@@ -141,7 +175,12 @@ def test_a_failing_trial_is_recorded_and_a_signal_saves(tmp_path: Path) -> None:
     # 0.002 of a table of 70 tokens keeps two, but top_k of 99 exceeds both tables: that trial fails when it loads them.
     search = {"mltfr.filter.top_k": {"choices": [4, 99, 8]}}
     fixed = {"mltfr.filter.shortlist_size": None, "training.epochs": 60, "training.patience": 60}
-    options = {"scheduler": "none", "max_failures": 0, "final_seeds": [], "resources_per_trial": {"workers": 1, "cpus": 2}}
+    options = {
+        "scheduler": "none",
+        "max_failures": 0,
+        "final_seeds": [],
+        "resources_per_trial": {"workers": 1, "cpus": 2},
+    }
     path = write_space(tmp_path, search, algorithm="grid", overrides=fixed, **options)
     folder = tmp_path / "sweeps" / "sweep"
     process = start(path)
@@ -159,7 +198,9 @@ def test_a_failing_trial_is_recorded_and_a_signal_saves(tmp_path: Path) -> None:
     assert "top_k" in failed.record.ended.reason
     assert stopped.state == "unfinished"
     saved = sorted(p.name for p in (stopped.folder / "checkpoints").glob("train-step*"))[-1]
-    steps = json.loads((stopped.folder / "checkpoints" / saved / "state.json").read_text())["progress"]["step"]
+    steps = json.loads((stopped.folder / "checkpoints" / saved / "state.json").read_text())[
+        "progress"
+    ]["step"]
 
     text = finish(path)
 
@@ -174,10 +215,23 @@ def test_a_failing_trial_is_recorded_and_a_signal_saves(tmp_path: Path) -> None:
 def test_a_population_hands_on_its_weights(tmp_path: Path) -> None:
     # The rates of seed 4 are 1.3e-3 and 9e-7: the second trial learns nothing, and takes over the weights of the first.
     search = {"optimizer.learning_rate": {"log_uniform": [1e-7, 1e-2]}}
-    options = {"scheduler": "pbt", "pbt": {"every_epochs": 15, "quantile": 0.5}, "num_trials": 2, "seed": 4, "final_seeds": []}
+    options = {
+        "scheduler": "pbt",
+        "pbt": {"every_epochs": 15, "quantile": 0.5},
+        "num_trials": 2,
+        "seed": 4,
+        "final_seeds": [],
+    }
     longer = {"training.epochs": 40, "training.patience": 40}
     resources = {"workers": 1, "cpus": 1}
-    path = write_space(tmp_path, search, resources_per_trial=resources, overrides=longer, include_base=False, **options)
+    path = write_space(
+        tmp_path,
+        search,
+        resources_per_trial=resources,
+        overrides=longer,
+        include_base=False,
+        **options,
+    )
     text = finish(path)
     folder = tmp_path / "sweeps" / "sweep"
     trials = load_trials(folder)
@@ -187,7 +241,10 @@ def test_a_population_hands_on_its_weights(tmp_path: Path) -> None:
     for trial in taken:
         assert "going on from" in trial.folder.with_suffix(".log").read_text()
         assert trial.validations()[-1].epoch >= 40
-        earlier = [read_validations(other / "metrics.jsonl") for other in (folder / "trials").glob("00??*/")]
+        earlier = [
+            read_validations(other / "metrics.jsonl")
+            for other in (folder / "trials").glob("00??*/")
+        ]
         begun = trial.validations()[:3]
         same = [other for other in earlier if other[:3] == begun]
         assert len(same) >= 2, "its record begins as that of the trial whose weights it has"
@@ -219,11 +276,21 @@ def test_a_lost_node_costs_its_trial_no_epoch(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    protected = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}  # as slurm/sweep.sbatch does
+    protected = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+    }  # as slurm/sweep.sbatch does
     environment = clean_environment(DS_ACCELERATOR="cpu", **protected)
     longer = {"training.epochs": 60, "training.patience": 60}
-    options = {"scheduler": "none", "final_seeds": [], "resources_per_trial": {"workers": 1, "cpus": 1}, "overrides": longer}
-    path = write_space(tmp_path, {"training.seed": {"choices": [0, 1]}}, algorithm="grid", **options)
+    options = {
+        "scheduler": "none",
+        "final_seeds": [],
+        "resources_per_trial": {"workers": 1, "cpus": 1},
+        "overrides": longer,
+    }
+    path = write_space(
+        tmp_path, {"training.seed": {"choices": [0, 1]}}, algorithm="grid", **options
+    )
     folder = tmp_path / "sweeps" / "sweep"
     head = ray_node(environment, "--head", f"--port={port}", "--include-dashboard=false")
     other = ray_node(environment, f"--address={address}")
@@ -245,6 +312,10 @@ def test_a_lost_node_costs_its_trial_no_epoch(tmp_path: Path) -> None:
     trials = load_trials(folder)
     assert [trial.state for trial in trials] == ["finished", "finished"]
     logs = [(folder / "trials" / f"{trial.name}.log").read_text() for trial in trials]
-    assert sum("going on from train-step" in log for log in logs) == 1, "the lost trial alone goes on from its checkpoint"
+    assert sum("going on from train-step" in log for log in logs) == 1, (
+        "the lost trial alone goes on from its checkpoint"
+    )
     for trial in trials:
-        assert [line["epoch"] for line in valid_lines(trial) if line["stage"] == "train"] == list(range(1, 61))
+        assert [line["epoch"] for line in valid_lines(trial) if line["stage"] == "train"] == list(
+            range(1, 61)
+        )

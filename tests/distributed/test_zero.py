@@ -28,7 +28,9 @@ def test_losses_are_the_same_at_any_stage_and_world_size(folder: Path) -> None:
         assert relative_difference(reference, one[name]) < 1e-5, f"{name} on one rank"
         assert relative_difference(reference, two[name]) < 1e-5, f"{name} on two ranks"
     for run in (one, two):
-        assert 1e-7 < relative_difference(reference, run["bf16"]) < 0.05, "bf16 is near, and is not fp32"
+        assert 1e-7 < relative_difference(reference, run["bf16"]) < 0.05, (
+            "bf16 is near, and is not fp32"
+        )
     for name in ("bce", "bare"):
         assert relative_difference(one[name], two[name]) < 1e-5, name
         assert relative_difference(reference, one[name]) > 1e-4, f"{name} is no variant of its own"
@@ -41,16 +43,22 @@ def test_every_backbone_and_loss_is_the_same_at_any_division(folder: Path) -> No
     assert len(one) == 14
     for name in BACKBONES:
         reference = one[f"{name} whole"]
-        assert reference[-1] < reference[0], f"{name} has learned nothing, so equality would say little"
+        assert reference[-1] < reference[0], (
+            f"{name} has learned nothing, so equality would say little"
+        )
         for found in (one, two):
             for kind in ("whole", "accumulated"):
-                assert relative_difference(reference, found[f"{name} {kind}"]) < 1e-5, f"{name} {kind}"
+                assert relative_difference(reference, found[f"{name} {kind}"]) < 1e-5, (
+                    f"{name} {kind}"
+                )
 
 
 def test_checkpoints_continue_exactly_and_at_other_world_sizes(folder: Path) -> None:
     saved = findings(WORKER, "saved", folder, 2)
     for stage in range(4):
-        assert saved[f"zero{stage} resumed"] == saved[f"zero{stage} uninterrupted"], f"stage {stage}"
+        assert saved[f"zero{stage} resumed"] == saved[f"zero{stage} uninterrupted"], (
+            f"stage {stage}"
+        )
     for num_ranks in (1, 4):
         elsewhere = findings(WORKER, "elsewhere", folder, num_ranks)
         for name, losses in elsewhere.items():
@@ -65,12 +73,19 @@ def test_fisher_is_the_same_at_any_batch_size_world_size_and_stage(folder: Path)
     assert largest > 0
     for name in ("batch 8", "batch 32", "zero1", "zero3"):
         for found in (one, two):
-            assert max(abs(a - b) for a, b in zip(reference, found[name], strict=True)) < 1e-5 * largest, name
+            assert (
+                max(abs(a - b) for a, b in zip(reference, found[name], strict=True))
+                < 1e-5 * largest
+            ), name
     # The published estimate is that of the global batch, however it is divided.
-    published = [found[name] for found in (one, two) for name in found if name.startswith("batch mean")]
+    published = [
+        found[name] for found in (one, two) for name in found if name.startswith("batch mean")
+    ]
     assert len(published) == 4
     for found in published:
-        assert max(abs(a - b) for a, b in zip(published[0], found, strict=True)) < 1e-5 * max(published[0])
+        assert max(abs(a - b) for a, b in zip(published[0], found, strict=True)) < 1e-5 * max(
+            published[0]
+        )
     assert max(published[0]) < 0.9 * largest
     # Forming it must leave nothing behind in DeepSpeed's gradient buckets.
     assert relative_difference(one["zero1 still trains"], two["zero3 still trains"]) < 1e-5
@@ -87,7 +102,9 @@ def test_every_deepspeed_file_trains_alike_and_offloaded_states_resume(folder: P
         if name != "zero0":
             assert 1e-7 < relative_difference(reference, found[f"{name} bf16"]) < 0.05, name
         if "offload" in name:
-            assert relative_difference(found[f"{name} uninterrupted"], found[f"{name} resumed"]) < 1e-6, name
+            assert (
+                relative_difference(found[f"{name} uninterrupted"], found[f"{name} resumed"]) < 1e-6
+            ), name
 
 
 def test_each_deepspeed_file_is_documented() -> None:

@@ -96,8 +96,22 @@ PUBLISHED_EXPERTS: dict[str, object] = {
 }
 VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
     "sasrec": (3, {"mltfr__item_tokens__source": "titles"}),
-    "esasrec": (1, {"loss__name": "sampled_softmax", "loss__num_negatives": 8, "loss__proposal": "log_uniform"}),
-    "linrec": (2, {"mltfr__router__top_k": 3, "mltfr__router__null_expert": True, "mltfr__expert__per_table": 2}),
+    "esasrec": (
+        1,
+        {
+            "loss__name": "sampled_softmax",
+            "loss__num_negatives": 8,
+            "loss__proposal": "log_uniform",
+        },
+    ),
+    "linrec": (
+        2,
+        {
+            "mltfr__router__top_k": 3,
+            "mltfr__router__null_expert": True,
+            "mltfr__expert__per_table": 2,
+        },
+    ),
     "fmlp": (3, {"loss__name": "gbce", "loss__num_negatives": 3, **PUBLISHED_EXPERTS}),
     "bsarec": (0, {"mltfr__filter__noise": 0.2}),
     "bert4rec": (3, {"backbone__mask_ratio": 0.4}),
@@ -127,20 +141,27 @@ def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     return found
 
 
-def saved_and_resumed(name: str, config: RunConfig, ranks: Ranks, place: Path) -> dict[str, list[float]]:
+def saved_and_resumed(
+    name: str, config: RunConfig, ranks: Ranks, place: Path
+) -> dict[str, list[float]]:
     """Save after half the steps, go on; and go on from the file in a new engine."""
     engine = make_engine(config, ranks)
     steps(engine, config, ranks, 0, HALF)
     checkpoint.save(place, engine, Progress(stage="train", step=HALF))
     uninterrupted = steps(engine, config, ranks, HALF, STEPS)
     engine.destroy()
-    return {f"{name} uninterrupted": uninterrupted, f"{name} resumed": resumed(config, ranks, place)}
+    return {
+        f"{name} uninterrupted": uninterrupted,
+        f"{name} resumed": resumed(config, ranks, place),
+    }
 
 
 def elsewhere(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Go on from the checkpoints that 2 ranks wrote, at this world size."""
     return {
-        f"zero{stage} resumed": resumed(no_dropout(folder, stage), ranks, folder / f"checkpoint-2-zero{stage}")
+        f"zero{stage} resumed": resumed(
+            no_dropout(folder, stage), ranks, folder / f"checkpoint-2-zero{stage}"
+        )
         for stage in (1, 2, 3)
     }
 
@@ -168,12 +189,18 @@ def fisher(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     inputs = load_inputs(config)
     model = build_model(config, inputs, with_consensus=False)
     for size in (8, 32):
-        stream = train_stream(config, Part(ranks.rank, ranks.world_size, size, size // ranks.world_size))
-        batches = (b for step in islice(stream.epoch(0), -(-50 // size)) for b in step.micro_batches)
+        stream = train_stream(
+            config, Part(ranks.rank, ranks.world_size, size, size // ranks.world_size)
+        )
+        batches = (
+            b for step in islice(stream.epoch(0), -(-50 // size)) for b in step.micro_batches
+        )
         found[f"batch {size}"] = flat(fisher_diagonals(model, batches, ranks, 50))
     for micro in (4, 16 // ranks.world_size):
         stream = train_stream(config, Part(ranks.rank, ranks.world_size, 32, micro))
-        found[f"batch mean {micro}"] = flat(batch_mean_squares(model, islice(stream.epoch(0), 2), ranks))
+        found[f"batch mean {micro}"] = flat(
+            batch_mean_squares(model, islice(stream.epoch(0), 2), ranks)
+        )
     for stage in (1, 3):
         engine = make_engine(no_dropout(folder, stage), ranks)
         stream = train_stream(config, engine.part)
@@ -210,7 +237,11 @@ SEARCHES: dict[str, dict[str, object]] = {
     "exact": {"mltfr__filter__shortlist_size": None},
     "noise": {"mltfr__filter__shortlist_size": None, "mltfr__filter__noise": 0.5},
     "random": {"mltfr__filter__strategy": "random_tokens"},
-    "paper form": {"mltfr__filter__shortlist_size": None, "mltfr__expert__form": "paper", "mltfr__consensus__enabled": False},
+    "paper form": {
+        "mltfr__filter__shortlist_size": None,
+        "mltfr__expert__form": "paper",
+        "mltfr__consensus__enabled": False,
+    },
 }
 """Ways to choose rows."""
 
@@ -225,18 +256,28 @@ def placements(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         for placement in ("replicated", "rows", "mmap"):
             config = no_dropout(folder, 1, mltfr__placement=placement, **changes)
             model = build_model(config, load_inputs(config), ranks, with_consensus=False)
-            stream = train_stream(config, Part(ranks.rank, ranks.world_size, 24, 24 // ranks.world_size))
+            stream = train_stream(
+                config, Part(ranks.rank, ranks.world_size, 24, 24 // ranks.world_size)
+            )
             (batch,) = next(stream.epoch(0)).micro_batches
-            nothing = batch._replace(item_ids=torch.zeros_like(batch.item_ids), target_ids=torch.zeros_like(batch.target_ids))
+            nothing = batch._replace(
+                item_ids=torch.zeros_like(batch.item_ids),
+                target_ids=torch.zeros_like(batch.target_ids),
+            )
             values = [refreshed(model, batch, ranks)] if model.mltfr.uses_shortlist else []
             for given in (batch, batch if ranks.is_main else nothing):
                 model.zero_grad()
                 output = model(given)
                 (output.loss_sum + output.routing.balance_sum.sum()).backward()
                 values.append(ranks.sum(output.loss_sum.detach()).view(1))
-                values += [ranks.sum(p.grad).flatten() for p in model.parameters() if p.grad is not None]
+                values += [
+                    ranks.sum(p.grad).flatten() for p in model.parameters() if p.grad is not None
+                ]
             ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]])
-            values += [torch.cat([e.kept_ids[m].float() for e in model.eval().explain(ids)]) for m in range(2)]
+            values += [
+                torch.cat([e.kept_ids[m].float() for e in model.eval().explain(ids)])
+                for m in range(2)
+            ]
             found[f"{search} {placement}"] = torch.cat(values).tolist()
     return found
 

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import REPOSITORY, clean_environment, missing_for_slurm, read_lines, run_ranks, tiny_config
+from support import (
+    REPOSITORY,
+    clean_environment,
+    missing_for_slurm,
+    read_lines,
+    run_ranks,
+    tiny_config,
+)
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.training.run_folder import dump_config
@@ -31,25 +38,43 @@ class Slurm:
         for name in ("slurm", "tuning", "ds_configs", "train.py"):
             (self.submit_folder / name).symlink_to(REPOSITORY / name)
         self.environment = clean_environment(
-            SLURM_CONF=str(folder / "cluster" / "slurm.conf"), PYTHON=sys.executable, DS_ACCELERATOR="cpu"
+            SLURM_CONF=str(folder / "cluster" / "slurm.conf"),
+            PYTHON=sys.executable,
+            DS_ACCELERATOR="cpu",
         )
 
     def command(self, *arguments: str, **environment: str) -> str:
         """Run a command to its end; returns what it printed."""
         done = subprocess.run(
-            arguments, env=self.environment | environment, capture_output=True, text=True, timeout=60, cwd=self.submit_folder
+            arguments,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=self.submit_folder,
         )
         assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def train(self, config: Path, **environment: str) -> str:
         """Submit a run on two nodes; returns the job's id."""
-        options = ("--parsable", "--partition=low", "--nodes=2", "--ntasks-per-node=1", "slurm/train.sbatch")
+        options = (
+            "--parsable",
+            "--partition=low",
+            "--nodes=2",
+            "--ntasks-per-node=1",
+            "slurm/train.sbatch",
+        )
         return self.command("sbatch", *options, "--config", str(config), **environment).strip()
 
     def state(self, job: str) -> str:
         """The job's state; empty once Slurm has forgotten it."""
-        shown = subprocess.run(["scontrol", "show", "job", job, "-o"], env=self.environment, capture_output=True, text=True)
+        shown = subprocess.run(
+            ["scontrol", "show", "job", job, "-o"],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
         return shown.stdout.partition(" JobState=")[2].partition(" ")[0]
 
     def wait(self, what: str, condition: Callable[[], bool], seconds: float = 300) -> None:
@@ -57,8 +82,14 @@ class Slurm:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                logs = [*self.submit_folder.glob("slurm-*.log"), *self.submit_folder.glob("slurm-logs/**/*.log")]
-                pytest.fail(f"{what}: not within {seconds} s\n" + "\n".join(f"{log}:\n{log.read_text()}" for log in logs))
+                logs = [
+                    *self.submit_folder.glob("slurm-*.log"),
+                    *self.submit_folder.glob("slurm-logs/**/*.log"),
+                ]
+                pytest.fail(
+                    f"{what}: not within {seconds} s\n"
+                    + "\n".join(f"{log}:\n{log.read_text()}" for log in logs)
+                )
             time.sleep(0.2)
 
     def log(self, job: str) -> str:
@@ -87,7 +118,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(folder: Path, name: str, **changes: Any) -> tuple[RunConfig, Path]:
-    config = tiny_config(folder, name=name, training__patience=9999, mltfr__consensus__enabled=False, **changes)
+    config = tiny_config(
+        folder, name=name, training__patience=9999, mltfr__consensus__enabled=False, **changes
+    )
     path = folder / f"{name}.yaml"
     path.write_text(dump_config(config))
     return config, path
@@ -101,18 +134,30 @@ def num_lines(config: RunConfig) -> int:
 def cancel_and_compare(slurm: Slurm, job: str, config: RunConfig, folder: Path) -> None:
     """Cancel a job that was requeued once and trains again: it stays away, and its trace is that of an undisturbed run."""
     before = num_lines(config)
-    slurm.wait("it trains again", lambda: "going on from" in slurm.rank_log(job, "start1") and num_lines(config) > before + 6)
+    slurm.wait(
+        "it trains again",
+        lambda: "going on from" in slurm.rank_log(job, "start1") and num_lines(config) > before + 6,
+    )
     slurm.command("scancel", job)
-    slurm.wait("it is gone", lambda: slurm.state(job) in ("CANCELLED", "") and not slurm.command("squeue", "--noheader"))
-    assert slurm.log(job).count("requeued: it goes on from its last checkpoint") == 1, "a cancelled job must not come back"
+    slurm.wait(
+        "it is gone",
+        lambda: slurm.state(job) in ("CANCELLED", "") and not slurm.command("squeue", "--noheader"),
+    )
+    assert slurm.log(job).count("requeued: it goes on from its last checkpoint") == 1, (
+        "a cancelled job must not come back"
+    )
     for start in ("start0", "start1"):
-        logs = sorted(path.name for path in (slurm.submit_folder / "slurm-logs" / job / start).iterdir())
+        logs = sorted(
+            path.name for path in (slurm.submit_folder / "slurm-logs" / job / start).iterdir()
+        )
         assert [name for name in logs if name.startswith("rank")] == ["rank0.log", "rank1.log"]
         assert f" start {start[-1]} on n[1-2]" in slurm.log(job)
     assert "StoppedError: A signal asked the run to stop" in slurm.rank_log(job, "start0")
 
     trace = read_lines(config.folder / "metrics.jsonl")
-    whole, path = written(folder, f"{config.name}-undisturbed", training__epochs=trace[-1]["epoch"] + 1)
+    whole, path = written(
+        folder, f"{config.name}-undisturbed", training__epochs=trace[-1]["epoch"] + 1
+    )
     run_ranks(2, REPOSITORY / "train.py", "--config", str(path))
     assert trace == read_lines(whole.folder / "metrics.jsonl")[: len(trace)]
 
@@ -122,14 +167,22 @@ def test_a_preempted_job_goes_on_with_an_unbroken_trace(slurm: Slurm, inputs: Pa
     config, path = written(inputs, "preempted", training__epochs=9999)
     job = slurm.train(path)
     slurm.wait("the run trains", lambda: num_lines(config) > 2)
-    high = ("--partition=high", "--nodes=2", "--exclusive", "--output=urgent.log", "--wrap=hostname")
+    high = (
+        "--partition=high",
+        "--nodes=2",
+        "--exclusive",
+        "--output=urgent.log",
+        "--wrap=hostname",
+    )
     urgent = slurm.command("sbatch", "--parsable", *high).strip()
     slurm.wait("it gives way", lambda: slurm.state(urgent) == "COMPLETED")
     cancel_and_compare(slurm, job, config, inputs)
 
 
 @pytest.mark.timeout(900)
-def test_deepspeeds_launcher_and_the_signal_before_the_time_limit(slurm: Slurm, inputs: Path) -> None:
+def test_deepspeeds_launcher_and_the_signal_before_the_time_limit(
+    slurm: Slurm, inputs: Path
+) -> None:
     config, path = written(inputs, "signalled", training__epochs=9999)
     job = slurm.train(path, LAUNCHER="deepspeed")
     slurm.wait("the run trains", lambda: num_lines(config) > 2)

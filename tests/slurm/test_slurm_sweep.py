@@ -19,8 +19,14 @@ pytestmark = [
 
 
 @pytest.mark.timeout(1200)
-def test_a_sweep_on_two_nodes_is_signalled_and_goes_on(slurm: Slurm, inputs: Path, tmp_path: Path) -> None:  # noqa: F811
-    base = tiny_config(inputs, training__epochs=400, training__patience=400, mltfr__consensus__enabled=False)
+def test_a_sweep_on_two_nodes_is_signalled_and_goes_on(
+    slurm: Slurm,  # noqa: F811
+    inputs: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    base = tiny_config(
+        inputs, training__epochs=400, training__patience=400, mltfr__consensus__enabled=False
+    )
     (tmp_path / "base.yaml").write_text(dump_config(base))
     space = {
         "name": "swept",
@@ -39,7 +45,13 @@ def test_a_sweep_on_two_nodes_is_signalled_and_goes_on(slurm: Slurm, inputs: Pat
     def validations(number: int) -> int:
         return len(read_validations(folder / "trials" / f"{number:04d}" / "metrics.jsonl"))
 
-    options = ("--parsable", "--partition=low", "--nodes=2", "--cpus-per-task=2", "slurm/sweep.sbatch")
+    options = (
+        "--parsable",
+        "--partition=low",
+        "--nodes=2",
+        "--cpus-per-task=2",
+        "slurm/sweep.sbatch",
+    )
     job = slurm.command("sbatch", *options, str(tmp_path / "space.yaml")).strip()
     slurm.wait("both trials run", lambda: validations(0) > 2 and validations(1) > 1, 400)
     slurm.command("scancel", "--batch", "--signal=USR1", job)  # what `--signal=B:USR1@300` sends
@@ -49,9 +61,17 @@ def test_a_sweep_on_two_nodes_is_signalled_and_goes_on(slurm: Slurm, inputs: Pat
     before = validations(0)
     slurm.wait("it goes on", lambda: validations(0) > before + 2, 400)
     logs = slurm.submit_folder / "slurm-logs" / job
-    assert "2 at a time" in (logs / "start0" / "sweep.log").read_text(), "both nodes' CPUs are one cluster's"
-    assert sorted(p.name for p in (logs / "start0").glob("ray-*.log")) == ["ray-n1.log", "ray-n2.log"]
+    assert "2 at a time" in (logs / "start0" / "sweep.log").read_text(), (
+        "both nodes' CPUs are one cluster's"
+    )
+    assert sorted(p.name for p in (logs / "start0").glob("ray-*.log")) == [
+        "ray-n1.log",
+        "ray-n2.log",
+    ]
     assert (logs / "start0" / "token").stat().st_mode & 0o077 == 0
     assert "going on from train-step" in (folder / "trials" / "0000.log").read_text()
     slurm.command("scancel", job)
-    slurm.wait("it is gone", lambda: slurm.state(job) in ("CANCELLED", "") and not slurm.command("squeue", "--noheader"))
+    slurm.wait(
+        "it is gone",
+        lambda: slurm.state(job) in ("CANCELLED", "") and not slurm.command("squeue", "--noheader"),
+    )

@@ -25,7 +25,13 @@ def padded(histories: list[list[int]], width: int = 0) -> np.ndarray:
     return np.array([h + [0] * (width - len(h)) for h in histories], dtype=np.int64)
 
 
-def views(histories: list[list[int]], ids: list[int], ratios: ViewRatios = HALF, width: int = 0, **keys: int) -> np.ndarray:
+def views(
+    histories: list[list[int]],
+    ids: list[int],
+    ratios: ViewRatios = HALF,
+    width: int = 0,
+    **keys: int,
+) -> np.ndarray:
     return augmented_views(draws(ids, **keys), padded(histories, width), ratios, MASK)
 
 
@@ -34,7 +40,9 @@ def views(histories: list[list[int]], ids: list[int], ratios: ViewRatios = HALF,
 
 @some
 @given(st.lists(st.integers(1, 15), min_size=1, max_size=8), st.floats(0.01, 1))
-def test_a_mask_lies_on_real_positions_and_there_is_always_one(lengths: list[int], ratio: float) -> None:
+def test_a_mask_lies_on_real_positions_and_there_is_always_one(
+    lengths: list[int], ratio: float
+) -> None:
     sizes = np.array(lengths)
     mask = cloze_mask(draws(list(range(len(lengths)))), sizes, 15, ratio)
     assert mask.shape == (len(lengths), 15)
@@ -48,7 +56,9 @@ def test_a_mask_does_not_depend_on_its_batch(lengths: list[int]) -> None:
     ids = [40 + 3 * i for i in range(len(lengths))]
     together = cloze_mask(draws(ids), np.array(lengths), 20, 0.3)
     for row, sample, length in zip(together, ids, lengths, strict=True):
-        assert np.array_equal(cloze_mask(draws([sample]), np.array([length]), length, 0.3)[0], row[:length])
+        assert np.array_equal(
+            cloze_mask(draws([sample]), np.array([length]), length, 0.3)[0], row[:length]
+        )
 
 
 def test_masks_have_their_share_and_change_with_seed_epoch_and_sample() -> None:
@@ -59,7 +69,11 @@ def test_masks_have_their_share_and_change_with_seed_epoch_and_sample() -> None:
     last = cloze_mask(draws(list(range(400))), sizes, 50, 1e-9)
     assert last[:, -1].all()
     assert last.sum() == 400  # where none is drawn, the last alone
-    for other in (draws(list(range(400)), seed=2), draws(list(range(400)), epoch=1), draws(list(range(400, 800)))):
+    for other in (
+        draws(list(range(400)), seed=2),
+        draws(list(range(400)), epoch=1),
+        draws(list(range(400, 800))),
+    ):
         assert (cloze_mask(other, sizes, 50, 0.2) == mask).mean() < 0.8
 
 
@@ -75,13 +89,21 @@ def test_a_view_is_a_crop_a_masking_or_a_reordering(histories: list[list[int]]) 
             view = [i for i in row if i]
             assert row[: len(view)] == view  # padding stands behind
             crops = [history[s : s + max(1, half)] for s in range(len(history))]
-            masked = len(view) == len(history) and all(a in (b, MASK) for a, b in zip(view, history, strict=True))
-            assert view in crops or (masked and view.count(MASK) in (0, half)) or sorted(view) == sorted(history)
+            masked = len(view) == len(history) and all(
+                a in (b, MASK) for a, b in zip(view, history, strict=True)
+            )
+            assert (
+                view in crops
+                or (masked and view.count(MASK) in (0, half))
+                or sorted(view) == sorted(history)
+            )
 
 
 @some
 @given(HISTORIES, st.integers(0, 20))
-def test_views_do_not_depend_on_their_batch_or_its_width(histories: list[list[int]], width: int) -> None:
+def test_views_do_not_depend_on_their_batch_or_its_width(
+    histories: list[list[int]], width: int
+) -> None:
     ids = [9 + 2 * i for i in range(len(histories))]
     together = views(histories, ids, width=width)
     for pair, history, sample in zip(together, histories, ids, strict=True):
@@ -110,7 +132,10 @@ def test_all_three_kinds_occur_and_both_views_differ() -> None:
 @pytest.mark.parametrize("field", ["crop", "mask", "reorder"])
 def test_each_ratio_has_an_effect(field: str) -> None:
     history = [list(range(1, 21))] * 30
-    assert not np.array_equal(views(history, list(range(30))), views(history, list(range(30)), HALF._replace(**{field: 0.9})))
+    assert not np.array_equal(
+        views(history, list(range(30))),
+        views(history, list(range(30)), HALF._replace(**{field: 0.9})),
+    )
 
 
 def test_an_empty_row_stays_empty() -> None:

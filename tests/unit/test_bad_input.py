@@ -43,7 +43,9 @@ def written(folder: Path, config: RunConfig) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], command: Callable[[], int]) -> str:
@@ -59,7 +61,9 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], command: Callable[
     return message
 
 
-def train_refused(folder: Path, capsys: pytest.CaptureFixture[str], name: str = "new", **changes: object) -> str:
+def train_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str = "new", **changes: object
+) -> str:
     config = tiny_config(folder, name=name, **changes)
     path = written(folder, config)
     return refused(folder, capsys, lambda: train.main(["--config", str(path)]))
@@ -75,10 +79,21 @@ def train_refused(folder: Path, capsys: pytest.CaptureFixture[str], name: str = 
         ("user_id,item_id,timestamp\nu,i,1\nv,j,2\n", [], ["core"]),
         ("user_id,item_id,timestamp\nu,i,1\n", ["--user-core", "zero"], ["user_core", "zero"]),
     ],
-    ids=["missing file", "missing column", "short row", "unparsable row", "empty after k-core", "wrong option"],
+    ids=[
+        "missing file",
+        "missing column",
+        "short row",
+        "unparsable row",
+        "empty after k-core",
+        "wrong option",
+    ],
 )
 def test_prepare(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, arguments: list[str], expected: list[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: str | None,
+    arguments: list[str],
+    expected: list[str],
 ) -> None:
     if content is not None:
         (tmp_path / "in.csv").write_text(content)
@@ -91,13 +106,18 @@ def test_prepare(
 
 def test_recommend_with_an_unknown_item(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(folder / "runs" / "tiny")
-    message = refused(folder, capsys, lambda: mltfr(["recommend", run, "--history", "i1,i999", "--k", "3"]))
+    message = refused(
+        folder, capsys, lambda: mltfr(["recommend", run, "--history", "i1,i999", "--k", "3"])
+    )
     assert "i999" in message
     assert "items.parquet" in message
 
 
 def test_recommend_and_evaluate_on_no_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["recommend", str(folder), "--history", "i1"], ["evaluate", str(folder / "nowhere")]):
+    for command in (
+        ["recommend", str(folder), "--history", "i1"],
+        ["evaluate", str(folder / "nowhere")],
+    ):
         assert "holds no run" in refused(folder, capsys, lambda command=command: mltfr(command))
 
 
@@ -131,12 +151,18 @@ def test_table_whose_vocabulary_disagrees(folder: Path, capsys: pytest.CaptureFi
         ({"bf16": {"enabled": True}}, ["bf16", "training.precision"]),
         ({"zero_optimisation": {}}, ["zero_optimization"]),
         ({"zero_optimization": {"stage": 2, "reduce_buket_size": 1}}, ["reduce_bucket_size"]),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"devic": "cpu"}}}, ["offload_param.devic", "device"]),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"devic": "cpu"}}},
+            ["offload_param.devic", "device"],
+        ),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, ["auto"]),
     ],
 )
 def test_deepspeed_file(
-    folder: Path, capsys: pytest.CaptureFixture[str], content: dict[str, object], expected: list[str]
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: dict[str, object],
+    expected: list[str],
 ) -> None:
     file = folder / "mine.json"
     file.write_text(json.dumps(content))
@@ -155,7 +181,9 @@ def test_folder_of_a_different_run(folder: Path, capsys: pytest.CaptureFixture[s
     assert "training.seed is 0 there and 7 here" in message
 
 
-def test_checkpoint_of_another_schema_version(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_of_another_schema_version(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = folder / "runs" / "tiny"
     (run / "result.json").unlink()
     header = next((run / "checkpoints").glob("train-step*/state.json"))
@@ -173,13 +201,22 @@ def test_changed_inputs(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "data changed" in message
 
 
-def test_filter_that_keeps_more_than_it_searches(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_filter_that_keeps_more_than_it_searches(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes = {"mltfr__filter__top_k": None, "mltfr__filter__filter_ratio": 0.9}
-    assert "81 tokens of table `first`, of which 40 rows are searched" in train_refused(folder, capsys, **changes)
+    assert "81 tokens of table `first`, of which 40 rows are searched" in train_refused(
+        folder, capsys, **changes
+    )
 
 
-def test_filter_that_keeps_more_than_there_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    too_many: dict[str, object] = {"mltfr__filter__top_k": 71, "mltfr__filter__shortlist_size": None}
+def test_filter_that_keeps_more_than_there_is(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    too_many: dict[str, object] = {
+        "mltfr__filter__top_k": 71,
+        "mltfr__filter__shortlist_size": None,
+    }
     for strategy in ("user_guided", "random_tokens"):
         text = train_refused(folder, capsys, **too_many, mltfr__filter__strategy=strategy)
         assert "71 tokens of table `second`, of which 70 rows are searched" in text
@@ -188,11 +225,20 @@ def test_filter_that_keeps_more_than_there_is(folder: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mltfr__consensus__group": ["frist"]}, "names `frist`, which is no table of the run; the nearest is `first`"),
-        ({"mltfr__expert__form": "paper"}, "first 12 wide, 4 kept, second 20 wide, 4 kept"),
-        ({"mltfr__filter__memory": "batch", "training__micro_batch_size": 8}, "with 4 micro-batch(es) a step"),
         (
-            {"mltfr__train_tables": True, "deepspeed": str(REPOSITORY / "ds_configs" / "zero3.json")},
+            {"mltfr__consensus__group": ["frist"]},
+            "names `frist`, which is no table of the run; the nearest is `first`",
+        ),
+        ({"mltfr__expert__form": "paper"}, "first 12 wide, 4 kept, second 20 wide, 4 kept"),
+        (
+            {"mltfr__filter__memory": "batch", "training__micro_batch_size": 8},
+            "with 4 micro-batch(es) a step",
+        ),
+        (
+            {
+                "mltfr__train_tables": True,
+                "deepspeed": str(REPOSITORY / "ds_configs" / "zero3.json"),
+            },
             "mltfr.train_tables=true under ZeRO stage 3",
         ),
     ],
@@ -203,11 +249,30 @@ def test_mixtures_that_cannot_be(
     assert message in train_refused(folder, capsys, **changes)
 
 
-def test_titles_that_the_data_does_not_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_titles_that_the_data_does_not_have(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     untitled = folder / "untitled"
     sequences = folder / "interactions.txt"
-    assert mltfr(["prepare", str(sequences), str(untitled), "--format", "sequences", "--item-core", "1", "--user-core", "1"]) == 0
-    config = tiny_config(folder, name="grounded", data__path=str(untitled), mltfr__item_tokens__source="titles")
+    assert (
+        mltfr(
+            [
+                "prepare",
+                str(sequences),
+                str(untitled),
+                "--format",
+                "sequences",
+                "--item-core",
+                "1",
+                "--user-core",
+                "1",
+            ]
+        )
+        == 0
+    )
+    config = tiny_config(
+        folder, name="grounded", data__path=str(untitled), mltfr__item_tokens__source="titles"
+    )
     path = written(folder, config)
     message = refused(folder, capsys, lambda: train.main(["--config", str(path)]))
     assert "mltfr.item_tokens.source=titles" in message
@@ -233,7 +298,9 @@ def test_more_ranks_than_sequences(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_evaluate_and_recommend_repeat_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_and_recommend_repeat_the_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = folder / "runs" / "tiny"
     reported = json.loads((run / "result.json").read_text())
     capsys.readouterr()
@@ -249,7 +316,9 @@ def test_evaluate_and_recommend_repeat_the_run(folder: Path, capsys: pytest.Capt
     assert "gate" in text
 
 
-def test_a_grounded_run_says_that_it_reads_text_and_is_used_like_any(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_grounded_run_says_that_it_reads_text_and_is_used_like_any(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes = {"name": "grounded", "mltfr__item_tokens__source": "titles"}
     config = tiny_config(folder, training__epochs=1, training__consensus_epochs=1, **changes)
     assert train.main(["--config", str(written(folder, config))]) == 0
@@ -257,8 +326,13 @@ def test_a_grounded_run_says_that_it_reads_text_and_is_used_like_any(folder: Pat
     assert "outside the claim" in (config.folder / "report.md").read_text()
     assert "Items carry" not in (folder / "runs" / "tiny" / "report.md").read_text()
     assert mltfr(["evaluate", str(config.folder)]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads((config.folder / "result.json").read_text())["test"]
-    assert mltfr(["recommend", str(config.folder), "--history", "i1,i5", "--k", "3", "--explain"]) == 0
+    assert (
+        json.loads(capsys.readouterr().out)
+        == json.loads((config.folder / "result.json").read_text())["test"]
+    )
+    assert (
+        mltfr(["recommend", str(config.folder), "--history", "i1,i5", "--k", "3", "--explain"]) == 0
+    )
     assert "gate" in capsys.readouterr().out
 
 

@@ -18,12 +18,18 @@ from mltfr_dist.data.shards import PackedSequences
 from mltfr_dist.training.baselines import item_knn, popularity, training_sequences
 
 NUM_ITEMS = 9
-SEQUENCES = st.lists(st.lists(st.integers(1, NUM_ITEMS), min_size=1, max_size=8), min_size=1, max_size=12)
+SEQUENCES = st.lists(
+    st.lists(st.integers(1, NUM_ITEMS), min_size=1, max_size=8), min_size=1, max_size=12
+)
 
 
 def packed(sequences: list[list[int]]) -> PackedSequences:
     offsets = np.cumsum([0, *map(len, sequences)]).astype(np.int64)
-    return PackedSequences(np.concatenate([np.array(s, dtype=np.uint8) for s in sequences]), offsets, np.arange(len(sequences)))
+    return PackedSequences(
+        np.concatenate([np.array(s, dtype=np.uint8) for s in sequences]),
+        offsets,
+        np.arange(len(sequences)),
+    )
 
 
 def batch(histories: list[list[int]], width: int = 3) -> RankingBatch:
@@ -31,19 +37,28 @@ def batch(histories: list[list[int]], width: int = 3) -> RankingBatch:
     shown = [h[-width:] + [0] * (width - len(h[-width:])) for h in histories]
     rows = torch.tensor([row for row, h in enumerate(histories) for _ in h])
     return RankingBatch(
-        torch.tensor(shown), torch.ones(len(histories)).long(), rows, torch.tensor([i for h in histories for i in h])
+        torch.tensor(shown),
+        torch.ones(len(histories)).long(),
+        rows,
+        torch.tensor([i for h in histories for i in h]),
     )
 
 
-def dense_knn(sequences: list[list[int]], history: list[int], neighbours: int, shrinkage: float) -> list[float]:
-    users = {item: {u for u, s in enumerate(sequences) if item in s} for item in range(1, NUM_ITEMS + 1)}
+def dense_knn(
+    sequences: list[list[int]], history: list[int], neighbours: int, shrinkage: float
+) -> list[float]:
+    users = {
+        item: {u for u, s in enumerate(sequences) if item in s} for item in range(1, NUM_ITEMS + 1)
+    }
     scores = [0.0] * (NUM_ITEMS + 1)
     for item in history:
         similar = {}
         for other in range(1, NUM_ITEMS + 1):
             common = len(users[item] & users[other])
             if other != item and common:
-                similar[other] = common / (math.sqrt(len(users[item]) * len(users[other])) + shrinkage)
+                similar[other] = common / (
+                    math.sqrt(len(users[item]) * len(users[other])) + shrinkage
+                )
         for other in sorted(similar, key=lambda o: (-similar[o], o))[:neighbours]:
             scores[other] += similar[other]
     return scores
@@ -52,10 +67,16 @@ def dense_knn(sequences: list[list[int]], history: list[int], neighbours: int, s
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     SEQUENCES,
-    st.lists(st.lists(st.integers(1, NUM_ITEMS), min_size=1, max_size=5, unique=True), min_size=1, max_size=4),
+    st.lists(
+        st.lists(st.integers(1, NUM_ITEMS), min_size=1, max_size=5, unique=True),
+        min_size=1,
+        max_size=4,
+    ),
     st.sampled_from([0.0, 10.0]),
 )
-def test_item_knn_equals_a_dense_computation(sequences: list[list[int]], histories: list[list[int]], shrinkage: float) -> None:
+def test_item_knn_equals_a_dense_computation(
+    sequences: list[list[int]], histories: list[list[int]], shrinkage: float
+) -> None:
     scores = item_knn(packed(sequences), NUM_ITEMS, shrinkage=shrinkage)(batch(histories))
     assert scores.shape == (len(histories), NUM_ITEMS + 1)
     assert torch.isneginf(scores[:, 0]).all()
@@ -67,11 +88,17 @@ def test_item_knn_equals_a_dense_computation(sequences: list[list[int]], histori
 @pytest.mark.parametrize("neighbours", [1, 2])
 def test_item_knn_keeps_the_nearest(neighbours: int) -> None:
     sequences = [[1, 2], [1, 2], [1, 2, 3], [1, 3], [1, 4], [4, 5, 6, 7], [2, 2, 8]]
-    scores = item_knn(packed(sequences), NUM_ITEMS, num_neighbours=neighbours, shrinkage=1.0)(batch([[1], [4], [9]]))
+    scores = item_knn(packed(sequences), NUM_ITEMS, num_neighbours=neighbours, shrinkage=1.0)(
+        batch([[1], [4], [9]])
+    )
     for row, history in zip(scores, [[1], [4], [9]], strict=True):
-        torch.testing.assert_close(row[1:], torch.tensor(dense_knn(sequences, history, neighbours, 1.0)[1:]))
+        torch.testing.assert_close(
+            row[1:], torch.tensor(dense_knn(sequences, history, neighbours, 1.0)[1:])
+        )
     assert int((scores[0] > 0).sum()) == neighbours
-    assert scores[2, 1:].tolist() == [0.0] * NUM_ITEMS  # an item of no training user has no neighbour
+    assert (
+        scores[2, 1:].tolist() == [0.0] * NUM_ITEMS
+    )  # an item of no training user has no neighbour
 
 
 def test_popularity_counts_interactions_and_is_equal_for_all() -> None:
@@ -85,9 +112,13 @@ def test_popularity_counts_interactions_and_is_equal_for_all() -> None:
 
 def test_training_sequences_are_the_training_split_and_no_more(tmp_path: Path) -> None:
     (tmp_path / "raw.txt").write_text("".join(f"u{u} a b c{u % 3} d e\n" for u in range(9)))
-    config = PrepareConfig(format="sequences", user_core=1, item_core=1, sequences_per_shard=4, sequences_per_block=2)
+    config = PrepareConfig(
+        format="sequences", user_core=1, item_core=1, sequences_per_shard=4, sequences_per_block=2
+    )
     manifest = prepare(str(tmp_path / "raw.txt"), tmp_path / "data", config, log=lambda _: None)
     train = training_sequences(tmp_path / "data", manifest)
     assert len(manifest.splits["train"].shards) == 3
     assert len(train) == 9
-    assert np.diff(train.offsets).tolist() == [3] * 9  # the last two items of each are validation and test
+    assert (
+        np.diff(train.offsets).tolist() == [3] * 9
+    )  # the last two items of each are validation and test

@@ -34,7 +34,11 @@ from mltfr_dist.training.fit import fit
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
     folder = tmp_path_factory.mktemp("checkpoints")
     config = tiny_config(
-        folder, training__epochs=2, training__consensus_epochs=1, checkpoint__every_steps=3, checkpoint__keep_last=2
+        folder,
+        training__epochs=2,
+        training__consensus_epochs=1,
+        checkpoint__every_steps=3,
+        checkpoint__keep_last=2,
     )
     fit(config)
     yield config
@@ -92,7 +96,11 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 def put(folder: Path, step: int, best: tuple[tuple[int, float], ...]) -> Progress:
     progress = Progress(stage="train", step=step, epoch=step, best=best)
-    write(step_folder(folder, progress), {MODEL: {"w": torch.ones(2)}, MOMENTS: {"w": torch.ones(2)}}, progress)
+    write(
+        step_folder(folder, progress),
+        {MODEL: {"w": torch.ones(2)}, MOMENTS: {"w": torch.ones(2)}},
+        progress,
+    )
     for epoch, _ in best:
         write(validated_folder(folder, "train", epoch), {MODEL: {"w": torch.ones(2)}}, progress)
     return progress
@@ -103,7 +111,12 @@ def test_what_a_kept_checkpoint_names_as_best_is_kept(tmp_path: Path) -> None:
     put(tmp_path, 2, ((2, 0.2),))
     prune(tmp_path, put(tmp_path, 3, ((3, 0.3),)), keep_last=2)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["train-best00002", "train-best00003", "train-step000000002", "train-step000000003"]
+    assert left == [
+        "train-best00002",
+        "train-best00003",
+        "train-step000000002",
+        "train-step000000003",
+    ]
 
 
 def test_none_intact_is_none(tmp_path: Path) -> None:
@@ -128,11 +141,15 @@ def test_keep_best_keeps_the_best_validations(tmp_path: Path) -> None:
         optimizer__learning_rate=0.03,
     )
     fit(config)
-    lines = [line for line in read_lines(config.folder / "metrics.jsonl") if line["kind"] == "valid"]
+    lines = [
+        line for line in read_lines(config.folder / "metrics.jsonl") if line["kind"] == "valid"
+    ]
     assert len(lines) == 4
     ranked = sorted(lines, key=lambda line: (-line["NDCG@10"], line["epoch"]))
     kept = {path.name for path in (config.folder / "checkpoints").glob("train-best*")}
     assert {f"train-best{line['epoch']:05d}" for line in ranked[:2]} <= kept
     last = latest(config.folder / "checkpoints", "train")
     assert last is not None
-    assert read_header(last).progress.best == tuple((line["epoch"], line["NDCG@10"]) for line in ranked[:2])
+    assert read_header(last).progress.best == tuple(
+        (line["epoch"], line["NDCG@10"]) for line in ranked[:2]
+    )

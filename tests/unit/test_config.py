@@ -48,7 +48,9 @@ def refused(*overrides: str, name: str | None = "demo") -> ConfigError:
 def test_an_unknown_key_names_the_nearest(override: str, nearest: str) -> None:
     error = refused(override)
     # A misspelt section is refused as a whole, by its own name.
-    assert f"`{override.partition('=')[0]}` is not a field" in str(error) or "`trainin` is not a field" in str(error)
+    assert f"`{override.partition('=')[0]}` is not a field" in str(
+        error
+    ) or "`trainin` is not a field" in str(error)
     assert f"the nearest is `{nearest}`" in str(error)
 
 
@@ -69,12 +71,27 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
         ("backbone.dropout=1", "backbone.dropout", "1", "less than 1"),
         ("backbone.dropout=-0.1", "backbone.dropout", "-0.1", "greater than or equal to 0"),
         ("mltfr.filter.temperature=0", "mltfr.filter.temperature", "0", "greater than 0"),
-        ("mltfr.filter.filter_ratio=1.5", "mltfr.filter.filter_ratio", "1.5", "less than or equal to 1"),
+        (
+            "mltfr.filter.filter_ratio=1.5",
+            "mltfr.filter.filter_ratio",
+            "1.5",
+            "less than or equal to 1",
+        ),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "nan", "finite"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1", "1.0", "less than 1"),
-        ("loss.name=hinge", "loss.name", "'hinge'", "'cross_entropy', 'sampled_softmax', 'bce' or 'gbce'"),
+        (
+            "loss.name=hinge",
+            "loss.name",
+            "'hinge'",
+            "'cross_entropy', 'sampled_softmax', 'bce' or 'gbce'",
+        ),
         ("backbone.name=gru4rec", "backbone.name", "'gru4rec'", "backbones are sasrec, esasrec"),
-        ("backbone.low_frequencies=0", "backbone.low_frequencies", "0", "greater than or equal to 1"),
+        (
+            "backbone.low_frequencies=0",
+            "backbone.low_frequencies",
+            "0",
+            "greater than or equal to 1",
+        ),
         ("backbone.inductive_bias=2", "backbone.inductive_bias", "2", "less than or equal to 1"),
         ("backbone.mask_ratio=0", "backbone.mask_ratio", "0", "greater than 0"),
         ("loss.calibration=1.1", "loss.calibration", "1.1", "less than or equal to 1"),
@@ -88,23 +105,55 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
         ("baselines=[popular]", "baselines.0", "'popular'", "'item_knn'"),
         # Fields that are right alone but not together.
         ("backbone.num_heads=3", "backbone", "3", "num_heads (3) must divide hidden_dim (64)"),
-        ("mltfr.filter.top_k=4096", "mltfr.filter", "4096", "top_k (4096) must not exceed shortlist_size (2048)"),
+        (
+            "mltfr.filter.top_k=4096",
+            "mltfr.filter",
+            "4096",
+            "top_k (4096) must not exceed shortlist_size (2048)",
+        ),
         ("mltfr.tables=[]", "mltfr", "mltfr.tables", "at least one token table"),
-        ("mltfr.filter.filter_ratio=0.25", "mltfr.filter", "filter_ratio", "exactly one of top_k and filter_ratio"),
-        ("mltfr.filter.top_k=null", "mltfr.filter", "top_k", "exactly one of top_k and filter_ratio"),
+        (
+            "mltfr.filter.filter_ratio=0.25",
+            "mltfr.filter",
+            "filter_ratio",
+            "exactly one of top_k and filter_ratio",
+        ),
+        (
+            "mltfr.filter.top_k=null",
+            "mltfr.filter",
+            "top_k",
+            "exactly one of top_k and filter_ratio",
+        ),
         ("evaluation.cutoffs=[5, 20]", "evaluation", "cutoffs", "must hold 10"),
         ("mltfr.filter.filter_ratio=0", "mltfr.filter.filter_ratio", "0", "greater than 0"),
-        ("mltfr.filter.strategy=best", "mltfr.filter.strategy", "'best'", "'user_guided', 'random_tokens', 'direct'"),
+        (
+            "mltfr.filter.strategy=best",
+            "mltfr.filter.strategy",
+            "'best'",
+            "'user_guided', 'random_tokens', 'direct'",
+        ),
         ("mltfr.filter.top_k=1", "mltfr.filter", "top_k", "at least 2 with soft weights"),
         ("mltfr.filter.noise_steps=5", "mltfr.filter", "noise_steps", "give noise above 0"),
         ("mltfr.router.top_k=1", "mltfr.router.top_k", "1", "greater than or equal to 2"),
-        ("mltfr.router.top_k=4", "mltfr", "router.top_k (4)", "must not exceed the number of gates"),
+        (
+            "mltfr.router.top_k=4",
+            "mltfr",
+            "router.top_k (4)",
+            "must not exceed the number of gates",
+        ),
         ("mltfr.router.expert_dropout=1", "mltfr.router.expert_dropout", "1", "less than 1"),
         ("mltfr.expert.per_table=0", "mltfr.expert.per_table", "0", "greater than or equal to 1"),
-        ("mltfr.router={double_softmax: true, top_k: 2}", "mltfr.router", "double_softmax", "needs a dense gate"),
+        (
+            "mltfr.router={double_softmax: true, top_k: 2}",
+            "mltfr.router",
+            "double_softmax",
+            "needs a dense gate",
+        ),
     ],
 )
-def test_a_message_has_path_value_rule_and_remedy(override: str, path: str, value: str, rule: str) -> None:
+def test_a_message_has_path_value_rule_and_remedy(
+    override: str, path: str, value: str, rule: str
+) -> None:
     error = refused(override)
     message = str(error)
     assert f"`{path}`" in message
@@ -116,7 +165,11 @@ def test_a_message_has_path_value_rule_and_remedy(override: str, path: str, valu
 
 
 @pytest.mark.parametrize(
-    ("override", "value"), [("evaluation.cutoffs=[5, 20]", "(5, 20)"), ("mltfr.filter.filter_ratio=0.25", "given: top_k 16")]
+    ("override", "value"),
+    [
+        ("evaluation.cutoffs=[5, 20]", "(5, 20)"),
+        ("mltfr.filter.filter_ratio=0.25", "given: top_k 16"),
+    ],
 )
 def test_rules_over_several_fields_name_the_values(override: str, value: str) -> None:
     assert value in refused(override).what
@@ -148,7 +201,12 @@ def test_splits_that_leave_no_training_data(valid: float, test: float) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["training.epochs=true", "optimizer.learning_rate=.inf", "mltfr.router.balance_weight=.inf", f"training.seed={2**64}"],
+    [
+        "training.epochs=true",
+        "optimizer.learning_rate=.inf",
+        "mltfr.router.balance_weight=.inf",
+        f"training.seed={2**64}",
+    ],
 )
 def test_values_that_mean_nothing_are_refused(override: str) -> None:
     refused(override)
@@ -188,7 +246,13 @@ def test_an_override_without_key_or_value_is_an_error(text: str) -> None:
 
 def test_numbers_reach_the_configuration() -> None:
     config = resolve_config(
-        "demo", None, ["optimizer.learning_rate=1e-4", "training.micro_batch_size=8", "mltfr.filter.shortlist_size=null"]
+        "demo",
+        None,
+        [
+            "optimizer.learning_rate=1e-4",
+            "training.micro_batch_size=8",
+            "mltfr.filter.shortlist_size=null",
+        ],
     )
     assert config.optimizer.learning_rate == 1e-4
     assert config.training.micro_batch_size == 8
@@ -209,7 +273,11 @@ def test_one_of_two_exclusive_fields_is_replaced_by_setting_both() -> None:
     assert config.mltfr.filter.num_kept(3000) == 30
 
 
-JSON = st.recursive(st.integers() | st.none(), lambda c: st.dictionaries(st.sampled_from("abc"), c, max_size=3), max_leaves=8)
+JSON = st.recursive(
+    st.integers() | st.none(),
+    lambda c: st.dictionaries(st.sampled_from("abc"), c, max_size=3),
+    max_leaves=8,
+)
 TREE = st.dictionaries(st.sampled_from("abc"), JSON, max_size=3)
 
 
@@ -237,7 +305,8 @@ def test_nothing_given_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("- 1\n", "does not hold a mapping"), ("a: [1\n", "not valid YAML"), ("", "mapping")]
+    ("text", "message"),
+    [("- 1\n", "does not hold a mapping"), ("a: [1\n", "not valid YAML"), ("", "mapping")],
 )
 def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "c.yaml"
@@ -285,17 +354,23 @@ def test_other_values_survive_yaml() -> None:
 
 def sections(model: type[Section]) -> list[type[Section]]:
     inner = [
-        f.annotation for f in model.model_fields.values() if isinstance(f.annotation, type) and issubclass(f.annotation, Section)
+        f.annotation
+        for f in model.model_fields.values()
+        if isinstance(f.annotation, type) and issubclass(f.annotation, Section)
     ]
     return [model, *(s for i in inner for s in sections(i))]
 
 
-@pytest.mark.parametrize("model", [*sections(RunConfig), PrepareConfig, TableConfig], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "model", [*sections(RunConfig), PrepareConfig, TableConfig], ids=lambda m: m.__name__
+)
 def test_every_field_and_section_is_described(model: type[Section]) -> None:
     assert model.__doc__
     for name, field in model.model_fields.items():
         assert field.description, name
-        assert field.description.endswith((".", "?")), f"{model.__name__}.{name}: {field.description}"
+        assert field.description.endswith((".", "?")), (
+            f"{model.__name__}.{name}: {field.description}"
+        )
 
 
 def test_help_shows_every_field_with_its_description() -> None:
@@ -306,11 +381,15 @@ def test_help_shows_every_field_with_its_description() -> None:
         assert all(field.description in text for field in model.model_fields.values())
     assert "optimizer.learning_rate (float, > 0; default: 0.001)" in text
     assert "data.path (path; default: required)" in text
-    assert 'loss.name (cross_entropy | sampled_softmax | bce | gbce; default: "cross_entropy")' in text
+    assert (
+        'loss.name (cross_entropy | sampled_softmax | bce | gbce; default: "cross_entropy")' in text
+    )
     assert "mltfr.filter.top_k (int or null, >= 1; default: 16)" in text
 
 
-def test_train_help_holds_the_fields(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_help_holds_the_fields(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     import train
 
@@ -331,7 +410,9 @@ def test_field_paths_and_nearest_key() -> None:
     assert nearest_key("x", []) is None
 
 
-@pytest.mark.parametrize(("ratio", "rows", "expected"), [(0.5, 7, 4), (0.001, 100, 2), (1.0, 9, 9), (0.01, 32_000, 320)])
+@pytest.mark.parametrize(
+    ("ratio", "rows", "expected"), [(0.5, 7, 4), (0.001, 100, 2), (1.0, 9, 9), (0.01, 32_000, 320)]
+)
 def test_filter_ratio(ratio: float, rows: int, expected: int) -> None:
     assert FilterConfig(top_k=None, filter_ratio=ratio).num_kept(rows) == expected
 
@@ -341,7 +422,17 @@ def test_filter_ratio(ratio: float, rows: int, expected: int) -> None:
 
 def test_options_make_a_section() -> None:
     options = build_parser().parse_args(
-        ["prepare", "a.csv", "out", "--user-core", "3", "--split", "global_temporal", "--valid-fraction", "0.2"]
+        [
+            "prepare",
+            "a.csv",
+            "out",
+            "--user-core",
+            "3",
+            "--split",
+            "global_temporal",
+            "--valid-fraction",
+            "0.2",
+        ]
     )
     made = section_from(PrepareConfig, options)
     assert made == PrepareConfig(user_core=3, split="global_temporal", valid_fraction=0.2)
@@ -352,7 +443,9 @@ def test_options_make_a_section() -> None:
 
 def test_a_wrong_option_is_refused_with_its_name() -> None:
     options = build_parser().parse_args(["prepare", "a.csv", "out", "--user-core", "some"])
-    with pytest.raises(ConfigError, match=r"the command line is not valid: `user_core`: .*given: 'some'"):
+    with pytest.raises(
+        ConfigError, match=r"the command line is not valid: `user_core`: .*given: 'some'"
+    ):
         section_from(PrepareConfig, options)
 
 

@@ -52,7 +52,9 @@ def samples(folder: Path, **data: object) -> list[tuple[int, ...]]:
     found = []
     for step in TrainStream(folder, config, Part(0, 1, 8, 8), seed=0).epoch(0):
         for batch in step.micro_batches:
-            for items, targets in zip(batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True):
+            for items, targets in zip(
+                batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True
+            ):
                 row = tuple(i for i in items if i)
                 found += [(*row, targets[len(row) - 1])] if row else []
     return sorted(found)
@@ -61,7 +63,9 @@ def samples(folder: Path, **data: object) -> list[tuple[int, ...]]:
 # --- fuzz --------------------------------------------------------------------------------------------------------
 
 
-def check_damage(folder: Path, shard: int, kind: str, place: float, bit: int, *, hashes_agree: bool) -> None:
+def check_damage(
+    folder: Path, shard: int, kind: str, place: float, bit: int, *, hashes_agree: bool
+) -> None:
     """Damage a shard and read everything: an error that names it, or, if nothing was changed, every sample.
 
     Args:
@@ -159,7 +163,10 @@ def test_manifests_that_cannot_be_are_refused(copy: Path) -> None:
     shards = json.loads(text)["splits"]["train"]["shards"]
     for change, words in [
         ({"num_sequences": 0}, "greater than or equal to 1"),
-        ({"num_sequences": shards[1]["num_sequences"] - 1}, "num_sequences is 120, but its shards have 119"),
+        (
+            {"num_sequences": shards[1]["num_sequences"] - 1},
+            "num_sequences is 120, but its shards have 119",
+        ),
         ({"sha256": shards[0]["sha256"]}, "two shards have the same sha256"),
         ({"file": shards[0]["file"]}, "two shards have the same file, train-000000.tar"),
         ({"file": "pipe:id"}, "pattern"),
@@ -196,8 +203,14 @@ def test_bad_shards_are_found_and_their_loss_is_exact(copy: Path) -> None:
     assert "missing" in bad["test-000000.tar"]
     train, test = manifest.splits["train"], manifest.splits["test"]
     text = loss_report(copy, manifest, bad)
-    assert f"train loses 32 of 120 sequences (26.67%) and {train.shards[1].num_items:,} of {train.num_items:,} items" in text
-    assert f"test loses 32 of 120 sequences (26.67%) and {test.shards[0].num_items:,} of {test.num_items:,} items" in text
+    assert (
+        f"train loses 32 of 120 sequences (26.67%) and {train.shards[1].num_items:,} of {train.num_items:,} items"
+        in text
+    )
+    assert (
+        f"test loses 32 of 120 sequences (26.67%) and {test.shards[0].num_items:,} of {test.num_items:,} items"
+        in text
+    )
     assert "valid" not in text
     with pytest.raises(DataError, match="No shard of split train"):
         loss_report(copy, manifest, {shard.file: "gone" for shard in train.shards})
@@ -219,7 +232,9 @@ def test_what_is_left_out_is_as_if_it_had_never_been(copy: Path, folder: Path) -
 @pytest.mark.parametrize("on_bad_shard", ["stop", "quarantine"])
 def test_both_ranks_of_a_run_do_the_same(tmp_path: Path, on_bad_shard: str) -> None:
     """Two real ranks: one of them stops both, or both leave out the same and the run records what."""
-    config = tiny_config(tmp_path, mltfr__enabled=False, training__epochs=1, data__on_bad_shard=on_bad_shard)
+    config = tiny_config(
+        tmp_path, mltfr__enabled=False, training__epochs=1, data__on_bad_shard=on_bad_shard
+    )
     flip(tmp_path / "data" / "train-000001.tar", 2000)
     (tmp_path / "run.yaml").write_text(dump_config(config))
     command = (REPOSITORY / "train.py", "--config", str(tmp_path / "run.yaml"))
@@ -240,7 +255,9 @@ def test_both_ranks_of_a_run_do_the_same(tmp_path: Path, on_bad_shard: str) -> N
 # --- slow and failing readers -------------------------------------------------------------------------------------
 
 
-def test_a_failing_read_is_repeated_with_growing_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_read_is_repeated_with_growing_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "shard"
     path.write_bytes(b"content")
     pauses: list[float] = []
@@ -256,7 +273,9 @@ def test_a_failing_read_is_repeated_with_growing_pauses(tmp_path: Path, monkeypa
     assert read_patiently(path, Patience(4, 10.0)) == b"content"
     assert pauses == [0.5, 1.0, 2.0]
     pauses.clear()
-    with pytest.raises(DataError, match="could not be read in 3 attempts: Input/output error") as caught:
+    with pytest.raises(
+        DataError, match="could not be read in 3 attempts: Input/output error"
+    ) as caught:
         read_patiently(path, Patience(3, 10.0))
     assert "read_attempts" in caught.value.remedy
 
@@ -265,7 +284,9 @@ def test_a_reader_that_hangs_is_given_up(tmp_path: Path) -> None:
     """A named pipe without a writer never answers."""
     os.mkfifo(tmp_path / "hangs")
     started = time.monotonic()
-    with pytest.raises(DataError, match=r"could not be read in 2 attempts: no answer within 0\.1 s"):
+    with pytest.raises(
+        DataError, match=r"could not be read in 2 attempts: no answer within 0\.1 s"
+    ):
         read_patiently(tmp_path / "hangs", Patience(2, 0.1))
     assert time.monotonic() - started < 10
     os.close(os.open(tmp_path / "hangs", os.O_WRONLY | os.O_NONBLOCK))  # let the readers go

@@ -108,7 +108,10 @@ CHANGES: dict[str, Any] = {
 }
 """What each field is changed to."""
 
-SEED_WORDS = {"mltfr.filter.strategy": "seed_words", "mltfr.filter.seed_words": ["first-3", "second-3"]}
+SEED_WORDS = {
+    "mltfr.filter.strategy": "seed_words",
+    "mltfr.filter.seed_words": ["first-3", "second-3"],
+}
 
 WITH: dict[str, dict[str, Any]] = {
     "mltfr.filter.filter_ratio": {"mltfr.filter.top_k": None, "mltfr.filter.filter_ratio": 0.2},
@@ -187,16 +190,30 @@ def trace(folder: Path, name: str, changes: dict[str, Any]) -> tuple[list[Any], 
     config = tiny_config(folder, **(start | dotted))
     if not config.folder.exists():
         fit(config)
-    files = sorted(str(p.relative_to(config.folder)) for p in (config.folder / "checkpoints").rglob("*"))
-    rows = [line for line in (config.folder / "report.md").read_text().splitlines() if line.startswith("| ") and " s |" in line]
-    return read_lines(config.folder / "metrics.jsonl"), files, str([row.split("|")[1] for row in rows])
+    files = sorted(
+        str(p.relative_to(config.folder)) for p in (config.folder / "checkpoints").rglob("*")
+    )
+    rows = [
+        line
+        for line in (config.folder / "report.md").read_text().splitlines()
+        if line.startswith("| ") and " s |" in line
+    ]
+    return (
+        read_lines(config.folder / "metrics.jsonl"),
+        files,
+        str([row.split("|")[1] for row in rows]),
+    )
 
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_field_has_an_effect(folder: Path, field: str) -> None:
     needed = WITH.get(field, {})
-    base_name = "base" + "".join(f"-{k}-{v}" for k, v in needed.items()).translate(str.maketrans(".[]' ,", "------"))
-    assert trace(folder, base_name, needed) != trace(folder, field.replace(".", "-"), needed | {field: CHANGES[field]})
+    base_name = "base" + "".join(f"-{k}-{v}" for k, v in needed.items()).translate(
+        str.maketrans(".[]' ,", "------")
+    )
+    assert trace(folder, base_name, needed) != trace(
+        folder, field.replace(".", "-"), needed | {field: CHANGES[field]}
+    )
 
 
 def test_the_same_run_leaves_the_same_trace(folder: Path) -> None:

@@ -22,4 +22,9 @@ def test_an_error_is_the_same_on_the_other_side(error: MltfrError) -> None:
     there = pickle.loads(pickle.dumps(error))
     assert type(there) is type(error)
     assert str(there) == str(error)
-    assert (there.what, there.rule, there.remedy, there.exit_code) == (error.what, error.rule, error.remedy, error.exit_code)
+    assert (there.what, there.rule, there.remedy, there.exit_code) == (
+        error.what,
+        error.rule,
+        error.remedy,
+        error.exit_code,
+    )

@@ -28,13 +28,18 @@ def batch(targets: list[int], seen: list[list[int]]) -> RankingBatch:
     rows = [row for row, items in enumerate(seen) for _ in items]
     items = [item for row in seen for item in row]
     return RankingBatch(
-        torch.ones(len(targets), 1).long(), torch.tensor(targets), torch.tensor(rows).long(), torch.tensor(items).long()
+        torch.ones(len(targets), 1).long(),
+        torch.tensor(targets),
+        torch.tensor(rows).long(),
+        torch.tensor(items).long(),
     )
 
 
 # Three users over items 1..5; user 1 has seen its own target; user 2's row only fills the batch.
 BATCH = batch([4, 2, 0], [[1, 2], [2, 5, 2], []])
-SCORES = torch.tensor([[NO, 9.0, 8.0, 5.0, 6.0, 7.0], [NO, 4.0, 3.0, 1.0, 2.0, 9.0], [NO, 1.0, 1.0, 1.0, 1.0, 1.0]])
+SCORES = torch.tensor(
+    [[NO, 9.0, 8.0, 5.0, 6.0, 7.0], [NO, 4.0, 3.0, 1.0, 2.0, 9.0], [NO, 1.0, 1.0, 1.0, 1.0, 1.0]]
+)
 
 
 def test_seen_items_are_masked_but_never_the_target() -> None:
@@ -49,19 +54,29 @@ def test_seen_items_are_masked_but_never_the_target() -> None:
 def test_metrics_with_seen_items_filtered() -> None:
     # Ranks: user 0: 7 above 6 -> 2; user 1: 4 above 3 -> 2. The filling row counts for nothing.
     metrics = evaluate(lambda _: SCORES.clone(), [BATCH], config(), ALONE)
-    assert metrics == pytest.approx({"HR@1": 0, "NDCG@1": 0, "HR@10": 1, "NDCG@10": 1 / math.log2(3), "MRR": 1 / 2})
+    assert metrics == pytest.approx(
+        {"HR@1": 0, "NDCG@1": 0, "HR@10": 1, "NDCG@10": 1 / math.log2(3), "MRR": 1 / 2}
+    )
 
 
 def test_metrics_with_all_items_as_candidates() -> None:
     # Ranks: user 0: 9, 8, 7 above 6 -> 4; user 1: 9, 4 above 3 -> 3.
     metrics = evaluate(lambda _: SCORES.clone(), [BATCH], config(filter_seen=False), ALONE)
-    expected = {"HR@1": 0, "NDCG@1": 0, "HR@10": 1, "NDCG@10": (1 / math.log2(5) + 1 / 2) / 2, "MRR": (1 / 4 + 1 / 3) / 2}
+    expected = {
+        "HR@1": 0,
+        "NDCG@1": 0,
+        "HR@10": 1,
+        "NDCG@10": (1 / math.log2(5) + 1 / 2) / 2,
+        "MRR": (1 / 4 + 1 / 3) / 2,
+    }
     assert metrics == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("ties", "rank"), [("pessimistic", 3), ("mean", 2), ("optimistic", 1)])
 def test_the_tie_rule_is_the_configured_one(ties: str, rank: int) -> None:
-    metrics = evaluate(lambda _: torch.tensor([[NO, 1.0, 1.0, 1.0]]), [batch([2], [[]])], config(ties=ties), ALONE)
+    metrics = evaluate(
+        lambda _: torch.tensor([[NO, 1.0, 1.0, 1.0]]), [batch([2], [[]])], config(ties=ties), ALONE
+    )
     assert metrics["MRR"] == pytest.approx(1 / rank)
 
 
@@ -74,7 +89,9 @@ def test_means_are_over_users_and_not_over_batches() -> None:
 
 
 def test_batches_that_only_fill_give_zeros() -> None:
-    metrics = evaluate(lambda b: torch.zeros(len(b.target_ids), 4), [batch([0], [[]])], config(), ALONE)
+    metrics = evaluate(
+        lambda b: torch.zeros(len(b.target_ids), 4), [batch([0], [[]])], config(), ALONE
+    )
     assert set(metrics.values()) == {0.0}
     assert list(metrics) == ["HR@1", "NDCG@1", "HR@10", "NDCG@10", "MRR"]
 
@@ -86,10 +103,18 @@ def test_a_model_that_diverged_is_no_result() -> None:
 
 def test_an_oracle_over_real_data_is_perfect_at_any_batch_size(tmp_path: Path) -> None:
     (tmp_path / "raw.txt").write_text(
-        "".join(f"u{u} " + " ".join(f"i{(u * k) % 17}" for k in range(1, 7)) + "\n" for u in range(1, 14))
+        "".join(
+            f"u{u} " + " ".join(f"i{(u * k) % 17}" for k in range(1, 7)) + "\n"
+            for u in range(1, 14)
+        )
     )
     prepared = PrepareConfig(
-        format="sequences", user_core=1, item_core=1, duplicates="keep", sequences_per_shard=5, sequences_per_block=3
+        format="sequences",
+        user_core=1,
+        item_core=1,
+        duplicates="keep",
+        sequences_per_shard=5,
+        sequences_per_block=3,
     )
     manifest = prepare(str(tmp_path / "raw.txt"), tmp_path / "data", prepared, log=lambda _: None)
 
@@ -97,11 +122,18 @@ def test_an_oracle_over_real_data_is_perfect_at_any_batch_size(tmp_path: Path) -
         return torch.nn.functional.one_hot(b.target_ids, manifest.num_items + 1).float()
 
     def by_id(b: RankingBatch) -> Tensor:
-        return torch.arange(manifest.num_items + 1.0).repeat(len(b.target_ids), 1).index_fill(1, torch.tensor([0]), NO)
+        return (
+            torch.arange(manifest.num_items + 1.0)
+            .repeat(len(b.target_ids), 1)
+            .index_fill(1, torch.tensor([0]), NO)
+        )
 
     results = []
     for size in (1, 4, 100):
-        stream = lambda size=size: RankingStream(tmp_path / "data", "test", max_len=3, batch_size=size)  # noqa: E731
+
+        def stream(size: int = size) -> RankingStream:
+            return RankingStream(tmp_path / "data", "test", max_len=3, batch_size=size)
+
         assert set(evaluate(oracle, stream(), config(), ALONE).values()) == {1.0}
         results.append(evaluate(by_id, stream(), config(), ALONE))
     assert results[0] == pytest.approx(results[1])

@@ -69,16 +69,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_scores_are_the_same(folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_are_the_same(
+    folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny_config(
-        folder, name=name.replace(", ", "-").replace(" ", "-"), training__epochs=1, training__consensus_epochs=1, **RUNS[name]
+        folder,
+        name=name.replace(", ", "-").replace(" ", "-"),
+        training__epochs=1,
+        training__consensus_epochs=1,
+        **RUNS[name],
     )
     fit(config)
     output = tmp_path / "model"
     assert mltfr(["export", str(config.folder), str(output)]) == 0
     found = tmp_path / "scores.safetensors"
     command = [sys.executable, "-c", ELSEWHERE, str(output), json.dumps(HISTORIES), str(found)]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=clean_environment(), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
     run = load_run(config.folder)
@@ -87,13 +95,17 @@ def test_scores_are_the_same(folder: Path, tmp_path: Path, name: str, capsys: py
     for history in HISTORIES:
         recent = torch.tensor([encode_history(run, history)[-config.data.max_len :]])
         with torch.no_grad():
-            expected.append(run.model(RankingBatch(recent, torch.zeros(1, dtype=torch.int64), none, none))[0])
+            expected.append(
+                run.model(RankingBatch(recent, torch.zeros(1, dtype=torch.int64), none, none))[0]
+            )
     scores = load_file(found)["scores"]
     assert scores.shape == (len(HISTORIES), 41)
     assert torch.equal(scores, torch.stack(expected))
     if name == "consensus":
         capsys.readouterr()
-        assert mltfr(["export", str(config.folder), str(output)]) == EXIT_BAD_INPUT, "never overwrites"
+        assert mltfr(["export", str(config.folder), str(output)]) == EXIT_BAD_INPUT, (
+            "never overwrites"
+        )
         assert "exists" in capsys.readouterr().err
 
 
@@ -101,7 +113,9 @@ def test_a_damaged_export_is_refused(folder: Path, tmp_path: Path) -> None:
     from mltfr_dist.errors import DamagedError, DataError
     from mltfr_dist.exported import load_exported
 
-    config = tiny_config(folder, name="bare", training__epochs=1, training__consensus_epochs=1, mltfr__enabled=False)
+    config = tiny_config(
+        folder, name="bare", training__epochs=1, training__consensus_epochs=1, mltfr__enabled=False
+    )
     fit(config)
     output = tmp_path / "model"
     assert mltfr(["export", str(config.folder), str(output)]) == 0

@@ -18,5 +18,8 @@ def test_a_hash_tells_after_each_block_that_it_goes_on(
     content = bytes(range(size))
     (tmp_path / "file").write_bytes(content)
     told: list[None] = []
-    assert files.file_sha256(tmp_path / "file", lambda: told.append(None)) == hashlib.sha256(content).hexdigest()
+    assert (
+        files.file_sha256(tmp_path / "file", lambda: told.append(None))
+        == hashlib.sha256(content).hexdigest()
+    )
     assert len(told) == blocks

@@ -44,7 +44,9 @@ def test_equals_a_loop_over_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert4rec", "cl4srec"])
-def test_a_sample_counts_by_its_scored_positions_and_by_the_recommendation_loss(tmp_path: Path, name: str) -> None:
+def test_a_sample_counts_by_its_scored_positions_and_by_the_recommendation_loss(
+    tmp_path: Path, name: str
+) -> None:
     config = tiny_config(tmp_path, backbone__name=name, loss__contrast_group=4)
     model = build_model(config, load_inputs(config), with_consensus=False)
     batch = next(train_stream(config, Part(0, 1, 16, 16)).epoch(0)).micro_batches[0]
@@ -74,7 +76,9 @@ def test_samples_beyond_the_number_asked_for_do_not_count(tmp_path: Path) -> Non
     config, model, _ = setup(tmp_path)
     stream = train_stream(config, Part(0, 1, 16, 16))
     few = fisher_diagonals(model, [next(stream.epoch(0)).micro_batches[0]], ONE, 10)
-    many = fisher_diagonals(model, [b for step in stream.epoch(0) for b in step.micro_batches], ONE, 10)
+    many = fisher_diagonals(
+        model, [b for step in stream.epoch(0) for b in step.micro_batches], ONE, 10
+    )
     for a, b in zip(few, many, strict=True):
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-12)
@@ -86,5 +90,7 @@ def test_leaves_parameters_gradients_and_mode_alone(tmp_path: Path) -> None:
     model.train()
     fisher_diagonals(model, [batch], ONE, 16)
     assert model.training
-    assert all(torch.equal(before[name], p) and p.grad is None for name, p in model.named_parameters())
+    assert all(
+        torch.equal(before[name], p) and p.grad is None for name, p in model.named_parameters()
+    )
     assert all(core.taps is None for core in model.mltfr.cores)

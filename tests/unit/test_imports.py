@@ -54,7 +54,9 @@ def room(path: Path) -> str:
 
 def own(path: Path) -> set[str]:
     """What a file imports from this package, without the package's name."""
-    return {name.removeprefix("mltfr_dist.") for name in imports(path) if name.startswith("mltfr_dist.")}
+    return {
+        name.removeprefix("mltfr_dist.") for name in imports(path) if name.startswith("mltfr_dist.")
+    }
 
 
 def name(path: Path) -> str:
@@ -80,17 +82,27 @@ def test_imports_run_one_way(path: Path) -> None:
         if here in LEAVES:
             assert LAYERS[target] < LAYERS[here], f"{name(path)} imports {imported}"
         if here == "data":
-            assert target in ("errors", "schema", "config", "files"), f"{name(path)} imports {imported}"
+            assert target in ("errors", "schema", "config", "files"), (
+                f"{name(path)} imports {imported}"
+            )
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=name)
 def test_models_know_of_data_only_the_batch(path: Path) -> None:
     for imported in own(path):
         target = imported.partition(".")[0]
-        assert target in ("backbones", "schema", "config", "models", "losses", "data", "numerics"), (
+        assert target in (
+            "backbones",
+            "schema",
+            "config",
+            "models",
+            "losses",
+            "data",
+            "numerics",
+        ), f"{name(path)} imports {imported}"
+        assert target != "data" or imported.startswith("data.batch."), (
             f"{name(path)} imports {imported}"
         )
-        assert target != "data" or imported.startswith("data.batch."), f"{name(path)} imports {imported}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -99,7 +111,11 @@ def test_distribution_stays_in_its_room(path: Path) -> None:
         return
     forbidden = [i for i in imports(path) if re.match(r"torch\.distributed\b|deepspeed\b", i)]
     assert not forbidden
-    attributes = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    attributes = {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
     assert not {a for a in attributes if a.startswith("torch.distributed")}
 
 
@@ -115,7 +131,9 @@ def test_no_cycles() -> None:
     modules = {module.removesuffix(".__init__"): path for module, path in dotted.items()}
     edges = {}
     for module, path in modules.items():
-        edges[module] = {m for i in own(path) for m in (i, i.rpartition(".")[0]) if m in modules and m != module}
+        edges[module] = {
+            m for i in own(path) for m in (i, i.rpartition(".")[0]) if m in modules and m != module
+        }
     done: set[str] = set()
 
     def visit(module: str, above: tuple[str, ...]) -> None:
@@ -142,6 +160,13 @@ DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "huggingface_hub": "huggingf
 def test_every_third_party_import_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[\[<>=~! ]", line)[0].lower() for line in project["dependencies"]}
-    used = {i.partition(".")[0] for path in FILES for i in imports(path)} - {"mltfr_dist", *sys.stdlib_module_names}
-    undeclared = {module for module in used - {"pydantic_core"} if DISTRIBUTIONS.get(module, module).lower() not in declared}
+    used = {i.partition(".")[0] for path in FILES for i in imports(path)} - {
+        "mltfr_dist",
+        *sys.stdlib_module_names,
+    }
+    undeclared = {
+        module
+        for module in used - {"pydantic_core"}
+        if DISTRIBUTIONS.get(module, module).lower() not in declared
+    }
     assert not undeclared

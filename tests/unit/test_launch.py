@@ -39,7 +39,12 @@ def test_a_task_of_srun_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (TASK | MEETING).items():
         monkeypatch.setenv(name, value)
     assert is_launched()
-    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")] == ["2", "3", "0", "1"]
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")] == [
+        "2",
+        "3",
+        "0",
+        "1",
+    ]
 
 
 def test_a_single_task_is_a_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +78,9 @@ def test_contradictions_are_refused_and_one_task_speaks(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=words):
         is_launched()
-    for name, value in (TASK | given | ({"RANK": "0"} if given.get("WORLD_SIZE") == "3" else {})).items():
+    for name, value in (
+        TASK | given | ({"RANK": "0"} if given.get("WORLD_SIZE") == "3" else {})
+    ).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(OtherRankError):
         is_launched()
@@ -82,7 +89,9 @@ def test_contradictions_are_refused_and_one_task_speaks(
 def test_the_command_says_so_and_exits(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(dump_config(tiny_config(tmp_path)))
-    environment = clean_environment(**TASK, **MEETING, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0") | {"SLURM_PROCID": "0"}
+    environment = clean_environment(**TASK, **MEETING, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0") | {
+        "SLURM_PROCID": "0"
+    }
     command = [sys.executable, str(REPOSITORY / "train.py"), "--config", str(config)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == EXIT_BAD_INPUT
@@ -91,8 +100,15 @@ def test_the_command_says_so_and_exits(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_incomplete_environment_is_refused_and_rank_0_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "n1"}.items():
+def test_an_incomplete_environment_is_refused_and_rank_0_speaks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "n1",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="but not MASTER_PORT"):
         is_launched()
@@ -101,9 +117,15 @@ def test_an_incomplete_environment_is_refused_and_rank_0_speaks(monkeypatch: pyt
         is_launched()
 
 
-@pytest.mark.parametrize(("name", "value"), [("RANK", "2"), ("RANK", "x"), ("WORLD_SIZE", "-2"), ("MASTER_PORT", "")])
-def test_what_cannot_be_a_rank_is_refused_before_it_waits(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    for given, number in (MEETING | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", name: value}).items():
+@pytest.mark.parametrize(
+    ("name", "value"), [("RANK", "2"), ("RANK", "x"), ("WORLD_SIZE", "-2"), ("MASTER_PORT", "")]
+)
+def test_what_cannot_be_a_rank_is_refused_before_it_waits(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    for given, number in (
+        MEETING | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", name: value}
+    ).items():
         monkeypatch.setenv(given, number)
     with pytest.raises(ConfigError, match=f"{name}={value}.*RANK lies below WORLD_SIZE"):
         is_launched()
@@ -111,9 +133,16 @@ def test_what_cannot_be_a_rank_is_refused_before_it_waits(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("SLURM_PROCID", "3"), ("SLURM_NODEID", "2"), ("SLURM_LOCALID", "1"), ("SLURM_STEP_TASKS_PER_NODE", "2(x2)")],
+    [
+        ("SLURM_PROCID", "3"),
+        ("SLURM_NODEID", "2"),
+        ("SLURM_LOCALID", "1"),
+        ("SLURM_STEP_TASKS_PER_NODE", "2(x2)"),
+    ],
 )
-def test_slurm_that_contradicts_itself_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_slurm_that_contradicts_itself_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     for given, text in (TASK | {"SLURM_PROCID": "0"} | MEETING | {name: value}).items():
         monkeypatch.setenv(given, text)
     kind = ConfigError if name != "SLURM_PROCID" else OtherRankError
@@ -121,6 +150,8 @@ def test_slurm_that_contradicts_itself_is_refused(monkeypatch: pytest.MonkeyPatc
         is_launched()
 
 
-@pytest.mark.parametrize(("text", "counts"), [("2", [2]), ("4(x2),1", [4, 4, 1]), ("1,3(x2)", [1, 3, 3])])
+@pytest.mark.parametrize(
+    ("text", "counts"), [("2", [2]), ("4(x2),1", [4, 4, 1]), ("1,3(x2)", [1, 3, 3])]
+)
 def test_tasks_of_nodes(text: str, counts: list[int]) -> None:
     assert tasks_of_nodes(text) == counts

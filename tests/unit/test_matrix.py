@@ -21,13 +21,22 @@ from mltfr_dist.training.run_folder import differing_fields
 
 def row(variant: str, seed: int, value: float) -> dict[str, object]:
     metrics = {"valid/NDCG@10": value, "test/NDCG@10": value, "test/HR@10": 2 * value}
-    key = {"dataset": "d", "backbone": "sasrec", "variant": variant, "seed": seed, "config_sha256": "0"}
+    key = {
+        "dataset": "d",
+        "backbone": "sasrec",
+        "variant": variant,
+        "seed": seed,
+        "config_sha256": "0",
+    }
     return key | {"parameters": 10, "seconds": 1.0} | metrics
 
 
 def differing(base: RunConfig, name: str) -> set[str]:
     made = quality.variant(name)(base)
-    return {line.split(" is ")[0] for line in differing_fields(base.model_dump(mode="json"), made.model_dump(mode="json"))}
+    return {
+        line.split(" is ")[0]
+        for line in differing_fields(base.model_dump(mode="json"), made.model_dump(mode="json"))
+    }
 
 
 def test_interval_by_hand() -> None:
@@ -52,12 +61,16 @@ def test_differences_are_paired_by_seed(tmp_path: Path, capsys: pytest.CaptureFi
     to_bare, to_random = shown.split("difference to bare")[1].split("difference to random_tables")
     line = next(part for part in to_bare.splitlines() if part.startswith("repaired"))
     assert line.split() == ["repaired", "3", "+0.0110", "+-", "0.0025", "differs"]
-    assert next(p for p in to_bare.splitlines() if p.startswith("random_tables")).endswith("+- ?  too few seeds")
+    assert next(p for p in to_bare.splitlines() if p.startswith("random_tables")).endswith(
+        "+- ?  too few seeds"
+    )
     assert "repaired" in to_random
     assert "0.5000 +- 0.9937" in shown  # the unpaired spread of bare
 
 
-def test_several_matrices_are_taken_together_and_a_run_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_matrices_are_taken_together_and_a_run_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one, other = tmp_path / "one.parquet", tmp_path / "other.parquet"
     slices = {
         f"test/{name}/{metric}": value
@@ -66,13 +79,24 @@ def test_several_matrices_are_taken_together_and_a_run_counts_once(tmp_path: Pat
     }
     for seed in (0, 1):
         append_row(one, row("bare", seed, 0.1) | slices)
-        append_row(other, row("repaired", seed, 0.2) | slices | {"test/item_rare/NDCG@10": 0.3 + 0.2 * seed})
+        append_row(
+            other,
+            row("repaired", seed, 0.2) | slices | {"test/item_rare/NDCG@10": 0.3 + 0.2 * seed},
+        )
     assert mltfr(["report", str(one), str(other)]) == 0
     shown = capsys.readouterr().out
     assert "differs" in shown
     by_slice = shown.split("by slice")[1].splitlines()
-    assert next(line for line in by_slice if line.startswith("(users)")).split() == ["(users)", "7", "7"]
-    assert next(line for line in by_slice if line.startswith("repaired")).split() == ["repaired", "0.4000", "0.2000"]
+    assert next(line for line in by_slice if line.startswith("(users)")).split() == [
+        "(users)",
+        "7",
+        "7",
+    ]
+    assert next(line for line in by_slice if line.startswith("repaired")).split() == [
+        "repaired",
+        "0.4000",
+        "0.2000",
+    ]
     with pytest.raises(DataError, match="stands in the matrices more than once"):
         summary([one, one])
     assert mltfr(["report", str(one), str(tmp_path)]) == 2
@@ -128,7 +152,9 @@ def test_what_is_no_matrix(tmp_path: Path, content: str | None) -> None:
         ("grounded_random", {"mltfr.item_tokens.source", "mltfr.table_content"}),
     ],
 )
-def test_an_arm_changes_what_it_says_and_nothing_else(tmp_path: Path, name: str, fields: set[str]) -> None:
+def test_an_arm_changes_what_it_says_and_nothing_else(
+    tmp_path: Path, name: str, fields: set[str]
+) -> None:
     base = tiny_config(tmp_path, backbone__hidden_dim=32, backbone__num_heads=1)
     assert differing(base, name) == fields
     made = quality.variant(name)(base)
@@ -138,7 +164,9 @@ def test_an_arm_changes_what_it_says_and_nothing_else(tmp_path: Path, name: str,
 
 
 def test_the_wide_bare_backbone_has_as_many_parameters(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No hidden_dim gives the bare backbone"):  # two heads: steps of 2 are too coarse
+    with pytest.raises(
+        ConfigError, match="No hidden_dim gives the bare backbone"
+    ):  # two heads: steps of 2 are too coarse
         quality.variant("bare_equal_parameters")(tiny_config(tmp_path, backbone__hidden_dim=32))
     base = tiny_config(tmp_path, backbone__hidden_dim=32, backbone__num_heads=1)
     wide = quality.variant("bare_equal_parameters")(base)
@@ -155,7 +183,9 @@ def test_an_unknown_variant_names_the_valid_ones() -> None:
 
 def test_the_hash_is_of_the_numbers_and_not_of_the_place(tmp_path: Path) -> None:
     base = tiny_config(tmp_path)
-    assert config_sha256(base) == config_sha256(tiny_config(tmp_path, name="other", runs_dir="elsewhere"))
+    assert config_sha256(base) == config_sha256(
+        tiny_config(tmp_path, name="other", runs_dir="elsewhere")
+    )
     assert config_sha256(base) != config_sha256(tiny_config(tmp_path, training__seed=1))
 
 
@@ -163,7 +193,9 @@ def test_the_hash_is_of_the_numbers_and_not_of_the_place(tmp_path: Path) -> None
 def test_a_matrix_is_run_row_by_row_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in SINGLE_PROCESS:  # earlier tests of this process may have left what its own group needed
+    for (
+        name
+    ) in SINGLE_PROCESS:  # earlier tests of this process may have left what its own group needed
         monkeypatch.delenv(name, raising=False)
     config = tiny_config(tmp_path, training__epochs=1, training__consensus_epochs=1)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
@@ -183,13 +215,21 @@ def test_a_matrix_is_run_row_by_row_and_goes_on(
     assert [(r["variant"], r["seed"]) for r in first] == [("bare", 0), ("random_tables", 0)]
     assert quality.main([*options, "--seeds", "0", "1"]) == 0
     rows = read_rows(path)
-    assert [(r["variant"], r["seed"]) for r in rows] == [("bare", 0), ("random_tables", 0), ("bare", 1), ("random_tables", 1)]
+    assert [(r["variant"], r["seed"]) for r in rows] == [
+        ("bare", 0),
+        ("random_tables", 0),
+        ("bare", 1),
+        ("random_tables", 1),
+    ]
     assert rows[:2] == first
     for r in rows:
         assert r["parameters"] > 0
         assert r["epochs"] == 2
         assert 0 < r["test/MRR"] < 1
-        assert r["test/item_rare/users"] + r["test/item_middle/users"] + r["test/item_common/users"] == 120
+        assert (
+            r["test/item_rare/users"] + r["test/item_middle/users"] + r["test/item_common/users"]
+            == 120
+        )
     assert mltfr(["report", str(path)]) == 0
     capsys.readouterr()
     assert quality.main([*options, "--seeds", "0", "--set", "backbone.dropout=0.3"]) == 2

@@ -74,7 +74,9 @@ def test_no_user_gives_zeros() -> None:
     assert target_ranks(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), "mean").shape == (0,)
 
 
-@pytest.mark.parametrize(("column", "value"), [(3, math.nan), (2, math.nan), (2, NO), (2, math.inf)])
+@pytest.mark.parametrize(
+    ("column", "value"), [(3, math.nan), (2, math.nan), (2, NO), (2, math.inf)]
+)
 def test_scores_that_have_no_rank_raise(column: int, value: float) -> None:
     """Target 2. A NaN compares false with everything, so an unchecked model that diverged would rank first."""
     scores = torch.tensor([[NO, 1.0, 2.0, 3.0]])

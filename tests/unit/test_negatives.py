@@ -11,7 +11,9 @@ from mltfr_dist.data.negatives import hash_u64, sample_negatives
 from mltfr_dist.errors import DataError
 
 
-def sample(histories: list[list[int]], ids: list[int], length: int = 6, count: int = 3, **keys: int) -> np.ndarray:
+def sample(
+    histories: list[list[int]], ids: list[int], length: int = 6, count: int = 3, **keys: int
+) -> np.ndarray:
     arrays = [np.array(h, dtype=np.uint16) for h in histories]
     keys = {"num_items": 30, "seed": 5, "epoch": 2} | keys
     return sample_negatives(arrays, np.array(ids, dtype=np.int64), length, count, **keys)
@@ -33,7 +35,9 @@ def test_a_negative_is_an_item_and_never_of_the_users_history(histories: list[li
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(HISTORIES, st.randoms(use_true_random=False))
-def test_a_samples_negatives_do_not_depend_on_its_batch(histories: list[list[int]], random: object) -> None:
+def test_a_samples_negatives_do_not_depend_on_its_batch(
+    histories: list[list[int]], random: object
+) -> None:
     ids = [100 + 7 * i for i in range(len(histories))]
     together = sample(histories, ids)
     order = list(range(len(histories)))
@@ -50,7 +54,9 @@ def test_a_longer_batch_draws_the_same_at_the_positions_they_share() -> None:
 
 @pytest.mark.parametrize("change", [{"seed": 6}, {"epoch": 3}])
 def test_seed_and_epoch_give_other_negatives(change: dict[str, int]) -> None:
-    assert not np.array_equal(sample([[1]], [0], length=20), sample([[1]], [0], length=20, **change))
+    assert not np.array_equal(
+        sample([[1]], [0], length=20), sample([[1]], [0], length=20, **change)
+    )
 
 
 def test_samples_and_positions_draw_apart() -> None:
@@ -61,7 +67,9 @@ def test_samples_and_positions_draw_apart() -> None:
 
 def test_negatives_are_uniform_over_what_is_left() -> None:
     history = [1, 2, 10]
-    counts = np.bincount(sample([history], [3], length=4000, count=5, num_items=20).ravel(), minlength=21)
+    counts = np.bincount(
+        sample([history], [3], length=4000, count=5, num_items=20).ravel(), minlength=21
+    )
     left = [i for i in range(1, 21) if i not in history]
     expected = 20_000 / len(left)
     chi_square = float(((counts[left] - expected) ** 2 / expected).sum())

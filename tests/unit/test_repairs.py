@@ -21,7 +21,24 @@ from mltfr_dist.training.fit import fit
 from mltfr_dist.training.inputs import build_model, load_inputs
 from mltfr_dist.training.stages import CORE, FISHER
 
-DEFECTS = ["D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "D9", "D10", "D10b", "D12", "D13", "D14", "D17", "D18"]
+DEFECTS = [
+    "D1",
+    "D2",
+    "D3",
+    "D4",
+    "D5",
+    "D6",
+    "D7",
+    "D8",
+    "D9",
+    "D10",
+    "D10b",
+    "D12",
+    "D13",
+    "D14",
+    "D17",
+    "D18",
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +80,22 @@ def test_an_unknown_repair_names_the_nearest() -> None:
 
 def published(folder: Path, **changes: Any) -> RunConfig:
     """As published, with its loss; the tiny tables differ in width, so that the group is one of them."""
-    fields = {"mltfr__consensus__group": ["first"], "mltfr__consensus__weight": 0.01, "loss__name": "bce"}
-    return as_published(tiny_config(folder, training__epochs=2, training__consensus_epochs=1, **fields | changes))
+    fields = {
+        "mltfr__consensus__group": ["first"],
+        "mltfr__consensus__weight": 0.01,
+        "loss__name": "bce",
+    }
+    return as_published(
+        tiny_config(folder, training__epochs=2, training__consensus_epochs=1, **fields | changes)
+    )
 
 
-def test_the_published_form_trains_in_two_stages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = published(folder, name="published", checkpoint__keep_last=20, checkpoint__every_steps=1)
+def test_the_published_form_trains_in_two_stages(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = published(
+        folder, name="published", checkpoint__keep_last=20, checkpoint__every_steps=1
+    )
     assert set(REPAIRS) - set(taken_away(config)) == {"single_softmax"}
     (result,) = fit(config)
     assert "repairs taken away: soft_weights" in capsys.readouterr().out
@@ -88,14 +115,22 @@ def test_the_published_form_trains_in_two_stages(folder: Path, capsys: pytest.Ca
     for name, tensor in merged.items():
         assert torch.equal(second[f"mltfr.consensus.{name}"], tensor)
     # A group of one merges to F theta / (F + 1e-12).
-    best = checkpoint.read(checkpoint.best_folder(checkpoints, checkpoint.read_header(checkpoints / "fisher").progress))
+    best = checkpoint.read(
+        checkpoint.best_folder(checkpoints, checkpoint.read_header(checkpoints / "fisher").progress)
+    )
     weight, core = fisher["0.value.weight"].double(), best["mltfr.cores.0.value.weight"].double()
     torch.testing.assert_close(merged["value.weight"], (weight * core / (weight + 1e-12)).float())
-    moved = (second["backbone.item_embedding.weight"] - start["backbone.item_embedding.weight"]).abs().max()
+    moved = (
+        (second["backbone.item_embedding.weight"] - start["backbone.item_embedding.weight"])
+        .abs()
+        .max()
+    )
     assert (
         moved
         < 2 * config.optimizer.learning_rate
-        < (last["backbone.item_embedding.weight"] - start["backbone.item_embedding.weight"]).abs().max()
+        < (last["backbone.item_embedding.weight"] - start["backbone.item_embedding.weight"])
+        .abs()
+        .max()
     )
     assert "picked on the test split" in (config.folder / "report.md").read_text()
     assert json.loads((config.folder / "result.json").read_text())["name"] == result.name
@@ -103,7 +138,11 @@ def test_the_published_form_trains_in_two_stages(folder: Path, capsys: pytest.Ca
 
 def test_double_softmax_is_reported(folder: Path) -> None:
     config = tiny_config(
-        folder, name="doubled", mltfr__router__double_softmax=True, training__epochs=1, training__consensus_epochs=1
+        folder,
+        name="doubled",
+        mltfr__router__double_softmax=True,
+        training__epochs=1,
+        training__consensus_epochs=1,
     )
     (result,) = fit(config)
     assert result.routing["largest_weight"] < 0.74  # e / (e + 1), for two experts

@@ -29,7 +29,11 @@ def changed(**training: int) -> RunConfig:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -85,18 +89,24 @@ def test_a_folder_without_a_run(tmp_path: Path) -> None:
     assert "train.py" in caught.value.remedy
 
 
-def test_a_stored_configuration_of_another_version_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_a_stored_configuration_of_another_version_is_an_error_that_names_the_file(
+    tmp_path: Path,
+) -> None:
     claim(tmp_path / "r", preset("demo"), resume=True)
     path = tmp_path / "r" / CONFIG
     path.write_text(path.read_text() + "gone_field: 1\n")
-    with pytest.raises(ConfigError, match=r"config\.yaml is not valid: `gone_field` is not a field"):
+    with pytest.raises(
+        ConfigError, match=r"config\.yaml is not valid: `gone_field` is not a field"
+    ):
         claim(tmp_path / "r", preset("demo"), resume=True)
 
 
 def test_differing_fields_walks_both_trees() -> None:
     old = {"a": {"b": 1, "c": [1]}, "d": None}
     assert differing_fields(old, old) == []
-    assert differing_fields(old, {"a": {"b": 2, "c": [1]}, "d": None}) == ["a.b is 1 there and 2 here"]
+    assert differing_fields(old, {"a": {"b": 2, "c": [1]}, "d": None}) == [
+        "a.b is 1 there and 2 here"
+    ]
     assert differing_fields(old, {"a": {"b": 1, "c": [1, 2]}, "d": {"e": 1}, "f": True}) == [
         "a.c is [1] there and [1, 2] here",
         'd is null there and {"e": 1} here',
@@ -106,7 +116,15 @@ def test_differing_fields_walks_both_trees() -> None:
 
 def test_a_result_survives_its_file(tmp_path: Path) -> None:
     assert load_result(tmp_path) is None
-    result = Result(name="mltfr", valid={"HR@10": 0.1}, test={"HR@10": 0.05}, seconds=1.5, stage="train", epoch=3, world_size=2)
+    result = Result(
+        name="mltfr",
+        valid={"HR@10": 0.1},
+        test={"HR@10": 0.05},
+        seconds=1.5,
+        stage="train",
+        epoch=3,
+        world_size=2,
+    )
     write_atomically(tmp_path / RESULT, result.model_dump_json())
     assert load_result(tmp_path) == result
     assert list(contents(tmp_path)) == [RESULT]
@@ -119,7 +137,14 @@ def line(stage: str, step: int, kind: str = "step") -> str:
     return json.dumps({"kind": kind, "stage": stage, "step": step, "loss": 1.0 / (step + 1)}) + "\n"
 
 
-ALL = [("train", 10), ("train", 20), ("train", 20), ("train", 30), ("consensus", 10), ("consensus", 20)]
+ALL = [
+    ("train", 10),
+    ("train", 20),
+    ("train", 20),
+    ("train", 30),
+    ("consensus", 10),
+    ("consensus", 20),
+]
 
 
 @pytest.mark.parametrize(
@@ -197,4 +222,15 @@ def test_random_state_is_a_function_of_its_keys() -> None:
         return float(torch.rand(()))
 
     assert draw(1, 0, 5, 0) == draw(1, 0, 5, 0)
-    assert len({draw(1, 0, 5, 0), draw(2, 0, 5, 0), draw(1, 1, 5, 0), draw(1, 0, 6, 0), draw(1, 0, 5, 1)}) == 5
+    assert (
+        len(
+            {
+                draw(1, 0, 5, 0),
+                draw(2, 0, 5, 0),
+                draw(1, 1, 5, 0),
+                draw(1, 0, 6, 0),
+                draw(1, 0, 5, 1),
+            }
+        )
+        == 5
+    )

@@ -27,9 +27,16 @@ def test_membership_by_hand() -> None:
         torch.tensor([0, 1, 1, 2, 2, 2]),
         torch.tensor([3, 3, 1, 1, 2, 2]),
     )
-    expected = [["item_rare", "history_short"], ["item_middle", "history_middle"], ["item_common", "history_long"], []]
+    expected = [
+        ["item_rare", "history_short"],
+        ["item_middle", "history_middle"],
+        ["item_common", "history_long"],
+        [],
+    ]
     found = slices.members(batch)
-    assert [[name for name, m in zip(Slices.NAMES, row, strict=True) if m] for row in found.tolist()] == expected
+    assert [
+        [name for name, m in zip(Slices.NAMES, row, strict=True) if m] for row in found.tolist()
+    ] == expected
 
 
 def test_metrics_by_hand() -> None:
@@ -47,12 +54,16 @@ def test_metrics_by_hand() -> None:
     assert found[ALL] == evaluate(lambda _: scores, [batch], config, ALONE)
 
 
-def test_slices_of_real_data_partition_the_users_and_thirds_are_by_training_count(tmp_path: Path) -> None:
+def test_slices_of_real_data_partition_the_users_and_thirds_are_by_training_count(
+    tmp_path: Path,
+) -> None:
     config = tiny_config(tmp_path)
     manifest = load_inputs(config).manifest
     slices = training_slices(config, manifest)
     train = training_sequences(config.data.path, manifest)
-    counts = torch.bincount(torch.from_numpy(train.items.astype("int64")), minlength=manifest.num_items + 1)
+    counts = torch.bincount(
+        torch.from_numpy(train.items.astype("int64")), minlength=manifest.num_items + 1
+    )
     thirds = [counts[1:][slices.item_third[1:] == third] for third in range(3)]
     assert max(map(len, thirds)) - min(map(len, thirds)) <= 1
     assert thirds[0].max() <= thirds[1].min() <= thirds[1].max() <= thirds[2].min()
@@ -65,9 +76,13 @@ def test_slices_of_real_data_partition_the_users_and_thirds_are_by_training_coun
     parts = []
     for rank in range(2):  # sums over ranks are sums over users
         stream = ranking_stream(config, "test", Ranks(rank, 2, torch.device("cpu")))
-        parts.append(evaluate_slices(by_id, stream, config.evaluation, ALONE, Slices.NAMES, slices.members))
+        parts.append(
+            evaluate_slices(by_id, stream, config.evaluation, ALONE, Slices.NAMES, slices.members)
+        )
     whole_stream = ranking_stream(config, "test", ALONE)
-    whole = evaluate_slices(by_id, whole_stream, config.evaluation, ALONE, Slices.NAMES, slices.members)
+    whole = evaluate_slices(
+        by_id, whole_stream, config.evaluation, ALONE, Slices.NAMES, slices.members
+    )
     users = manifest.splits["test"].num_sequences
     for group in (Slices.NAMES[:3], Slices.NAMES[3:]):
         assert sum(whole[name]["users"] for name in group) == users

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,10 +37,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """43 training sequences in shards of 6 (so windows of 12, 12, 12 and 7), histories of 2 to 14 items."""
     root = tmp_path_factory.mktemp("stream")
     random = np.random.default_rng(0)
-    lines = [f"u{u} " + " ".join(f"i{i}" for i in random.integers(0, 60, size=4 + u % 13)) for u in range(NUM_USERS)]
+    lines = [
+        f"u{u} " + " ".join(f"i{i}" for i in random.integers(0, 60, size=4 + u % 13))
+        for u in range(NUM_USERS)
+    ]
     (root / "raw.txt").write_text("\n".join(lines) + "\n")
     config = PrepareConfig(
-        format="sequences", user_core=1, item_core=1, duplicates="keep", sequences_per_block=4, sequences_per_shard=PER_SHARD
+        format="sequences",
+        user_core=1,
+        item_core=1,
+        duplicates="keep",
+        sequences_per_block=4,
+        sequences_per_shard=PER_SHARD,
     )
     manifest = prepare(str(root / "raw.txt"), root / "data", config, log=lambda _: None)
     assert manifest.splits["train"].num_sequences == NUM_USERS
@@ -50,7 +59,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stored(folder: Path, split: str) -> list[tuple[int, ...]]:
     """Every stored sequence of a split."""
     manifest = load_manifest(folder)
-    shards = [read_shard(folder, info, num_items=manifest.num_items) for info in manifest.splits[split].shards]
+    shards = [
+        read_shard(folder, info, num_items=manifest.num_items)
+        for info in manifest.splits[split].shards
+    ]
     packed = PackedSequences.concatenate(shards)
     return [tuple(map(int, packed[i])) for i in range(len(packed))]
 
@@ -72,14 +84,20 @@ def stream(
     part = Part(rank, world, size, micro or size // world)
     config = DataConfig(path=folder, max_len=max_len, shuffle_shards=window, **data)
     return TrainStream(
-        folder, config, part, seed=seed, objective=Objective(num_negatives=num_negatives) if objective is None else objective
+        folder,
+        config,
+        part,
+        seed=seed,
+        objective=Objective(num_negatives=num_negatives) if objective is None else objective,
     )
 
 
 def rows(batch: SequenceBatch) -> list[Row]:
     """(sample id, history, targets) of each row that holds a sequence."""
     found = []
-    for items, targets, sample in zip(batch.item_ids.tolist(), batch.target_ids.tolist(), batch.sample_ids.tolist(), strict=True):
+    for items, targets, sample in zip(
+        batch.item_ids.tolist(), batch.target_ids.tolist(), batch.sample_ids.tolist(), strict=True
+    ):
         if sample >= 0:
             found.append((sample, tuple(i for i in items if i), tuple(i for i in targets if i)))
         else:
@@ -95,35 +113,67 @@ def all_rows(steps: list[StepBatches]) -> list[list[Row]]:
 def same(left: list[StepBatches], right: list[StepBatches]) -> bool:
     if [s.num_targets for s in left] != [s.num_targets for s in right]:
         return False
-    pairs = zip((b for s in left for b in s.micro_batches), (b for s in right for b in s.micro_batches), strict=True)
-    return all((a is None and b is None) or torch.equal(a, b) for x, y in pairs for a, b in zip(x, y, strict=True))
+    pairs = zip(
+        (b for s in left for b in s.micro_batches),
+        (b for s in right for b in s.micro_batches),
+        strict=True,
+    )
+    return all(
+        (a is None and b is None) or torch.equal(a, b)
+        for x, y in pairs
+        for a, b in zip(x, y, strict=True)
+    )
 
 
 # --- exactness ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "world", "micro"), [(8, 1, 8), (8, 2, 2), (12, 4, 3), (5, 5, 1), (64, 4, 16), (1, 1, 1)])
-def test_every_sequence_comes_exactly_once_an_epoch(folder: Path, size: int, world: int, micro: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "world", "micro"),
+    [(8, 1, 8), (8, 2, 2), (12, 4, 3), (5, 5, 1), (64, 4, 16), (1, 1, 1)],
+)
+def test_every_sequence_comes_exactly_once_an_epoch(
+    folder: Path, size: int, world: int, micro: int
+) -> None:
     for epoch in (0, 3):
-        ranks = [list(stream(folder, size, rank, world, micro).epoch(epoch)) for rank in range(world)]
+        ranks = [
+            list(stream(folder, size, rank, world, micro).epoch(epoch)) for rank in range(world)
+        ]
         assert (
-            {len(steps) for steps in ranks} == {stream(folder, size, 0, world, micro).steps_per_epoch} == {-(-NUM_USERS // size)}
+            {len(steps) for steps in ranks}
+            == {stream(folder, size, 0, world, micro).steps_per_epoch}
+            == {-(-NUM_USERS // size)}
         )
         everything = [row for steps in ranks for step in all_rows(steps) for row in step]
-        assert sorted(history + targets[-1:] for _, history, targets in everything) == sorted(stored(folder, "train"))
+        assert sorted(history + targets[-1:] for _, history, targets in everything) == sorted(
+            stored(folder, "train")
+        )
         assert sorted(sample for sample, _, _ in everything) == list(range(NUM_USERS))
 
 
-@pytest.mark.parametrize(("world", "micro"), [(1, 4), (1, 1), (2, 4), (2, 2), (4, 2), (4, 1), (8, 1)])
-def test_global_batches_are_equal_for_any_ranks_and_micro_batches(folder: Path, world: int, micro: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "micro"), [(1, 4), (1, 1), (2, 4), (2, 2), (4, 2), (4, 1), (8, 1)]
+)
+def test_global_batches_are_equal_for_any_ranks_and_micro_batches(
+    folder: Path, world: int, micro: int
+) -> None:
     whole = list(stream(folder, num_negatives=2).epoch(1))
-    ranks = [list(stream(folder, 8, rank, world, micro, num_negatives=2).epoch(1)) for rank in range(world)]
+    ranks = [
+        list(stream(folder, 8, rank, world, micro, num_negatives=2).epoch(1))
+        for rank in range(world)
+    ]
     negatives = lambda steps: [  # noqa: E731
-        {int(s): b.negative_ids[i][b.target_ids[i] != 0].tolist() for b in step.micro_batches for i, s in enumerate(b.sample_ids)}
+        {
+            int(s): b.negative_ids[i][b.target_ids[i] != 0].tolist()
+            for b in step.micro_batches
+            for i, s in enumerate(b.sample_ids)
+        }
         for step in steps
     ]
     for number, step in enumerate(whole):
-        assert sorted(r for steps in ranks for r in all_rows(steps)[number]) == sorted(all_rows(whole)[number])
+        assert sorted(r for steps in ranks for r in all_rows(steps)[number]) == sorted(
+            all_rows(whole)[number]
+        )
         assert {steps[number].num_targets for steps in ranks} == {step.num_targets}
         merged: dict[int, list[list[int]]] = {}
         for steps in ranks:
@@ -154,7 +204,9 @@ def test_ranks_get_nearly_equal_work(folder: Path) -> None:
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(folder: Path) -> None:
-    order = lambda epoch, **keys: [row for step in all_rows(list(stream(folder, **keys).epoch(epoch))) for row in step]  # noqa: E731
+    def order(epoch: int, **keys: Any) -> list[Any]:
+        return [row for step in all_rows(list(stream(folder, **keys).epoch(epoch))) for row in step]
+
     assert order(2) == order(2)
     assert sorted(order(2, size=4)) == sorted(order(2)) == sorted(order(2, size=43))
     by_sample = {sample: history for sample, history, _ in order(2)}
@@ -173,12 +225,18 @@ def test_windows_hold_every_shard_once_and_shuffle_shards_together(folder: Path)
     assert plain.windows(1) != windows
     assert stream(folder, 4, 1, 2).windows(0) == windows
     shard_of = {sequence: i // PER_SHARD for i, sequence in enumerate(stored(folder, "train"))}
-    in_order = [shard_of[history + targets[-1:]] for [(_, history, targets)] in all_rows(list(plain.epoch(0)))]
+    in_order = [
+        shard_of[history + targets[-1:]]
+        for [(_, history, targets)] in all_rows(list(plain.epoch(0)))
+    ]
     for window in windows:
         count = sum(plain.split.shards[i].num_sequences for i in window)
         part, in_order = in_order[:count], in_order[count:]
         assert set(part) == set(window)
-        assert part not in (sorted(part), sorted(part, reverse=True))  # mixed, not one shard after the other
+        assert part not in (
+            sorted(part),
+            sorted(part, reverse=True),
+        )  # mixed, not one shard after the other
     assert not in_order
 
 
@@ -186,8 +244,15 @@ def test_windows_hold_every_shard_once_and_shuffle_shards_together(folder: Path)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(size=st.sampled_from([4, 6, 8, 12, 24]), share=st.floats(0, 1), epoch=st.integers(0, 3), world=st.sampled_from([1, 2]))
-def test_resuming_at_any_step_equals_going_on(folder: Path, size: int, share: float, epoch: int, world: int) -> None:
+@given(
+    size=st.sampled_from([4, 6, 8, 12, 24]),
+    share=st.floats(0, 1),
+    epoch=st.integers(0, 3),
+    world=st.sampled_from([1, 2]),
+)
+def test_resuming_at_any_step_equals_going_on(
+    folder: Path, size: int, share: float, epoch: int, world: int
+) -> None:
     rank = world - 1
     whole = list(stream(folder, size, rank, world, num_negatives=1).epoch(epoch))
     start = round(share * len(whole))
@@ -204,11 +269,17 @@ def test_resuming_at_window_boundaries(folder: Path, size: int) -> None:
         assert same(list(stream(folder, size).epoch(0, start)), whole[start:])
 
 
-def test_resuming_reads_no_shard_that_is_not_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_reads_no_shard_that_is_not_needed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mltfr_dist.data import stream as module
 
     read: list[str] = []
-    monkeypatch.setattr(module, "read_blocks", lambda f, info, **keys: (read.append(info.file), read_blocks(f, info, **keys))[1])
+    monkeypatch.setattr(
+        module,
+        "read_blocks",
+        lambda f, info, **keys: (read.append(info.file), read_blocks(f, info, **keys))[1],
+    )
     resumed = stream(folder, 6)
     list(resumed.epoch(0, 6))  # from sequence 36 of 43
     last = {resumed.split.shards[i].file for i in (resumed.windows(0)[2] + resumed.windows(0)[3])}
@@ -226,7 +297,9 @@ def test_targets_are_the_next_items_and_the_last_item_is_only_a_target(folder: P
             assert torch.equal(targets[:, :-1] * (items[:, 1:] != 0), items[:, 1:])
             assert torch.equal(items != 0, targets != 0)  # nothing is read that predicts nothing
             lengths = (items != 0).sum(1)
-            assert all((row[:n] != 0).all() for row, n in zip(items, lengths, strict=True))  # starts at 0, no gaps
+            assert all(
+                (row[:n] != 0).all() for row, n in zip(items, lengths, strict=True)
+            )  # starts at 0, no gaps
         assert step.num_targets == sum(batch.num_targets for batch in step.micro_batches)
 
 
@@ -234,20 +307,29 @@ def test_targets_are_the_next_items_and_the_last_item_is_only_a_target(folder: P
 def test_a_history_is_cut_to_its_most_recent_items(folder: Path, max_len: int) -> None:
     expected = sorted((s[:-1][-max_len:], s[1:][-max_len:]) for s in stored(folder, "train"))
     steps = list(stream(folder, max_len=max_len).epoch(0))
-    assert sorted((history, targets) for step in all_rows(steps) for _, history, targets in step) == expected
+    assert (
+        sorted((history, targets) for step in all_rows(steps) for _, history, targets in step)
+        == expected
+    )
     assert max(batch.item_ids.shape[1] for step in steps for batch in step.micro_batches) == max_len
-    assert [s.num_targets for s in steps] == [sum(b.num_targets for b in s.micro_batches) for s in steps]
+    assert [s.num_targets for s in steps] == [
+        sum(b.num_targets for b in s.micro_batches) for s in steps
+    ]
 
 
 def test_negatives_avoid_the_full_history_even_where_it_is_cut(folder: Path) -> None:
     whole = {
-        sample: set(history + targets) for step in all_rows(list(stream(folder).epoch(0))) for sample, history, targets in step
+        sample: set(history + targets)
+        for step in all_rows(list(stream(folder).epoch(0)))
+        for sample, history, targets in step
     }
     for step in stream(folder, max_len=2, num_negatives=40).epoch(0):
         for batch in step.micro_batches:
             assert batch.negative_ids is not None
             assert batch.negative_ids.shape == (*batch.item_ids.shape, 40)
-            for sample, negatives in zip(batch.sample_ids.tolist(), batch.negative_ids, strict=True):
+            for sample, negatives in zip(
+                batch.sample_ids.tolist(), batch.negative_ids, strict=True
+            ):
                 if sample >= 0:
                     assert not whole[sample] & set(negatives.flatten().tolist())
 
@@ -263,7 +345,9 @@ def test_the_last_batch_is_filled_with_empty_rows(folder: Path) -> None:
 
 @pytest.mark.parametrize(("size", "world", "micro"), [(8, 3, 1), (8, 2, 3), (8, 4, 4)])
 def test_a_batch_that_cannot_be_divided_is_an_error(size: int, world: int, micro: int) -> None:
-    with pytest.raises(ConfigError, match=f"training.global_batch_size {size} cannot be dealt out to {world} ranks") as caught:
+    with pytest.raises(
+        ConfigError, match=f"training.global_batch_size {size} cannot be dealt out to {world} ranks"
+    ) as caught:
         Part(0, world, size, micro)
     assert "multiple of world_size x micro_batch_size" in caught.value.rule
     assert "training.micro_batch_size" in caught.value.remedy
@@ -281,9 +365,17 @@ def test_more_ranks_than_sequences_is_an_error(folder: Path) -> None:
 def ranked(batch: RankingBatch) -> list[tuple[tuple[int, ...], int, tuple[int, ...]]]:
     """(history, target, seen items) of each real row."""
     found = []
-    for row, (items, target) in enumerate(zip(batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True)):
+    for row, (items, target) in enumerate(
+        zip(batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True)
+    ):
         if target != PADDING_IDX:
-            found.append((tuple(i for i in items if i), target, tuple(batch.seen_items[batch.seen_rows == row].tolist())))
+            found.append(
+                (
+                    tuple(i for i in items if i),
+                    target,
+                    tuple(batch.seen_items[batch.seen_rows == row].tolist()),
+                )
+            )
     return found
 
 
@@ -295,7 +387,12 @@ def test_ranking_holds_each_user_once_and_the_same_batches_at_any_world_size(
 ) -> None:
     alone = list(RankingStream(folder, split, max_len=WHOLE, batch_size=batch_size))
     ranks = [
-        list(RankingStream(folder, split, max_len=WHOLE, batch_size=batch_size, rank=r, world_size=world)) for r in range(world)
+        list(
+            RankingStream(
+                folder, split, max_len=WHOLE, batch_size=batch_size, rank=r, world_size=world
+            )
+        )
+        for r in range(world)
     ]
     assert len({len(batches) for batches in ranks}) == 1  # the same number of collectives
     for number, batch in enumerate(alone):
@@ -327,7 +424,10 @@ def by_sample(steps: list[StepBatches]) -> dict[int, dict[str, list[int]]]:
             if sample < 0:
                 continue
             n = int((batch.item_ids[i] != 0).sum())
-            row = {"items": batch.item_ids[i, :n].tolist(), "targets": batch.target_ids[i, :n].tolist()}
+            row = {
+                "items": batch.item_ids[i, :n].tolist(),
+                "targets": batch.target_ids[i, :n].tolist(),
+            }
             if batch.view_ids is not None:
                 row |= {f"view {v}": batch.view_ids[i, v, :n].tolist() for v in range(2)}
             found[sample] = row
@@ -342,17 +442,29 @@ def test_cloze_hides_what_it_asks_for_and_counts_it(folder: Path, max_len: int) 
     for step in steps:
         for batch in step.micro_batches:
             masked = batch.target_ids != PADDING_IDX
-            assert torch.equal(batch.item_ids == mask, masked)  # the target itself is nowhere to be seen
+            assert torch.equal(
+                batch.item_ids == mask, masked
+            )  # the target itself is nowhere to be seen
             assert masked.any(1)[batch.sample_ids >= 0].all()
-            for items, targets in zip(batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True):
+            for items, targets in zip(
+                batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True
+            ):
                 originals.append(tuple(t or i for i, t in zip(items, targets, strict=True) if i))
         assert step.num_targets == sum(batch.num_targets for batch in step.micro_batches)
-        assert step.num_positions == sum(int((batch.item_ids != 0).sum()) for batch in step.micro_batches)
-    cut = sorted(s[-max_len - 1 :] for s in stored(folder, "train"))  # the last item too, and a place more for it
+        assert step.num_positions == sum(
+            int((batch.item_ids != 0).sum()) for batch in step.micro_batches
+        )
+    cut = sorted(
+        s[-max_len - 1 :] for s in stored(folder, "train")
+    )  # the last item too, and a place more for it
     assert sorted(o for o in originals if o) == cut
-    positions, targets = (sum(getattr(step, name) for step in steps) for name in ("num_positions", "num_targets"))
+    positions, targets = (
+        sum(getattr(step, name) for step in steps) for name in ("num_positions", "num_targets")
+    )
     assert 0.2 < targets / positions < 0.5
-    assert by_sample(list(stream(folder, objective=Objective(cloze_ratio=0.3)).epoch(1))) != by_sample(steps)
+    assert by_sample(
+        list(stream(folder, objective=Objective(cloze_ratio=0.3)).epoch(1))
+    ) != by_sample(steps)
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 4), (2, 4), (2, 2), (4, 2)])
@@ -368,15 +480,22 @@ def test_masks_views_and_shared_negatives_do_not_depend_on_the_division(
     folder: Path, world: int, micro: int, objective: Objective
 ) -> None:
     whole = list(stream(folder, objective=objective).epoch(1))
-    ranks = [list(stream(folder, 8, rank, world, micro, objective=objective).epoch(1)) for rank in range(world)]
+    ranks = [
+        list(stream(folder, 8, rank, world, micro, objective=objective).epoch(1))
+        for rank in range(world)
+    ]
     for number, step in enumerate(whole):
         parts = [steps[number] for steps in ranks]
         assert by_sample(parts) == by_sample([step])
         assert {p[1:] for p in parts} == {step[1:]}  # all three counts
         for batch in (b for part in parts for b in part.micro_batches):
             assert torch.equal(batch.shared_negative_ids, step.micro_batches[0].shared_negative_ids)
-            assert torch.equal(batch.shared_log_probability, step.micro_batches[0].shared_log_probability)
-    assert not torch.equal(whole[0].micro_batches[0].shared_negative_ids, whole[1].micro_batches[0].shared_negative_ids)
+            assert torch.equal(
+                batch.shared_log_probability, step.micro_batches[0].shared_log_probability
+            )
+    assert not torch.equal(
+        whole[0].micro_batches[0].shared_negative_ids, whole[1].micro_batches[0].shared_negative_ids
+    )
     resumed = list(stream(folder, objective=objective).epoch(1, 2))
     assert same(resumed, whole[2:])
 
@@ -386,8 +505,16 @@ def test_groups_stay_together(folder: Path, world: int, micro: int) -> None:
     def groups(world: int, micro: int) -> list[set[tuple[int, ...]]]:
         objective = Objective(views=RATIOS, group_size=4)
         found: list[set[tuple[int, ...]]] = []
-        for steps in zip(*(stream(folder, 8, r, world, micro, objective=objective).epoch(0) for r in range(world)), strict=True):
-            ids = [i for s in steps for b in s.micro_batches for i in b.sample_ids.view(-1, 4).tolist()]
+        for steps in zip(
+            *(
+                stream(folder, 8, r, world, micro, objective=objective).epoch(0)
+                for r in range(world)
+            ),
+            strict=True,
+        ):
+            ids = [
+                i for s in steps for b in s.micro_batches for i in b.sample_ids.view(-1, 4).tolist()
+            ]
             found.append({tuple(i for i in group if i >= 0) for group in ids} - {()})
         return found
 
@@ -396,7 +523,9 @@ def test_groups_stay_together(folder: Path, world: int, micro: int) -> None:
 
 
 def test_a_group_that_does_not_fit_a_micro_batch_is_an_error(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="contrast_group is 3, but a micro-batch holds 4") as caught:
+    with pytest.raises(
+        ConfigError, match="contrast_group is 3, but a micro-batch holds 4"
+    ) as caught:
         stream(folder, 8, 0, 2, 4, objective=Objective(views=RATIOS, group_size=3))
     assert "one micro-batch" in caught.value.rule
     assert "loss.contrast_group" in caught.value.remedy
@@ -407,11 +536,15 @@ def test_a_group_that_does_not_fit_a_micro_batch_is_an_error(folder: Path) -> No
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_batches_are_equal_with_any_number_of_loader_workers(folder: Path, world: int, workers: int) -> None:
+def test_batches_are_equal_with_any_number_of_loader_workers(
+    folder: Path, world: int, workers: int
+) -> None:
     for rank in range(world):
         keys = {"num_negatives": 2, "length_pool": 2}
         alone = list(stream(folder, 8, rank, world, 2, **keys).epoch(1, 1))
-        assert same(list(stream(folder, 8, rank, world, 2, num_workers=workers, **keys).epoch(1, 1)), alone)
+        assert same(
+            list(stream(folder, 8, rank, world, 2, num_workers=workers, **keys).epoch(1, 1)), alone
+        )
 
 
 def test_any_step_can_be_made_by_itself(folder: Path) -> None:
@@ -422,7 +555,9 @@ def test_any_step_can_be_made_by_itself(folder: Path) -> None:
         assert same([stream(folder, 8, length_pool=2).step(1, number)], [whole[number]])
 
 
-def test_a_killed_worker_ends_the_epoch_with_a_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_ends_the_epoch_with_a_message(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = TrainStream.step
 
     def killed(self: TrainStream, epoch: int, step: int) -> StepBatches:
@@ -468,23 +603,40 @@ def test_the_last_batch_can_be_left_out(folder: Path, world: int, pool: int) -> 
 
 @pytest.mark.parametrize("max_len", [1, 3, 4, WHOLE])
 @pytest.mark.parametrize("pool", [1, 2])
-def test_windows_hold_every_item_of_long_histories_once_as_a_target(folder: Path, max_len: int, pool: int) -> None:
-    keys = {"max_len": max_len, "long_histories": "windows", "num_negatives": 9, "length_pool": pool}
+def test_windows_hold_every_item_of_long_histories_once_as_a_target(
+    folder: Path, max_len: int, pool: int
+) -> None:
+    keys = {
+        "max_len": max_len,
+        "long_histories": "windows",
+        "num_negatives": 9,
+        "length_pool": pool,
+    }
     ranks = [stream(folder, 8, rank, 2, 2, **keys) for rank in range(2)]
     expected = []
     for items in stored(folder, "train"):
         ends = range(len(items), 1, -max_len)
-        expected += [(items[max(0, end - 1 - max_len) : end - 1], items[max(0, end - 1 - max_len) + 1 : end]) for end in ends]
+        expected += [
+            (items[max(0, end - 1 - max_len) : end - 1], items[max(0, end - 1 - max_len) + 1 : end])
+            for end in ends
+        ]
     found = [row[1:] for s in ranks for step in all_rows(list(s.epoch(0))) for row in step]
     assert sorted(found) == sorted(expected)
     assert ranks[0].num_samples == len(expected)
-    assert sum(len(targets) for _, targets in found) == sum(len(items) - 1 for items in stored(folder, "train"))
+    assert sum(len(targets) for _, targets in found) == sum(
+        len(items) - 1 for items in stored(folder, "train")
+    )
     histories = [set(items) for items in stored(folder, "train")]
     for batch in (b for s in ranks for step in s.epoch(0) for b in step.micro_batches):
-        for row, items, targets in zip(batch.negative_ids, batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True):
+        for row, items, targets in zip(
+            batch.negative_ids, batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True
+        ):
             inside = set(items + targets) - {0}
             if inside:  # outside some user's whole history, not only outside the window
-                assert any(inside <= history and not history & set(row.flatten().tolist()) for history in histories)
+                assert any(
+                    inside <= history and not history & set(row.flatten().tolist())
+                    for history in histories
+                )
 
 
 def test_windows_of_an_older_manifest_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -502,7 +654,21 @@ def test_windows_of_an_older_manifest_are_refused(folder: Path, tmp_path: Path) 
     assert "prepare" in caught.value.remedy
 
 
-BEAUTY = {2: 0, 3: 7100, 4: 4420, 5: 2860, 6: 1950, 7: 1350, 8: 960, 10: 1200, 13: 900, 17: 600, 24: 500, 40: 300, 80: 200}
+BEAUTY = {
+    2: 0,
+    3: 7100,
+    4: 4420,
+    5: 2860,
+    6: 1950,
+    7: 1350,
+    8: 960,
+    10: 1200,
+    13: 900,
+    17: 600,
+    24: 500,
+    40: 300,
+    80: 200,
+}
 """About how many training histories of Amazon Beauty have how many items: 22,340 histories, 6.9 items on average."""
 
 
@@ -518,9 +684,14 @@ def like_beauty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("beauty")
     random = np.random.default_rng(0)
     lengths = random.permutation(np.repeat(list(BEAUTY), list(BEAUTY.values())))
-    lines = [f"u{u} " + " ".join(map(str, random.integers(0, 500, size=n + 2))) for u, n in enumerate(lengths)]
+    lines = [
+        f"u{u} " + " ".join(map(str, random.integers(0, 500, size=n + 2)))
+        for u, n in enumerate(lengths)
+    ]
     (root / "raw.txt").write_text("\n".join(lines) + "\n")
-    config = PrepareConfig(format="sequences", user_core=1, item_core=1, duplicates="keep", sequences_per_shard=1024)
+    config = PrepareConfig(
+        format="sequences", user_core=1, item_core=1, duplicates="keep", sequences_per_shard=1024
+    )
     prepare(str(root / "raw.txt"), root / "data", config, log=lambda _: None)
     return root / "data"
 
@@ -532,8 +703,12 @@ def test_little_padding_is_computed(like_beauty: Path) -> None:
     assert padding(plain) > 0.8
     assert padding(pooled) < 0.1
     sizes = {len(Packing(batch.item_ids).columns) for batch in plain[0].micro_batches}
-    assert sizes == {plain[0].num_positions}  # position-wise layers: nothing of the padding, at any setting
-    assert sorted(r[1:] for s in all_rows(pooled) for r in s) == sorted(r[1:] for s in all_rows(plain) for r in s)
+    assert sizes == {
+        plain[0].num_positions
+    }  # position-wise layers: nothing of the padding, at any setting
+    assert sorted(r[1:] for s in all_rows(pooled) for r in s) == sorted(
+        r[1:] for s in all_rows(plain) for r in s
+    )
 
 
 @pytest.mark.parametrize("pool", [2, 3, 50])
@@ -541,9 +716,14 @@ def test_batches_of_like_length_are_exact_too(folder: Path, pool: int) -> None:
     whole = list(stream(folder, 8, length_pool=pool, num_negatives=1).epoch(1))
     assert sorted(row[0] for step in all_rows(whole) for row in step) == list(range(NUM_USERS))
     for world in (2, 4):
-        ranks = [list(stream(folder, 8, rank, world, 2, length_pool=pool, num_negatives=1).epoch(1)) for rank in range(world)]
+        ranks = [
+            list(stream(folder, 8, rank, world, 2, length_pool=pool, num_negatives=1).epoch(1))
+            for rank in range(world)
+        ]
         for number, step in enumerate(whole):
-            assert sorted(r for steps in ranks for r in all_rows(steps)[number]) == sorted(all_rows(whole)[number])
+            assert sorted(r for steps in ranks for r in all_rows(steps)[number]) == sorted(
+                all_rows(whole)[number]
+            )
             assert {steps[number][1:] for steps in ranks} == {step[1:]}
     assert same(list(stream(folder, 8, length_pool=pool, num_negatives=1).epoch(1, 4)), whole[4:])
 
@@ -553,21 +733,36 @@ def test_batches_of_like_length_are_exact_too(folder: Path, pool: int) -> None:
 
     assert spread(whole) < 0.8 * spread(list(stream(folder, 8).epoch(1)))
     lengths = [step.num_positions for step in list(stream(folder, 4, length_pool=50).epoch(0))]
-    assert lengths not in (sorted(lengths), sorted(lengths, reverse=True))  # the batches are shuffled again
+    assert lengths not in (
+        sorted(lengths),
+        sorted(lengths, reverse=True),
+    )  # the batches are shuffled again
 
 
 def test_the_shuffle_comes_close_to_a_full_one(like_beauty: Path) -> None:
     """With 8 of 22 shards in a window: where a batch's samples lie in the store, against a full shuffle of all."""
-    order = EpochOrder(np.array([shard.num_sequences for shard in load_manifest(like_beauty).splits["train"].shards]), 8, 0, 0)
+    order = EpochOrder(
+        np.array(
+            [shard.num_sequences for shard in load_manifest(like_beauty).splits["train"].shards]
+        ),
+        8,
+        0,
+        0,
+    )
     firsts = np.concatenate([[0], np.cumsum(order.counts)])
-    windows = [np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in shards]) for shards in order.windows]
+    windows = [
+        np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in shards])
+        for shards in order.windows
+    ]
     stored_at = np.concatenate([window[order.permutation(n)] for n, window in enumerate(windows)])
     total = len(stored_at)
     assert sorted(stored_at) == list(range(total))
     full = np.random.default_rng(1).permutation(total)
 
     def spread(places: np.ndarray) -> float:
-        return float(np.mean([places[i : i + 256].std() for i in range(0, total - 256, 256)])) / total
+        return (
+            float(np.mean([places[i : i + 256].std() for i in range(0, total - 256, 256)])) / total
+        )
 
     def kept_neighbours(places: np.ndarray) -> float:
         return float(np.mean(np.abs(np.diff(places)) == 1))

@@ -20,11 +20,19 @@ def _alone() -> Iterator[None]:
     stop_ranks()
 
 
-def test_the_test_split_is_read_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(tmp_path, baselines=["popularity", "backbone"], mltfr__consensus__enabled=False)
+def test_the_test_split_is_read_when_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(
+        tmp_path, baselines=["popularity", "backbone"], mltfr__consensus__enabled=False
+    )
     asked: list[str] = []
     stream = stages.ranking_stream
-    monkeypatch.setattr(stages, "ranking_stream", lambda c, split, ranks: asked.append(split) or stream(c, split, ranks))
+    monkeypatch.setattr(
+        stages,
+        "ranking_stream",
+        lambda c, split, ranks: asked.append(split) or stream(c, split, ranks),
+    )
     unread = fit(config, verify=False, read_test=False)
     assert [result.test for result in unread] == [{}, {}, {}]
     assert "test" not in asked

@@ -19,22 +19,34 @@ ROWS = [("ann", item) for item in "xyxzw"] + [("bob", item) for item in "yxyz"]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    lines = [f"{user},{item},{1_700_000_000 + 60 * minute}\n" for minute, (user, item) in enumerate([*ROWS, ROWS[-1]])]
+    lines = [
+        f"{user},{item},{1_700_000_000 + 60 * minute}\n"
+        for minute, (user, item) in enumerate([*ROWS, ROWS[-1]])
+    ]
     lines[-1] = lines[-2]  # one exact duplicate
     (tmp_path / "raw.csv").write_text("user_id,item_id,timestamp\n" + "".join(lines))
-    prepare(str(tmp_path / "raw.csv"), tmp_path / "data", PrepareConfig(user_core=1, item_core=1), log=lambda _: None)
+    prepare(
+        str(tmp_path / "raw.csv"),
+        tmp_path / "data",
+        PrepareConfig(user_core=1, item_core=1),
+        log=lambda _: None,
+    )
     return tmp_path / "data"
 
 
 def test_facts(folder: Path) -> None:
-    facts = gather(folder)  # training: ann x y x, bob y x; validation targets z, y; test targets w, z
+    facts = gather(
+        folder
+    )  # training: ann x y x, bob y x; validation targets z, y; test targets w, z
     assert facts.counts.tolist() == [3, 2, 0, 0]
     assert facts.cold == {"valid": (1, 2), "test": (2, 2)}
     assert facts.repeats == 1
     assert facts.lengths["train"].tolist() == [0, 0, 1, 1]
 
 
-def test_table_plots_and_board(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_plots_and_board(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert mltfr(["inspect", str(folder), "--output", str(tmp_path / "shown")]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for part in (
@@ -49,7 +61,9 @@ def test_table_plots_and_board(folder: Path, tmp_path: Path, capsys: pytest.Capt
     for name in ("lengths.png", "popularity.png"):
         with Image.open(tmp_path / "shown" / name) as image:
             assert image.size == (720, 440)
-            assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 3  # axes, grid and a curve
+            assert (
+                len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 3
+            )  # axes, grid and a curve
     board = EventAccumulator(str(tmp_path / "shown")).Reload()
     assert sorted(board.Tags()["images"]) == ["data/lengths", "data/popularity"]
     assert "data/facts/text_summary" in board.Tags()["tensors"]
@@ -64,5 +78,10 @@ def test_damage_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_times_that_are_moments_are_shown_as_such() -> None:
-    assert moment("1700000000") == moment("1700000000000") == moment("1700000000000000") == "2023-11-14 22:13 UTC"
+    assert (
+        moment("1700000000")
+        == moment("1700000000000")
+        == moment("1700000000000000")
+        == "2023-11-14 22:13 UTC"
+    )
     assert moment("17") == "17"

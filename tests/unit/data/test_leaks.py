@@ -24,9 +24,15 @@ SPLITS = ("leave_one_out", "global_temporal")
 def run(folder: Path, split: str) -> list[str]:
     """Prepare 3,000 interactions of 100 users; returns what was logged."""
     random = np.random.default_rng(0)
-    rows = zip(random.integers(0, 100, 3000), random.integers(0, 50, 3000), random.integers(1.6e9, 1.7e9, 3000))
+    rows = zip(
+        random.integers(0, 100, 3000),
+        random.integers(0, 50, 3000),
+        random.integers(1.6e9, 1.7e9, 3000),
+    )
     source = folder / "raw.csv"
-    source.write_text("user_id,item_id,timestamp\n" + "".join(f"u{u:02},i{i},{t}\n" for u, i, t in rows))
+    source.write_text(
+        "user_id,item_id,timestamp\n" + "".join(f"u{u:02},i{i},{t}\n" for u, i, t in rows)
+    )
     lines: list[str] = []
     config = PrepareConfig(user_core=1, item_core=1, split=split, **SIZES)  # type: ignore[arg-type]
     prepare(str(source), folder / "out", config, log=lines.append)
@@ -37,9 +43,13 @@ def rewrite(monkeypatch: pytest.MonkeyPatch, change: Callable[[PackedSequences],
     """Let the training shards be written as usual and then again, whole and in order, with ``change`` made to the second."""
     real = module.write_splits
 
-    def tampering(connection, workspace: Workspace, config, *, num_items: int, num_users: int) -> dict[str, SplitInfo]:
+    def tampering(
+        connection, workspace: Workspace, config, *, num_items: int, num_users: int
+    ) -> dict[str, SplitInfo]:
         written = real(connection, workspace, config, num_items=num_items, num_users=num_users)
-        writer = SplitWriter(workspace.out, "train", num_items=num_items, num_users=num_users, **SIZES)
+        writer = SplitWriter(
+            workspace.out, "train", num_items=num_items, num_users=num_users, **SIZES
+        )
         for number, info in enumerate(written["train"].shards):
             packed = read_shard(workspace.out, info, num_items=num_items)
             packed = PackedSequences(packed.items.copy(), packed.offsets, packed.users.copy())
@@ -72,7 +82,10 @@ def test_one_interaction_too_many_is_found(tmp_path, monkeypatch, split):
         connection.execute("UPDATE user_map SET train_end = train_end + 1 WHERE user_index = 50")
 
     monkeypatch.setattr(module, "make_id_maps", tampering)
-    with pytest.raises(DataError, match=r"train-000001\.tar: .* user 50 .* holds \d+ items, of which 1 lie at or after the cut"):
+    with pytest.raises(
+        DataError,
+        match=r"train-000001\.tar: .* user 50 .* holds \d+ items, of which 1 lie at or after the cut",
+    ):
         run(tmp_path, split)
     assert [path.name for path in tmp_path.iterdir()] == ["raw.csv"]
 
@@ -84,7 +97,10 @@ def test_the_target_in_place_of_an_item_is_found(tmp_path, monkeypatch, split):
         packed.items[place] = packed.items[place] % 50 + 1
 
     rewrite(monkeypatch, change)
-    with pytest.raises(DataError, match=r"train-000001\.tar: .* user 43 .* holds item \d+ at place \d+, where its history has"):
+    with pytest.raises(
+        DataError,
+        match=r"train-000001\.tar: .* user 43 .* holds item \d+ at place \d+, where its history has",
+    ):
         run(tmp_path, split)
 
 

@@ -43,16 +43,40 @@ def run(tmp_path: Path, text: str, name: str = "out", **values: object) -> Manif
 
 def named(folder: Path, manifest: Manifest, split: str) -> dict[str, list[str]]:
     """Sequences of a split with the ids of the raw file."""
-    items = dict(zip(*(pq.read_table(folder / "items.parquet")[name].to_pylist() for name in ("item_index", "item_id"))))
-    users = dict(zip(*(pq.read_table(folder / "users.parquet")[name].to_pylist() for name in ("user_index", "user_id"))))
-    shards = [read_shard(folder, shard, num_items=manifest.num_items) for shard in manifest.splits[split].shards]
+    items = dict(
+        zip(
+            *(
+                pq.read_table(folder / "items.parquet")[name].to_pylist()
+                for name in ("item_index", "item_id")
+            )
+        )
+    )
+    users = dict(
+        zip(
+            *(
+                pq.read_table(folder / "users.parquet")[name].to_pylist()
+                for name in ("user_index", "user_id")
+            )
+        )
+    )
+    shards = [
+        read_shard(folder, shard, num_items=manifest.num_items)
+        for shard in manifest.splits[split].shards
+    ]
     packed = PackedSequences.concatenate(shards)
-    return {users[int(packed.users[i])]: [items[int(item)] for item in packed[i]] for i in range(len(packed))}
+    return {
+        users[int(packed.users[i])]: [items[int(item)] for item in packed[i]]
+        for i in range(len(packed))
+    }
 
 
-def core_of(pairs: list[tuple[str, str]], user_core: int, item_core: int) -> tuple[set, tuple[CoreRound, ...]]:
+def core_of(
+    pairs: list[tuple[str, str]], user_core: int, item_core: int
+) -> tuple[set, tuple[CoreRound, ...]]:
     with duckdb.connect() as connection:
-        connection.execute("CREATE TABLE interactions(row_number BIGINT, user_id VARCHAR, item_id VARCHAR, timestamp BIGINT)")
+        connection.execute(
+            "CREATE TABLE interactions(row_number BIGINT, user_id VARCHAR, item_id VARCHAR, timestamp BIGINT)"
+        )
         rows = [(index, user, item, 0) for index, (user, item) in enumerate(pairs)]
         connection.executemany("INSERT INTO interactions VALUES (?, ?, ?, ?)", rows)
         drop_duplicates(connection, "keep")
@@ -65,9 +89,16 @@ def test_by_hand_ties_keep_file_order_and_ids_go_by_training_count(tmp_path):
     manifest = run(tmp_path, SMALL)
     folder = tmp_path / "out"
     # ann: x@1, y@2, z@2 (tie, file order), x@4.  bob: y x z w.  cat: z x (tie), training only.
-    assert named(folder, manifest, "train") == {"ann": ["x", "y"], "bob": ["y", "x"], "cat": ["z", "x"]}
+    assert named(folder, manifest, "train") == {
+        "ann": ["x", "y"],
+        "bob": ["y", "x"],
+        "cat": ["z", "x"],
+    }
     assert named(folder, manifest, "valid") == {"ann": ["x", "y", "z"], "bob": ["y", "x", "z"]}
-    assert named(folder, manifest, "test") == {"ann": ["x", "y", "z", "x"], "bob": ["y", "x", "z", "w"]}
+    assert named(folder, manifest, "test") == {
+        "ann": ["x", "y", "z", "x"],
+        "bob": ["y", "x", "z", "w"],
+    }
     # Training occurrences: x 3, y 2, z 1, w 0.
     assert pq.read_table(folder / "items.parquet").to_pydict() == {
         "item_index": [1, 2, 3, 4],
@@ -109,7 +140,9 @@ def test_global_temporal(tmp_path):
     assert manifest.report.short_train_sequences == 1
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("exact", "p q p p"), ("first", "p q"), ("keep", "p p q p p")])
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("exact", "p q p p"), ("first", "p q"), ("keep", "p p q p p")]
+)
 def test_duplicates(tmp_path, mode, expected):
     times = [("p", 1), ("q", 2), ("p", 1), ("p", 3), ("p", 4)]
     text = "user_id,item_id,timestamp\n" + "".join(f"u,{item},{time}\n" for item, time in times)
@@ -145,7 +178,8 @@ def test_k_core_removes_users_and_items_of_one_round_together():
 
 def test_empty_after_k_core_says_when_and_what_to_change(tmp_path):
     with pytest.raises(
-        DataError, match=r"after round 1 of the k-core.*10 interactions of 3 users with 4 items.*Lower user_core or item_core"
+        DataError,
+        match=r"after round 1 of the k-core.*10 interactions of 3 users with 4 items.*Lower user_core or item_core",
     ):
         run(tmp_path, SMALL, user_core=5, item_core=5)
     assert not (tmp_path / "out").exists()
@@ -153,14 +187,18 @@ def test_empty_after_k_core_says_when_and_what_to_change(tmp_path):
 
 
 def test_two_runs_give_the_same_bytes_everywhere(tmp_path):
-    text = "user_id,item_id,timestamp\n" + "".join(f"u{i % 97},i{i * i % 31},{i * 7919 % 400}\n" for i in range(5000))
+    text = "user_id,item_id,timestamp\n" + "".join(
+        f"u{i % 97},i{i * i % 31},{i * 7919 % 400}\n" for i in range(5000)
+    )
     config = PrepareConfig(sequences_per_block=8, sequences_per_shard=20)
     contents = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         source = put(tmp_path / name / "raw.csv", text)
         manifest = prepare(source, tmp_path / name / "out", config, log=lambda _: None)
-        contents.append({path.name: path.read_bytes() for path in (tmp_path / name / "out").iterdir()})
+        contents.append(
+            {path.name: path.read_bytes() for path in (tmp_path / name / "out").iterdir()}
+        )
     assert contents[0] == contents[1]
     assert len(manifest.splits["train"].shards) == 5
     assert str(tmp_path).encode() not in b"".join(contents[0].values())
@@ -207,9 +245,17 @@ def test_other_outputs_are_refused(tmp_path):
 def test_sequence_text_keeps_repeats_and_refuses_global_temporal(tmp_path):
     source = put(tmp_path / "s.txt", "u1 a b a a\nu2 b a c b\n")
     with pytest.raises(DataError, match=r"has no time.*leave_one_out"):
-        prepare(source, tmp_path / "out", PrepareConfig(split="global_temporal", **ALL), log=lambda _: None)
+        prepare(
+            source,
+            tmp_path / "out",
+            PrepareConfig(split="global_temporal", **ALL),
+            log=lambda _: None,
+        )
     manifest = prepare(source, tmp_path / "out", PrepareConfig(**ALL), log=lambda _: None)
-    assert named(tmp_path / "out", manifest, "test") == {"u1": ["a", "b", "a", "a"], "u2": ["b", "a", "c", "b"]}
+    assert named(tmp_path / "out", manifest, "test") == {
+        "u1": ["a", "b", "a", "a"],
+        "u2": ["b", "a", "c", "b"],
+    }
     assert (manifest.report.duplicates_dropped, manifest.report.ties) == (0, 0)
     assert manifest.prepare.format == "sequences"
 
@@ -224,7 +270,9 @@ def test_titles_and_named_set(tmp_path):
         'item_id:token\tmovie_title:token_seq\trelease_year:token\n5\t"Five\t1995\n7\tSeven\t1995\n9\tNine\t0\n'
     )
     config = PrepareConfig(**ALL)
-    manifest = prepare("ml-100k", tmp_path / "out", config, packages_dir=tmp_path / "packages", log=lambda _: None)
+    manifest = prepare(
+        "ml-100k", tmp_path / "out", config, packages_dir=tmp_path / "packages", log=lambda _: None
+    )
     table = pq.read_table(tmp_path / "out" / "items.parquet").to_pydict()
     assert dict(zip(table["item_id"], table["title"])) == {"5": '"Five', "6": None, "7": "Seven"}
     assert manifest.report.items_with_title == 2

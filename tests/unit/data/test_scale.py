@@ -36,7 +36,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("source") / "raw.csv"
     users, items = random.integers(0, 1000, 20_000), (400 * random.random(20_000) ** 3).astype(int)
-    rows = (f"u{u},i{i},{t}\n" for u, i, t in zip(users, items, random.integers(1.6e9, 1.7e9, 20_000)))
+    rows = (
+        f"u{u},i{i},{t}\n" for u, i, t in zip(users, items, random.integers(1.6e9, 1.7e9, 20_000))
+    )
     path.write_text("user_id,item_id,timestamp\n" + "".join(rows))
     return path
 
@@ -57,16 +59,26 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_resources_do_not_show_in_the_bytes(
     source: Path, expected: dict[str, bytes], tmp_path: Path, memory_limit: str, threads: int
 ) -> None:
-    resources = PrepareResources(memory_limit=memory_limit, threads=threads, temp_dir=tmp_path / "temporary")
+    resources = PrepareResources(
+        memory_limit=memory_limit, threads=threads, temp_dir=tmp_path / "temporary"
+    )
     prepare(str(source), tmp_path / "out", CONFIG, resources=resources, log=quiet)
     assert contents(tmp_path / "out") == expected
     assert not any((tmp_path / "temporary").iterdir())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "temporary"]
 
 
-def test_too_little_memory_says_so_and_can_go_on(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_too_little_memory_says_so_and_can_go_on(
+    source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="does not fit into memory_limit=1MB") as caught:
-        prepare(str(source), tmp_path / "out", CONFIG, resources=PrepareResources(memory_limit="1MB"), log=quiet)
+        prepare(
+            str(source),
+            tmp_path / "out",
+            CONFIG,
+            resources=PrepareResources(memory_limit="1MB"),
+            log=quiet,
+        )
     assert "Raise memory_limit" in caught.value.remedy
     assert not (tmp_path / "out").exists()
     prepare(str(source), tmp_path / "out", CONFIG, log=quiet)
@@ -79,9 +91,15 @@ def test_too_little_memory_says_so_and_can_go_on(source: Path, expected: dict[st
 # --- interruptions ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["drop_duplicates", "k_core", "order_by_time", "make_id_maps", "write_maps"])
+@pytest.mark.parametrize(
+    "step", ["drop_duplicates", "k_core", "order_by_time", "make_id_maps", "write_maps"]
+)
 def test_an_interruption_in_any_step_loses_nothing_that_was_done(
-    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    source: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -101,7 +119,12 @@ def test_an_interruption_in_any_step_loses_nothing_that_was_done(
 
 @pytest.mark.parametrize(("after", "damage"), [(1, True), (2, False), (20, False), (20, True)])
 def test_finished_shards_stay_and_are_verified(
-    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, damage: bool
+    source: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+    damage: bool,
 ) -> None:
     real, written = Workspace.record_shard, []
 
@@ -129,22 +152,52 @@ def test_finished_shards_stay_and_are_verified(
 
 
 @pytest.mark.integration
-def test_a_killed_process_is_gone_on_with(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_killed_process_is_gone_on_with(
+    source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
     """The real command, killed without warning as soon as it has written a shard, then run again."""
-    options = ["--user-core", "2", "--item-core", "2", "--sequences-per-block", "32", "--sequences-per-shard", "100"]
+    options = [
+        "--user-core",
+        "2",
+        "--item-core",
+        "2",
+        "--sequences-per-block",
+        "32",
+        "--sequences-per-shard",
+        "100",
+    ]
     program = "import sys; from mltfr_dist.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, "prepare", str(source), str(tmp_path / "out"), *options]
-    process = subprocess.Popen(command, env=clean_environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "prepare",
+        str(source),
+        str(tmp_path / "out"),
+        *options,
+    ]
+    process = subprocess.Popen(
+        command, env=clean_environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL
+    )
     journal = tmp_path / ".out.partial" / "shards.jsonl"
     while process.poll() is None and not journal.exists():
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
     process.wait()
-    subprocess.run(command, env=clean_environment(), cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL, timeout=200)
+    subprocess.run(
+        command,
+        env=clean_environment(),
+        cwd=REPOSITORY,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        timeout=200,
+    )
     assert contents(tmp_path / "out") == expected
 
 
-def test_what_another_configuration_began_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_configuration_began_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -153,7 +206,9 @@ def test_what_another_configuration_began_is_refused(source: Path, tmp_path: Pat
         prepare(str(source), tmp_path / "out", CONFIG, log=quiet)
     monkeypatch.undo()
     other = CONFIG.model_copy(update={"item_core": 3})
-    with pytest.raises(DataError, match=r"\.out\.partial is half prepared, and differently: item_core was 2, now 3") as caught:
+    with pytest.raises(
+        DataError, match=r"\.out\.partial is half prepared, and differently: item_core was 2, now 3"
+    ) as caught:
         prepare(str(source), tmp_path / "out", other, log=quiet)
     assert "remove" in caught.value.remedy
     prepare(str(source), tmp_path / "out", CONFIG, log=quiet)  # what was begun is still there
@@ -167,7 +222,10 @@ def test_two_at_once_are_refused(source: Path, tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(DataError, match="database of the preparation cannot be used") as caught, workspace.database():
+        with (
+            pytest.raises(DataError, match="database of the preparation cannot be used") as caught,
+            workspace.database(),
+        ):
             pass
         other.kill()
     assert "other process" in caught.value.remedy
@@ -176,7 +234,9 @@ def test_two_at_once_are_refused(source: Path, tmp_path: Path) -> None:
 # --- other places -------------------------------------------------------------------------------------------------
 
 
-def test_a_glob_of_files_is_one_source(source: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_glob_of_files_is_one_source(
+    source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
     header, *lines = source.read_text().splitlines(keepends=True)
     for number, start in enumerate(range(0, len(lines), 7000)):
         (tmp_path / f"part-{number}.csv").write_text(header + "".join(lines[start : start + 7000]))
@@ -192,7 +252,11 @@ def test_a_glob_of_files_is_one_source(source: Path, expected: dict[str, bytes],
 
 @pytest.mark.parametrize("protocol", ["memory", "file"])
 def test_urls_are_read_and_written(
-    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
+    source: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     base = f"memory://{tmp_path.name}" if protocol == "memory" else f"file://{tmp_path}/store"
@@ -202,21 +266,36 @@ def test_urls_are_read_and_written(
     lines: list[str] = []
     manifest = prepare(f"{base}/raw.csv", f"{base}/prepared", CONFIG, log=lines.append)
     assert manifest.source.file == "raw.csv"
-    found = {name.rpartition("/")[2]: store.cat_file(name) for name in store.ls(f"{root}/prepared", detail=False)}
+    found = {
+        name.rpartition("/")[2]: store.cat_file(name)
+        for name in store.ls(f"{root}/prepared", detail=False)
+    }
     assert found == expected
-    assert not [path for path in tmp_path.iterdir() if path.name != "store"]  # nothing of it stays here
+    assert not [
+        path for path in tmp_path.iterdir() if path.name != "store"
+    ]  # nothing of it stays here
     assert prepare(f"{base}/raw.csv", f"{base}/prepared", CONFIG, log=lines.append) == manifest
     assert "already holds this data" in lines[-1]
     with pytest.raises(DataError, match="prepared differently: item_core was 2, now 3"):
-        prepare(f"{base}/raw.csv", f"{base}/prepared", CONFIG.model_copy(update={"item_core": 3}), log=quiet)
+        prepare(
+            f"{base}/raw.csv",
+            f"{base}/prepared",
+            CONFIG.model_copy(update={"item_core": 3}),
+            log=quiet,
+        )
     with pytest.raises(DataError, match="something other than prepared data"):
         prepare(str(source), base, CONFIG, log=quiet)
     with pytest.raises(DataError, match="cannot be read"):
         prepare(f"{base}/none.csv", f"{base}/other", CONFIG, log=quiet)
-    assert load_manifest(tmp_path / "store" / "prepared") == manifest if protocol == "file" else True
+    assert (
+        load_manifest(tmp_path / "store" / "prepared") == manifest if protocol == "file" else True
+    )
 
 
-@pytest.mark.parametrize("address", ["pipe:cat raw.csv", "simplecache::s3://a/b", "pipe://id", "ssh://host/x", "ftp://h/x.csv"])
+@pytest.mark.parametrize(
+    "address",
+    ["pipe:cat raw.csv", "simplecache::s3://a/b", "pipe://id", "ssh://host/x", "ftp://h/x.csv"],
+)
 def test_addresses_that_run_commands_are_refused(address: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not of a kind that is read") as caught:
         prepare(address, tmp_path / "out", CONFIG, log=quiet)

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.manifest import Manifest, PrepareReport, ShardInfo, SourceInfo, SplitInfo
-from mltfr_dist.data.shards import PackedSequences, SplitWriter, load_manifest, read_shard, verify_folder
+from mltfr_dist.data.shards import (
+    PackedSequences,
+    SplitWriter,
+    load_manifest,
+    read_shard,
+    verify_folder,
+)
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
 
@@ -29,9 +35,19 @@ def packed_of(sequences: dict[int, list[int]]) -> PackedSequences:
 
 
 def write(
-    folder: Path, sequences: dict[int, list[int]] = SEQUENCES, *, block: int = 2, shard: int = 3, chunk: int = 4
+    folder: Path,
+    sequences: dict[int, list[int]] = SEQUENCES,
+    *,
+    block: int = 2,
+    shard: int = 3,
+    chunk: int = 4,
 ) -> SplitInfo:
-    sizes = {"num_items": 3, "num_users": 10, "sequences_per_block": block, "sequences_per_shard": shard}
+    sizes = {
+        "num_items": 3,
+        "num_users": 10,
+        "sequences_per_block": block,
+        "sequences_per_shard": shard,
+    }
     writer = SplitWriter(folder, "train", **sizes)
     for start in range(0, len(sequences), chunk):
         writer.add(packed_of(dict(list(sequences.items())[start : start + chunk])))
@@ -86,7 +102,11 @@ def npy(values: object, dtype: object = np.uint8) -> bytes:
 
 
 def members(**changes: bytes) -> dict[str, bytes]:
-    parts = {"items": npy([1, 2, 3]), "offsets": npy([0, 1, 3], np.uint32), "users": npy([0, 1])} | changes
+    parts = {
+        "items": npy([1, 2, 3]),
+        "offsets": npy([0, 1, 3], np.uint32),
+        "users": npy([0, 1]),
+    } | changes
     return {f"train-00000000.{name}.npy": content for name, content in parts.items()}
 
 
@@ -94,16 +114,26 @@ def test_layout_read_with_tarfile_and_numpy_alone(tmp_path):
     split = write(tmp_path)
     assert [shard.file for shard in split.shards] == ["train-000000.tar", "train-000001.tar"]
     assert (split.num_sequences, split.num_items, split.max_length) == (5, 12, 4)
-    assert [(shard.num_sequences, shard.num_blocks, shard.num_items) for shard in split.shards] == [(3, 2, 6), (2, 1, 6)]
+    assert [(shard.num_sequences, shard.num_blocks, shard.num_items) for shard in split.shards] == [
+        (3, 2, 6),
+        (2, 1, 6),
+    ]
     found = {}
     for shard in split.shards:
         with tarfile.open(tmp_path / shard.file) as tar:
             names = tar.getnames()
             for entry in tar:
-                assert (entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname) == (0, 0, 0, "", "")
+                assert (entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname) == (
+                    0,
+                    0,
+                    0,
+                    "",
+                    "",
+                )
             for key in sorted({name.partition(".")[0] for name in names}):
                 arrays = [
-                    np.load(io.BytesIO(tar.extractfile(f"{key}.{part}.npy").read())) for part in ("items", "offsets", "users")
+                    np.load(io.BytesIO(tar.extractfile(f"{key}.{part}.npy").read()))
+                    for part in ("items", "offsets", "users")
                 ]
                 assert [array.dtype for array in arrays] == [np.uint8, np.uint32, np.uint8]
                 items, offsets, users = arrays
@@ -140,7 +170,10 @@ def test_read_shard(tmp_path):
 )
 def test_any_sizes_give_all_sequences_in_order(tmp_path_factory, lengths, block, shard, chunk):
     folder = tmp_path_factory.mktemp("shards")
-    sequences = {user // 2: [1 + (user + index) % 3 for index in range(n)] for user, n in zip(range(0, 40, 2), lengths)}
+    sequences = {
+        user // 2: [1 + (user + index) % 3 for index in range(n)]
+        for user, n in zip(range(0, 40, 2), lengths)
+    }
     sequences = dict(list(sequences.items())[:10])
     split = write(folder, sequences, block=block, shard=shard, chunk=chunk)
     parts = [read_shard(folder, info, num_items=3) for info in split.shards]
@@ -149,7 +182,14 @@ def test_any_sizes_give_all_sequences_in_order(tmp_path_factory, lengths, block,
 
 
 def test_types_are_the_smallest_that_fit(tmp_path):
-    writer = SplitWriter(tmp_path, "test", num_items=256, num_users=70_000, sequences_per_block=1, sequences_per_shard=1)
+    writer = SplitWriter(
+        tmp_path,
+        "test",
+        num_items=256,
+        num_users=70_000,
+        sequences_per_block=1,
+        sequences_per_shard=1,
+    )
     writer.add(packed_of({0: [256, 1]}))
     split = writer.finish()
     packed = read_shard(tmp_path, split.shards[0], num_items=256)
@@ -157,7 +197,9 @@ def test_types_are_the_smallest_that_fit(tmp_path):
 
 
 def test_take_and_getitem():
-    packed = PackedSequences(np.array([5, 6, 7, 8, 9, 4]), np.array([0, 2, 3, 6]), np.array([10, 11, 12]))
+    packed = PackedSequences(
+        np.array([5, 6, 7, 8, 9, 4]), np.array([0, 2, 3, 6]), np.array([10, 11, 12])
+    )
     taken = packed.take([2, 0, 2])
     assert taken.items.tolist() == [8, 9, 4, 5, 6, 8, 9, 4]
     assert taken.offsets.tolist() == [0, 3, 5, 8]
@@ -173,10 +215,14 @@ def test_truncation_at_a_tar_block_is_found(tmp_path):
     info = write(tmp_path).shards[0]
     path = tmp_path / info.file
     path.write_bytes(path.read_bytes()[: 3 * 1024])
-    with pytest.raises(DataError, match=r"train-000000\.tar is damaged: it has 3,072 bytes.*prepare"):
+    with pytest.raises(
+        DataError, match=r"train-000000\.tar is damaged: it has 3,072 bytes.*prepare"
+    ):
         read_shard(tmp_path, info, num_items=3)
     cut = info.model_copy(update={"bytes": 3072, "sha256": file_sha256(path)})
-    with pytest.raises(DataError, match="damaged"):  # even with matching size and hash: the content is short
+    with pytest.raises(
+        DataError, match="damaged"
+    ):  # even with matching size and hash: the content is short
         read_shard(tmp_path, cut, num_items=3)
 
 
@@ -247,7 +293,10 @@ def test_manifest_refusals(tmp_path):
     for content, words in [
         ("{", "malformed"),
         ("[]", "not a JSON object"),
-        (json.dumps(values | {"schema_version": 3}), "schema version 3; this program reads versions 1 and 2"),
+        (
+            json.dumps(values | {"schema_version": 3}),
+            "schema version 3; this program reads versions 1 and 2",
+        ),
         (json.dumps(values | {"num_items": "many"}), "`num_items`"),
         (json.dumps(values | {"extra": 1}), "`extra`"),
         (json.dumps(values | {"splits": {}}), "must be exactly train, valid, test"),

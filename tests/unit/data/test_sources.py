@@ -55,9 +55,15 @@ def refusal(path: Path, **values: object) -> str:
         ("bom.csv", "\ufeff" + CSV),
         ("crlf.csv", CSV.replace("\n", "\r\n")),
         ("odd [1]*?'.csv", CSV),
-        ("quoted.csv", 'timestamp,"user_id",x,item_id\n10,"u1","a, b\nc",a\n\n11,u2,,b\n12.5,u1,,b\n'),
+        (
+            "quoted.csv",
+            'timestamp,"user_id",x,item_id\n10,"u1","a, b\nc",a\n\n11,u2,,b\n12.5,u1,,b\n',
+        ),
         ("r.tsv", CSV.replace(",", "\t")),
-        ("r.inter", "user_id:token\titem_id:token\ttimestamp:float\nu1\ta\t10\nu2\tb\t11\nu1\tb\t12.5\n"),
+        (
+            "r.inter",
+            "user_id:token\titem_id:token\ttimestamp:float\nu1\ta\t10\nu2\tb\t11\nu1\tb\t12.5\n",
+        ),
         ("r.jsonl", JSONL),
         ("blank.ndjson.gz", "\n" + JSONL),
     ],
@@ -68,18 +74,33 @@ def test_text_formats_give_the_same_rows(tmp_path, name, text):
 
 
 def test_parquet_of_any_types(tmp_path):
-    table = pa.table({"user_id": [1, 2], "item_id": ["x", "y"], "timestamp": pa.array([0, 1_500_000], pa.timestamp("us"))})
+    table = pa.table(
+        {
+            "user_id": [1, 2],
+            "item_id": ["x", "y"],
+            "timestamp": pa.array([0, 1_500_000], pa.timestamp("us")),
+        }
+    )
     pq.write_table(table, tmp_path / "r.parquet")
-    assert load(tmp_path / "r.parquet") == [(1, 1, "x", Decimal(0)), (2, 2, "y", Decimal(1_500_000))]
+    assert load(tmp_path / "r.parquet") == [
+        (1, 1, "x", Decimal(0)),
+        (2, 2, "y", Decimal(1_500_000)),
+    ]
 
 
 def test_other_column_names_with_quotes(tmp_path):
     path = put(tmp_path / "r.csv", '"us""er",it\'em,t\nu,i,1\n')
-    assert load(path, user_column='us"er', item_column="it'em", time_column="t") == [(1, "u", "i", Decimal(1))]
+    assert load(path, user_column='us"er', item_column="it'em", time_column="t") == [
+        (1, "u", "i", Decimal(1))
+    ]
     pq.write_table(pa.table({'us"er': ["u"], "it'em": ["i"], "t": [1]}), tmp_path / "r.parquet")
-    assert load(tmp_path / "r.parquet", user_column='us"er', item_column="it'em", time_column="t") == [(1, "u", "i", Decimal(1))]
+    assert load(
+        tmp_path / "r.parquet", user_column='us"er', item_column="it'em", time_column="t"
+    ) == [(1, "u", "i", Decimal(1))]
     path = put(tmp_path / "r.jsonl", '{"u/~": "u", "it\'em": "i", "t": 1}')
-    assert load(path, user_column="u/~", item_column="it'em", time_column="t") == [(1, "u", "i", Decimal(1))]
+    assert load(path, user_column="u/~", item_column="it'em", time_column="t") == [
+        (1, "u", "i", Decimal(1))
+    ]
 
 
 def test_sequence_text_takes_positions_as_time(tmp_path):
@@ -95,14 +116,27 @@ def test_sequence_text_takes_positions_as_time(tmp_path):
 
 
 def test_dates_are_microseconds_in_utc(tmp_path):
-    times = ("1970-01-01", "1970-01-01T00:00:01", "1970-01-01 00:00:02.5Z", "1970-01-01 02:00:00+01:00")
+    times = (
+        "1970-01-01",
+        "1970-01-01T00:00:01",
+        "1970-01-01 00:00:02.5Z",
+        "1970-01-01 02:00:00+01:00",
+    )
     text = "user_id,item_id,timestamp\n" + "".join(f"u,a,{time}\n" for time in times)
-    assert [int(row[3]) for row in load(put(tmp_path / "d.csv", text))] == [0, 1_000_000, 2_500_000, 3_600_000_000]
+    assert [int(row[3]) for row in load(put(tmp_path / "d.csv", text))] == [
+        0,
+        1_000_000,
+        2_500_000,
+        3_600_000_000,
+    ]
 
 
 def test_large_file_keeps_file_order(tmp_path):
     count = 300_000
-    path = put(tmp_path / "r.csv", "user_id,item_id,timestamp\n" + "".join(f"u,{index},0\n" for index in range(1, count + 1)))
+    path = put(
+        tmp_path / "r.csv",
+        "user_id,item_id,timestamp\n" + "".join(f"u,{index},0\n" for index in range(1, count + 1)),
+    )
     assert all(row[0] == int(row[2]) for row in load(path))
 
 
@@ -112,12 +146,28 @@ def test_large_file_keeps_file_order(tmp_path):
         ("r.csv", CSV + "u1,c\n", ["line 5", "`u1,c`", "3 Found: 2"]),
         ("r.csv", CSV.replace("u2,b,11", "\nu2,b,11,7"), ["line 4", "`u2,b,11,7`", "3 Found: 4"]),
         ("r.csv", CSV + 'u1,"c,3\n', ["line 5", "quote"]),
-        ("r.csv", CSV + "u1,c,soon\n", ["line 5", "`soon`", "`timestamp`", "not a number, as in the first row"]),
+        (
+            "r.csv",
+            CSV + "u1,c,soon\n",
+            ["line 5", "`soon`", "`timestamp`", "not a number, as in the first row"],
+        ),
         ("r.csv", CSV.replace("11", "nan"), ["line 3", "`nan`"]),
         ("r.csv", "user_id,item_id,timestamp\nu,a,\n", ["line 2", "`timestamp` is empty"]),
-        ("r.csv", 'user_id,item_id,timestamp\n\n"u\nv",a,1\n,a,2\n', ["line 5", "`user_id` is empty"]),
-        ("r.csv", "user_id,item_id,timestamp\nu,a,soon\n", ["line 2", "`soon`", "not a number, date or date-time"]),
-        ("r.csv", "user_id,item_id,timestamp\nu,a,2020-01-01\nu,a,7\n", ["line 3", "`7`", "not a date"]),
+        (
+            "r.csv",
+            'user_id,item_id,timestamp\n\n"u\nv",a,1\n,a,2\n',
+            ["line 5", "`user_id` is empty"],
+        ),
+        (
+            "r.csv",
+            "user_id,item_id,timestamp\nu,a,soon\n",
+            ["line 2", "`soon`", "not a number, date or date-time"],
+        ),
+        (
+            "r.csv",
+            "user_id,item_id,timestamp\nu,a,2020-01-01\nu,a,7\n",
+            ["line 3", "`7`", "not a date"],
+        ),
         ("r.csv", "user_id,item_id,timestamp\n", ["no rows"]),
         ("r.csv", "", ["no rows"]),
         (
@@ -128,22 +178,62 @@ def test_large_file_keeps_file_order(tmp_path):
         ("r.tsv", "user_id\titem_id\ttimestamp\nu\t\t1\n", ["line 2", "`item_id` is empty"]),
         ("r.jsonl", JSONL + "{oops}\n", ["line 4", "`{oops}` is no JSON object"]),
         ("r.jsonl", JSONL + "[1]\n", ["line 4", "`[1]` is no JSON object"]),
-        ("r.jsonl", "\n" + JSONL + '{"user_id": "u", "item_id": null, "timestamp": 1}\n', ["line 5", "`item_id` is empty"]),
-        ("r.jsonl", '{"user": 1, "item_id": 2, "timestamp": 3}\n', ["no column `user_id`", "nearest is `user`"]),
+        (
+            "r.jsonl",
+            "\n" + JSONL + '{"user_id": "u", "item_id": null, "timestamp": 1}\n',
+            ["line 5", "`item_id` is empty"],
+        ),
+        (
+            "r.jsonl",
+            '{"user": 1, "item_id": 2, "timestamp": 3}\n',
+            ["no column `user_id`", "nearest is `user`"],
+        ),
         ("r.jsonl", "\n", ["no rows"]),
         ("s.txt", "u1 a b\nu2\n", ["line 2", "`u2` stands alone"]),
         ("s.txt", "u1 a b\n\nu2 a\nu1 c\n", ["line 4", "`u1` was on line 1 already"]),
         ("s.txt", "", ["no rows"]),
         ("r.csv", CSV + "NaN,c,3\n", ["line 5", "`user_id` is NaN"]),
-        ("r.csv", CSV + "u1,1.23457E+19,3\n", ["line 5", "`item_id` is a rounded number", "different ids merge"]),
-        ("r.jsonl", '\n{"user_id": 1e300, "item_id": 1, "timestamp": 1}\n', ["line 2", "`user_id` is a rounded number"]),
+        (
+            "r.csv",
+            CSV + "u1,1.23457E+19,3\n",
+            ["line 5", "`item_id` is a rounded number", "different ids merge"],
+        ),
+        (
+            "r.jsonl",
+            '\n{"user_id": 1e300, "item_id": 1, "timestamp": 1}\n',
+            ["line 2", "`user_id` is a rounded number"],
+        ),
         ("r.csv", CSV + '"u\t1",c,3\n', ["line 5", "`user_id` holds a tab"]),
-        ("r.csv", "user_id,item_id,timestamp\n7,a,1\n7.0,a,2\n", ["line 3", "mixed types", "line 2", "7.0"]),
-        ("r.csv", CSV.replace(",10\n", ",1700000000\n").replace(",11\n", ",1700000000000\n"), ["line 3", "in milliseconds"]),
-        ("r.csv", CSV + "u1,c,4000000000\n", ["line 5", "2096-10-02", "in the future", "times=any"]),
-        ("r.csv", "user_id,item_id,timestamp\nu,a,2020-01-01\nu,b,2099-01-01\n", ["line 3", "2099-01-01", "future"]),
-        ("r.csv", "user_id,item_id,timestamp\nu,a,1600000000\nu,b,0\n", ["line 3", "is 0, but others are moments in seconds"]),
-        ("r.csv", "user_id,item_id,timestamp\nu,a,18500.5\nu,b,1600000000\n", ["line 2", "is 18500.5, but others", "times=any"]),
+        (
+            "r.csv",
+            "user_id,item_id,timestamp\n7,a,1\n7.0,a,2\n",
+            ["line 3", "mixed types", "line 2", "7.0"],
+        ),
+        (
+            "r.csv",
+            CSV.replace(",10\n", ",1700000000\n").replace(",11\n", ",1700000000000\n"),
+            ["line 3", "in milliseconds"],
+        ),
+        (
+            "r.csv",
+            CSV + "u1,c,4000000000\n",
+            ["line 5", "2096-10-02", "in the future", "times=any"],
+        ),
+        (
+            "r.csv",
+            "user_id,item_id,timestamp\nu,a,2020-01-01\nu,b,2099-01-01\n",
+            ["line 3", "2099-01-01", "future"],
+        ),
+        (
+            "r.csv",
+            "user_id,item_id,timestamp\nu,a,1600000000\nu,b,0\n",
+            ["line 3", "is 0, but others are moments in seconds"],
+        ),
+        (
+            "r.csv",
+            "user_id,item_id,timestamp\nu,a,18500.5\nu,b,1600000000\n",
+            ["line 2", "is 18500.5, but others", "times=any"],
+        ),
         ("r.csv", CSV + "9007199254740993.0,c,3\n", ["line 5", "`user_id` is a rounded number"]),
         ("r.csv", CSV + "u\u2028v,c,3\n", ["line 5", "`user_id` holds a tab, a line end"]),
         (
@@ -151,7 +241,11 @@ def test_large_file_keeps_file_order(tmp_path):
             JSONL + '{"user_id": 7, "item_id": "a", "timestamp": 1}\n',
             ["line 4", "`user_id` is of mixed", "text in line 1"],
         ),
-        ("r.jsonl", JSONL + '{"user_id": "u", "item_id": [1], "timestamp": 1}\n', ["line 4", "`item_id` is of type array"]),
+        (
+            "r.jsonl",
+            JSONL + '{"user_id": "u", "item_id": [1], "timestamp": 1}\n',
+            ["line 4", "`item_id` is of type array"],
+        ),
         (
             "r.jsonl",
             JSONL + '{"user_id": "u", "item_id": "a", "timestamp": true}\n',
@@ -171,14 +265,20 @@ def test_bad_files_are_refused_by_line(tmp_path, name, text, words):
 
 
 def test_bad_parquet_rows_and_columns(tmp_path):
-    pq.write_table(pa.table({"user_id": ["u", None], "item_id": ["a", "b"], "timestamp": [1, 2]}), tmp_path / "r.parquet")
+    pq.write_table(
+        pa.table({"user_id": ["u", None], "item_id": ["a", "b"], "timestamp": [1, 2]}),
+        tmp_path / "r.parquet",
+    )
     assert "row 2: `user_id` is empty" in refusal(tmp_path / "r.parquet")
     assert "no column `when`" in refusal(tmp_path / "r.parquet", time_column="when")
 
 
 def test_numbers_that_are_no_moments_are_only_compared(tmp_path):
     path = put(tmp_path / "r.csv", CSV + "u1,c,4000000000\nu1,c,4000000000000\n")
-    assert [int(row[3]) for row in load(path, times="any")][3:] == [4_000_000_000, 4_000_000_000_000]
+    assert [int(row[3]) for row in load(path, times="any")][3:] == [
+        4_000_000_000,
+        4_000_000_000_000,
+    ]
 
 
 def test_wrong_values_in_parquet(tmp_path):
@@ -193,10 +293,16 @@ def test_wrong_values_in_parquet(tmp_path):
     assert "row 1: `user_id` is a rounded number" in wrong(user_id=[2.0**53, 1.0])
     assert "the column `item_id` is of type BIGINT[]" in wrong(item_id=[[1], [2]])
     assert "the column `user_id` is of type BOOLEAN" in wrong(user_id=[True, False])
-    assert "row 2: the time in column `timestamp` is in seconds" in wrong(timestamp=[1_700_000_000_000, 1_700_000_000])
-    big = pa.table({"user_id": pa.array([2**64 - 1], pa.uint64()), "item_id": ["9" * 40], "timestamp": [1]})
+    assert "row 2: the time in column `timestamp` is in seconds" in wrong(
+        timestamp=[1_700_000_000_000, 1_700_000_000]
+    )
+    big = pa.table(
+        {"user_id": pa.array([2**64 - 1], pa.uint64()), "item_id": ["9" * 40], "timestamp": [1]}
+    )
     pq.write_table(big, tmp_path / "r.parquet")
-    assert load(tmp_path / "r.parquet") == [(1, str(2**64 - 1), "9" * 40, 1)]  # beyond 64 bits, exactly
+    assert load(tmp_path / "r.parquet") == [
+        (1, str(2**64 - 1), "9" * 40, 1)
+    ]  # beyond 64 bits, exactly
 
 
 def test_rows_of_several_files_are_numbered_through_and_named_by_their_own(tmp_path):
@@ -206,10 +312,16 @@ def test_rows_of_several_files_are_numbered_through_and_named_by_their_own(tmp_p
         rows = connection.execute("SELECT row_number FROM interactions ORDER BY 1").fetchall()
         assert [row[0] for row in rows] == [1, 2, 3, 4, 5, 6]
     put(paths[1], CSV + "u,a,4000000000\n")
-    with duckdb.connect() as connection, pytest.raises(DataError, match=r"b\.csv, line 5: .* in the future"):
+    with (
+        duckdb.connect() as connection,
+        pytest.raises(DataError, match=r"b\.csv, line 5: .* in the future"),
+    ):
         load_interactions(connection, paths, PrepareConfig())
     put(paths[1], CSV + "u,a,2020-01-01\n")
-    with duckdb.connect() as connection, pytest.raises(DataError, match=r"b\.csv, line 5: the time `2020-01-01`"):
+    with (
+        duckdb.connect() as connection,
+        pytest.raises(DataError, match=r"b\.csv, line 5: the time `2020-01-01`"),
+    ):
         load_interactions(connection, paths, PrepareConfig())
 
 
@@ -237,10 +349,16 @@ def test_titles_first_one_counts_and_tsv_has_no_quotes(tmp_path):
     path = put(tmp_path / "t.tsv", 'item_id\ttitle\na\t"Alpha\nb\t\na\tsecond\nc\tGamma, the\n')
     with duckdb.connect() as connection:
         load_titles(connection, path, "item_id", "title")
-        assert connection.execute("SELECT * FROM titles ORDER BY ALL").fetchall() == [("a", '"Alpha'), ("c", "Gamma, the")]
+        assert connection.execute("SELECT * FROM titles ORDER BY ALL").fetchall() == [
+            ("a", '"Alpha'),
+            ("c", "Gamma, the"),
+        ]
     with duckdb.connect() as connection, pytest.raises(DataError, match="cannot hold titles"):
         load_titles(connection, put(tmp_path / "t.txt", "a b"), "item_id", "title")
-    with duckdb.connect() as connection, pytest.raises(DataError, match=r"no column `name`.*titles_title_column"):
+    with (
+        duckdb.connect() as connection,
+        pytest.raises(DataError, match=r"no column `name`.*titles_title_column"),
+    ):
         load_titles(connection, path, "item_id", "name")
 
 

@@ -18,7 +18,9 @@ FRACTIONS = {"valid_fraction": 0.1, "test_fraction": 0.1}
 def ordered(histories: dict[int, list[int]]) -> duckdb.DuckDBPyConnection:
     """A database with the table `ordered`: per user the times of the interactions; item codes are 1, 2, ..."""
     connection = duckdb.connect()
-    connection.execute("CREATE TABLE ordered(user_code BIGINT, item_code BIGINT, timestamp DECIMAL(38, 9), position BIGINT)")
+    connection.execute(
+        "CREATE TABLE ordered(user_code BIGINT, item_code BIGINT, timestamp DECIMAL(38, 9), position BIGINT)"
+    )
     rows = [
         (user, position, time, position)
         for user, times in histories.items()
@@ -30,7 +32,10 @@ def ordered(histories: dict[int, list[int]]) -> duckdb.DuckDBPyConnection:
 
 def prefixes(connection: duckdb.DuckDBPyConnection) -> dict[int, tuple[int, ...]]:
     columns = "user_code, length, train_length, train_end, valid_end, test_end"
-    return {row[0]: row[1:] for row in connection.execute(f"SELECT {columns} FROM prefixes ORDER BY 1").fetchall()}
+    return {
+        row[0]: row[1:]
+        for row in connection.execute(f"SELECT {columns} FROM prefixes ORDER BY 1").fetchall()
+    }
 
 
 def test_leave_one_out_by_hand():
@@ -52,7 +57,13 @@ def test_global_temporal_by_hand():
         cuts = make_prefixes(connection, "global_temporal", valid_fraction=0.2, test_fraction=0.2)
         assert cuts == (Decimal(6), Decimal(8))
         assert prefixes(connection) == {
-            1: (4, 2, 2, 3, 0),  # target 6; 7 is neither (only a user's first in the period); nothing in test
+            1: (
+                4,
+                2,
+                2,
+                3,
+                0,
+            ),  # target 6; 7 is neither (only a user's first in the period); nothing in test
             2: (3, 2, 2, 0, 3),
             3: (2, 1, 0, 0, 2),
             4: (1, 1, 0, 0, 0),
@@ -70,12 +81,17 @@ def test_global_temporal_user_without_history_has_no_target():
 def test_cuts_keep_a_moment_together_and_are_refused_when_equal():
     with ordered({1: [0, 0, 0, 5, 5, 5, 5, 5, 5, 9]}) as connection:
         assert find_cuts(connection, 0.3, 0.1) == (Decimal(5), Decimal(9))
-        with pytest.raises(DataError, match=r"earliest is 0, the cuts fall at 5 and 5.*leave_one_out"):
+        with pytest.raises(
+            DataError, match=r"earliest is 0, the cuts fall at 5 and 5.*leave_one_out"
+        ):
             find_cuts(connection, 0.3, 0.2)
 
 
 def test_empty_splits_are_refused():
-    with ordered({1: [1, 2], 2: [3]}) as connection, pytest.raises(DataError, match=r"no valid sequence.*longest history has 2"):
+    with (
+        ordered({1: [1, 2], 2: [3]}) as connection,
+        pytest.raises(DataError, match=r"no valid sequence.*longest history has 2"),
+    ):
         make_prefixes(connection, "leave_one_out", **FRACTIONS)
     with ordered({1: [1, 2, 3]}) as connection, pytest.raises(DataError, match="no train sequence"):
         make_prefixes(connection, "leave_one_out", **FRACTIONS)
@@ -110,7 +126,9 @@ def test_a_leak_by_wrong_order_is_found():
             check_no_leak(connection, None)
 
 
-HISTORIES = st.dictionaries(st.integers(1, 8), st.lists(st.integers(0, 12), min_size=1, max_size=9), min_size=1, max_size=8)
+HISTORIES = st.dictionaries(
+    st.integers(1, 8), st.lists(st.integers(0, 12), min_size=1, max_size=9), min_size=1, max_size=8
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -138,4 +156,8 @@ def test_no_random_interactions_leak(histories, split):
 
 
 def test_time_text():
-    assert [time_text(Decimal(text)) for text in ("100.000000000", "1.500000000", "100")] == ["100", "1.5", "100"]
+    assert [time_text(Decimal(text)) for text in ("100.000000000", "1.500000000", "100")] == [
+        "100",
+        "1.5",
+        "100",
+    ]

@@ -29,7 +29,9 @@ def gumbel(uniform: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform + eps) + eps)
 
 
-def kept(u: Tensor, table: Tensor, weight: Tensor, bias: Tensor, noise: Tensor, tau: float, k: int) -> tuple[Tensor, Tensor]:
+def kept(
+    u: Tensor, table: Tensor, weight: Tensor, bias: Tensor, noise: Tensor, tau: float, k: int
+) -> tuple[Tensor, Tensor]:
     """The user-guided token filter with straight-through weights.
 
     Args:
@@ -59,10 +61,18 @@ def kept(u: Tensor, table: Tensor, weight: Tensor, bias: Tensor, noise: Tensor, 
 
 def memory(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """The weighted rows of all users, one user after another: [V, D_m], [B, K], [B, K] -> [B * K, D_m]."""
-    return torch.stack([w * table[v] for user in zip(ids, weights, strict=True) for v, w in zip(*user, strict=True)])
+    return torch.stack(
+        [
+            w * table[v]
+            for user in zip(ids, weights, strict=True)
+            for v, w in zip(*user, strict=True)
+        ]
+    )
 
 
-def expert(x: Tensor, memory: Tensor, params: Mapping[str, Tensor], num_heads: int, head_dim: int) -> Tensor:
+def expert(
+    x: Tensor, memory: Tensor, params: Mapping[str, Tensor], num_heads: int, head_dim: int
+) -> Tensor:
     """Cross-attention from every position of every user to the whole batch's memory.
 
     Args:
@@ -82,7 +92,9 @@ def expert(x: Tensor, memory: Tensor, params: Mapping[str, Tensor], num_heads: i
     heads = []
     for h in range(num_heads):
         part = slice(h * head_dim, (h + 1) * head_dim)
-        attention = torch.softmax(query[..., part] @ key[:, part].T / math.sqrt(head_dim), dim=-1)  # [B, L, R]
+        attention = torch.softmax(
+            query[..., part] @ key[:, part].T / math.sqrt(head_dim), dim=-1
+        )  # [B, L, R]
         heads.append(attention @ value[:, part])
     return torch.cat(heads, dim=-1) @ params["out.weight"].T + params["out.bias"]
 
@@ -108,7 +120,9 @@ def consensus_memory(memories: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(memories)).mean(0)
 
 
-def batch_mean_fisher(losses: Iterable[Tensor], parameters: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+def batch_mean_fisher(
+    losses: Iterable[Tensor], parameters: Sequence[Mapping[str, Tensor]]
+) -> list[dict[str, Tensor]]:
     """The mean over batches of the squared gradient of the batch's *mean* loss, for each expert's parameters.
 
     Args:
@@ -120,12 +134,16 @@ def batch_mean_fisher(losses: Iterable[Tensor], parameters: Sequence[Mapping[str
     """
     flat = [tensor for named in parameters for tensor in named.values()]
     # The losses may come from one graph, so it has to outlive the first of them.
-    squares = [[g.square() for g in torch.autograd.grad(loss, flat, retain_graph=True)] for loss in losses]
+    squares = [
+        [g.square() for g in torch.autograd.grad(loss, flat, retain_graph=True)] for loss in losses
+    ]
     means = iter([torch.stack(of_one).mean(0) for of_one in zip(*squares, strict=True)])
     return [{name: next(means) for name in named} for named in parameters]
 
 
-def merge(thetas: Sequence[Mapping[str, Tensor]], fishers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def merge(
+    thetas: Sequence[Mapping[str, Tensor]], fishers: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
     """The consensus expert's parameters: the experts' mean weighted by their Fisher, element by element."""
     merged = {}
     for name in thetas[0]:

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mltfr_dist.backbones import BACKBONES, Entry
-from mltfr_dist.config import BackboneConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig, RunConfig
+from mltfr_dist.config import (
+    BackboneConfig,
+    ExpertConfig,
+    FilterConfig,
+    LossConfig,
+    MLTFRConfig,
+    RunConfig,
+)
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.backbone import Backbone, PositionalBackbone, backbone_class
@@ -50,7 +57,14 @@ def recommender(name: str, with_mltfr: bool = False, **fields: object) -> Recomm
     )
     backbone = BackboneConfig(name=name, hidden_dim=DIM, dropout=0.3, **fields)
     loss = LossConfig(contrast_group=2)
-    made = Recommender(backbone, mltfr, loss, num_items=NUM_ITEMS, max_len=MAX_LEN, table_rows=tables if with_mltfr else [])
+    made = Recommender(
+        backbone,
+        mltfr,
+        loss,
+        num_items=NUM_ITEMS,
+        max_len=MAX_LEN,
+        table_rows=tables if with_mltfr else [],
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -91,9 +105,14 @@ def test_the_registry_leads_to_a_backbone_that_cites_its_paper(name: str) -> Non
 
 def test_an_unknown_backbone_names_the_valid_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"`backbone.name`: backbones are sasrec, .*; the nearest is sasrec .*'sasrek'"
+        ConfigError,
+        match=r"`backbone.name`: backbones are sasrec, .*; the nearest is sasrec .*'sasrek'",
     ) as caught:
-        validate(RunConfig, {"data": {"path": "d"}, "mltfr": {"enabled": False}, "backbone": {"name": "sasrek"}}, source="a test")
+        validate(
+            RunConfig,
+            {"data": {"path": "d"}, "mltfr": {"enabled": False}, "backbone": {"name": "sasrek"}},
+            source="a test",
+        )
     assert all(name in str(caught.value) for name in BACKBONES)
 
 
@@ -101,25 +120,33 @@ def test_an_unknown_backbone_names_the_valid_ones() -> None:
 @bare_and_with
 @few
 @given(history=HISTORY, data=st.data())
-def test_a_later_item_changes_no_earlier_position(name: str, with_mltfr: bool, history: list[int], data: st.DataObject) -> None:
+def test_a_later_item_changes_no_earlier_position(
+    name: str, with_mltfr: bool, history: list[int], data: st.DataObject
+) -> None:
     model = recommender(name, with_mltfr)
     place = data.draw(st.integers(0, len(history) - 1))
     other = history.copy()
     other[place] = history[place] % NUM_ITEMS + 1
     before, after = output(model, padded([history]))[0], output(model, padded([other]))[0]
     torch.testing.assert_close(after[:place], before[:place], rtol=0, atol=1e-11)
-    assert (after[place:] - before[place:]).abs().amax(1).min() > 1e-6  # and every later one sees it
+    assert (after[place:] - before[place:]).abs().amax(
+        1
+    ).min() > 1e-6  # and every later one sees it
 
 
 @every
 @bare_and_with
 @few
 @given(histories=st.lists(HISTORY, min_size=1, max_size=4), width=st.integers(0, MAX_LEN))
-def test_padding_and_other_rows_change_nothing(name: str, with_mltfr: bool, histories: list[list[int]], width: int) -> None:
+def test_padding_and_other_rows_change_nothing(
+    name: str, with_mltfr: bool, histories: list[list[int]], width: int
+) -> None:
     model = recommender(name, with_mltfr)
     together = output(model, padded([*histories, []], width))
     for row, history in zip(together, histories):
-        torch.testing.assert_close(row[: len(history)], output(model, padded([history]))[0], rtol=0, atol=1e-11)
+        torch.testing.assert_close(
+            row[: len(history)], output(model, padded([history]))[0], rtol=0, atol=1e-11
+        )
         assert row[len(history) :].abs().sum() == 0
     assert together[-1].abs().sum() == 0
 
@@ -173,7 +200,8 @@ def test_an_injection_joins_after_the_first_block_only(name: str) -> None:
         hidden, _ = backbone(item_ids, injection)
         packing = Packing(item_ids)
         expected = (
-            backbone.blocks[0](packing.pack(backbone.inputs(item_ids)), packing) + packing.pack(backbone.inputs(item_ids)).cos()
+            backbone.blocks[0](packing.pack(backbone.inputs(item_ids)), packing)
+            + packing.pack(backbone.inputs(item_ids)).cos()
         )
         for block in list(backbone.blocks)[1:]:
             expected = block(expected, packing)
@@ -195,9 +223,13 @@ def test_every_parameter_learns_and_the_full_length_fits(name: str, with_mltfr: 
         items, targets = torch.where(masked, MASK, items), torch.where(masked, items, 0)
     views = None
     if backbone_class(name).contrasts_views:
-        views = torch.stack([items.roll(1, 1), torch.where(torch.arange(width) % 2 == 0, MASK, items)], dim=1)
+        views = torch.stack(
+            [items.roll(1, 1), torch.where(torch.arange(width) % 2 == 0, MASK, items)], dim=1
+        )
     found = model(SequenceBatch(items, targets, torch.arange(4), view_ids=views))
-    total = found.loss_sum if found.contrastive_sum is None else found.loss_sum + found.contrastive_sum
+    total = (
+        found.loss_sum if found.contrastive_sum is None else found.loss_sum + found.contrastive_sum
+    )
     model.zero_grad()
     total.backward()
     for parameter_name, parameter in model.named_parameters():
@@ -209,7 +241,9 @@ def test_every_parameter_learns_and_the_full_length_fits(name: str, with_mltfr: 
 
 @every
 def test_dropout_acts_in_training_only(name: str) -> None:
-    fresh = backbone_class(name)(BackboneConfig(name=name, hidden_dim=DIM, dropout=0.5), NUM_ITEMS, MAX_LEN)
+    fresh = backbone_class(name)(
+        BackboneConfig(name=name, hidden_dim=DIM, dropout=0.5), NUM_ITEMS, MAX_LEN
+    )
     item_ids = padded([[1, 2, 3]])
     assert not torch.equal(fresh(item_ids)[0], fresh(item_ids)[0])
     fresh.eval()
@@ -228,8 +262,12 @@ def test_esasrec_gates_what_a_sub_layer_adds() -> None:
     x = torch.randn(3, DIM, dtype=torch.float64)
     packing = Packing(item_ids)
     with torch.no_grad():
-        middle = x + block.attention(block.attention_norm(x), packing) * torch.sigmoid(block.attention_gate(x))
-        gate, inner = block.feed_forward.gate_and_inner(block.feed_forward_norm(middle)).chunk(2, -1)
+        middle = x + block.attention(block.attention_norm(x), packing) * torch.sigmoid(
+            block.attention_gate(x)
+        )
+        gate, inner = block.feed_forward.gate_and_inner(block.feed_forward_norm(middle)).chunk(
+            2, -1
+        )
         swiglu = block.feed_forward.out(gate * torch.sigmoid(gate) * inner)
         expected = middle + swiglu * torch.sigmoid(block.feed_forward_gate(middle))
         torch.testing.assert_close(block(x, packing), expected)
@@ -241,7 +279,9 @@ def test_esasrec_gates_what_a_sub_layer_adds() -> None:
 @pytest.mark.parametrize("length", [1, 5, 64, 65, 200])
 def test_linrecs_chunks_equal_the_plain_sum(length: int) -> None:
     generator = torch.Generator().manual_seed(length)
-    q, k, v = (torch.randn(2, 3, length, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    q, k, v = (
+        torch.randn(2, 3, length, 4, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
     torch.testing.assert_close(causal_product(q, k, v), (q @ k.transpose(2, 3)).tril() @ v)
 
 
@@ -252,10 +292,15 @@ def test_linrec_is_the_published_attention_of_each_prefix() -> None:
     with torch.no_grad():
         found = made(x, Packing(padded([[1] * 7])))
         for t in range(7):
-            query, key, value = (p.view(t + 1, 2, DIM // 2).transpose(0, 1) for p in made.qkv(x[: t + 1]).chunk(3, -1))
+            query, key, value = (
+                p.view(t + 1, 2, DIM // 2).transpose(0, 1)
+                for p in made.qkv(x[: t + 1]).chunk(3, -1)
+            )
             query, key = torch.nn.functional.elu(query), torch.nn.functional.elu(key)
             query = query / query.norm(dim=2, keepdim=True)  # each row
-            key = key / (1 + key.square().sum(dim=1, keepdim=True)).sqrt()  # each column, over the prefix
+            key = (
+                key / (1 + key.square().sum(dim=1, keepdim=True)).sqrt()
+            )  # each column, over the prefix
             mixed = query @ (key.transpose(1, 2) @ value)  # the product that makes it linear
             torch.testing.assert_close(found[t], made.out(mixed.transpose(0, 1).flatten(1))[t])
 
@@ -265,7 +310,9 @@ def test_fmlps_filter_is_a_causal_convolution() -> None:
     made = SequenceFilter(3, MAX_LEN, causal=True).double()
     for length in (1, 4, MAX_LEN):
         x = torch.randn(2, length, 3, dtype=torch.float64)
-        expected = torch.stack([sum(made.kernel[t - s] * x[:, s] for s in range(t + 1)) for t in range(length)], dim=1)
+        expected = torch.stack(
+            [sum(made.kernel[t - s] * x[:, s] for s in range(t + 1)) for t in range(length)], dim=1
+        )
         torch.testing.assert_close(made(x), expected)
     assert made(x.bfloat16()).dtype == torch.bfloat16  # the transform itself knows no bf16
 
@@ -279,19 +326,25 @@ def test_bsarecs_low_pass_is_the_published_one_at_the_end_of_each_prefix() -> No
         for t in range(MAX_LEN):
             spectrum = torch.fft.rfft(x[: t + 1], dim=0)
             spectrum[count:] = 0
-            torch.testing.assert_close((matrix @ x)[t], torch.fft.irfft(spectrum, n=t + 1, dim=0)[-1])
+            torch.testing.assert_close(
+                (matrix @ x)[t], torch.fft.irfft(spectrum, n=t + 1, dim=0)[-1]
+            )
     assert not torch.allclose(low_pass_matrix(MAX_LEN, 1), low_pass_matrix(MAX_LEN, 2))
 
 
 @pytest.mark.parametrize("change", [{"inductive_bias": 0.2}, {"low_frequencies": 1}])
 def test_bsarecs_fields_have_an_effect(change: dict[str, object]) -> None:
     item_ids = padded([list(range(1, MAX_LEN + 1))])
-    assert not torch.allclose(output(recommender("bsarec"), item_ids), output(recommender("bsarec", **change), item_ids))
+    assert not torch.allclose(
+        output(recommender("bsarec"), item_ids), output(recommender("bsarec", **change), item_ids)
+    )
 
 
 @few
 @given(history=HISTORY, data=st.data())
-def test_bert4rec_reads_both_sides_and_never_a_masked_item(history: list[int], data: st.DataObject) -> None:
+def test_bert4rec_reads_both_sides_and_never_a_masked_item(
+    history: list[int], data: st.DataObject
+) -> None:
     """The hidden item is nowhere in the input: what stands at a masked place is the mask, with MLTFR's query as well."""
     model = recommender("bert4rec", True)
     place = data.draw(st.integers(0, len(history) - 1))
@@ -311,7 +364,9 @@ def test_bert4rec_reads_both_sides_and_never_a_masked_item(history: list[int], d
     scores = model.backbone.item_embedding.weight[1 : NUM_ITEMS + 1] @ shown[place]
     for target, loss in zip((1, 2), losses, strict=True):
         expected = torch.nn.functional.cross_entropy(scores, torch.tensor(target - 1))
-        assert loss == pytest.approx(expected.item(), rel=1e-5)  # the masked position alone is scored
+        assert loss == pytest.approx(
+            expected.item(), rel=1e-5
+        )  # the masked position alone is scored
 
 
 def test_bert4rec_ranks_at_a_mask_behind_the_last_item() -> None:
@@ -344,7 +399,9 @@ def test_cl4srec_ranks_as_sasrec_does() -> None:
         backbone_class("sasrec")(BackboneConfig(hidden_dim=DIM), NUM_ITEMS, MAX_LEN),
     )
     state = contrasting.state_dict()
-    plain.double().eval().load_state_dict(state | {"item_embedding.weight": state["item_embedding.weight"][: NUM_ITEMS + 1]})
+    plain.double().eval().load_state_dict(
+        state | {"item_embedding.weight": state["item_embedding.weight"][: NUM_ITEMS + 1]}
+    )
     item_ids = padded([[1, 2, 3], [4]])
     torch.testing.assert_close(contrasting(item_ids)[0], plain(item_ids)[0])
 
@@ -354,7 +411,9 @@ def test_cl4srec_ranks_as_sasrec_does() -> None:
 
 @pytest.mark.parametrize("name", ["sampled_softmax", "gbce"])
 @pytest.mark.parametrize("change", [{}, {"calibration": 0.1}], ids=["as is", "calibration"])
-def test_the_loss_is_a_weighted_sum_over_scored_positions(name: str, change: dict[str, float]) -> None:
+def test_the_loss_is_a_weighted_sum_over_scored_positions(
+    name: str, change: dict[str, float]
+) -> None:
     made = recommender("sasrec")
     generator = torch.Generator().manual_seed(0)
     items = padded([[1, 2, 3, 4], [5, 6]])
@@ -371,11 +430,21 @@ def test_the_loss_is_a_weighted_sum_over_scored_positions(name: str, change: dic
             positive = vectors[target] @ state
             if name == "gbce":
                 beta = 1 - change.get("calibration", 0.75) * (1 - 3 / (NUM_ITEMS - 1))
-                terms = [-beta * positive.sigmoid().log(), *(-(-vectors[i] @ state).sigmoid().log() for i in negatives[user, t])]
+                terms = [
+                    -beta * positive.sigmoid().log(),
+                    *(-(-vectors[i] @ state).sigmoid().log() for i in negatives[user, t]),
+                ]
                 loss = sum(float(v) for v in terms) / 4
             else:
-                kept = [(i, q) for i, q in zip(shared.tolist(), logarithms.tolist(), strict=True) if i != target]
-                logits = [positive, *(vectors[i] @ state - q - torch.tensor(3.0).log() for i, q in kept)]
+                kept = [
+                    (i, q)
+                    for i, q in zip(shared.tolist(), logarithms.tolist(), strict=True)
+                    if i != target
+                ]
+                logits = [
+                    positive,
+                    *(vectors[i] @ state - q - torch.tensor(3.0).log() for i, q in kept),
+                ]
                 loss = float(torch.stack(logits).logsumexp(0) - positive)
             expected += float(weights[user, t]) * loss
         kept_config = made.loss_config
@@ -388,13 +457,26 @@ def test_the_loss_is_a_weighted_sum_over_scored_positions(name: str, change: dic
 
 def test_contrast_is_of_the_states_at_the_ends_of_the_views() -> None:
     made = recommender("cl4srec")
-    views = torch.tensor([[[1, 2, 0], [1, MASK, 3]], [[5, 0, 0], [4, 5, 6]], [[7, 8, 0], [8, 7, 0]], [[0, 0, 0], [0, 0, 0]]])
+    views = torch.tensor(
+        [
+            [[1, 2, 0], [1, MASK, 3]],
+            [[5, 0, 0], [4, 5, 6]],
+            [[7, 8, 0], [8, 7, 0]],
+            [[0, 0, 0], [0, 0, 0]],
+        ]
+    )
     ids = torch.tensor([3, 8, 1, -1])
-    batch = SequenceBatch(padded([[1], [2], [3], []]), padded([[2], [3], [4], []]), ids, view_ids=views)
-    ends = torch.stack([output(made, row[row != 0][None])[0, -1] for row in views[:3].flatten(0, 1)]).view(3, 2, DIM)
+    batch = SequenceBatch(
+        padded([[1], [2], [3], []]), padded([[2], [3], [4], []]), ids, view_ids=views
+    )
+    ends = torch.stack(
+        [output(made, row[row != 0][None])[0, -1] for row in views[:3].flatten(0, 1)]
+    ).view(3, 2, DIM)
 
     def loss(anchor: Tensor, other: Tensor, negatives: list[Tensor]) -> float:
-        return float(torch.stack([anchor @ v for v in (other, *negatives)]).logsumexp(0) - anchor @ other)
+        return float(
+            torch.stack([anchor @ v for v in (other, *negatives)]).logsumexp(0) - anchor @ other
+        )
 
     expected = sum(
         loss(ends[p, v], ends[p, 1 - v], list(ends[1 - p])) / 2 for p in range(2) for v in range(2)
@@ -417,7 +499,10 @@ def test_the_example_of_contributing_is_a_backbone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(source, module.__dict__)
     model = recommender.__wrapped__("mybackbone", True)
-    before, after = output(model, padded([[1, 2, 3, 4]]))[0], output(model, padded([[1, 2, 9, 4]]))[0]
+    before, after = (
+        output(model, padded([[1, 2, 3, 4]]))[0],
+        output(model, padded([[1, 2, 9, 4]]))[0],
+    )
     torch.testing.assert_close(after[:2], before[:2], rtol=0, atol=1e-12)
     assert (after[2:] - before[2:]).abs().amax(1).min() > 1e-6
     torch.testing.assert_close(output(model, padded([[1, 2, 3, 4]], 9))[0, :4], before)

@@ -22,7 +22,10 @@ DIM = 16
 
 
 def random_state(generator: torch.Generator, *, positive: bool = False) -> State:
-    state = {name: torch.randn(shape, generator=generator) for name, shape in (("a.weight", (3, 4)), ("a.bias", (3,)))}
+    state = {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in (("a.weight", (3, 4)), ("a.bias", (3,)))
+    }
     return {name: t.square() for name, t in state.items()} if positive else state
 
 
@@ -43,7 +46,9 @@ def test_equal_experts_merge_to_themselves(seed: int, count: int, exponent: floa
 
 @few
 @given(SEED, st.integers(2, 4), st.floats(-10, 10))
-def test_the_scale_of_one_experts_fisher_does_not_matter(seed: int, count: int, exponent: float) -> None:
+def test_the_scale_of_one_experts_fisher_does_not_matter(
+    seed: int, count: int, exponent: float
+) -> None:
     cores, fishers = drawn(seed, count)
     before = merge(cores, fishers)
     fishers[1] = {name: t * 10.0**exponent for name, t in fishers[1].items()}
@@ -72,8 +77,14 @@ def test_two_experts_by_hand() -> None:
 
 
 def test_the_mean_is_taken_over_the_whole_expert_and_not_each_parameter() -> None:
-    cores = [{"a": torch.tensor([0.0]), "b": torch.tensor([0.0])}, {"a": torch.tensor([1.0]), "b": torch.tensor([1.0])}]
-    fishers = [{"a": torch.tensor([3.0]), "b": torch.tensor([1.0])}, {"a": torch.tensor([2.0]), "b": torch.tensor([2.0])}]
+    cores = [
+        {"a": torch.tensor([0.0]), "b": torch.tensor([0.0])},
+        {"a": torch.tensor([1.0]), "b": torch.tensor([1.0])},
+    ]
+    fishers = [
+        {"a": torch.tensor([3.0]), "b": torch.tensor([1.0])},
+        {"a": torch.tensor([2.0]), "b": torch.tensor([2.0])},
+    ]
     merged = merge(cores, fishers)  # (1.5, 0.5) and (1, 1)
     assert merged["a"].item() == pytest.approx(1 / 2.5)
     assert merged["b"].item() == pytest.approx(1 / 1.5)
@@ -83,7 +94,9 @@ def test_entries_without_any_fisher_take_the_plain_mean() -> None:
     cores, fishers = drawn(1, 3)
     for fisher in fishers:
         fisher["a.bias"] = torch.zeros(3)
-    torch.testing.assert_close(merge(cores, fishers)["a.bias"], torch.stack([c["a.bias"] for c in cores]).mean(0))
+    torch.testing.assert_close(
+        merge(cores, fishers)["a.bias"], torch.stack([c["a.bias"] for c in cores]).mean(0)
+    )
     nothing = [{name: torch.zeros_like(t) for name, t in fisher.items()} for fisher in fishers]
     for name, value in merge(cores, nothing).items():
         torch.testing.assert_close(value, torch.stack([c[name] for c in cores]).mean(0))
@@ -109,7 +122,10 @@ def test_what_does_not_fit_together_raises() -> None:
         merge([], [])
     with pytest.raises(ValueError, match=r"2 cores, 1 Fishers"):
         merge(cores, fishers[:1])
-    for broken in ({"a.weight": torch.zeros(3, 4)}, {"a.weight": torch.zeros(3, 5), "a.bias": torch.zeros(3)}):
+    for broken in (
+        {"a.weight": torch.zeros(3, 4)},
+        {"a.weight": torch.zeros(3, 5), "a.bias": torch.zeros(3)},
+    ):
         with pytest.raises(ValueError, match="equal parameter names and shapes"):
             merge([cores[0], broken], fishers)
         with pytest.raises(ValueError, match="equal parameter names and shapes"):
@@ -130,7 +146,10 @@ def test_freezing_leaves_no_parameter_and_keeps_the_state() -> None:
     freeze(frozen)
     assert list(frozen.parameters()) == []
     assert list(frozen.state_dict()) == list(core.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(frozen.state_dict().values(), core.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(frozen.state_dict().values(), core.state_dict().values(), strict=True)
+    )
     with torch.no_grad():
         core.query.weight.add_(1.0)
     assert not torch.equal(frozen.query.weight, core.query.weight)  # a copy, not a view
@@ -169,7 +188,10 @@ def test_the_consensus_of_equal_experts_over_equal_tables_is_that_expert() -> No
     alone = added(mltfr)  # the gate mixes equal experts: one expert's output
     cores = [dict(core.state_dict()) for core in mltfr.cores]
     generator = torch.Generator().manual_seed(1)
-    fishers = [{name: torch.rand(t.shape, generator=generator) for name, t in core.items()} for core in cores]
+    fishers = [
+        {name: torch.rand(t.shape, generator=generator) for name, t in core.items()}
+        for core in cores
+    ]
     mltfr.add_consensus(merge(cores, fishers))
     torch.testing.assert_close(added(mltfr), 1.5 * alone, rtol=1e-5, atol=1e-6)
     assert alone.abs().max() > 0.1
@@ -181,21 +203,28 @@ def test_adding_the_consensus_adds_no_parameter_and_weight_zero_changes_nothing(
     mltfr.add_consensus({name: torch.ones_like(p) for name, p in mltfr.cores[0].named_parameters()})
     assert [name for name, _ in mltfr.named_parameters()] == names
     assert {name for name in mltfr.state_dict() if name.startswith("consensus.")} == {
-        f"consensus.{linear}.{kind}" for linear in ("query", "key", "value", "out") for kind in ("weight", "bias")
+        f"consensus.{linear}.{kind}"
+        for linear in ("query", "key", "value", "out")
+        for kind in ("weight", "bias")
     }
     torch.testing.assert_close(added(mltfr), before, rtol=0, atol=1e-7)
 
 
 def test_gradients_pass_through_the_frozen_consensus_to_what_feeds_it() -> None:
     mltfr = module(2, weight=1.0)
-    mltfr.add_consensus({name: 0.3 * torch.randn_like(p) for name, p in mltfr.cores[0].named_parameters()})
+    mltfr.add_consensus(
+        {name: 0.3 * torch.randn_like(p) for name, p in mltfr.cores[0].named_parameters()}
+    )
     assert mltfr.consensus is not None
     x = torch.randn(2, 4, DIM)
     positions, queries, _ = mltfr.blocks(x, torch.ones(2, 4, dtype=torch.bool))
     from mltfr_dist.models.experts import Memory
 
     kept = [selection.kept for selection in mltfr.selections(queries, None)]
-    memories = [Memory(mltfr.adapters[m](mltfr.candidates(m)), k.places, k.log_weights) for m, k in enumerate(kept)]
+    memories = [
+        Memory(mltfr.adapters[m](mltfr.candidates(m)), k.places, k.log_weights)
+        for m, k in enumerate(kept)
+    ]
     mltfr.consensus(positions, memories).square().sum().backward()
     for m in range(2):
         assert mltfr.filters[m].projection.weight.grad.abs().max() > 0

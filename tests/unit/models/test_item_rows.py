@@ -74,10 +74,18 @@ def test_a_model_is_saved_under_the_same_names_and_counts_its_rows(tmp_path: Pat
     for source in ("none", "titles"):
         models = []
         for kind in ("dense", "sparse"):
-            changes = {"loss__name": "bce", "mltfr__item_tokens__source": source, "optimizer__item_gradients": kind}
+            changes = {
+                "loss__name": "bce",
+                "mltfr__item_tokens__source": source,
+                "optimizer__item_gradients": kind,
+            }
             config = tiny_config(tmp_path, **changes)
             models.append(build_model(config, load_inputs(config), with_consensus=False))
         first, second = (model.state_dict() for model in models)
         assert set(first) == set(second)
         assert all(first[name].equal(second[name]) for name in first), "another initialisation"
-        assert models[0].num_trained == models[1].num_trained == sum(p.numel() for p in models[0].parameters() if p.requires_grad)
+        assert (
+            models[0].num_trained
+            == models[1].num_trained
+            == sum(p.numel() for p in models[0].parameters() if p.requires_grad)
+        )

@@ -25,10 +25,14 @@ def features() -> Tensor:
     return made
 
 
-def make(backbone: str = "sasrec", item_features: Tensor | None = None, loss: LossConfig | None = None) -> Recommender:
+def make(
+    backbone: str = "sasrec", item_features: Tensor | None = None, loss: LossConfig | None = None
+) -> Recommender:
     torch.manual_seed(0)
     mltfr = MLTFRConfig(
-        tables=("a",), filter=FilterConfig(top_k=2, shortlist_size=None), expert=ExpertConfig(num_heads=2, head_dim=2)
+        tables=("a",),
+        filter=FilterConfig(top_k=2, shortlist_size=None),
+        expert=ExpertConfig(num_heads=2, head_dim=2),
     )
     made = Recommender(
         BackboneConfig(name=backbone, hidden_dim=DIM),
@@ -46,18 +50,26 @@ def folded(model: Recommender) -> Recommender:
     """A model without item tokens, whose embedding holds what item tokens make of it: the naive restatement."""
     vectors = model.backbone.item_embedding
     assert isinstance(vectors, ItemVectors)
-    state = {name: value for name, value in model.state_dict().items() if ".item_embedding." not in name}
+    state = {
+        name: value for name, value in model.state_dict().items() if ".item_embedding." not in name
+    }
     own = vectors.embedding.weight.detach().clone()
     for item, row in enumerate(features().double()):
         for d in range(DIM):
-            own[item, d] += sum(vectors.adapter.weight[d, c].item() * row[c] for c in range(COLUMNS))
+            own[item, d] += sum(
+                vectors.adapter.weight[d, c].item() * row[c] for c in range(COLUMNS)
+            )
     plain = make(model_name(model))
     plain.load_state_dict(state | {"backbone.item_embedding.weight": own})
     return plain
 
 
 def model_name(model: Recommender) -> str:
-    return next(name for name, entry in BACKBONES.items() if entry.path.endswith(f":{type(model.backbone).__name__}"))
+    return next(
+        name
+        for name, entry in BACKBONES.items()
+        if entry.path.endswith(f":{type(model.backbone).__name__}")
+    )
 
 
 def training_batch(**fields: Tensor) -> SequenceBatch:
@@ -75,11 +87,20 @@ def test_scores_are_those_of_the_sums(name: str) -> None:
 
 LOSSES = {
     "cross_entropy": (LossConfig(), {}),
-    "bce": (LossConfig(name="bce"), {"negative_ids": torch.tensor([[[4], [5], [6], [8]], [[9], [10], [0], [0]]])}),
-    "gbce": (LossConfig(name="gbce"), {"negative_ids": torch.tensor([[[4], [5], [6], [8]], [[9], [10], [0], [0]]])}),
+    "bce": (
+        LossConfig(name="bce"),
+        {"negative_ids": torch.tensor([[[4], [5], [6], [8]], [[9], [10], [0], [0]]])},
+    ),
+    "gbce": (
+        LossConfig(name="gbce"),
+        {"negative_ids": torch.tensor([[[4], [5], [6], [8]], [[9], [10], [0], [0]]])},
+    ),
     "sampled_softmax": (
         LossConfig(name="sampled_softmax", num_negatives=3),
-        {"shared_negative_ids": torch.tensor([2, 7, 11]), "shared_log_probability": torch.full((3,), -2.0).double()},
+        {
+            "shared_negative_ids": torch.tensor([2, 7, 11]),
+            "shared_log_probability": torch.full((3,), -2.0).double(),
+        },
     ),
 }
 
@@ -129,4 +150,7 @@ def test_some_ids_and_all_rows_agree() -> None:
 def test_the_mixtures_are_no_state_and_no_parameter() -> None:
     model, bare = make("sasrec", features()), make("sasrec")
     added = set(model.state_dict()) - set(bare.state_dict())
-    assert added == {"backbone.item_embedding.embedding.weight", "backbone.item_embedding.adapter.weight"}
+    assert added == {
+        "backbone.item_embedding.embedding.weight",
+        "backbone.item_embedding.adapter.weight",
+    }

@@ -26,7 +26,9 @@ def make(
     torch.manual_seed(0)
     config = MLTFRConfig(
         tables=NAMES,
-        filter=FilterConfig(top_k=top_k, query_every=2, shortlist_size=None, **(filter_fields or {})),
+        filter=FilterConfig(
+            top_k=top_k, query_every=2, shortlist_size=None, **(filter_fields or {})
+        ),
         expert=ExpertConfig(num_heads=2, head_dim=4, **(expert or {})),
         router=RouterConfig(**(router or {})),
         consensus=ConsensusConfig(**(consensus or {})),
@@ -40,7 +42,9 @@ def make(
 
 
 def embeddings() -> Tensor:
-    return torch.randn(2, 5, DIM, generator=torch.Generator().manual_seed(3)) * (ITEMS != 0)[..., None]
+    return (
+        torch.randn(2, 5, DIM, generator=torch.Generator().manual_seed(3)) * (ITEMS != 0)[..., None]
+    )
 
 
 def added(mltfr: MLTFR) -> Tensor:
@@ -57,7 +61,9 @@ def gates(mltfr: MLTFR) -> Tensor:
 
 def test_experts_of_a_table_share_its_filter_and_start_apart_by_their_adapters_only() -> None:
     torch.manual_seed(0)
-    config = MLTFRConfig(tables=NAMES, filter=FilterConfig(top_k=4), expert=ExpertConfig(per_table=2))
+    config = MLTFRConfig(
+        tables=NAMES, filter=FilterConfig(top_k=4), expert=ExpertConfig(per_table=2)
+    )
     mltfr = MLTFR(config, DIM, [torch.randn(*shape) for shape in SHAPES])
     assert (len(mltfr.filters), len(mltfr.cores), len(mltfr.adapters)) == (3, 6, 6)
     for name, value in mltfr.cores[0].state_dict().items():
@@ -76,7 +82,9 @@ def test_the_output_is_the_gated_sum_of_every_tables_experts() -> None:
     assert torch.equal(memories[2].places, memories[3].places)  # one filter
     weights = mltfr.router(positions)
     assert weights.shape[-1] == 7
-    expected = sum(weights[..., e, None] * core(positions, [memories[e]]) for e, core in enumerate(mltfr.cores))
+    expected = sum(
+        weights[..., e, None] * core(positions, [memories[e]]) for e, core in enumerate(mltfr.cores)
+    )
     spread = torch.zeros(2, 3, 2, DIM)
     spread[occupied] = expected
     torch.testing.assert_close(added(mltfr), spread.flatten(1, 2)[:, :5] * (ITEMS != 0)[..., None])
@@ -126,9 +134,13 @@ def test_a_second_softmax_confines_the_gate() -> None:
 
 
 def test_a_learned_lambda_starts_as_given_and_gets_a_gradient() -> None:
-    fixed, learned = (make(consensus={"weight": 0.4, "learn_weight": learn}) for learn in (False, True))
+    fixed, learned = (
+        make(consensus={"weight": 0.4, "learn_weight": learn}) for learn in (False, True)
+    )
     for mltfr in (fixed, learned):
-        mltfr.add_consensus({name: torch.ones_like(p) for name, p in mltfr.cores[0].named_parameters()})
+        mltfr.add_consensus(
+            {name: torch.ones_like(p) for name, p in mltfr.cores[0].named_parameters()}
+        )
     torch.testing.assert_close(added(learned), added(fixed))
     added(learned).sum().backward()
     assert learned.consensus_weight.grad.abs() > 1e-4
@@ -142,7 +154,9 @@ def test_the_consensus_reads_its_groups_tables_alone() -> None:
         return added(mltfr)
 
     mltfr = make(consensus={"weight": 1.0})
-    mltfr.add_consensus({name: p.detach() + 0.1 for name, p in mltfr.cores[0].named_parameters()}, [0, 2])
+    mltfr.add_consensus(
+        {name: p.detach() + 0.1 for name, p in mltfr.cores[0].named_parameters()}, [0, 2]
+    )
     before = consensus_part(mltfr, 1.0) - consensus_part(mltfr, 0.0)
     with torch.no_grad():
         mltfr.filters[1].projection.weight.mul_(-1)
@@ -178,7 +192,9 @@ def test_a_pooled_memory_weighs_a_row_by_how_often_it_is_kept() -> None:
     places = torch.tensor([[0, 1], [1, 2], [1, 5]])
     log_weights = torch.randn(3, 2).double().log_softmax(-1)
     spelled_out = Memory(rows[places.flatten()], None, log_weights.flatten()[None])
-    torch.testing.assert_close(core(x, [pooled(Memory(rows, places, log_weights))]), core(x, [spelled_out]))
+    torch.testing.assert_close(
+        core(x, [pooled(Memory(rows, places, log_weights))]), core(x, [spelled_out])
+    )
     factors = torch.rand(3, 2).double()
     scaled = pooled(Memory(rows, places, torch.zeros(3, 2).double(), factors))
     torch.testing.assert_close(scaled.rows, rows[places.flatten()] * factors.flatten()[:, None])

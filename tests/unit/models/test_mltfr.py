@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mltfr_dist.config import BackboneConfig, ConsensusConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig, RouterConfig
+from mltfr_dist.config import (
+    BackboneConfig,
+    ConsensusConfig,
+    ExpertConfig,
+    FilterConfig,
+    LossConfig,
+    MLTFRConfig,
+    RouterConfig,
+)
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.losses import full_cross_entropy
 from mltfr_dist.models import search as searching
@@ -32,7 +40,12 @@ few = settings(max_examples=15, deadline=None, derandomize=True)
 
 
 def make(
-    query_every: int = 4, *, consensus: bool = False, shortlist: int | None = None, spread: float = 0.3, **fields: object
+    query_every: int = 4,
+    *,
+    consensus: bool = False,
+    shortlist: int | None = None,
+    spread: float = 0.3,
+    **fields: object,
 ) -> Recommender:
     """A model whose parameters are moved far from their start, so that nothing is near zero by accident."""
     torch.manual_seed(0)
@@ -45,14 +58,21 @@ def make(
     )
     backbone = BackboneConfig(hidden_dim=DIM, num_layers=2, num_heads=2, dropout=0.2)
     tables = [torch.randn(*shape) for shape in SHAPES]
-    made = Recommender(backbone, config, LossConfig(), num_items=NUM_ITEMS, max_len=MAX_LEN, table_rows=tables)
+    made = Recommender(
+        backbone, config, LossConfig(), num_items=NUM_ITEMS, max_len=MAX_LEN, table_rows=tables
+    )
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "log_temperature" not in name:
                 parameter.add_(spread * torch.randn_like(parameter))
         made.backbone.item_embedding.weight[0] = 0
     if consensus:
-        mltfr_of(made).add_consensus({name: 0.4 * torch.randn_like(p) for name, p in mltfr_of(made).cores[0].named_parameters()})
+        mltfr_of(made).add_consensus(
+            {
+                name: 0.4 * torch.randn_like(p)
+                for name, p in mltfr_of(made).cores[0].named_parameters()
+            }
+        )
     return made.eval()
 
 
@@ -84,7 +104,9 @@ def inputs(histories: list[list[int]], model: Recommender) -> tuple[Tensor, Tens
 
 def kept_tokens(mltfr: MLTFR, queries: Tensor) -> list[KeptTokens]:
     """What each table's user-guided filter keeps for queries [G, D]; places are row numbers."""
-    return [s.kept._replace(places=s.row_ids[s.kept.places]) for s in mltfr.selections(queries, None)]
+    return [
+        s.kept._replace(places=s.row_ids[s.kept.places]) for s in mltfr.selections(queries, None)
+    ]
 
 
 def padded_hidden(model: Recommender, item_ids: Tensor) -> Tensor:
@@ -94,13 +116,19 @@ def padded_hidden(model: Recommender, item_ids: Tensor) -> Tensor:
 
 
 def training_batch(histories: list[list[int]]) -> SequenceBatch:
-    return SequenceBatch(padded([h[:-1] for h in histories]), padded([h[1:] for h in histories]), torch.arange(len(histories)))
+    return SequenceBatch(
+        padded([h[:-1] for h in histories]),
+        padded([h[1:] for h in histories]),
+        torch.arange(len(histories)),
+    )
 
 
 def some_histories(count: int = 6, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(2, MAX_LEN + 1, (count,), generator=generator).tolist()
-    return [torch.randint(1, NUM_ITEMS + 1, (size,), generator=generator).tolist() for size in sizes]
+    return [
+        torch.randint(1, NUM_ITEMS + 1, (size,), generator=generator).tolist() for size in sizes
+    ]
 
 
 # --- properties of the repaired method ---------------------------------------------------------------------------
@@ -109,7 +137,9 @@ def some_histories(count: int = 6, seed: int = 0) -> list[list[int]]:
 @pytest.mark.parametrize("query_every", EVERY)
 @few
 @given(histories=st.lists(HISTORY, min_size=1, max_size=5), width=st.integers(0, MAX_LEN))
-def test_a_user_is_the_same_alone_and_in_any_batch_of_any_width(query_every: int, histories: list[list[int]], width: int) -> None:
+def test_a_user_is_the_same_alone_and_in_any_batch_of_any_width(
+    query_every: int, histories: list[list[int]], width: int
+) -> None:
     model = shared(query_every, consensus=True)
     together = padded_hidden(model, padded([*histories, []], width))
     for row, history in zip(together, histories):
@@ -122,7 +152,9 @@ def test_a_user_is_the_same_alone_and_in_any_batch_of_any_width(query_every: int
 @pytest.mark.parametrize("query_every", EVERY)
 @few
 @given(histories=st.lists(HISTORY, min_size=1, max_size=4))
-def test_what_mltfr_adds_is_zero_at_padding_and_equal_alone(query_every: int, histories: list[list[int]]) -> None:
+def test_what_mltfr_adds_is_zero_at_padding_and_equal_alone(
+    query_every: int, histories: list[list[int]]
+) -> None:
     model = shared(query_every)
     added, _ = mltfr_of(model)(*inputs(histories, model))
     for row, history in zip(added, histories, strict=True):
@@ -135,7 +167,9 @@ def test_what_mltfr_adds_is_zero_at_padding_and_equal_alone(query_every: int, hi
 @pytest.mark.parametrize("query_every", EVERY)
 @few
 @given(history=HISTORY, data=st.data())
-def test_a_later_item_changes_no_earlier_position(query_every: int, history: list[int], data: st.DataObject) -> None:
+def test_a_later_item_changes_no_earlier_position(
+    query_every: int, history: list[int], data: st.DataObject
+) -> None:
     place = data.draw(st.integers(0, len(history) - 1))
     other = history.copy()
     other[place] = history[place] % NUM_ITEMS + 1
@@ -188,7 +222,11 @@ def test_every_parameter_gets_a_gradient(consensus: bool, spread: float) -> None
     output = model(training_batch(some_histories()))
     assert isinstance(output, TrainingOutput)
     output.loss_sum.backward()
-    largest = {name: float(p.grad.abs().max()) for name, p in mltfr_of(model).named_parameters() if p.grad is not None}
+    largest = {
+        name: float(p.grad.abs().max())
+        for name, p in mltfr_of(model).named_parameters()
+        if p.grad is not None
+    }
     assert set(largest) == {name for name, _ in mltfr_of(model).named_parameters()}
     # A key's bias adds q.b to every logit of a row alike, and softmax does not change when all its logits shift.
     key_biases = {name for name in largest if name.endswith("key.bias")}
@@ -220,7 +258,12 @@ def test_the_filter_gets_a_gradient_however_few_tokens_are_kept(fields: dict[str
 
 def test_two_evaluations_agree_to_the_bit() -> None:
     item_ids = padded(some_histories())
-    batch = RankingBatch(item_ids, torch.ones(len(item_ids), dtype=torch.int64), torch.zeros(0).long(), torch.zeros(0).long())
+    batch = RankingBatch(
+        item_ids,
+        torch.ones(len(item_ids), dtype=torch.int64),
+        torch.zeros(0).long(),
+        torch.zeros(0).long(),
+    )
     for model in (shared(3, consensus=True), shared(4, shortlist=20)):
         with torch.no_grad():
             assert torch.equal(model(batch), model(batch))
@@ -272,19 +315,32 @@ def test_gate_weights_sum_to_one_and_their_sums_are_additive() -> None:
     assert gate.min() > 0
     torch.testing.assert_close(whole.gate_sum, gate[valid].sum(0), rtol=1e-5, atol=1e-5)
     assert whole.gate_sum.sum() == pytest.approx(positions, rel=1e-6)
-    assert whole.top_sum.tolist() == torch.bincount(gate[valid].argmax(-1), minlength=len(SHAPES)).tolist()
-    assert whole.entropy_sum.item() == pytest.approx(-(gate[valid] * gate[valid].log()).sum().item(), rel=1e-5)
-    parts = [mltfr_of(model)(x[i : i + 2], valid[i : i + 2])[1] for i in range(0, len(histories), 2)]
+    assert (
+        whole.top_sum.tolist()
+        == torch.bincount(gate[valid].argmax(-1), minlength=len(SHAPES)).tolist()
+    )
+    assert whole.entropy_sum.item() == pytest.approx(
+        -(gate[valid] * gate[valid].log()).sum().item(), rel=1e-5
+    )
+    parts = [
+        mltfr_of(model)(x[i : i + 2], valid[i : i + 2])[1] for i in range(0, len(histories), 2)
+    ]
     for name in whole._fields:
-        torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            sum(getattr(part, name) for part in parts), getattr(whole, name), rtol=1e-5, atol=1e-5
+        )
 
 
-def test_the_balance_term_is_one_a_position_when_balanced_and_pushes_off_the_loaded_expert() -> None:
+def test_the_balance_term_is_one_a_position_when_balanced_and_pushes_off_the_loaded_expert() -> (
+    None
+):
     router = Router(RouterConfig(), DIM, 3)
     gate = torch.softmax(torch.randn(11, 3), -1).requires_grad_()
     assert router.balance_loss(gate).item() == pytest.approx(11, rel=1e-6)
     router.load.copy_(torch.tensor([0.5, 0.3, 0.2]))
-    assert torch.autograd.grad(router.balance_loss(gate), gate)[0][0].tolist() == pytest.approx([1.5, 0.9, 0.6])
+    assert torch.autograd.grad(router.balance_loss(gate), gate)[0][0].tolist() == pytest.approx(
+        [1.5, 0.9, 0.6]
+    )
     router.update_load(torch.tensor([0.0, 1.0, 0.0]))
     assert router.load.tolist() == pytest.approx([0.45, 0.37, 0.18])
 
@@ -296,7 +352,9 @@ def test_a_batch_of_padding_costs_nothing_and_gives_finite_gradients() -> None:
     (output.loss_sum + output.routing.balance_sum.sum()).backward()
     assert output.loss_sum.item() == 0
     assert output.routing.gate_sum.sum() == 0
-    assert all(p.grad is None or torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
+    assert all(
+        p.grad is None or torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters()
+    )
 
 
 # --- the formulas, restated --------------------------------------------------------------------------------------
@@ -304,7 +362,9 @@ def test_a_batch_of_padding_costs_nothing_and_gives_finite_gradients() -> None:
 
 def norm_by_hand(row: Tensor, layer: nn.LayerNorm) -> Tensor:
     mean = row.mean()
-    return (row - mean) / torch.sqrt(((row - mean) ** 2).mean() + layer.eps) * layer.weight + layer.bias
+    return (row - mean) / torch.sqrt(
+        ((row - mean) ** 2).mean() + layer.eps
+    ) * layer.weight + layer.bias
 
 
 def kept_by_hand(mltfr: MLTFR, m: int, query: Tensor) -> tuple[list[int], Tensor]:
@@ -315,11 +375,15 @@ def kept_by_hand(mltfr: MLTFR, m: int, query: Tensor) -> tuple[list[int], Tensor
         projected = (one.projection.weight @ row + one.projection.bias).detach()
         cosines.append(float(projected @ query / (projected.norm() * query.norm())))
     kept = sorted(range(len(table)), key=lambda v: -cosines[v])[: one.num_kept]
-    scores = torch.tensor([cosines[v] for v in kept], dtype=torch.float64) / math.exp(float(one.log_temperature.detach()))
+    scores = torch.tensor([cosines[v] for v in kept], dtype=torch.float64) / math.exp(
+        float(one.log_temperature.detach())
+    )
     return kept, scores - torch.log(torch.exp(scores).sum())
 
 
-def attend_by_hand(core: ExpertCore, position: Tensor, rows: list[Tensor], log_weights: Tensor) -> Tensor:
+def attend_by_hand(
+    core: ExpertCore, position: Tensor, rows: list[Tensor], log_weights: Tensor
+) -> Tensor:
     size = core.query.weight.shape[0] // core.num_heads
     query = core.query.weight @ position + core.query.bias
     mixed = []
@@ -347,7 +411,10 @@ def forward_by_hand(mltfr: MLTFR, x: Tensor, history_lengths: list[int]) -> Tens
             for m, core in enumerate(mltfr.cores):
                 kept, log_weights = kept_by_hand(mltfr, m, query)
                 linear, layer_norm = mltfr.adapters[m].linear, mltfr.adapters[m].norm
-                rows = [norm_by_hand(linear.weight @ mltfr.table(m).rows[v] + linear.bias, layer_norm) for v in kept]
+                rows = [
+                    norm_by_hand(linear.weight @ mltfr.table(m).rows[v] + linear.bias, layer_norm)
+                    for v in kept
+                ]
                 experts.append(attend_by_hand(core, x[user, t], rows, log_weights))
                 all_rows += rows
                 all_weights.append(log_weights)
@@ -355,7 +422,9 @@ def forward_by_hand(mltfr: MLTFR, x: Tensor, history_lengths: list[int]) -> Tens
             gate = gate / gate.sum()
             added[user, t] = sum(g * e for g, e in zip(gate, experts, strict=True))
             if mltfr.consensus is not None:
-                consensus = attend_by_hand(mltfr.consensus, x[user, t], all_rows, torch.cat(all_weights))
+                consensus = attend_by_hand(
+                    mltfr.consensus, x[user, t], all_rows, torch.cat(all_weights)
+                )
                 added[user, t] += mltfr.config.consensus.weight * consensus
     return added
 
@@ -394,13 +463,17 @@ def test_kept_tokens_are_the_exact_top_k_by_cosine() -> None:
             for g, query in enumerate(queries):
                 expected, log_weights = kept_by_hand(mltfr, m, query)
                 assert kept.places[g].tolist() == expected
-                torch.testing.assert_close(kept.log_weights[g].double(), log_weights, rtol=0, atol=1e-5)
+                torch.testing.assert_close(
+                    kept.log_weights[g].double(), log_weights, rtol=0, atol=1e-5
+                )
 
 
 def test_scaling_a_query_changes_neither_tokens_nor_weights() -> None:
     mltfr = mltfr_of(shared())
     queries = torch.randn(5, DIM)
-    for one, other in zip(kept_tokens(mltfr, queries), kept_tokens(mltfr, queries * 37.0), strict=True):
+    for one, other in zip(
+        kept_tokens(mltfr, queries), kept_tokens(mltfr, queries * 37.0), strict=True
+    ):
         assert torch.equal(one.places, other.places)
         torch.testing.assert_close(one.log_weights, other.log_weights, rtol=0, atol=1e-5)
 
@@ -422,11 +495,16 @@ def test_a_temperature_that_is_not_learned_is_no_parameter() -> None:
     assert mltfr.filters[0].temperature.item() == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize(("ratio", "expected"), [(0.05, (3, 4, 2)), (0.001, (2, 2, 2)), (1.0, (60, 90, 50)), (0.1, (6, 9, 5))])
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [(0.05, (3, 4, 2)), (0.001, (2, 2, 2)), (1.0, (60, 90, 50)), (0.1, (6, 9, 5))],
+)
 def test_filter_ratio_gives_k(ratio: float, expected: tuple[int, ...]) -> None:
     model = make(top_k=None, filter_ratio=ratio)
     assert (
-        tuple(one.num_kept for one in mltfr_of(model).filters) == expected == tuple(max(2, round(ratio * v)) for v, _ in SHAPES)
+        tuple(one.num_kept for one in mltfr_of(model).filters)
+        == expected
+        == tuple(max(2, round(ratio * v)) for v, _ in SHAPES)
     )
     kept = kept_tokens(mltfr_of(model), torch.randn(3, DIM))
     assert tuple(k.places.shape[1] for k in kept) == expected
@@ -434,7 +512,10 @@ def test_filter_ratio_gives_k(ratio: float, expected: tuple[int, ...]) -> None:
 
 
 def test_searching_in_chunks_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    queries, rows = F.normalize(torch.randn(9, DIM), dim=-1), F.normalize(torch.randn(40, DIM), dim=-1)
+    queries, rows = (
+        F.normalize(torch.randn(9, DIM), dim=-1),
+        F.normalize(torch.randn(40, DIM), dim=-1),
+    )
     whole, relevance = search(queries, rows, 5), row_relevance(queries, rows, as_they_are)
     exact = search_rows(queries, rows, as_they_are, 5)
     assert torch.equal(exact[1], whole)
@@ -442,7 +523,10 @@ def test_searching_in_chunks_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     for elements in (1, 80, 130):
         monkeypatch.setattr(searching, "CHUNK_ELEMENTS", elements)
         assert torch.equal(search(queries, rows, 5), whole)
-        assert all(torch.equal(a, b) for a, b in zip(search_rows(queries, rows, as_they_are, 5), exact, strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(search_rows(queries, rows, as_they_are, 5), exact, strict=True)
+        )
         assert torch.equal(row_relevance(queries, rows, as_they_are), relevance)
     assert row_relevance(queries[:0], rows, as_they_are).tolist() == [-1.0] * 40
     assert search(queries[:0], rows, 5).shape == (0, 5)
@@ -465,7 +549,10 @@ def test_equal_rows_are_kept_by_number_however_many() -> None:
         expected = exact.sort(dim=1, descending=True, stable=True)
         assert torch.equal(ids, expected.indices[:, :count])
         assert torch.equal(scores, expected.values[:, :count])
-        parts = [search_rows(query, rows[a:b], as_they_are, count) for a, b in ((0, 1), (1, 50), (50, 100))]
+        parts = [
+            search_rows(query, rows[a:b], as_they_are, count)
+            for a, b in ((0, 1), (1, 50), (50, 100))
+        ]
         offsets = (0, 1, 50)
         found = torch.cat([p[1] + start for p, start in zip(parts, offsets, strict=True)], dim=1)
         assert torch.equal(best(torch.cat([p[0] for p in parts], dim=1), found, count)[1], ids)
@@ -501,7 +588,9 @@ def test_a_shortlist_that_holds_the_top_k_gives_the_full_search() -> None:
     assert all(marks.sum() < 45 for marks in needed)
     mltfr_of(short).set_shortlist(needed)
     with torch.no_grad():
-        torch.testing.assert_close(mltfr_of(short)(x, valid)[0], mltfr_of(full)(x, valid)[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            mltfr_of(short)(x, valid)[0], mltfr_of(full)(x, valid)[0], rtol=0, atol=1e-6
+        )
         for m in range(len(SHAPES)):
             found = kept_tokens(mltfr_of(short), queries)[m].places
             assert torch.equal(found, kept_tokens(mltfr_of(full), queries)[m].places)
@@ -519,8 +608,12 @@ def test_shortlist_recall_is_the_share_of_the_exact_top_k() -> None:
     assert count == 3
     for m in range(len(SHAPES)):
         exact = [set(kept_by_hand(mltfr, m, query)[0]) for query in queries[:3]]
-        assert recall[m].item() == pytest.approx(sum(len(kept & set(range(20))) / TOP_K for kept in exact))
-    mltfr.set_shortlist([-r for r in mltfr.relevance(x, valid)])  # the rows furthest from all queries
+        assert recall[m].item() == pytest.approx(
+            sum(len(kept & set(range(20))) / TOP_K for kept in exact)
+        )
+    mltfr.set_shortlist(
+        [-r for r in mltfr.relevance(x, valid)]
+    )  # the rows furthest from all queries
     assert mltfr.shortlist_recall(x, valid)[0].sum() == 0
 
 
@@ -561,11 +654,17 @@ def test_explain_agrees_with_forward(query_every: int, shortlist: int | None) ->
             last = len(history) - 1
             position = x[user, last].view(1, 1, DIM)
             experts = []
-            for m, (ids, weights) in enumerate(zip(found.kept_ids, found.kept_weights, strict=True)):
+            for m, (ids, weights) in enumerate(
+                zip(found.kept_ids, found.kept_weights, strict=True)
+            ):
                 assert weights.sum().item() == pytest.approx(1, rel=1e-5)
                 assert (weights[:-1] >= weights[1:] - 1e-6).all()  # best first
                 rows = mltfr.adapters[m](mltfr.table(m).rows[ids])
-                experts.append(mltfr.cores[m](position, [Memory(rows, torch.arange(TOP_K)[None], weights.log()[None])])[0, 0])
+                experts.append(
+                    mltfr.cores[m](
+                        position, [Memory(rows, torch.arange(TOP_K)[None], weights.log()[None])]
+                    )[0, 0]
+                )
             mixed = sum(g * e for g, e in zip(found.gate_weights, experts, strict=True))
             torch.testing.assert_close(mixed, added[user, last], rtol=0, atol=1e-5)
 
@@ -610,7 +709,9 @@ def test_the_loss_is_a_weighted_sum_over_real_positions(name: str) -> None:
                     value = -F.logsigmoid(vectors[target] @ state) - F.logsigmoid(-negatives).mean()
                 expected += float(weights[user, t] * value)
         assert model(batch, weights).loss_sum.item() == pytest.approx(expected, rel=1e-5)
-        assert model(batch).loss_sum.item() == pytest.approx(model(batch, torch.ones_like(weights)).loss_sum.item(), rel=1e-6)
+        assert model(batch).loss_sum.item() == pytest.approx(
+            model(batch, torch.ones_like(weights)).loss_sum.item(), rel=1e-6
+        )
 
 
 def test_the_bare_backbone_has_no_routing() -> None:
@@ -627,7 +728,9 @@ def test_the_bare_backbone_has_no_routing() -> None:
     assert output.routing is None
     hidden, _ = bare.backbone(batch.item_ids)
     targets = batch.target_ids[batch.target_ids != 0]
-    expected = full_cross_entropy(hidden, bare.backbone.item_embedding.weight[1:], targets, torch.ones(len(targets)))
+    expected = full_cross_entropy(
+        hidden, bare.backbone.item_embedding.weight[1:], targets, torch.ones(len(targets))
+    )
     assert output.loss_sum.item() == pytest.approx(expected.item())
 
 

@@ -13,7 +13,14 @@ from support import tiny_config, write_table
 from torch import Tensor
 from torch.nn import functional as F
 
-from mltfr_dist.config import ConsensusConfig, ExpertConfig, FilterConfig, MLTFRConfig, RouterConfig, RunConfig
+from mltfr_dist.config import (
+    ConsensusConfig,
+    ExpertConfig,
+    FilterConfig,
+    MLTFRConfig,
+    RouterConfig,
+    RunConfig,
+)
 from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.data.stream import Part
 from mltfr_dist.distributed.fisher import batch_mean_squares
@@ -57,12 +64,16 @@ def make(top_k: int, *, double_softmax: bool = False, consensus: bool = False) -
         router=RouterConfig(double_softmax=double_softmax, balance_weight=0),
         consensus=ConsensusConfig(weight=LAMBDA),
     )
-    made = MLTFR(config, DIM, [torch.randn(rows, width) for rows, width in zip(ROWS, WIDTHS, strict=True)])
+    made = MLTFR(
+        config, DIM, [torch.randn(rows, width) for rows, width in zip(ROWS, WIDTHS, strict=True)]
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.4 * torch.randn_like(parameter))
     if consensus:
-        made.add_consensus({name: torch.randn_like(p) for name, p in made.cores[0].named_parameters()}, GROUP)
+        made.add_consensus(
+            {name: torch.randn_like(p) for name, p in made.cores[0].named_parameters()}, GROUP
+        )
     return made.double().eval()
 
 
@@ -72,7 +83,9 @@ def item_ids() -> Tensor:
 
 
 def embeddings() -> Tensor:
-    x = torch.randn(*item_ids().shape, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(
+        *item_ids().shape, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     return (x * (item_ids() != 0)[..., None]).requires_grad_()
 
 
@@ -80,7 +93,9 @@ def noise_of(mltfr: MLTFR, m: int, ids: Tensor) -> Tensor:
     """[B, V_m] the noise that the filter draws."""
     token_filter = mltfr.filters[m]
     assert isinstance(token_filter, TokenFilter)
-    drawn = mltfr._noise(token_filter, history_keys(ids)[:, -1], torch.arange(mltfr.table(m).num_rows))
+    drawn = mltfr._noise(
+        token_filter, history_keys(ids)[:, -1], torch.arange(mltfr.table(m).num_rows)
+    )
     assert drawn is not None
     return drawn.part(slice(None)).double()
 
@@ -92,10 +107,20 @@ def stated(mltfr: MLTFR, x: Tensor, ids: Tensor) -> Tensor:
     memories, experts = [], []
     for m, core in enumerate(mltfr.cores):
         projection, top_k = mltfr.filters[m].projection, mltfr.filters[m].num_kept
-        noise, tau, rows = noise_of(mltfr, m, ids), float(mltfr.filters[m].temperature), mltfr.table(m).rows
-        tokens, weights = published.kept(u, rows, projection.weight, projection.bias, noise, tau, top_k)
+        noise, tau, rows = (
+            noise_of(mltfr, m, ids),
+            float(mltfr.filters[m].temperature),
+            mltfr.table(m).rows,
+        )
+        tokens, weights = published.kept(
+            u, rows, projection.weight, projection.bias, noise, tau, top_k
+        )
         memories.append(published.memory(rows, tokens, weights))
-        experts.append(published.expert(x, memories[m], dict(core.named_parameters()), expert.num_heads, expert.head_dim))
+        experts.append(
+            published.expert(
+                x, memories[m], dict(core.named_parameters()), expert.num_heads, expert.head_dim
+            )
+        )
     linear, times = mltfr.router.linear, 2 if mltfr.config.router.double_softmax else 1
     consensus = None
     if mltfr.consensus is not None:
@@ -103,12 +128,16 @@ def stated(mltfr: MLTFR, x: Tensor, ids: Tensor) -> Tensor:
         parameters = dict(mltfr.consensus.named_buffers())
         consensus = published.expert(x, shared, parameters, expert.num_heads, expert.head_dim)
     pi = published.gate(x, linear.weight, linear.bias, times)
-    return published.output(pi, experts, consensus, mltfr.config.consensus.weight) * valid[..., None]
+    return (
+        published.output(pi, experts, consensus, mltfr.config.consensus.weight) * valid[..., None]
+    )
 
 
 @pytest.mark.parametrize("consensus", [False, True])
 @pytest.mark.parametrize(("top_k", "double_softmax"), [(1, False), (3, False), (3, True)])
-def test_forward_and_gradients_equal_the_statement(top_k: int, double_softmax: bool, consensus: bool) -> None:
+def test_forward_and_gradients_equal_the_statement(
+    top_k: int, double_softmax: bool, consensus: bool
+) -> None:
     mltfr = make(top_k, double_softmax=double_softmax, consensus=consensus)
     found_gradients, stated_gradients = [], []
     outputs = []
@@ -118,13 +147,19 @@ def test_forward_and_gradients_equal_the_statement(top_k: int, double_softmax: b
     ):
         x = embeddings()
         output = function(x)
-        probe = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        probe = torch.randn(
+            output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+        )
         names, parameters = zip(*mltfr.named_parameters(), strict=True)
-        gradients += torch.autograd.grad((output * probe).sum(), (x, *parameters), materialize_grads=True)
+        gradients += torch.autograd.grad(
+            (output * probe).sum(), (x, *parameters), materialize_grads=True
+        )
         outputs.append(output)
     torch.testing.assert_close(outputs[0], outputs[1], **EXACT)
     for name, one, other in zip(("x", *names), found_gradients, stated_gradients, strict=True):
-        torch.testing.assert_close(one, other, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            one, other, **EXACT, msg=lambda text, name=name: f"{name}: {text}"
+        )
         reached = float(one.abs().max())
         assert reached > 1e-6 or "key.bias" in name or (top_k == 1 and "filters" in name), name
 
@@ -135,9 +170,13 @@ def test_with_one_kept_token_no_gradient_reaches_the_filter() -> None:
     x = embeddings().float()
     mltfr(x, item_ids() != 0, item_ids())[0].square().sum().backward()
     for m, token_filter in enumerate(mltfr.filters):
-        assert token_filter.projection.weight.grad is None  # nothing is spent on it, for it is nothing:
+        assert (
+            token_filter.projection.weight.grad is None
+        )  # nothing is spent on it, for it is nothing:
         kept = token_filter(x.detach()[:, 0], mltfr.table(m).whole())
-        scores = F.normalize(x.detach()[:, 0], dim=-1) @ token_filter.project(mltfr.table(m).whole()).T
+        scores = (
+            F.normalize(x.detach()[:, 0], dim=-1) @ token_filter.project(mltfr.table(m).whole()).T
+        )
         spelled_out = token_filter._straight_through(scores, None)
         assert torch.equal(kept.places, spelled_out.places)
         assert torch.equal(kept.row_weights, spelled_out.row_weights)
@@ -168,12 +207,19 @@ def test_a_user_depends_on_the_batch_and_on_the_future() -> None:
     assert (together[0] - alone[0]).abs().max() > 1e-3
     later = x[:1].clone()
     later[0, 4] = -20 * x[0].sum(0)  # the history's mean turns round
-    assert (mltfr(later, item_ids()[:1] != 0, item_ids()[:1])[0][0, 0] - alone[0, 0]).abs().max() > 1e-3
+    assert (
+        mltfr(later, item_ids()[:1] != 0, item_ids()[:1])[0][0, 0] - alone[0, 0]
+    ).abs().max() > 1e-3
 
 
 def test_bce_equals_the_statement() -> None:
     hidden, positive, negative = torch.randn(3, 11, DIM, dtype=torch.float64).unbind()
-    found = binary_cross_entropy(hidden, positive, negative[:, None], torch.ones(11, dtype=torch.float64)) / 11
+    found = (
+        binary_cross_entropy(
+            hidden, positive, negative[:, None], torch.ones(11, dtype=torch.float64)
+        )
+        / 11
+    )
     torch.testing.assert_close(found, published.bce(hidden, positive, negative), **EXACT)
 
 
@@ -195,18 +241,24 @@ def test_fisher_and_merge_equal_the_statement(tmp_path: Path) -> None:
     for step in islice(train_stream(config, part).epoch(0), 2):
         batch: SequenceBatch = step.micro_batches[0]
         losses.append(model(batch).loss_sum / batch.num_targets)
-    expected = published.batch_mean_fisher(losses, [dict(core.named_parameters()) for core in cores])
+    expected = published.batch_mean_fisher(
+        losses, [dict(core.named_parameters()) for core in cores]
+    )
     for one, other in zip(found, expected, strict=True):
         for name, value in one.items():
             torch.testing.assert_close(value, other[name], **EXACT)
     assert max(float(v.max()) for v in found[0].values()) > 1e-6
     group = [{name: torch.randn(4, 3, dtype=torch.float64)} for name in ("w",) * 3]
     fishers = [{"w": torch.rand(4, 3, dtype=torch.float64) * 1e-11} for _ in range(3)]
-    torch.testing.assert_close(merge(group, fishers, normalise=False)["w"], published.merge(group, fishers)["w"], **EXACT)
+    torch.testing.assert_close(
+        merge(group, fishers, normalise=False)["w"], published.merge(group, fishers)["w"], **EXACT
+    )
     assert not torch.allclose(merge(group, fishers)["w"], published.merge(group, fishers)["w"])
 
 
-def procedure(config: RunConfig, model_of: Callable[[bool], Recommender], *, by_statement: bool) -> dict[str, Tensor]:
+def procedure(
+    config: RunConfig, model_of: Callable[[bool], Recommender], *, by_statement: bool
+) -> dict[str, Tensor]:
     """Both stages by plain Adam on whole batches: losses, Fisher, consensus expert, and the parameters at each stage's end."""
     found: dict[str, Tensor] = {}
     merged: dict[str, Tensor] = {}
@@ -217,9 +269,15 @@ def procedure(config: RunConfig, model_of: Callable[[bool], Recommender], *, by_
         if merged:
             mltfr.consensus.load_state_dict(merged)
         if by_statement:
-            mltfr.forward = lambda x, valid, ids, m=mltfr: (stated(m, x, ids), m._stats(m.router(x)))
+            mltfr.forward = lambda x, valid, ids, m=mltfr: (
+                stated(m, x, ids),
+                m._stats(m.router(x)),
+            )
         optimizer = torch.optim.Adam(model.parameters(), config.optimizer.learning_rate)
-        batches = [step.micro_batches[0] for step in islice(train_stream(config, Part(0, 1, 16, 16)).epoch(0), STEPS)]
+        batches = [
+            step.micro_batches[0]
+            for step in islice(train_stream(config, Part(0, 1, 16, 16)).epoch(0), STEPS)
+        ]
         losses = []
         for mltfr.step, batch in enumerate(batches):
             losses.append(model(batch).loss_sum / batch.num_targets)
@@ -229,25 +287,40 @@ def procedure(config: RunConfig, model_of: Callable[[bool], Recommender], *, by_
         found[f"{stage} losses"] = torch.stack(losses).detach()
         found |= {f"{stage} {name}": p.detach() for name, p in model.named_parameters()}
         if stage == "train":
-            cores = [{name: p.detach() for name, p in mltfr.cores[m].named_parameters()} for m in GROUP]
+            cores = [
+                {name: p.detach() for name, p in mltfr.cores[m].named_parameters()} for m in GROUP
+            ]
             if by_statement:
                 after = [model(batch).loss_sum / batch.num_targets for batch in batches]
-                fishers = published.batch_mean_fisher(after, [dict(mltfr.cores[m].named_parameters()) for m in GROUP])
+                fishers = published.batch_mean_fisher(
+                    after, [dict(mltfr.cores[m].named_parameters()) for m in GROUP]
+                )
                 merged = published.merge(cores, fishers)
             else:
                 steps = islice(train_stream(config, Part(0, 1, 16, 16)).epoch(0), STEPS)
                 every = batch_mean_squares(model, steps, ONE)
                 fishers = [every[m] for m in GROUP]
                 merged = merge(cores, fishers, normalise=False)
-            found |= {f"fisher {m} {name}": t for m, f in zip(GROUP, fishers, strict=True) for name, t in f.items()}
+            found |= {
+                f"fisher {m} {name}": t
+                for m, f in zip(GROUP, fishers, strict=True)
+                for name, t in f.items()
+            }
             found |= {f"merged {name}": t for name, t in merged.items()}
     return found
 
 
 def test_the_two_stages_equal_the_statement(tmp_path: Path) -> None:
     """Stage 1 with a random consensus expert, Fisher, merge, and stage 2 from a fresh start, tables trained throughout."""
-    tables = [write_table(tmp_path / "tables", name, num_rows=50, dim=12, seed=7 + i) for i, name in enumerate("abc")]
-    group = {"mltfr__consensus__group": ["a", "b"], "mltfr__consensus__weight": LAMBDA, "optimizer__learning_rate": 0.01}
+    tables = [
+        write_table(tmp_path / "tables", name, num_rows=50, dim=12, seed=7 + i)
+        for i, name in enumerate("abc")
+    ]
+    group = {
+        "mltfr__consensus__group": ["a", "b"],
+        "mltfr__consensus__weight": LAMBDA,
+        "optimizer__learning_rate": 0.01,
+    }
     base = tiny_config(tmp_path, mltfr__tables=[str(t) for t in tables], loss__name="bce", **group)
     config = with_values(as_published(base, scopes=["method"]), {"mltfr.filter.top_k": 3})
     inputs = load_inputs(config)
@@ -259,8 +332,16 @@ def test_the_two_stages_equal_the_statement(tmp_path: Path) -> None:
     expected = procedure(config, model_of, by_statement=True)
     assert found.keys() == expected.keys()
     for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, expected[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}"
+        )
     start = dict(model_of(False).named_parameters())
-    for part in ("mltfr.tables.0.rows", "mltfr.filters.2.projection.weight", "mltfr.cores.1.value.weight"):
+    for part in (
+        "mltfr.tables.0.rows",
+        "mltfr.filters.2.projection.weight",
+        "mltfr.cores.1.value.weight",
+    ):
         assert (found[f"train {part}"] - start[part]).abs().max() > 1e-4, part
-        assert (found[f"train {part}"] - found[f"consensus {part}"]).abs().max() > 1e-7, "the stages differ by their expert"
+        assert (found[f"train {part}"] - found[f"consensus {part}"]).abs().max() > 1e-7, (
+            "the stages differ by their expert"
+        )

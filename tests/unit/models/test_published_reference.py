@@ -9,7 +9,11 @@ import published
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, linear, scaled_dot_product_attention
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    linear,
+    scaled_dot_product_attention,
+)
 
 LN3 = math.log(3)
 HEADS, HEAD_DIM, DIM, TABLE_DIM = 2, 3, 4, 5
@@ -29,7 +33,12 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 def expert_params(seed: int) -> dict[str, Tensor]:
     inner = HEADS * HEAD_DIM
-    shapes = {"query": (inner, DIM), "key": (inner, TABLE_DIM), "value": (inner, TABLE_DIM), "out": (DIM, inner)}
+    shapes = {
+        "query": (inner, DIM),
+        "key": (inner, TABLE_DIM),
+        "value": (inner, TABLE_DIM),
+        "out": (DIM, inner),
+    }
     params = {}
     for i, (name, shape) in enumerate(shapes.items()):
         params[f"{name}.weight"] = drawn(seed + 2 * i, *shape)
@@ -50,7 +59,9 @@ def test_gumbel_at_known_points_and_on_average() -> None:
     found = published.gumbel(t(0, 0.5, math.exp(-1)))
     close(found, t(-math.log(math.log(1e10)), -math.log(math.log(2)), 0), 1e-9)
     middles = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    assert published.gumbel(middles).mean().item() == pytest.approx(0.5772157, abs=1e-4)  # Euler's constant
+    assert published.gumbel(middles).mean().item() == pytest.approx(
+        0.5772157, abs=1e-4
+    )  # Euler's constant
     assert published.gumbel(t(1 - 2.0**-53)).isfinite().all()
 
 
@@ -70,7 +81,10 @@ def test_kept_by_cosine_and_noise_in_the_projected_space() -> None:
 def filter_gradients(k: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Gradients of u, map and bias for given gradients of the weights: by autograd, and by the chain rule written out."""
     users, size, tau = 3, 7, 0.5
-    u, table, weight, bias = (drawn(i, *s) for i, s in enumerate([(users, DIM), (size, TABLE_DIM), (DIM, TABLE_DIM), (DIM,)]))
+    u, table, weight, bias = (
+        drawn(i, *s)
+        for i, s in enumerate([(users, DIM), (size, TABLE_DIM), (DIM, TABLE_DIM), (DIM,)])
+    )
     noise, upstream = drawn(4, users, size), drawn(5, users, k)
     leaves = tuple(leaf.requires_grad_() for leaf in (u, weight, bias))
     ids, weights = published.kept(u, table, weight, bias, noise, tau, k)
@@ -106,7 +120,9 @@ def test_one_kept_token_leaves_the_filter_a_gradient_of_order_1e_minus_8() -> No
 
 
 def test_in_float32_one_kept_token_leaves_no_gradient_at_all() -> None:
-    u, table, weight, bias, noise = (drawn(i, *s).float() for i, s in enumerate([(3, 4), (7, 5), (4, 5), (4,), (3, 7)]))
+    u, table, weight, bias, noise = (
+        drawn(i, *s).float() for i, s in enumerate([(3, 4), (7, 5), (4, 5), (4,), (3, 7)])
+    )
     weight.requires_grad_()
     _, weights = published.kept(u, table, weight, bias, noise, 0.5, 1)
     gradient = torch.autograd.grad((weights * drawn(5, 3, 1).float()).sum(), weight)[0]
@@ -145,8 +161,14 @@ def test_expert_equals_all_heads_at_once() -> None:
         mapped = linear(of, params[f"{name}.weight"], params[f"{name}.bias"])
         return mapped.reshape(*of.shape[:-1], HEADS, HEAD_DIM)
 
-    key, value = (split(memory, name).transpose(0, 1).expand(2, -1, -1, -1) for name in ("key", "value"))
-    attended = scaled_dot_product_attention(split(x, "query").transpose(1, 2), key, value).transpose(1, 2).flatten(2)
+    key, value = (
+        split(memory, name).transpose(0, 1).expand(2, -1, -1, -1) for name in ("key", "value")
+    )
+    attended = (
+        scaled_dot_product_attention(split(x, "query").transpose(1, 2), key, value)
+        .transpose(1, 2)
+        .flatten(2)
+    )
     expected = linear(attended, params["out.weight"], params["out.bias"])
     close(published.expert(x, memory, params, HEADS, HEAD_DIM), expected)
 
@@ -156,7 +178,9 @@ def through_the_batch(x: Tensor, weight: Tensor, k: int) -> Tensor:
     table, noise = drawn(20, 9, TABLE_DIM), drawn(21, 4, 9)[: len(x)]
     u = published.user_vectors(x, torch.ones(x.shape[:2], dtype=torch.bool))
     ids, weights = published.kept(u, table, weight, drawn(22, DIM), noise, 0.5, k)
-    return published.expert(x, published.memory(table, ids, weights), expert_params(30), HEADS, HEAD_DIM)
+    return published.expert(
+        x, published.memory(table, ids, weights), expert_params(30), HEADS, HEAD_DIM
+    )
 
 
 def test_a_users_output_depends_on_the_rest_of_the_batch_and_on_later_items() -> None:
@@ -192,7 +216,9 @@ def test_gate_once_and_twice() -> None:
 
 
 def test_a_second_softmax_confines_six_experts() -> None:
-    sure = published.gate(t([[1]]), t([60], [0], [0], [0], [0], [0]), torch.zeros(6, dtype=torch.float64), times=2)
+    sure = published.gate(
+        t([[1]]), t([60], [0], [0], [0], [0], [0]), torch.zeros(6, dtype=torch.float64), times=2
+    )
     close(sure.amax(), torch.tensor(math.e / (math.e + 5), dtype=torch.float64))  # 0.352
     close(sure.amin(), torch.tensor(1 / (math.e + 5), dtype=torch.float64))  # 0.130
 
@@ -207,7 +233,10 @@ def test_output_weighs_experts_by_position_and_adds_the_consensus() -> None:
 
 
 def test_consensus_memory_is_the_plain_mean() -> None:
-    close(published.consensus_memory([t([1, 2], [3, 4]), t([3, 6], [5, 0]), t([2, 1], [1, 2])]), t([2, 3], [3, 2]))
+    close(
+        published.consensus_memory([t([1, 2], [3, 4]), t([3, 6], [5, 0]), t([2, 1], [1, 2])]),
+        t([2, 3], [3, 2]),
+    )
 
 
 def test_fisher_of_two_batches_by_hand() -> None:
@@ -224,7 +253,9 @@ def test_fisher_of_the_batch_mean_shrinks_with_the_batch(size: int) -> None:
     # Samples of gradient +1 and -1: the squared mean of n of them, over all 2^n batches, is 1/n; the true Fisher is 1.
     theta = t(0.3).requires_grad_()
     batches = itertools.product([-1.0, 1.0], repeat=size)
-    (found,) = published.batch_mean_fisher(((theta * t(*signs)).mean() for signs in batches), [{"theta": theta}])
+    (found,) = published.batch_mean_fisher(
+        ((theta * t(*signs)).mean() for signs in batches), [{"theta": theta}]
+    )
     close(found["theta"], t(1 / size))
 
 
@@ -251,7 +282,9 @@ def test_bce_equals_torchs_also_at_large_logits() -> None:
     hidden[0] *= 1000
     for_positive, for_negative = (hidden * positive).sum(1), (hidden * negative).sum(1)
     expected = binary_cross_entropy_with_logits(for_positive, torch.ones_like(for_positive))
-    expected = expected + binary_cross_entropy_with_logits(for_negative, torch.zeros_like(for_negative))
+    expected = expected + binary_cross_entropy_with_logits(
+        for_negative, torch.zeros_like(for_negative)
+    )
     found = published.bce(hidden, positive, negative)
     close(found, expected)
     assert found.isfinite()

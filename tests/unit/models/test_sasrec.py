@@ -23,7 +23,9 @@ few = settings(max_examples=20, deadline=None, derandomize=True)
 def model(dtype: torch.dtype = torch.float32) -> SASRec:
     """Larger weights than a fresh model's, so that what should not leak would be seen."""
     torch.manual_seed(0)
-    made = SASRec(BackboneConfig(hidden_dim=DIM, num_layers=2, num_heads=2, dropout=0.3), NUM_ITEMS, MAX_LEN)
+    made = SASRec(
+        BackboneConfig(hidden_dim=DIM, num_layers=2, num_heads=2, dropout=0.3), NUM_ITEMS, MAX_LEN
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -36,13 +38,17 @@ def padded(histories: list[list[int]], width: int = 0) -> torch.Tensor:
     return torch.tensor([h + [0] * (width - len(h)) for h in histories])
 
 
-def padded_output(made: SASRec, item_ids: torch.Tensor, injection: Injection | None = None) -> torch.Tensor:
+def padded_output(
+    made: SASRec, item_ids: torch.Tensor, injection: Injection | None = None
+) -> torch.Tensor:
     """Hidden states [B, L, D], zero at padding."""
     hidden, packing = made(item_ids, injection)
     return packing.unpack(hidden)
 
 
-PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 5e-6)])
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 5e-6)]
+)
 
 
 @PRECISIONS
@@ -55,9 +61,14 @@ def test_a_later_item_changes_no_earlier_position(
     other = history.copy()
     other[place] = history[place] % NUM_ITEMS + 1
     with torch.no_grad():
-        before, after = padded_output(model(dtype), padded([history]))[0], padded_output(model(dtype), padded([other]))[0]
+        before, after = (
+            padded_output(model(dtype), padded([history]))[0],
+            padded_output(model(dtype), padded([other]))[0],
+        )
     torch.testing.assert_close(after[:place], before[:place], rtol=0, atol=tolerance)
-    assert (after[place:] - before[place:]).abs().amax(1).min() > 1e-4  # and every later one sees it
+    assert (after[place:] - before[place:]).abs().amax(
+        1
+    ).min() > 1e-4  # and every later one sees it
 
 
 @PRECISIONS
@@ -95,7 +106,9 @@ def test_an_injection_joins_after_the_first_block_only() -> None:
         return torch.zeros_like(x)
 
     with torch.no_grad():
-        assert torch.equal(padded_output(model(), item_ids, injection), padded_output(model(), item_ids))
+        assert torch.equal(
+            padded_output(model(), item_ids, injection), padded_output(model(), item_ids)
+        )
         assert len(seen) == 1
         assert torch.equal(seen[0], model().inputs(item_ids))
         packing = Packing(item_ids)

@@ -10,7 +10,14 @@ import torch
 from support import REPOSITORY, read_lines, run_ranks, tiny_config
 from torch import Tensor, nn
 
-from mltfr_dist.config import BackboneConfig, ConsensusConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig
+from mltfr_dist.config import (
+    BackboneConfig,
+    ConsensusConfig,
+    ExpertConfig,
+    FilterConfig,
+    LossConfig,
+    MLTFRConfig,
+)
 from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.distributed.fisher import fisher_diagonals
 from mltfr_dist.distributed.ranks import Ranks
@@ -42,14 +49,21 @@ def make(strategy: str, *, seed: int = 0, **fields: object) -> Recommender:
         expert=ExpertConfig(num_heads=2, head_dim=4, dropout=0.1),
         consensus=ConsensusConfig(weight=0.7),
     )
-    tables = [torch.randn(*shape, generator=torch.Generator().manual_seed(m)) for m, shape in enumerate(SHAPES)]
+    tables = [
+        torch.randn(*shape, generator=torch.Generator().manual_seed(m))
+        for m, shape in enumerate(SHAPES)
+    ]
     backbone = BackboneConfig(hidden_dim=DIM, num_heads=2)
-    made = Recommender(backbone, config, LossConfig(), num_items=NUM_ITEMS, max_len=MAX_LEN, table_rows=tables)
+    made = Recommender(
+        backbone, config, LossConfig(), num_items=NUM_ITEMS, max_len=MAX_LEN, table_rows=tables
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
         made.backbone.item_embedding.weight[0] = 0
-        made.mltfr.add_consensus({name: 0.4 * torch.randn_like(p) for name, p in made.mltfr.cores[0].named_parameters()})
+        made.mltfr.add_consensus(
+            {name: 0.4 * torch.randn_like(p) for name, p in made.mltfr.cores[0].named_parameters()}
+        )
     return made.eval()
 
 
@@ -74,7 +88,9 @@ def test_neither_batch_nor_padding_nor_future_shows(strategy: str) -> None:
     assert together[-1].abs().sum() == 0
     for row, history in zip(together, HISTORIES):
         for length in range(1, len(history) + 1):
-            torch.testing.assert_close(hidden(model, [history[:length]])[0], row[:length], rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                hidden(model, [history[:length]])[0], row[:length], rtol=0, atol=1e-12
+            )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -86,7 +102,9 @@ def test_two_evaluations_agree_to_the_bit(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_parameter_gets_a_gradient(strategy: str) -> None:
     model = make(strategy)
-    batch = SequenceBatch(padded([h[:-1] for h in HISTORIES]), padded([h[1:] for h in HISTORIES]), torch.arange(4))
+    batch = SequenceBatch(
+        padded([h[:-1] for h in HISTORIES]), padded([h[1:] for h in HISTORIES]), torch.arange(4)
+    )
     output = model(batch)
     output.loss_sum.backward()
     for name, parameter in model.mltfr.named_parameters():
@@ -98,16 +116,22 @@ def test_every_parameter_gets_a_gradient(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_batch_of_padding_costs_nothing_and_gives_finite_gradients(strategy: str) -> None:
     model = make(strategy)
-    output = model(SequenceBatch(torch.zeros(2, 1).long(), torch.zeros(2, 1).long(), torch.full((2,), -1)))
+    output = model(
+        SequenceBatch(torch.zeros(2, 1).long(), torch.zeros(2, 1).long(), torch.full((2,), -1))
+    )
     (output.loss_sum + output.routing.balance_sum.sum()).backward()
     assert output.loss_sum.item() == 0
-    assert all(p.grad is None or torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
+    assert all(
+        p.grad is None or torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_fisher_is_that_of_a_loop_over_samples(strategy: str) -> None:
     model = make(strategy)
-    batch = SequenceBatch(padded([h[:-1] for h in HISTORIES]), padded([h[1:] for h in HISTORIES]), torch.arange(4))
+    batch = SequenceBatch(
+        padded([h[:-1] for h in HISTORIES]), padded([h[1:] for h in HISTORIES]), torch.arange(4)
+    )
     batch = SequenceBatch(*(t[[0, 1, 3]] for t in batch[:2]), torch.arange(3))
     found = fisher_diagonals(model, [batch], Ranks(0, 1, torch.device("cpu")), 3)
     for m, core in enumerate(model.mltfr.cores):
@@ -116,11 +140,15 @@ def test_the_fisher_is_that_of_a_loop_over_samples(strategy: str) -> None:
             single = SequenceBatch(*(t[row : row + 1] for t in batch[:3]))
             loss = model(single).loss_sum / (single.target_ids != 0).sum()
             for (name, _), gradient in zip(
-                core.named_parameters(), torch.autograd.grad(loss, list(core.parameters())), strict=True
+                core.named_parameters(),
+                torch.autograd.grad(loss, list(core.parameters())),
+                strict=True,
             ):
                 expected[name] += gradient.square() / 3
         for name, value in expected.items():
-            assert (found[m][name] - value).abs().max() <= 1e-4 * max(float(value.max()), 1e-9), name
+            assert (found[m][name] - value).abs().max() <= 1e-4 * max(float(value.max()), 1e-9), (
+                name
+            )
 
 
 def test_a_shared_memory_equals_a_copy_for_every_query() -> None:
@@ -129,7 +157,13 @@ def test_a_shared_memory_equals_a_copy_for_every_query() -> None:
     x, rows = torch.randn(5, 3, DIM).double(), [torch.randn(n, DIM).double() for n in (6, 9)]
     weights = [torch.randn(1, len(r)).double() for r in rows]
     shared = core(x, [Memory(r, None, w) for r, w in zip(rows, weights, strict=True)])
-    copied = core(x, [Memory(r, torch.arange(len(r)).expand(5, -1), w.expand(5, -1)) for r, w in zip(rows, weights, strict=True)])
+    copied = core(
+        x,
+        [
+            Memory(r, torch.arange(len(r)).expand(5, -1), w.expand(5, -1))
+            for r, w in zip(rows, weights, strict=True)
+        ],
+    )
     torch.testing.assert_close(shared, copied, rtol=0, atol=1e-12)
 
 
@@ -159,8 +193,12 @@ def test_random_tokens_are_uniform_over_the_whole_table_and_follow_from_the_seed
     torch.testing.assert_close(chosen.kept.log_weights.exp().sum(1), torch.ones(4000))
     torch.manual_seed(1)
     assert not torch.equal(RandomTokens(8).salt, one.salt)
-    assert make("random_tokens").mltfr.filters[0].salt != make("random_tokens").mltfr.filters[1].salt
-    assert make("random_tokens").mltfr.filters[0].salt == make("random_tokens").mltfr.filters[0].salt
+    assert (
+        make("random_tokens").mltfr.filters[0].salt != make("random_tokens").mltfr.filters[1].salt
+    )
+    assert (
+        make("random_tokens").mltfr.filters[0].salt == make("random_tokens").mltfr.filters[0].salt
+    )
     assert "mltfr.filters.0.salt" in make("random_tokens").state_dict()
 
 
@@ -194,7 +232,11 @@ def test_prototypes_by_hand() -> None:
 
 def test_seed_words_keep_their_rows_and_the_nearest(tmp_path: Path) -> None:
     tiny_config(tmp_path)
-    fields = {"strategy": "seed_words", "seed_words": ["FIRST-3", "second-5", "first-8"], "seed_neighbours": 2}
+    fields = {
+        "strategy": "seed_words",
+        "seed_words": ["FIRST-3", "second-5", "first-8"],
+        "seed_neighbours": 2,
+    }
     config = tiny_config(tmp_path, mltfr__filter=fields)
     inputs = load_inputs(config)
     stored = load_table(tmp_path / "tables" / "first").rows
@@ -213,15 +255,22 @@ def test_seed_words_keep_their_rows_and_the_nearest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["first-3", "qwzx", "second-1"], "No vocabulary holds the seed word 'qwzx'"), (["first-3"], "`second` holds none")],
+    [
+        (["first-3", "qwzx", "second-1"], "No vocabulary holds the seed word 'qwzx'"),
+        (["first-3"], "`second` holds none"),
+    ],
 )
 def test_seed_words_that_are_not_there(tmp_path: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_inputs(tiny_config(tmp_path, mltfr__filter={"strategy": "seed_words", "seed_words": words}))
+        load_inputs(
+            tiny_config(tmp_path, mltfr__filter={"strategy": "seed_words", "seed_words": words})
+        )
 
 
 @pytest.mark.parametrize("fields", [{"strategy": "seed_words"}, {"seed_words": ["a"]}])
-def test_seed_words_and_their_strategy_go_together(tmp_path: Path, fields: dict[str, object]) -> None:
+def test_seed_words_and_their_strategy_go_together(
+    tmp_path: Path, fields: dict[str, object]
+) -> None:
     with pytest.raises(ConfigError, match="give both words and strategy"):
         tiny_config(tmp_path, mltfr__filter=fields)
 
@@ -234,13 +283,18 @@ def test_attending_to_too_many_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_strategy_names_the_valid_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'user_guided', 'random_tokens', 'direct', 'learned_prototypes' or 'seed_words'"):
+    with pytest.raises(
+        ConfigError,
+        match="'user_guided', 'random_tokens', 'direct', 'learned_prototypes' or 'seed_words'",
+    ):
         tiny_config(tmp_path, mltfr__filter={"strategy": "random"})
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("strategy", ["random_tokens", "learned_prototypes"])
-def test_a_whole_run_on_two_ranks_and_the_same_numbers_when_repeated(tmp_path: Path, strategy: str) -> None:
+def test_a_whole_run_on_two_ranks_and_the_same_numbers_when_repeated(
+    tmp_path: Path, strategy: str
+) -> None:
     config = tiny_config(
         tmp_path,
         mltfr__filter={"strategy": strategy, "num_prototypes": 5, "query_every": 2},

@@ -31,12 +31,21 @@ def write_tokenizer(folder: Path, tokens: list[str] = BYTE_LEVEL) -> None:
 
 def write_single(folder: Path, rows: torch.Tensor, name: str = "model.embed_tokens.weight") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: rows, "model.norm.weight": torch.ones(4), "lm_head.weight": table(8, 32, 5)}, folder / "model.safetensors")
+    save_file(
+        {name: rows, "model.norm.weight": torch.ones(4), "lm_head.weight": table(8, 32, 5)},
+        folder / "model.safetensors",
+    )
     write_tokenizer(folder)
     return folder
 
 
-def write_gguf(path: Path, rows: torch.Tensor, kind: gguf.GGMLQuantizationType, tokens: list[str], types: list[int]) -> None:
+def write_gguf(
+    path: Path,
+    rows: torch.Tensor,
+    kind: gguf.GGMLQuantizationType,
+    tokens: list[str],
+    types: list[int],
+) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)

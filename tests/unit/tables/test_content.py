@@ -23,14 +23,18 @@ def table(tmp_path: Path) -> TokenTable:
     return TokenTable("t", rows, stored.info, stored.folder, stored.sha256)
 
 
-def test_random_rows_have_the_mean_and_the_full_covariance_of_the_real_ones(table: TokenTable) -> None:
+def test_random_rows_have_the_mean_and_the_full_covariance_of_the_real_ones(
+    table: TokenTable,
+) -> None:
     made = with_content(table, "random", 0).rows
     assert (made.shape, made.dtype) == (table.rows.shape, table.rows.dtype)
     scale = table.rows.std(0)
     assert ((made.mean(0) - table.rows.mean(0)).abs() < 0.1 * scale).all()
     real, random = torch.cov(table.rows.T), torch.cov(made.T)
     assert ((random - real).abs() < 0.12 * scale[:, None] * scale[None, :]).all()
-    assert (real - torch.diag(real.diagonal())).abs().max() > 0.3  # there was something off the diagonal to keep
+    assert (
+        real - torch.diag(real.diagonal())
+    ).abs().max() > 0.3  # there was something off the diagonal to keep
     skew = ((made - made.mean(0)) ** 3).mean(0) / made.std(0) ** 3
     assert skew.abs().max() < 0.3  # beyond second moments nothing is left
 
@@ -53,7 +57,9 @@ def test_a_control_follows_from_seed_and_name_alone(table: TokenTable, content: 
     assert made.sha256 == again.sha256
     other_name = TokenTable("u", table.rows, table.info, table.folder, table.sha256)
     others = [with_content(table, content, 6), with_content(other_name, content, 5), table]
-    assert all(o.sha256 != made.sha256 and table_hash(o.rows) != table_hash(made.rows) for o in others)
+    assert all(
+        o.sha256 != made.sha256 and table_hash(o.rows) != table_hash(made.rows) for o in others
+    )
 
 
 def test_real_is_the_stored_table_itself(table: TokenTable) -> None:
@@ -67,12 +73,16 @@ def test_a_run_reads_control_tables_and_records_their_hash(tmp_path: Path, conte
     inputs = load_inputs(tiny_config(tmp_path, mltfr__table_content=content))
     again = load_inputs(tiny_config(tmp_path, mltfr__table_content=content))
     other_seed = load_inputs(tiny_config(tmp_path, mltfr__table_content=content, training__seed=1))
-    assert {p: p.read_bytes() for p in sorted((tmp_path / "tables").rglob("*")) if p.is_file()} == before
+    assert {
+        p: p.read_bytes() for p in sorted((tmp_path / "tables").rglob("*")) if p.is_file()
+    } == before
     assert inputs.hashes == again.hashes
     for name in ("first", "second"):
         assert len({i.hashes[name] for i in (real, inputs, other_seed)}) == 3
     assert inputs.hashes["data"] == real.hashes["data"]
-    assert all(torch.equal(a.rows, b.rows) for a, b in zip(inputs.tables, again.tables, strict=True))
+    assert all(
+        torch.equal(a.rows, b.rows) for a, b in zip(inputs.tables, again.tables, strict=True)
+    )
 
 
 def test_explain_shows_tokens_of_real_tables_only(tmp_path: Path) -> None:

@@ -8,7 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from table_files import BYTE_LEVEL_KEPT, RAW, table, write_single, write_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from mltfr_dist.config import TableConfig
 from mltfr_dist.errors import DataError
@@ -19,7 +26,9 @@ from mltfr_dist.tables.store import table_hash
 # --- safetensors
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
+)
 def test_number_formats(tmp_path: Path, dtype: torch.dtype) -> None:
     rows = table().to(dtype)
     extracted = extract_table(str(write_single(tmp_path, rows)), RAW)
@@ -30,12 +39,18 @@ def test_number_formats(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_integers_are_refused(tmp_path: Path) -> None:
     write_single(tmp_path, torch.zeros(8, 32, dtype=torch.int8))
-    with pytest.raises(DataError, match=r"embed_tokens\.weight in .* is stored as I8.*unquantised checkpoint"):
+    with pytest.raises(
+        DataError, match=r"embed_tokens\.weight in .* is stored as I8.*unquantised checkpoint"
+    ):
         extract_table(str(tmp_path), RAW)
 
 
-def test_blocks_join_to_the_whole_tensor_and_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mltfr_dist.tables.checkpoints.BLOCK_BYTES", 3 * 32 * 4)  # three rows a block
+def test_blocks_join_to_the_whole_tensor_and_its_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "mltfr_dist.tables.checkpoints.BLOCK_BYTES", 3 * 32 * 4
+    )  # three rows a block
     extracted = extract_table(str(write_single(tmp_path, table())), TableConfig(keep_special=True))
     assert torch.equal(extracted.rows, table())
     assert extracted.source_sha256 == table_hash(table())
@@ -48,13 +63,23 @@ def test_sharded_folder_reads_only_the_shard_it_needs(tmp_path: Path) -> None:
         "model.embed_tokens.weight": "model-00001-of-00002.safetensors",
         "model.layers.0.weight": "model-00002-of-00002.safetensors",
     }
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    assert torch.equal(extract_table(str(tmp_path), RAW).rows, table()[4:7])  # the other shard is not even there
-    with pytest.raises(DataError, match=r"00002-of-00002\.safetensors is missing, which holds model\.layers\.0\.weight"):
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    assert torch.equal(
+        extract_table(str(tmp_path), RAW).rows, table()[4:7]
+    )  # the other shard is not even there
+    with pytest.raises(
+        DataError,
+        match=r"00002-of-00002\.safetensors is missing, which holds model\.layers\.0\.weight",
+    ):
         extract_table(str(tmp_path), TableConfig(tensor="model.layers.0.weight"))
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": 3}', '{"weight_map": {"wte.weight": "../x.safetensors"}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "{}", '{"weight_map": 3}', '{"weight_map": {"wte.weight": "../x.safetensors"}}'],
+)
 def test_bad_index(tmp_path: Path, content: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(DataError, match=r"is malformed|is not a file beside it"):
@@ -79,14 +104,20 @@ def test_values_that_are_no_numbers(tmp_path: Path) -> None:
 
 def test_no_known_name_lists_the_candidates(tmp_path: Path) -> None:
     write_single(tmp_path, table(), name="words")
-    with pytest.raises(DataError, match=r"No tensor has a known name.*words \[8, 32\], lm_head\.weight \[8, 32\]\..*tensor=NAME"):
+    with pytest.raises(
+        DataError,
+        match=r"No tensor has a known name.*words \[8, 32\], lm_head\.weight \[8, 32\]\..*tensor=NAME",
+    ):
         extract_table(str(tmp_path), RAW)
     assert torch.equal(extract_table(str(tmp_path), TableConfig(tensor="words")).rows, table()[4:7])
 
 
 def test_ambiguity_is_not_guessed_away(tmp_path: Path) -> None:
     save_file({"a.wte.weight": table(), "b.wte.weight": table(9)}, tmp_path / "x.safetensors")
-    with pytest.raises(DataError, match=r"2 tensors could be.*\(a\.wte\.weight, b\.wte\.weight\).*b\.wte\.weight \[9, 32\]"):
+    with pytest.raises(
+        DataError,
+        match=r"2 tensors could be.*\(a\.wte\.weight, b\.wte\.weight\).*b\.wte\.weight \[9, 32\]",
+    ):
         extract_table(str(tmp_path / "x.safetensors"), RAW)
 
 
@@ -94,13 +125,22 @@ def test_tensor_asked_for_must_exist_and_be_a_matrix(tmp_path: Path) -> None:
     write_single(tmp_path, table())
     with pytest.raises(DataError, match=r"no tensor 'nope'.*model\.embed_tokens\.weight \[8, 32\]"):
         extract_table(str(tmp_path), TableConfig(tensor="nope"))
-    with pytest.raises(DataError, match=r"model\.norm\.weight in .* has shape \[4\]; an embedding has two dimensions"):
+    with pytest.raises(
+        DataError,
+        match=r"model\.norm\.weight in .* has shape \[4\]; an embedding has two dimensions",
+    ):
         extract_table(str(tmp_path), TableConfig(tensor="model.norm.weight"))
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_llama_checkpoint(tmp_path: Path, tied: bool) -> None:
-    sizes = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 32,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied))
     model.save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
@@ -111,7 +151,9 @@ def test_llama_checkpoint(tmp_path: Path, tied: bool) -> None:
 
 
 def test_architecture_decides_where_names_alone_cannot(tmp_path: Path) -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=32, n_layer=1, n_head=2, n_positions=16))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=8, n_embd=32, n_layer=1, n_head=2, n_positions=16)
+    )
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(weights | {"adapter.shared.weight": table(8, 32, 9)}, tmp_path / "model.safetensors")
     write_tokenizer(tmp_path)
@@ -122,7 +164,9 @@ def test_architecture_decides_where_names_alone_cannot(tmp_path: Path) -> None:
 
 
 def test_encoder_decoder_checkpoint(tmp_path: Path) -> None:
-    model = T5ForConditionalGeneration(T5Config(vocab_size=8, d_model=32, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=8, d_model=32, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
     model.save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
     extracted = extract_table(str(tmp_path), RAW)
@@ -132,7 +176,9 @@ def test_encoder_decoder_checkpoint(tmp_path: Path) -> None:
 def test_checkpoint_code_is_never_run(tmp_path: Path) -> None:
     write_single(tmp_path / "model", table())
     auto_map = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
-    (tmp_path / "model/config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto_map}))
+    (tmp_path / "model/config.json").write_text(
+        json.dumps({"model_type": "evil", "auto_map": auto_map})
+    )
     (tmp_path / "model/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     extracted = extract_table(str(tmp_path / "model"), RAW)
     assert "its name" in extracted.source.chosen_by
@@ -146,7 +192,9 @@ def test_checkpoint_code_is_never_run(tmp_path: Path) -> None:
 def test_pickles_are_never_opened(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     for source in (tmp_path, tmp_path / name):
-        with pytest.raises(DataError, match=r"only as pickles.*A pickle runs code.*Convert it to safetensors"):
+        with pytest.raises(
+            DataError, match=r"only as pickles.*A pickle runs code.*Convert it to safetensors"
+        ):
             extract_table(str(source), RAW)
 
 
@@ -171,7 +219,13 @@ def test_hub_ids() -> None:
 
 
 def test_hub_fetches_the_one_shard_with_the_embedding(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path, max_shard_size="150KB")
     files = [file.name for file in tmp_path.iterdir()] + [
         "README.md",
@@ -179,11 +233,20 @@ def test_hub_fetches_the_one_shard_with_the_embedding(tmp_path: Path) -> None:
         "onnx/model.safetensors",
         "original/x.pth",
     ]
-    assert choose.small_files(files) == ["README.md", "config.json", "model.safetensors.index.json", "tokenizer.json"]
+    assert choose.small_files(files) == [
+        "README.md",
+        "config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+    ]
     index = choose.read_index(tmp_path / "model.safetensors.index.json")
     assert len(set(index.values())) > 2
     names, _ = choose.names_from_config(tmp_path)
-    shard = choose.weight_file(files, index, lambda n: choose.choose_tensor(n, asked=None, architecture=names, describe=str))
+    shard = choose.weight_file(
+        files,
+        index,
+        lambda n: choose.choose_tensor(n, asked=None, architecture=names, describe=str),
+    )
     assert shard == index["model.embed_tokens.weight"]
 
 
@@ -191,11 +254,18 @@ def test_hub_repositories_without_index() -> None:
     def never(names: object) -> str:
         raise AssertionError
 
-    assert choose.weight_file(["model.safetensors", "adapter.safetensors", "x.gguf"], None, never) == "model.safetensors"
-    assert choose.weight_file(["q8.gguf", "README.md", "pytorch_model.bin"], None, never) == "q8.gguf"
+    assert (
+        choose.weight_file(["model.safetensors", "adapter.safetensors", "x.gguf"], None, never)
+        == "model.safetensors"
+    )
+    assert (
+        choose.weight_file(["q8.gguf", "README.md", "pytorch_model.bin"], None, never) == "q8.gguf"
+    )
     with pytest.raises(DataError, match=r"2 weight files and no index: q4\.gguf, q8\.gguf"):
         choose.weight_file(["q8.gguf", "q4.gguf"], None, never)
-    with pytest.raises(DataError, match=r"The repository has its weights only as pickles \(pytorch_model\.bin\)"):
+    with pytest.raises(
+        DataError, match=r"The repository has its weights only as pickles \(pytorch_model\.bin\)"
+    ):
         choose.weight_file(["pytorch_model.bin", "config.json"], None, never)
 
 
@@ -206,5 +276,10 @@ def test_hub_that_cannot_be_reached() -> None:
         "extract_table('owner/name', TableConfig())"
     )
     nowhere = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # a port that nothing listens on
-    done = subprocess.run([sys.executable, "-c", program], env=nowhere, capture_output=True, text=True, check=False)
-    assert "DataError: 'owner/name' is no path here and could not be fetched from the Hugging Face hub" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=nowhere, capture_output=True, text=True, check=False
+    )
+    assert (
+        "DataError: 'owner/name' is no path here and could not be fetched from the Hugging Face hub"
+        in done.stderr
+    )

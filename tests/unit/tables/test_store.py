@@ -33,7 +33,9 @@ def save(output: Path, rows: torch.Tensor, name: str = "small", **changed: objec
         "mean_cosine_after": 0.0,
         "config": TableConfig(),
     }
-    return save_table(output, rows, [f" tökén{index}" for index in range(len(rows))], **(described | changed))
+    return save_table(
+        output, rows, [f" tökén{index}" for index in range(len(rows))], **(described | changed)
+    )
 
 
 # --- normalisation
@@ -71,7 +73,9 @@ def test_whiten_gives_identity_covariance_and_is_symmetric() -> None:
     torch.testing.assert_close(rows.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
     torch.testing.assert_close(rows.T @ rows / len(rows), torch.eye(8), atol=1e-4, rtol=0)
     transform = torch.linalg.lstsq((before - before.mean(0)).double(), rows.double()).solution
-    torch.testing.assert_close(transform, transform.T, atol=1e-4, rtol=1e-4)  # ZCA, not another whitening
+    torch.testing.assert_close(
+        transform, transform.T, atol=1e-4, rtol=1e-4
+    )  # ZCA, not another whitening
 
 
 def test_whiten_does_not_blow_up_a_missing_direction() -> None:
@@ -106,7 +110,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert table.vocabulary[7] == " tökén7"
     assert len(table.vocabulary) == info.num_rows == 300
     assert table_hash(table.rows) == info.rows_sha256
-    assert sorted(file.name for file in (tmp_path / "tables").iterdir()) == ["small"]  # nothing partial is left
+    assert sorted(file.name for file in (tmp_path / "tables").iterdir()) == [
+        "small"
+    ]  # nothing partial is left
 
 
 def test_table_hash_sees_one_changed_bit_and_not_the_layout() -> None:
@@ -121,7 +127,9 @@ def test_bytes_are_deterministic_and_readable_by_others(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         save(tmp_path / folder, random_rows())
     for name in ("table.safetensors", "vocabulary.json", "table.json"):
-        assert (tmp_path / "a/small" / name).read_bytes() == (tmp_path / "b/small" / name).read_bytes()
+        assert (tmp_path / "a/small" / name).read_bytes() == (
+            tmp_path / "b/small" / name
+        ).read_bytes()
     modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "a/small").iterdir()}
     assert len(modes) == 1
 
@@ -131,7 +139,9 @@ def test_equal_table_is_kept_and_another_refused(tmp_path: Path) -> None:
     written = (tmp_path / "small/table.safetensors").stat().st_mtime_ns
     save(tmp_path, random_rows())
     assert (tmp_path / "small/table.safetensors").stat().st_mtime_ns == written
-    with pytest.raises(DataError, match=r"already holds a different table \(differing: table_sha256, rows_sha256\)"):
+    with pytest.raises(
+        DataError, match=r"already holds a different table \(differing: table_sha256, rows_sha256\)"
+    ):
         save(tmp_path, random_rows(offset=1.0))
     assert torch.equal(load_table(tmp_path / "small").rows, random_rows())
     assert [file.name for file in tmp_path.iterdir()] == ["small"]
@@ -211,9 +221,12 @@ def test_cut_short(tmp_path: Path) -> None:
 def test_shape_that_disagrees_with_the_header(tmp_path: Path) -> None:
     save(tmp_path, random_rows())
     save_file(
-        {"token_table": load_file(tmp_path / "small/table.safetensors")["token_table"][:9]}, tmp_path / "small/table.safetensors"
+        {"token_table": load_file(tmp_path / "small/table.safetensors")["token_table"][:9]},
+        tmp_path / "small/table.safetensors",
     )
-    with pytest.raises(DataError, match=r"holds \(9, 8\) torch\.float32, but table\.json says \(300, 8\)"):
+    with pytest.raises(
+        DataError, match=r"holds \(9, 8\) torch\.float32, but table\.json says \(300, 8\)"
+    ):
         load_table(tmp_path / "small", verify=False)
 
 

@@ -19,7 +19,13 @@ VOCABULARY = (" star", " Star", "s", " trek", "k", " the", "tre", ":", "2", " fi
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> TokenTable:
-    described = {"source_files": ("x",), "source_sha256": "0" * 64, "tensor": "x", "source_dtype": "F32", "source_rows": 12}
+    described = {
+        "source_files": ("x",),
+        "source_sha256": "0" * 64,
+        "tensor": "x",
+        "source_dtype": "F32",
+        "source_rows": 12,
+    }
     described |= {"vocabulary_file": "x", "licence": None, "dropped": {}, "config": TableConfig()}
     described |= {"mean_cosine_before": 0.0, "mean_cosine_after": 0.0, "name": "small"}
     place: Path = tmp_path_factory.mktemp("titles")
@@ -30,9 +36,15 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> TokenTable:
 @pytest.mark.parametrize(
     ("title", "tokens"),
     [
-        ("Star Trek", [" Star", " trek"]),  # as written where the vocabulary has it, in lower case where it has not
+        (
+            "Star Trek",
+            [" Star", " trek"],
+        ),  # as written where the vocabulary has it, in lower case where it has not
         ("STAR", [" star"]),
-        ("Stars: First 2", [" Star", "s", ":", " first", "2"]),  # the longest that fits; unmarked where no marked token is
+        (
+            "Stars: First 2",
+            [" Star", "s", ":", " first", "2"],
+        ),  # the longest that fits; unmarked where no marked token is
         ("trek-trek", [" trek", " trek"]),  # "-" is no token here, and what follows begins a word
         ("astar", ["s"]),  # " star" begins words only: the rest has "s" and nothing else
         ("Amé", ["é"]),
@@ -57,13 +69,19 @@ def test_features_are_weighed_centred_mixtures_of_rows(stored: TokenTable) -> No
     mean = torch.stack(list(unit.values())).mean(0)
     found = title_features(titles, stored)
     for item in range(items):
-        expected = (unit[item] - mean) / (unit[item] - mean).norm() if item in unit else torch.zeros(6).double()
+        expected = (
+            (unit[item] - mean) / (unit[item] - mean).norm()
+            if item in unit
+            else torch.zeros(6).double()
+        )
         assert torch.allclose(found[item].double(), expected, atol=1e-6), item
 
 
 def test_a_control_table_has_the_same_links_and_other_rows(stored: TokenTable) -> None:
     titles = [None, "Star", "trek", "Star"]
-    real, random = (title_features(titles, with_content(stored, content, 0)) for content in ("real", "random"))
+    real, random = (
+        title_features(titles, with_content(stored, content, 0)) for content in ("real", "random")
+    )
     for found in (real, random):
         assert torch.equal(found[1], found[3])
         assert not torch.allclose(found[1], found[2])

@@ -15,7 +15,9 @@ def test_a_cluster_that_does_not_come_up_is_told_in_time(monkeypatch: pytest.Mon
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"The Ray cluster at 127.0.0.1:{port} has 0 of 3 nodes after 2 s"):
+        with pytest.raises(
+            ConfigError, match=rf"The Ray cluster at 127.0.0.1:{port} has 0 of 3 nodes after 2 s"
+        ):
             cluster.join(f"127.0.0.1:{port}", 3)
 
 

@@ -84,9 +84,16 @@ def test_a_grid_has_every_combination_once_and_begins_with_the_base() -> None:
 
 
 def test_the_base_is_the_first_trial_and_failures_are_not_modelled() -> None:
-    base = {"optimizer.learning_rate": 0.01, "mltfr.expert.per_table": 1, "mltfr.tables": ["a"], "mltfr.consensus.weight": 0.0}
+    base = {
+        "optimizer.learning_rate": 0.01,
+        "mltfr.expert.per_table": 1,
+        "mltfr.tables": ["a"],
+        "mltfr.consensus.weight": 0.0,
+    }
     sweep = sweep_of("tpe")
     assert suggest(sweep, [], base) == base
     failed = [Known(base, None)] * 3
-    assert suggest(sweep, failed, base) == suggest(sweep, [Known(base | {"mltfr.tables": ["b"]}, None)] * 3, base)
+    assert suggest(sweep, failed, base) == suggest(
+        sweep, [Known(base | {"mltfr.tables": ["b"]}, None)] * 3, base
+    )
     assert suggest(sweep, [Known(base, 0.1)] * 30, base) is None

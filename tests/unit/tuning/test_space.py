@@ -12,7 +12,13 @@ from support import REPOSITORY, tiny_config
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import dump_config
-from mltfr_dist.tuning.checks import check_folder, check_inputs, check_machine, check_resources, check_space
+from mltfr_dist.tuning.checks import (
+    check_folder,
+    check_inputs,
+    check_machine,
+    check_resources,
+    check_space,
+)
 from mltfr_dist.tuning.space import Domain, SweepConfig, base_values, shown, with_values
 from mltfr_dist.tuning.sweep import base_config, claimed, load_sweep
 
@@ -29,7 +35,9 @@ def sweep_of(base_file: Path, search: dict[str, Any] | None = None, **changes: A
         "name": "s",
         "sweeps_dir": str(base_file.parent / "sweeps"),
         "config": str(base_file),
-        "search": {"optimizer.learning_rate": {"log_uniform": [1e-4, 1e-2]}} if search is None else search,
+        "search": {"optimizer.learning_rate": {"log_uniform": [1e-4, 1e-2]}}
+        if search is None
+        else search,
         "num_trials": 4,
         **changes,
     }
@@ -40,7 +48,12 @@ def test_domains_list_their_values() -> None:
     assert Domain(choices=(1, "a", None)).options() == [1, "a", None]
     assert Domain(integers=(2, 4)).options() == [2, 3, 4]
     assert Domain(subsets=("a", "b"), at_least=1).options() == [["a"], ["b"], ["a", "b"]]
-    assert Domain(subsets=("a", "b", "c"), at_least=2).options() == [["a", "b"], ["a", "c"], ["b", "c"], ["a", "b", "c"]]
+    assert Domain(subsets=("a", "b", "c"), at_least=2).options() == [
+        ["a", "b"],
+        ["a", "c"],
+        ["b", "c"],
+        ["a", "b", "c"],
+    ]
     assert Domain(uniform=(0.0, 1.0)).options() is None
     assert Domain(uniform=(0.0, 1.0)).holds(0.5)
     assert not Domain(log_uniform=(0.1, 1.0)).holds(0.05)
@@ -62,7 +75,9 @@ def test_domains_list_their_values() -> None:
         ({"unform": [0, 1]}, "not a field"),
     ],
 )
-def test_a_domain_that_is_none_is_refused(base_file: Path, domain: dict[str, Any], message: str) -> None:
+def test_a_domain_that_is_none_is_refused(
+    base_file: Path, domain: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         sweep_of(base_file, {"optimizer.learning_rate": domain})
 
@@ -74,7 +89,10 @@ def test_a_domain_that_is_none_is_refused(base_file: Path, domain: dict[str, Any
         ({"filter_ratio": {"uniform": [0.1, 1]}}, "nearest is `mltfr.filter.filter_ratio`"),
         ({"optimizer": {"choices": [1]}}, "`optimizer` is not a field of a run"),
         ({"name": {"choices": ["a"]}}, "`name` cannot be searched"),
-        ({"evaluation.select_on": {"choices": ["valid", "test"]}}, "`evaluation.select_on` cannot be searched"),
+        (
+            {"evaluation.select_on": {"choices": ["valid", "test"]}},
+            "`evaluation.select_on` cannot be searched",
+        ),
         ({"data.path": {"choices": ["data/a", "data/b"]}}, "`data.path` cannot be searched"),
         ({"mltfr.expert.per_table": {"uniform": [1, 4]}}, "mltfr.expert.per_table"),
         ({"backbone.name": {"uniform": [1, 4]}}, "backbone.name"),
@@ -83,7 +101,9 @@ def test_a_domain_that_is_none_is_refused(base_file: Path, domain: dict[str, Any
         ({"training.epochs": {"choices": [True]}}, "epochs must not be true or false"),
     ],
 )
-def test_what_no_trial_can_run_with_is_refused(base_file: Path, search: dict[str, Any], message: str) -> None:
+def test_what_no_trial_can_run_with_is_refused(
+    base_file: Path, search: dict[str, Any], message: str
+) -> None:
     sweep = sweep_of(base_file, search)
     with pytest.raises(ConfigError, match=message):
         check_space(sweep, base_config(sweep))
@@ -107,7 +127,9 @@ def test_values_that_only_go_together_are_accepted(base_file: Path) -> None:
         ("NDCG@10", "Use one of valid/HR@5"),
     ],
 )
-def test_an_objective_that_trials_do_not_report_is_refused(base_file: Path, metric: str, message: str) -> None:
+def test_an_objective_that_trials_do_not_report_is_refused(
+    base_file: Path, metric: str, message: str
+) -> None:
     sweep = sweep_of(base_file, metric=metric)
     with pytest.raises(ConfigError, match=message):
         check_space(sweep, base_config(sweep))
@@ -124,14 +146,22 @@ def test_picking_on_the_test_split_is_refused(base_file: Path) -> None:
     [
         ({"algorithm": "grid", "num_trials": None}, "a grid has no ranges of real numbers"),
         ({"num_trials": None}, "give num_trials"),
-        ({"algorithm": "grid", "search": {"training.epochs": {"integers": [1, 3]}}}, "leave num_trials out"),
+        (
+            {"algorithm": "grid", "search": {"training.epochs": {"integers": [1, 3]}}},
+            "leave num_trials out",
+        ),
         ({"search": {}}, "search names no field"),
-        ({"scheduler": "pbt", "search": {"backbone.num_layers": {"integers": [1, 2]}}}, "pbt changes fields"),
+        (
+            {"scheduler": "pbt", "search": {"backbone.num_layers": {"integers": [1, 2]}}},
+            "pbt changes fields",
+        ),
         ({"resources_per_trial": {"workers": 2, "gpus": 0.5}}, "cannot share a GPU"),
         ({"scheduler": "hyperband"}, "scheduler"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused(base_file: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_sweep_that_cannot_be_is_refused(
+    base_file: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         sweep_of(base_file, **changes)
 
@@ -141,7 +171,9 @@ def test_more_than_the_machine_has_is_refused_before_ray(base_file: Path) -> Non
         check_machine(sweep_of(base_file, resources_per_trial={"workers": 4, "cpus": 128}))
     with pytest.raises(ConfigError, match=r"A trial needs 99 GPUs"):
         check_machine(sweep_of(base_file, resources_per_trial={"cpus": 1, "gpus": 99}))
-    check_resources(sweep_of(base_file, resources_per_trial={"workers": 2, "gpus": 1}), {"CPU": 2, "GPU": 2})
+    check_resources(
+        sweep_of(base_file, resources_per_trial={"workers": 2, "gpus": 1}), {"CPU": 2, "GPU": 2}
+    )
 
 
 def test_the_base_is_what_trials_share(base_file: Path) -> None:
@@ -152,12 +184,18 @@ def test_the_base_is_what_trials_share(base_file: Path) -> None:
     assert base.baselines == ()
     assert base.mltfr.placement == "mmap", "a node holds the tables once"
     assert base_values(sweep, base) == {"optimizer.learning_rate": 0.001}
-    assert base_values(sweep_of(base_file, {"optimizer.learning_rate": {"choices": [0.5]}}), base) is None
+    assert (
+        base_values(sweep_of(base_file, {"optimizer.learning_rate": {"choices": [0.5]}}), base)
+        is None
+    )
     assert with_values(base, {"mltfr.filter.top_k": 8}).mltfr.filter.top_k == 8
 
 
 def test_a_missing_table_is_refused_before_ray(base_file: Path) -> None:
-    sweep = sweep_of(base_file, {"mltfr.tables": {"subsets": [str(base_file.parent / "tables/first"), "nowhere"]}})
+    sweep = sweep_of(
+        base_file,
+        {"mltfr.tables": {"subsets": [str(base_file.parent / "tables/first"), "nowhere"]}},
+    )
     with pytest.raises(Exception, match="nowhere"):
         check_inputs(sweep, base_config(sweep))
 
@@ -165,12 +203,18 @@ def test_a_missing_table_is_refused_before_ray(base_file: Path) -> None:
 def test_a_folder_of_another_sweep_is_refused(base_file: Path) -> None:
     sweep = sweep_of(base_file)
     base = base_config(sweep)
-    with claimed(sweep, base), pytest.raises(ConfigError, match="Another process runs"), claimed(sweep, base):
+    with (
+        claimed(sweep, base),
+        pytest.raises(ConfigError, match="Another process runs"),
+        claimed(sweep, base),
+    ):
         pass
     more = sweep_of(base_file, num_trials=9, max_concurrent=1, resources_per_trial={"workers": 2})
     check_folder(sweep.folder, more, base)
     other = sweep_of(base_file, {"optimizer.learning_rate": {"log_uniform": [1e-4, 1e-1]}})
-    with pytest.raises(ConfigError, match=r"search.optimizer.learning_rate.log_uniform is \[0.0001, 0.01\] there"):
+    with pytest.raises(
+        ConfigError, match=r"search.optimizer.learning_rate.log_uniform is \[0.0001, 0.01\] there"
+    ):
         check_folder(sweep.folder, other, base)
     with pytest.raises(ConfigError, match=r"training\.epochs"):
         check_folder(sweep.folder, sweep, with_values(base, {"training.epochs": 50}))
@@ -182,16 +226,23 @@ def test_a_folder_of_another_sweep_is_refused(base_file: Path) -> None:
 
 
 def test_values_are_shown_short() -> None:
-    assert shown({"a.tables": ["data/x", "data/y"], "b.rate": 0.00012345, "c.k": 3}) == "a.tables=x+y  b.rate=0.0001234  c.k=3"
+    assert (
+        shown({"a.tables": ["data/x", "data/y"], "b.rate": 0.00012345, "c.k": 3})
+        == "a.tables=x+y  b.rate=0.0001234  c.k=3"
+    )
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "tuning" / "spaces").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "tuning" / "spaces").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_the_ready_made_spaces_are_valid(path: Path) -> None:
     sweep = load_sweep(path, [])
     base = base_config(sweep)
     check_space(sweep, base)
     assert sweep.name == path.stem
     if sweep.include_base and sweep.scheduler != "pbt":
-        assert base_values(sweep, base) is not None, "the base is a point of the space, so that it can be compared with"
+        assert base_values(sweep, base) is not None, (
+            "the base is a point of the space, so that it can be compared with"
+        )
     assert load_sweep(path, ["num_trials=3", "asha.grace_epochs=1"]).asha.grace_epochs == 1
     assert yaml.safe_load(path.read_text())["search"]

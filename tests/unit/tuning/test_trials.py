@@ -39,18 +39,28 @@ def sweep_of(folder: Path, **changes: Any) -> SweepConfig:
 def lines(*values: float, stage: str = "train") -> str:
     found = [{"kind": "step", "stage": stage, "step": 1, "loss": 1.0}]
     found += [
-        {"kind": "valid", "stage": stage, "step": e, "epoch": e, "NDCG@10": v, "HR@10": 2 * v} for e, v in enumerate(values, 1)
+        {"kind": "valid", "stage": stage, "step": e, "epoch": e, "NDCG@10": v, "HR@10": 2 * v}
+        for e, v in enumerate(values, 1)
     ]
     return "".join(json.dumps(line) + "\n" for line in found)
 
 
-def trial_of(sweep: SweepConfig, number: int, rate: float, layers: int, *values: float, finished: bool = False) -> Trial:
+def trial_of(
+    sweep: SweepConfig,
+    number: int,
+    rate: float,
+    layers: int,
+    *values: float,
+    finished: bool = False,
+) -> Trial:
     trial = Trial(sweep.folder, number, Record(values={RATE: rate, LAYERS: layers})).save()
     trial.folder.mkdir(parents=True)
     (trial.folder / "metrics.jsonl").write_text(lines(*values))
     if finished:
         valid = {"NDCG@10": max(values), "HR@10": 2 * max(values)}
-        (trial.folder / RESULT).write_text(Result(name="m", valid=valid, test={}, seconds=1).model_dump_json())
+        (trial.folder / RESULT).write_text(
+            Result(name="m", valid=valid, test={}, seconds=1).model_dump_json()
+        )
     return trial
 
 
@@ -58,7 +68,11 @@ def test_states_are_read_from_the_files(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path)
     finished = trial_of(sweep, 0, 0.01, 1, 0.1, 0.3, 0.2, finished=True)
     stopped = trial_of(sweep, 1, 0.01, 2, 0.05).end("stopped", "asha after epoch 1")
-    failed = Trial(sweep.folder, 2, Record(values={RATE: 1e-3, LAYERS: 1})).save().end("failed", "no such table")
+    failed = (
+        Trial(sweep.folder, 2, Record(values={RATE: 1e-3, LAYERS: 1}))
+        .save()
+        .end("failed", "no such table")
+    )
     begun = trial_of(sweep, 3, 0.02, 1, 0.15)
     loaded = load_trials(sweep.folder)
     assert [trial.state for trial in loaded] == ["finished", "stopped", "failed", "unfinished"]
@@ -82,7 +96,11 @@ def test_a_generation_is_a_run_of_its_own(tmp_path: Path) -> None:
 def test_epochs_run_on_over_the_stages_and_a_cut_line_is_left(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(lines(0.1, 0.2) + lines(0.3, stage="consensus") + '{"kind": "valid", "sta')
-    assert [(v.epoch, v.metrics["NDCG@10"]) for v in read_validations(path)] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert [(v.epoch, v.metrics["NDCG@10"]) for v in read_validations(path)] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.3),
+    ]
     assert read_validations(tmp_path / "nowhere") == []
 
 
@@ -104,7 +122,9 @@ def test_successive_halving_remembers_an_earlier_start(tmp_path: Path) -> None:
     def decides(scheduler: Asha, epoch: int, value: float, trial: Any) -> str:
         return str(scheduler.on_trial_result(None, trial, {"epoch": epoch, "objective": value}))
 
-    fresh, told = (Asha(sweep, 8, trials, base_first=True) for trials in ([], load_trials(sweep.folder)))
+    fresh, told = (
+        Asha(sweep, 8, trials, base_first=True) for trials in ([], load_trials(sweep.folder))
+    )
     for scheduler in (fresh, told):
         scheduler.on_trial_add(None, bad)
     assert decides(fresh, 1, 0.1, bad) == "CONTINUE", "the first of its rung"
@@ -114,13 +134,17 @@ def test_successive_halving_remembers_an_earlier_start(tmp_path: Path) -> None:
     assert decides(told, 1, 0.35, again) == "CONTINUE", "it was decided in the earlier start"
     base: Any = FakeTrial(0)
     told.on_trial_add(None, base)
-    assert decides(told, 2, 0.01, base) == "CONTINUE", "what the others must beat gets its full time"
+    assert decides(told, 2, 0.01, base) == "CONTINUE", (
+        "what the others must beat gets its full time"
+    )
     assert type(make_scheduler(sweep, base_of(), [])).__name__ == "Asha"
 
 
 def test_a_population_keeps_numbers_and_stays_in_the_space(tmp_path: Path) -> None:
     search = {RATE: {"log_uniform": [1e-4, 1e-1]}, "backbone.dropout": {"choices": [0.1, 0.2, 0.3]}}
-    population: Any = make_scheduler(sweep_of(tmp_path, search=search, scheduler="pbt"), base_of(), [])
+    population: Any = make_scheduler(
+        sweep_of(tmp_path, search=search, scheduler="pbt"), base_of(), []
+    )
     weak, strong = FakeTrial(3), FakeTrial(5)
     for trial in (weak, strong):
         trial.config |= {RATE: 0.095, "backbone.dropout": 0.2}
@@ -141,14 +165,26 @@ def test_the_report_ranks_explains_and_names_the_command(tmp_path: Path) -> None
     sweep = sweep_of(tmp_path)
     for number in range(8):  # layers make all the difference; the rate none
         layers = 1 + number % 2
-        trial_of(sweep, number, 10 ** (-4 + 0.4 * number), layers, 0.1 * layers, 0.1 * layers + 0.001 * number, finished=True)
+        trial_of(
+            sweep,
+            number,
+            10 ** (-4 + 0.4 * number),
+            layers,
+            0.1 * layers,
+            0.1 * layers + 0.001 * number,
+            finished=True,
+        )
     trial_of(sweep, 8, 0.01, 1, 0.05).end("stopped", "asha after epoch 1")
-    Trial(sweep.folder, 9, Record(values={RATE: 1e-3, LAYERS: 1})).save().end("failed", "out of memory")
+    Trial(sweep.folder, 9, Record(values={RATE: 1e-3, LAYERS: 1})).save().end(
+        "failed", "out of memory"
+    )
     trials = load_trials(sweep.folder)
     best = report.choose(sweep, trials)
     assert best.number == 7
     report.write_best(sweep, base_of(), best)
-    written = validate(RunConfig, yaml.safe_load((sweep.folder / "best.yaml").read_text()), source="best.yaml")
+    written = validate(
+        RunConfig, yaml.safe_load((sweep.folder / "best.yaml").read_text()), source="best.yaml"
+    )
     assert written.backbone.num_layers == 2
     assert written.name == "s-best"
     text = report.write(sweep, trials, []).read_text()
@@ -167,7 +203,9 @@ def test_the_report_ranks_explains_and_names_the_command(tmp_path: Path) -> None
 
 def test_a_sweep_without_any_success_says_why(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path)
-    Trial(sweep.folder, 0, Record(values={RATE: 1e-3, LAYERS: 1})).save().end("failed", "no such file")
+    Trial(sweep.folder, 0, Record(values={RATE: 1e-3, LAYERS: 1})).save().end(
+        "failed", "no such file"
+    )
     with pytest.raises(MltfrError, match=r"None of the 1 trials of `s` succeeded: no such file"):
         report.choose(sweep, load_trials(sweep.folder))
 
