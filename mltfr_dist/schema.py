@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,6 +18,9 @@ Positive = Annotated[float, Field(gt=0)]
 
 class Section(BaseModel):
     """Base of every configuration section: immutable, and unknown keys are refused."""
+
+    listed_by: ClassVar[str] = "python train.py --help"
+    """The command that lists every field with its default and unit."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
@@ -37,6 +40,15 @@ class Section(BaseModel):
         return values
 
 
+class Options(Section):
+    """A section whose fields are options of a command, and are called so in errors: `--user-core`."""
+
+    @staticmethod
+    def option(field: str) -> str:
+        """The option that sets ``field``."""
+        return "--" + field.replace("_", "-")
+
+
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -52,6 +64,8 @@ def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> S
         problems = []
         for item in error.errors():
             path = ".".join(str(part) for part in item["loc"]) or "(whole configuration)"
+            if issubclass(model, Options) and path in model.model_fields:
+                path = model.option(path)
             if item["type"] == "extra_forbidden":
                 near = nearest_key(path, field_paths(model))
                 problems.append(
@@ -68,7 +82,7 @@ def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> S
                 problems.append(f"`{path}`: {item['msg'].removeprefix('Value error, ')}{given}")
         raise ConfigError(
             f"The configuration from {source} is not valid: {'; '.join(problems)}.",
-            remedy="Correct it; `train.py --help` lists every field with its default and unit.",
+            remedy=f"Correct it; `{model.listed_by}` lists every field with its default and unit.",
         ) from None
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mltfr_dist.schema import Count, Fraction, Section
+from mltfr_dist.schema import Count, Fraction, Options
 
 
-class PrepareConfig(Section):
+class PrepareConfig(Options):
     """`mltfr prepare`: raw interactions to shards."""
+
+    listed_by: ClassVar[str] = "mltfr prepare --help"
 
     format: Literal["auto", "csv", "tsv", "parquet", "jsonl", "sequences"] = Field(
         "auto",
@@ -65,13 +67,16 @@ class PrepareConfig(Section):
         if self.valid_fraction + self.test_fraction >= 1:
             given = f"{self.valid_fraction} + {self.test_fraction}"
             raise ValueError(
-                f"valid_fraction + test_fraction must stay below 1, so that training data remains (given: {given})"
+                "--valid-fraction and --test-fraction together must stay below 1, so that training "
+                f"data remains (given: {given})"
             )
         return self
 
 
-class PrepareResources(Section):
+class PrepareResources(Options):
     """What `mltfr prepare` may use; none of it shows in the data."""
+
+    listed_by: ClassVar[str] = "mltfr prepare --help"
 
     memory_limit: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?([KMGT]i?)?B$")] | None = Field(
         None,
@@ -84,8 +89,10 @@ class PrepareResources(Section):
     )
 
 
-class TableConfig(Section):
+class TableConfig(Options):
     """`mltfr tables`: a language model's input embeddings to a clean token table."""
+
+    listed_by: ClassVar[str] = "mltfr tables --help"
 
     tensor: str | None = Field(
         None, description="Name of the embedding tensor; found from the checkpoint when not given."

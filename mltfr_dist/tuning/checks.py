@@ -49,7 +49,7 @@ def check_space(sweep: SweepConfig, base: RunConfig) -> None:
             raise ConfigError(
                 f"The searched key `{key}` is not a field of a run"
                 + (f"; the nearest is `{near}`." if near else "."),
-                remedy="Correct it; `train.py --help` lists every field.",
+                remedy="Correct it; `python train.py --help` lists every field.",
             )
         if key in SET_BY_THE_SWEEP:
             raise ConfigError(

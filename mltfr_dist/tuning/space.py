@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,8 @@ CHANGEABLE_LEAVES = ("dropout", "noise", "expert_dropout")
 
 class Domain(Section):
     """The values of one field: exactly one of these."""
+
+    listed_by: ClassVar[str] = "mltfr sweep --help"
 
     choices: tuple[Any, ...] = Field((), description="These values.")
     subsets: tuple[Any, ...] = Field(
@@ -144,6 +146,8 @@ class TrialResources(Section):
 
 class SweepConfig(Section):
     """A sweep."""
+
+    listed_by: ClassVar[str] = "mltfr sweep --help"
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         description="The sweep's folder under sweeps_dir."

@@ -444,7 +444,7 @@ def test_options_make_a_section() -> None:
 def test_a_wrong_option_is_refused_with_its_name() -> None:
     options = build_parser().parse_args(["prepare", "a.csv", "out", "--user-core", "some"])
     with pytest.raises(
-        ConfigError, match=r"the command line is not valid: `user_core`: .*given: 'some'"
+        ConfigError, match=r"the command line is not valid: `--user-core`: .*given: 'some'"
     ):
         section_from(PrepareConfig, options)
 
