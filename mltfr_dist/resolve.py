@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.config.io import load_yaml
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.presets import PRESETS, preset
 from mltfr_dist.schema import validate
@@ -58,7 +59,7 @@ def parse_override(text: str) -> dict[str, Any]:
             remedy="Add the `=`.",
         )
     try:
-        nested: Any = yaml.safe_load(value)
+        nested: Any = load_yaml(value)
     except yaml.YAMLError:
         nested = value
     for part in reversed(key.split(".")):

@@ -118,5 +118,6 @@ def sample_negatives(
     raise DataError(
         f"No negative item was found in {MAX_ATTEMPTS} draws for a history of {len(histories[crowded])} of {num_items} items.",
         rule="A negative must lie outside the user's history.",
-        remedy="Use loss.name=cross_entropy, or prepare with a greater `--item-core` so that histories do not hold nearly every item.",
+        remedy="Use loss.name=cross_entropy, or prepare with a greater `--item-core`, so that "
+        "histories do not hold nearly every item.",
     )

@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.config.io import dump_yaml, load_yaml
 from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import Section, validate
@@ -46,7 +47,7 @@ class Result(Section):
 
 def dump_config(config: RunConfig) -> str:
     """The complete configuration as YAML; it loads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: Missing, not YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = load_yaml(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"The configuration file {path} cannot be read: {error}.", remedy="Check the path."

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 from mltfr_dist.config import RunConfig
+from mltfr_dist.config.io import dump_yaml
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.resolve import merge_values, parse_override, resolve_config
@@ -163,4 +162,4 @@ def claimed(sweep: SweepConfig, base: RunConfig) -> Iterator[None]:
 
 def dump_sweep(sweep: SweepConfig) -> str:
     """The complete sweep as YAML; it loads back to an equal one."""
-    return yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(sweep.model_dump(mode="json"))

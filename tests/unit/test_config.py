@@ -225,7 +225,7 @@ def test_sections_are_frozen() -> None:
     ("text", "expected"),
     [
         ("a.b.c=1", {"a": {"b": {"c": 1}}}),
-        ("a=1e-3", {"a": "1e-3"}),  # YAML 1.1 reads a string; validation makes it a number
+        ("a=1e-3", {"a": 0.001}),
         ("a=[1, 2]", {"a": [1, 2]}),
         ("a=null", {"a": None}),
         ("a=", {"a": None}),
