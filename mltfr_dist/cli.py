@@ -198,6 +198,7 @@ def command_sweep(options: argparse.Namespace) -> None:
         load_sweep(Path(options.space), options.overrides),
         address=options.address,
         nodes=options.nodes,
+        retry_failed=options.retry_failed,
     )
     print(report.read_text(), end="")
 
@@ -328,6 +329,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument(
         "--nodes", type=int, default=1, help="nodes of that cluster to wait for (default: 1)"
+    )
+    sweep.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="trials that failed go on, from their last checkpoint",
     )
     sweep.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="over the file's, such as num_trials=20"

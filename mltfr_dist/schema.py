@@ -6,6 +6,7 @@ import difflib
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from mltfr_dist.errors import ConfigError
 
@@ -94,6 +95,18 @@ def field_paths(model: type[Section], prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             paths += field_paths(field.annotation, f"{prefix}{name}.")
     return paths
+
+
+def field_at(model: type[Section], path: str) -> FieldInfo | None:
+    """The field of a dotted key; None where there is none."""
+    name, _, rest = path.partition(".")
+    field = model.model_fields.get(name)
+    if field is None or not rest:
+        return field
+    inner = field.annotation
+    if isinstance(inner, type) and issubclass(inner, Section):
+        return field_at(inner, rest)
+    return None
 
 
 def nearest_key(path: str, valid: list[str]) -> str | None:

@@ -76,17 +76,7 @@ def load_inputs(config: RunConfig, *, verify: bool = True) -> Inputs:
     features = item_features(config, tables)
     if config.mltfr.filter.strategy == "seed_words" and tables:
         tables = seed_tables(tables, config.mltfr.filter)
-    names = [table.name for table in tables]
-    for table in tables:
-        if names.count(table.name) > 1:
-            raise ConfigError(
-                f"The token table `{table.name}` is given more than once.",
-                rule="Experts are told apart by their table's name.",
-                remedy="List each table once in mltfr.tables.",
-            )
-        check_filter(config.mltfr.filter, table)
-    if tables:
-        consensus_tables(config.mltfr, tables)
+    check_tables(config.mltfr, tables)
     hashes = {"data": file_sha256(config.data.path / "manifest.json")} | {
         table.name: table.sha256 for table in tables
     }
@@ -124,6 +114,25 @@ def leave_out_bad_shards(config: RunConfig, ranks: Ranks) -> RunConfig:
     return config.model_copy(
         update={"data": config.data.model_copy(update={"left_out": tuple(sorted(left_out))})}
     )
+
+
+def check_tables(config: MLTFRConfig, tables: Sequence[TokenTable]) -> None:
+    """Whether a run can work with these tables, by their names and sizes.
+
+    Raises:
+        ConfigError: A table given twice, a filter that does not fit one, or a group that cannot be merged.
+    """
+    names = [table.name for table in tables]
+    for table in tables:
+        if names.count(table.name) > 1:
+            raise ConfigError(
+                f"The token table `{table.name}` is given more than once.",
+                rule="Experts are told apart by their table's name.",
+                remedy="List each table once in mltfr.tables.",
+            )
+        check_filter(config.filter, table)
+    if tables:
+        consensus_tables(config, tables)
 
 
 def check_filter(config: FilterConfig, table: TokenTable) -> None:

@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import ray
+from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.tuning.checks import check_inputs, check_resources
 from mltfr_dist.tuning.space import SweepConfig
+
+MOST_FOLDER_CHARACTERS = 40
+"""Of Ray's folder: a socket's whole name, with Ray's own 64 characters behind it, may have 107."""
 
 JOIN_SECONDS = 300.0
 """How long a cluster may take to come up."""
@@ -54,13 +60,7 @@ def ray_cluster(
         ConfigError: No cluster of so many nodes comes up at ``address``, or it cannot hold a trial.
     """
     if address is None:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        start_own_ray()
     else:
         join(address, nodes)
     logging.getLogger("ray.tune").setLevel(
@@ -73,6 +73,60 @@ def ray_cluster(
         yield cluster
     finally:
         ray.shutdown()
+
+
+def start_own_ray() -> None:
+    """Start Ray on this machine, in a session of its own: a signal to the sweep's group is for the sweep to take.
+
+    Raises:
+        ConfigError: It does not start.
+    """
+    folder = ray_folder()
+    # Ray's own daemons would end at once with a SIGTERM to the whole group (timeout, systemd, a container's stop), and the
+    # sweep could not let its trials save. They still die with the sweep: the kernel sees to that.
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, start_new_session=True)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(folder),
+        )
+    except (
+        Exception
+    ) as error:  # Ray raises what it likes: OSError, RuntimeError, ValueError, its own
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"Ray does not start on this machine: {lines[0]}",
+            rule=f"It needs room in {folder} and in /dev/shm, and a home folder or RAY_AUTH_TOKEN_PATH "
+            "for its token.",
+            remedy="Set TMPDIR to a folder with room, or give the address of a cluster by --address HOST:PORT.",
+        ) from None
+    finally:
+        services.ConsolePopen = popen
+
+
+def ray_folder() -> Path:
+    """Where Ray keeps its files: the usual temporary folder, or a short one where that makes its sockets' names too long.
+
+    Raises:
+        ConfigError: None of them can be written.
+    """
+    usual = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
+    for folder in (usual, Path("/tmp/ray"), Path(f"/tmp/ray-{os.getuid()}"), Path("/dev/shm/ray")):
+        parent = folder if folder.exists() else folder.parent
+        if len(str(folder)) <= MOST_FOLDER_CHARACTERS and os.access(parent, os.W_OK | os.X_OK):
+            if folder != usual:
+                print(f"Ray keeps its files in {folder}: {usual} is too long or not writable.")
+            return folder
+    raise ConfigError(
+        f"Ray has no folder for its files: {usual} and /tmp are too long or not writable.",
+        rule=f"A folder of at most {MOST_FOLDER_CHARACTERS} characters, for the names of sockets are short.",
+        remedy="Set TMPDIR to such a folder.",
+    )
 
 
 def join(address: str, nodes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,15 +19,19 @@ from ray.tune.search import Searcher
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import StoppedError
+from mltfr_dist.tuning.checks import make_space
 from mltfr_dist.tuning.cluster import Cluster
 from mltfr_dist.tuning.hparams import write_hparams
 from mltfr_dist.tuning.schedulers import make_scheduler, most_epochs
-from mltfr_dist.tuning.search import Known, suggest
-from mltfr_dist.tuning.space import SweepConfig, Values, base_values, shown
+from mltfr_dist.tuning.search import Known, Space, suggest
+from mltfr_dist.tuning.space import SweepConfig, Values, shown
 from mltfr_dist.tuning.trial import EPOCH, NUMBER, OBJECTIVE, STOP, SweepTrial, TrialSetting
-from mltfr_dist.tuning.trials import Record, Trial, load_trial, load_trials
+from mltfr_dist.tuning.trials import Record, Trial, load_trial, load_trials, next_number
 
-TRIAL_RESOURCES = {"node:__internal_head__": 0.0001}
+HEAD = "node:__internal_head__"
+"""Ray's resource of which the head node alone has 1."""
+
+TRIAL_RESOURCES = {HEAD: 0.0001}
 """What the process that watches a trial holds: it runs on the head node and takes no CPU from the workers.
 
 Were it a CPU, as many watchers as there are CPUs could start and wait for workers that have none left.
@@ -35,7 +40,7 @@ Were it a CPU, as many watchers as there are CPUs could start and wait for worke
 STATUS_SECONDS = 30.0
 """Seconds between two lines that say how far the sweep is, where no trial ends."""
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def run_trials(
@@ -53,17 +58,19 @@ def run_trials(
     Raises:
         StoppedError: A signal asked the sweep to stop; running trials have saved.
     """
-    trials = load_trials(folder)
+    trials, space = load_trials(folder), make_space(sweep, base)
     missing = sum(trial.state == "unfinished" for trial in trials) + max(
-        0, sweep.trials() - len(trials)
+        0, space.num_trials - len(trials)
     )
+    for line in space_lines(space):
+        print(line, flush=True)
     if not missing:
         return
     (folder / STOP).unlink(missing_ok=True)
     setting = TrialSetting(sweep, base, folder, Path.cwd(), read_test)
     with stop_signals(folder / STOP) as take_signals:
-        progress = Progress(setting, cluster.concurrent(sweep), missing, take_signals)
-        make_tuner(setting, cluster.concurrent(sweep), trials, progress).fit()
+        progress = Progress(setting, space, cluster.concurrent(sweep), missing, take_signals)
+        make_tuner(setting, trials, progress).fit()
     if (folder / STOP).exists():
         raise StoppedError(
             f"A signal asked the sweep `{sweep.name}` to stop; its running trials have saved.",
@@ -71,23 +78,39 @@ def run_trials(
         )
 
 
-def make_tuner(
-    setting: TrialSetting, concurrent: int, trials: list[Trial], progress: Progress
-) -> Tuner:
+def space_lines(space: Space) -> list[str]:
+    """What of the space is not tried, and why."""
+    asked, lines = space.sweep.num_trials, []
+    if asked is not None and space.num_trials < asked:
+        lines.append(
+            f"  the space has {space.num_trials} points that can run, fewer than num_trials={asked}: "
+            "each is tried once"
+        )
+    if space.left_out:
+        values, reason = next(iter(space.left_out.items()))
+        lines.append(
+            f"  {len(space.left_out)} points cannot run and are left out, such as {values}: {reason}"
+        )
+    return lines
+
+
+def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -> Tuner:
     """Ray Tune over the trials that are missing."""
     sweep, folder = setting.sweep, setting.folder
     population = sweep.scheduler == "pbt"
     search = FolderSearch(
-        setting, [trial.number for trial in trials if trial.state == "unfinished"]
+        setting, progress.space, [t.number for t in trials if t.state == "unfinished"]
     )
+    resources = population_resources(progress.concurrent) if population else TRIAL_RESOURCES
     return Tuner(
-        tune.with_resources(tune.with_parameters(SweepTrial, setting=setting), TRIAL_RESOURCES),
+        tune.with_resources(tune.with_parameters(SweepTrial, setting=setting), resources),
         param_space=whole_population(search) if population else None,
         tune_config=TuneConfig(
             num_samples=1 if population else progress.missing,
             search_alg=None if population else search,
             scheduler=make_scheduler(sweep, setting.base, trials),
-            max_concurrent_trials=concurrent,
+            # Of a population, those that pause must not count: its slots are those of its resources.
+            max_concurrent_trials=None if population else progress.concurrent,
             reuse_actors=False,  # a trial that is stopped would train on until its process gets another
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -104,6 +127,14 @@ def make_tuner(
             verbose=0,
         ),
     )
+
+
+def population_resources(concurrent: int) -> dict[str, float]:
+    """What each trial of a population holds, so that ``concurrent`` of them run and the others wait.
+
+    PBT pauses a trial that has trained as far as the next exchange while others wait, so all share the slots in turn.
+    """
+    return {HEAD: math.floor(1e4 / concurrent) / 1e4}  # Ray counts in steps of 1e-4
 
 
 def whole_population(search: FolderSearch) -> dict[str, Any]:
@@ -124,10 +155,9 @@ def whole_population(search: FolderSearch) -> dict[str, Any]:
 class FolderSearch(Searcher):  # type: ignore[misc]
     """Trials for Tune: first those of an earlier start that are not over, then new ones."""
 
-    def __init__(self, setting: TrialSetting, waiting: list[int]) -> None:
+    def __init__(self, setting: TrialSetting, space: Space, waiting: list[int]) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
-        self.setting, self.waiting = setting, waiting
-        self.base = base_values(setting.sweep, setting.base) if setting.sweep.include_base else None
+        self.setting, self.space, self.waiting = setting, space, waiting
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial's number and values."""
@@ -140,10 +170,11 @@ class FolderSearch(Searcher):  # type: ignore[misc]
             Known(t.values, None if t.state == "failed" else t.best(sweep.metric_name))
             for t in trials
         ]
-        values: Values | None = suggest(sweep, known, self.base)
+        number = next_number(folder)
+        values: Values | None = suggest(self.space, known, number)
         if values is None:
             return str(Searcher.FINISHED)
-        trial = Trial(folder, len(trials), Record(values=values)).save()
+        trial = Trial(folder, number, Record(values=values)).save()
         return {NUMBER: trial.number, **trial.values}
 
     def on_trial_complete(
@@ -176,11 +207,17 @@ class StopAll(Stopper):  # type: ignore[misc]
 
 @contextmanager
 def stop_signals(flag: Path) -> Iterator[Callable[[], None]]:
-    """Take Ctrl-C, SIGTERM and SIGUSR1 as the wish to save and stop; the second one ends at once.
+    """Take Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 as the wish to save and stop; the second one ends at once.
+
+    What is ignored already stays so: under nohup a dropped connection stops nothing.
 
     Yields what takes them again, for Tune puts handlers of its own.
     """
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {
+        number: handler
+        for number in STOP_SIGNALS
+        if (handler := signal.getsignal(number)) is not signal.SIG_IGN
+    }
 
     def restore() -> None:
         for number, handler in before.items():
@@ -195,7 +232,7 @@ def stop_signals(flag: Path) -> Iterator[Callable[[], None]]:
         restore()
 
     def take() -> None:
-        for number in STOP_SIGNALS:
+        for number in before:
             signal.signal(number, request)
 
     take()
@@ -209,14 +246,15 @@ class Progress(Callback):  # type: ignore[misc]
     """Notes how trials end, and says how far the sweep is."""
 
     def __init__(
-        self, setting: TrialSetting, concurrent: int, missing: int, take_signals: Callable[[], None]
+        self,
+        setting: TrialSetting,
+        space: Space,
+        concurrent: int,
+        missing: int,
+        take_signals: Callable[[], None],
     ) -> None:
-        self.setting, self.concurrent, self.missing, self.take_signals = (
-            setting,
-            concurrent,
-            missing,
-            take_signals,
-        )
+        self.setting, self.space, self.concurrent = setting, space, concurrent
+        self.missing, self.take_signals = missing, take_signals
         self.started: dict[int, float] = {}
         self.seconds: list[float] = []
         self.said = time.monotonic()
@@ -232,7 +270,7 @@ class Progress(Callback):  # type: ignore[misc]
         self.take_signals()
         sweep = self.setting.sweep
         print(
-            f"sweep `{sweep.name}`: {self.missing} of {sweep.trials()} trials to do, {self.concurrent} at a time, "
+            f"sweep `{sweep.name}`: {self.missing} of {self.space.num_trials} trials to do, {self.concurrent} at a time, "
             f"up to {most_epochs(self.setting.base)} epochs each; tensorboard --logdir {self.setting.folder}",
             flush=True,
         )
@@ -273,10 +311,9 @@ class Progress(Callback):  # type: ignore[misc]
             ours = ours.end(
                 "stopped", f"{self.setting.sweep.scheduler} after epoch {trial.last_result[EPOCH]}"
             )
-        self._over(
-            ours,
-            "finished" if ours.record.ended is None else f"stopped by {ours.record.ended.reason}",
-        )
+        ended = ours.record.ended
+        verb = "failed: " if ended and ended.state == "failed" else "stopped by "
+        self._over(ours, "finished" if ended is None else verb + ended.reason)
 
     def on_step_end(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
         """Called by Tune all the time."""

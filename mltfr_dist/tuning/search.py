@@ -1,12 +1,17 @@
-"""Which values a trial gets: random, grid or TPE. The n-th trial's are a function of (seed, n, outcomes known by then)."""
+"""Which values a trial gets: random, grid or TPE. The n-th trial's are a function of (seed, n, outcomes known by then).
+
+No values are given twice, and none that no run can have.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import optuna
@@ -18,6 +23,7 @@ from optuna.distributions import (
 )
 from optuna.exceptions import ExperimentalWarning
 
+from mltfr_dist.errors import ConfigError
 from mltfr_dist.tuning.space import Domain, SweepConfig, Values, encoded
 
 STARTUP_TRIALS = 8
@@ -33,44 +39,125 @@ class Known:
     """The best validation metric; None before the first, or where the trial failed."""
 
 
-def suggest(sweep: SweepConfig, known: Sequence[Known], base: Values | None) -> Values | None:
+@dataclass
+class Space:
+    """The points of a sweep.
+
+    Attributes:
+        sweep: The sweep.
+        base: The base's values of the searched fields, which a field keeps where it does not apply.
+        first: What the first trial gets; None: it is drawn as the others are.
+        check: Raises ConfigError for values that no run can have.
+        left_out: Points that no run can have, met so far, each with the reason.
+    """
+
+    sweep: SweepConfig
+    base: Values
+    first: Values | None
+    check: Callable[[Values], None] = lambda values: None
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def can_run(self, values: Values) -> bool:
+        """Whether a run can have these values; those it cannot are noted."""
+        try:
+            self.check(values)
+        except ConfigError as error:
+            self.left_out[encoded(values)] = error.what
+            return False
+        return True
+
+    def settled(self, values: Values) -> Values:
+        """With the base's value of each field that does not apply."""
+        found: Values = {}
+        for key, domain in self.sweep.search.items():
+            found[key] = values[key] if domain.applies(found) else self.base[key]
+        return found
+
+    @cached_property
+    def points(self) -> list[Values] | None:
+        """Every point that can run, once, the first trial's first; None where there are too many to list."""
+        axes = [domain.options() for domain in self.sweep.search.values()]
+        counted = [options for options in axes if options is not None]
+        size = math.prod(map(len, counted))
+        if len(counted) < len(axes) or (size > MOST_POINTS and self.sweep.algorithm != "grid"):
+            return None
+        all_points = (dict(zip(self.sweep.search, some)) for some in itertools.product(*counted))
+        distinct = {encoded(point): point for point in map(self.settled, all_points)}
+        found = [point for point in distinct.values() if self.can_run(point)]
+        if self.first is None:
+            return found
+        return [self.first, *(point for point in found if point != self.first)]
+
+    @property
+    def num_trials(self) -> int:
+        """Trials of the sweep: those that were asked for, or every point where there are fewer."""
+        asked = self.sweep.num_trials
+        if self.points is None:
+            assert asked is not None, "a space that cannot be listed has num_trials"
+            return asked
+        return len(self.points) if asked is None else min(asked, len(self.points))
+
+
+MOST_POINTS = 4096
+"""Points of a space that are listed, so that its end is known; a larger one is not used up by a search."""
+
+MOST_DRAWS = 200
+"""Draws for one trial before the rest of a space that can be listed is looked through."""
+
+
+def suggest(space: Space, known: Sequence[Known], number: int) -> Values | None:
     """Values of the next trial; None where the sweep has all its trials.
 
     Args:
-        sweep: The sweep.
-        known: All trials so far, in order.
-        base: What the first trial gets; None: it is drawn as the others are.
+        space: The sweep's points.
+        known: All trials so far.
+        number: Of the trial, which with the seed makes the draw.
+
+    Raises:
+        ConfigError: Of :data:`MOST_DRAWS` draws none could run, in a space that cannot be listed.
     """
-    number = len(known)
-    if number >= sweep.trials():
+    if len(known) >= space.num_trials:
         return None
-    if sweep.algorithm == "grid":
-        return grid(sweep, base)[number]
-    return base if base is not None and number == 0 else drawn(sweep, known)
+    taken = {encoded(trial.values) for trial in known}
+    if space.first is not None and encoded(space.first) not in taken:
+        return space.first
+    free = [point for point in space.points or [] if encoded(point) not in taken]
+    if space.points is not None and not free:
+        return None
+    if space.sweep.algorithm == "grid":
+        return free[0]
+    for values in itertools.islice(draws(space, known, number), MOST_DRAWS):
+        if encoded(values) not in taken and space.can_run(values):
+            return values
+    if free:
+        return free[number % len(free)]
+    raise ConfigError(
+        f"{MOST_DRAWS} draws from the space of the sweep `{space.sweep.name}` gave no values that "
+        f"a run can have; the last reason: {list(space.left_out.values())[-1]}",
+        rule="A sweep leaves out values that no run can have, and draws again.",
+        remedy="Give narrower ranges, or search.KEY.when for fields that exclude each other.",
+    )
 
 
-def grid(sweep: SweepConfig, base: Values | None) -> list[Values]:
-    """Every combination, the base first."""
-    axes = [domain.options() or [] for domain in sweep.search.values()]
-    points = [dict(zip(sweep.search, some)) for some in itertools.product(*axes)]
-    return points if base is None else [base, *(point for point in points if point != base)]
-
-
-def drawn(sweep: SweepConfig, known: Sequence[Known]) -> Values:
-    """Values by Optuna's sampler, which is made anew from the seed and the number of the trial: there is no state to lose."""
+def draws(space: Space, known: Sequence[Known], number: int) -> Iterator[Values]:
+    """Values by Optuna's sampler, which is made anew from the seed and the trial's number: no state can be lost."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    distributions = {key: distribution(domain) for key, domain in sweep.search.items()}
-    study = optuna.create_study(direction="maximize", sampler=sampler(sweep, len(known)))
+    search = space.sweep.search
+    distributions = {key: distribution(domain) for key, domain in search.items()}
+    study = optuna.create_study(direction="maximize", sampler=sampler(space.sweep, number))
     for trial in known:
         if trial.value is not None:
-            params = {key: to_optuna(sweep.search[key], trial.values[key]) for key in sweep.search}
+            searched = [key for key, domain in search.items() if domain.applies(trial.values)]
             study.add_trial(
                 optuna.trial.create_trial(
-                    params=params, distributions=distributions, value=trial.value
+                    params={key: to_optuna(search[key], trial.values[key]) for key in searched},
+                    distributions={key: distributions[key] for key in searched},
+                    value=trial.value,
                 )
             )
-    params = study.ask(distributions).params
-    return {key: from_optuna(sweep.search[key], params[key]) for key in sweep.search}
+    while True:
+        params = study.ask(distributions).params
+        yield space.settled({key: from_optuna(search[key], params[key]) for key in search})
 
 
 def sampler(sweep: SweepConfig, number: int) -> optuna.samplers.BaseSampler:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.schema import Count, NonNegative, Positive, Section, validate
+from mltfr_dist.schema import Count, NonNegative, Positive, Section, field_at, validate
 from mltfr_dist.training.run_folder import leaf_values
 
 Values = dict[str, Any]
@@ -46,6 +46,11 @@ class Domain(Section):
     )
     integers: tuple[int, int] | None = Field(
         None, description="Whole numbers from the first to the second, both included."
+    )
+    when: dict[str, Any] = Field(
+        {},
+        description="Fields searched above this one, each with the value, or a list of values, "
+        "that it must have for this field to be searched; else this one keeps its base value.",
     )
 
     @model_validator(mode="after")
@@ -96,6 +101,13 @@ class Domain(Section):
             return self.options() or []
         first, last = self.ends
         return [first, last] if self.integers else [first, last, first + (last - first) / math.pi]
+
+    def applies(self, values: Mapping[str, Any]) -> bool:
+        """Whether the field is searched at all where those above it have these values."""
+        return all(
+            values[key] in (wanted if isinstance(wanted, list) else [wanted])
+            for key, wanted in self.when.items()
+        )
 
     def holds(self, value: Any) -> bool:
         """Whether ``value`` is in the domain."""
@@ -203,12 +215,6 @@ class SweepConfig(Section):
         """The metric without its split."""
         return self.metric.removeprefix("valid/")
 
-    def trials(self) -> int:
-        """Number of trials."""
-        if self.num_trials is not None:
-            return self.num_trials
-        return math.prod(len(domain.options() or []) for domain in self.search.values())
-
     @model_validator(mode="after")
     def _can_be_counted(self) -> SweepConfig:
         endless = [key for key, domain in self.search.items() if domain.options() is None]
@@ -224,6 +230,13 @@ class SweepConfig(Section):
             )
         if self.algorithm != "grid" and self.num_trials is None:
             raise ValueError(f"give num_trials: {self.algorithm} search has no end of its own")
+        above: list[str] = []
+        for key, domain in self.search.items():
+            if unknown := [name for name in domain.when if name not in above]:
+                raise ValueError(
+                    f"search.{key}.when names {', '.join(unknown)}, which is not searched above it"
+                )
+            above.append(key)
         if self.scheduler == "pbt" and (
             fixed := [key for key in self.search if not can_change(key)]
         ):
@@ -289,4 +302,32 @@ def base_values(sweep: SweepConfig, base: RunConfig) -> Values | None:
     """The base's own place in the space; None where it has none."""
     leaves = leaf_values(base)
     values = {key: leaves[key] for key in sweep.search}
-    return values if all(sweep.search[key].holds(value) for key, value in values.items()) else None
+    inside = all(
+        domain.holds(values[key]) or not domain.applies(values)
+        for key, domain in sweep.search.items()
+    )
+    return values if inside else None
+
+
+def typed_choices(sweep: SweepConfig) -> SweepConfig:
+    """The sweep with its choices as their fields hold them: the text "0.001" of a rate becomes a number.
+
+    Choices that are no value of their field stay as they are, for the check of the space to refuse.
+    """
+    search = {}
+    for key, domain in sweep.search.items():
+        field = field_at(RunConfig, key)
+        if field is not None and domain.choices:
+            described: Any = Annotated[field.annotation, field]
+            adapter: TypeAdapter[Any] = TypeAdapter(described)
+            choices = tuple(_typed(adapter, value) for value in domain.choices)
+            domain = domain.model_copy(update={"choices": choices})
+        search[key] = domain
+    return sweep.model_copy(update={"search": search})
+
+
+def _typed(adapter: TypeAdapter[Any], value: Any) -> Any:
+    try:
+        return adapter.dump_python(adapter.validate_python(value), mode="json")
+    except ValidationError:
+        return value

@@ -25,9 +25,10 @@ from mltfr_dist.tuning.checks import (
     check_space,
 )
 from mltfr_dist.tuning.environment import LOOPBACK, set_environment
-from mltfr_dist.tuning.space import Domain, SweepConfig, nested, with_values
+from mltfr_dist.tuning.space import Domain, SweepConfig, nested, typed_choices, with_values
 from mltfr_dist.tuning.trials import load_trials
 
+LOCK = "lock"
 FINAL = "final"
 """In a sweep's folder: by trial, the runs of the chosen configuration, laid out as a sweep."""
 
@@ -41,9 +42,8 @@ def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
     values = read_yaml(path)
     for override in overrides:
         values = merge_values(values, parse_override(override))
-    return validate(
-        SweepConfig, values, source=", ".join([str(path), *(f"`{o}`" for o in overrides)])
-    )
+    source = ", ".join([str(path), *(f"`{override}`" for override in overrides)])
+    return typed_choices(validate(SweepConfig, values, source=source))
 
 
 def resolved_config(sweep: SweepConfig) -> RunConfig:
@@ -84,13 +84,20 @@ def as_begun(folder: Path, base: RunConfig) -> RunConfig:
     return with_values(base, {"training.threads": threads})
 
 
-def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1) -> Path:
+def run_sweep(
+    sweep: SweepConfig,
+    *,
+    address: str | None = None,
+    nodes: int = 1,
+    retry_failed: bool = False,
+) -> Path:
     """Run or go on with a sweep; returns its report.
 
     Args:
         sweep: The sweep.
         address: Of a Ray cluster, `host:port`; None starts one on this machine.
         nodes: Nodes that the cluster at ``address`` shall have before the sweep begins.
+        retry_failed: Whether trials that failed go on, from their last checkpoint.
 
     Raises:
         MltfrError: Bad input, before Ray starts; no trial succeeded; or the sweep was asked to stop, and has saved.
@@ -98,6 +105,9 @@ def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1)
     base = as_begun(sweep.folder, base_config(sweep))
     check_space(sweep, base)
     check_folder(sweep.folder, sweep, base)
+    if (sweep.folder / LOCK).exists():
+        with lock_folder(sweep.folder):
+            pass  # told before Ray starts, which takes seconds
     if address is None:
         check_machine(sweep)
     check_inputs(sweep, base)  # last, for it reads files of any size
@@ -107,21 +117,18 @@ def run_sweep(sweep: SweepConfig, *, address: str | None = None, nodes: int = 1)
     )  # imports Ray, which reads its environment then
     from mltfr_dist.tuning.driver import run_trials
 
-    with claimed(sweep, base):
+    with ray_cluster(sweep, base, address, nodes) as cluster, claimed(sweep, base):
         folder = sweep.folder.resolve()
-        with ray_cluster(sweep, base, address, nodes) as cluster:
-            run_trials(sweep, base, folder, cluster)
-            best = report.choose(sweep, load_trials(folder))
-            report.write_best(sweep, resolved_config(sweep), best)
-            final_folder = folder / FINAL / best.name
-            if sweep.final_seeds:
-                run_trials(
-                    final_sweep(sweep),
-                    with_values(base, best.values),
-                    final_folder,
-                    cluster,
-                    read_test=True,
-                )
+        for trial in load_trials(folder) if retry_failed else ():
+            if trial.state == "failed":
+                trial.again()
+        run_trials(sweep, base, folder, cluster)
+        best = report.choose(sweep, load_trials(folder))
+        report.write_best(sweep, resolved_config(sweep), best)
+        final_folder = folder / FINAL / best.name
+        if sweep.final_seeds:
+            final_base = with_values(base, best.values)
+            run_trials(final_sweep(sweep), final_base, final_folder, cluster, read_test=True)
         return report.write(sweep, load_trials(folder), load_trials(final_folder))
 
 
@@ -147,16 +154,27 @@ def claimed(sweep: SweepConfig, base: RunConfig) -> Iterator[None]:
     """
     folder = sweep.folder
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with lock_folder(folder):
+        write_atomically(folder / SWEEP, dump_sweep(sweep))
+        write_atomically(folder / BASE, dump_config(base))
+        shutil.rmtree(folder / "ray", ignore_errors=True)
+        yield
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of a sweep's folder.
+
+    Raises:
+        ConfigError: Another process holds it.
+    """
+    with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
                 f"Another process runs the sweep in {folder}.", remedy="Wait for it, or end it."
             ) from None
-        write_atomically(folder / SWEEP, dump_sweep(sweep))
-        write_atomically(folder / BASE, dump_config(base))
-        shutil.rmtree(folder / "ray", ignore_errors=True)
         yield
 
 

@@ -29,7 +29,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.errors import ConfigError, OtherRankError
+from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, MltfrError, OtherRankError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import CHECKPOINTS, CONFIG, dump_config
@@ -40,6 +40,9 @@ from mltfr_dist.tuning.trials import DIED, METRICS, TRIALS, Trial, Validation, l
 EPOCH, OBJECTIVE, NUMBER = "epoch", "objective", "trial"
 OWNER = "owner"
 """File in a checkpoint of Tune's: the number of the trial that made it."""
+
+NOTHING: dict[str, Any] = {EPOCH: 0, OBJECTIVE: 0.0}
+"""What a trial reports that fails before its first validation."""
 
 STOP = "stop"
 """File in the sweep's folder: every running trial saves, and ends."""
@@ -108,10 +111,14 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
                 self.seen += 1
                 return self._result(found[: self.seen])
             if not running:
-                if self.error is not None:
-                    write_atomically(self.record.failure, describe(self.error) + "\n")
-                    raise RuntimeError(describe(self.error)) from None
-                return self._result(found) | {"done": True}
+                if self.error is None:
+                    return self._result(found) | {"done": True}
+                reason, cause = describe(self.error), root_cause(self.error)
+                write_atomically(self.record.failure, reason + "\n")
+                if not can_pass(cause):
+                    self.record = self.record.end("failed", reason)
+                    return (self._result(found) if found else NOTHING) | {"done": True}
+                raise RuntimeError(reason) from None
             time.sleep(POLL_SECONDS)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -289,13 +296,22 @@ def one_attempt(log: Path) -> Iterator[None]:
             yield
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """What the rank that knows has raised."""
+    if not isinstance(error, WorkerGroupError):
+        return error
+    failures = [unwrapped(cause) for _, cause in sorted(error.worker_failures.items())]
+    return next((cause for cause in failures if not isinstance(cause, OtherRankError)), failures[0])
+
+
+def can_pass(error: BaseException) -> bool:
+    """Whether the same run may succeed if it is started again: what was refused, or was not finite, will be so again."""
+    return not isinstance(error, MltfrError) or error.exit_code != EXIT_BAD_INPUT
+
+
 def describe(error: BaseException) -> str:
     """Why a run failed, in one line, in the words of the rank that knows."""
-    if isinstance(error, WorkerGroupError):
-        failures = [unwrapped(cause) for _, cause in sorted(error.worker_failures.items())]
-        error = next(
-            (cause for cause in failures if not isinstance(cause, OtherRankError)), failures[0]
-        )
+    error = root_cause(error)
     if isinstance(error, RayActorError):
         return DIED
     lines = str(error).strip().splitlines()

@@ -246,3 +246,25 @@ def test_the_ready_made_spaces_are_valid(path: Path) -> None:
         )
     assert load_sweep(path, ["num_trials=3", "asha.grace_epochs=1"]).asha.grace_epochs == 1
     assert yaml.safe_load(path.read_text())["search"]
+
+
+def test_choices_become_what_their_fields_hold(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(
+        "name: s\npreset: smoke\nnum_trials: 3\nsearch:\n"
+        '  optimizer.learning_rate: {choices: [1e-3, "5e-4", 1]}\n'
+        "  backbone.num_layers: {choices: ['2', 1]}\n"
+        "  mltfr.filter.strategy: {choices: [user_guided]}\n"
+    )
+    search = load_sweep(path, []).search
+    rates = search["optimizer.learning_rate"].choices
+    assert rates == (0.001, 0.0005, 1.0)
+    assert all(isinstance(rate, float) for rate in rates)
+    assert search["backbone.num_layers"].choices == (2, 1)
+    assert search["mltfr.filter.strategy"].choices == ("user_guided",)
+
+
+def test_a_choice_that_is_no_value_of_its_field_is_refused(base_file: Path) -> None:
+    sweep = sweep_of(base_file, {"backbone.num_layers": {"choices": ["two"]}})
+    with pytest.raises(ConfigError, match=r"backbone\.num_layers.*given: 'two'"):
+        check_space(sweep, base_config(sweep))

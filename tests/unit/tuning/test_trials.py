@@ -18,7 +18,14 @@ from mltfr_dist.tuning import report
 from mltfr_dist.tuning.hparams import write_hparams
 from mltfr_dist.tuning.schedulers import Asha, make_scheduler
 from mltfr_dist.tuning.space import SweepConfig
-from mltfr_dist.tuning.trials import Record, Trial, load_trial, load_trials, read_validations
+from mltfr_dist.tuning.trials import (
+    Record,
+    Trial,
+    load_trial,
+    load_trials,
+    next_number,
+    read_validations,
+)
 
 RATE, LAYERS = "optimizer.learning_rate", "backbone.num_layers"
 
@@ -219,3 +226,24 @@ def test_hparams_hold_the_searched_fields_and_the_outcome(tmp_path: Path) -> Non
     plugin = board.PluginTagToContent("hparams")
     assert "_hparams_/session_start_info" in plugin
     assert RATE.encode() in plugin["_hparams_/session_start_info"]
+
+
+def test_a_number_is_never_given_to_another_trial(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    assert next_number(sweep.folder) == 0
+    for number in range(3):
+        trial_of(sweep, number, 0.01 * (number + 1), 1, 0.1)
+    (sweep.folder / "trials" / "0001.json").unlink()
+    assert [trial.number for trial in load_trials(sweep.folder)] == [0, 2]
+    assert next_number(sweep.folder) == 3
+    (sweep.folder / "trials" / "0002.json").unlink()  # its folder is still there
+    assert next_number(sweep.folder) == 3
+
+
+def test_a_failed_trial_goes_on_when_it_is_told_to(tmp_path: Path) -> None:
+    failed = trial_of(sweep_of(tmp_path), 0, 0.01, 1, 0.1).end("failed", "no room")
+    failed.failure.write_text("no room")
+    again = failed.again()
+    assert again.state == "unfinished"
+    assert not again.failure.exists()
+    assert load_trials(failed.sweep) == [again]
