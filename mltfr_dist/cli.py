@@ -234,9 +234,9 @@ def command_export(options: argparse.Namespace) -> None:
 
 
 def command_report(options: argparse.Namespace) -> None:
-    """report.md of a finished run; for matrices of runs (.parquet) means, intervals, paired differences, slices of users."""
+    """The report of a run, a sweep or a trial; for matrices of runs (.parquet) means, intervals, paired differences, slices."""
     from mltfr_dist.training.matrix import summary
-    from mltfr_dist.training.run_folder import REPORT, load_config
+    from mltfr_dist.tuning.folders import folder_report
 
     paths = [Path(run) for run in options.run]
     if all(path.suffix == ".parquet" for path in paths):
@@ -248,14 +248,7 @@ def command_report(options: argparse.Namespace) -> None:
             rule="One run folder, or any number of .parquet files.",
             remedy="Name one run at a time.",
         )
-    (folder,) = paths
-    load_config(folder)
-    if not (folder / REPORT).exists():
-        raise ConfigError(
-            f"The run {folder} is not finished.",
-            remedy=f"Go on: `python train.py --config {folder}/config.yaml`.",
-        )
-    print((folder / REPORT).read_text(), end="")
+    print(folder_report(paths[0]), end="")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -252,6 +252,14 @@ def refresh_shortlist(stage: Stage, batches: list[SequenceBatch], step: int) -> 
         stage.tracker.log("filter", step + 1, values)  # part of the update that it precedes
 
 
+def exp_or_inf(power: float) -> float:
+    """Exponential of ``power``; infinity where that is no finite number any more, for which math.exp raises."""
+    try:
+        return math.exp(power)
+    except OverflowError:
+        return math.inf
+
+
 def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: int) -> None:
     """metrics.jsonl, TensorBoard and the screen, on schedule. All ranks must call."""
     step, config = progress.step, stage.config
@@ -289,9 +297,8 @@ def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: 
         for m, name in enumerate(stage.table_names):
             log_temperature = mltfr.log_temperature(m)
             if log_temperature is not None:
-                values[f"filter_temperature/{name}"] = math.exp(
-                    float(whole_parameter(stage.engine, log_temperature))
-                )
+                power = float(whole_parameter(stage.engine, log_temperature))
+                values[f"filter_temperature/{name}"] = exp_or_inf(power)
     stage.tracker.log("step", step, values, epoch=progress.epoch)
     speed = progress.step * config.training.global_batch_size / max(1e-9, progress.train_seconds)
     stage.tracker.board(

@@ -20,10 +20,7 @@ from mltfr_dist.training.inputs import check_tables, load_inputs
 from mltfr_dist.training.run_folder import differing_fields, leaf_values, read_yaml
 from mltfr_dist.tuning.search import Space
 from mltfr_dist.tuning.space import SweepConfig, Values, base_values, with_values
-from mltfr_dist.tuning.trials import MRR
-
-SWEEP, BASE = "sweep.yaml", "base.yaml"
-"""In a sweep's folder: the sweep, and what its trials start from."""
+from mltfr_dist.tuning.trials import BASE, MRR, SWEEP
 
 SET_BY_THE_SWEEP = ("name", "runs_dir", "baselines")
 """Fields that a sweep sets itself."""

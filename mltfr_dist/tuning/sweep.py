@@ -16,17 +16,10 @@ from mltfr_dist.resolve import merge_values, parse_override, resolve_config
 from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import dump_config, read_yaml
 from mltfr_dist.tuning import report
-from mltfr_dist.tuning.checks import (
-    BASE,
-    SWEEP,
-    check_folder,
-    check_inputs,
-    check_machine,
-    check_space,
-)
+from mltfr_dist.tuning.checks import check_folder, check_inputs, check_machine, check_space
 from mltfr_dist.tuning.environment import LOOPBACK, set_environment
 from mltfr_dist.tuning.space import Domain, SweepConfig, nested, typed_choices, with_values
-from mltfr_dist.tuning.trials import load_trials
+from mltfr_dist.tuning.trials import BASE, SWEEP, load_trials
 
 LOCK = "lock"
 FINAL = "final"

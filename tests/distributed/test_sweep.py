@@ -172,12 +172,22 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_a_failing_trial_is_recorded_and_a_signal_saves(tmp_path: Path) -> None:
-    # 0.002 of a table of 70 tokens keeps two, but top_k of 99 exceeds both tables: that trial fails when it loads them.
-    search = {"mltfr.filter.top_k": {"choices": [4, 99, 8]}}
-    fixed = {"mltfr.filter.shortlist_size": None, "training.epochs": 60, "training.patience": 60}
+    # The second rate is one with which no step is finite: that trial fails when it has skipped too many.
+    # 99 tokens are more than a table has: these points are left out.
+    search = {
+        "optimizer.learning_rate": {"choices": [0.001, 1e30, 0.002]},
+        "mltfr.filter.top_k": {"choices": [4, 99]},
+    }
+    fixed = {
+        "mltfr.filter.shortlist_size": None,
+        "training.epochs": 60,
+        "training.patience": 60,
+        "training.max_skipped_steps": 2,
+        "optimizer.max_grad_norm": None,
+    }
     options = {
         "scheduler": "none",
-        "max_failures": 0,
+        "max_failures": 2,
         "final_seeds": [],
         "resources_per_trial": {"workers": 1, "cpus": 2},
     }
@@ -195,7 +205,11 @@ def test_a_failing_trial_is_recorded_and_a_signal_saves(tmp_path: Path) -> None:
     failed, stopped = load_trials(folder)[1:]
     assert failed.state == "failed"
     assert failed.record.ended is not None
-    assert "top_k" in failed.record.ended.reason
+    assert "no finite loss and gradient" in failed.record.ended.reason
+    text = path.with_suffix(".log").read_text()
+    assert "is started again" not in text, "what is not finite will not be finite again"
+    assert "3 points cannot run and are left out" in text
+    assert "99 tokens" in text
     assert stopped.state == "unfinished"
     saved = sorted(p.name for p in (stopped.folder / "checkpoints").glob("train-step*"))[-1]
     steps = json.loads((stopped.folder / "checkpoints" / saved / "state.json").read_text())[
@@ -248,6 +262,58 @@ def test_a_population_hands_on_its_weights(tmp_path: Path) -> None:
         begun = trial.validations()[:3]
         same = [other for other in earlier if other[:3] == begun]
         assert len(same) >= 2, "its record begins as that of the trial whose weights it has"
+
+
+@pytest.mark.timeout(900)
+def test_a_population_larger_than_its_slots_takes_turns(tmp_path: Path) -> None:
+    search = {"optimizer.learning_rate": {"log_uniform": [1e-7, 1e-2]}}
+    options = {
+        "scheduler": "pbt",
+        "pbt": {"every_epochs": 10, "quantile": 0.34},
+        "num_trials": 3,
+        "max_concurrent": 1,
+        "seed": 4,
+        "final_seeds": [],
+        "include_base": False,
+        "resources_per_trial": {"workers": 1, "cpus": 1},
+        "overrides": {"training.epochs": 20, "training.patience": 20},
+    }
+    text = finish(write_space(tmp_path, search, **options))
+    assert "1 at a time" in text
+    trials = load_trials(tmp_path / "sweeps" / "sweep")
+    assert [trial.state for trial in trials] == ["finished"] * 3, text[-4000:]
+    assert any(trial.record.generation for trial in trials), "a trial took over another's weights"
+    # In turns: every trial has begun before any is finished.
+    events = [line for line in text.splitlines() if line.startswith("  trial 000")]
+    first_end = next(i for i, line in enumerate(events) if " finished" in line)
+    assert {line.split()[1][:4] for line in events[:first_end]} == {"0000", "0001", "0002"}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_to_the_whole_group_saves(tmp_path: Path, number: signal.Signals) -> None:
+    options = {
+        "scheduler": "none",
+        "final_seeds": [],
+        "resources_per_trial": {"workers": 1, "cpus": 1},
+        "overrides": {"training.epochs": 500, "training.patience": 500},
+    }
+    path = write_space(tmp_path, {"training.seed": {"choices": [0]}}, algorithm="grid", **options)
+    process = start(path)
+    folder = tmp_path / "sweeps" / "sweep"
+    wait_until(
+        process,
+        path,
+        lambda: bool(load_trials(folder)) and len(valid_lines(load_trials(folder)[0])) > 2,
+    )
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=60) == 75, path.with_suffix(".log").read_text()[-4000:]
+    (trial,) = load_trials(folder)
+    assert trial.state == "unfinished"
+    assert list((trial.folder / "checkpoints").glob("train-step*"))
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def ray_node(environment: dict[str, str], *options: str) -> subprocess.Popen[bytes]:
