@@ -192,10 +192,14 @@ def command_train(options: argparse.Namespace) -> None:
 
 def command_sweep(options: argparse.Namespace) -> None:
     """Search a space of configurations by trials that Ray Tune runs; interrupted, the same command goes on."""
-    from mltfr_dist.tuning.sweep import load_sweep, run_sweep
+    from mltfr_dist.tuning.sweep import load_sweep, plan_sweep, run_sweep
 
+    sweep = load_sweep(Path(options.space), options.overrides)
+    if options.dry_run:
+        print(plan_sweep(sweep))
+        return
     report = run_sweep(
-        load_sweep(Path(options.space), options.overrides),
+        sweep,
         address=options.address,
         nodes=options.nodes,
         retry_failed=options.retry_failed,
@@ -322,6 +326,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument(
         "--nodes", type=int, default=1, help="nodes of that cluster to wait for (default: 1)"
+    )
+    sweep.add_argument(
+        "--dry-run", action="store_true", help="check everything, list the trials, run none"
     )
     sweep.add_argument(
         "--retry-failed",

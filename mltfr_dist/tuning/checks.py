@@ -15,11 +15,9 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.data.manifest import verify_folder
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.schema import field_paths, nearest_key, validate
-from mltfr_dist.tables.store import TokenTable, load_table
-from mltfr_dist.training.inputs import check_tables, load_inputs
+from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import differing_fields, leaf_values, read_yaml
-from mltfr_dist.tuning.search import Space
-from mltfr_dist.tuning.space import SweepConfig, Values, base_values, with_values
+from mltfr_dist.tuning.space import SweepConfig, with_values
 from mltfr_dist.tuning.trials import BASE, MRR, SWEEP
 
 SET_BY_THE_SWEEP = ("name", "runs_dir", "baselines")
@@ -112,30 +110,6 @@ def check_metric(sweep: SweepConfig, base: RunConfig) -> None:
             rule="Trials report MRR, HR@K and NDCG@K of validation, K from evaluation.cutoffs.",
             remedy=f"Use one of {', '.join(reported)}.",
         )
-
-
-def make_space(sweep: SweepConfig, base: RunConfig) -> Space:
-    """The sweep's points, each checked as a run checks its configuration and the sizes of its tables.
-
-    The tables must be there (:func:`check_inputs`).
-    """
-    leaves = leaf_values(base)
-    stored: dict[Path, TokenTable] = {}
-
-    def check(values: Values) -> None:
-        config = with_values(base, values)
-        if config.mltfr.enabled and config.mltfr.filter.strategy != "seed_words":  # it cuts tables
-            for path in config.mltfr.tables:
-                if path not in stored:
-                    stored[path] = load_table(path, verify=False)
-            check_tables(config.mltfr, [stored[path] for path in config.mltfr.tables])
-
-    return Space(
-        sweep,
-        {key: leaves[key] for key in sweep.search},
-        base_values(sweep, base) if sweep.include_base else None,
-        check,
-    )
 
 
 def check_inputs(sweep: SweepConfig, base: RunConfig) -> None:

@@ -19,11 +19,11 @@ from ray.tune.search import Searcher
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import StoppedError
-from mltfr_dist.tuning.checks import make_space
 from mltfr_dist.tuning.cluster import Cluster
 from mltfr_dist.tuning.hparams import write_hparams
+from mltfr_dist.tuning.plan import known_trials, make_space, space_lines
 from mltfr_dist.tuning.schedulers import make_scheduler, most_epochs
-from mltfr_dist.tuning.search import Known, Space, suggest
+from mltfr_dist.tuning.search import Space, suggest
 from mltfr_dist.tuning.space import SweepConfig, Values, shown
 from mltfr_dist.tuning.trial import EPOCH, NUMBER, OBJECTIVE, STOP, SweepTrial, TrialSetting
 from mltfr_dist.tuning.trials import Record, Trial, load_trial, load_trials, next_number
@@ -76,22 +76,6 @@ def run_trials(
             f"A signal asked the sweep `{sweep.name}` to stop; its running trials have saved.",
             remedy="Start the same command again and it goes on.",
         )
-
-
-def space_lines(space: Space) -> list[str]:
-    """What of the space is not tried, and why."""
-    asked, lines = space.sweep.num_trials, []
-    if asked is not None and space.num_trials < asked:
-        lines.append(
-            f"  the space has {space.num_trials} points that can run, fewer than num_trials={asked}: "
-            "each is tried once"
-        )
-    if space.left_out:
-        values, reason = next(iter(space.left_out.items()))
-        lines.append(
-            f"  {len(space.left_out)} points cannot run and are left out, such as {values}: {reason}"
-        )
-    return lines
 
 
 def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -> Tuner:
@@ -165,12 +149,8 @@ class FolderSearch(Searcher):  # type: ignore[misc]
         if self.waiting:
             trial = load_trial(folder, self.waiting.pop(0))
             return {NUMBER: trial.number, **trial.values}
-        trials = load_trials(folder)
-        known = [
-            Known(t.values, None if t.state == "failed" else t.best(sweep.metric_name))
-            for t in trials
-        ]
         number = next_number(folder)
+        known = known_trials(load_trials(folder), sweep.metric_name)
         values: Values | None = suggest(self.space, known, number)
         if values is None:
             return str(Searcher.FINISHED)

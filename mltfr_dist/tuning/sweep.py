@@ -18,6 +18,7 @@ from mltfr_dist.training.run_folder import dump_config, read_yaml
 from mltfr_dist.tuning import report
 from mltfr_dist.tuning.checks import check_folder, check_inputs, check_machine, check_space
 from mltfr_dist.tuning.environment import LOOPBACK, set_environment
+from mltfr_dist.tuning.plan import planned
 from mltfr_dist.tuning.space import Domain, SweepConfig, nested, typed_choices, with_values
 from mltfr_dist.tuning.trials import BASE, SWEEP, load_trials
 
@@ -104,6 +105,7 @@ def run_sweep(
     if address is None:
         check_machine(sweep)
     check_inputs(sweep, base)  # last, for it reads files of any size
+    print(f"sweep `{sweep.name}`: inputs are sound, Ray starts ...", flush=True)
     set_environment(LOOPBACK if address is None else {})
     from mltfr_dist.tuning.cluster import (
         ray_cluster,
@@ -123,6 +125,19 @@ def run_sweep(
             final_base = with_values(base, best.values)
             run_trials(final_sweep(sweep), final_base, final_folder, cluster, read_test=True)
         return report.write(sweep, load_trials(folder), load_trials(final_folder))
+
+
+def plan_sweep(sweep: SweepConfig) -> str:
+    """What :func:`run_sweep` would run, checked as it checks; nothing is written.
+
+    Raises:
+        MltfrError: Bad input.
+    """
+    base = as_begun(sweep.folder, base_config(sweep))
+    check_space(sweep, base)
+    check_folder(sweep.folder, sweep, base)
+    check_inputs(sweep, base)
+    return "\n".join(planned(sweep, base))
 
 
 def final_sweep(sweep: SweepConfig) -> SweepConfig:

@@ -20,7 +20,7 @@ from mltfr_dist.tuning.checks import (
     check_space,
 )
 from mltfr_dist.tuning.space import Domain, SweepConfig, base_values, shown, with_values
-from mltfr_dist.tuning.sweep import base_config, claimed, load_sweep
+from mltfr_dist.tuning.sweep import base_config, claimed, load_sweep, plan_sweep
 
 
 @pytest.fixture
@@ -268,3 +268,18 @@ def test_a_choice_that_is_no_value_of_its_field_is_refused(base_file: Path) -> N
     sweep = sweep_of(base_file, {"backbone.num_layers": {"choices": ["two"]}})
     with pytest.raises(ConfigError, match=r"backbone\.num_layers.*given: 'two'"):
         check_space(sweep, base_config(sweep))
+
+
+def test_a_dry_run_lists_what_would_run_and_writes_nothing(base_file: Path) -> None:
+    search = {"mltfr.filter.top_k": {"choices": [4, 2, 999]}}
+    fixed = {"mltfr.filter.shortlist_size": None}
+    sweep = sweep_of(base_file, search, algorithm="grid", num_trials=None, overrides=fixed)
+    text = plan_sweep(sweep)
+    assert "0 of 2 trials are there" in text
+    assert "1 points cannot run and are left out, such as" in text
+    assert "keeps 999 tokens" in text
+    assert [line.split()[1:] for line in text.splitlines() if line.startswith("  trial")] == [
+        ["0000", "filter.top_k=4"],
+        ["0001", "filter.top_k=2"],
+    ]
+    assert not sweep.folder.exists()
