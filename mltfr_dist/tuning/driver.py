@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import StoppedError
 from mltfr_dist.tuning.cluster import Cluster
-from mltfr_dist.tuning.hparams import write_hparams
+from mltfr_dist.tuning.hparams import write_all, write_hparams
 from mltfr_dist.tuning.plan import known_trials, make_space, space_lines
 from mltfr_dist.tuning.schedulers import make_scheduler, most_epochs
 from mltfr_dist.tuning.search import Space, suggest
@@ -62,6 +62,8 @@ def run_trials(
     missing = sum(trial.state == "unfinished" for trial in trials) + max(
         0, space.num_trials - len(trials)
     )
+    if not read_test:
+        write_all(trials)
     for line in space_lines(space):
         print(line, flush=True)
     if not missing:

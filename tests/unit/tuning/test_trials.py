@@ -15,7 +15,7 @@ from mltfr_dist.errors import CheckpointError, MltfrError
 from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import RESULT, Result
 from mltfr_dist.tuning import report
-from mltfr_dist.tuning.hparams import write_hparams
+from mltfr_dist.tuning.hparams import SESSION, write_all
 from mltfr_dist.tuning.schedulers import Asha, make_scheduler
 from mltfr_dist.tuning.space import SweepConfig
 from mltfr_dist.tuning.trials import (
@@ -217,11 +217,22 @@ def test_a_sweep_without_any_success_says_why(tmp_path: Path) -> None:
         report.choose(sweep, load_trials(sweep.folder))
 
 
+def load_board(trial: Trial) -> EventAccumulator:
+    return EventAccumulator(str(trial.folder / SESSION)).Reload()
+
+
 def test_hparams_hold_the_searched_fields_and_the_outcome(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path)
     trial = trial_of(sweep, 0, 0.01, 2, 0.1, 0.3, finished=True)
-    write_hparams(trial)
-    board = EventAccumulator(str(trial.folder / "tb")).Reload()
+    failed = Trial(sweep.folder, 1, Record(values={RATE: 1e-3, LAYERS: 1})).save()
+    failed = failed.end("failed", "no such table")
+    begun = trial_of(sweep, 2, 0.02, 1, 0.15)
+    write_all([trial, failed, begun])
+    write_all([trial, failed, begun])  # nothing twice
+    assert not (begun.folder / SESSION).exists()
+    assert len(list((failed.folder / SESSION).iterdir())) == 1
+    assert [s.value for s in load_board(failed).Scalars("sweep/epochs")] == [0]
+    board = load_board(trial)
     assert [round(s.value, 4) for s in board.Scalars("sweep/best_NDCG@10")] == [0.3]
     plugin = board.PluginTagToContent("hparams")
     assert "_hparams_/session_start_info" in plugin
