@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import tempfile
 import time
@@ -82,6 +83,8 @@ def start_own_ray() -> None:
         ConfigError: It does not start.
     """
     folder = ray_folder()
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # else Ray would keep one in the home folder
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Ray's own daemons would end at once with a SIGTERM to the whole group (timeout, systemd, a container's stop), and the
     # sweep could not let its trials save. They still die with the sweep: the kernel sees to that.
     popen = services.ConsolePopen
@@ -98,11 +101,10 @@ def start_own_ray() -> None:
     except (
         Exception
     ) as error:  # Ray raises what it likes: OSError, RuntimeError, ValueError, its own
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise ConfigError(
-            f"Ray does not start on this machine: {lines[0]}",
-            rule=f"It needs room in {folder} and in /dev/shm, and a home folder or RAY_AUTH_TOKEN_PATH "
-            "for its token.",
+            f"Ray does not start on this machine: {reason.rstrip('.')}.",
+            rule=f"It needs room in {folder} and in /dev/shm.",
             remedy="Set TMPDIR to a folder with room, or give the address of a cluster by --address HOST:PORT.",
         ) from None
     finally:

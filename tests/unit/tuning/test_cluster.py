@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.tuning import cluster
+from mltfr_dist.tuning.cluster import ray_folder
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_cluster_that_does_not_come_up_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +32,47 @@ def test_a_cluster_that_does_not_come_up_is_told_in_time(monkeypatch: pytest.Mon
 def test_an_address_is_host_and_port(address: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
         cluster.join(address, 1)
+
+
+def test_rays_folder_is_short_enough_for_its_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    assert ray_folder() == Path("/tmp/ray")
+    assert not capsys.readouterr().out
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    assert len(str(ray_folder())) <= 40
+    assert f"{long}/ray is too long" in capsys.readouterr().out
+
+
+def start_ray(**variables: str) -> str:
+    """Start a real Ray in a process of its own; returns what that says."""
+    code = (
+        "from mltfr_dist.tuning.environment import LOOPBACK, set_environment\n"
+        "set_environment(LOOPBACK)\n"
+        "from mltfr_dist.errors import MltfrError\n"
+        "from mltfr_dist.tuning.cluster import start_own_ray\n"
+        "try:\n    start_own_ray()\n    print('started')\n"
+        "except MltfrError as error:\n    print(error)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env=environment | variables, cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def test_a_ray_that_does_not_start_is_one_paragraph() -> None:
+    text = start_ray(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH="/nowhere/token")
+    assert text.startswith("Ray does not start on this machine: RAY_AUTH_TOKEN_PATH is set")
+    assert "--address HOST:PORT" in text
+    assert "\n" not in text
+
+
+def test_ray_starts_without_a_home_that_it_can_write() -> None:
+    assert start_ray(HOME="/proc") == "started"
