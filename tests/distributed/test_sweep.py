@@ -269,14 +269,14 @@ def test_a_population_larger_than_its_slots_takes_turns(tmp_path: Path) -> None:
     search = {"optimizer.learning_rate": {"log_uniform": [1e-7, 1e-2]}}
     options = {
         "scheduler": "pbt",
-        "pbt": {"every_epochs": 10, "quantile": 0.34},
+        "pbt": {"every_epochs": 15, "quantile": 0.34},
         "num_trials": 3,
         "max_concurrent": 1,
         "seed": 4,
         "final_seeds": [],
         "include_base": False,
         "resources_per_trial": {"workers": 1, "cpus": 1},
-        "overrides": {"training.epochs": 20, "training.patience": 20},
+        "overrides": {"training.epochs": 45, "training.patience": 45},
     }
     text = finish(write_space(tmp_path, search, **options))
     assert "1 at a time" in text
