@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from mltfr_dist.errors import DataError
 from mltfr_dist.tables.vocabulary.marks import (
-    ALPHABET,
     BYTE_LEVEL,
     BYTE_LEVEL_END_OF_WORD,
     CONTINUED,
@@ -19,6 +18,7 @@ from mltfr_dist.tables.vocabulary.marks import (
     WORDPIECE,
     Kind,
     decode_byte_level,
+    is_byte_level,
 )
 from mltfr_dist.tables.vocabulary.special import form_reason
 
@@ -108,7 +108,7 @@ def count_byte_level(words: Collection[str]) -> int:
 
     Single characters say little, for every byte is one there, so longer tokens are asked first.
     """
-    written = [token for token in words if all(one in ALPHABET for one in token)]
+    written = [token for token in words if is_byte_level(token)]
     if len(written) * 20 < len(words) * 19:
         return 0
     foreign = [token for token in written if not token.isascii()]

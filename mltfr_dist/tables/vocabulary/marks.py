@@ -46,11 +46,20 @@ def _byte_alphabet() -> dict[str, int]:
 ALPHABET = _byte_alphabet()
 
 
+_IN_ALPHABET = re.compile(f"[{re.escape(''.join(ALPHABET))}]*")
+_TO_BYTES = str.maketrans({character: chr(byte) for character, byte in ALPHABET.items()})
+
+
+def is_byte_level(token: str) -> bool:
+    """Whether a token is written in GPT-2's alphabet of bytes."""
+    return bool(_IN_ALPHABET.fullmatch(token))
+
+
 def decode_byte_level(token: str) -> str:
     """Readable text of a byte-level BPE token; U+FFFD stands for bytes that are no character."""
-    if any(character not in ALPHABET for character in token):
-        return token  # not written in the alphabet: plain text already
-    return bytes(ALPHABET[character] for character in token).decode("utf-8", errors="replace")
+    if not is_byte_level(token):
+        return token  # plain text already
+    return token.translate(_TO_BYTES).encode("latin-1").decode("utf-8", errors="replace")
 
 
 def _decode_sentencepiece(token: str) -> str:

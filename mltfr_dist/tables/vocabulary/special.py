@@ -26,6 +26,8 @@ _CONTROL = re.compile(
     r"|__(start|end|unk|null|newln|pad)__"
 )
 _MARKUP = re.compile(r"<[^<>\s]+>|<[^<>]*_[^<>]*>|\[/?\w[\w:@-]+\]|\{\{\w+\}\}|<<[^<>\s]+>>")
+_BEFORE = f"{WORD_START}{BYTE_SPACE} "
+_FIRST = frozenset("<[>_m")
 _HTML = re.compile(
     r"a|abbr|address|area|article|aside|audio|b|base|blockquote|body|br|button|"
     r"canvas|caption|cite|code|col|colgroup|data|dd|del|details|dfn|dialog|div|"
@@ -49,7 +51,9 @@ def drop_reason(raw: str, text: str) -> DropReason | None:
 
 def form_reason(raw: str) -> DropReason | None:
     """What a token is by the way it is written alone; such tokens stand outside the marking."""
-    bare = raw.lstrip(f"{WORD_START}{BYTE_SPACE} ")
+    bare = raw.lstrip(_BEFORE)
+    if bare[:1] not in _FIRST:
+        return None  # quickly, for nearly all
     if _BYTE.fullmatch(raw):
         return "byte"
     if _UNUSED.fullmatch(bare):
@@ -59,5 +63,5 @@ def form_reason(raw: str) -> DropReason | None:
 
 def is_markup(content: str) -> bool:
     """Whether an added token is a sign and no word: `<tool>`, `[gMASK]`, but not HTML's `<td>`."""
-    bare = content.strip(f"{WORD_START}{BYTE_SPACE} \n")
+    bare = content.strip(_BEFORE + "\n")
     return bool(_MARKUP.fullmatch(bare)) and not _HTML.fullmatch(bare.strip("<>/").lower())
