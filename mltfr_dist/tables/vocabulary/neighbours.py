@@ -16,6 +16,9 @@ SETTINGS = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 CONFIG = "config.json"
 
+MODEL_TYPE = "model_type"
+_GENERIC = ("", "auto", "pretrained", "tokenizersbackend", "pythonbackend", "sentencepiecebackend")
+
 NEIGHBOUR_FILES = (ADDED_TOKENS, SETTINGS, SPECIAL_TOKENS, CONFIG)
 """Files that are looked at beside a vocabulary."""
 
@@ -71,9 +74,10 @@ def read_neighbours(folder: Path) -> Neighbours:
 
 
 def declared_names(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, where it stands) of the tokenizer's class and the model's type, surest first.
+    """(name, where it stands) of the tokenizer's class, or of the model's type without a class.
 
-    Names come in lower case without ``Tokenizer``, ``Fast``, ``-`` and ``_``.
+    Names come in lower case without ``Tokenizer``, ``Fast``, ``-`` and ``_``. A type says less
+    than a class (BARThez is of type mbart, PhoBERT of type roberta), so it never stands beside one.
 
     Raises:
         DataError: config.json is damaged.
@@ -82,11 +86,13 @@ def declared_names(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[str
     found = (
         (settings.get("tokenizer_class"), f"tokenizer_class of {SETTINGS}"),
         (config.get("tokenizer_class"), f"tokenizer_class of {CONFIG}"),
-        (config.get("model_type"), f"model_type of {CONFIG}"),
+        (config.get("model_type"), f"{MODEL_TYPE} of {CONFIG}"),
     )
     for name, where in found:
-        if isinstance(name, str):
-            yield re.sub(r"Tokenizer(Fast)?$|[-_]", "", name).lower(), where
+        bare = re.sub(r"Tokenizer(Fast)?$|[-_]", "", str(name or "")).lower()
+        if bare not in _GENERIC:
+            yield bare, where
+            return
 
 
 def added_token(token: Any, file: str, where: str) -> AddedToken:

@@ -12,7 +12,7 @@ from mltfr_dist.tables.vocabulary.assemble import assemble
 from mltfr_dist.tables.vocabulary.base import DropReason, Vocabulary
 from mltfr_dist.tables.vocabulary.files import Format, TokenizerFile, unreadable
 from mltfr_dist.tables.vocabulary.marks import SENTENCEPIECE
-from mltfr_dist.tables.vocabulary.neighbours import declared_names, read_neighbours
+from mltfr_dist.tables.vocabulary.neighbours import MODEL_TYPE, declared_names, read_neighbours
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ _LAYOUTS = {
     "llama codellama gemma gemma2 gemma3 mistral mixtral baichuan internlm internlm2 yi phi3 orion "
     "t5 mt5 umt5 albert xlnet reformer rembert bigbird debertav2 fnet gptsw3 cpm bertgeneration "
     "siglip speecht5 chatglm chatglm4 minicpm": Layout(),
-    "nllb nllbmoe mbart mbart50 xglm": Layout(_FAIRSEQ, 3),
-    "xlmroberta xlmrobertaxl layoutxlm": Layout(_FAIRSEQ, 3, ("<mask>",)),
+    "nllb mbart mbart50 xglm plbart": Layout(_FAIRSEQ, 3),
+    "xlmroberta xlmrobertaxl layoutxlm mluke": Layout(_FAIRSEQ, 3, ("<mask>",)),
     "seamlessm4t": Layout(("<pad>", "<unk>", "<s>", "</s>"), 3),
     "camembert": Layout(_CAMEMBERT, 1, ("<mask>",)),
     "pegasus": Layout(_PEGASUS, 2),
@@ -116,7 +116,8 @@ def _layout(
 ) -> tuple[Layout, str]:
     names = list(names)
     for name, where in names:
-        if name in _BY_NAME:
+        # BARThez numbers its pieces otherwise and is of type mbart too.
+        if name in _BY_NAME and not (name == "mbart" and where.startswith(MODEL_TYPE)):
             return _BY_NAME[name], where
     # Families that number otherwise have no pieces for bytes and other names for the file.
     if has_bytes:
