@@ -76,31 +76,37 @@ def decide_kind(
         DataError: the marks are of several kinds and nothing declares one of them.
     """
     words = [token for token in tokens if form_reason(token) is None]
+    counts = _count_marks(words)
+    most = max(counts.values())
+    likely = [kind for kind, count in counts.items() if count and count * 10 >= most]
+    clear = len(likely) == 1 and most * 100 >= len(words)
+    if declared and not clear and (len(likely) < 2 or declared.kind in likely):
+        garbled = declared.kind is BYTE_LEVEL and not counts.get(BYTE_LEVEL)
+        if garbled and not declared.sure and not all(token.isascii() for token in words):
+            raise _in_doubt(source, f"{declared.where} says byte-level BPE, the tokens do not")
+        return declared.kind, declared.where
+    if not likely:
+        return PLAIN, PLAIN.marks
+    if len(likely) > 1:
+        signs = " and ".join(f"{counts[kind]:,} tokens as in {kind.name}" for kind in likely)
+        raise _in_doubt(source, f"it has {signs}")
+    kind = likely[0]
+    against = declared is not None and kind is not declared.kind
+    note = f", though {declared.where} says {declared.kind.name}" if declared and against else ""
+    return kind, f"{kind.marks}, in {most:,} of {len(words):,} tokens{note}"
+
+
+def _count_marks(words: Collection[str]) -> dict[Kind, int]:
+    """How many tokens bear the marks of each kind."""
     counts = {
         kind: sum(bool(mark.match(token)) for token in words) for kind, mark in _MARKS.items()
     }
-    whole = [token.removesuffix("</w>") for token in words]
-    counts[BYTE_LEVEL] = count_byte_level(whole)
-    if counts[END_OF_WORD] and (
-        counts[BYTE_LEVEL] or (declared and declared.kind is BYTE_LEVEL_END_OF_WORD)
-    ):
+    in_bytes = count_byte_level([token.removesuffix("</w>") for token in words])
+    if in_bytes and counts[END_OF_WORD] * 10 >= in_bytes:  # CLIP has both marks
         counts[BYTE_LEVEL_END_OF_WORD] = counts.pop(END_OF_WORD)
-        del counts[BYTE_LEVEL]
-    likely = [kind for kind, count in counts.items() if count * 10 >= max(1, *counts.values())]
-    named = declared.kind if declared else None
-    if likely == [named] or (len(likely) == 1 and counts[likely[0]] * 100 >= len(words)):
-        kind, against = likely[0], declared if likely[0] is not named else None
-        note = f", though {against.where} says {against.kind.name}" if against else ""
-        return kind, f"{kind.marks}, in {counts[kind]:,} of {len(words):,} tokens{note}"
-    if declared and (not likely or declared.kind in likely or len(likely) == 1):
-        if declared.kind is BYTE_LEVEL and not (declared.sure or _same_as_bytes(words)):
-            raise _in_doubt(source, f"{declared.where} says byte-level BPE, the tokens do not")
-        return declared.kind, declared.where
-    if len(likely) > 1:
-        signs = ", ".join(f"{counts[kind]:,} tokens as in {kind.name}" for kind in likely)
-        raise _in_doubt(source, f"it has {signs} ({likely[0].marks}; {likely[1].marks})")
-    kind = likely[0] if likely else PLAIN
-    return kind, kind.marks
+    else:
+        counts[BYTE_LEVEL] = in_bytes
+    return counts
 
 
 def count_byte_level(words: Collection[str]) -> int:
@@ -115,11 +121,6 @@ def count_byte_level(words: Collection[str]) -> int:
     asked = [token for token in foreign if len(token) > 1] or foreign
     good = sum(not _NO_TEXT.search(decode_byte_level(token)) for token in asked)
     return good if good * 2 >= len(asked) else 0
-
-
-def _same_as_bytes(words: Iterable[str]) -> bool:
-    """Whether tokens without marks read the same as byte-level BPE and as plain text."""
-    return all(token.isascii() for token in words)
 
 
 def _in_doubt(source: str, why: str) -> DataError:

@@ -79,6 +79,9 @@ def find_vocabulary(folder: Path) -> Vocabulary:
         # Most tokenizer_config.json hold settings only; in some it is the tokenizer.json itself.
         if path.is_file() and (name != SETTINGS or is_tokenizer_json(open_file(path))):
             return read_vocabulary(path)
+    ranks = sorted(folder.glob("*.tiktoken"))
+    if len(ranks) == 1:
+        return read_vocabulary(ranks[0])
     raise DataError(
         f"No vocabulary in {folder}: none of {', '.join(VOCABULARY_FILES)} holds one.",
         rule="Every row of a token table needs its token.",

@@ -11,7 +11,8 @@ from mltfr_dist.tables.vocabulary.evidence import decide_kind, declared_kind
 from mltfr_dist.tables.vocabulary.files import Format, TokenizerFile
 from mltfr_dist.tables.vocabulary.neighbours import declared_names, read_neighbours
 
-_COLUMNS = re.compile(r"\S\s+\S")
+_COLUMNS = re.compile(r"\S\s+\S|\S\t")
+_WRAPPED = re.compile(r"""\S+[,;:|=]-?[0-9.]+|b?(["']).*\1,?""")
 _COUNTED = re.compile(r"(\S+) ([0-9]+)(?: #fairseq:overwrite)?")
 _FAIRSEQ_CLASSES = ("phobert", "bertweet", "bartpho")
 _FAIRSEQ_FIRST = ("<s>", "<pad>", "</s>", "<unk>")
@@ -95,14 +96,7 @@ def read(file: TokenizerFile) -> Vocabulary:
             rule="They are not read.",
             remedy=_ELSEWHERE,
         )
-    wide = [line for line in file.lines if "\t" in line.strip() or _COLUMNS.search(line)]
-    if len(wide) * 100 > len(file.lines) or any("\t" in line.strip() for line in wide):
-        raise DataError(
-            f"{file.path} is no list of tokens: {len(wide):,} of its {len(file.lines):,} lines "
-            f"have several columns, such as {wide[0][:60]!r}.",
-            rule="A vocab.txt has one token a line and nothing else.",
-            remedy=_ELSEWHERE,
-        )
+    _check_single(file)
     beside = read_neighbours(file.path.parent)
     entries = checked_entries(((line, index) for index, line in enumerate(file.lines)), file.name)
     declared = declared_kind(declared_names(file.path.parent, beside.settings))
@@ -115,6 +109,22 @@ def read(file: TokenizerFile) -> Vocabulary:
         added=beside.added,
         special=beside.special,
     )
+
+
+def _check_single(file: TokenizerFile) -> None:
+    """Refuse lines of several columns: a few blanks inside tokens may be meant, tabs never."""
+    lines = file.lines
+    wide = [line for line in lines if _COLUMNS.search(line)]
+    wrapped = [line for line in lines if _WRAPPED.fullmatch(line)]
+    tabbed = any("\t" in line.strip() for line in wide)
+    if len(wide) * 100 > len(lines) or tabbed or len(wrapped) * 10 >= len(lines) * 9:
+        shown = (wide if len(wide) >= len(wrapped) else wrapped)[0][:60]
+        raise DataError(
+            f"{file.path} is no list of tokens: {max(len(wide), len(wrapped)):,} of its "
+            f"{len(lines):,} lines have more than a token, such as {shown!r}.",
+            rule="A vocab.txt has one token a line and nothing else.",
+            remedy=_ELSEWHERE,
+        )
 
 
 MERGES = Format(is_merges, refuse_merges)
