@@ -42,7 +42,7 @@ def from_ggml(
     types = [1] * len(tokens) if types is None else [*types]
     if len(types) != len(tokens):
         raise malformed(source, f"it names {len(tokens)} tokens but {len(types)} token types")
-    for kind in set(types):
+    for kind in types:
         if isinstance(kind, bool | float) or kind not in range(7):
             raise malformed(source, f"{kind!r} is no token type")
     normal = [token for token, kind in zip(tokens, types) if kind in (0, 1)]
