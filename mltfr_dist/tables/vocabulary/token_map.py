@@ -1,0 +1,50 @@
+"""``vocab.json``: an object of ids by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mltfr_dist.errors import DataError
+from mltfr_dist.tables.vocabulary.assemble import assemble, checked_entries
+from mltfr_dist.tables.vocabulary.base import Vocabulary
+from mltfr_dist.tables.vocabulary.evidence import decide_kind, declared_kind
+from mltfr_dist.tables.vocabulary.files import Format, TokenizerFile
+from mltfr_dist.tables.vocabulary.neighbours import declared_names, read_neighbours
+
+
+def recognises(file: TokenizerFile) -> bool:
+    """Whether ``file`` holds JSON that is not yet known to be something else."""
+    return file.json is not None
+
+
+def read(file: TokenizerFile) -> Vocabulary:
+    """Its vocabulary, with the added tokens that its neighbours name.
+
+    Raises:
+        DataError: it holds no vocabulary, an id is malformed, or its kind is in doubt.
+    """
+    content: Any = file.json
+    # A number in any place says that ids by token are meant; then every one has to be an id.
+    if not isinstance(content, dict) or not any(
+        isinstance(index, int | float) for index in content.values()
+    ):
+        raise DataError(
+            f"{file.path} holds no vocabulary.",
+            rule="A tokenizer.json has model.vocab; a vocab.json maps tokens to ids.",
+            remedy="Give the tokenizer.json of this checkpoint with --vocabulary PATH.",
+        )
+    entries = checked_entries(content.items(), str(file.path))
+    beside = read_neighbours(file.path.parent)
+    declared = declared_kind(declared_names(file.path.parent, beside.settings))
+    own = {token.content for _, token in beside.added} | beside.special
+    words = [token for token in entries.values() if token not in own]
+    return assemble(
+        file.name,
+        entries,
+        decide_kind(words, file.name, declared),
+        added=beside.added,
+        special=beside.special,
+    )
+
+
+FORMAT = Format(recognises, read)
