@@ -49,7 +49,7 @@ def test_blocks_join_to_the_whole_tensor_and_its_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "mltfr_dist.tables.checkpoints.BLOCK_BYTES", 3 * 32 * 4
+        "mltfr_dist.tables.checkpoints.source.BLOCK_BYTES", 3 * 32 * 4
     )  # three rows a block
     extracted = extract_table(str(write_single(tmp_path, table())), TableConfig(keep_special=True))
     assert torch.equal(extracted.rows, table())
