@@ -1,4 +1,4 @@
-"""Fetches from the Hugging Face hub what one table needs: small files and the weights that hold it."""
+"""Fetches from the Hugging Face hub what a table needs: small files and its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FILE_ENDINGS = (".safetensors", ".gguf", ".vec", ".txt", *layout.PICKLE_ENDINGS
 
 
 def parse_hub_id(source: str) -> tuple[str, str | None] | None:
-    """``owner/name`` or ``owner/name@revision`` to its parts; None when ``source`` cannot be an id."""
+    """``owner/name`` or ``owner/name@revision`` to its parts; None if it cannot be an id."""
     found = _REPOSITORY.fullmatch(source)
     if found is None or source.endswith(_FILE_ENDINGS):
         return None

@@ -27,7 +27,7 @@ FORMATS: dict[str, Open] = {
     ".vec": open_word_vectors,
     ".txt": open_word_vectors,
 }
-"""Ending of the weight files to what opens them: (folder, its layout, the tensor's name or None)."""
+"""Ending of the weight files to what opens them: (folder, layout, the tensor's name or None)."""
 
 
 def open_embedding(path: Path, tensor: str | None = None) -> EmbeddingSource:

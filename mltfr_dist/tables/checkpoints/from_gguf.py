@@ -123,7 +123,7 @@ def _row_bytes(tensor: GgufTensor) -> int:
 
 
 def _header(path: Path, num_parts: int) -> GgufHeader:
-    """The header of one file, whose tensors lie within it and apart, and which is the part it should be."""
+    """The header of a file that is the right part and whose tensors lie within it and apart."""
     header = GgufHeader(path)
     size, end, before = path.stat().st_size, 0, ""
     for tensor in sorted(header.tensors.values(), key=lambda one: one.offset):
@@ -158,7 +158,7 @@ def _damaged(path: Path, what: str) -> DataError:
 
 
 def split_parts(path: Path) -> tuple[list[Path], list[Path]]:
-    """All parts of the model that ``path`` is a part of: those that are there, and those that are not."""
+    """The parts of the model that ``path`` is one of: those that are there, and the others."""
     part = PART.fullmatch(path.name)
     if part is None or not 0 < int(part[3]) <= MOST_PARTS:
         return [path], []

@@ -1,4 +1,4 @@
-"""Embeddings in safetensors files: whole, in parts with an index, FP8 with scales, and model2vec's."""
+"""Embeddings in safetensors files: whole or in parts, FP8 with scales, and model2vec's."""
 
 from __future__ import annotations
 
@@ -177,7 +177,8 @@ def _scaled_rows(table: StoredTensor, held: Held, settings: Mapping[str, Any]) -
         others = f" beside {', '.join(beside[:4])}" if beside else ""
         raise DataError(
             f"{table.name} in {table.file} is stored as {table.dtype}{others}.",
-            rule=f"Readable are {', '.join(FLOAT_DTYPES)}; integers mean nothing without their scales.",
+            rule=f"Readable are {', '.join(FLOAT_DTYPES)}; "
+            "integers mean nothing without their scales.",
             remedy="Use an unquantised checkpoint or a GGUF file.",
         )
     names = scale_names(table.name, beside)

@@ -169,10 +169,10 @@ def _numbers(line: bytes, dim: int) -> list[float]:
 
 def _refused(path: Path, what: str) -> DataError:
     return DataError(
-        f"{path} cannot be read as word vectors: {what}.",
+        f"{path} is no .safetensors and no .gguf file, nor word vectors: {what}.",
         rule="A text file (.vec, .txt) holds a word and its numbers on each line, "
         "after an optional line with the counts of words and numbers.",
-        remedy="Give a checkpoint's folder or file; a list of words is given with --vocabulary PATH.",
+        remedy="Give a checkpoint's folder or file; a list of words goes with --vocabulary PATH.",
     )
 
 

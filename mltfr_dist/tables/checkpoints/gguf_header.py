@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file: what there is and where, and values only when they are asked for.
+"""Reads the header of a GGUF file: what there is and where; values only when asked for.
 
 Every claimed size is compared with the bytes of the file before anything is allocated.
 """

@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from mltfr_dist.errors import DataError
 from mltfr_dist.tables.checkpoints.source import read_json
@@ -54,7 +53,7 @@ class Layout:
     Attributes:
         files: names of its weight files, of one format; empty where the index alone names them.
         index: name of the file that says which weight file holds which tensor.
-        adapter: name of a fine-tuning adapter's file, or of its configuration; it may change the embedding.
+        adapter: name of a fine-tuning adapter's file, or of its configuration.
         ignored: weight files in the folder that are not read.
     """
 

@@ -87,7 +87,7 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{file} cannot be read: {error}.", remedy="Fetch it again; it is damaged."
+            f"{file} is malformed: {error}.", remedy="Fetch it again; it is damaged."
         ) from None
 
 

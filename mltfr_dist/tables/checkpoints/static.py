@@ -24,7 +24,7 @@ def static_rows(table: StoredTensor, held: Mapping[str, Sequence[Path]]) -> Rows
     Args:
         table: the tensor ``embeddings``; in integers it is used as it stands, as model2vec does,
             since the one scale of such a table is stored nowhere.
-        held: the files of all tensors, of which ``mapping`` and ``weights`` are read if they are there.
+        held: the files of all tensors; ``mapping`` and ``weights`` are read if there.
 
     Raises:
         DataError: the tensors do not fit one another.

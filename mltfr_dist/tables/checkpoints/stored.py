@@ -44,7 +44,8 @@ def tensor_names(file: Path) -> list[str]:
 def shapes(file: Path) -> list[tuple[str, list[int]]]:
     """Names and shapes of all tensors of a file."""
     with open_file(file) as handle:
-        return [(name, handle.get_slice(name).get_shape()) for name in handle.keys()]  # noqa: SIM118 (not a dict)
+        names = list(handle.keys())
+        return [(name, handle.get_slice(name).get_shape()) for name in names]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class StoredTensor:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows [stop - start, ...] in the stored number format."""
-        # A handle per block: pages of its mapping count as this process's memory until it is closed.
+        # A handle per block: pages of its mapping count as this process's memory until then.
         with open_file(self.file) as handle:
             rows: torch.Tensor = handle.get_slice(self.name)[start:stop].contiguous()
         return rows
