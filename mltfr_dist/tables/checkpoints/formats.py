@@ -47,7 +47,7 @@ def open_embedding(path: Path, tensor: str | None = None) -> EmbeddingSource:
         for name in names:
             if "/" not in name and name.endswith(PICKLE_ENDINGS):
                 refuse_binary_vectors(path / name)
-        layout = find_layout(names, str(path), f"Give the path of one of them, in {path}.")
+        layout = find_layout(names, str(path))
         return FORMATS[layout.ending](path, layout, tensor)
     if not path.is_file():
         raise DataError(

@@ -68,13 +68,13 @@ class Layout:
         return PurePosixPath(self.files[0]).suffix.lower() if self.files else ".safetensors"
 
 
-def find_layout(names: Collection[str], where: str, choice: str) -> Layout:
+def find_layout(names: Collection[str], where: str, choice: str = "") -> Layout:
     """The one model among the files of a folder.
 
     Args:
         names: paths of the files, relative to the folder, with forward slashes.
         where: how to call the folder in messages.
-        choice: what a person can do to choose among several models.
+        choice: how to choose among the files of a repository; empty for a folder.
 
     Raises:
         DataError: nothing readable is there, or more than one model.
@@ -115,7 +115,10 @@ def find_layout(names: Collection[str], where: str, choice: str) -> Layout:
 
 def _several(what: str, names: Collection[str], where: str, choice: str) -> DataError:
     shown = ", ".join(sorted(names)[:12])
-    return DataError(f"{where} holds {len(names)} {what}: {shown}.", remedy=choice)
+    return DataError(
+        f"{where} holds {len(names)} {what}: {shown}.",
+        remedy=choice or f"Give the path of one of them, such as {where}/{min(names)}.",
+    )
 
 
 def _stem(name: str) -> str:
@@ -130,7 +133,7 @@ def local_names(folder: Path) -> list[str]:
 
 
 def model_folder(names: Collection[str], read: Callable[[str], Path]) -> str:
-    """Where the tokens' model lies: "" or, by a sentence-transformers ``modules.json``, a subfolder.
+    """Where the tokens' model lies: "" or a subfolder, by sentence-transformers' ``modules.json``.
 
     Args:
         names: as for :func:`find_layout`.

@@ -1,7 +1,7 @@
 """Scales of FP8 embeddings: a true row is the stored one times its scale.
 
-Every convention met multiplies, `weight_scale_inv` of DeepSeek and `transformers` included (its name
-is that of the inverse of the scale used to quantise).
+Every convention met multiplies, `weight_scale_inv` of DeepSeek and `transformers` included (its
+name is that of the inverse of the scale used to quantise).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def scale_names(name: str, beside: Collection[str]) -> list[str]:
     scales = [one for one in beside if one in known]
     if others or len(scales) > 1:
         raise DataError(
-            f"Beside {name} the checkpoint holds {', '.join((others or scales)[:4])}, which change "
+            f"Beside {name} the checkpoint holds {', '.join([*others, *scales][:6])}, which change "
             "what its values mean.",
             rule="One set of scales (such as weight_scale_inv) of an FP8 embedding is applied; "
             "zero points, second scales and packed integers are not.",

@@ -143,7 +143,8 @@ def test_adapters_and_pickles(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"adapter that changes the input embedding.*o/base"):
         open_embedding(Repository(tmp_path / "at", tmp_path / "here").fetch())
     with pytest.raises(
-        DataError, match=r'owner/name has its weights only as pickles.*from_pretrained\("owner/name"\)'
+        DataError,
+        match=r'owner/name has its weights only as pickles.*from_pretrained\("owner/name"\)',
     ):
         hub.fetch_files(["pytorch_model.bin"], "owner/name", None, lambda name: Path(name))
 
