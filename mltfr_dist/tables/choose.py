@@ -1,10 +1,12 @@
-"""Which tensor of a checkpoint is the input embedding, and which file holds it: decided by names alone."""
+"""Which tensor of a checkpoint is the input embedding: decided by names alone."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mltfr_dist.errors import DataError
 
@@ -12,6 +14,7 @@ KNOWN_NAMES = (
     "embed_tokens.weight",
     "tok_embeddings.weight",
     "word_embeddings.weight",
+    "word_embedding.weight",
     "wte.weight",
     "embed_in.weight",
     "tokens_embed.weight",
@@ -19,174 +22,196 @@ KNOWN_NAMES = (
     "token_embd.weight",
     "shared.weight",
     "embedding.weight",
+    "embeddings.weight",
+    "emb.weight",
 )
 """Last parts of tensor names that language models give their input embedding."""
 
-INDEX_FILE = "model.safetensors.index.json"
-WEIGHT_FILE = "model.safetensors"
-PICKLE_ENDINGS = (".bin", ".pth", ".pt", ".ckpt")
+STATIC_NAME = "embeddings"
+"""The whole name of model2vec's table."""
+
+OUTPUT_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
+"""Last parts of names of output layers, which hold the embedding where a model ties the two."""
+
+_NOT_TOKENS = {
+    *("pos", "position", "positions", "positional", "wpe", "relative"),
+    *("type", "segment", "segments", "patch", "patches", "vision", "visual"),
+}
+"""Words in the names of embeddings of something else than tokens."""
+
+_ADAPTER = re.compile(
+    r"\b(lora|loha|lokr|ia3|vera|dora|base_layer|original_module|modules_to_save|trainable_tokens"
+    r"|token_adapter)(?![a-z])"
+)
+_MOST_LAYERS = 10_000
 
 
-def names_from_config(folder: Path) -> tuple[tuple[str, ...], str]:
-    """Names that ``transformers`` gives the input embedding of the architecture in ``folder/config.json``.
+@dataclass(frozen=True)
+class Architecture:
+    """What ``config.json`` says about the input embedding.
 
-    The model is built on the meta device, so no weight is allocated, and never from code in the checkpoint.
-
-    Returns:
-        The names (several when the architecture ties the tensor) and the model class; empty and the reason when
-        ``transformers`` does not know the architecture.
+    Attributes:
+        names: names that ``transformers`` gives it (several when the architecture ties the tensor);
+            prefixes such as ``model.`` may differ from the checkpoint's.
+        note: the model class, or why there are no names.
+        tied: whether the output layer is the same tensor.
     """
-    if not (folder / "config.json").is_file():
-        return (), "no config.json"
+
+    names: tuple[str, ...] = ()
+    note: str = "no config.json"
+    tied: bool = False
+
+
+def names_from_config(folder: Path, settings: Mapping[str, Any]) -> Architecture:
+    """Ask ``transformers`` for the input embedding of the architecture in ``folder/config.json``.
+
+    The model is built on the meta device, so no weight is allocated, and never from code in the
+    checkpoint.
+
+    Args:
+        folder: the checkpoint's folder.
+        settings: the content of its ``config.json``; empty when there is none.
+    """
+    if not settings:
+        return Architecture()
+    text = settings.get("text_config")
+    said = {
+        part.get("tie_word_embeddings", part.get("tie_embeddings"))
+        for part in (settings, text if isinstance(text, dict) else {})
+    }
+    tied = said - {None} == {True}
+    layers = [value for name, value in settings.items() if "layer" in name]
+    if any(isinstance(value, int) and value > _MOST_LAYERS for value in layers):
+        return Architecture(note=f"config.json claims more than {_MOST_LAYERS} layers", tied=tied)
     # Imported here: transformers takes seconds to load, and most sources do not need it.
     import torch
     from transformers import AutoConfig, AutoModel
 
     try:
-        settings = AutoConfig.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if said == {None}:
+            tied = getattr(config.get_text_config(), "tie_word_embeddings", False) is True
         with torch.device("meta"):
-            model = AutoModel.from_config(settings, trust_remote_code=False)
+            model = AutoModel.from_config(config, trust_remote_code=False)
         weight = model.get_input_embeddings().weight
-    except Exception as error:  # transformers raises what it likes: ValueError, KeyError, ImportError, AttributeError, OSError
-        return (), f"transformers cannot build it ({type(error).__name__})"
-    names = tuple(
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter is weight
-    )
-    return names, type(model).__name__
+    except Exception as error:  # transformers raises what it likes, NotImplementedError included
+        return Architecture(
+            note=f"transformers cannot build it ({type(error).__name__})", tied=tied
+        )
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = [name for name, parameter in parameters if parameter is weight]
+    return Architecture(tuple(names) if weight.dim() == 2 else (), type(model).__name__, tied)
 
 
-def choose_tensor(
+def choose_tensors(
     names: Collection[str],
     *,
     asked: str | None,
-    architecture: Sequence[str] = (),
+    architecture: Architecture,
     describe: Callable[[], str],
-) -> str:
-    """The input embedding's name.
+) -> tuple[list[str], str]:
+    """The input embedding's name: several names where the caller has to see that all are equal.
 
     Args:
         names: every tensor of the checkpoint.
         asked: the name that the user gave; it must exist.
-        architecture: names from :func:`names_from_config`; prefixes such as ``model.`` may differ from the checkpoint's.
+        architecture: what ``config.json`` says.
         describe: lists the candidates with their shapes, for the error message.
 
+    Returns:
+        The names, and how they were found, for the log.
+
     Raises:
-        DataError: the name asked for does not exist, or several tensors or none could be the embedding.
+        DataError: the name asked for does not exist, or no tensor is known to be the embedding.
     """
     if asked is not None:
         if asked in names:
-            return asked
+            return [asked], "asked for"
         raise DataError(
-            f"The checkpoint has no tensor {asked!r}.", rule=f"Its two-dimensional tensors are: {describe()}.",
-            remedy="Set tensor to one of them.",
-        )  # fmt: skip
-    for wanted in architecture:  # tied names are one tensor: the first that is stored will do
-        found = _ending_in(names, (wanted,))
-        if len(found) == 1:
-            return found[0]
-    found = _ending_in(names, KNOWN_NAMES)
-    if len(found) == 1:
-        return found[0]
-    what = (
-        f"{len(found)} tensors could be the input embedding ({', '.join(found)})"
-        if found
-        else "No tensor has a known name"
+            f"The checkpoint has no tensor {asked!r}.",
+            rule=f"Its two-dimensional tensors are: {describe()}.",
+            remedy="Give one of them with --tensor NAME.",
+        )
+    note = architecture.note
+    by_config = [_ending_in(names, wanted) for wanted in architecture.names]
+    if found := [one[0] for one in by_config if len(one) == 1]:
+        return found, f"config.json ({note})"
+    usual = [
+        name
+        for name in sorted({name for known in KNOWN_NAMES for name in _ending_in(names, known)})
+        if _NOT_TOKENS.isdisjoint(re.split(r"[._]", name)) and not _ADAPTER.search(name)
+    ]
+    if found := usual or [name for name in names if name == STATIC_NAME]:
+        return found, f"its name ({note})"
+    _refuse_changed(names)
+    output = [name for wanted in OUTPUT_NAMES for name in _ending_in(names, wanted)]
+    if output and architecture.tied:
+        return output, "config.json (the output layer, which is tied to the input)"
+    untied = (
+        f" {output[0]} is an output layer, and config.json does not say that it is the input too."
+        if output
+        else ""
     )
     raise DataError(
-        f"The input embedding was not found: {what}.",
+        f"The input embedding was not found: No tensor has a known name.{untied}",
         rule=f"The checkpoint's two-dimensional tensors are: {describe()}.",
-        remedy="Say which one it is with tensor=NAME.",
+        remedy="Say which one it is with --tensor NAME.",
     )
 
 
-def _ending_in(names: Collection[str], endings: Sequence[str]) -> list[str]:
-    return sorted(
+def siblings(name: str, names: Collection[str]) -> list[str]:
+    """Tensors beside ``name`` in its module, or named after it, which may change what it means."""
+    module = name.rpartition(".")[0]
+    found = []
+    for other in names:
+        rest = other.removeprefix(module + ".") if module and other.startswith(module + ".") else ""
+        beside = rest and ("." not in rest or is_adapter(rest))
+        named_after = other.startswith(name + ".") or other in (
+            name + "_scale",
+            name + "_scale_inv",
+        )
+        if other != name and (beside or named_after):
+            found.append(other)
+    return sorted(found)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor's name is that of a part of a fine-tuning adapter (PEFT)."""
+    return _ADAPTER.search(name) is not None
+
+
+def _refuse_changed(names: Collection[str]) -> None:
+    """Raise DataError if the embedding's module is there, but not as a plain weight."""
+    modules = {known.removesuffix(".weight") for known in KNOWN_NAMES}
+    changed = sorted(
         name
         for name in names
-        if any(name == ending or name.endswith("." + ending) for ending in endings)
+        if any(f".{module}." in f".{name}" for module in modules)
+        and _NOT_TOKENS.isdisjoint(re.split(r"[._]", name))
     )
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor name to file name, from a ``*.safetensors.index.json``.
-
-    Raises:
-        DataError: the index is malformed or names a file outside its folder.
-    """
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        items = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(
-            f"The index {path} is malformed: {error!r}.", remedy="Fetch it again."
-        ) from None
-    if outside := [file for file in items.values() if Path(file).name != file]:
-        raise DataError(
-            f"The index {path} names {outside[0]!r}, which is not a file beside it.",
-            remedy="Fetch it again.",
-        )
-    return items
-
-
-def small_files(files: Collection[str]) -> list[str]:
-    """Of a repository's files, those that say which tensor is needed and what its rows are."""
-    wanted = {
-        "config.json",
-        INDEX_FILE,
-        "README.md",
-        "added_tokens.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
-    return sorted((wanted | {"vocab.json", "vocab.txt"}) & set(files))
-
-
-def weight_file(
-    files: Collection[str],
-    index: Mapping[str, str] | None,
-    tensor: Callable[[Collection[str]], str],
-) -> str:
-    """The one file that has to be fetched from a repository.
-
-    Args:
-        files: the repository's files.
-        index: tensor name to file of a sharded checkpoint; None when it has no index.
-        tensor: chooses among tensor names (called only with an index).
-
-    Raises:
-        DataError: the weights are pickles, or several files without an index.
-    """
-    if index is not None:
-        return index[tensor(index)]
-    top = [name for name in files if "/" not in name]
-    tensors = sorted(name for name in top if name.endswith(".safetensors"))
-    if WEIGHT_FILE in tensors:
-        return WEIGHT_FILE
-    candidates = tensors or sorted(name for name in top if name.endswith(".gguf"))
-    if len(candidates) == 1:
-        return candidates[0]
-    if not candidates:
-        raise no_weights(top, "The repository")
+    if not changed:
+        return
+    if any(is_adapter(name) for name in changed):
+        raise unmerged(changed, "The checkpoint")
     raise DataError(
-        f"The repository has {len(candidates)} weight files and no index: {', '.join(candidates)}.",
-        remedy="Download the one you want and give its path.",
+        f"The input embedding is stored in parts ({', '.join(changed[:4])}): it is quantised.",
+        rule="Quantised embeddings are read from GGUF files, and as FP8 with its scales.",
+        remedy="Use an unquantised checkpoint or a GGUF file.",
     )
 
 
-def no_weights(files: Collection[str], where: str) -> DataError:
-    """The error for a place without readable weights; pickles get their own remedy."""
-    if pickles := sorted(name for name in files if name.endswith(PICKLE_ENDINGS)):
-        return DataError(
-            f"{where} has its weights only as pickles ({', '.join(pickles[:3])}).",
-            rule="A pickle runs code when it is read, so it is never opened.",
-            remedy="Convert it to safetensors (on a machine you trust with it: "
-            "AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)) and give the new folder.",
-        )
+def unmerged(parts: Collection[str], where: str, base: str = "BASE") -> DataError:
+    """The error for an embedding that an adapter changes when the model is loaded."""
+    shown = ", ".join(sorted(parts)[:3])
     return DataError(
-        f"{where} has no .safetensors and no .gguf file.",
-        remedy="Give a checkpoint's folder or file.",
+        f"{where} holds an adapter that changes the input embedding and is not merged ({shown}).",
+        rule="The rows of the base model are not those that the model works with.",
+        remedy="Merge it: in Python, with the package peft, "
+        'model = AutoPeftModelForCausalLM.from_pretrained("ADAPTER").merge_and_unload(); '
+        'model.save_pretrained("MERGED"); '
+        f'AutoTokenizer.from_pretrained("{base}").save_pretrained("MERGED"); and give MERGED.',
     )
+
+
+def _ending_in(names: Collection[str], ending: str) -> list[str]:
+    return sorted(name for name in names if name == ending or name.endswith("." + ending))

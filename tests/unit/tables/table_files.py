@@ -57,3 +57,26 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_split(folder: Path, parts: list[str]) -> list[Path]:
+    """A GGUF model in parts, each of which has the "tokens", the "tensor" or the "rest"."""
+    paths = []
+    for number, holds in enumerate(parts):
+        path = folder / f"m-{number + 1:05d}-of-{len(parts):05d}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", len(parts))
+        if holds == "tokens":
+            writer.add_tokenizer_model("gpt2")
+            writer.add_token_list(BYTE_LEVEL)
+            writer.add_license("mit")
+        rows = table() if holds == "tensor" else table(2)
+        name = "token_embd.weight" if holds == "tensor" else f"blk.{number}.weight"
+        writer.add_tensor(name, rows.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        paths.append(path)
+    return paths

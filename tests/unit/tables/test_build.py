@@ -21,7 +21,7 @@ from mltfr_dist.tables.store import load_table, table_hash
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1"])
 def test_gguf(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mltfr_dist.tables.checkpoints.BLOCK_BYTES", 3 * 32 * 4)
+    monkeypatch.setattr("mltfr_dist.tables.checkpoints.source.BLOCK_BYTES", 3 * 32 * 4)
     quantised = gguf.GGMLQuantizationType[kind]
     tokens = [*BYTE_LEVEL[:7], "<0x0A>", "Ġunused", "<user>"]
     write_gguf(tmp_path / "x.gguf", table(11), quantised, tokens, [3, 3, 1, 1, 1, 1, 1, 6, 5, 4])

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,6 @@ from transformers import (
 
 from mltfr_dist.config import TableConfig
 from mltfr_dist.errors import DataError
-from mltfr_dist.tables import choose, hub
 from mltfr_dist.tables.extract import extract_table
 from mltfr_dist.tables.store import table_hash
 
@@ -49,7 +45,7 @@ def test_blocks_join_to_the_whole_tensor_and_its_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "mltfr_dist.tables.checkpoints.BLOCK_BYTES", 3 * 32 * 4
+        "mltfr_dist.tables.checkpoints.source.BLOCK_BYTES", 3 * 32 * 4
     )  # three rows a block
     extracted = extract_table(str(write_single(tmp_path, table())), TableConfig(keep_special=True))
     assert torch.equal(extracted.rows, table())
@@ -106,7 +102,7 @@ def test_no_known_name_lists_the_candidates(tmp_path: Path) -> None:
     write_single(tmp_path, table(), name="words")
     with pytest.raises(
         DataError,
-        match=r"No tensor has a known name.*words \[8, 32\], lm_head\.weight \[8, 32\]\..*tensor=NAME",
+        match=r"No tensor has a known name.*words \[8, 32\], lm_head\.weight \[8, 32\]\..*--tensor NAME",
     ):
         extract_table(str(tmp_path), RAW)
     assert torch.equal(extract_table(str(tmp_path), TableConfig(tensor="words")).rows, table()[4:7])
@@ -206,80 +202,3 @@ def test_missing_and_unknown_sources(tmp_path: Path) -> None:
     (tmp_path / "x.txt").touch()
     with pytest.raises(DataError, match=r"x\.txt is no \.safetensors and no \.gguf file"):
         extract_table(str(tmp_path / "x.txt"), RAW)
-
-
-# --- the hub: what is fetched is decided by pure functions
-
-
-def test_hub_ids() -> None:
-    assert hub.parse_hub_id("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", None)
-    assert hub.parse_hub_id("Qwen/Qwen3-0.6B@refs/pr/1") == ("Qwen/Qwen3-0.6B", "refs/pr/1")
-    for path in ("folder", "./a/b", "/a/b", "a/b/c", "models/x.gguf", "../a"):
-        assert hub.parse_hub_id(path) is None
-
-
-def test_hub_fetches_the_one_shard_with_the_embedding(tmp_path: Path) -> None:
-    sizes = {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-    }
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path, max_shard_size="150KB")
-    files = [file.name for file in tmp_path.iterdir()] + [
-        "README.md",
-        "tokenizer.json",
-        "onnx/model.safetensors",
-        "original/x.pth",
-    ]
-    assert choose.small_files(files) == [
-        "README.md",
-        "config.json",
-        "model.safetensors.index.json",
-        "tokenizer.json",
-    ]
-    index = choose.read_index(tmp_path / "model.safetensors.index.json")
-    assert len(set(index.values())) > 2
-    names, _ = choose.names_from_config(tmp_path)
-    shard = choose.weight_file(
-        files,
-        index,
-        lambda n: choose.choose_tensor(n, asked=None, architecture=names, describe=str),
-    )
-    assert shard == index["model.embed_tokens.weight"]
-
-
-def test_hub_repositories_without_index() -> None:
-    def never(names: object) -> str:
-        raise AssertionError
-
-    assert (
-        choose.weight_file(["model.safetensors", "adapter.safetensors", "x.gguf"], None, never)
-        == "model.safetensors"
-    )
-    assert (
-        choose.weight_file(["q8.gguf", "README.md", "pytorch_model.bin"], None, never) == "q8.gguf"
-    )
-    with pytest.raises(DataError, match=r"2 weight files and no index: q4\.gguf, q8\.gguf"):
-        choose.weight_file(["q8.gguf", "q4.gguf"], None, never)
-    with pytest.raises(
-        DataError, match=r"The repository has its weights only as pickles \(pytorch_model\.bin\)"
-    ):
-        choose.weight_file(["pytorch_model.bin", "config.json"], None, never)
-
-
-def test_hub_that_cannot_be_reached() -> None:
-    program = (
-        "from mltfr_dist.config import TableConfig\n"
-        "from mltfr_dist.tables.extract import extract_table\n"
-        "extract_table('owner/name', TableConfig())"
-    )
-    nowhere = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # a port that nothing listens on
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=nowhere, capture_output=True, text=True, check=False
-    )
-    assert (
-        "DataError: 'owner/name' is no path here and could not be fetched from the Hugging Face hub"
-        in done.stderr
-    )

@@ -1,0 +1,67 @@
+"""The registry of formats: a line for each kind of file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mltfr_dist.errors import DataError
+from mltfr_dist.tables.checkpoints.from_gguf import open_gguf
+from mltfr_dist.tables.checkpoints.from_safetensors import open_safetensors
+from mltfr_dist.tables.checkpoints.from_text import open_word_vectors, refuse_binary_vectors
+from mltfr_dist.tables.checkpoints.layout import (
+    PICKLE_ENDINGS,
+    Layout,
+    find_layout,
+    local_names,
+    model_folder,
+    no_weights,
+)
+from mltfr_dist.tables.checkpoints.source import EmbeddingSource, refuse_pointer
+
+Open = Callable[[Path, Layout, str | None], EmbeddingSource]
+
+FORMATS: dict[str, Open] = {
+    ".safetensors": open_safetensors,
+    ".gguf": open_gguf,
+    ".vec": open_word_vectors,
+    ".txt": open_word_vectors,
+}
+"""Ending of the weight files to what opens them: (folder, layout, the tensor's name or None)."""
+
+
+def open_embedding(path: Path, tensor: str | None = None) -> EmbeddingSource:
+    """Find the input embedding in a weight file or a checkpoint's folder.
+
+    Args:
+        path: the file (see :data:`FORMATS`) or the folder.
+        tensor: the tensor's name; found when None.
+
+    Raises:
+        DataError: nothing readable there, or no tensor that is certainly the embedding.
+    """
+    if path.is_dir():
+        names = local_names(path)
+        if below := model_folder(names, lambda name: path / name):
+            return open_embedding(path / below, tensor)
+        for name in names:
+            if "/" not in name and name.endswith(PICKLE_ENDINGS):
+                refuse_binary_vectors(path / name)
+        layout = find_layout(names, str(path))
+        return FORMATS[layout.ending](path, layout, tensor)
+    if not path.is_file():
+        raise DataError(
+            f"The checkpoint {path} does not exist.",
+            remedy="Give a file, a folder or a Hugging Face id (owner/name).",
+        )
+    refuse_pointer(path)
+    if opener := FORMATS.get(path.suffix.lower()):
+        return opener(path.parent, Layout((path.name,)), tensor)
+    if path.suffix in PICKLE_ENDINGS:
+        refuse_binary_vectors(path)
+        raise no_weights([path.name], str(path.parent))
+    raise DataError(
+        f"{path} is no .safetensors and no .gguf file.",
+        rule=f"Readable are {', '.join(FORMATS)}, told by the ending.",
+        remedy="Give a checkpoint's folder or file; unpack archives first.",
+    )
