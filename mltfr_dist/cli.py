@@ -166,18 +166,15 @@ def command_inspect(options: argparse.Namespace) -> None:
 
 def command_tables(options: argparse.Namespace) -> None:
     """Language models to token tables."""
-    from mltfr_dist.tables.build import DEMO_TABLES, build_demo_table, build_table
+    from mltfr_dist.tables.build import build_tables
 
-    config: TableConfig = section_from(TableConfig, options)
-    if options.name and len(options.sources) > 1:
-        raise ConfigError(
-            "--name is given for several sources.", remedy="Extract them one at a time."
-        )
-    for source in options.sources:
-        if source in DEMO_TABLES and not Path(source).exists():
-            build_demo_table(source, options.output, config, packages=options.packages)
-        else:
-            build_table(source, options.output, config, name=options.name)
+    build_tables(
+        options.sources,
+        options.output,
+        section_from(TableConfig, options),
+        name=options.name,
+        packages=options.packages,
+    )
 
 
 def command_train(options: argparse.Namespace) -> None:

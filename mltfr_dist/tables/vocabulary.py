@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from mltfr_dist.errors import DataError
 
-DropReason = Literal["special", "unused", "byte", "blank", "fragment", "no_entry"]
+DropReason = Literal["special", "unused", "byte", "blank", "fragment", "no_entry", "no_row"]
 """Why a row carries no meaning of its own.
 
 special: control tokens such as `<s>`, `[CLS]`, `<|im_start|>`; unused: reserved places such as `[unused12]`;
 byte: single-byte fallbacks `<0x0A>`; blank: empty or only white space; fragment: bytes that are no whole character;
-no_entry: rows without a token (padded tables).
+no_entry: rows without a token (padded tables); no_row: tokens without a row (extract.py finds them).
 """
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -47,11 +47,13 @@ class Vocabulary:
         tokens: readable text of each id; None where the tokenizer has no such id.
         reasons: for each id, why it would be dropped, or None for a word or a piece of one.
         source: name of the file it was read from.
+        kind: which kind of tokenizer it was taken for, and why; for the log.
     """
 
     tokens: tuple[str | None, ...]
     reasons: tuple[DropReason | None, ...]
     source: str
+    kind: str = ""
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
