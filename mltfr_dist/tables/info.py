@@ -112,7 +112,7 @@ def read_info(folder: Path) -> TableInfo:
     if not path.is_file():
         raise DataError(
             f"{folder} is no token table: it has no {INFO_FILE}.",
-            remedy=_near_tables(folder) or "Build it with `mltfr tables`.",
+            remedy=near_tables(folder) or "Build it with `mltfr tables`.",
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -133,7 +133,7 @@ def read_info(folder: Path) -> TableInfo:
     return info
 
 
-def _near_tables(folder: Path) -> str | None:
+def near_tables(folder: Path) -> str | None:
     """Where the table that was meant may lie: by its name alone, or misspelt; None: nowhere known."""
     for place in dict.fromkeys((folder.parent, DEFAULT_OUTPUT)):
         found = sorted(file.parent.name for file in place.glob(f"*/{INFO_FILE}"))

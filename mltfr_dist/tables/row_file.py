@@ -36,7 +36,7 @@ def writing(place: Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(
             f"{place} cannot be written: {error.strerror or error}.",
-            remedy="Give a folder that can, with space for the table, as --output.",
+            remedy="Give a folder with --output that can, and that has space for the table.",
         ) from None
 
 
