@@ -19,8 +19,8 @@ from mltfr_dist.tables.row_file import RowFile
 EIGENVALUE_FLOOR = 1e-6
 """Whitening: eigenvalues below this share of the largest count as this share, so that noise is not blown up."""
 
-PRODUCT_ENTRIES = 1 << 22
-"""Numbers in a block of a matrix product, 32 MiB in float64: few blocks, for each one passes over a [D, D] sum."""
+PRODUCT_ENTRIES = 1 << 21
+"""Numbers in a block of a matrix product, 16 MiB in float64: few blocks, for each passes over a [D, D] sum."""
 
 _LONG_EIGENVECTORS = 2048
 
@@ -89,10 +89,10 @@ def _whiten(rows: RowFile, mean: torch.Tensor, log: Log) -> float:
     # One triangle of the symmetric sum: half the work of a product, so that float64 costs what float32 would.
     covariance = np.zeros((rows.dim, rows.dim), order="F")  # [D, D]
     for start, block in follow(rows.blocks(PRODUCT_ENTRIES), "covariance", rows.num_rows, log):
-        block.copy_(block.double() - mean)
-        rows.write(start, block)
-        exact = block.double().numpy()
-        covariance = blas.dsyrk(1.0, exact.T, beta=1.0, c=covariance, overwrite_c=1)
+        exact = block.double().sub_(mean)
+        rows.write(start, block.copy_(exact))
+        exact.copy_(block)  # as it is stored
+        covariance = blas.dsyrk(1.0, exact.numpy().T, beta=1.0, c=covariance, overwrite_c=1)
     if rows.dim >= _LONG_EIGENVECTORS:
         log(f"  eigenvectors of the {rows.dim:,} x {rows.dim:,} covariance ...")
     # dsyrk fills the upper triangle in Fortran's order, the lower one in torch's.
