@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mltfr_dist.cli import config_epilog
-from mltfr_dist.distributed.ranks import leave, say_why, stop_ranks
+from mltfr_dist.cli import config_epilog, parse_intermixed
 from mltfr_dist.errors import MltfrError
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.resolve import resolve_config
@@ -40,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="KEY=VALUE",
         help="dotted keys, such as optimizer.learning_rate=0.0005",
     )
-    options = parser.parse_args(arguments)
+    options = parse_intermixed(parser, arguments)
+    from mltfr_dist.distributed.ranks import say_why, stop_ranks  # imports torch: not for --help
+
     try:
         config = resolve_config(options.preset, options.config, options.overrides)
         if options.print_config:
@@ -59,4 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    code = main()
+    from mltfr_dist.distributed.ranks import leave
+
+    leave(code)

@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from mltfr_dist import __version__
 from mltfr_dist.config import PrepareConfig, PrepareResources, RunConfig, TableConfig
-from mltfr_dist.errors import ConfigError, MltfrError, fail
+from mltfr_dist.errors import ConfigError, DataError, MltfrError, fail
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.resolve import resolve_config
 from mltfr_dist.schema import Section, validate
@@ -158,26 +158,63 @@ def command_prepare(options: argparse.Namespace) -> None:
 
 
 def command_inspect(options: argparse.Namespace) -> None:
-    """Counts, lengths, popularity, times, duplicates and cold items of a prepared folder."""
-    from mltfr_dist.data.inspect import inspect
+    """What a folder holds: of prepared data counts, lengths, popularity, times, duplicates and cold items; of a
+    token table sizes, provenance, norms, tokens and the neighbours of a word.
+    """
+    folder = Path(options.folder)
+    if (folder / "table.json").exists():
+        from mltfr_dist.tables.inspect import inspect_table
 
-    print(inspect(Path(options.data), options.output))
+        _refuse(options.output, "--output", "plots prepared data", f"{folder} is a token table")
+        print(inspect_table(folder, options.neighbours))
+    elif (folder / "manifest.json").exists():
+        from mltfr_dist.data.inspect import inspect
+
+        words = "looks up a word in a token table"
+        _refuse(options.neighbours, "--neighbours", words, f"{folder} is prepared data")
+        print(inspect(folder, options.output))
+    else:
+        raise _neither(folder)
+
+
+def _refuse(value: object, option: str, does: str, but: str) -> None:
+    if value is not None:
+        raise ConfigError(f"{option} {does}, but {but}.", remedy=f"Leave {option} out.")
+
+
+def _neither(folder: Path) -> DataError:
+    """Why there is nothing to show, and what of it lies inside or nearby."""
+    from mltfr_dist.tables.info import near_tables
+
+    inside = sorted(
+        str(file.parent)
+        for name in ("table.json", "manifest.json")
+        for file in folder.glob(f"*/{name}")
+    )
+    if inside:
+        remedy = f"Name one of those inside it: {', '.join(inside)}."
+    else:
+        remedy = near_tables(folder) or "Make one with `mltfr prepare` or `mltfr tables`."
+    state = "holds neither" if folder.exists() else "does not exist, so it holds neither"
+    return DataError(
+        f"{folder} {state} prepared data nor a token table.",
+        rule="Prepared data has a manifest.json (`mltfr prepare` writes it), a token table a table.json "
+        "(`mltfr tables` does).",
+        remedy=remedy,
+    )
 
 
 def command_tables(options: argparse.Namespace) -> None:
     """Language models to token tables."""
-    from mltfr_dist.tables.build import DEMO_TABLES, build_demo_table, build_table
+    from mltfr_dist.tables.build import build_tables
 
-    config: TableConfig = section_from(TableConfig, options)
-    if options.name and len(options.sources) > 1:
-        raise ConfigError(
-            "--name is given for several sources.", remedy="Extract them one at a time."
-        )
-    for source in options.sources:
-        if source in DEMO_TABLES and not Path(source).exists():
-            build_demo_table(source, options.output, config, packages=options.packages)
-        else:
-            build_table(source, options.output, config, name=options.name)
+    build_tables(
+        options.sources,
+        options.output,
+        section_from(TableConfig, options),
+        name=options.name,
+        packages=options.packages,
+    )
 
 
 def command_train(options: argparse.Namespace) -> None:
@@ -242,7 +279,7 @@ def command_report(options: argparse.Namespace) -> None:
     from mltfr_dist.training.matrix import summary
     from mltfr_dist.tuning.folders import folder_report
 
-    paths = [Path(run) for run in options.run]
+    paths = [Path(run) for run in options.runs]
     if all(path.suffix == ".parquet" for path in paths):
         print(summary(paths))
         return
@@ -279,10 +316,19 @@ def build_parser() -> argparse.ArgumentParser:
     add_section(prepare, PrepareResources)
 
     inspect = commands.add_parser(
-        "inspect", help="what a prepared folder holds", description=command_inspect.__doc__
+        "inspect",
+        help="what a prepared folder or a token table holds",
+        description=command_inspect.__doc__,
     )
-    inspect.add_argument("data", help="folder written by `mltfr prepare`")
-    inspect.add_argument("--output", type=Path, help="folder for PNG plots and a TensorBoard page")
+    inspect.add_argument("folder", help="folder written by `mltfr prepare` or `mltfr tables`")
+    inspect.add_argument(
+        "--output", type=Path, help="prepared data: folder for PNG plots and a TensorBoard page"
+    )
+    inspect.add_argument(
+        "--neighbours",
+        metavar="WORD",
+        help="token table: the tokens nearest to this one, by cosine",
+    )
 
     tables = commands.add_parser(
         "tables", help="language models to token tables", description=command_tables.__doc__
@@ -370,11 +416,28 @@ def build_parser() -> argparse.ArgumentParser:
         "report", help="show a run's report, or a matrix's", description=command_report.__doc__
     )
     report.add_argument(
-        "run",
+        "runs",
+        metavar="run",
         nargs="+",
         help="run folder, such as runs/demo, or Parquet files that benchmarks/quality.py wrote, taken together",
     )
     return parser
+
+
+def parse_intermixed(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Parse a command line in which options may stand between the values of the list that ends it.
+
+    argparse takes only the first run of such values, and its own remedy knows no subcommands.
+    """
+    options, rest = parser.parse_known_args(arguments)
+    lists = [name for name in ("overrides", "sources", "runs") if hasattr(options, name)]
+    if rest and (not lists or any(value.startswith("-") for value in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for name in lists:
+        setattr(options, name, [*getattr(options, name), *rest])
+    return options
 
 
 COMMANDS = {
@@ -392,7 +455,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    options = build_parser().parse_args(arguments)
+    options = parse_intermixed(build_parser(), arguments)
     try:
         COMMANDS[options.command](options)
     except MltfrError as error:

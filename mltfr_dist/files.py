@@ -37,6 +37,15 @@ def code_sha256() -> str:
     return digest.hexdigest()
 
 
+def with_packaged(path: Path) -> Path:
+    """``path`` as given where something is there, or else the file of that name that comes with the program.
+
+    So `ds_configs/zero1.json` and `tuning/spaces/demo.yaml` are found from every folder.
+    """
+    packaged = Path(__file__).parent / path
+    return packaged if not path.exists() and packaged.is_file() else path
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write or replace a small file in one step: a reader sees the old text or the new, never a part."""
     partial = path.with_name(f".partial-{path.name}")

@@ -22,7 +22,7 @@ from mltfr_dist.distributed.health import NORM, Health, Verdict
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.row_adam import RowAdam
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.files import code_sha256
+from mltfr_dist.files import code_sha256, with_packaged
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
 from mltfr_dist.schema import nearest_key
@@ -44,13 +44,13 @@ RUN_KEYS = {
 
 
 def read_deepspeed_file(path: Path) -> dict[str, Any]:
-    """Read and check a DeepSpeed file.
+    """Read and check a DeepSpeed file: one that is there, or else one of that name in the package.
 
     Raises:
         ConfigError: Missing, not JSON, holds a key that the run sets, or one that DeepSpeed does not know.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(with_packaged(path).read_text())
     except FileNotFoundError:
         raise ConfigError(
             f"The DeepSpeed file {path} does not exist.",

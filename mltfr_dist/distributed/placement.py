@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
+
 from mltfr_dist.config import MLTFRConfig
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.table_shards import Exchange, RowShard, ZeroRows, row_bounds
@@ -66,8 +68,14 @@ def place_tables(
     if placement == "mmap":
         return [MappedRows(table.rows) for table in tables]
     if placement == "zero3":
-        return [ZeroRows(table.rows.clone()) for table in tables]
-    return [TableRows(table.rows.clone(), trained=config.train_tables) for table in tables]
+        return [ZeroRows(_own_rows(table)) for table in tables]
+    return [TableRows(_own_rows(table), trained=config.train_tables) for table in tables]
+
+
+def _own_rows(table: TokenTable) -> torch.Tensor:
+    """[V, D_m] rows in memory of this process, held once: of a stored table without its mapping's pages."""
+    is_stored = table.content == "real" and table.row_ids is None
+    return read_rows(table, 0, len(table.rows)) if is_stored else table.rows
 
 
 def placement_text(config: MLTFRConfig, ranks: Ranks) -> str:

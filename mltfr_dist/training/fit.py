@@ -15,7 +15,7 @@ from mltfr_dist.distributed.ranks import Ranks, lost_ranks_told, start_ranks
 from mltfr_dist.distributed.signals import stop_signals
 from mltfr_dist.distributed.watchdog import watched
 from mltfr_dist.errors import DamagedError
-from mltfr_dist.files import file_sha256
+from mltfr_dist.files import file_sha256, with_packaged
 from mltfr_dist.training import baselines, report
 from mltfr_dist.training.evaluate import Scorer, evaluate
 from mltfr_dist.training.inputs import (
@@ -86,7 +86,7 @@ def check_all(config: RunConfig, ranks: Ranks, *, resume: bool, verify: bool) ->
 
     inputs = ranks.jointly(check)
     files = {f"`{name}`": digest for name, digest in inputs.hashes.items()} | {
-        f"{config.deepspeed}": file_sha256(config.deepspeed)
+        f"{config.deepspeed}": file_sha256(with_packaged(config.deepspeed))
     }
     ranks.agree(
         files,

@@ -12,7 +12,7 @@ from mltfr_dist import __version__
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.placement import placement_text
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.files import write_atomically
+from mltfr_dist.files import with_packaged, write_atomically
 from mltfr_dist.repairs import REPAIRS, taken_away
 from mltfr_dist.training.inputs import Inputs
 from mltfr_dist.training.routing import TOP_SHARE, WEIGHT
@@ -39,7 +39,8 @@ def opening(config: RunConfig, inputs: Inputs, ranks: Ranks) -> str:
     manifest = inputs.manifest
     lines = [
         f"mltfr_dist {__version__}: run `{config.name}` on {ranks.world_size} rank(s), {hardware()}, "
-        f"{torch.get_num_threads()} thread(s) each, {config.deepspeed}, {config.training.precision}",
+        f"{torch.get_num_threads()} thread(s) each, {with_packaged(config.deepspeed)}, "
+        f"{config.training.precision}",
         f"  data    {config.data.path}: {manifest.num_users:,} users, {manifest.num_items:,} items, "
         f"{manifest.num_interactions:,} interactions",
     ]

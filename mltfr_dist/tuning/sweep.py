@@ -11,7 +11,7 @@ from pathlib import Path
 from mltfr_dist.config import RunConfig
 from mltfr_dist.config.io import dump_yaml
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.files import write_atomically
+from mltfr_dist.files import with_packaged, write_atomically
 from mltfr_dist.resolve import merge_values, parse_override, resolve_config
 from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import dump_config, read_yaml
@@ -28,12 +28,12 @@ FINAL = "final"
 
 
 def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
-    """A sweep's file.
+    """A sweep's file: one that is there, or else one of that name in the package.
 
     Raises:
         ConfigError: Not valid.
     """
-    values = read_yaml(path)
+    values = read_yaml(with_packaged(path))
     for override in overrides:
         values = merge_values(values, parse_override(override))
     source = ", ".join([str(path), *(f"`{override}`" for override in overrides)])

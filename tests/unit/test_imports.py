@@ -19,6 +19,7 @@ LAYERS = {
     "backbones": 0,
     "files": 0,
     "numerics": 0,
+    "progress": 0,
     "schema": 1,
     "config": 1,
     "repairs": 1,

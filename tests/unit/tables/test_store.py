@@ -1,6 +1,9 @@
 import json
 import os
+import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from mltfr_dist.config import TableConfig
 from mltfr_dist.errors import DataError
-from mltfr_dist.tables.clean import mean_cosine, normalise_rows
+from mltfr_dist.tables.info import read_info
+from mltfr_dist.tables.partial import partial_folder
 from mltfr_dist.tables.store import TableInfo, load_table, save_table, table_hash
 
 
@@ -36,65 +40,6 @@ def save(output: Path, rows: torch.Tensor, name: str = "small", **changed: objec
     return save_table(
         output, rows, [f" tökén{index}" for index in range(len(rows))], **(described | changed)
     )
-
-
-# --- normalisation
-
-
-@pytest.mark.parametrize("offset", [0.0, 3.0])
-def test_mean_cosine_equals_all_pairs(offset: float) -> None:
-    rows = random_rows(5000, 6, offset=offset)[:700]
-    unit = torch.nn.functional.normalize(rows.double())
-    pairs = unit @ unit.T
-    expected = (pairs.sum() - pairs.trace()) / (700 * 699)
-    assert mean_cosine(rows) == pytest.approx(float(expected), abs=1e-12)
-
-
-def test_mean_cosine_leaves_out_rows_without_direction() -> None:
-    rows = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
-    assert mean_cosine(rows) == pytest.approx(2**-0.5)
-    assert mean_cosine(rows[:2]) == 0.0
-
-
-def test_scale_centres_and_gives_unit_variance_keeping_proportions() -> None:
-    rows = random_rows(9000)
-    centred = rows - rows.mean(0)
-    normalise_rows(rows, "scale")
-    torch.testing.assert_close(rows.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
-    assert float(rows.square().mean()) == pytest.approx(1, abs=1e-5)
-    ratio = rows / centred
-    torch.testing.assert_close(ratio, ratio.median().expand_as(ratio), rtol=1e-2, atol=1e-2)
-
-
-def test_whiten_gives_identity_covariance_and_is_symmetric() -> None:
-    rows = random_rows(9000)
-    before = rows.clone()
-    normalise_rows(rows, "whiten")
-    torch.testing.assert_close(rows.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
-    torch.testing.assert_close(rows.T @ rows / len(rows), torch.eye(8), atol=1e-4, rtol=0)
-    transform = torch.linalg.lstsq((before - before.mean(0)).double(), rows.double()).solution
-    torch.testing.assert_close(
-        transform, transform.T, atol=1e-4, rtol=1e-4
-    )  # ZCA, not another whitening
-
-
-def test_whiten_does_not_blow_up_a_missing_direction() -> None:
-    rows = torch.cat([random_rows(500, 4), torch.zeros(500, 1)], dim=1)
-    normalise_rows(rows, "whiten")
-    assert float(rows[:, 4].abs().max()) < 1e-3
-    assert bool(torch.isfinite(rows).all())
-
-
-def test_none_keeps_values() -> None:
-    rows = random_rows()
-    normalise_rows(rows, "none")
-    assert torch.equal(rows, random_rows())
-
-
-@pytest.mark.parametrize("how", ["scale", "whiten"])
-def test_equal_rows_cannot_be_scaled(how: str) -> None:
-    with pytest.raises(DataError, match="All rows of the token table are equal"):
-        normalise_rows(torch.ones(10, 3), how)  # type: ignore[arg-type]
 
 
 # --- saving and loading
@@ -175,6 +120,10 @@ def test_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is no token table: it has no table\.json.*mltfr tables"):
         load_table(tmp_path / "none")
     save(tmp_path, random_rows())
+    with pytest.raises(
+        DataError, match=rf"The tables in {tmp_path} are small; did you mean {tmp_path}/small\?"
+    ):
+        load_table(tmp_path / "smal")
     (tmp_path / "small/table.safetensors").unlink()
     with pytest.raises(DataError, match=r"has no table\.safetensors"):
         load_table(tmp_path / "small")
@@ -187,9 +136,129 @@ def edit_header(folder: Path, **changes: object) -> None:
 
 def test_wrong_schema_version(tmp_path: Path) -> None:
     save(tmp_path, random_rows())
-    edit_header(tmp_path / "small", schema_version=2)
-    with pytest.raises(DataError, match="has schema version 2; this program reads 1"):
+    edit_header(tmp_path / "small", schema_version=3)
+    with pytest.raises(DataError, match="has schema version 3; this program reads 1 and 2"):
         load_table(tmp_path / "small")
+
+
+def test_every_flipped_bit_of_the_description_is_noticed(tmp_path: Path) -> None:
+    save(tmp_path, random_rows())
+    path = tmp_path / "small/table.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in range(place % 2, 8, 2):  # four of each byte's
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            with pytest.raises(DataError, match=r"table\.json"):
+                read_info(tmp_path / "small")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mean_cosine_before": 0.51},
+        {"dropped": {"special": 4}},
+        {"licence": "mit"},
+        {"info_sha256": None},
+        {"schema_version": 1},
+        {"config": {"normalise": "none"}},
+    ],
+)
+def test_an_edited_description_is_noticed(tmp_path: Path, changes: dict[str, object]) -> None:
+    save(tmp_path, random_rows())
+    edit_header(tmp_path / "small", **changes)
+    with pytest.raises(DataError, match=r"table\.json was changed after it was written"):
+        load_table(tmp_path / "small")
+
+
+def test_tables_of_the_first_version_still_load_and_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, random_rows())
+    path = tmp_path / "small/table.json"
+    header = json.loads(path.read_text()) | {"schema_version": 1}
+    del header["info_sha256"]
+    path.write_text(json.dumps(header))
+    assert torch.equal(load_table(tmp_path / "small").rows, random_rows())
+    save(tmp_path, random_rows())  # the same table
+    assert json.loads(path.read_text()) == header
+
+
+def test_the_bytes_are_those_that_safetensors_writes(tmp_path: Path) -> None:
+    for num_rows, dim in ((300, 8), (7, 3), (12345, 1)):
+        rows = random_rows(num_rows, dim)
+        save(tmp_path, rows, name=f"t{num_rows}")
+        save_file({"token_table": rows}, tmp_path / "reference")
+        written = (tmp_path / f"t{num_rows}/table.safetensors").read_bytes()
+        assert written == (tmp_path / "reference").read_bytes()
+
+
+def test_a_token_that_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"The token of row 1, '\\ud800', is no valid text"):
+        save_table(tmp_path, random_rows(2), ["a", "\ud800"], name="x")
+
+
+# --- what interrupted extractions leave
+
+
+def leftover(output: Path, host: str, pid: int) -> Path:
+    folder = output / f".small.partial-{host}-{pid}"
+    folder.mkdir(parents=True)
+    (folder / "table.safetensors").write_bytes(b"part")
+    return folder
+
+
+def test_leftovers_of_dead_processes_are_removed_and_others_kept(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    living = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    here = socket.gethostname()
+    gone = [leftover(tmp_path, here, pid) for pid in (dead.pid, os.getpid())]
+    (tmp_path / f".small.partial-{dead.pid}").mkdir()  # as before there was a host in the name
+    kept = [
+        leftover(tmp_path, here, living.pid),
+        leftover(tmp_path, "elsewhere", dead.pid),
+        tmp_path / f".smaller.partial-{here}-{dead.pid}",
+        tmp_path / ".small.partial-mine",
+    ]
+    for folder in kept[2:]:
+        folder.mkdir()
+    try:
+        save(tmp_path, random_rows())
+    finally:
+        living.communicate(b"\n")
+    assert not any(folder.exists() for folder in gone)
+    assert {file.name for file in tmp_path.iterdir()} == {"small", *(k.name for k in kept)}
+
+
+def test_a_later_process_of_the_same_number_does_not_keep_a_leftover(tmp_path: Path) -> None:
+    left = leftover(tmp_path, socket.gethostname(), os.getppid())
+    os.utime(left, (0, 0))  # made before that process began
+    save(tmp_path, random_rows())
+    assert not left.exists()
+
+
+def test_a_leftover_that_is_held_is_kept(tmp_path: Path) -> None:
+    """As by a process in another container, whose number means nothing here."""
+    with partial_folder(tmp_path, "small", print) as folder:
+        dead = folder.rename(tmp_path / f".small.partial-{socket.gethostname()}-99999999")
+        save(tmp_path, random_rows())
+        assert dead.exists()
+    save(tmp_path, random_rows())
+    assert not dead.exists()
+
+
+def test_a_killed_extraction_leaves_nothing_after_the_next(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from mltfr_dist.tables.store import new_table\n"
+        "with new_table(Path(sys.argv[1]), 'small', 300, 8):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert [file.name[:15] for file in tmp_path.iterdir()] == [".small.partial-"]
+    save(tmp_path, random_rows())
+    assert [file.name for file in tmp_path.iterdir()] == ["small"]
 
 
 @pytest.mark.parametrize("content", ["{", '{"schema_version": 1}', "[]"])
