@@ -93,20 +93,26 @@ def open_file(path: Path) -> TokenizerFile:
     """Read a file that may be a tokenizer's.
 
     Raises:
-        DataError: it does not exist, cannot be read, is a git-lfs pointer, is empty, is too large
+        DataError: it is no file, cannot be read, is a git-lfs pointer, is empty, is too large
             or is of a binary format.
     """
+    if not path.is_file():
+        raise DataError(
+            f"The vocabulary file {path} is no regular file.",
+            remedy="Give the path of a tokenizer.json or vocab.txt with --vocabulary PATH.",
+        )
     try:
         with path.open("rb") as file:
             head = file.read(64)
             _refuse_binary(path, head)
             if path.stat().st_size > MAX_BYTES:
                 raise unreadable(path, "it has more than 256 MiB, which no tokenizer has")
-            data = head + file.read(MAX_BYTES)
+            data = head + file.read()
     except OSError as error:
         raise DataError(
             f"The vocabulary file {path} cannot be read: {error.strerror}.",
-            remedy="Give the path of a tokenizer.json or vocab.txt that you may read.",
+            remedy="Give the path of a tokenizer.json or vocab.txt that you may read with "
+            "--vocabulary PATH.",
         ) from None
     if not data.strip():
         raise DataError(f"The vocabulary in {path} is empty.", remedy="Fetch the file again.")

@@ -10,6 +10,7 @@ from mltfr_dist.tables.vocabulary.files import open_file
 from mltfr_dist.tables.vocabulary.neighbours import NEIGHBOUR_FILES, SETTINGS
 from mltfr_dist.tables.vocabulary.rwkv import FORMAT as RWKV
 from mltfr_dist.tables.vocabulary.sentencepiece_model import FORMAT as SENTENCEPIECE_MODEL
+from mltfr_dist.tables.vocabulary.tekken import FORMAT as TEKKEN
 from mltfr_dist.tables.vocabulary.tiktoken_ranks import FORMAT as TIKTOKEN
 from mltfr_dist.tables.vocabulary.token_map import FORMAT as TOKEN_MAP
 from mltfr_dist.tables.vocabulary.tokenizer_json import FORMAT as TOKENIZER_JSON
@@ -29,6 +30,7 @@ VOCABULARY_FILES = (
     "tiktoken.model",
     "qwen.tiktoken",
     "hy.tiktoken",
+    "tekken.json",
     "rwkv_vocab_v20230424.txt",
     "dict.txt",
 )
@@ -41,6 +43,7 @@ TOKENIZER_FILES = tuple(dict.fromkeys((*VOCABULARY_FILES, *NEIGHBOUR_FILES)))
 FORMATS = (
     SENTENCEPIECE_MODEL,
     TOKENIZER_JSON,
+    TEKKEN,
     TOKEN_MAP,
     TIKTOKEN,
     RWKV,
@@ -62,7 +65,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
     if not path.exists():
         raise DataError(
             f"The vocabulary file {path} does not exist.",
-            remedy="Give the path of a tokenizer.json or vocab.txt.",
+            remedy="Give the path of a tokenizer.json or vocab.txt with --vocabulary PATH.",
         )
     file = open_file(path)
     return next(one for one in FORMATS if one.recognises(file)).read(file)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mltfr_dist.errors import DataError
-from mltfr_dist.tables.vocabulary.assemble import assemble
+from mltfr_dist.tables.vocabulary.assemble import assemble, checked_entries
 from mltfr_dist.tables.vocabulary.base import DropReason, Vocabulary
 from mltfr_dist.tables.vocabulary.files import Format, TokenizerFile, unreadable
 from mltfr_dist.tables.vocabulary.marks import SENTENCEPIECE
@@ -78,7 +78,7 @@ def read(file: TokenizerFile) -> Vocabulary:
     flags = {index + offset: own[index] for index in own if index >= layout.skipped}
     return assemble(
         file.name,
-        dict(enumerate(tokens)),
+        checked_entries(((token, index) for index, token in enumerate(tokens)), file.name),
         (SENTENCEPIECE, f"piece n has the id n + {offset} by {why}"),
         added=beside.added,
         special=beside.special,

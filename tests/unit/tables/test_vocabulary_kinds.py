@@ -93,7 +93,9 @@ def test_config_json_is_asked_where_nothing_else_speaks(tmp_path: Path) -> None:
 
 def test_marks_of_two_kinds_are_in_doubt_without_a_class(tmp_path: Path) -> None:
     tokens = ["Ġthe", "##ing", "Ġof", "##er"]
-    with pytest.raises(DataError, match=r"The kind of tokenizer of vocab\.json is in doubt: it has"):
+    with pytest.raises(
+        DataError, match=r"The kind of tokenizer of vocab\.json is in doubt: it has"
+    ):
         by_id(tmp_path, *tokens)
     as_bert = by_id(tmp_path, *tokens, tokenizer_class="BertTokenizer")
     assert as_bert.tokens == (" Ġthe", "ing", " Ġof", "er")

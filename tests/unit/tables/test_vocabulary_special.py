@@ -127,7 +127,9 @@ def test_an_added_token_may_name_a_reserved_place(tmp_path: Path) -> None:
 
 
 def test_an_added_token_in_the_place_of_a_word(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'s' has the id 1, as added_tokens\.json gives it to 'ca'"):
+    with pytest.raises(
+        DataError, match=r"'s' has the id 1, as added_tokens\.json gives it to 'ca'"
+    ):
         write(tmp_path, vocab={"▁the": 0, "s": 1}, added_tokens={"ca": 1})
 
 
