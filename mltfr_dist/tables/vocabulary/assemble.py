@@ -95,7 +95,7 @@ def _take(more: dict[int, AddedToken], index: int, token: AddedToken) -> None:
     first = more.setdefault(index, token)
     if first.content == token.content:
         more[index] = AddedToken(first.content, first.special or token.special, first.file)
-    elif not (added_reason(first) and added_reason(token)):
+    elif first.file == token.file or not (added_reason(first) and added_reason(token)):
         raise malformed(token.file, f"it gives the id {index} to {token.content!r}, but "
                         f"{first.file} to {first.content!r}")  # fmt: skip
 

@@ -12,8 +12,8 @@ from typing import Any
 from mltfr_dist.errors import DataError
 from mltfr_dist.tables.vocabulary.base import Vocabulary
 
-MAX_BYTES = 1 << 28
-"""Size above which a file is no tokenizer; the largest ones known have a tenth of it."""
+MAX_BYTES = 1 << 27
+"""Size above which a file is no tokenizer; the largest ones known have a quarter of it."""
 
 _SIGNATURES = {
     b"GGUF": "a GGUF file",
@@ -106,7 +106,7 @@ def open_file(path: Path) -> TokenizerFile:
             head = file.read(64)
             _refuse_binary(path, head)
             if path.stat().st_size > MAX_BYTES:
-                raise unreadable(path, "it has more than 256 MiB, which no tokenizer has")
+                raise unreadable(path, "it has more than 128 MiB, which no tokenizer has")
             data = head + file.read()
     except OSError as error:
         raise DataError(

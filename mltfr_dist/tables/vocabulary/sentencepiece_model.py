@@ -35,7 +35,7 @@ _PEGASUS = ("<pad>", "</s>", "<mask_1>", "<mask_2>", *(f"<unk_{i}>" for i in ran
 _LAYOUTS = {
     "llama codellama gemma gemma2 gemma3 mistral mixtral baichuan internlm internlm2 yi phi3 orion "
     "t5 mt5 umt5 albert xlnet reformer rembert bigbird debertav2 fnet gptsw3 cpm bertgeneration "
-    "siglip speecht5 chatglm chatglm4 minicpm": Layout(),
+    "siglip speecht5 minicpm": Layout(),
     "nllb mbart mbart50 xglm plbart": Layout(_FAIRSEQ, 3),
     "xlmroberta xlmrobertaxl layoutxlm mluke": Layout(_FAIRSEQ, 3, ("<mask>",)),
     "seamlessm4t": Layout(("<pad>", "<unk>", "<s>", "</s>"), 3),
@@ -120,9 +120,10 @@ def _layout(
         if name in _BY_NAME and not (name == "mbart" and where.startswith(MODEL_TYPE)):
             return _BY_NAME[name], where
     # Families that number otherwise have no pieces for bytes and other names for the file.
-    if has_bytes:
+    named = file.name == "tokenizer.model"
+    if has_bytes and (named or not names):
         return Layout(), "its pieces for bytes"
-    if file.name == "tokenizer.model" and not names:
+    if named and not names:
         return Layout(), "its name"
     stated = ", ".join(f"{where}: {name}" for name, where in names) or "no file beside it does"
     raise _in_doubt(file, f"the tokenizer's class would say ({stated})")

@@ -159,11 +159,27 @@ def test_damaged_neighbours(tmp_path: Path, file: str, content: str, message: st
     assert file in str(caught.value)
 
 
+@pytest.mark.parametrize("sign", ["<" + "_" * 100_000, ">>ab" + "_a" * 50_000, "<|" * 50_000])
+def test_long_signs_cost_no_time(tmp_path: Path, sign: str) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({"▁the": 0, sign: 1}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({sign: 1}))
+    start = time.process_time()
+    assert find_vocabulary(tmp_path).reasons == (None, None)
+    assert time.process_time() - start < 1
+
+
+def test_two_added_tokens_with_one_id(tmp_path: Path) -> None:
+    added = [{"id": 1, "content": text, "special": True} for text in ("<a>", "<b>")]
+    (tmp_path / "tokenizer.json").write_text(tokenizer({"the": 0}, added_tokens=added))
+    with pytest.raises(DataError, match=r"the id 1 to '<b>', but tokenizer\.json to '<a>'"):
+        find_vocabulary(tmp_path)
+
+
 def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "vocab.txt").open("wb") as file:
         file.write(b"the\n")
         file.truncate(1 << 33)
-    with pytest.raises(DataError, match="more than 256 MiB"):
+    with pytest.raises(DataError, match="more than 128 MiB"):
         find_vocabulary(tmp_path)
 
 
