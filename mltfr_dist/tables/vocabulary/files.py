@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,7 +78,7 @@ class TokenizerFile:
             raise unreadable(self.path, "its JSON nests too deeply") from None
         except ValueError as error:
             if named:
-                raise unreadable(self.path, str(error)) from None
+                raise unreadable(self.path, str(error).partition(";")[0]) from None
             return None
 
 
@@ -153,7 +154,6 @@ def _refuse_binary(path: Path, head: bytes) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {twice!r} stands twice in one object")
     return found

@@ -13,6 +13,7 @@ from mltfr_dist.tables.vocabulary.sentencepiece_model import FORMAT as SENTENCEP
 from mltfr_dist.tables.vocabulary.tekken import FORMAT as TEKKEN
 from mltfr_dist.tables.vocabulary.tiktoken_ranks import FORMAT as TIKTOKEN
 from mltfr_dist.tables.vocabulary.token_map import FORMAT as TOKEN_MAP
+from mltfr_dist.tables.vocabulary.token_map import MERGES_FILE
 from mltfr_dist.tables.vocabulary.tokenizer_json import FORMAT as TOKENIZER_JSON
 from mltfr_dist.tables.vocabulary.tokenizer_json import recognises as is_tokenizer_json
 from mltfr_dist.tables.vocabulary.word_list import COUNTED, MERGES, WORD_LIST
@@ -36,7 +37,7 @@ VOCABULARY_FILES = (
 )
 """Where a vocabulary is looked for beside a checkpoint, best first."""
 
-TOKENIZER_FILES = tuple(dict.fromkeys((*VOCABULARY_FILES, *NEIGHBOUR_FILES)))
+TOKENIZER_FILES = tuple(dict.fromkeys((*VOCABULARY_FILES, *NEIGHBOUR_FILES, MERGES_FILE)))
 """Every file beside a checkpoint that reading its vocabulary may look at."""
 
 

@@ -19,7 +19,8 @@ _CONTROL = re.compile(
     r"|</?(s|unk|pad|mask|bos|eos|cls|sep|eod|eop|eot|sos|image|mask_\d+|\w+_soft_token"
     r"|(start|end|begin)_of_\w+|fim[_-]\w+|repo_?name|file_?sep|filename|gh_stars"
     r"|issue_(start|comment|closed)|jupyter_\w+|empty_output|commit_(before|msg|after)"
-    r"|think|thinking|tools|tool_\w+|function_call|PRE|SUF|MID|EOT|BOS|EOS|UNK|PAD|MASK|CLS|SEP)>"
+    r"|think|thinking|reasoning|answer|tools|tool_\w+|function_call"
+    r"|PRE|SUF|MID|EOT|BOS|EOS|UNK|PAD|MASK|CLS|SEP)>"
     r"|\[(CLS|SEP|PAD|UNK|MASK|BOS|EOS|EOT|[gs]MASK|/?INST|/?(TOOL|AVAILABLE|START|END)_[A-Z_]+"
     r"|/?SYSTEM_PROMPT|/?THINK)\]"
     r"|<<?/?SYS>>?|>>[A-Za-z]{2,4}([_-][A-Za-z0-9]+)*<<|<2[a-z]{2,3}(_\w+)?>"
@@ -29,6 +30,7 @@ _LONGEST = 100
 """Characters of the longest token that may be a sign; the patterns see nothing longer."""
 
 _MARKUP = re.compile(r"<[^<>\s]+>|<[^<>]*_[^<>]*>|\[/?\w[\w:@-]+\]|\{\{\w+\}\}|<<[^<>\s]+>>")
+_TAG = re.compile("<[a-z]+>")
 _BEFORE = f"{WORD_START}{BYTE_SPACE} "
 _FIRST = frozenset("<[>_m")
 _HTML = re.compile(
@@ -44,7 +46,7 @@ _HTML = re.compile(
 
 
 def drop_reason(raw: str, text: str) -> DropReason | None:
-    """Why a token carries no meaning of its own, by its raw and its readable form; None: it does."""
+    """Why a token carries no meaning, by its raw and its readable form; None: it carries some."""
     if form := form_reason(raw):
         return form
     if not text.strip():
@@ -65,8 +67,11 @@ def form_reason(raw: str) -> DropReason | None:
 
 
 def is_markup(content: str) -> bool:
-    """Whether an added token is a sign and no word: `<tool>`, `[gMASK]`, but not HTML's `<td>`."""
+    """Whether an added token is a sign and no word: `<my_tool>`, `</x>`, `[EDGE]`, `{{name}}`.
+
+    Tags of HTML are none, nor is a bare word in `<>` (`<user>`), which no flag calls special.
+    """
     bare = content.strip(_BEFORE + "\n")
-    if len(bare) > _LONGEST:
+    if len(bare) > _LONGEST or _TAG.fullmatch(bare):
         return False
     return bool(_MARKUP.fullmatch(bare)) and not _HTML.fullmatch(bare.strip("<>/").lower())

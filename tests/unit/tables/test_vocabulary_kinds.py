@@ -103,6 +103,11 @@ def test_marks_of_two_kinds_are_in_doubt_without_a_class(tmp_path: Path) -> None
     assert as_gpt2.tokens == (" the", "##ing", " of", "##er")
 
 
+def test_merges_beside_it_speak_against_wordpiece(tmp_path: Path) -> None:
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ t\n")
+    assert by_id(tmp_path, "Ġthe", "##x", "er").tokens == (" the", "##x", "er")
+
+
 def test_clear_marks_win_over_a_wrong_class(tmp_path: Path) -> None:
     found = by_id(tmp_path, "Ġthe", "ing", tokenizer_class="BertTokenizer")
     assert found.tokens == (" the", "ing")

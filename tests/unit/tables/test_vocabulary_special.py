@@ -78,11 +78,11 @@ def test_by_form(raw: str, reason: DropReason | None) -> None:
 
 def test_added_tokens_that_are_signs(tmp_path: Path) -> None:
     """Flagged or not; words and HTML that were added stay (Gemma adds tags)."""
-    contents = ["<my_tool>", "<answer>", "[EDGE]", "<table>", "</h1>", "café", "[i]"]
+    contents = ["<my_tool>", "</x>", "[EDGE]", "<table>", "</h1>", "café", "[i]", "<user>"]
     added = [{"id": 2 + i, "content": text, "special": False} for i, text in enumerate(contents)]
     model = {"type": "BPE", "vocab": {"▁the": 0, "s": 1}}
     found = write(tmp_path, tokenizer={"model": model, "added_tokens": added})
-    assert found.reasons == (None, None, "special", "special", "special", None, None, None, None)
+    assert found.reasons == (*[None] * 2, *["special"] * 3, *[None] * 5)
 
 
 def test_ggml_user_defined_signs() -> None:
