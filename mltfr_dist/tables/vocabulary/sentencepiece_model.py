@@ -62,16 +62,13 @@ def read(file: TokenizerFile) -> Vocabulary:
     Raises:
         DataError: the library is missing, the file damaged, or the ids are in doubt.
     """
-    processor = _load(file)
-    count = processor.get_piece_size()
-    pieces = [str(processor.id_to_piece(index)) for index in range(count)]
-    own = {index: reason for index in range(count) if (reason := _flag(processor, index))}
+    pieces, own = _load(file)
     beside = read_neighbours(file.path.parent)
     names = list(declared_names(file.path.parent, beside.settings))
     layout, why = _layout(file, names, "byte" in own.values())
     offset = len(layout.first) - layout.skipped
     if any(index not in own for index in range(layout.skipped)) or (
-        layout.first is _PEGASUS and beside.settings.get("offset", 103) != 103
+        layout.first is _PEGASUS and not _usual_pegasus(beside.settings)
     ):
         raise _in_doubt(file, f"its first pieces do not fit what {why} says")
     tokens = [*layout.first, *pieces[layout.skipped :], *layout.last]
@@ -86,7 +83,8 @@ def read(file: TokenizerFile) -> Vocabulary:
     )
 
 
-def _load(file: TokenizerFile) -> Any:
+def _load(file: TokenizerFile) -> tuple[list[str], dict[int, DropReason]]:
+    """The pieces, and what the model says of some of them."""
     try:
         library = importlib.import_module("sentencepiece")
     except ImportError:
@@ -98,9 +96,16 @@ def _load(file: TokenizerFile) -> Any:
     processor = library.SentencePieceProcessor()
     try:
         processor.load_from_serialized_proto(file.data)
-        return processor
-    except (RuntimeError, ValueError) as error:
+        numbers = range(processor.get_piece_size())
+        pieces = [str(processor.id_to_piece(number)) for number in numbers]
+    except (RuntimeError, ValueError) as error:  # ValueError: pieces that are no UTF-8
         raise unreadable(file.path, f"it is no whole SentencePiece model ({error})") from None
+    return pieces, {n: reason for n in numbers if (reason := _flag(processor, n))}
+
+
+def _usual_pegasus(settings: dict[str, Any]) -> bool:
+    """Whether the settings leave the places before the pieces as they are by default."""
+    return settings.get("offset", 103) == 103 and settings.get("mask_token_sent", "") is not None
 
 
 def _flag(processor: Any, index: int) -> DropReason | None:

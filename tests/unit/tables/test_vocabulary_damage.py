@@ -308,6 +308,9 @@ def test_a_damaged_sentencepiece_model(tmp_path: Path) -> None:
     )
     whole = path.read_bytes()
     assert find_vocabulary(tmp_path).kind.startswith("SentencePiece")
+    path.write_bytes(whole.replace(b"</s>", b"</s\xc2", 1))
+    with pytest.raises(DataError, match="is no whole SentencePiece model"):
+        read_vocabulary(path)
     for cut in (7, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
         with pytest.raises(DataError, match="cannot be read"):
