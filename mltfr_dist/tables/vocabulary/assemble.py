@@ -20,10 +20,15 @@ def checked_entries(pairs: Iterable[tuple[str, Any]], source: str) -> dict[int, 
     """(token, id) pairs as id to token.
 
     Raises:
-        DataError: an id that is no whole number of 0 or more, or that two tokens share.
+        DataError: an id that is no whole number of 0 or more, or that two tokens share; a token
+            with half a UTF-16 pair, which no file can hold.
     """
     entries: dict[int, str] = {}
     for token, index in pairs:
+        try:
+            token.encode()
+        except UnicodeEncodeError:
+            raise malformed(source, f"the token {token!r} holds half a UTF-16 pair") from None
         if type(index) is not int or index < 0:
             raise malformed(source, f"the id of {token!r} is {index!r}, no whole number from 0 on")
         if entries.setdefault(index, token) != token:
@@ -51,7 +56,7 @@ def assemble(
         flags: what the file itself says of its tokens.
 
     Raises:
-        DataError: no entries; an id far beyond them or that two words share; text that is none.
+        DataError: no entries; an id far beyond them or that two words share.
     """
     if not entries:
         raise DataError(f"The vocabulary in {source} is empty.", remedy="Fetch the file again.")
@@ -77,7 +82,6 @@ def assemble(
         marked = own == token.content and own.startswith((WORD_START, BYTE_SPACE))
         texts[index] = text = decode(own) if own is not None and marked else token.content
         reasons[index] = drop_reason(token.content, text) or added_reason(token, special)
-    _check_text(texts, source)
     return Vocabulary(tuple(texts), tuple(reasons), source, f"{kind[0].name}: {kind[1]}")
 
 
@@ -91,7 +95,7 @@ def _take(more: dict[int, AddedToken], index: int, token: AddedToken) -> None:
     first = more.setdefault(index, token)
     if first.content == token.content:
         more[index] = AddedToken(first.content, first.special or token.special, first.file)
-    elif not (added_reason(first) and added_reason(token)):
+    elif first.file == token.file or not (added_reason(first) and added_reason(token)):
         raise malformed(token.file, f"it gives the id {index} to {token.content!r}, but "
                         f"{first.file} to {first.content!r}")  # fmt: skip
 
@@ -107,11 +111,3 @@ def _check_size(entries: Mapping[int, str], more: Mapping[int, AddedToken], sour
         token = more[last].content if last in more else entries[last]
         where = more[last].file if last in more else source
         raise malformed(where, f"the id of {token!r} is {last:,}, with {count:,} tokens in all")
-
-
-def _check_text(texts: Iterable[str | None], source: str) -> None:
-    for index, text in enumerate(texts):
-        try:
-            (text or "").encode()
-        except UnicodeEncodeError:
-            raise malformed(source, f"{text!r} (id {index}) holds half a UTF-16 pair") from None

@@ -1,4 +1,4 @@
-"""What a vocabulary is: readable token strings by id, and which ids carry no meaning of their own."""
+"""What a vocabulary is: readable token strings by id, and which ids carry no meaning."""
 
 from __future__ import annotations
 

@@ -65,24 +65,31 @@ def declared_kind(names: Iterable[tuple[str, str]]) -> Declared | None:
 
 
 def decide_kind(
-    tokens: Collection[str], source: str, declared: Declared | None = None
+    tokens: Collection[str],
+    source: str,
+    declared: Declared | None = None,
+    *,
+    has_merges: bool = False,
 ) -> tuple[Kind, str]:
     """The kind of tokenizer that wrote ``tokens``, and the evidence in words.
 
     Marks of one kind only decide. Of several kinds the declared one is taken, else nothing.
-    Without any marks, the declared kind.
+    Without any marks, the declared kind. A list of merges beside the tokens (``has_merges``)
+    speaks against WordPiece, which has none.
 
     Raises:
         DataError: the marks are of several kinds and nothing declares one of them.
     """
     words = [token for token in tokens if form_reason(token) is None]
     counts = _count_marks(words)
+    if has_merges:
+        del counts[WORDPIECE]
     most = max(counts.values())
     likely = [kind for kind, count in counts.items() if count and count * 10 >= most]
     clear = len(likely) == 1 and most * 100 >= len(words)
     if declared and not clear and (len(likely) < 2 or declared.kind in likely):
         garbled = declared.kind is BYTE_LEVEL and not counts.get(BYTE_LEVEL)
-        if garbled and not declared.sure and not all(token.isascii() for token in words):
+        if garbled and not declared.sure and not all(_any_bytes(token) for token in words):
             raise _in_doubt(source, f"{declared.where} says byte-level BPE, the tokens do not")
         return declared.kind, declared.where
     if not likely:
@@ -121,6 +128,11 @@ def count_byte_level(words: Collection[str]) -> int:
     asked = [token for token in foreign if len(token) > 1] or foreign
     good = sum(not _NO_TEXT.search(decode_byte_level(token)) for token in asked)
     return good if good * 2 >= len(asked) else 0
+
+
+def _any_bytes(token: str) -> bool:
+    """Whether a token says nothing against GPT-2's alphabet: all single bytes stand in it."""
+    return token.isascii() or len(token) == 1
 
 
 def _in_doubt(source: str, why: str) -> DataError:

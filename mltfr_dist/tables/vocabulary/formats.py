@@ -10,8 +10,10 @@ from mltfr_dist.tables.vocabulary.files import open_file
 from mltfr_dist.tables.vocabulary.neighbours import NEIGHBOUR_FILES, SETTINGS
 from mltfr_dist.tables.vocabulary.rwkv import FORMAT as RWKV
 from mltfr_dist.tables.vocabulary.sentencepiece_model import FORMAT as SENTENCEPIECE_MODEL
+from mltfr_dist.tables.vocabulary.tekken import FORMAT as TEKKEN
 from mltfr_dist.tables.vocabulary.tiktoken_ranks import FORMAT as TIKTOKEN
 from mltfr_dist.tables.vocabulary.token_map import FORMAT as TOKEN_MAP
+from mltfr_dist.tables.vocabulary.token_map import MERGES_FILE
 from mltfr_dist.tables.vocabulary.tokenizer_json import FORMAT as TOKENIZER_JSON
 from mltfr_dist.tables.vocabulary.tokenizer_json import recognises as is_tokenizer_json
 from mltfr_dist.tables.vocabulary.word_list import COUNTED, MERGES, WORD_LIST
@@ -29,18 +31,20 @@ VOCABULARY_FILES = (
     "tiktoken.model",
     "qwen.tiktoken",
     "hy.tiktoken",
+    "tekken.json",
     "rwkv_vocab_v20230424.txt",
     "dict.txt",
 )
 """Where a vocabulary is looked for beside a checkpoint, best first."""
 
-TOKENIZER_FILES = tuple(dict.fromkeys((*VOCABULARY_FILES, *NEIGHBOUR_FILES)))
+TOKENIZER_FILES = tuple(dict.fromkeys((*VOCABULARY_FILES, *NEIGHBOUR_FILES, MERGES_FILE)))
 """Every file beside a checkpoint that reading its vocabulary may look at."""
 
 
 FORMATS = (
     SENTENCEPIECE_MODEL,
     TOKENIZER_JSON,
+    TEKKEN,
     TOKEN_MAP,
     TIKTOKEN,
     RWKV,
@@ -62,7 +66,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
     if not path.exists():
         raise DataError(
             f"The vocabulary file {path} does not exist.",
-            remedy="Give the path of a tokenizer.json or vocab.txt.",
+            remedy="Give the path of a tokenizer.json or vocab.txt with --vocabulary PATH.",
         )
     file = open_file(path)
     return next(one for one in FORMATS if one.recognises(file)).read(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mltfr_dist.tables.vocabulary.assemble import added_reason, assemble
+from mltfr_dist.tables.vocabulary.assemble import added_reason, assemble, checked_entries
 from mltfr_dist.tables.vocabulary.base import DropReason, Vocabulary
 from mltfr_dist.tables.vocabulary.evidence import Declared, decide_kind
 from mltfr_dist.tables.vocabulary.files import malformed
@@ -56,7 +56,7 @@ def from_ggml(
     found = _kind(normal, model, source)
     return assemble(
         source,
-        dict(enumerate(tokens)),
+        checked_entries(((token, index) for index, token in enumerate(tokens)), source),
         found,
         added=[] if found[0] is SENTENCEPIECE else added,
         flags=flags,

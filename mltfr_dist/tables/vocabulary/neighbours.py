@@ -111,7 +111,8 @@ def _read(path: Path) -> dict[str, Any]:
     except DataError as error:
         raise DataError(
             f"{path}, which stands beside the vocabulary, is damaged. {error.what}",
-            remedy="Fetch it again, or remove it if nothing needs it.",
+            remedy="Fetch it again (`git lfs pull` fetches what git-lfs left out), or remove it if "
+            "nothing needs it.",
         ) from None
     if not isinstance(content, dict):
         raise malformed(str(path), "it holds no JSON object")

@@ -17,7 +17,7 @@ _PLAIN = {"n": "\n", "t": "\t", "r": "\r"}
 
 def recognises(file: TokenizerFile) -> bool:
     """Whether the first lines are written so."""
-    return all(_LINE.fullmatch(line) for line in file.lines[:10] if line)
+    return all(_LINE.fullmatch(line) for line in [line for line in file.lines if line][:10])
 
 
 def read(file: TokenizerFile) -> Vocabulary:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mltfr_dist.errors import DataError
-from mltfr_dist.tables.vocabulary.assemble import assemble
+from mltfr_dist.tables.vocabulary.assemble import assemble, checked_entries
 from mltfr_dist.tables.vocabulary.base import DropReason, Vocabulary
 from mltfr_dist.tables.vocabulary.files import Format, TokenizerFile, unreadable
 from mltfr_dist.tables.vocabulary.marks import SENTENCEPIECE
@@ -35,7 +35,7 @@ _PEGASUS = ("<pad>", "</s>", "<mask_1>", "<mask_2>", *(f"<unk_{i}>" for i in ran
 _LAYOUTS = {
     "llama codellama gemma gemma2 gemma3 mistral mixtral baichuan internlm internlm2 yi phi3 orion "
     "t5 mt5 umt5 albert xlnet reformer rembert bigbird debertav2 fnet gptsw3 cpm bertgeneration "
-    "siglip speecht5 chatglm chatglm4 minicpm": Layout(),
+    "siglip speecht5 minicpm": Layout(),
     "nllb mbart mbart50 xglm plbart": Layout(_FAIRSEQ, 3),
     "xlmroberta xlmrobertaxl layoutxlm mluke": Layout(_FAIRSEQ, 3, ("<mask>",)),
     "seamlessm4t": Layout(("<pad>", "<unk>", "<s>", "</s>"), 3),
@@ -62,23 +62,20 @@ def read(file: TokenizerFile) -> Vocabulary:
     Raises:
         DataError: the library is missing, the file damaged, or the ids are in doubt.
     """
-    processor = _load(file)
-    count = processor.get_piece_size()
-    pieces = [str(processor.id_to_piece(index)) for index in range(count)]
-    own = {index: reason for index in range(count) if (reason := _flag(processor, index))}
+    pieces, own = _load(file)
     beside = read_neighbours(file.path.parent)
     names = list(declared_names(file.path.parent, beside.settings))
     layout, why = _layout(file, names, "byte" in own.values())
     offset = len(layout.first) - layout.skipped
     if any(index not in own for index in range(layout.skipped)) or (
-        layout.first is _PEGASUS and beside.settings.get("offset", 103) != 103
+        layout.first is _PEGASUS and not _usual_pegasus(beside.settings)
     ):
         raise _in_doubt(file, f"its first pieces do not fit what {why} says")
     tokens = [*layout.first, *pieces[layout.skipped :], *layout.last]
     flags = {index + offset: own[index] for index in own if index >= layout.skipped}
     return assemble(
         file.name,
-        dict(enumerate(tokens)),
+        checked_entries(((token, index) for index, token in enumerate(tokens)), file.name),
         (SENTENCEPIECE, f"piece n has the id n + {offset} by {why}"),
         added=beside.added,
         special=beside.special,
@@ -86,7 +83,8 @@ def read(file: TokenizerFile) -> Vocabulary:
     )
 
 
-def _load(file: TokenizerFile) -> Any:
+def _load(file: TokenizerFile) -> tuple[list[str], dict[int, DropReason]]:
+    """The pieces, and what the model says of some of them."""
     try:
         library = importlib.import_module("sentencepiece")
     except ImportError:
@@ -98,9 +96,16 @@ def _load(file: TokenizerFile) -> Any:
     processor = library.SentencePieceProcessor()
     try:
         processor.load_from_serialized_proto(file.data)
-        return processor
-    except (RuntimeError, ValueError) as error:
+        numbers = range(processor.get_piece_size())
+        pieces = [str(processor.id_to_piece(number)) for number in numbers]
+    except (RuntimeError, ValueError) as error:  # ValueError: pieces that are no UTF-8
         raise unreadable(file.path, f"it is no whole SentencePiece model ({error})") from None
+    return pieces, {n: reason for n in numbers if (reason := _flag(processor, n))}
+
+
+def _usual_pegasus(settings: dict[str, Any]) -> bool:
+    """Whether the settings leave the places before the pieces as they are by default."""
+    return settings.get("offset", 103) == 103 and settings.get("mask_token_sent", "") is not None
 
 
 def _flag(processor: Any, index: int) -> DropReason | None:
@@ -120,9 +125,10 @@ def _layout(
         if name in _BY_NAME and not (name == "mbart" and where.startswith(MODEL_TYPE)):
             return _BY_NAME[name], where
     # Families that number otherwise have no pieces for bytes and other names for the file.
-    if has_bytes:
+    named = file.name == "tokenizer.model"
+    if has_bytes and (named or not names):
         return Layout(), "its pieces for bytes"
-    if file.name == "tokenizer.model" and not names:
+    if named and not names:
         return Layout(), "its name"
     stated = ", ".join(f"{where}: {name}" for name, where in names) or "no file beside it does"
     raise _in_doubt(file, f"the tokenizer's class would say ({stated})")

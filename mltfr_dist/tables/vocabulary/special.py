@@ -9,23 +9,28 @@ from mltfr_dist.tables.vocabulary.marks import BYTE_SPACE, WORD_START
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _UNUSED = re.compile(
-    r"[<\[](unused_?\d+|PAD\d+|extra_id_\d+|reserved_special_token_\d+|reserved_(token_)?\d+"
-    r"|(special|SPECIAL|control)_\d+|unk_\d+)[>\]]"
+    r"[<\[]((unused|UNUSED)(_token|_TOKEN)?_?\d+|(PAD|pad_|null_|unk_|extra_id_|dummy)\d+"
+    r"|reserved_special_token_\d+|reserved_(token_)?\d+|(special|SPECIAL|control)_\d+)[>\]]"
     r"|<\|(reserved|placeholder)\w*\|>|<?madeupword\d+>?|</?(s|unk|pad)>NOTUSED"
 )
 # Named one by one: `<...>` and `[...]` alone would also match pieces of code and HTML (`<div>`).
 _CONTROL = re.compile(
-    r"<[|\uff5c].*[|\uff5c]>"
-    r"|</?(s|unk|pad|mask|bos|eos|cls|sep|eod|eop|eot|sos|image|mask_\d+"
+    r"<[|\uff5c].*[|\uff5c]>|<[|\uff5c]\w+>|<\w+[|\uff5c]>|\[\|\w+\|\]"
+    r"|</?(s|unk|pad|mask|bos|eos|cls|sep|eod|eop|eot|sos|image|mask_\d+|\w+_soft_token"
     r"|(start|end|begin)_of_\w+|fim[_-]\w+|repo_?name|file_?sep|filename|gh_stars"
     r"|issue_(start|comment|closed)|jupyter_\w+|empty_output|commit_(before|msg|after)"
-    r"|think|thinking|tool_\w+|PRE|SUF|MID|EOT|BOS|EOS|UNK|PAD|MASK|CLS|SEP)>"
-    r"|\[(CLS|SEP|PAD|UNK|MASK|BOS|EOS|EOT|[gs]MASK|/?INST|/?(TOOL|AVAILABLE)_[A-Z]+"
+    r"|think|thinking|reasoning|answer|tools|tool_\w+|function_call"
+    r"|PRE|SUF|MID|EOT|BOS|EOS|UNK|PAD|MASK|CLS|SEP)>"
+    r"|\[(CLS|SEP|PAD|UNK|MASK|BOS|EOS|EOT|[gs]MASK|/?INST|/?(TOOL|AVAILABLE|START|END)_[A-Z_]+"
     r"|/?SYSTEM_PROMPT|/?THINK)\]"
-    r"|<<?/?SYS>>?|>>[A-Za-z]{2,4}([_-]\w+)*<<|<2[a-z]{2,3}(_\w+)?>"
+    r"|<<?/?SYS>>?|>>[A-Za-z]{2,4}([_-][A-Za-z0-9]+)*<<|<2[a-z]{2,3}(_\w+)?>"
     r"|__(start|end|unk|null|newln|pad)__"
 )
+_LONGEST = 100
+"""Characters of the longest token that may be a sign; the patterns see nothing longer."""
+
 _MARKUP = re.compile(r"<[^<>\s]+>|<[^<>]*_[^<>]*>|\[/?\w[\w:@-]+\]|\{\{\w+\}\}|<<[^<>\s]+>>")
+_TAG = re.compile("<[a-z]+>")
 _BEFORE = f"{WORD_START}{BYTE_SPACE} "
 _FIRST = frozenset("<[>_m")
 _HTML = re.compile(
@@ -41,7 +46,7 @@ _HTML = re.compile(
 
 
 def drop_reason(raw: str, text: str) -> DropReason | None:
-    """Why a token carries no meaning of its own, by its raw and its readable form; None: it does."""
+    """Why a token carries no meaning, by its raw and its readable form; None: it carries some."""
     if form := form_reason(raw):
         return form
     if not text.strip():
@@ -52,7 +57,7 @@ def drop_reason(raw: str, text: str) -> DropReason | None:
 def form_reason(raw: str) -> DropReason | None:
     """What a token is by the way it is written alone; such tokens stand outside the marking."""
     bare = raw.lstrip(_BEFORE)
-    if bare[:1] not in _FIRST:
+    if bare[:1] not in _FIRST or len(bare) > _LONGEST:
         return None  # quickly, for nearly all
     if _BYTE.fullmatch(raw):
         return "byte"
@@ -62,6 +67,11 @@ def form_reason(raw: str) -> DropReason | None:
 
 
 def is_markup(content: str) -> bool:
-    """Whether an added token is a sign and no word: `<tool>`, `[gMASK]`, but not HTML's `<td>`."""
+    """Whether an added token is a sign and no word: `<my_tool>`, `</x>`, `[EDGE]`, `{{name}}`.
+
+    Tags of HTML are none, nor is a bare word in `<>` (`<user>`), which no flag calls special.
+    """
     bare = content.strip(_BEFORE + "\n")
+    if len(bare) > _LONGEST or _TAG.fullmatch(bare):
+        return False
     return bool(_MARKUP.fullmatch(bare)) and not _HTML.fullmatch(bare.strip("<>/").lower())

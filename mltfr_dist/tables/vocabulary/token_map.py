@@ -11,6 +11,9 @@ from mltfr_dist.tables.vocabulary.evidence import decide_kind, declared_kind
 from mltfr_dist.tables.vocabulary.files import Format, TokenizerFile
 from mltfr_dist.tables.vocabulary.neighbours import declared_names, read_neighbours
 
+MERGES_FILE = "merges.txt"
+"""Stands beside a vocab.json of a BPE, never beside one of WordPiece."""
+
 
 def recognises(file: TokenizerFile) -> bool:
     """Whether ``file`` holds JSON that is not yet known to be something else."""
@@ -34,14 +37,15 @@ def read(file: TokenizerFile) -> Vocabulary:
             remedy="Give the tokenizer.json of this checkpoint with --vocabulary PATH.",
         )
     entries = checked_entries(content.items(), str(file.path))
-    beside = read_neighbours(file.path.parent)
-    declared = declared_kind(declared_names(file.path.parent, beside.settings))
+    folder = file.path.parent
+    beside = read_neighbours(folder)
+    declared = declared_kind(declared_names(folder, beside.settings))
     own = {token.content for _, token in beside.added} | beside.special
     words = [token for token in entries.values() if token not in own]
     return assemble(
         file.name,
         entries,
-        decide_kind(words, file.name, declared),
+        decide_kind(words, file.name, declared, has_merges=(folder / MERGES_FILE).exists()),
         added=beside.added,
         special=beside.special,
     )

@@ -73,7 +73,7 @@ def _kind(content: dict[str, Any], tokens: Iterable[str], source: str) -> tuple[
         kind, why = BYTE_LEVEL, "by its components"
     elif model.get("type") == "WordPiece" or prefix:
         kind, why = wordpiece(str(prefix or "##")), "by its model"
-    elif model.get("type") == "Unigram" or "Metaspace" in types:
+    elif model.get("type") == "Unigram" or types & {"Metaspace", "ByteFallback"}:
         kind, why = SENTENCEPIECE, "by its components"
     else:
         words = model.get("type") == "WordLevel"

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 from mltfr_dist.errors import DataError
 from mltfr_dist.tables.vocabulary.assemble import assemble, checked_entries
 from mltfr_dist.tables.vocabulary.base import Vocabulary
 from mltfr_dist.tables.vocabulary.evidence import decide_kind, declared_kind
-from mltfr_dist.tables.vocabulary.files import Format, TokenizerFile
+from mltfr_dist.tables.vocabulary.files import Format, TokenizerFile, malformed, unreadable
 from mltfr_dist.tables.vocabulary.neighbours import declared_names, read_neighbours
 
 _COLUMNS = re.compile(r"\S\s+\S|\S\t")
 _WRAPPED = re.compile(r"""\S+[,;:|=]-?[0-9.]+|b?(["']).*\1,?""")
-_COUNTED = re.compile(r"(\S+) ([0-9]+)(?: #fairseq:overwrite)?")
+_COUNTED = re.compile(r"\S+ [0-9]+( #fairseq:overwrite)?")
+_PAIR = re.compile(r"\S+ \S+( [0-9]+)?")
 _FAIRSEQ_CLASSES = ("phobert", "bertweet", "bartpho")
 _FAIRSEQ_FIRST = ("<s>", "<pad>", "</s>", "<unk>")
 
-_ELSEWHERE = "Give the tokenizer.json, vocab.json or vocab.txt of this checkpoint with --vocabulary PATH."  # fmt: skip
+_ELSEWHERE = "Give the tokenizer.json or vocab.json of this checkpoint with --vocabulary PATH."
 
 
 def is_merges(file: TokenizerFile) -> bool:
     """Whether ``file`` lists merges of a BPE (merges.txt, bpe.codes): pairs of pieces."""
     filled = [line for line in file.lines if line]
-    pair = re.compile(r"\S+ \S+( [0-9]+)?")
     counted = sum(bool(_COUNTED.fullmatch(line)) for line in filled)
-    pairs = sum(bool(pair.fullmatch(line)) for line in filled) - counted
+    pairs = sum(bool(_PAIR.fullmatch(line)) for line in filled) - counted
     return filled[0].startswith("#version") or pairs * 10 >= len(filled) * 9
 
 
@@ -62,13 +63,10 @@ def read_counted(file: TokenizerFile) -> Vocabulary:
             "Otherwise give the tokenizer.json of this checkpoint with --vocabulary PATH.",
         )
     tokens = [*_FAIRSEQ_FIRST, *(line.split(" ")[0] for line in file.lines if line)]
-    if len(set(tokens)) != len(tokens):
-        twice = next(token for token in tokens if tokens.count(token) > 1)
-        raise DataError(
-            f"The vocabulary in {file.path} is malformed: {twice!r} stands twice, or is one of "
-            f"{', '.join(_FAIRSEQ_FIRST)}, which stand before the first line.",
-            remedy="Fetch it again.",
-        )
+    token, count = Counter(tokens).most_common(1)[0]
+    if count > 1:
+        raise malformed(str(file.path), f"{token!r} stands twice, counting {_FAIRSEQ_FIRST}, which "
+                        "stand before the first line")  # fmt: skip
     kind, why = decide_kind(tokens, file.name, declared_kind(names))
     return assemble(
         file.name,
@@ -90,6 +88,8 @@ def read(file: TokenizerFile) -> Vocabulary:
     Raises:
         DataError: lines have several columns, or the kind of tokenizer is in doubt.
     """
+    if file.path.suffix in (".model", ".spm"):
+        raise unreadable(file.path, "it is neither a SentencePiece model nor a tiktoken file")
     if (file.path.parent / "emoji.json").exists():
         raise DataError(
             f"{file.path} has several spellings a line, as GPT-NeoX-Japanese has (emoji.json).",

@@ -127,6 +127,27 @@ def test_tiktoken_with_a_damaged_line(tmp_path: Path) -> None:
         read_vocabulary(tmp_path / "a.tiktoken")
 
 
+def test_tekken(tmp_path: Path) -> None:
+    """Mistral's: ids follow the special tokens, and ranks beyond the stated size have no row."""
+    vocab = [
+        {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+        for token, rank in RANKS.items()
+    ]
+    content = {
+        "config": {"default_vocab_size": 7, "default_num_special_tokens": 3},
+        "vocab": vocab,
+        "special_tokens": [{"rank": 0, "token_str": "<unk>"}, {"rank": 2, "token_str": "[X]"}],
+    }
+    path = tmp_path / "tekken.json"
+    path.write_text(json.dumps(content))
+    found = find_vocabulary(tmp_path)
+    assert found.tokens == ("<unk>", None, "[X]", "!", " the", "ing", "\ufffd")
+    assert found.reasons == ("special", "no_entry", "special", None, None, None, "fragment")
+    path.write_text(json.dumps(content | {"vocab": [{"rank": 0, "token_bytes": "?"}]}))
+    with pytest.raises(DataError, match=r"'\?' is no base64"):
+        find_vocabulary(tmp_path)
+
+
 # --- SentencePiece -------------------------------------------------------------------------------
 
 SENTENCES = ["the cat sat on the mat with a hat", "kings and queens of the realm"] * 20
@@ -225,9 +246,7 @@ def test_llama_model_by_its_bytes_and_its_name(tmp_path: Path) -> None:
     assert find_vocabulary(tmp_path).kind.endswith("by its name")
 
 
-def test_without_the_sentencepiece_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_sentencepiece_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer.model").write_bytes(train())
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     with pytest.raises(DataError, match=r"pip install mltfr-dist\[tokenizers\]"):
@@ -245,7 +264,9 @@ def test_ggml_byte_level_under_another_name() -> None:
     for model in ("llama", "hunyuan"):
         found = ggml(model, "Ġthe", "ing", "ĠcafÃ©", "Ċ")
         assert found.tokens == (" the", "ing", " café", "\n")
-    assert ggml("llama", "Ġthe").kind.endswith("though tokenizer.ggml.model llama says SentencePiece")
+    assert ggml("llama", "Ġthe").kind.endswith(
+        "though tokenizer.ggml.model llama says SentencePiece"
+    )
 
 
 def test_ggml_pieces_under_gpt2() -> None:

@@ -93,12 +93,19 @@ def test_config_json_is_asked_where_nothing_else_speaks(tmp_path: Path) -> None:
 
 def test_marks_of_two_kinds_are_in_doubt_without_a_class(tmp_path: Path) -> None:
     tokens = ["Ġthe", "##ing", "Ġof", "##er"]
-    with pytest.raises(DataError, match=r"The kind of tokenizer of vocab\.json is in doubt: it has"):
+    with pytest.raises(
+        DataError, match=r"The kind of tokenizer of vocab\.json is in doubt: it has"
+    ):
         by_id(tmp_path, *tokens)
     as_bert = by_id(tmp_path, *tokens, tokenizer_class="BertTokenizer")
     assert as_bert.tokens == (" Ġthe", "ing", " Ġof", "er")
     as_gpt2 = by_id(tmp_path, *tokens, tokenizer_class="GPT2Tokenizer")
     assert as_gpt2.tokens == (" the", "##ing", " of", "##er")
+
+
+def test_merges_beside_it_speak_against_wordpiece(tmp_path: Path) -> None:
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ t\n")
+    assert by_id(tmp_path, "Ġthe", "##x", "er").tokens == (" the", "##x", "er")
 
 
 def test_clear_marks_win_over_a_wrong_class(tmp_path: Path) -> None:

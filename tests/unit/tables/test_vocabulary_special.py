@@ -34,6 +34,8 @@ def write(folder: Path, **files: object) -> Vocabulary:
         ("<unk_7>", "unused"),
         ("</s>NOTUSED", "unused"),
         ("madeupword0003", "unused"),
+        ("[UNUSED_TOKEN_145]", "unused"),
+        ("<null_1>", "unused"),
         ("<think>", "special"),
         ("</think>", "special"),
         ("<tool_call>", "special"),
@@ -48,6 +50,9 @@ def write(folder: Path, **files: object) -> Vocabulary:
         ("<fim-prefix>", "special"),
         ("▁<PRE>", "special"),
         ("__start__", "special"),
+        ("<|turn>", "special"),
+        ("[|endofturn|]", "special"),
+        ("<image_soft_token>", "special"),
         ("<0x0A>", "byte"),
         ("<div>", None),
         ("</p>", None),
@@ -57,6 +62,9 @@ def write(folder: Path, **files: object) -> Vocabulary:
         ("vector<int>", None),
         (">>>", None),
         ("<<", None),
+        ("<|>", None),
+        ("[a]", None),
+        ("<h1>", None),
         (">>=", None),
         ("__init__", None),
         ("think", None),
@@ -70,11 +78,11 @@ def test_by_form(raw: str, reason: DropReason | None) -> None:
 
 def test_added_tokens_that_are_signs(tmp_path: Path) -> None:
     """Flagged or not; words and HTML that were added stay (Gemma adds tags)."""
-    contents = ["<my_tool>", "<answer>", "[EDGE]", "<table>", "</h1>", "café", "[i]"]
+    contents = ["<my_tool>", "</x>", "[EDGE]", "<table>", "</h1>", "café", "[i]", "<user>"]
     added = [{"id": 2 + i, "content": text, "special": False} for i, text in enumerate(contents)]
     model = {"type": "BPE", "vocab": {"▁the": 0, "s": 1}}
     found = write(tmp_path, tokenizer={"model": model, "added_tokens": added})
-    assert found.reasons == (None, None, "special", "special", "special", None, None, None, None)
+    assert found.reasons == (*[None] * 2, *["special"] * 3, *[None] * 5)
 
 
 def test_ggml_user_defined_signs() -> None:
@@ -127,7 +135,9 @@ def test_an_added_token_may_name_a_reserved_place(tmp_path: Path) -> None:
 
 
 def test_an_added_token_in_the_place_of_a_word(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'s' has the id 1, as added_tokens\.json gives it to 'ca'"):
+    with pytest.raises(
+        DataError, match=r"'s' has the id 1, as added_tokens\.json gives it to 'ca'"
+    ):
         write(tmp_path, vocab={"▁the": 0, "s": 1}, added_tokens={"ca": 1})
 
 
