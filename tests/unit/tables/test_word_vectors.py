@@ -12,12 +12,26 @@ from mltfr_dist.tables.checkpoints import open_embedding
 from mltfr_dist.tables.extract import extract_table
 
 RAW = TableConfig(normalise="none")
-WORDS = ["the", ". . .", "at name@domain.com", "café", "a\u00a0b", "x\u0085y", "<unk>", "12", "日本"]
+WORDS = [
+    "the",
+    ". . .",
+    "at name@domain.com",
+    "café",
+    "a\u00a0b",
+    "x\u0085y",
+    "<unk>",
+    "12",
+    "日本",
+]
 
 
-def write(path: Path, words: list[str], *, dim: int = 5, header: str = "", end: str = "\n") -> np.ndarray:
+def write(
+    path: Path, words: list[str], *, dim: int = 5, header: str = "", end: str = "\n"
+) -> np.ndarray:
     rows = np.random.default_rng(0).normal(size=(len(words), dim))
-    lines = [f"{word} {' '.join(f'{value:.5g}' for value in row)}{end}" for word, row in zip(words, rows)]
+    lines = [
+        f"{word} {' '.join(f'{value:.5g}' for value in row)}{end}" for word, row in zip(words, rows)
+    ]
     path.write_bytes((header + "".join(lines)).encode())
     return np.array(
         [[np.float32(f"{value:.5g}") for value in row] for row in rows], dtype=np.float32
@@ -86,7 +100,7 @@ def test_refused(tmp_path: Path, content: str, message: str) -> None:
 
 def test_numbers_within_a_line_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "x.vec").write_text("the 1 2 3\nof 1 x 3\n")
-    with pytest.raises(DataError, match=r"row 2 of .*x\.vec"):
+    with pytest.raises(DataError, match=r"x\.vec .*in row 2, could not convert"):
         list(open_embedding(tmp_path / "x.vec").blocks())
 
 
