@@ -166,7 +166,7 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         DataError: the index is malformed or names a file outside its folder.
     """
-    content = read_json(path)
+    content = read_json(path, unique=True)
     try:
         items = {str(name): str(file) for name, file in content["weight_map"].items()}
     except (KeyError, AttributeError, TypeError) as error:

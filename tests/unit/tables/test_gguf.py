@@ -68,6 +68,14 @@ def test_header_equals_the_librarys(tmp_path: Path, alignment: int | None) -> No
     }  # fmt: skip
 
 
+def test_version_2(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    write_gguf(path, table(), Q.F32, BYTE_LEVEL, [1] * 8)
+    path.write_bytes(b"GGUF\2" + path.read_bytes()[5:])
+    assert torch.equal(open_embedding(path).read_rows(0, 8)[1], table())
+    assert open_embedding(path).read_vocabulary().tokens[4] == " the"
+
+
 READABLE = [
     kind
     for kind in gguf.GGML_QUANT_SIZES
