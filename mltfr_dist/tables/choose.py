@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,9 @@ KNOWN_NAMES = (
 
 STATIC_NAME = "embeddings"
 """The whole name of model2vec's table."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""What PEFT writes beside an adapter's weights."""
 
 OUTPUT_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Last parts of names of output layers, which hold the embedding where a model ties the two."""
@@ -108,6 +113,7 @@ def choose_tensors(
     *,
     asked: str | None,
     architecture: Architecture,
+    where: str,
     describe: Callable[[], str],
 ) -> tuple[list[str], str]:
     """The input embedding's name: several names where the caller has to see that all are equal.
@@ -116,6 +122,7 @@ def choose_tensors(
         names: every tensor of the checkpoint.
         asked: the name that the user gave; it must exist.
         architecture: what ``config.json`` says.
+        where: the checkpoint's folder, for the error message.
         describe: lists the candidates with their shapes, for the error message.
 
     Returns:
@@ -143,7 +150,7 @@ def choose_tensors(
     ]
     if found := usual or [name for name in names if name == STATIC_NAME]:
         return found, f"its name ({note})"
-    _refuse_changed(names)
+    _refuse_changed(names, where)
     output = [name for wanted in OUTPUT_NAMES for name in _ending_in(names, wanted)]
     if output and architecture.tied:
         return output, "config.json (the output layer, which is tied to the input)"
@@ -180,7 +187,7 @@ def is_adapter(name: str) -> bool:
     return _ADAPTER.search(name) is not None
 
 
-def _refuse_changed(names: Collection[str]) -> None:
+def _refuse_changed(names: Collection[str], where: str) -> None:
     """Raise DataError if the embedding's module is there, but not as a plain weight."""
     modules = {known.removesuffix(".weight") for known in KNOWN_NAMES}
     changed = sorted(
@@ -192,7 +199,7 @@ def _refuse_changed(names: Collection[str]) -> None:
     if not changed:
         return
     if any(is_adapter(name) for name in changed):
-        raise unmerged(changed, "The checkpoint")
+        raise unmerged(changed, where)
     raise DataError(
         f"The input embedding is stored in parts ({', '.join(changed[:4])}): it is quantised.",
         rule="Quantised embeddings are read from GGUF files, and as FP8 with its scales.",
@@ -201,15 +208,32 @@ def _refuse_changed(names: Collection[str]) -> None:
 
 
 def unmerged(parts: Collection[str], where: str, base: str = "BASE") -> DataError:
-    """The error for an embedding that an adapter changes when the model is loaded."""
-    shown = ", ".join(sorted(parts)[:3])
+    """The error for an embedding that an adapter changes when the model is loaded.
+
+    Args:
+        parts: what shows it.
+        where: the folder.
+        base: path or id of the base model.
+    """
+    source, target = json.dumps(where), json.dumps(f"{Path(where).absolute().name}-merged")
+    code = (
+        "from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer; "
+        f"AutoPeftModelForCausalLM.from_pretrained({source}).merge_and_unload()"
+        f".save_pretrained({target}); "
+        f"AutoTokenizer.from_pretrained({json.dumps(base)}).save_pretrained({target})"
+    )
+    remedy = (
+        f"Merge it: with `pip install peft`, run `python -c {shlex.quote(code)}` and give "
+        f"the folder {json.loads(target)}."
+        if (Path(where) / ADAPTER_CONFIG).is_file()
+        else "Load the model as it was trained, merge it (merge_and_unload() of peft), save it "
+        "and its tokenizer with save_pretrained, and give the new folder."
+    )
     return DataError(
-        f"{where} holds an adapter that changes the input embedding and is not merged ({shown}).",
+        f"{where} holds an adapter that changes the input embedding and is not merged "
+        f"({', '.join(sorted(parts)[:3])}).",
         rule="The rows of the base model are not those that the model works with.",
-        remedy="Merge it: in Python, with the package peft, "
-        'model = AutoPeftModelForCausalLM.from_pretrained("ADAPTER").merge_and_unload(); '
-        'model.save_pretrained("MERGED"); '
-        f'AutoTokenizer.from_pretrained("{base}").save_pretrained("MERGED"); and give MERGED.',
+        remedy=remedy,
     )
 
 

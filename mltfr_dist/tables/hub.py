@@ -110,6 +110,7 @@ def fetch_files(
         by_index,
         asked=tensor,
         architecture=architecture,
+        where=repository,
         describe=lambda: ", ".join(sorted(by_index)[:40]),
     )
     weights = {by_index[name] for name in needed_tensors(candidates, by_index)}

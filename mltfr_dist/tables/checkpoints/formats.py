@@ -40,10 +40,20 @@ def open_embedding(path: Path, tensor: str | None = None) -> EmbeddingSource:
     Raises:
         DataError: nothing readable there, or no tensor that is certainly the embedding.
     """
+    try:
+        return _open(path, tensor)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}.",
+            remedy="Check that you may read it, and that its disk is there.",
+        ) from None
+
+
+def _open(path: Path, tensor: str | None) -> EmbeddingSource:
     if path.is_dir():
         names = local_names(path)
         if below := model_folder(names, lambda name: path / name):
-            return open_embedding(path / below, tensor)
+            return _open(path / below, tensor)
         for name in names:
             if "/" not in name and name.endswith(PICKLE_ENDINGS):
                 refuse_binary_vectors(path / name)

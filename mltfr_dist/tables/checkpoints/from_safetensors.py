@@ -12,7 +12,6 @@ import torch
 from mltfr_dist.errors import DataError
 from mltfr_dist.tables import choose
 from mltfr_dist.tables.checkpoints.layout import (
-    ADAPTER_CONFIG,
     INDEX_FILE,
     MOST_PARTS,
     PART,
@@ -60,6 +59,7 @@ def open_safetensors(folder: Path, layout: Layout, asked: str | None) -> Embeddi
         held,
         asked=asked,
         architecture=architecture or choose.Architecture(),
+        where=str(folder),
         describe=lambda: _describe(held),
     )
     table = _one_of([StoredTensor.find(name, file) for name in names for file in held[name]])
@@ -117,7 +117,7 @@ def _refuse_adapter(folder: Path, layout: Layout) -> None:
     """Raise DataError if the folder holds an adapter that changes its base model's embedding."""
     if layout.adapter is None:
         return
-    file = folder / ADAPTER_CONFIG
+    file = folder / choose.ADAPTER_CONFIG
     settings = read_json(file) if file.is_file() else {}
     if not isinstance(settings, dict):
         raise DataError(f"{file} is no JSON object.", remedy="Fetch it again; it is damaged.")
@@ -125,9 +125,9 @@ def _refuse_adapter(folder: Path, layout: Layout) -> None:
     base = str(settings.get("base_model_name_or_path") or "BASE")
     keys = ("target_modules", "modules_to_save", "trainable_token_indices")
     targets = {key: set(re.findall(r"\w+", str(settings.get(key)))) for key in keys}
-    stated = [f"{key} of {ADAPTER_CONFIG}" for key in keys if targets[key] & modules]
+    stated = [f"{key} of {choose.ADAPTER_CONFIG}" for key in keys if targets[key] & modules]
     if settings.get("trainable_token_indices"):
-        stated.append(f"trainable_token_indices of {ADAPTER_CONFIG}")
+        stated.append(f"trainable_token_indices of {choose.ADAPTER_CONFIG}")
     inside = (
         tensor_names(folder / layout.adapter) if layout.adapter.endswith(".safetensors") else ()
     )
@@ -172,7 +172,7 @@ def _scaled_rows(table: StoredTensor, held: Held, settings: Mapping[str, Any]) -
     everything = {**_other_parts(table.file), **held}
     beside = choose.siblings(table.name, everything)
     if adapters := [name for name in beside if choose.is_adapter(name)]:
-        raise choose.unmerged(adapters, str(table.file))
+        raise choose.unmerged(adapters, str(table.file.parent))
     if table.dtype not in FLOAT_DTYPES:
         others = f" beside {', '.join(beside[:4])}" if beside else ""
         raise DataError(

@@ -60,8 +60,11 @@ def open_word_vectors(folder: Path, layout: Layout, asked: str | None) -> Embedd
             file.seek(int(starts[start]))
             raw = file.read(int(starts[stop] - starts[start]))
         rows = np.empty((stop - start, dim), dtype=np.float32)
-        for row, line in zip(rows, raw.split(b"\n")):
-            row[:] = _numbers(line, dim)
+        for index, line in enumerate(raw.split(b"\n")[: stop - start]):
+            try:
+                rows[index] = [float(field) for field in _fields(line)[-dim:]]
+            except ValueError as error:
+                raise _refused(path, f"in row {start + index + 1}, {error}") from None
         return raw, torch.from_numpy(rows)
 
     shown = ", ".join(repr(word) for word in list(doubled)[:5])
@@ -161,10 +164,6 @@ def _word(line: bytes, dim: int) -> bytes | None:
     except ValueError:
         return None
     return b" ".join(fields[:-dim])
-
-
-def _numbers(line: bytes, dim: int) -> list[float]:
-    return [float(field) for field in _fields(line)[-dim:]]
 
 
 def _refused(path: Path, what: str) -> DataError:

@@ -11,11 +11,11 @@ from pathlib import Path, PurePosixPath
 
 from mltfr_dist.errors import DataError
 from mltfr_dist.tables.checkpoints.source import read_json
+from mltfr_dist.tables.choose import ADAPTER_CONFIG
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILE = "model.safetensors"
 MODULES_FILE = "modules.json"
-ADAPTER_CONFIG = "adapter_config.json"
 PICKLE_ENDINGS = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 VECTOR_ENDING = ".vec"
 _OTHER_ENDINGS = (".h5", ".onnx", ".msgpack", ".ot", ".npz", ".mlmodel", ".tflite")
@@ -166,7 +166,7 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         DataError: the index is malformed or names a file outside its folder.
     """
-    content = read_json(path)
+    content = read_json(path, unique=True)
     try:
         items = {str(name): str(file) for name, file in content["weight_map"].items()}
     except (KeyError, AttributeError, TypeError) as error:

@@ -74,8 +74,12 @@ def refuse_pointer(file: Path) -> None:
             )
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, *, unique: bool = False) -> Any:
     """The content of a small JSON file of a checkpoint.
+
+    Args:
+        file: its path.
+        unique: refuse an object that has a key twice, of which one would be lost.
 
     Raises:
         DataError: it is no JSON, too deeply nested or over 16 MiB.
@@ -84,11 +88,20 @@ def read_json(file: Path) -> Any:
     try:
         if file.stat().st_size > _SETTINGS_BYTES:
             raise ValueError("it is over 16 MiB")
-        return json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{file} is malformed: {error}.", remedy="Fetch it again; it is damaged."
         ) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has {max(keys, key=keys.count)!r} twice")
+    return found
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

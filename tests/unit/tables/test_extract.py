@@ -74,7 +74,13 @@ def test_sharded_folder_reads_only_the_shard_it_needs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "{}", '{"weight_map": 3}', '{"weight_map": {"wte.weight": "../x.safetensors"}}'],
+    [
+        "{",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": "b", "a": "c"}}',
+        '{"weight_map": {"wte.weight": "../x.safetensors"}}',
+    ],
 )
 def test_bad_index(tmp_path: Path, content: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)

@@ -333,6 +333,22 @@ def test_adapters(tmp_path: Path) -> None:
         open_embedding(beside)
 
 
+def test_the_remedy_for_adapters_is_a_command(tmp_path: Path) -> None:
+    """It was typed with peft 0.21, which is no dependency of this project."""
+    embedding = "base_model.model.model.embed_tokens"
+    lora = {f"{embedding}.lora_embedding_A": torch.rand(2, 8)}
+    save_file(lora, tmp_path / "adapter_model.safetensors")
+    settings = {"base_model_name_or_path": "owner/base", "target_modules": ["embed_tokens"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError) as error:
+        open_embedding(tmp_path)
+    program = shlex.split(error.value.remedy.split("`")[3])
+    assert program[:2] == ["python", "-c"]
+    compile(program[2], "remedy", "exec")
+    assert f'from_pretrained("{tmp_path}").merge_and_unload()' in program[2]
+    assert 'AutoTokenizer.from_pretrained("owner/base").save_pretrained' in program[2]
+
+
 # --- model2vec and sentence-transformers
 
 
