@@ -131,7 +131,7 @@ def test_a_run_starts_in_another_folder(tmp_path: Path) -> None:
             "name=x",
             "--config",
             "mine.yaml",
-            "mltfr.consensus.enabled=false",
+            "mltfr.enabled=false",
         ],
         env=clean_environment(),
         capture_output=True,

@@ -231,12 +231,15 @@ for how in ("scale", "whiten"):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_does_not_grow_with_the_table(tmp_path: Path, dtype: torch.dtype) -> None:
-    num_rows, dim = 40_000, 512  # 82 MB in float32, after one of 10 MB
+    num_rows, dim = 40_000, 512  # 82 MB in float32, after one of 20 MB
     rows = table(1000, dim).to(dtype).repeat(num_rows // 1000, 1)
     (tmp_path / "model").mkdir()
-    save_file({"wte.weight": rows[:5000].clone()}, tmp_path / "model/model.safetensors")
+    save_file({"wte.weight": rows[:10_000].clone()}, tmp_path / "model/model.safetensors")
     save_file({"wte.weight": rows, "x.weight": rows.clone()}, tmp_path / "large.safetensors")
-    for words, count in ((tmp_path / "model/vocab.txt", 5000), (tmp_path / "words.txt", num_rows)):
+    for words, count in (
+        (tmp_path / "model/vocab.txt", 10_000),
+        (tmp_path / "words.txt", num_rows),
+    ):
         words.write_text("".join(f"word{index}\n" for index in range(count)))
     arguments = [tmp_path / name for name in ("model", "large.safetensors", "words.txt", "out")]
     done = subprocess.run(
@@ -245,7 +248,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path: Path, dtype: torch.dtype)
         text=True,
         check=True,
     )
-    for growth in map(int, done.stdout.split()):  # the tokens are part of it
-        assert growth < 30e6, f"{growth / 1e6:.0f} MB more for a table of 82 MB"
-    print(done.stdout)
+    scale, whiten = (int(line) / 1e6 for line in done.stdout.split())
+    assert scale < 30, f"{scale:.0f} MB more for a table of 82 MB"  # the tokens are part of it
+    assert whiten < 70, f"{whiten:.0f} MB more for a table of 82 MB"
     assert load_table(tmp_path / "out" / "scale").rows.shape == (num_rows, dim)
