@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
+from time import monotonic
 
 import torch
 
@@ -24,11 +24,11 @@ def follow(
     """
     on_terminal = sys.stderr.isatty()
     pause = SECONDS_ON_TERMINAL if on_terminal else SECONDS_IN_LOG
-    began = said = time.monotonic()
+    began = said = monotonic()
     try:
         for start, block in blocks:
             yield start, block
-            done, now = start + len(block), time.monotonic()
+            done, now = start + len(block), monotonic()
             if now - said < pause or done >= num_rows:
                 continue
             said, rate = now, done / (now - began)

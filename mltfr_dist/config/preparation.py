@@ -99,7 +99,8 @@ class TableConfig(Options):
     )
     vocabulary: Path | None = Field(
         None,
-        description="tokenizer.json, tokenizer_config.json, vocab.json or vocab.txt; found beside the source when not given.",
+        description="File with the source's tokens, such as tokenizer.json or vocab.txt; found beside the source when not "
+        "given.",
     )
     normalise: Literal["scale", "whiten", "none"] = Field(
         "scale",

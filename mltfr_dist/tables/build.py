@@ -71,7 +71,7 @@ def build_tables(
                 remedy="Extract them one at a time, and name one with --name.",
             )
         plans[plan.name] = plan
-    return [_build(plan, log) for plan in plans.values()]
+    return [build_plan(plan, log) for plan in plans.values()]
 
 
 def build_table(
@@ -100,10 +100,15 @@ def build_table(
     """
     check_name(name)
     check_output(output)
-    return _build(plan_table(source, output, config, name=name, licence=licence), log)
+    return build_plan(plan_table(source, output, config, name=name, licence=licence), log)
 
 
-def _build(plan: Plan, log: Log) -> TableInfo:
+def build_plan(plan: Plan, log: Log) -> TableInfo:
+    """Read, normalise and store what was planned, and say what came out.
+
+    Raises:
+        DataError: numbers that are not finite, rows that are all equal, or no space.
+    """
     table, found, how = plan.table, plan.table.source, plan.config.normalise
     num_rows, digest = len(table.vocabulary), hashlib.sha256()
     with new_table(plan.output, plan.name, num_rows, found.dim, log) as new:

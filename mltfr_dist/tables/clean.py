@@ -14,7 +14,7 @@ import torch
 from scipy.linalg import blas
 
 from mltfr_dist.progress import follow
-from mltfr_dist.tables.row_file import RowFile
+from mltfr_dist.tables.row_file import BLOCK_ENTRIES, RowFile
 
 EIGENVALUE_FLOOR = 1e-6
 """Whitening: eigenvalues below this share of the largest count as this share, so that noise is not blown up."""
@@ -40,10 +40,11 @@ class MeanCosine:
 
     def add(self, rows: torch.Tensor) -> None:
         """Take ``rows`` [n, D] in."""
-        exact = rows.double()
-        norms = exact.norm(dim=1, keepdim=True)  # [n, 1]
-        self._total += (exact / norms.where(norms > 0, 1.0)).sum(0)
-        self._count += int((norms > 0).sum())
+        for block in torch.split(rows, max(1, BLOCK_ENTRIES // rows.shape[1])):
+            exact = block.double()
+            norms = exact.norm(dim=1, keepdim=True)  # [n, 1]
+            self._total += (exact / norms.where(norms > 0, 1.0)).sum(0)
+            self._count += int((norms > 0).sum())
 
     @property
     def value(self) -> float:

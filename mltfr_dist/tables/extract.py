@@ -61,7 +61,7 @@ class OpenTable:
         for start, block in self.source.blocks(digest):
             places = self.kept[start : start + len(block)].nonzero()[:, 0]  # [n]
             rows = block[places]
-            bad = (~rows.isfinite().all(dim=1)).nonzero()[:, 0]
+            bad = (~rows.abs().amax(dim=1).isfinite()).nonzero()[:, 0]
             if len(bad) and not first:
                 place = int(bad[0])
                 token = self.vocabulary[done + place]

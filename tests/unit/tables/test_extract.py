@@ -94,10 +94,20 @@ def test_damaged_file(tmp_path: Path) -> None:
         extract_table(str(tmp_path / "x.safetensors"), RAW)
 
 
-def test_values_that_are_no_numbers(tmp_path: Path) -> None:
-    rows = table()
-    rows[5, 3] = float("nan")
-    with pytest.raises(DataError, match="holds infinite values or NaN"):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_no_numbers(tmp_path: Path, value: float) -> None:
+    rows = table(8, 1 << 17)  # two rows a block
+    rows[0] = value  # dropped, so that it does not matter
+    extract_table(str(write_single(tmp_path, rows)), RAW)
+    rows[5, 3] = value
+    with pytest.raises(
+        DataError,
+        match=r"embed_tokens\.weight of model\.safetensors holds infinite values or NaN in one row, "
+        r"row 5 \(token 'ing'\)",
+    ):
+        extract_table(str(write_single(tmp_path, rows)), RAW)
+    rows[4:7, 1] = value
+    with pytest.raises(DataError, match=r"in 3 rows, the first of them row 4 \(token ' the'\)"):
         extract_table(str(write_single(tmp_path, rows)), RAW)
 
 
