@@ -1,4 +1,4 @@
-"""The `mltfr` command: prepare, fetch, inspect, tables, train, sweep, evaluate, recommend, export, report; and train.py's share."""
+"""The `mltfr` command (prepare, fetch, inspect, tables, train, sweep, evaluate, recommend, ...) and train.py's share."""
 
 from __future__ import annotations
 

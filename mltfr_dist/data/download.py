@@ -148,12 +148,14 @@ def _receive(
         raise _CutOffError("the file on the server has changed") from None
     with answer:
         total = _total(answer, have)
-        if have and total is not None and answer.status == 206:
+        if answer.status == 206 and total is None:
+            _anew(file)
+            raise _CutOffError("the server sent another part than was asked for")
+        if answer.status == 206:
             log(f"Going on behind {have / 1e6:,.1f} MB.")
-        else:
+        elif file.seek(0, 2):
             have = _anew(file)
-            total = _total(answer, 0)
-            log("From its beginning.") if state else None
+            log("The server cannot go on where it was cut off: from the beginning.")
         tag = answer.headers.get("ETag", "")
         validator = tag if tag.startswith('"') else answer.headers.get("Last-Modified", "")
         write_atomically(state_path, json.dumps({"url": url, "validator": validator}))
@@ -189,7 +191,7 @@ def _copy(answer: Any, file: IO[bytes], total: int | None, log: Log) -> None:
     began, start = time.monotonic(), file.seek(0, 2)
     have, said = start, began
     while block := answer.read(_BLOCK_BYTES):
-        file.write(block)
+        _write(file, block)
         have += len(block)
         now = time.monotonic()
         if now - said >= _SECONDS_BETWEEN_LINES:
@@ -197,11 +199,21 @@ def _copy(answer: Any, file: IO[bytes], total: int | None, log: Log) -> None:
             of = f" of {total / 1e6:,.1f}" if total else ""
             left = f", about {(total - have) / rate:.0f} s left" if total else ""
             log(f"  {have / 1e6:,.1f}{of} MB, {rate / 1e6:.1f} MB/s{left}")
-    file.flush()
     if total is not None and have != total:
         raise _CutOffError(f"{have:,} of {total:,} bytes came")
     if total is None:
         log("The server does not say how long the file is; only its content can tell.")
+
+
+def _write(file: IO[bytes], block: bytes) -> None:
+    try:
+        file.write(block)
+        file.flush()
+    except OSError as error:
+        raise DataError(
+            f"{file.name} cannot be written: {error.strerror}.",
+            remedy="Free disk there, and start the same command again: it goes on.",
+        ) from None
 
 
 def _may_pass(error: Exception) -> bool:

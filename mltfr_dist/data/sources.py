@@ -102,9 +102,10 @@ def load_interactions(
 ) -> int:
     """Create ``interactions(row_number, user_id, item_id, timestamp)`` from files and return its number of rows.
 
-    Rows are numbered through all files, in the order of ``files``; those without rows are passed
-    over. Ids are text, or 64-bit integers if all files are Parquet with integer ids. ``timestamp``: integers of Parquet as they are; other numbers as DECIMAL(38, 9); dates and date-times as
-    microseconds since 1970 UTC; and in sequence text (which has no time) the position within the user's line, from 1.
+    Rows are numbered through all files, in the order of ``files``; those without rows are passed over.
+    Ids are text, or 64-bit integers if all files are Parquet with integer ids. ``timestamp``: integers of Parquet as they are;
+    other numbers as DECIMAL(38, 9); dates and date-times as microseconds since 1970 UTC; and in sequence text (which has no
+    time) the position within the user's line, from 1.
 
     Raises:
         DataError: missing file or column, unparsable row (with its line), empty or impossible value, no rows.
