@@ -61,6 +61,8 @@ def files_in(path: Path, name: str) -> list[Given]:
 
 def is_mark(name: str) -> bool:
     """Whether a file or folder of this name marks something for another program, and is no data."""
+    if name in (".", ".."):
+        return False
     return name.startswith(("_", ".")) or name.lower().endswith(".crc")
 
 

@@ -253,7 +253,7 @@ def _csv_header(file: InputFile, format: str) -> tuple[list[str], int]:
         with _open_text(file.path) as handle:
             blank_lines, header = 0, None
             for header in _csv_records(handle, format):
-                if any(name.strip() for name in header):
+                if not _is_blank(header):
                     break
                 blank_lines, header = blank_lines + 1, None
     except (OSError, EOFError, csv.Error) as error:
@@ -264,6 +264,10 @@ def _csv_header(file: InputFile, format: str) -> tuple[list[str], int]:
             remedy="Give a file with a line of column names and at least one row.",
         )
     return header, blank_lines
+
+
+def _is_blank(record: list[str]) -> bool:
+    return not any(field.strip() for field in record)
 
 
 def _csv_records(handle: TextIO, format: str) -> Any:
@@ -290,7 +294,8 @@ def where(file: InputFile, format: str, row_number: int) -> str:
         return f"{file.name}, {'row' if format == 'parquet' else 'line'} {row_number}"
     with _open_text(file.path) as handle:
         reader = _csv_records(handle, format)
-        next(itertools.islice((record for record in reader if record), row_number, None), None)
+        from_header = itertools.dropwhile(_is_blank, reader)
+        next(itertools.islice(filter(None, from_header), row_number, None), None)
         return f"{file.name}, line {reader.line_num}"
 
 

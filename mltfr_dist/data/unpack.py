@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import io
+import itertools
 import lzma
 import re
 import zipfile
@@ -141,6 +142,11 @@ class _Reading(io.RawIOBase):
 
 
 def _zstd(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    with pa.CompressedInputStream(pa.PythonFile(_Reading(blocks), mode="r"), "zstd") as stream:
+    blocks = iter(blocks)
+    first = next(blocks, b"")
+    if not first:
+        raise EOFError("it is empty")
+    reading = pa.PythonFile(_Reading(itertools.chain([first], blocks)), mode="r")
+    with pa.CompressedInputStream(reading, "zstd") as stream:
         while block := stream.read(BLOCK_BYTES):
             yield block
