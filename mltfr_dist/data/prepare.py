@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,19 @@ def _resolve(
     places = [source] if isinstance(source, str) else list(source)
     if len(places) == 1 and places[0] in sources.NAMED_SETS:
         return _named(places[0], config, packages_dir)
+    try:
+        return _gathered(places, output, config, workspace)
+    except DataError:
+        shutil.rmtree(workspace.fetched, ignore_errors=True)
+        with suppress(OSError):  # it holds more
+            workspace.temporary.rmdir()
+        raise
+
+
+def _gathered(
+    places: Sequence[str], output: Path, config: PrepareConfig, workspace: Workspace
+) -> tuple[Source, PrepareConfig]:
+    """The files of ``places``, all of one format, and the configuration with that format."""
     found = gather(
         places,
         config.titles,

@@ -20,6 +20,8 @@ from mltfr_dist.data import fetch, public_sets
 from mltfr_dist.data.fetch import RECORD, fetch_set, sets_text, use_set
 from mltfr_dist.data.public_sets import PUBLIC_SETS, PublicSet
 from mltfr_dist.errors import DataError
+from mltfr_dist.presets import PRESETS
+from mltfr_dist.training.inputs import load_inputs
 
 CONTENT = "".join(f"u{user} " + " ".join(f"i{n}" for n in range(9)) + "\n" for user in range(9999))
 BYTES = CONTENT.encode()
@@ -318,3 +320,12 @@ def test_the_registry(capsys):
         assert set(found.options) <= set(PrepareConfig.model_fields)
         assert "/" not in found.file
         assert ".." not in found.member
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_whose_data_is_missing_says_how_to_get_it(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="is not here") as caught:
+        load_inputs(PRESETS[name]())
+    assert "mltfr prepare" in caught.value.remedy
+    assert str(PRESETS[name]().data.path) in caught.value.remedy
