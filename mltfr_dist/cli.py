@@ -1,4 +1,4 @@
-"""The `mltfr` command (prepare, fetch, inspect, tables, train, sweep, evaluate, recommend, ...) and train.py's share."""
+"""The `mltfr` command: prepare, fetch, inspect, tables, train and others; and train.py's share."""
 
 from __future__ import annotations
 
@@ -154,6 +154,10 @@ def command_prepare(options: argparse.Namespace) -> None:
         section_from(PrepareConfig, options),
         section_from(PrepareResources, options),
     )
+    if options.output == "-":
+        raise ConfigError(
+            "The output is a folder, and cannot be standard output.", remedy="Name a folder."
+        )
     sources, config = _known_set(options, config)
     prepare(sources, options.output, config, resources=resources, packages_dir=options.packages)
 
@@ -310,8 +314,8 @@ def build_parser() -> argparse.ArgumentParser:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="files (also .gz, .bz2, .xz, .zst, .zip), folders, patterns, URLs, or - for standard input, taken together in "
-        "this order; or the name of a set that `mltfr fetch` lists",
+        help="files (also .gz, .bz2, .xz, .zst, .zip), folders, patterns, URLs, or - for standard "
+        "input, taken together in this order; or the name of a set that `mltfr fetch` lists",
     )
     prepare.add_argument(
         "output", metavar="OUTPUT", help="folder or URL to write; it must not hold other data"
@@ -444,9 +448,21 @@ COMMANDS = {
 }
 
 
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; sources and output of `prepare` may also stand behind options."""
+    parser = build_parser()
+    options, more = parser.parse_known_args(arguments)
+    if more and options.command == "prepare" and not any(word[:1] == "-" != word for word in more):
+        # argparse takes the last word before an option for the output.
+        *options.sources, options.output = (*options.sources, options.output, *more)
+    elif more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         COMMANDS[options.command](options)
     except MltfrError as error:

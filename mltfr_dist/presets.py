@@ -89,8 +89,8 @@ def paper() -> RunConfig:
     To reproduce, not to believe: docs/method.md lists what is wrong with it. The authors' six tables are not free to ship;
     here are the demo's three, no two of which are equally wide, so that the published consensus merges one expert only.
     Trained tables make a step slow: hours on 2 CPU cores. Prepare the data first:
-    `mltfr fetch pantry` says where it is; then `mltfr prepare Pantry.txt data/pantry --format sequences --user-core 1
-    --item-core 1`, then `python train.py --preset paper` (one rank: its memory is that of the whole batch).
+    `mltfr fetch pantry` says where it is and how; then `python train.py --preset paper` (one rank:
+    its memory is that of the whole batch).
     """
     config = RunConfig(
         name="paper",

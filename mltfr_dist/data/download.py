@@ -1,4 +1,4 @@
-"""One file over HTTPS into a folder: goes on where it was cut off, and is there only once it is whole."""
+"""One file over HTTPS: what was cut off goes on, and only what is whole is handed over."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def download(
 ) -> Path:
     """Fetch ``url`` into a file beside ``target``, which the caller verifies and renames.
 
-    What an earlier call left there is gone on with, if the server says that the file is still the same, or if a checksum will
-    tell at the end.
+    What an earlier call left there is gone on with, if the server says that the file is still the
+    same, or if a checksum will tell at the end.
 
     Args:
         url: begins with https.
@@ -232,6 +232,6 @@ def _failed(url: str, reason: str, partial: Path) -> DataError:
     kept = f" {_size(partial)} are kept." if partial.exists() and partial.stat().st_size else ""
     return DataError(
         f"{url} cannot be fetched: {reason}.{kept}",
-        remedy="Check the network (proxies: https_proxy), and start the same command again; or fetch "
-        "the file yourself, and prepare it by its path.",
+        remedy="Check the network (proxies: https_proxy), and start the same command again; or "
+        "fetch the file yourself, and prepare it by its path.",
     )

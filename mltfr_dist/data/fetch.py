@@ -1,4 +1,4 @@
-"""`mltfr fetch`: public sets by name, from where their owners offer them, verified, into a folder."""
+"""`mltfr fetch`: public sets by name, from where their owners offer them, verified."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sets_text() -> str:
 
 
 def fetch_set(name: str, folder: Path, *, log: Log = print, allow_loopback: bool = False) -> Path:
-    """Fetch a public set into ``folder/name``, unless it is there already; its terms are shown first.
+    """Fetch a public set into ``folder/name``, unless it is there; its terms are shown first.
 
     Args:
         name: one of :data:`PUBLIC_SETS`.
@@ -149,8 +149,8 @@ def _verify(path: Path, target: Path, found: PublicSet) -> None:
             f"What is at {kept} is not the set that is known: its sha256 is {sha256}, but {other} "
             "was expected.",
             rule="A set is used only as it is known, or as it was first fetched.",
-            remedy="Fetch again, without that file; if its owners have changed the set, look at it, "
-            f"and prepare it by its path{'' if found.checksum else f', or remove {record_path}'}.",
+            remedy="Fetch again, without that file; if its owners have changed the set, look at "
+            f"it, and prepare it by its path{'' if found.checksum else f', or remove {record_path}'}.",
         )
     values = {"url": found.url, "bytes": path.stat().st_size, "sha256": sha256}
     write_atomically(record_path, json.dumps(values, indent=2) + "\n")

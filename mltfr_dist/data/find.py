@@ -56,7 +56,7 @@ def files_in(path: Path, name: str) -> list[Given]:
     return _members(path, name) if name.lower().endswith(".zip") else [given_file(path, name)]
 
 
-# --- folders and patterns -----------------------------------------------------------------------------------------
+# --- folders and patterns -------------------------------------------------------------------------
 
 
 def is_mark(name: str) -> bool:
@@ -157,7 +157,7 @@ def _matches(pattern: str, output: Path, log: Callable[[str], None]) -> list[Pat
     return list(found)
 
 
-# --- archives -----------------------------------------------------------------------------------------------------
+# --- archives -------------------------------------------------------------------------------------
 
 
 def _archive_of(path: Path) -> Path | None:

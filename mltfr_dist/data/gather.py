@@ -106,6 +106,12 @@ def gather(
         DataError: nothing is there, a file is there twice, or it cannot be read.
     """
     wanted = [*places, *([str(titles)] if titles else [])]
+    if not all(place.strip() for place in wanted):
+        raise DataError(
+            "The name of a source is empty.",
+            rule="An empty name would mean the folder you are in.",
+            remedy="Name the source; `.` is this folder.",
+        )
     streams = [place for place in wanted if is_stream(place)]
     for place in streams:
         if streams.count(place) > 1:

@@ -1,4 +1,4 @@
-"""A file as it was given: its hash, and what its text needs before it can be read; both in one pass."""
+"""A file as it was given: its hash, and what its text needs to be read; both in one pass."""
 
 from __future__ import annotations
 

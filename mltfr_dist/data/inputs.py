@@ -110,7 +110,7 @@ def refuse_twice(files: Sequence[Given]) -> None:
 
 
 def with_partitions(files: Sequence[Given]) -> list[Given]:
-    """The files with the columns that folder names `key=value` in their paths give (`--partitions`).
+    """The files with the columns that folder names `key=value` give (`--partitions`).
 
     Raises:
         DataError: no folder is named so, or not all files have the same keys.

@@ -1,7 +1,7 @@
-"""Files as given -> plain files: decompressed and verified, text in UTF-8 with one kind of line end.
+"""Files as given -> plain files: unpacked and verified, text in UTF-8 with one kind of line end.
 
-A file that is plain already is read where it lies. Of others a copy is made in the workspace's temporary folder, before
-anything is read of it, and removed when the rows are in the database.
+A file that is plain already is read where it lies. Of others a copy is made in the workspace's
+temporary folder, before anything is read of it, and removed when the rows are in the database.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _SPARE = 64 << 20
 """Bytes that a copy leaves free."""
 
 
-# --- streams ------------------------------------------------------------------------------------------------------
+# --- streams --------------------------------------------------------------------------------------
 
 
 def spool_stream(place: str, configured: str, folder: Path, log: Log) -> Given:
-    """Copy standard input, or a FIFO, into ``folder``, once; how it is compressed shows at its beginning.
+    """Copy standard input, or a FIFO, into ``folder``, once; a compression shows at its beginning.
 
     Args:
         place: `-`, or the path of the FIFO.
@@ -98,7 +98,7 @@ def _chain(start: bytes, stream: IO[bytes]) -> Iterator[bytes]:
         yield block
 
 
-# --- copies -------------------------------------------------------------------------------------------------------
+# --- copies ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -110,14 +110,15 @@ def plain_files(
     *,
     is_sequences: bool = False,
 ) -> Iterator[list[InputFile]]:
-    """Files that can be read, one for each of ``given``; copies lie in ``folder`` until the end of the block.
+    """Files that can be read, one for each of ``given``; copies stay until the block ends.
 
     Args:
         given: the files as the user has them.
         marks: of each, what :func:`identify` found.
         folder: for copies; what it held is removed.
         log: told what is read otherwise than it lies.
-        is_sequences: lines of any length, where a carriage return in the middle cannot be told from a line end.
+        is_sequences: lines are of any length, so that a carriage return in the middle cannot be
+            told from a line end.
 
     Raises:
         DataError: a file is damaged, not what its name says, or there is no room for a copy.

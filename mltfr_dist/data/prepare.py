@@ -62,8 +62,8 @@ def prepare(
     input), the same call goes on behind the last finished step or shard.
 
     Args:
-        source: what :func:`gather` finds files of (paths, folders, patterns, URLs, `-`), one or several, or a named set
-            (see ``sources.NAMED_SETS``).
+        source: one or several of what :func:`gather` finds files of (paths, folders, patterns,
+            URLs, `-`), or a named set (see ``sources.NAMED_SETS``).
         output: folder to write, or its URL; one that holds the same data already is verified and reused.
         config: what to keep and how to split.
         resources: memory, threads and the folder for temporary files.

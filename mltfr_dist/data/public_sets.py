@@ -1,7 +1,7 @@
 """Public sets by name: where their owners offer them, under which terms, and how to read them.
 
-A checksum is there where it was published, or could be computed from a copy of known origin; where there is none, the first
-fetch records one, and later fetches are compared with that.
+A checksum is there where it was published, or could be computed from a copy of known origin. Where
+there is none, the first fetch records one, and later fetches are compared with that.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _S3REC_TERMS = (
     "research, do not redistribute it, cite its source (S3-Rec, CIKM 2020)."
 )
 _GROUPLENS_TERMS = (
-    "GroupLens' terms: for research, not for sale, not to be redistributed without permission; cite "
-    "Harper and Konstan 2015. See https://grouplens.org/datasets/movielens/."
+    "GroupLens' terms: for research, not for sale, not to be redistributed without permission; "
+    "cite Harper and Konstan 2015. See https://grouplens.org/datasets/movielens/."
 )
 _AMAZON_TERMS = (
     "No licence is stated; offered for research by J. McAuley's group at UC San Diego. Reviews are "

@@ -1,4 +1,4 @@
-"""Compressed files and members of zip files -> their plain content, verified by their own checksums."""
+"""Compressed files and members of zip files -> their content, verified by their checksums."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def load_inputs(config: RunConfig, *, verify: bool = True) -> Inputs:
     if path in PREPARATIONS and not path.exists():
         raise DataError(
             f"The data of this preset, {path}, is not here.",
-            rule="Public sets are not part of the program; their terms are shown when they are fetched.",
+            rule="Public sets are not part of the program.",
             remedy=PREPARATIONS[path],
         )
     manifest = load_manifest(path, left_out=config.data.left_out)

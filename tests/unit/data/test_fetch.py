@@ -1,4 +1,4 @@
-"""Public sets from a server on this machine: whole, cut off, changed, wrong, redirected, refused."""
+"""Public sets from a server on this machine: whole, cut off, changed, wrong, redirected."""
 
 from __future__ import annotations
 

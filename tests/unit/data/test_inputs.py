@@ -1,4 +1,4 @@
-"""What may be given to `mltfr prepare`: each way gives the rows of the plain file, or says why not."""
+"""What may be given to `mltfr prepare`: it gives the rows of the plain file, or says why not."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mltfr_dist.cli import main
 from mltfr_dist.config import PrepareConfig, PrepareResources
 from mltfr_dist.data.find import files_in
 from mltfr_dist.data.identity import TextMarks
-from mltfr_dist.data.manifest import Manifest
+from mltfr_dist.data.manifest import Manifest, load_manifest
 from mltfr_dist.data.plain import plain_files
 from mltfr_dist.data.prepare import prepare
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
 
 ROWS = [(f"u{n % 5}", f"i{n % 7}", 1_600_000_000 + n) for n in range(40)]
+ALL = PrepareConfig(user_core=1, item_core=1)
 HEADER = "user_id,item_id,timestamp\n"
 LINES = [f"{user},{item},{time}\n" for user, item, time in ROWS]
 CSV = HEADER + "".join(LINES)
@@ -41,7 +43,7 @@ def prepared(
     tmp_path: Path, *sources: object, log: list[str] | None = None, **values: object
 ) -> tuple[Manifest, dict[str, bytes]]:
     """The manifest, and every other file by its name; the output is removed again."""
-    config = PrepareConfig(**({"user_core": 1, "item_core": 1} | values))
+    config = ALL.model_copy(update=values)
     lines = [] if log is None else log
     output = tmp_path / "out"
     places = [str(source) for source in sources]
@@ -78,7 +80,7 @@ def zstd(content: bytes) -> bytes:
     return bytes(sink.getvalue())
 
 
-# --- compression --------------------------------------------------------------------------------------------------
+# --- compression ----------------------------------------------------------------------------------
 
 CSV_BYTES = CSV.encode()
 HALVES = (CSV_BYTES[:300], CSV_BYTES[300:])
@@ -222,7 +224,7 @@ def test_no_room_for_a_copy_is_said_before_it_is_made(tmp_path):
         assert "GB left" in refusal(tmp_path, tmp_path / "a.zip")
 
 
-# --- archives -----------------------------------------------------------------------------------------------------
+# --- archives -------------------------------------------------------------------------------------
 
 
 def archive(members: dict[str, str | bytes]) -> bytes:
@@ -276,7 +278,7 @@ def test_what_is_no_zip_file_or_encrypted_is_refused(tmp_path):
     assert "is encrypted" in refusal(tmp_path, path)
 
 
-# --- several files, folders, patterns -----------------------------------------------------------------------------
+# --- several files, folders, patterns -------------------------------------------------------------
 
 
 def parts(folder: Path) -> list[Path]:
@@ -424,7 +426,42 @@ def test_folders_that_would_be_read_wrongly_are_refused(tmp_path):
     assert "which is read" in refusal(tmp_path, tmp_path)  # the output would lie within
 
 
-# --- streams ------------------------------------------------------------------------------------------------------
+def test_sources_and_the_output_may_stand_before_and_behind_options(tmp_path, capsys):
+    first, *_, third, _ = map(str, parts(tmp_path / "data"))
+    core = ["--user-core", "1"]
+    for number, words in enumerate(
+        ([first, third, "OUT", *core], [*core, first, third, "OUT"], [first, third, *core, "OUT"])
+    ):
+        output = str(tmp_path / f"out{number}")
+        assert main(["prepare", *(output if word == "OUT" else word for word in words)]) == 0
+        assert load_manifest(Path(output)).report.rows_read == 40
+    with pytest.raises(SystemExit):
+        main(["prepare", first, "--none", str(tmp_path / "out")])
+    assert "unrecognized arguments: --none" in capsys.readouterr().err
+    assert main(["prepare", first, "-"]) == 2
+    assert "cannot be standard output" in capsys.readouterr().err
+    assert main(["prepare", "", str(tmp_path / "out")]) == 2
+    assert "The name of a source is empty" in capsys.readouterr().err
+
+
+def test_an_interrupted_preparation_goes_on_and_leaves_no_copies(tmp_path, expected, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(PACKED["a.csv.gz"])
+    for step in ("sources.load_titles", "k_core"):  # while reading, and behind it
+        with monkeypatch.context() as patch:
+            patch.setattr(f"mltfr_dist.data.prepare.{step}", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(str(path), tmp_path / "out", ALL, log=quiet)
+        assert not list(tmp_path.rglob("*.unpacked"))
+    log: list[str] = []
+    assert prepared(tmp_path, path, log=log)[1] == expected
+    assert any("read: done before the interruption" in line for line in log)
+
+
+# --- streams --------------------------------------------------------------------------------------
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
@@ -478,7 +515,7 @@ def test_a_fifo_is_read_once(tmp_path, expected):
     assert manifest.source.file == "events.csv"
 
 
-# --- text ---------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 ENDS = {
     "mixed, LF first": CSV.replace("\n", "\r\n").replace("\r\n", "\n", 3),
@@ -555,7 +592,7 @@ def test_sequence_text_with_returns_within_lines_is_refused(tmp_path):
     assert prepared(tmp_path, path)[0].num_users == 3
 
 
-# --- other places -------------------------------------------------------------------------------------------------
+# --- other places ---------------------------------------------------------------------------------
 
 
 def test_copies_of_urls_are_of_what_is_there_now(tmp_path, expected):
@@ -568,12 +605,11 @@ def test_copies_of_urls_are_of_what_is_there_now(tmp_path, expected):
         assert prepared(tmp_path, f"{base}/{place}")[1] == expected
     # Another file of the same name and size in the same temporary folder is fetched, not believed.
     resources = PrepareResources(temp_dir=tmp_path / "temporary")
-    config = PrepareConfig(user_core=1, item_core=1)
     store.pipe_file(f"{root}/one/a.csv", CSV_BYTES)
     store.pipe_file(f"{root}/two/a.csv", CSV_BYTES.replace(b"u1", b"v1"))
     for folder, user in (("one", "u1"), ("two", "v1")):
         output = tmp_path / folder / "out"
-        prepare(f"{base}/{folder}/a.csv", output, config, resources=resources, log=quiet)
+        prepare(f"{base}/{folder}/a.csv", output, ALL, resources=resources, log=quiet)
         assert user in pq.read_table(output / "users.parquet").to_pydict()["user_id"]
     store.pipe_file(f"{root}/table/_delta_log/0.json", b"")
     store.pipe_file(f"{root}/table/a.csv", CSV_BYTES)
