@@ -454,7 +454,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, more = parser.parse_known_args(arguments)
     if more and options.command == "prepare" and not any(word[:1] == "-" != word for word in more):
         # argparse takes the last word before an option for the output.
-        *options.sources, options.output = (*options.sources, options.output, *more)
+        words: list[str] = [*options.sources, options.output, *more]
+        options.sources, options.output = words[:-1], words[-1]
     elif more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     return options
