@@ -1,4 +1,4 @@
-"""The `mltfr` command: prepare, inspect, tables, train, sweep, evaluate, recommend, export, report; and train.py's share."""
+"""The `mltfr` command: prepare, fetch, inspect, tables, train and others; and train.py's share."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from mltfr_dist.errors import ConfigError, DataError, MltfrError, fail
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.resolve import resolve_config
 from mltfr_dist.schema import Section, validate
+
+SETS = Path("data/sets")
 
 # --- configuration from the command line -------------------------------------------------------------------------
 
@@ -152,9 +154,48 @@ def command_prepare(options: argparse.Namespace) -> None:
         section_from(PrepareConfig, options),
         section_from(PrepareResources, options),
     )
-    prepare(
-        options.source, options.output, config, resources=resources, packages_dir=options.packages
-    )
+    if options.output == "-":
+        raise ConfigError(
+            "The output is a folder, and cannot be standard output.", remedy="Name a folder."
+        )
+    sources, config = _known_set(options, config)
+    prepare(sources, options.output, config, resources=resources, packages_dir=options.packages)
+
+
+def _known_set(
+    options: argparse.Namespace, config: PrepareConfig
+) -> tuple[Sequence[str], PrepareConfig]:
+    """What to prepare: a public set's files and format in place of its name."""
+    from mltfr_dist.data.fetch import use_set
+    from mltfr_dist.data.public_sets import PUBLIC_SETS
+    from mltfr_dist.data.sources import NAMED_SETS
+
+    name = options.sources[0]
+    is_set = len(options.sources) == 1 and name in PUBLIC_SETS
+    if is_set and Path(name).exists():
+        raise ConfigError(
+            f"`{name}` is a public set, and a path here.",
+            remedy=f"Give `./{name}` for the path, or work in another folder for the set.",
+        )
+    if options.download and not is_set:
+        raise ConfigError(
+            f"--download is given for {', '.join(options.sources)}, which is no public set.",
+            remedy=f"The public sets are: {', '.join(PUBLIC_SETS)}.",
+        )
+    if not is_set or (name in NAMED_SETS and not options.download):
+        return options.sources, config
+    path, config = use_set(name, options.sets, config, download=options.download)
+    return [path], config
+
+
+def command_fetch(options: argparse.Namespace) -> None:
+    """Public sets by name, from where their owners offer them; what was cut off goes on."""
+    from mltfr_dist.data.fetch import fetch_set, sets_text
+
+    if not options.names:
+        print(sets_text())
+    for name in options.names:
+        fetch_set(name, options.output)
 
 
 def command_inspect(options: argparse.Namespace) -> None:
@@ -305,15 +346,37 @@ def build_parser() -> argparse.ArgumentParser:
         "prepare", help="raw interactions to shards", description=command_prepare.__doc__
     )
     prepare.add_argument(
-        "source",
-        help="files (csv, tsv, parquet, jsonl, sequence text; .gz too): path, glob or URL; or the named set ml-100k",
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="files (also .gz, .bz2, .xz, .zst, .zip), folders, patterns, URLs, or - for standard "
+        "input, taken together in this order; or the name of a set that `mltfr fetch` lists",
     )
-    prepare.add_argument("output", help="folder or URL to write; it must not hold other data")
+    prepare.add_argument(
+        "output", metavar="OUTPUT", help="folder or URL to write; it must not hold other data"
+    )
+    prepare.add_argument(
+        "--download", action="store_true", help="fetch the public set first, if it is not here"
+    )
+    prepare.add_argument(
+        "--sets",
+        type=Path,
+        default=SETS,
+        help=f"folder of fetched public sets (default: {SETS})",
+    )
     prepare.add_argument(
         "--packages", type=Path, help="folder of unpacked packages that hold the named set"
     )
     add_section(prepare, PrepareConfig)
     add_section(prepare, PrepareResources)
+
+    fetch = commands.add_parser(
+        "fetch", help="public sets by name", description=command_fetch.__doc__
+    )
+    fetch.add_argument("names", nargs="*", metavar="NAME", help="sets; none: list them")
+    fetch.add_argument(
+        "--output", type=Path, default=SETS, help=f"folder for them (default: {SETS})"
+    )
 
     inspect = commands.add_parser(
         "inspect",
@@ -433,8 +496,12 @@ def parse_intermixed(
     """
     options, rest = parser.parse_known_args(arguments)
     lists = [name for name in ("overrides", "sources", "runs") if hasattr(options, name)]
-    if rest and (not lists or any(value.startswith("-") for value in rest)):
+    if rest and (not lists or any(value[:1] == "-" != value for value in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and getattr(options, "command", None) == "prepare":
+        # argparse took the last word before an option for the output, which stands at the very end.
+        rest = [options.output, *rest]
+        options.output = rest.pop()
     for name in lists:
         setattr(options, name, [*getattr(options, name), *rest])
     return options
@@ -442,6 +509,7 @@ def parse_intermixed(
 
 COMMANDS = {
     "prepare": command_prepare,
+    "fetch": command_fetch,
     "inspect": command_inspect,
     "tables": command_tables,
     "train": command_train,

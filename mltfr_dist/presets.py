@@ -20,6 +20,15 @@ from mltfr_dist.errors import ConfigError
 from mltfr_dist.repairs import as_published
 from mltfr_dist.schema import nearest_key
 
+PREPARATIONS = {
+    Path("data/ml-100k"): "`make demo` prepares it, as does `mltfr prepare ml-100k data/ml-100k "
+    "--download`.",
+    Path("data/beauty"): "Prepare it: `mltfr prepare beauty data/beauty --download`.",
+    Path("data/pantry"): "`mltfr fetch pantry` says where Pantry.txt is; then `mltfr prepare "
+    "Pantry.txt data/pantry --format sequences --user-core 1 --item-core 1`.",
+}
+"""How the data of each preset is made, by its folder."""
+
 DEMO_TABLES = tuple(Path("data/tables") / name for name in ("llama2", "smollm2", "minilm"))
 
 
@@ -43,7 +52,7 @@ def sasrec_beauty() -> RunConfig:
     """Bare SASRec with full cross-entropy on Amazon Beauty (5-core), the common benchmark.
 
     Published for this setting: test HR@10 0.083, NDCG@10 0.0416 (RecBole 1.x, issue 1290). Prepare the data first:
-    `mltfr prepare Beauty.txt data/beauty --format sequences`, then `python train.py --preset sasrec_beauty`.
+    `mltfr prepare beauty data/beauty --download`, then `python train.py --preset sasrec_beauty`.
     """
     return RunConfig(
         name="sasrec_beauty",
@@ -80,8 +89,8 @@ def paper() -> RunConfig:
     To reproduce, not to believe: docs/method.md lists what is wrong with it. The authors' six tables are not free to ship;
     here are the demo's three, no two of which are equally wide, so that the published consensus merges one expert only.
     Trained tables make a step slow: hours on 2 CPU cores. Prepare the data first:
-    `mltfr prepare Pantry.txt data/pantry --format sequences --user-core 1 --item-core 1`, then
-    `python train.py --preset paper` (one rank: its memory is that of the whole batch).
+    `mltfr fetch pantry` says where it is and how; then `python train.py --preset paper` (one rank:
+    its memory is that of the whole batch).
     """
     config = RunConfig(
         name="paper",

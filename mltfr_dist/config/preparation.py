@@ -19,6 +19,10 @@ class PrepareConfig(Options):
         "auto",
         description="File format; auto goes by the ending. sequences: one `user item item ...` a line, oldest first.",
     )
+    partitions: bool = Field(
+        False,
+        description="Whether folder names `key=value` are columns; otherwise they are only names.",
+    )
     user_column: str = Field("user_id", description="Column that holds the user.")
     item_column: str = Field("item_id", description="Column that holds the item.")
     time_column: str = Field(

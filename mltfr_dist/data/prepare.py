@@ -5,10 +5,10 @@ See steps.py for the tables and the order of ids, workspace.py for what survives
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import duckdb
 
 from mltfr_dist.config import PrepareConfig, PrepareResources
 from mltfr_dist.data import remote, sources, splits
+from mltfr_dist.data.gather import Source, gather
+from mltfr_dist.data.inputs import given_file
 from mltfr_dist.data.leaks import check_train_shards
 from mltfr_dist.data.manifest import (
     MANIFEST_NAME,
@@ -43,11 +45,10 @@ from mltfr_dist.data.steps import (
 from mltfr_dist.data.workspace import Workspace
 from mltfr_dist.data.write import write_maps, write_splits
 from mltfr_dist.errors import DataError
-from mltfr_dist.files import file_sha256
 
 
 def prepare(
-    source: str,
+    source: str | Sequence[str],
     output: Path | str,
     config: PrepareConfig,
     *,
@@ -61,7 +62,8 @@ def prepare(
     input), the same call goes on behind the last finished step or shard.
 
     Args:
-        source: path or glob of data files, a URL of them, or a named set (see ``sources.NAMED_SETS``).
+        source: one or several of what :func:`gather` finds files of (paths, folders, patterns,
+            URLs, `-`), or a named set (see ``sources.NAMED_SETS``).
         output: folder to write, or its URL; one that holds the same data already is verified and reused.
         config: what to keep and how to split.
         resources: memory, threads and the folder for temporary files.
@@ -78,8 +80,8 @@ def prepare(
         return _prepare_remotely(source, str(output), config, resources, packages_dir, log)
     output = Path(output)
     workspace = Workspace(output, resources, log)
-    paths, config = _resolve(source, config, packages_dir, workspace)
-    info, recorded = _source_info(source, paths, config), _recorded(config)
+    found, config = _resolve(source, output, config, packages_dir, workspace)
+    info, recorded = found.info(), _recorded(config)
     if _is_reusable(output, info, recorded):
         manifest = verify_folder(output)
         workspace.remove()
@@ -92,7 +94,7 @@ def prepare(
     bad_input: DataError | None = None
     with workspace.database() as connection:
         try:
-            manifest = _run(connection, paths, workspace, config, recorded, info)
+            manifest = _run(connection, found, workspace, config, recorded, info)
         except DataError as error:
             bad_input = error
     if bad_input is not None:
@@ -108,7 +110,7 @@ def prepare(
 
 
 def _prepare_remotely(
-    source: str,
+    source: str | Sequence[str],
     url: str,
     config: PrepareConfig,
     resources: PrepareResources,
@@ -122,8 +124,8 @@ def _prepare_remotely(
     if content is not None:
         manifest = parse_manifest(content, url)
         workspace = Workspace(local, resources, log)
-        paths, config = _resolve(source, config, packages_dir, workspace)
-        _refuse_other(manifest, url, _source_info(source, paths, config), _recorded(config))
+        found, config = _resolve(source, local, config, packages_dir, workspace)
+        _refuse_other(manifest, url, found.info(), _recorded(config))
         workspace.remove()
         log(f"{url} already holds this data, from the same source and configuration.")
         return manifest
@@ -137,76 +139,85 @@ def _prepare_remotely(
 
 
 def _resolve(
-    source: str, config: PrepareConfig, packages_dir: Path | None, workspace: Workspace
-) -> tuple[list[Path], PrepareConfig]:
+    source: str | Sequence[str],
+    output: Path,
+    config: PrepareConfig,
+    packages_dir: Path | None,
+    workspace: Workspace,
+) -> tuple[Source, PrepareConfig]:
     """The files to read, and the configuration with a named set's columns and titles filled in."""
-    if source in sources.NAMED_SETS:
-        found = sources.named_source(source, packages_dir)
-        # A named set knows its files: a format or column set for another file would only break it.
-        titles = {"titles": found.titles} if config.titles is None else {}
-        columns = {
-            key: value
-            for key, value in found.columns.items()
-            if config.titles is None or not key.startswith("titles_")
-        }
-        return [found.interactions], config.model_copy(
-            update={"format": "tsv", **columns, **titles}
-        )
-    if remote.is_url(source):
-        paths = remote.fetch(source, workspace.fetched)
-    elif Path(source).exists() or not glob.has_magic(source):
-        paths = [Path(source)]
-    else:
-        paths = [Path(path) for path in sorted(glob.glob(source))]  # noqa: PTH207, the pattern may be absolute
-        if not paths:
-            raise DataError(
-                f"Nothing matches {source}.",
-                remedy="Correct the pattern, or quote it if the shell cut it.",
-            )
-    formats = {sources.detect_format(path, config.format) for path in paths}
+    places = [source] if isinstance(source, str) else list(source)
+    if len(places) == 1 and places[0] in sources.NAMED_SETS:
+        return _named(places[0], config, packages_dir)
+    try:
+        return _gathered(places, output, config, workspace)
+    except DataError:
+        shutil.rmtree(workspace.fetched, ignore_errors=True)
+        with suppress(OSError):  # it holds more
+            workspace.temporary.rmdir()
+        raise
+
+
+def _gathered(
+    places: Sequence[str], output: Path, config: PrepareConfig, workspace: Workspace
+) -> tuple[Source, PrepareConfig]:
+    """The files of ``places``, all of one format, and the configuration with that format."""
+    found = gather(
+        places,
+        config.titles,
+        format=config.format,
+        partitions=config.partitions,
+        output=output,
+        copies=workspace.fetched,
+        log=workspace.log,
+    )
+    formats = {sources.detect_format(file.as_input(), config.format) for file in found.files}
     if len(formats) > 1:
         raise DataError(
-            f"{source} matches files of several formats: {', '.join(sorted(formats))}.",
+            f"{found.label} matches files of several formats: {', '.join(sorted(formats))}.",
             rule="All files of a source have one format.",
             remedy="Give a pattern that matches only the interactions.",
         )
     format = formats.pop()
     if format == "sequences" and config.split == "global_temporal":
         raise DataError(
-            f"{source} is sequence text, which has no time.",
+            f"{found.label} is sequence text, which has no time.",
             rule="global_temporal cuts all users at two points in time.",
-            remedy="Use split=leave_one_out, or a file with a time column.",
+            remedy="Use `--split leave_one_out`, or a file with a time column.",
         )
-    if format == "sequences" and len(paths) > 1:
+    if format == "sequences" and len(found.files) > 1:
         raise DataError(
-            f"{source} matches {len(paths)} files of sequence text.",
+            f"{found.label} matches {len(found.files)} files of sequence text.",
             rule="Sequence text has one line a user, and so one file.",
             remedy="Join the files.",
         )
-    if config.titles is not None:
-        sources.detect_format(config.titles)
-    return paths, config.model_copy(update={"format": format})
+    if found.titles is not None:
+        sources.detect_format(found.titles.as_input())
+    return found, config.model_copy(update={"format": format})
+
+
+def _named(
+    name: str, config: PrepareConfig, packages_dir: Path | None
+) -> tuple[Source, PrepareConfig]:
+    """A named set knows its files: a format or column set for another file would only break it."""
+    found = sources.named_source(name, packages_dir)
+    titles = found.titles if config.titles is None else config.titles
+    columns = {
+        key: value
+        for key, value in found.columns.items()
+        if config.titles is None or not key.startswith("titles_")
+    }
+    source = Source(
+        found.interactions.name,
+        (given_file(found.interactions, str(found.interactions)),),
+        given_file(titles, str(titles)) if titles else None,
+    )
+    return source, config.model_copy(update={"format": "tsv", "titles": titles, **columns})
 
 
 def _recorded(config: PrepareConfig) -> PrepareConfig:
     """The configuration as the manifest holds it: without this machine's folders."""
     return config.model_copy(update={"titles": Path(config.titles.name) if config.titles else None})
-
-
-def _source_info(source: str, paths: Sequence[Path], config: PrepareConfig) -> SourceInfo:
-    titles = config.titles
-    hashes = [file_sha256(path) for path in paths]
-    return SourceInfo(
-        file=paths[0].name
-        if source in sources.NAMED_SETS
-        else source.rstrip("/").rpartition("/")[2],
-        bytes=sum(path.stat().st_size for path in paths),
-        sha256=hashes[0]
-        if len(paths) == 1
-        else hashlib.sha256("".join(hashes).encode()).hexdigest(),
-        titles_file=titles.name if titles else None,
-        titles_sha256=file_sha256(titles) if titles else None,
-    )
 
 
 def _is_reusable(output: Path, info: SourceInfo, recorded: PrepareConfig) -> bool:
@@ -243,7 +254,7 @@ def _refuse_other(
 
 def _run(
     connection: duckdb.DuckDBPyConnection,
-    paths: Sequence[Path],
+    source: Source,
     workspace: Workspace,
     config: PrepareConfig,
     recorded: PrepareConfig,
@@ -253,11 +264,13 @@ def _run(
     steps = StepLog(workspace.log)
 
     def read() -> int:
-        rows = sources.load_interactions(connection, paths, config)
-        steps.done("read", rows, note=f"{config.format}, {info.bytes / 1e6:,.1f} MB")
-        sources.load_titles(
-            connection, config.titles, config.titles_item_column, config.titles_title_column
-        )
+        copies = workspace.temporary / "plain"
+        with source.plain(copies, config.format, workspace.log) as (files, titles):
+            rows = sources.load_interactions(connection, files, config)
+            steps.done("read", rows, note=f"{config.format}, {info.bytes / 1e6:,.1f} MB")
+            sources.load_titles(
+                connection, titles, config.titles_item_column, config.titles_title_column
+            )
         return rows
 
     rows = workspace.step(connection, "read", read)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
+from mltfr_dist.data.find import is_mark
 from mltfr_dist.data.manifest import MANIFEST_NAME
 from mltfr_dist.errors import DataError
 
@@ -49,35 +52,59 @@ def is_url(place: str) -> bool:
     return True
 
 
-def fetch(url: str, folder: Path) -> list[Path]:
-    """Copy the file of a URL, or all files of a glob, into ``folder``; what is there with its whole size is not read again.
+def fetch(url: str, folder: Path) -> list[tuple[Path, str]]:
+    """Copy the file of a URL, or all data files of a folder or pattern, into ``folder``.
+
+    A copy that is there whole, of the same address and state, is not fetched again.
 
     Returns:
-        the copies, in the order of their addresses.
+        the copies and their addresses, in the order of addresses.
 
     Raises:
         DataError: nothing is there, or it cannot be read.
     """
     try:
         system, path = fsspec.core.url_to_fs(url)
-        addresses = sorted(system.glob(path)) if "*" in path or "?" in path else [path]
         copies = []
-        for number, address in enumerate(addresses):
-            # Numbered, since files of different folders may have one name; the name's end tells the format.
-            copy = (
-                folder
-                / f"{number:05d}-{re.sub(r'[^A-Za-z0-9._-]', '_', address.rpartition('/')[2])}"
-            )
+        for address in _addresses(system, path, url):
             size = system.info(address)["size"]
+            # The name holds what it is a copy of; its end tells the format.
+            state = f"{system.unstrip_protocol(address)} {system.ukey(address)}"
+            tail = re.sub(r"[^A-Za-z0-9._-]", "_", address.rpartition("/")[2])
+            copy = folder / f"{hashlib.sha256(state.encode()).hexdigest()[:16]}-{tail[-80:]}"
             if not copy.is_file() or copy.stat().st_size != size:
                 folder.mkdir(parents=True, exist_ok=True)
-                system.get_file(address, str(copy))
-            copies.append(copy)
+                partial = copy.with_name(f"partial-{copy.name}")
+                system.get_file(address, str(partial))
+                if size is not None and partial.stat().st_size != size:
+                    raise OSError(f"{address} did not arrive whole")
+                partial.rename(copy)
+            copies.append((copy, system.unstrip_protocol(address)))
     except (OSError, ImportError, ValueError) as error:
         raise _failed("read", url, error) from None
     if not copies:
         raise DataError(f"Nothing matches {url}.", remedy="Correct the address.")
     return copies
+
+
+def _addresses(system: Any, path: str, url: str) -> list[str]:
+    """What there is to copy: a file, or the data files of a folder or pattern."""
+    if "*" in path or "?" in path:
+        found, above = system.glob(path), path.split("*")[0].split("?")[0].rpartition("/")[0]
+        found = [address for address in found if not system.isdir(address)]
+    elif url.endswith("/") or (not url.lower().startswith("http") and system.isdir(path)):
+        found, above = system.find(path), path.rstrip("/")
+    else:
+        return [path]
+    tables = ("/_delta_log/", "/.hoodie/")
+    if any(mark in address for address in found for mark in tables):
+        raise DataError(
+            f"{url} is a table of Delta Lake or Hudi.",
+            rule="Its folder also holds files of rows that were deleted or replaced.",
+            remedy="Export the table as Parquet or CSV, and prepare that.",
+        )
+    parts = {address: address.removeprefix(above).split("/") for address in found}
+    return sorted(address for address in found if not any(map(is_mark, parts[address])))
 
 
 def manifest_at(url: str) -> bytes | None:

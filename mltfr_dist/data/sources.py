@@ -10,12 +10,14 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import duckdb
 
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.checks import check_rows, check_times
+from mltfr_dist.data.inputs import InputFile
 from mltfr_dist.data.readers import EMPTY, one, read_columns, read_lines, unreadable, where
 from mltfr_dist.errors import DataError
 
@@ -79,73 +81,69 @@ def named_source(name: str, packages_dir: Path | None) -> NamedSource:
     return NamedSource(interactions, titles if titles.is_file() else None, columns)
 
 
-def detect_format(path: Path, configured: str = "auto") -> str:
-    """The format of ``path``: as configured, or by its ending (a last ``.gz`` is ignored).
+def detect_format(file: InputFile, configured: str = "auto") -> str:
+    """The format of ``file``: as configured, or by its ending.
 
     Raises:
-        DataError: the file is missing, its ending says nothing, or it is compressed parquet.
+        DataError: its ending says nothing.
     """
-    if not path.is_file():
-        raise DataError(
-            f"There is no file {path}.",
-            remedy=f"Give the path of a data file or a named set ({', '.join(NAMED_SETS)}).",
-        )
-    is_gzip = path.suffix.lower() == ".gz"
-    ending = (path.with_suffix("") if is_gzip else path).suffix.lower()
-    found = ENDINGS.get(ending) if configured == "auto" else configured
+    found = ENDINGS.get(file.ending) if configured == "auto" else configured
     if found is None:
         raise DataError(
-            f"The format of {path} is not clear from its ending `{ending}`.",
-            rule=f"Known endings: {', '.join(ENDINGS)}, each also with .gz.",
-            remedy="Name the format (csv, tsv, parquet, jsonl or sequences).",
-        )
-    if found == "parquet" and is_gzip:
-        raise DataError(
-            f"{path} is gzip around parquet.",
-            remedy="Unpack it first; parquet is compressed inside.",
+            f"The format of {file.name} is not clear from its ending `{file.ending}`.",
+            rule=f"Known endings: {', '.join(ENDINGS)}, each also with .gz, .bz2, .xz or .zst.",
+            remedy="Name the format, as in `--format csv`.",
         )
     return found
 
 
 def load_interactions(
-    connection: duckdb.DuckDBPyConnection, paths: Sequence[Path], config: PrepareConfig
+    connection: duckdb.DuckDBPyConnection, files: Sequence[InputFile], config: PrepareConfig
 ) -> int:
     """Create ``interactions(row_number, user_id, item_id, timestamp)`` from files and return its number of rows.
 
-    Rows are numbered through all files, in the order of ``paths``. Ids are text, or 64-bit integers if all files are Parquet
-    with integer ids. ``timestamp``: integers of Parquet as they are; other numbers as DECIMAL(38, 9); dates and date-times as
-    microseconds since 1970 UTC; and in sequence text (which has no time) the position within the user's line, from 1.
+    Rows are numbered through all files, in the order of ``files``; those without rows are passed over.
+    Ids are text, or 64-bit integers if all files are Parquet with integer ids. ``timestamp``: integers of Parquet as they are;
+    other numbers as DECIMAL(38, 9); dates and date-times as microseconds since 1970 UTC; and in sequence text (which has no
+    time) the position within the user's line, from 1.
 
     Raises:
         DataError: missing file or column, unparsable row (with its line), empty or impossible value, no rows.
     """
     rows = 0
     kind: str | None = None
-    places: list[tuple[int, Path, str]] = []
-    for path in paths:
-        format = detect_format(path, config.format)
-        places.append((rows, path, format))
+    places: list[tuple[int, InputFile, str]] = []
+    for file in files:
+        if not file.path.stat().st_size and len(files) > 1:
+            continue
+        format = detect_format(file, config.format)
         names = [config.user_column, config.item_column, config.time_column]
         if format == "sequences":
-            _load_sequences(connection, path)
+            _load_sequences(connection, file)
             names = ["user", "item", "position"]
         else:
-            read_columns(connection, path, format, names, "raw", ["user_id", "item_id", "time"])
+            read_columns(connection, file, format, names, "raw", ["user_id", "item_id", "time"])
         count, first = one(connection, "SELECT count(*), arg_min(time, row_number) FROM raw")
         if not count:
-            raise DataError(
-                f"{path} holds no rows.", remedy="Give a file with at least one interaction."
-            )
-        check_rows(connection, names, partial(where, path, format))
+            connection.execute(f"DROP {'VIEW' if format == 'parquet' else 'TABLE'} raw")
+            continue
+        places.append((rows, file, format))
+        check_rows(connection, names, partial(where, file, format))
         kind = kind or _time_kind(connection, first)
-        _add_times(connection, path, format, names[2], kind, before=rows)
+        _add_times(connection, file, format, names[2], kind, before=rows)
         connection.execute(f"DROP {'VIEW' if format == 'parquet' else 'TABLE'} raw")
         rows += count
+    if not rows:
+        raise DataError(
+            f"{files[0].name} holds no rows"
+            + (f", nor do the {len(files) - 1} files with it." if len(files) > 1 else "."),
+            remedy="Give a file with at least one interaction.",
+        )
     if config.times == "checked" and kind and format != "sequences":
 
         def locate(row: int) -> str:
-            before, path, format = max(place for place in places if place[0] < row)
-            return where(path, format, row - before)
+            before, file, format = max((p for p in places if p[0] < row), key=itemgetter(0))
+            return where(file, format, row - before)
 
         check_times(connection, kind, names[2], locate)
     return rows
@@ -169,7 +167,7 @@ def _time_kind(connection: duckdb.DuckDBPyConnection, first: str | int) -> str:
 
 def _add_times(
     connection: duckdb.DuckDBPyConnection,
-    path: Path,
+    file: InputFile,
     format: str,
     column: str,
     kind: str,
@@ -186,7 +184,7 @@ def _add_times(
         )
     except duckdb.ConversionException:
         raise DataError(
-            f"{path}: its ids or times are of another kind than those of the files before it.",
+            f"{file.name}: its ids or times are of another kind than those of the files before it.",
             rule="All files of a source have the same columns, of the same types.",
             remedy="Convert the files to one type, or prepare them apart.",
         ) from None
@@ -206,7 +204,7 @@ def _add_times(
             else "a number, as in the first row"
         )
         raise DataError(
-            f"{where(path, format, bad - before)}: the time `{value}` in column `{column}` is not "
+            f"{where(file, format, bad - before)}: the time `{value}` in column `{column}` is not "
             f"{wanted if not first or before else 'a number, date or date-time'}.",
             rule="All times are numbers, or all are ISO dates (2024-05-31) or date-times (2024-05-31 10:00:00).",
             remedy="Correct or remove that row.",
@@ -214,25 +212,28 @@ def _add_times(
 
 
 def load_titles(
-    connection: duckdb.DuckDBPyConnection, path: Path | None, item_column: str, title_column: str
+    connection: duckdb.DuckDBPyConnection,
+    file: InputFile | None,
+    item_column: str,
+    title_column: str,
 ) -> None:
     """Create ``titles(item_id, title)`` from a csv, tsv, parquet or jsonl file; an item's first title counts.
 
-    Without a file (``path`` None) the table is empty.
+    Without a file (``file`` None) the table is empty.
 
     Raises:
         DataError: as :func:`load_interactions`, and for sequence text, which has no titles.
     """
-    if path is None:
+    if file is None:
         connection.execute("CREATE TABLE titles(item_id VARCHAR, title VARCHAR)")
         return
-    format = detect_format(path)
+    format = detect_format(file)
     if format == "sequences":
         raise DataError(
-            f"{path} cannot hold titles.", remedy="Give titles as csv, tsv, parquet or jsonl."
+            f"{file.name} cannot hold titles.", remedy="Give titles as csv, tsv, parquet or jsonl."
         )
     read_columns(
-        connection, path, format, [item_column, title_column], "raw_titles", ["item_id", "title"]
+        connection, file, format, [item_column, title_column], "raw_titles", ["item_id", "title"]
     )
     connection.execute(
         "CREATE TABLE titles AS SELECT CAST(item_id AS VARCHAR) AS item_id, "
@@ -242,14 +243,14 @@ def load_titles(
     connection.execute(f"DROP {'VIEW' if format == 'parquet' else 'TABLE'} raw_titles")
 
 
-def _load_sequences(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+def _load_sequences(connection: duckdb.DuckDBPyConnection, file: InputFile) -> None:
     """Create ``raw(row_number, user_id, item_id, time)`` from lines `user item item ...`; time is the position."""
     try:
-        read_lines(connection, path, "lines")
+        read_lines(connection, file, "lines")
     except duckdb.OutOfMemoryException:
         raise
     except duckdb.Error as error:
-        raise unreadable(path, "sequences", error) from None
+        raise unreadable(file, "sequences", error) from None
     split = "regexp_split_to_array(trim(line, chr(32) || chr(9)), '[ \\t]+')"
     connection.execute(
         f"CREATE TABLE fields AS SELECT row_number AS line_number, {split} AS fields FROM lines"
@@ -258,7 +259,7 @@ def _load_sequences(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
     if lonely is not None:
         user = one(connection, "SELECT fields[1] FROM fields WHERE line_number = $1", [lonely])[0]
         raise DataError(
-            f"{path}, line {lonely}: `{user}` stands alone.",
+            f"{file.name}, line {lonely}: `{user}` stands alone.",
             rule="A line of sequence text is a user and at least one item, with blanks between: `user item item ...`.",
             remedy="Correct or remove that line.",
         )
@@ -268,7 +269,7 @@ def _load_sequences(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
     ).fetchall()
     for user, before, line in repeated:
         raise DataError(
-            f"{path}, line {line}: the user `{user}` was on line {before} already.",
+            f"{file.name}, line {line}: the user `{user}` was on line {before} already.",
             rule="Sequence text has one line a user, since lines carry no time to order them by.",
             remedy="Join the user's lines.",
         )

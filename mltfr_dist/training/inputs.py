@@ -24,6 +24,7 @@ from mltfr_dist.errors import CheckpointError, ConfigError, DataError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.presets import PREPARATIONS
 from mltfr_dist.schema import nearest_key
 from mltfr_dist.tables.content import with_content
 from mltfr_dist.tables.seeds import seed_tables
@@ -64,7 +65,14 @@ def load_inputs(config: RunConfig, *, verify: bool = True) -> Inputs:
         DataError: Missing or damaged data or tables.
         ConfigError: Tables and filter, or data and item tokens, that do not go together.
     """
-    manifest = load_manifest(config.data.path, left_out=config.data.left_out)
+    path = config.data.path
+    if path in PREPARATIONS and not path.exists():
+        raise DataError(
+            f"The data of this preset, {path}, is not here.",
+            rule="Public sets are not part of the program.",
+            remedy=PREPARATIONS[path],
+        )
+    manifest = load_manifest(path, left_out=config.data.left_out)
     stored = (
         tuple(load_table(path, verify=verify) for path in config.mltfr.tables)
         if config.mltfr.enabled
