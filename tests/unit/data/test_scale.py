@@ -71,7 +71,7 @@ def test_resources_do_not_show_in_the_bytes(
 def test_too_little_memory_says_so_and_can_go_on(
     source: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="does not fit into memory_limit=1MB") as caught:
+    with pytest.raises(DataError, match="does not fit into --memory-limit 1MB") as caught:
         prepare(
             str(source),
             tmp_path / "out",
@@ -79,7 +79,7 @@ def test_too_little_memory_says_so_and_can_go_on(
             resources=PrepareResources(memory_limit="1MB"),
             log=quiet,
         )
-    assert "Raise memory_limit" in caught.value.remedy
+    assert "Raise --memory-limit" in caught.value.remedy
     assert not (tmp_path / "out").exists()
     prepare(str(source), tmp_path / "out", CONFIG, log=quiet)
     assert contents(tmp_path / "out") == expected
@@ -207,7 +207,8 @@ def test_what_another_configuration_began_is_refused(
     monkeypatch.undo()
     other = CONFIG.model_copy(update={"item_core": 3})
     with pytest.raises(
-        DataError, match=r"\.out\.partial is half prepared, and differently: item_core was 2, now 3"
+        DataError,
+        match=r"\.out\.partial is half prepared, and differently: --item-core was 2, now 3",
     ) as caught:
         prepare(str(source), tmp_path / "out", other, log=quiet)
     assert "remove" in caught.value.remedy
@@ -215,9 +216,9 @@ def test_what_another_configuration_began_is_refused(
 
 
 def test_two_at_once_are_refused(source: Path, tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path / "out", PrepareResources(), quiet)
+    workspace = Workspace(tmp_path / "out", PrepareResources(), quiet, source="raw.csv")
     workspace.claim({})
-    database = str(workspace.folder / "prepare.duckdb")
+    database = str(next(workspace.folder.glob("plan-*")) / "prepare.duckdb")
     script = f"import duckdb, time; c = duckdb.connect({database!r}); print(1, flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -276,7 +277,7 @@ def test_urls_are_read_and_written(
     ]  # nothing of it stays here
     assert prepare(f"{base}/raw.csv", f"{base}/prepared", CONFIG, log=lines.append) == manifest
     assert "already holds this data" in lines[-1]
-    with pytest.raises(DataError, match="prepared differently: item_core was 2, now 3"):
+    with pytest.raises(DataError, match="prepared differently: --item-core was 2, now 3"):
         prepare(
             f"{base}/raw.csv",
             f"{base}/prepared",

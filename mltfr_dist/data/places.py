@@ -1,0 +1,66 @@
+"""Where preparation may write: what an output may hold before, and what must lie apart."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mltfr_dist.config import PrepareResources
+from mltfr_dist.data.manifest import MANIFEST_NAME
+from mltfr_dist.errors import DataError
+
+_OWN = r"(train|valid|test)-[0-9]{6}\.tar|(items|users)\.parquet"
+"""Files of a prepared folder that are there before its manifest is."""
+
+
+def holds_data(output: Path) -> bool:
+    """Whether ``output`` holds prepared data; False if it is absent, empty, or half prepared in itself.
+
+    Raises:
+        DataError: it holds something else, which is never overwritten, or leads nowhere.
+    """
+    if output.is_symlink() and not output.exists():
+        raise DataError(
+            f"{output} is a link to {output.readlink()}, which is not there.",
+            rule="An output may be a link to a folder that exists.",
+            remedy="Make that folder, or remove the link.",
+        )
+    if not output.exists():
+        return False
+    if (output / MANIFEST_NAME).is_file():
+        return True
+    names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
+    own = {path for path in names if re.fullmatch(_OWN, path)}
+    partial = output / f".{output.resolve().name}.partial"
+    if names - {"lost+found", partial.name} - (own if partial.exists() else set()):
+        raise DataError(
+            f"{output} exists and holds something other than prepared data.",
+            rule="Preparation writes into a new or empty folder and never overwrites.",
+            remedy="Give another output folder, or empty this one.",
+        )
+    return False
+
+
+def check_apart(source: str, output: Path, resources: PrepareResources) -> None:
+    """Whether what is written lies outside what is read, and what is temporary outside what stays.
+
+    Raises:
+        DataError: it does not.
+    """
+    temp_dir = resources.temp_dir
+    places = {f"The output {output}": output}
+    if temp_dir is not None:
+        places[f"--temp-dir {temp_dir}"] = temp_dir
+        if temp_dir.resolve().is_relative_to(output.resolve()):
+            raise DataError(
+                f"--temp-dir {temp_dir} lies in the output {output}.",
+                rule="The output holds what was prepared and nothing else.",
+                remedy="Give another --temp-dir.",
+            )
+    for name, place in places.items():
+        if Path(source).is_dir() and place.resolve().is_relative_to(Path(source).resolve()):
+            raise DataError(
+                f"{name} lies in the source {source}.",
+                rule="What is written must not be read as interactions the next time.",
+                remedy="Give a folder outside the source.",
+            )
