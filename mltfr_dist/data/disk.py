@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def disk_errors(places: Sequence[Path]) -> Iterator[None]:
             free = {place: free_bytes(place) for place in places}
             place = min(free, key=lambda place: free[place])
             raise DiskError(
-                f"The disk is full: {megabytes(free[place])} are free for {place}.",
+                f"The disk is full: {megabytes(free[place])} are free now for {place}.",
                 rule="What was done so far is kept there, and nothing that is half written counts.",
                 remedy="Free some room and start the same command again: it goes on where it stopped.",
             ) from None
@@ -126,8 +127,9 @@ def check_space(place: Path, source_bytes: int, log: Callable[[str], None]) -> N
 
 
 def free_bytes(place: Path) -> int:
-    """Free bytes of the file system that ``place`` lies on, or would lie on."""
-    return shutil.disk_usage(_existing(place)).free
+    """Free bytes of the file system that ``place`` lies on, or would lie on; no limit where it tells none."""
+    usage = shutil.disk_usage(_existing(place))
+    return usage.free if usage.total else sys.maxsize
 
 
 def megabytes(size: int) -> str:
