@@ -47,11 +47,12 @@ def open_database(
             with _progress(connection, log):
                 yield connection
     except duckdb.OutOfMemoryException as error:
+        if is_full(error):
+            raise
         raise DataError(
             f"Preparation does not fit into --memory-limit {limit}: {str(error).splitlines()[0]}",
             rule="What does not fit goes to disk, but each thread needs some memory of its own.",
-            remedy="Raise --memory-limit, lower --threads, or free disk under --temp-dir. "
-            "It goes on where it stopped.",
+            remedy="Raise --memory-limit or lower --threads. It goes on where it stopped.",
         ) from None
     except duckdb.IOException as error:
         if is_full(error):

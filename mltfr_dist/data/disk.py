@@ -16,7 +16,8 @@ import duckdb
 from mltfr_dist.errors import DataError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_FULL_TEXTS = tuple(os.strerror(number) for number in _FULL)
+# DuckDB spills at most 90% of what is free, and then names the setting that says so.
+_FULL_TEXTS = (*(os.strerror(number) for number in _FULL), "max_temp_directory_size")
 _LEAST_SHARE, _USUAL_SHARE = 0.1, 2.0
 """Disk that a preparation takes, in sizes of its source: never less than the first, often the second."""
 
@@ -80,7 +81,7 @@ def check_writable(folder: Path, given: str) -> None:
     Raises:
         DiskError: it cannot.
     """
-    base = _existing(folder)
+    base = _existing(folder.parent)
     remedy = f"Give another place than {given}, or make it one that you may write to."
     if not base.is_dir():
         raise DiskError(
@@ -93,12 +94,6 @@ def check_writable(folder: Path, given: str) -> None:
             (Path(probe) / folder.name).mkdir()
             (Path(probe) / "file").write_bytes(b"\0")
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise DiskError(
-                f"{given} has too long a name for its file system: a folder {folder.name} is needed.",
-                rule="Most file systems allow 255 bytes a name.",
-                remedy="Give a shorter one.",
-            ) from None
         if error.errno in _FULL:
             raise  # disk_errors says how full
         raise DiskError(

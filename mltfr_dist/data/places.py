@@ -11,6 +11,22 @@ from mltfr_dist.errors import DataError
 
 _OWN = r"(train|valid|test)-[0-9]{6}\.tar|(items|users)\.parquet"
 """Files of a prepared folder that are there before its manifest is."""
+_LONGEST_NAME = 255
+
+
+def check_name(output: Path) -> None:
+    """Whether a folder for what is half done may be named after ``output``.
+
+    Raises:
+        DataError: its name is too long for that.
+    """
+    name = f".{output.name}.partial"
+    if len(name.encode()) > _LONGEST_NAME:
+        raise DataError(
+            f"The name of the output {output} is too long: {name} is needed while it is prepared.",
+            rule=f"File systems allow {_LONGEST_NAME} bytes a name.",
+            remedy="Give a shorter name.",
+        )
 
 
 def holds_data(output: Path) -> bool:

@@ -31,7 +31,7 @@ from mltfr_dist.data.manifest import (
     parse_manifest,
     verify_folder,
 )
-from mltfr_dist.data.places import check_apart, holds_data
+from mltfr_dist.data.places import check_apart, check_name, holds_data
 from mltfr_dist.data.readers import one
 from mltfr_dist.data.steps import (
     Log,
@@ -80,6 +80,7 @@ def prepare(
     if remote.is_url(str(output)):
         return _prepare_remotely(source, str(output), config, resources, packages_dir, log)
     output = Path(output)
+    check_name(output)
     workspace = Workspace(output, resources, log, source=source)
     with workspace.errors():
         if not holds_data(output):

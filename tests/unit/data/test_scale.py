@@ -152,47 +152,34 @@ def test_finished_shards_stay_and_are_verified(
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("places", ["beside", "temp_dir", "in a folder that is there"])
+@pytest.mark.parametrize("moment", ["first shard", "0.3", "0.6", "0.9"])
 def test_a_killed_process_is_gone_on_with(
-    source: Path, expected: dict[str, bytes], tmp_path: Path
+    source: Path, expected: dict[str, bytes], tmp_path: Path, moment: str, places: str
 ) -> None:
-    """The real command, killed without warning as soon as it has written a shard, then run again."""
-    options = [
-        "--user-core",
-        "2",
-        "--item-core",
-        "2",
-        "--sequences-per-block",
-        "32",
-        "--sequences-per-shard",
-        "100",
-    ]
-    program = "import sys; from mltfr_dist.cli import main; sys.exit(main())"
-    command = [
-        sys.executable,
-        "-c",
-        program,
-        "prepare",
-        str(source),
-        str(tmp_path / "out"),
-        *options,
-    ]
-    process = subprocess.Popen(
-        command, env=clean_environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL
+    """The real command, killed without warning once it has begun, then run again."""
+    options = (
+        "--user-core 2 --item-core 2 --sequences-per-block 32 --sequences-per-shard 100".split()
     )
-    journal = tmp_path / ".out.partial" / "shards.jsonl"
-    while process.poll() is None and not journal.exists():
+    if places == "temp_dir":
+        options += ["--temp-dir", str(tmp_path / "temporary")]
+    output = tmp_path / "out"
+    if places.startswith("in"):
+        output.mkdir()
+    program = "import sys; from mltfr_dist.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "prepare", str(source), str(output), *options]
+    settings = {"env": clean_environment(), "cwd": REPOSITORY, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **settings)
+    partial = (output if places.startswith("in") else tmp_path) / ".out.partial"
+    awaited = partial / ("shards.jsonl" if moment == "first shard" else "plan.json")
+    while process.poll() is None and not awaited.exists():
         time.sleep(0.002)
+    time.sleep(0 if moment == "first shard" else float(moment))
     os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
     process.wait()
-    subprocess.run(
-        command,
-        env=clean_environment(),
-        cwd=REPOSITORY,
-        check=True,
-        stdout=subprocess.DEVNULL,
-        timeout=200,
-    )
-    assert contents(tmp_path / "out") == expected
+    subprocess.run(command, check=True, timeout=200, **settings)
+    assert contents(output) == expected
+    assert not (tmp_path / "temporary").exists() or not any((tmp_path / "temporary").iterdir())
 
 
 def test_what_another_configuration_began_is_refused(
