@@ -246,7 +246,7 @@ def check_recorded(folder: Path, inputs: Inputs) -> None:
         recorded = json.loads(path.read_text())
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
         changed = [
-            f"{_input_name(name)}: sha256 was {str(recorded.get(name))[:12]}, is {digest[:12]}"
+            f"{name} changed (sha256 {str(recorded.get(name))[:12]} then, {digest[:12]} now)"
             for name, digest in inputs.hashes.items()
             if recorded.get(name) != digest
         ]
@@ -259,15 +259,11 @@ def check_recorded(folder: Path, inputs: Inputs) -> None:
         ) from None
     if changed:
         raise CheckpointError(
-            f"The run {folder} was made from other inputs; since it began on {began}, "
-            f"there changed {'; '.join(changed)}.",
+            f"The run {folder} was made from other inputs; since it began on {began}: "
+            f"{', '.join(changed)}.",
             rule=rule,
             remedy="Restore them from a copy, or train again under another `name`.",
         )
-
-
-def _input_name(name: str) -> str:
-    return "the prepared data" if name == "data" else f"the token table `{name}`"
 
 
 def build_model(

@@ -158,9 +158,8 @@ def test_a_killed_process_is_gone_on_with(
     source: Path, expected: dict[str, bytes], tmp_path: Path, moment: str, places: str
 ) -> None:
     """The real command, killed without warning once it has begun, then run again."""
-    options = (
-        "--user-core 2 --item-core 2 --sequences-per-block 32 --sequences-per-shard 100".split()
-    )
+    options = ["--user-core", "2", "--item-core", "2"]
+    options += ["--sequences-per-block", "32", "--sequences-per-shard", "100"]
     if places == "temp_dir":
         options += ["--temp-dir", str(tmp_path / "temporary")]
     output = tmp_path / "out"
