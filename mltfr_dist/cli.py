@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from mltfr_dist import __version__
 from mltfr_dist.config import PrepareConfig, PrepareResources, RunConfig, TableConfig
-from mltfr_dist.errors import ConfigError, DataError, MltfrError, fail
+from mltfr_dist.errors import ConfigError, DataError, MltfrError, fail, quiet_pipe
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.resolve import resolve_config
 from mltfr_dist.schema import Section, validate
@@ -523,14 +523,15 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    options = parse_intermixed(build_parser(), arguments)
-    try:
-        COMMANDS[options.command](options)
-    except MltfrError as error:
-        return fail(error)
-    finally:
-        if options.command in ("train", "evaluate"):
-            from mltfr_dist.distributed.ranks import stop_ranks
+    with quiet_pipe() as pipe:
+        options = parse_intermixed(build_parser(), arguments)
+        try:
+            COMMANDS[options.command](options)
+        except MltfrError as error:
+            return fail(error)
+        finally:
+            if options.command in ("train", "evaluate"):
+                from mltfr_dist.distributed.ranks import stop_ranks
 
-            stop_ranks()
-    return 0
+                stop_ranks()
+    return pipe.exit_code

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 EXIT_BAD_INPUT = 2
 """Exit code of every command that refuses its input."""
 
 EXIT_LOST = 3
 """Exit code of a rank that has lost another: the connection broke, or nothing came for training.hang_seconds."""
+
+EXIT_UNREAD = 141
+"""Exit code of a command whose output is not read to its end, as under `| head`: that of SIGPIPE."""
 
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and saved: start it again (EX_TEMPFAIL of sysexits.h)."""
@@ -80,3 +87,33 @@ def fail(error: MltfrError) -> int:
     if not isinstance(error, OtherRankError):
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     return error.exit_code
+
+
+class Pipe:
+    """What came of a command's output."""
+
+    exit_code = 0
+
+
+@contextmanager
+def quiet_pipe() -> Iterator[Pipe]:
+    """End without noise where nobody reads our output any more, as under `| head`."""
+    pipe = Pipe()
+    try:
+        try:
+            yield pipe
+        finally:
+            if sys.stdout is not None:  # as after `>&-`
+                sys.stdout.flush()  # here, where the error can be caught, and not at the very end
+    except BrokenPipeError:
+        if not _has_lost_its_reader(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pipe.exit_code = EXIT_UNREAD
+
+
+def _has_lost_its_reader(stream: TextIO) -> bool:
+    """Whether a stream is a pipe without a reader; other pipes and connections break, too."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

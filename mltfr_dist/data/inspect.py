@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mltfr_dist.data.manifest import Manifest, load_manifest
+from mltfr_dist.data.manifest import Manifest, load_manifest, verify_maps
 from mltfr_dist.data.plots import line_plot
 from mltfr_dist.data.shards import read_shard
 
@@ -37,12 +37,13 @@ class Facts:
 
 
 def gather(folder: Path) -> Facts:
-    """Read every shard once, verified.
+    """Read every shard once, verified; the maps of users and items are verified, too.
 
     Raises:
         DataError: something is missing or damaged.
     """
     manifest = load_manifest(folder)
+    verify_maps(folder, manifest)
     lengths = {
         name: np.zeros(split.max_length + 1, dtype=np.int64)
         for name, split in manifest.splits.items()
@@ -84,7 +85,7 @@ def table(folder: Path, facts: Facts) -> str:
         ("ties in time", f"{report.ties:,}"),
         ("density", f"{manifest.num_interactions / (manifest.num_users * manifest.num_items):.4%}"),
         ("split", manifest.prepare.split),
-        ("time range", _time_range(report.times)),
+        ("time range", _time_range(manifest)),
     ]
     if report.cut_times:
         rows.append(("cuts", " and ".join(moment(cut) for cut in report.cut_times)))
@@ -137,12 +138,13 @@ def moment(time: str) -> str:
     return time
 
 
-def _time_range(times: tuple[str, str] | None) -> str:
-    return (
-        f"{moment(times[0])} to {moment(times[1])}"
-        if times
-        else "not recorded (prepared by an earlier version)"
-    )
+def _time_range(manifest: Manifest) -> str:
+    times = manifest.report.times
+    if times:
+        return f"{moment(times[0])} to {moment(times[1])}"
+    if manifest.prepare.format == "sequences":
+        return "none: sequence text has an order and no times"
+    return "not recorded (prepared by an earlier version)"
 
 
 def write_plots(facts: Facts, folder: Path) -> list[Path]:

@@ -1,152 +1,78 @@
-"""`manifest.json`: what a prepared folder holds, with the size and hash of every file."""
+"""`manifest.json`: what a prepared folder holds, with the size and hash of every file and of itself."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
 
-from mltfr_dist.config import PrepareConfig
+from mltfr_dist.data.manifest_schema import (
+    ITEMS_NAME,
+    READABLE_VERSIONS,
+    SCHEMA_VERSION,
+    SPLITS,
+    USERS_NAME,
+    CoreRound,
+    Manifest,
+    PrepareReport,
+    ShardInfo,
+    SourceInfo,
+    SplitInfo,
+    checksum_of,
+)
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
-from mltfr_dist.schema import Count, Section
 
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, SCHEMA_VERSION)
+__all__ = [
+    "ITEMS_NAME",
+    "MANIFEST_NAME",
+    "SCHEMA_VERSION",
+    "SPLITS",
+    "USERS_NAME",
+    "CoreRound",
+    "Manifest",
+    "PrepareReport",
+    "ShardInfo",
+    "SourceInfo",
+    "SplitInfo",
+    "all_shards",
+    "check_hash",
+    "check_size",
+    "damaged",
+    "load_manifest",
+    "parse_manifest",
+    "read_manifest",
+    "read_map",
+    "verify_folder",
+    "verify_maps",
+]
+
 MANIFEST_NAME = "manifest.json"
-PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
-"""A file name without any folder, so that a manifest never points outside its own folder."""
-_REMEDY = "Copy the folder again, or run `mltfr prepare` into a new folder."
-
-
-class ShardInfo(Section):
-    """One tar file."""
-
-    file: PlainName
-    num_sequences: Count
-    num_blocks: Count
-    num_items: Count = Field(description="Items of all its sequences together.")
-    bytes: Count
-    sha256: str
-    lengths: tuple[tuple[int, int], ...] | None = Field(
-        None,
-        description="(items, number of sequences with as many), ascending. Manifests of version 1 have none.",
-    )
-
-
-class SplitInfo(Section):
-    """One split: its shards and their sums."""
-
-    num_sequences: int
-    num_items: int = Field(description="Items of all its sequences together, targets included.")
-    max_length: int = Field(description="Items of its longest sequence.")
-    shards: tuple[ShardInfo, ...]
-
-    @model_validator(mode="after")
-    def _adds_up(self) -> SplitInfo:
-        for name in ("num_sequences", "num_items"):
-            total = sum(getattr(shard, name) for shard in self.shards)
-            if total != getattr(self, name):
-                raise ValueError(f"{name} is {getattr(self, name)}, but its shards have {total}")
-        for name in ("file", "sha256"):  # the same content twice would give its sequences twice
-            values = [getattr(shard, name) for shard in self.shards]
-            if len(set(values)) < len(values):
-                raise ValueError(
-                    f"two shards have the same {name}, {max(values, key=values.count)}"
-                )
-        return self
-
-    def without(self, files: Collection[str]) -> SplitInfo:
-        """The split without some of its shards."""
-        kept = tuple(shard for shard in self.shards if shard.file not in files)
-        sums = {
-            name: sum(getattr(shard, name) for shard in kept)
-            for name in ("num_sequences", "num_items")
-        }
-        return SplitInfo(**sums, max_length=self.max_length, shards=kept)
-
-
-class SourceInfo(Section):
-    """What the data was prepared from. File names only: a manifest is the same wherever it was made."""
-
-    file: str
-    bytes: int
-    sha256: str
-    titles_file: str | None = None
-    titles_sha256: str | None = None
-
-
-class CoreRound(Section):
-    """One round of the k-core."""
-
-    users_removed: int
-    items_removed: int
-    interactions_left: int
-
-
-class PrepareReport(Section):
-    """What preparation kept, dropped and met."""
-
-    rows_read: int
-    duplicates_dropped: int
-    core_rounds: tuple[CoreRound, ...]
-    ties: int = Field(
-        description="Interactions at the same time as the user's one before; they keep file order."
-    )
-    train_only_users: int = Field(
-        description="leave_one_out: users with fewer than 3 interactions."
-    )
-    short_train_sequences: int = Field(
-        description="Users whose training part has one item and is not stored."
-    )
-    cold_targets: dict[str, int] = Field(
-        description="Targets of valid and test that no stored training sequence holds."
-    )
-    cut_times: tuple[str, str] | None = Field(
-        None, description="global_temporal: start of validation and of test."
-    )
-    items_with_title: int = 0
-    times: tuple[str, str] | None = Field(
-        None, description="Earliest and latest kept; None for sequence text."
-    )
-
-
-SPLITS = ("train", "valid", "test")
-
-
-class Manifest(Section):
-    """`manifest.json`: everything about a prepared folder."""
-
-    schema_version: int = SCHEMA_VERSION
-    num_users: int
-    num_items: int = Field(description="Item ids are 1..num_items; 0 is padding.")
-    num_interactions: int
-    splits: dict[str, SplitInfo] = Field(description="train, valid and test.")
-    source: SourceInfo
-    prepare: PrepareConfig
-    report: PrepareReport
-    files: dict[PlainName, str] = Field(description="sha256 of items.parquet and users.parquet.")
-
-    @field_validator("splits")
-    @classmethod
-    def _all_splits(cls, splits: dict[str, SplitInfo]) -> dict[str, SplitInfo]:
-        if set(splits) != set(SPLITS):
-            raise ValueError(f"must be exactly {', '.join(SPLITS)}, not {', '.join(splits)}")
-        return splits
+_REMEDY = (
+    "Copy the folder again, or run `mltfr prepare` into a new folder: "
+    "the same source and options give the same data."
+)
 
 
 def load_manifest(folder: Path, *, left_out: Collection[str] = ()) -> Manifest:
-    """:func:`read_manifest`, and a look whether every file it lists is there, shards with their size (a fast check).
+    """:func:`read_manifest`, and a look whether every file it lists is there and as large as it says (a fast check).
+
+    Of shards that is the size in bytes, of the maps of users and items the number of rows.
 
     Args:
         folder: the prepared folder.
         left_out: shard files that count as if they had never been written.
 
     Raises:
-        DataError: as read_manifest, a file missing or of another size, or shards left out that there are not.
+        DataError: as read_manifest, a file missing or of another size, or shards left out that
+            there are not.
     """
     manifest = read_manifest(folder)
     unknown = set(left_out) - {shard.file for shard in all_shards(manifest)}
@@ -158,11 +84,8 @@ def load_manifest(folder: Path, *, left_out: Collection[str] = ()) -> Manifest:
     if left_out:
         splits = {name: split.without(left_out) for name, split in manifest.splits.items()}
         manifest = manifest.model_copy(update={"splits": splits})
-    for name in manifest.files:
-        if not (folder / name).is_file():
-            raise DataError(
-                f"{folder / name} is missing, though the manifest lists it.", remedy=_REMEDY
-            )
+    for name, rows in ((ITEMS_NAME, manifest.num_items), (USERS_NAME, manifest.num_users)):
+        _check_rows(folder / name, rows)
     for shard in all_shards(manifest):
         check_size(folder / shard.file, shard)
     return manifest
@@ -188,22 +111,74 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
     """The manifest that ``content`` is; ``path`` is its name in errors.
 
     Raises:
-        DataError: it is malformed, or of another schema version.
+        DataError: it is malformed, of another schema version, or not what was written.
     """
     try:
         values = _json_object(content)
         version = values.get("schema_version")
         if version not in READABLE_VERSIONS:
             raise DataError(
-                f"{path} has schema version {version}; this program reads versions {' and '.join(map(str, READABLE_VERSIONS))}.",
+                f"{path} has schema version {version}; this program reads versions {', '.join(map(str, READABLE_VERSIONS))}.",
                 remedy="Run `mltfr prepare` again with this version, into a new folder.",
             )
-        return Manifest.model_validate(values)
-    except ValueError as error:  # also of JSON, of UTF-8 and of pydantic
+        manifest = Manifest.model_validate(values)
+    except (ValueError, RecursionError) as error:  # also of JSON, of UTF-8 and of pydantic
         reason = error.errors()[0] if isinstance(error, ValidationError) else str(error)
         if isinstance(reason, dict):
             reason = f"`{'.'.join(map(str, reason['loc']))}`: {reason['msg']}"
         raise DataError(f"{path} is malformed: {reason}.", remedy=_REMEDY) from None
+    _check_checksum(values, path)
+    return manifest
+
+
+def _check_checksum(values: dict[str, Any], path: str) -> None:
+    if "checksum" not in values and values["schema_version"] < 3:
+        return
+    found = checksum_of({name: value for name, value in values.items() if name != "checksum"})
+    if values.get("checksum") != found:
+        raise DataError(
+            f"{path} is not what `mltfr prepare` wrote: the checksum of its values begins "
+            f"{found[:12]}, the one it holds {str(values.get('checksum'))[:12]}.",
+            rule="A manifest is never edited: its numbers belong to the files beside it.",
+            remedy=_REMEDY,
+        )
+
+
+def _check_rows(path: Path, expected: int) -> None:
+    """Refuse a map that is missing or has another number of rows; reads the end of the file only."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing, though the manifest lists it.", remedy=_REMEDY)
+    try:
+        rows = pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, str(error).splitlines()[0].rstrip(".")) from None
+    if rows != expected:
+        raise damaged(path, f"it has {rows:,} rows, the manifest says {expected:,}")
+
+
+def read_map(folder: Path, manifest: Manifest, name: str) -> pa.Table:
+    """`items.parquet` or `users.parquet`, compared with its sha256: hashed and parsed from the same bytes.
+
+    Raises:
+        DataError: it is missing, or not what was written.
+    """
+    path = folder / name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.", remedy=_REMEDY) from None
+    check_hash(path, hashlib.sha256(content).hexdigest(), manifest.files[name])
+    return pq.read_table(pa.BufferReader(content))
+
+
+def verify_maps(folder: Path, manifest: Manifest) -> None:
+    """Compare `items.parquet` and `users.parquet` with their sha256.
+
+    Raises:
+        DataError: one is missing, or not what was written.
+    """
+    for name, expected in manifest.files.items():
+        check_hash(folder / name, file_sha256(folder / name), expected)
 
 
 def verify_folder(folder: Path, *, left_out: Collection[str] = ()) -> Manifest:
@@ -213,9 +188,9 @@ def verify_folder(folder: Path, *, left_out: Collection[str] = ()) -> Manifest:
         DataError: as load_manifest, and for a file whose content has changed.
     """
     manifest = load_manifest(folder, left_out=left_out)
-    hashes = manifest.files | {shard.file: shard.sha256 for shard in all_shards(manifest)}
-    for name, expected in hashes.items():
-        check_hash(folder / name, file_sha256(folder / name), expected)
+    verify_maps(folder, manifest)
+    for shard in all_shards(manifest):
+        check_hash(folder / shard.file, file_sha256(folder / shard.file), shard.sha256)
     return manifest
 
 
@@ -238,7 +213,12 @@ def check_size(path: Path, info: ShardInfo) -> None:
 def check_hash(path: Path, found: str, expected: str) -> None:
     """Refuse a file whose sha256 is not the expected one."""
     if found != expected:
-        raise damaged(path, f"its sha256 begins {found[:12]}, the manifest says {expected[:12]}")
+        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+        raise damaged(
+            path,
+            f"its sha256 begins {found[:12]}, the manifest says {expected[:12]} "
+            f"(the file was last written on {written})",
+        )
 
 
 def damaged(path: Path, reason: str) -> DataError:

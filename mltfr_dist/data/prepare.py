@@ -15,8 +15,10 @@ from typing import Any
 
 import duckdb
 
+from mltfr_dist import __version__
 from mltfr_dist.config import PrepareConfig, PrepareResources
 from mltfr_dist.data import remote, sources, splits
+from mltfr_dist.data.disk import is_full
 from mltfr_dist.data.gather import Source, gather
 from mltfr_dist.data.inputs import given_file
 from mltfr_dist.data.leaks import check_train_shards
@@ -31,6 +33,7 @@ from mltfr_dist.data.manifest import (
     parse_manifest,
     verify_folder,
 )
+from mltfr_dist.data.places import check_apart, check_name, holds_data
 from mltfr_dist.data.readers import one
 from mltfr_dist.data.steps import (
     Log,
@@ -42,7 +45,7 @@ from mltfr_dist.data.steps import (
     make_id_maps,
     order_by_time,
 )
-from mltfr_dist.data.workspace import Workspace
+from mltfr_dist.data.workspace import Workspace, differences
 from mltfr_dist.data.write import write_maps, write_splits
 from mltfr_dist.errors import DataError
 
@@ -79,34 +82,55 @@ def prepare(
     if remote.is_url(str(output)):
         return _prepare_remotely(source, str(output), config, resources, packages_dir, log)
     output = Path(output)
-    workspace = Workspace(output, resources, log)
-    found, config = _resolve(source, output, config, packages_dir, workspace)
-    info, recorded = found.info(), _recorded(config)
-    if _is_reusable(output, info, recorded):
-        manifest = verify_folder(output)
-        workspace.remove()
-        log(
-            f"{output} already holds this data, from the same source and configuration: verified and reused."
+    check_name(output)
+    places = [source] if isinstance(source, str) else list(source)
+    workspace = Workspace(output, resources, log, source=places)
+    with workspace.errors():
+        if not holds_data(output):
+            check_apart(places, output, resources)
+            workspace.check_places()
+        found, config = _resolve(places, output, config, packages_dir, workspace)
+        info, recorded = found.info(), _recorded(config)
+        if _is_reusable(output, info, recorded):
+            manifest = verify_folder(output)
+            workspace.remove()
+            log(
+                f"{output} already holds this data, from the same source and configuration: "
+                "verified and reused."
+            )
+            return manifest
+        plan = info.model_dump(mode="json") | recorded.model_dump(mode="json")
+        workspace.claim(
+            plan | {"schema_version": SCHEMA_VERSION, "program": __version__}, info.bytes
         )
-        return manifest
-    plan = info.model_dump(mode="json") | recorded.model_dump(mode="json")
-    workspace.claim(plan | {"schema_version": SCHEMA_VERSION, "temp_dir": str(resources.temp_dir)})
+        manifest = _prepared(workspace, found, config, recorded, info)
+        (workspace.out / MANIFEST_NAME).write_text(
+            manifest.model_dump_json(indent=2) + "\n", encoding="utf-8"
+        )
+        workspace.publish()
+        workspace.remove()
+    log(f"Written to {output}.")
+    return manifest
+
+
+def _prepared(
+    workspace: Workspace,
+    found: Source,
+    config: PrepareConfig,
+    recorded: PrepareConfig,
+    info: SourceInfo,
+) -> Manifest:
+    """:func:`_run` on the workspace's database; where the input is bad, nothing of it stays."""
     bad_input: DataError | None = None
     with workspace.database() as connection:
         try:
-            manifest = _run(connection, found, workspace, config, recorded, info)
+            return _run(connection, found, workspace, config, recorded, info)
         except DataError as error:
+            if is_full(error):
+                raise
             bad_input = error
-    if bad_input is not None:
-        workspace.remove()  # bad input stays bad: nothing to go on with
-        raise bad_input
-    (workspace.out / MANIFEST_NAME).write_text(
-        manifest.model_dump_json(indent=2) + "\n", encoding="utf-8"
-    )
-    workspace.out.rename(output)  # onto an empty folder or none
-    workspace.remove()
-    log(f"Written to {output}.")
-    return manifest
+    workspace.abandon()  # bad input stays bad: nothing to go on with
+    raise bad_input
 
 
 def _prepare_remotely(
@@ -123,8 +147,9 @@ def _prepare_remotely(
     content = remote.manifest_at(url)
     if content is not None:
         manifest = parse_manifest(content, url)
-        workspace = Workspace(local, resources, log)
-        found, config = _resolve(source, local, config, packages_dir, workspace)
+        places = [source] if isinstance(source, str) else list(source)
+        workspace = Workspace(local, resources, log, source=places)
+        found, config = _resolve(places, local, config, packages_dir, workspace)
         _refuse_other(manifest, url, found.info(), _recorded(config))
         workspace.remove()
         log(f"{url} already holds this data, from the same source and configuration.")
@@ -139,14 +164,13 @@ def _prepare_remotely(
 
 
 def _resolve(
-    source: str | Sequence[str],
+    places: Sequence[str],
     output: Path,
     config: PrepareConfig,
     packages_dir: Path | None,
     workspace: Workspace,
 ) -> tuple[Source, PrepareConfig]:
     """The files to read, and the configuration with a named set's columns and titles filled in."""
-    places = [source] if isinstance(source, str) else list(source)
     if len(places) == 1 and places[0] in sources.NAMED_SETS:
         return _named(places[0], config, packages_dir)
     try:
@@ -221,19 +245,13 @@ def _recorded(config: PrepareConfig) -> PrepareConfig:
 
 
 def _is_reusable(output: Path, info: SourceInfo, recorded: PrepareConfig) -> bool:
-    """Whether ``output`` holds this data; False if it is absent or empty.
+    """Whether ``output`` holds this data; False if there is none.
 
     Raises:
         DataError: it holds something else, which is never overwritten.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not holds_data(output):
         return False
-    if not (output / MANIFEST_NAME).is_file():
-        raise DataError(
-            f"{output} exists and holds something other than prepared data.",
-            rule="Preparation writes into a new or empty folder and never overwrites.",
-            remedy="Give another output folder, or empty this one.",
-        )
     _refuse_other(load_manifest(output), str(output), info, recorded)
     return True
 
@@ -241,12 +259,13 @@ def _is_reusable(output: Path, info: SourceInfo, recorded: PrepareConfig) -> boo
 def _refuse_other(
     manifest: Manifest, place: str, info: SourceInfo, recorded: PrepareConfig
 ) -> None:
-    before = manifest.source.model_dump() | manifest.prepare.model_dump()
-    now = info.model_dump() | recorded.model_dump()
-    changed = [f"{key} was {before[key]}, now {now[key]}" for key in now if before[key] != now[key]]
+    changed = differences(
+        manifest.source.model_dump() | manifest.prepare.model_dump(),
+        info.model_dump() | recorded.model_dump(),
+    )
     if changed:
         raise DataError(
-            f"{place} holds data prepared differently: {'; '.join(changed)}.",
+            f"{place} holds data prepared differently: {changed}.",
             rule="Prepared data is never overwritten, since runs may depend on it.",
             remedy="Give another output folder, or remove this one.",
         )
@@ -264,8 +283,7 @@ def _run(
     steps = StepLog(workspace.log)
 
     def read() -> int:
-        copies = workspace.temporary / "plain"
-        with source.plain(copies, config.format, workspace.log) as (files, titles):
+        with source.plain(workspace.copies, config.format, workspace.log) as (files, titles):
             rows = sources.load_interactions(connection, files, config)
             steps.done("read", rows, note=f"{config.format}, {info.bytes / 1e6:,.1f} MB")
             sources.load_titles(
@@ -312,7 +330,7 @@ def _run(
         connection, workspace.out, written["train"].shards, num_items=num_items, cut=cut
     )
     steps.done("read back", compared, note="no leak in the training shards as written")
-    return Manifest(
+    manifest = Manifest(
         num_users=num_users,
         num_items=num_items,
         num_interactions=kept,
@@ -328,6 +346,7 @@ def _run(
         ),
         files=files,
     )
+    return manifest.sealed()
 
 
 def _split(

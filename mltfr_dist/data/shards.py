@@ -209,7 +209,6 @@ class SplitWriter:
                     )
                 )
         partial.rename(path)
-        lengths, counts = np.unique(sequences.lengths, return_counts=True)
         info = ShardInfo(
             file=path.name,
             num_sequences=len(sequences),
@@ -217,7 +216,7 @@ class SplitWriter:
             num_items=len(sequences.items),
             bytes=path.stat().st_size,
             sha256=file_sha256(path),
-            lengths=tuple(zip(lengths.tolist(), counts.tolist())),
+            lengths=_lengths([sequences]),
         )
         self.shards.append(info)
         self.on_shard(info, int(sequences.users[-1]))
@@ -296,7 +295,17 @@ def read_blocks(
     expected = (info.num_blocks, info.num_sequences, info.num_items)
     if found != expected or not blocks:
         raise damaged(path, f"(blocks, sequences, items) are {found}, the manifest says {expected}")
+    if info.lengths is not None and _lengths(list(blocks.values())) != info.lengths:
+        raise damaged(path, "its sequences have other lengths than the manifest says")
     return list(blocks.values())
+
+
+def _lengths(blocks: Sequence[PackedSequences]) -> tuple[tuple[int, int], ...]:
+    """(items, number of sequences with as many), ascending."""
+    lengths, counts = np.unique(
+        np.concatenate([block.lengths for block in blocks]), return_counts=True
+    )
+    return tuple(zip(lengths.tolist(), counts.tolist()))
 
 
 def _decode_block(path: Path, sample: dict[str, Any], num_items: int) -> PackedSequences:

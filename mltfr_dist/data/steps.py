@@ -131,8 +131,9 @@ def k_core(
             raise DataError(
                 f"Nothing is left after round {len(rounds)} of the k-core; before that round there were {was:,} interactions "
                 f"of {before['user']:,} users with {before['item']:,} items.",
-                rule=f"Every kept user has at least {user_core} interactions (user_core) and every item {item_core} (item_core).",
-                remedy="Lower user_core or item_core, or give more data.",
+                rule=f"Every kept user has at least {user_core} interactions (--user-core) "
+                f"and every item {item_core} (--item-core).",
+                remedy="Lower --user-core or --item-core, or give more data.",
             )
 
 

@@ -1,33 +1,33 @@
-"""Where preparation works: a folder beside the output that survives a crash, and the record of what is done in it.
+"""Where preparation works: a folder that survives a crash, and the record of what is done in it.
 
-``.<output>.partial/`` holds ``plan.json`` (the source and configuration it belongs to), the database with every finished step,
-``out/`` with the finished files, and ``shards.jsonl``, a line for each finished shard. When the work is done, ``out/`` becomes
-the output and the rest goes.
+``.<output>.partial/`` holds ``plan.json`` (the source and configuration it belongs to), ``out/`` with the finished files, and
+``shards.jsonl``, a line for each finished shard. ``plan-<digest>/`` holds the database with every finished step. It lies there,
+or under ``--temp-dir`` in a folder of this output alone; the digest is of the plan and the places, and the database holds it,
+too, so that no step of another preparation is ever believed. All of it lies beside the output, or in it where the output is a
+folder already (a mount point, the target of a link). When the work is done, ``out/`` becomes the output and the rest goes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import duckdb
-import psutil
 
-from mltfr_dist.config import PrepareResources
-from mltfr_dist.data.manifest import ShardInfo
+from mltfr_dist.config import PrepareConfig, PrepareResources
+from mltfr_dist.data.database import open_database, refuse_if_used
+from mltfr_dist.data.disk import check_space, check_writable, disk_errors
+from mltfr_dist.data.manifest import MANIFEST_NAME, ShardInfo
 from mltfr_dist.data.readers import quote_text
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256, write_atomically
 
 Log = Callable[[str], None]
-_SECONDS_BETWEEN_LINES = 10.0
-_DEFAULT_SHARE = 0.6
 
 
 class WrittenShard(NamedTuple):
@@ -40,86 +40,155 @@ class WrittenShard(NamedTuple):
 class Workspace:
     """The folder of one preparation."""
 
-    def __init__(self, output: Path, resources: PrepareResources, log: Log) -> None:
-        self.folder = output.parent / f".{output.name}.partial"
+    def __init__(
+        self, output: Path, resources: PrepareResources, log: Log, *, source: Sequence[str]
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            output: the folder to prepare.
+            resources: ``temp_dir`` is where the database and copies go.
+            log: takes lines.
+            source: the places that the user named; copies made of another source are not used.
+        """
+        self.output, self.resources, self.log = output, resources, log
+        place = output.resolve()
+        name = f".{place.name}.partial"
+        self._beside, self._inside = place.parent / name, place / name
+        is_inside = output.is_dir() and not (output / MANIFEST_NAME).exists()
+        self.folder = self._inside if is_inside else self._beside
         self.out, self._plan, self._journal = (
             self.folder / name for name in ("out", "plan.json", "shards.jsonl")
         )
-        self.resources, self.log = resources, log
-        self.temporary = (
-            resources.temp_dir / f"{output.name}.partial" if resources.temp_dir else self.folder
-        )
-        self.fetched = self.temporary / "fetched"
+        self.temporary = self.folder
+        if resources.temp_dir:
+            # Outputs of one name may share a temp_dir, so the name alone does not do.
+            key = f"{place.name[:40]}-{_digest(str(place))}.partial"
+            self.temporary = resources.temp_dir.resolve() / key
+        self.fetched = self.temporary / f"fetched-{_digest(json.dumps(list(source)))}"
         """Where copies of remote sources go."""
+        self._work = self.temporary
+        self._digest = ""
+        parents = {*self.folder.parents, *self.temporary.parents}
+        self._made = sorted((p for p in parents if not p.exists()), reverse=True)
 
-    def claim(self, plan: dict[str, Any]) -> None:
-        """Begin, or go on with what was interrupted.
+    @property
+    def copies(self) -> Path:
+        """Where unpacked copies of this plan's files go."""
+        return self._work / "plain"
+
+    def check_places(self) -> None:
+        """Whether output and temporary files can be written.
 
         Raises:
-            DataError: what is there was begun from another source or configuration.
+            DataError: they cannot, or a preparation beside the output was overtaken by a folder made since.
         """
-        if self._plan.is_file():
-            before = json.loads(self._plan.read_text())
-            changed = [
-                f"{key} was {before.get(key)}, now {plan[key]}"
-                for key in plan
-                if before.get(key) != plan[key]
-            ]
-            if changed:
-                raise DataError(
-                    f"{self.folder} is half prepared, and differently: {'; '.join(changed)}.",
-                    rule="An interrupted preparation goes on only with the same source, configuration and temp_dir.",
-                    remedy=f"Prepare as before, give another output folder, or remove {self.folder}.",
-                )
-            self.log(f"Going on with the preparation that was interrupted in {self.folder}.")
+        if self.folder == self._inside and (self._beside / "plan.json").exists():
+            raise DataError(
+                f"{self._beside} is half prepared, and the folder {self.output} was made since.",
+                rule="An output that exists is prepared in the folder itself, any other beside it.",
+                remedy=f"Remove the empty folder {self.output} to go on, "
+                f"or remove {self._beside} to begin anew.",
+            )
+        check_writable(self.folder, f"the output {self.output}")
+        if self.resources.temp_dir:
+            check_writable(self.temporary, f"--temp-dir {self.resources.temp_dir}")
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Full disks and unreadable files as one paragraph (see :func:`disk_errors`)."""
+        with disk_errors(list(dict.fromkeys((self.folder, self.temporary)))):
+            yield
+
+    def claim(self, plan: dict[str, Any], source_bytes: int = 0) -> None:
+        """Begin, or go on with what was interrupted.
+
+        Args:
+            plan: the source and configuration; only an equal one goes on.
+            source_bytes: size of the source, from which a rough need of disk follows.
+
+        Raises:
+            DataError: what is there was begun from another source or configuration, or the disk is too small.
+        """
+        temp_dir = self.resources.temp_dir
+        plan = plan | {
+            "temp_dir": str(temp_dir.resolve()) if temp_dir else None,
+            "output": str(self.output.resolve()) if temp_dir else None,
+        }
+        self._digest = _digest(json.dumps(plan, sort_keys=True))
+        self._work = self.temporary / f"plan-{self._digest}"
+        before = self._plan_before()
+        if before is None:
+            self._remove_leftovers()
+            check_space(self.temporary, source_bytes, self.log)
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._work.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._plan, json.dumps(plan))
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.temporary.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._plan, json.dumps(plan))
+        changed = differences(before, plan)
+        if changed:
+            raise DataError(
+                f"{self.folder} is half prepared, and differently: {changed}.",
+                rule="An interrupted preparation goes on only with the same source, options and --temp-dir.",
+                remedy=f"Prepare as before, give another output folder, or remove {self.folder}.",
+            )
+        self.log(f"Going on with the preparation that was interrupted in {self.folder}.")
+        self.out.mkdir(exist_ok=True)
+        self._work.mkdir(parents=True, exist_ok=True)
+
+    def _plan_before(self) -> dict[str, Any] | None:
+        """The plan that was begun here; None where there is none, or a crash of the machine cut it."""
+        try:
+            values = json.loads(self._plan.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return values if isinstance(values, dict) else None
+
+    def _remove_leftovers(self) -> None:
+        """Delete what belongs to no plan, as after ``.<output>.partial`` was removed by hand.
+
+        Raises:
+            DataError: another process is working there.
+        """
+        names = ("out", "shards.jsonl", "plan-*", "prepare.duckdb*", "spill", "fetched-*")
+        for folder in dict.fromkeys((self.folder, self.temporary)):
+            for path in (found for name in names for found in folder.glob(name)):
+                if path == self.fetched:
+                    continue
+                refuse_if_used(path)
+                self.log(f"Removing {path}, left by a preparation that was given up.")
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def publish(self) -> None:
+        """Make what is in ``out`` the output: in one step, or file by file with the manifest last."""
+        if self.folder == self._beside:
+            self.out.rename(self.output)  # there is none, as it was not there at the start
+            return
+        files = sorted(self.out.iterdir(), key=lambda path: path.name == MANIFEST_NAME)
+        for path in files:
+            path.replace(self.output / path.name)
 
     def remove(self) -> None:
         """Delete everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        for folder in (self._beside, self._inside, self.temporary):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def abandon(self) -> None:
+        """Delete everything, also folders above that were made for it: as if nothing had been tried."""
+        self.remove()
+        for folder in self._made:
+            with suppress(OSError):  # somebody put something there meanwhile
+                folder.rmdir()
 
     @contextmanager
     def database(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """The database, within the limits that the user set.
+        """The database of this plan, within the limits that the user set.
 
         Raises:
             DataError: another process is preparing the same output, or memory or disk do not suffice.
         """
-        settings = {
-            "temp_directory": str(self.temporary / "spill"),
-            "autoinstall_known_extensions": "false",
-            "memory_limit": self.resources.memory_limit
-            or f"{int(psutil.virtual_memory().total * _DEFAULT_SHARE)}B",
-        }
-        if self.resources.threads:
-            settings["threads"] = str(self.resources.threads)
-        try:
-            with duckdb.connect(
-                str(self.temporary / "prepare.duckdb"), config=settings
-            ) as connection:
-                connection.execute(
-                    "SET TimeZone = 'UTC'; SET preserve_insertion_order = true; SET enable_progress_bar = true"
-                )
-                connection.execute("SET enable_progress_bar_print = false")
-                connection.execute("CREATE TABLE IF NOT EXISTS done(step VARCHAR, value VARCHAR)")
-                with self._progress(connection):
-                    yield connection
-        except duckdb.OutOfMemoryException as error:
-            raise DataError(
-                f"Preparation does not fit into memory_limit={settings['memory_limit']}: {str(error).splitlines()[0]}",
-                rule="What does not fit goes to disk, but each thread needs some memory of its own.",
-                remedy="Raise memory_limit, lower threads, or free disk under temp_dir. It goes on where it stopped.",
-            ) from None
-        except duckdb.IOException as error:
-            raise DataError(
-                f"The database of the preparation cannot be used: {str(error).splitlines()[0]}",
-                rule="One process prepares an output, with enough disk under temp_dir.",
-                remedy="Wait for the other process, or free disk. It goes on where it stopped.",
-            ) from None
+        with open_database(self._work, self._digest, self.resources, self.log) as connection:
+            yield connection
 
     def step(
         self, connection: duckdb.DuckDBPyConnection, name: str, work: Callable[[], Any]
@@ -143,12 +212,10 @@ class Workspace:
 
     def record_shard(self, split: str, info: ShardInfo, last_user: int) -> None:
         """Note a finished shard."""
+        values = {"plan": self._digest, "split": split, "last_user": last_user}
         with self._journal.open("a", encoding="utf-8") as file:
             # The line end comes first, so that a line that a crash cut does not spoil this one.
-            file.write(
-                "\n"
-                + json.dumps({"split": split, "last_user": last_user, "info": info.model_dump()})
-            )
+            file.write("\n" + json.dumps(values | {"info": info.model_dump()}))
 
     def written_shards(self, split: str) -> list[WrittenShard]:
         """The finished shards of a split that are still what was written, up to the first that is not."""
@@ -160,7 +227,7 @@ class Workspace:
                 values = json.loads(line)
             except ValueError:  # empty, or cut by the interruption
                 continue
-            if values["split"] != split:
+            if (values["plan"], values["split"]) != (self._digest, split):
                 continue
             shard = WrittenShard(ShardInfo.model_validate(values["info"]), values["last_user"])
             path = self.out / shard.info.file
@@ -169,28 +236,17 @@ class Workspace:
                 found.append(shard)
         return found
 
-    # --- progress ----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _progress(self, connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
-        """Lines while a long query runs: how far it is, and about how long it will go on."""
-        ended = threading.Event()
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two plans, options written as on the command line; empty where nothing does."""
+    options = {*PrepareConfig.model_fields, *PrepareResources.model_fields}
+    return "; ".join(
+        f"{'--' + key.replace('_', '-') if key in options else key} was {before.get(key)}, now {now[key]}"
+        for key in now
+        if before.get(key) != now[key]
+    )
 
-        def watch() -> None:
-            began, before = time.monotonic(), 100.0
-            while not ended.wait(_SECONDS_BETWEEN_LINES):
-                share = connection.query_progress()
-                if share < before:  # another query
-                    began = time.monotonic() - _SECONDS_BETWEEN_LINES
-                before = share
-                if 0 < share < 100:
-                    left = (time.monotonic() - began) * (100 - share) / share
-                    self.log(f"  ... {share:.0f}% of this query, about {left:.0f} s left")
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
+def _digest(text: str) -> str:
+    """A short name for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -5,6 +5,7 @@ Shapes: B users, I items.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,11 @@ from torch import Tensor
 
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.shards import Manifest, PackedSequences, read_shard
+from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.training.evaluate import Scorer
+
+_PAIRS_AT_ONCE = 2_000_000
+"""Pairs of items that are compared at a time: about 60 MB."""
 
 
 def training_sequences(folder: Path, manifest: Manifest) -> PackedSequences:
@@ -42,25 +47,22 @@ def item_knn(
     """Item-based nearest neighbours (Sarwar et al. 2001): sum of similarities to the items of the history.
 
     Similarity is the cosine of the items' user sets, shrunk for rare items; each item keeps its ``num_neighbours``
-    nearest.
+    nearest (of equal ones those of lower id). Memory: the training items, ``num_neighbours`` an item, and
+    :data:`_PAIRS_AT_ONCE` pairs of items, however many items one user has.
     """
     rows = np.repeat(np.arange(len(train)), np.diff(train.offsets))
     seen = sparse.csr_matrix(
         (np.ones(len(rows), np.float32), (rows, train.items)), shape=(len(train), num_items + 1)
     )
     seen.data[:] = 1.0  # a user's repeats count once
-    together = (seen.T @ seen).tocoo()
     norms = np.sqrt(np.asarray(seen.sum(0)).ravel())
-    similarity = together.data / (norms[together.row] * norms[together.col] + shrinkage)
-    similarity[together.row == together.col] = 0
-    order = np.lexsort((together.col, -similarity, together.row))
-    by_row = together.row[order]
-    place = np.arange(len(by_row)) - np.searchsorted(by_row, by_row)  # rank within the row
-    nearest = order[place < num_neighbours]
-    neighbours = sparse.csr_matrix(
-        (similarity[nearest], (together.row[nearest], together.col[nearest])),
-        shape=(num_items + 1, num_items + 1),
-    )
+    users_of = seen.T.tocsr()
+    blocks = []
+    for start, end in _blocks(users_of, seen):
+        beat()
+        together = (users_of[start:end] @ seen).tocsr()
+        blocks.append(_nearest(together, norms, start, num_neighbours, shrinkage))
+    neighbours = sparse.vstack(blocks, format="csr")
 
     def score(batch: RankingBatch) -> Tensor:
         users = len(batch.target_ids)
@@ -77,3 +79,49 @@ def item_knn(
         return scores
 
     return score
+
+
+def _blocks(users_of: sparse.csr_matrix, seen: sparse.csr_matrix) -> Iterator[tuple[int, int]]:
+    """Runs of items, start and end, that have at most :data:`_PAIRS_AT_ONCE` pairs, or one item.
+
+    Args:
+        users_of: [items, users].
+        seen: [users, items].
+    """
+    # An item meets at most as many others as its users have items, and never more than all.
+    met = np.minimum(users_of @ np.diff(seen.indptr), users_of.shape[0])
+    sums = np.cumsum(met)
+    start = 0
+    while start < len(met):
+        before = sums[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(sums, before + _PAIRS_AT_ONCE, side="right")))
+        yield start, end
+        start = end
+
+
+def _nearest(
+    together: sparse.csr_matrix, norms: np.ndarray, start: int, number: int, shrinkage: float
+) -> sparse.csr_matrix:
+    """Counts of common users -> similarities of the nearest items.
+
+    Args:
+        together: [n, items] common users of the items from ``start`` on and of all.
+        norms: [items] root of each item's users.
+        start: the first item.
+        number: neighbours to keep of each.
+        shrinkage: added to the denominator.
+    """
+    columns, ends = together.indices, together.indptr
+    rows = np.repeat(np.arange(len(ends) - 1), np.diff(ends))
+    similarity = together.data / (norms[rows + start] * norms[columns] + shrinkage)
+    similarity[rows + start == columns] = 0
+    kept = similarity > 0
+    for row in np.flatnonzero(np.diff(ends) > number):
+        values = similarity[ends[row] : ends[row + 1]]
+        least = np.partition(values, -number)[-number]
+        nearer = values > least
+        equal = np.flatnonzero((values == least) & (values > 0))
+        by_id = np.argsort(columns[ends[row] : ends[row + 1]][equal])
+        nearer[equal[by_id[: number - int(nearer.sum())]]] = True
+        kept[ends[row] : ends[row + 1]] = nearer
+    return sparse.csr_matrix((similarity[kept], (rows[kept], columns[kept])), shape=together.shape)

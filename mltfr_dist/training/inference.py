@@ -18,10 +18,10 @@ from mltfr_dist.training.evaluate import evaluate, mask_seen
 from mltfr_dist.training.explain import TableView, explain
 from mltfr_dist.training.inputs import (
     Inputs,
+    check_recorded,
     load_inputs,
     load_model,
     ranking_stream,
-    record_inputs,
 )
 from mltfr_dist.training.items import ItemMap
 from mltfr_dist.training.run_folder import CHECKPOINTS, load_config, load_result
@@ -54,7 +54,7 @@ def load_run(folder: Path, ranks: Ranks | None = None) -> LoadedRun:
             remedy=f"Go on with it: `python train.py --config {folder}/config.yaml`.",
         )
     inputs = load_inputs(config)
-    record_inputs(folder, inputs)
+    check_recorded(folder, inputs)
     ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     place = folder / CHECKPOINTS / result.checkpoint
     model = load_model(config, inputs, place, ranks, with_consensus=result.stage == STAGES[1])

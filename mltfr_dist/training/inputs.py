@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from mltfr_dist.config import FilterConfig, MLTFRConfig, RunConfig
 from mltfr_dist.data.augment import ViewRatios
 from mltfr_dist.data.collate import Objective
-from mltfr_dist.data.manifest import all_shards, read_manifest
+from mltfr_dist.data.manifest import MANIFEST_NAME, all_shards, read_manifest, verify_maps
 from mltfr_dist.data.quarantine import find_bad_shards, loss_report
 from mltfr_dist.data.reading import Patience
 from mltfr_dist.data.shards import Manifest, load_manifest
@@ -21,7 +22,7 @@ from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.placement import place_tables
 from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.errors import CheckpointError, ConfigError, DataError
-from mltfr_dist.files import file_sha256
+from mltfr_dist.files import file_sha256, write_atomically
 from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.presets import PREPARATIONS
@@ -30,6 +31,7 @@ from mltfr_dist.tables.content import with_content
 from mltfr_dist.tables.seeds import seed_tables
 from mltfr_dist.tables.store import TokenTable, load_table
 from mltfr_dist.training.items import item_features
+from mltfr_dist.training.run_folder import CHECKPOINTS
 from mltfr_dist.training.tracking import seed_all
 
 INPUTS = "inputs.json"
@@ -59,7 +61,8 @@ def load_inputs(config: RunConfig, *, verify: bool = True) -> Inputs:
 
     Args:
         config: The run.
-        verify: Compare the tables' files with their recorded hashes, which reads them whole.
+        verify: Compare the tables' files, and the maps of users and items, with their recorded
+            hashes, which reads them whole.
 
     Raises:
         DataError: Missing or damaged data or tables.
@@ -73,6 +76,8 @@ def load_inputs(config: RunConfig, *, verify: bool = True) -> Inputs:
             remedy=PREPARATIONS[path],
         )
     manifest = load_manifest(path, left_out=config.data.left_out)
+    if verify:
+        verify_maps(path, manifest)
     stored = (
         tuple(load_table(path, verify=verify) for path in config.mltfr.tables)
         if config.mltfr.enabled
@@ -85,7 +90,7 @@ def load_inputs(config: RunConfig, *, verify: bool = True) -> Inputs:
     if config.mltfr.filter.strategy == "seed_words" and tables:
         tables = seed_tables(tables, config.mltfr.filter)
     check_tables(config.mltfr, tables)
-    hashes = {"data": file_sha256(config.data.path / "manifest.json")} | {
+    hashes = {"data": file_sha256(config.data.path / MANIFEST_NAME)} | {
         table.name: table.sha256 for table in tables
     }
     return Inputs(manifest, tables, hashes, features)
@@ -233,22 +238,48 @@ def check_division(config: MLTFRConfig, part: Part, zero_stage: int) -> None:
 
 
 def record_inputs(folder: Path, inputs: Inputs) -> None:
-    """Note the hashes of what a run reads; when it goes on or is used, they must be the same.
+    """Note the hashes of what a run reads; when it goes on, they must be the same.
+
+    The manifest's hash stands for all prepared files, since it holds theirs and every reader compares them.
 
     Raises:
-        CheckpointError: The data or a table has changed since.
+        CheckpointError: The data or a table has changed since, or a run with checkpoints has lost its record.
+    """
+    if (folder / INPUTS).exists() or any((folder / CHECKPOINTS).glob("*")):
+        check_recorded(folder, inputs)
+        return
+    write_atomically(folder / INPUTS, json.dumps(inputs.hashes, indent=2) + "\n")
+
+
+def check_recorded(folder: Path, inputs: Inputs) -> None:
+    """Compare what is there with what the run in ``folder`` noted when it began.
+
+    Raises:
+        CheckpointError: The data or a table has changed since, or nothing was noted.
     """
     path = folder / INPUTS
-    if not path.exists():
-        path.write_text(json.dumps(inputs.hashes, indent=2) + "\n")
-        return
-    recorded = json.loads(path.read_text())
-    changed = [name for name in inputs.hashes if recorded.get(name) != inputs.hashes[name]]
+    rule = "A run's numbers belong to the data and tables whose sha256 it recorded."
+    try:
+        recorded = json.loads(path.read_text())
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+        changed = [
+            f"{name} changed (sha256 {str(recorded.get(name))[:12]} then, {digest[:12]} now)"
+            for name, digest in inputs.hashes.items()
+            if recorded.get(name) != digest
+        ]
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"The run {folder} cannot be compared with its inputs: {path} is missing or damaged "
+            f"({error}).",
+            rule=rule,
+            remedy=f"Restore {path.name} from a copy of the run, or train again under another `name`.",
+        ) from None
     if changed:
         raise CheckpointError(
-            f"The run {folder} was made from other inputs: {', '.join(changed)} changed since.",
-            rule="A run's numbers belong to the data and tables whose sha256 it recorded.",
-            remedy="Restore them, or train again under another `name`.",
+            f"The run {folder} was made from other inputs; since it began on {began}: "
+            f"{', '.join(changed)}.",
+            rule=rule,
+            remedy="Restore them from a copy, or train again under another `name`.",
         )
 
 

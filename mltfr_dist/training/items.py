@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.data.manifest import ITEMS_NAME, read_manifest, read_map
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.tables.store import TokenTable
 from mltfr_dist.tables.titles import title_features
@@ -25,8 +25,13 @@ class ItemMap:
 
     @classmethod
     def load(cls, config: RunConfig) -> ItemMap:
-        """From the prepared data."""
-        columns = pq.read_table(config.data.path / "items.parquet").to_pydict()
+        """From the prepared data.
+
+        Raises:
+            DataError: `items.parquet` is not what the manifest says.
+        """
+        folder = config.data.path
+        columns = read_map(folder, read_manifest(folder), ITEMS_NAME).to_pydict()
         order = np.argsort(columns["item_index"])
         return cls(
             ["", *(columns["item_id"][i] for i in order)],

@@ -32,6 +32,7 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, MltfrError, OtherRankError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import validate
+from mltfr_dist.training.inputs import INPUTS
 from mltfr_dist.training.run_folder import CHECKPOINTS, CONFIG, dump_config
 from mltfr_dist.tuning.environment import set_environment
 from mltfr_dist.tuning.space import SweepConfig, TrialResources, with_values
@@ -135,7 +136,8 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
                 )
                 break
             shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)
-        shutil.copy(run / METRICS, place)
+        for name in (METRICS, INPUTS):
+            shutil.copy(run / name, place)
         (place / OWNER).write_text(str(self.record.number))
 
     def load_checkpoint(self, checkpoint: Any) -> None:

@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from support import REPOSITORY, run_ranks, tiny_config
+from support import REPOSITORY, run_ranks, tiny_config, write_data
 
 import train
 from mltfr_dist.cli import main as mltfr
@@ -343,3 +345,88 @@ def test_a_finished_run_is_only_reported(folder: Path, capsys: pytest.CaptureFix
     assert train.main(["--config", str(run / "config.yaml")]) == 0
     assert "finished before" in capsys.readouterr().out
     assert {k: v for k, v in contents(run).items() if k != "report.md"} == before
+
+
+# --- data that was changed after training --------------------------------------------------------------------------
+
+
+def shift_titles(data: Path) -> None:
+    """What somebody does who sorts the file: every title moves to the next item."""
+    table = pq.read_table(data / "items.parquet")
+    titles = table["title"].to_pylist()
+    shifted = table.set_column(2, "title", pa.array([*titles[1:], titles[0]]))
+    pq.write_table(shifted, data / "items.parquet")
+
+
+def spoil_users(data: Path) -> None:
+    table = pq.read_table(data / "users.parquet")
+    pq.write_table(
+        table.set_column(1, "user_id", table["user_id"].take([0] * len(table))),
+        data / "users.parquet",
+    )
+
+
+def prepare_anew(data: Path) -> None:
+    """Another preparation in the place of the one that was trained on."""
+    other = write_data(data.parent / "other", seed=1)
+    shutil.rmtree(data)
+    other.rename(data)
+    shutil.rmtree(data.parent / "other")
+
+
+@pytest.mark.parametrize(
+    "command", ["evaluate", "recommend", "export", "inspect", "train", "resume", "baselines"]
+)
+@pytest.mark.parametrize("change", [shift_titles, spoil_users])
+def test_maps_that_changed_after_training(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    change: Callable[[Path], None],
+) -> None:
+    change(folder / "data")
+    message = refused(folder, capsys, lambda: use(folder, command))
+    assert f"{'items' if change is shift_titles else 'users'}.parquet is damaged" in message
+    assert "last written on" in message
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recommend", "export", "resume"])
+def test_data_that_was_prepared_anew_after_training(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    prepare_anew(folder / "data")
+    message = refused(folder, capsys, lambda: use(folder, command))
+    assert "was made from other inputs; since it began on 20" in message
+    assert "data changed (sha256 " in message
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recommend", "export", "resume"])
+@pytest.mark.parametrize("content", [None, "", "[]", '{"data": '])
+def test_a_run_without_its_record(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: str, content: str | None
+) -> None:
+    record = folder / "runs" / "tiny" / "inputs.json"
+    record.unlink() if content is None else record.write_text(content)
+    message = refused(folder, capsys, lambda: use(folder, command))
+    assert "cannot be compared with its inputs" in message
+    assert "inputs.json" in message
+
+
+def use(folder: Path, command: str) -> int:
+    """A command that reads the data of the run `tiny`."""
+    run = folder / "runs" / "tiny"
+    if command in ("train", "baselines"):
+        changes = {"training__epochs": 1, "training__consensus_epochs": 1}
+        if command == "baselines":
+            changes["baselines"] = ["popularity", "item_knn"]
+        config = written(folder.parent, tiny_config(folder, name="new", **changes))
+        return train.main(["--config", str(config)])
+    if command == "resume":
+        return train.main(["--config", str(run / "config.yaml")])
+    arguments = {
+        "evaluate": [str(run)],
+        "recommend": [str(run), "--history", "i1,i2"],
+        "export": [str(run), str(folder / "model")],
+        "inspect": [str(folder / "data")],
+    }[command]
+    return mltfr([command, *arguments])

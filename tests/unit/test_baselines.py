@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
+from support import clean_environment
 
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.prepare import prepare
 from mltfr_dist.data.shards import PackedSequences
+from mltfr_dist.training import baselines
 from mltfr_dist.training.baselines import item_knn, popularity, training_sequences
 
 NUM_ITEMS = 9
@@ -122,3 +127,71 @@ def test_training_sequences_are_the_training_split_and_no_more(tmp_path: Path) -
     assert (
         np.diff(train.offsets).tolist() == [3] * 9
     )  # the last two items of each are validation and test
+
+
+def all_at_once(
+    train: PackedSequences, num_items: int, num_neighbours: int, shrinkage: float
+) -> sparse.csr_matrix:
+    """Similarities by one product of all items with all: what the blocks must repeat to the digit."""
+    rows = np.repeat(np.arange(len(train)), train.lengths)
+    seen = sparse.csr_matrix(
+        (np.ones(len(rows), np.float32), (rows, train.items)), shape=(len(train), num_items + 1)
+    )
+    seen.data[:] = 1.0
+    together = (seen.T @ seen).tocoo()
+    norms = np.sqrt(np.asarray(seen.sum(0)).ravel())
+    similarity = together.data / (norms[together.row] * norms[together.col] + shrinkage)
+    similarity[together.row == together.col] = 0
+    order = np.lexsort((together.col, -similarity, together.row))
+    by_row = together.row[order]
+    place = np.arange(len(by_row)) - np.searchsorted(by_row, by_row)
+    nearest = order[place < num_neighbours]
+    return sparse.csr_matrix(
+        (similarity[nearest], (together.row[nearest], together.col[nearest])),
+        shape=(num_items + 1, num_items + 1),
+    )
+
+
+@pytest.mark.parametrize("pairs", [1, 5000, 10**9])
+def test_blocks_of_items_give_the_same_digits(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users and items as many, and as unequal, as MovieLens-100K's."""
+    random, num_items = np.random.default_rng(0), 400 if pairs == 1 else 1682
+    lengths = np.clip(random.pareto(1.2, 943) * 30, 2, 700).astype(int)
+    train = packed_wide([1 + (num_items * random.random(n) ** 2).astype(int) for n in lengths])
+    monkeypatch.setattr(baselines, "_PAIRS_AT_ONCE", pairs)
+    score = item_knn(train, num_items)
+    histories = [sorted(set(train[user].tolist())) for user in range(0, 943, 40)]
+    neighbours = all_at_once(train, num_items, 100, 10.0)
+    seen = np.zeros((len(histories), num_items + 1), np.float32)
+    for row, history in enumerate(histories):
+        seen[row, history] = 1
+    expected = (sparse.csr_matrix(seen) @ neighbours).toarray()
+    assert np.array_equal(score(batch(histories)).numpy()[:, 1:], expected[:, 1:])
+
+
+def packed_wide(sequences: list[np.ndarray]) -> PackedSequences:
+    offsets = np.cumsum([0, *map(len, sequences)]).astype(np.int64)
+    return PackedSequences(np.concatenate(sequences), offsets, np.arange(len(sequences)))
+
+
+MEMORY = """
+import resource, numpy as np
+from mltfr_dist.data.shards import PackedSequences
+from mltfr_dist.training import baselines
+from mltfr_dist.training.baselines import item_knn
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+n = 5000
+train = PackedSequences(np.arange(1, n + 1), np.array([0, n]), np.zeros(1, np.int64))
+before = peak()
+item_knn(train, n)
+print(peak() - before)
+"""
+
+
+def test_one_user_of_many_items_takes_little_memory() -> None:
+    """25 million pairs of items; all at once they took over a gigabyte."""
+    command = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(
+        command, env=clean_environment(), capture_output=True, text=True, timeout=200, check=True
+    )
+    assert int(done.stdout) < 200_000  # kB

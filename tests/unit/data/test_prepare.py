@@ -179,7 +179,7 @@ def test_k_core_removes_users_and_items_of_one_round_together():
 def test_empty_after_k_core_says_when_and_what_to_change(tmp_path):
     with pytest.raises(
         DataError,
-        match=r"after round 1 of the k-core.*10 interactions of 3 users with 4 items.*Lower user_core or item_core",
+        match=r"after round 1 of the k-core.*10 interactions of 3 users with 4 items.*Lower --user-core or --item-core",
     ):
         run(tmp_path, SMALL, user_core=5, item_core=5)
     assert not (tmp_path / "out").exists()
@@ -226,7 +226,7 @@ def test_same_output_is_verified_and_reused_and_damage_is_found(tmp_path):
 
 def test_other_outputs_are_refused(tmp_path):
     run(tmp_path, SMALL)
-    with pytest.raises(DataError, match="user_core was 1, now 2"):
+    with pytest.raises(DataError, match="--user-core was 1, now 2"):
         run(tmp_path, SMALL, user_core=2)
     with pytest.raises(DataError, match="sha256 was"):
         run(tmp_path, SMALL + "cat,w,9\n")

@@ -71,7 +71,7 @@ def test_resources_do_not_show_in_the_bytes(
 def test_too_little_memory_says_so_and_can_go_on(
     source: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="does not fit into memory_limit=1MB") as caught:
+    with pytest.raises(DataError, match="does not fit into --memory-limit 1MB") as caught:
         prepare(
             str(source),
             tmp_path / "out",
@@ -79,7 +79,7 @@ def test_too_little_memory_says_so_and_can_go_on(
             resources=PrepareResources(memory_limit="1MB"),
             log=quiet,
         )
-    assert "Raise memory_limit" in caught.value.remedy
+    assert "Raise --memory-limit" in caught.value.remedy
     assert not (tmp_path / "out").exists()
     prepare(str(source), tmp_path / "out", CONFIG, log=quiet)
     assert contents(tmp_path / "out") == expected
@@ -152,47 +152,33 @@ def test_finished_shards_stay_and_are_verified(
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("places", ["beside", "temp_dir", "in a folder that is there"])
+@pytest.mark.parametrize("moment", ["first shard", "0.3", "0.6", "0.9"])
 def test_a_killed_process_is_gone_on_with(
-    source: Path, expected: dict[str, bytes], tmp_path: Path
+    source: Path, expected: dict[str, bytes], tmp_path: Path, moment: str, places: str
 ) -> None:
-    """The real command, killed without warning as soon as it has written a shard, then run again."""
-    options = [
-        "--user-core",
-        "2",
-        "--item-core",
-        "2",
-        "--sequences-per-block",
-        "32",
-        "--sequences-per-shard",
-        "100",
-    ]
+    """The real command, killed without warning once it has begun, then run again."""
+    options = ["--user-core", "2", "--item-core", "2"]
+    options += ["--sequences-per-block", "32", "--sequences-per-shard", "100"]
+    if places == "temp_dir":
+        options += ["--temp-dir", str(tmp_path / "temporary")]
+    output = tmp_path / "out"
+    if places.startswith("in"):
+        output.mkdir()
     program = "import sys; from mltfr_dist.cli import main; sys.exit(main())"
-    command = [
-        sys.executable,
-        "-c",
-        program,
-        "prepare",
-        str(source),
-        str(tmp_path / "out"),
-        *options,
-    ]
-    process = subprocess.Popen(
-        command, env=clean_environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL
-    )
-    journal = tmp_path / ".out.partial" / "shards.jsonl"
-    while process.poll() is None and not journal.exists():
+    command = [sys.executable, "-c", program, "prepare", str(source), str(output), *options]
+    settings = {"env": clean_environment(), "cwd": REPOSITORY, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **settings)
+    partial = (output if places.startswith("in") else tmp_path) / ".out.partial"
+    awaited = partial / ("shards.jsonl" if moment == "first shard" else "plan.json")
+    while process.poll() is None and not awaited.exists():
         time.sleep(0.002)
+    time.sleep(0 if moment == "first shard" else float(moment))
     os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
     process.wait()
-    subprocess.run(
-        command,
-        env=clean_environment(),
-        cwd=REPOSITORY,
-        check=True,
-        stdout=subprocess.DEVNULL,
-        timeout=200,
-    )
-    assert contents(tmp_path / "out") == expected
+    subprocess.run(command, check=True, timeout=200, **settings)
+    assert contents(output) == expected
+    assert not (tmp_path / "temporary").exists() or not any((tmp_path / "temporary").iterdir())
 
 
 def test_what_another_configuration_began_is_refused(
@@ -207,7 +193,8 @@ def test_what_another_configuration_began_is_refused(
     monkeypatch.undo()
     other = CONFIG.model_copy(update={"item_core": 3})
     with pytest.raises(
-        DataError, match=r"\.out\.partial is half prepared, and differently: item_core was 2, now 3"
+        DataError,
+        match=r"\.out\.partial is half prepared, and differently: --item-core was 2, now 3",
     ) as caught:
         prepare(str(source), tmp_path / "out", other, log=quiet)
     assert "remove" in caught.value.remedy
@@ -215,9 +202,9 @@ def test_what_another_configuration_began_is_refused(
 
 
 def test_two_at_once_are_refused(source: Path, tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path / "out", PrepareResources(), quiet)
+    workspace = Workspace(tmp_path / "out", PrepareResources(), quiet, source=["raw.csv"])
     workspace.claim({})
-    database = str(workspace.folder / "prepare.duckdb")
+    database = str(next(workspace.folder.glob("plan-*")) / "prepare.duckdb")
     script = f"import duckdb, time; c = duckdb.connect({database!r}); print(1, flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -276,7 +263,7 @@ def test_urls_are_read_and_written(
     ]  # nothing of it stays here
     assert prepare(f"{base}/raw.csv", f"{base}/prepared", CONFIG, log=lines.append) == manifest
     assert "already holds this data" in lines[-1]
-    with pytest.raises(DataError, match="prepared differently: item_core was 2, now 3"):
+    with pytest.raises(DataError, match="prepared differently: --item-core was 2, now 3"):
         prepare(
             f"{base}/raw.csv",
             f"{base}/prepared",

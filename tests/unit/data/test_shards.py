@@ -8,6 +8,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from hypothesis import given, settings
@@ -59,10 +61,10 @@ def as_dict(packed: PackedSequences) -> dict[int, list[int]]:
 
 
 def write_manifest(folder: Path, split: SplitInfo) -> Manifest:
-    (folder / "items.parquet").write_bytes(b"items")
-    (folder / "users.parquet").write_bytes(b"users")
+    pq.write_table(pa.table({"item_index": [1, 2, 3]}), folder / "items.parquet")
+    pq.write_table(pa.table({"user_index": range(10)}), folder / "users.parquet")
     empty = SplitInfo(num_sequences=0, num_items=0, max_length=0, shards=())
-    manifest = Manifest(
+    unsealed = Manifest(
         num_users=10,
         num_items=3,
         num_interactions=12,
@@ -80,6 +82,7 @@ def write_manifest(folder: Path, split: SplitInfo) -> Manifest:
         ),
         files={name: file_sha256(folder / name) for name in ("items.parquet", "users.parquet")},
     )
+    manifest = unsealed.sealed()
     (folder / "manifest.json").write_text(manifest.model_dump_json())
     return manifest
 
@@ -278,7 +281,7 @@ def test_a_shard_name_never_leaves_the_folder():
 def test_manifest_round_trip_and_full_verification(tmp_path):
     manifest = write_manifest(tmp_path, write(tmp_path))
     assert load_manifest(tmp_path) == manifest == verify_folder(tmp_path)
-    (tmp_path / "items.parquet").write_bytes(b"itemz")
+    pq.write_table(pa.table({"item_index": [2, 1, 3]}), tmp_path / "items.parquet")
     assert load_manifest(tmp_path) == manifest
     with pytest.raises(DataError, match=r"items\.parquet is damaged"):
         verify_folder(tmp_path)
@@ -294,8 +297,8 @@ def test_manifest_refusals(tmp_path):
         ("{", "malformed"),
         ("[]", "not a JSON object"),
         (
-            json.dumps(values | {"schema_version": 3}),
-            "schema version 3; this program reads versions 1 and 2",
+            json.dumps(values | {"schema_version": 4}),
+            "schema version 4; this program reads versions 1, 2, 3",
         ),
         (json.dumps(values | {"num_items": "many"}), "`num_items`"),
         (json.dumps(values | {"extra": 1}), "`extra`"),
