@@ -23,6 +23,7 @@ VOCABULARY_FILES = (
     SETTINGS,
     "vocab.json",
     "vocab.txt",
+    "dict.txt",
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
@@ -33,7 +34,6 @@ VOCABULARY_FILES = (
     "hy.tiktoken",
     "tekken.json",
     "rwkv_vocab_v20230424.txt",
-    "dict.txt",
 )
 """Where a vocabulary is looked for beside a checkpoint, best first."""
 

@@ -197,6 +197,14 @@ def test_ids_of_pieces_as_the_transformers_library_has_them(
     assert found.kind.endswith("by tokenizer_class of tokenizer_config.json")
 
 
+def test_bartpho_takes_its_ids_from_its_dictionary(tmp_path: Path) -> None:
+    """Its SentencePiece model holds pieces of other languages, which have no rows."""
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(train())
+    (tmp_path / "dict.txt").write_text("▁a 9\nc 8\n", encoding="utf-8")
+    state_class(tmp_path, "BartphoTokenizer")
+    assert find_vocabulary(tmp_path).tokens == ("<s>", "<pad>", "</s>", "<unk>", " a", "c")
+
+
 @pytest.mark.parametrize(
     ("file", "settings", "message"),
     [
