@@ -146,8 +146,7 @@ def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
         and step % config.mltfr.filter.shortlist_refresh_steps == 0
     ):
         refresh_shortlist(stage, batches.micro_batches, step)
-    if mltfr is not None:
-        mltfr.step = stage.tracker.base_step + step
+    engine.module.set_step(stage.tracker.base_step + step)
     seed_all(config.training.seed, STAGES.index(stage.name), step, ranks.rank)
     outputs = engine.update(batches, step)
     totals = reduce_outputs(ranks, outputs, batches)
@@ -303,6 +302,7 @@ def validate(stage: Stage, progress: Progress) -> Progress:
     """Full ranking of the validation split; keeps the weights if they are among the best so far."""
     started = time.monotonic()
     stage.engine.deepspeed.eval()
+    stage.engine.module.set_step(stage.tracker.base_step + progress.step)
     metrics = evaluate(stage.engine.module, stage.valid, stage.config.evaluation, stage.ranks)
     progress = progress.model_copy(
         update={"train_seconds": progress.train_seconds + time.monotonic() - started}

@@ -29,6 +29,8 @@ class Result(Section):
     """Stage whose best checkpoint was chosen."""
     checkpoint: str = ""
     """Folder name under checkpoints/."""
+    step: int = 0
+    """Updates of the run behind it, over all stages; runs that did not record it were evaluated at 0."""
     epoch: int = 0
     """Epochs of that stage behind it."""
     epochs: int = 0

@@ -58,7 +58,9 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         outcomes.items(), key=lambda pair: (pair[1].best_value, pair[0] == CONSENSUS)
     )
     best = checkpoint.best_folder(folder, progress)
-    model = load_model(config, inputs, best, ranks, with_consensus=stage == CONSENSUS)
+    before = outcomes[TRAIN].step if stage == CONSENSUS else 0
+    step = before + ranks.jointly(lambda: checkpoint.read_header(best).progress.step)
+    model = load_model(config, inputs, best, ranks, with_consensus=stage == CONSENSUS, step=step)
     valid = evaluate(model, ranking_stream(config, "valid", ranks), config.evaluation, ranks)
     test_slices = test_metrics(model, config, inputs, ranks) if read_test else {}
     test = test_slices.pop(ALL, {})
@@ -75,6 +77,7 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         seconds=sum(p.train_seconds for p in outcomes.values()),
         stage=stage,
         checkpoint=best.name,
+        step=step,
         epoch=progress.best_epoch,
         epochs=sum(p.epoch for p in outcomes.values()),
         parameters=model.num_trained,
@@ -198,7 +201,8 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
     if not (place / checkpoint.HEADER).exists():
         started = time.monotonic()
         best = checkpoint.best_folder(place.parent, before)
-        model = load_model(config, inputs, best, ranks, with_consensus=False)
+        step = ranks.jointly(lambda: checkpoint.read_header(best).progress.step)
+        model = load_model(config, inputs, best, ranks, with_consensus=False, step=step)
         part = make_part(config, ranks)
         stream = train_stream(config, part)
         samples = min(config.mltfr.consensus.fisher_sequences, stream.split.num_sequences)
