@@ -211,7 +211,9 @@ def assemble(
     """The model of a configuration, whoever asks for it: a run, or an export of one.
 
     Args:
-        backbone, mltfr, loss: The configuration.
+        backbone: Its configuration.
+        mltfr: That of MLTFR.
+        loss: That of the loss.
         num_items: Items are 1..num_items.
         max_len: Longest history that is read.
         tables: Token tables by name, in the order of the experts: rows [V_m, D_m], or placed otherwise.

@@ -259,7 +259,13 @@ def build_model(
 
 
 def load_model(
-    config: RunConfig, inputs: Inputs, folder: Path, ranks: Ranks, *, with_consensus: bool, step: int
+    config: RunConfig,
+    inputs: Inputs,
+    folder: Path,
+    ranks: Ranks,
+    *,
+    with_consensus: bool,
+    step: int,
 ) -> Recommender:
     """The model of a checkpoint, in fp32, ready to be evaluated.
 

@@ -174,9 +174,7 @@ def test_every_configuration_scores_the_same_to_the_bit(
     assert torch.equal(scores, ranked(model, item_ids))
 
 
-def test_an_export_that_scores_otherwise_is_not_published(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_an_export_that_scores_otherwise_is_not_published(folder: Path, tmp_path: Path) -> None:
     config = tiny_config(folder)
     model = build_model(config, load_inputs(config), with_consensus=True).eval()
     loaded = LoadedRun(
