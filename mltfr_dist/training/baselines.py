@@ -14,19 +14,26 @@ from torch import Tensor
 
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.shards import Manifest, PackedSequences, read_shard
+from mltfr_dist.data.short_parts import one_item_parts
 from mltfr_dist.training.evaluate import Scorer
 
 
 def training_sequences(folder: Path, manifest: Manifest) -> PackedSequences:
-    """All training sequences of a prepared data set."""
+    """All training sequences of a prepared data set; those of one item, which are in no training shard, stand behind."""
     shards = manifest.splits["train"].shards
-    return PackedSequences.concatenate(
+    stored = PackedSequences.concatenate(
         [read_shard(folder, info, num_items=manifest.num_items) for info in shards]
+    )
+    counts = np.bincount(stored.items, minlength=manifest.num_items + 1)
+    items = one_item_parts(folder, manifest, counts)
+    nobody = np.full(len(items), -1)  # whose they are is not kept
+    return PackedSequences.concatenate(
+        [stored, PackedSequences(items, np.arange(len(items) + 1), nobody)]
     )
 
 
 def popularity(train: PackedSequences, num_items: int) -> Scorer:
-    """Every user gets the items that occur most often in training."""
+    """Every user gets the items that occur most often in training (which is every interaction before the cut)."""
     counts = torch.from_numpy(np.bincount(train.items, minlength=num_items + 1).astype(np.float32))
     counts[0] = -torch.inf
 
@@ -42,7 +49,7 @@ def item_knn(
     """Item-based nearest neighbours (Sarwar et al. 2001): sum of similarities to the items of the history.
 
     Similarity is the cosine of the items' user sets, shrunk for rare items; each item keeps its ``num_neighbours``
-    nearest.
+    nearest. A training part of one item adds nothing to what two items share, but a user to its item's set.
     """
     rows = np.repeat(np.arange(len(train)), np.diff(train.offsets))
     seen = sparse.csr_matrix(
