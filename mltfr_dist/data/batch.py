@@ -41,9 +41,8 @@ class SequenceBatch(NamedTuple):
 
     def to(self, device: torch.device) -> SequenceBatch:
         """The same batch on ``device``."""
-        return SequenceBatch(
-            *(None if t is None else t.to(device, non_blocking=True) for t in self)
-        )  # type: ignore[arg-type]
+        moved = (None if t is None else t.to(device, non_blocking=True) for t in self)
+        return SequenceBatch(*moved)  # type: ignore[arg-type]
 
 
 class RankingBatch(NamedTuple):

@@ -81,8 +81,8 @@ def test_cross_entropy_over_many_items() -> None:  # in chunks of 64 and 6 posit
     assert hidden.grad is not None
     assert vectors.grad is not None
     assert result.item() == pytest.approx(value.item(), rel=1e-6)
-    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(vectors.grad.double(), grad_vectors, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vectors.grad.double(), grad_vectors, rtol=1e-4, atol=1e-5)
 
 
 def test_cross_entropy_is_a_weighted_sum() -> None:
