@@ -16,6 +16,9 @@ class Entry(NamedTuple):
 
 BACKBONES: dict[str, Entry] = {
     "sasrec": Entry("sasrec:SASRec", "Kang and McAuley 2018, causal transformer"),
+    "sasrec_original": Entry(
+        "sasrec_original:OriginalSASRec", "Kang and McAuley 2018, as in its first code"
+    ),
     "esasrec": Entry(
         "esasrec:ESASRec", "Tikhonovich et al. 2025, LiGR layers (take loss.name=sampled_softmax)"
     ),

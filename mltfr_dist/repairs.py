@@ -152,17 +152,27 @@ REPAIRS: dict[str, Repair] = {
     "unseen_negatives": Repair(
         "D18",
         "protocol",
-        {"loss.negatives": "any"},
+        {"loss.negatives": "outside_inputs"},
         lambda config: config.loss.name in ("bce", "gbce"),
     ),
 }
 """Every repair by name."""
 
-NEVER_PUBLISHED: dict[str, Any] = {
-    "mltfr.router.balance_weight": 0.0,
-    "mltfr.filter.shortlist_size": None,
+ALSO_PUBLISHED: dict[Scope, dict[str, Any]] = {
+    "method": {
+        "mltfr.router.balance_weight": 0.0,
+        "mltfr.filter.shortlist_size": None,
+        "mltfr.consensus.dropout": False,
+        "mltfr.consensus.fisher_at": "last",
+        "mltfr.consensus.fisher_sequences": 1 << 62,
+    },
+    "protocol": {
+        "data.train_on": "train_and_valid",
+        "evaluation.select_by": "HR@20",
+        "evaluation.filter_seen": False,
+    },
 }
-"""What the published method does without: a load-balancing term, and a search in part of a table."""
+"""What else the authors set, each a choice and no defect of MLTFR."""
 
 
 def changed(config: RunConfig, fields: dict[str, Any], *, source: str) -> RunConfig:
@@ -189,7 +199,9 @@ def as_published(
     The gate has one softmax, as in the published SASRec variant; `router.double_softmax` is that of the others. The
     published consensus merges tables of one width: give them in `mltfr.consensus.group`.
     """
-    fields: dict[str, Any] = dict(NEVER_PUBLISHED) if "method" in set(scopes) else {}
+    fields: dict[str, Any] = {}
+    for scope in set(scopes):
+        fields |= ALSO_PUBLISHED.get(scope, {})
     for name, repair in REPAIRS.items():
         if repair.scope in set(scopes) and name != "single_softmax":
             fields |= repair.published

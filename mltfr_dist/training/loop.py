@@ -31,8 +31,6 @@ from mltfr_dist.training.evaluate import evaluate
 from mltfr_dist.training.tracking import STAGES, Tracker, seed_all
 
 SPLIT_WORDS = {"valid": "validation", "test": "test (picked on)"}
-SELECTION = "NDCG@10"
-"""The validation metric that picks the best checkpoint."""
 
 
 @dataclass
@@ -307,9 +305,8 @@ def validate(stage: Stage, progress: Progress) -> Progress:
     progress = progress.model_copy(
         update={"train_seconds": progress.train_seconds + time.monotonic() - started}
     )
-    validated = sorted(
-        [*progress.best, (progress.epoch, metrics[SELECTION])], key=lambda pair: (-pair[1], pair[0])
-    )
+    value = metrics[stage.config.evaluation.select_by]
+    validated = sorted([*progress.best, (progress.epoch, value)], key=lambda p: (-p[1], p[0]))
     progress = progress.model_copy(
         update={"best": tuple(validated[: stage.config.checkpoint.keep_best])}
     )

@@ -171,7 +171,7 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
         + (", except those of the user's own history" if config.evaluation.filter_seen else "")
         + f"; among equal scores the target's rank is {config.evaluation.ties}.",
         f"- Split `{manifest.prepare.split}`; {manifest.splits['test'].num_sequences:,} test users; "
-        f"{PICKED[config.evaluation.select_on]} (by NDCG@10).",
+        f"{PICKED[config.evaluation.select_on]} (by {config.evaluation.select_by}).",
         *repairs_line(config),
         f"- The chosen model: stage `{final.stage}`, epoch {final.epoch}, {final.parameters:,} trained parameters.",
         *[f"- **{GROUNDED}**"] * is_grounded(config),

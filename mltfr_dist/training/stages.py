@@ -190,9 +190,11 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
     place = config.folder / CHECKPOINTS / "fisher"
     if not (place / checkpoint.HEADER).exists():
         started = time.monotonic()
-        best = checkpoint.best_folder(place.parent, before)
-        step = ranks.jointly(lambda: checkpoint.read_header(best).progress.step)
-        model = load_model(config, inputs, best, ranks, with_consensus=False, step=step)
+        source = checkpoint.best_folder(place.parent, before)
+        if config.mltfr.consensus.fisher_at == "last":
+            source = checkpoint.step_folder(place.parent, before)
+        step = ranks.jointly(lambda: checkpoint.read_header(source).progress.step)
+        model = load_model(config, inputs, source, ranks, with_consensus=False, step=step)
         part = make_part(config, ranks)
         stream = train_stream(config, part)
         samples = min(config.mltfr.consensus.fisher_sequences, stream.split.num_sequences)

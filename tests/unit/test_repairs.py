@@ -157,10 +157,10 @@ def test_the_published_form_trains_in_two_stages(
     for name, tensor in merged.items():
         assert torch.equal(second[f"mltfr.consensus.{name}"], tensor)
     # A group of one merges to F theta / (F + 1e-12).
-    best = checkpoint.read(
-        checkpoint.best_folder(checkpoints, checkpoint.read_header(checkpoints / "fisher").progress)
+    end = checkpoint.read(
+        checkpoint.step_folder(checkpoints, checkpoint.read_header(checkpoints / "fisher").progress)
     )
-    weight, core = fisher["0.value.weight"].double(), best["mltfr.cores.0.value.weight"].double()
+    weight, core = fisher["0.value.weight"].double(), end["mltfr.cores.0.value.weight"].double()
     torch.testing.assert_close(merged["value.weight"], (weight * core / (weight + 1e-12)).float())
     moved = (
         (second["backbone.item_embedding.weight"] - start["backbone.item_embedding.weight"])

@@ -1,0 +1,77 @@
+"""SASRec as its first code has it, and as the authors of MLTFR train it (Kang and McAuley 2018, arXiv 1808.09781).
+
+Item embeddings are scaled by sqrt D before positions are added, and no norm follows. A block is
+
+    n = norm(x);  h = norm(n + attention(queries n, keys and values x));  h + W2 relu(W1 h)
+
+with dropout on the attention's weights and behind W2, an inner size of D, and residuals from the
+*normed* input. Embeddings and the attention's input maps start from Xavier's uniform distribution,
+other maps from torch's own. Departures: positions count from the oldest item and padding stands
+behind (so do MLTFR's authors; Kang and McAuley pad in front), and the padding row is zero.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mltfr_dist.config import BackboneConfig
+from mltfr_dist.models.backbone import PositionalBackbone
+from mltfr_dist.models.packing import Packing
+
+EPS = 1e-8
+"""Of the layer norms."""
+
+
+class OriginalBlock(nn.Module):
+    """Causal attention and a feed-forward of inner size D, each with a residual from its normed input."""
+
+    def __init__(self, hidden_dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(hidden_dim, eps=EPS)
+        self.attention = nn.MultiheadAttention(hidden_dim, num_heads, dropout, batch_first=True)
+        self.feed_forward_norm = nn.LayerNorm(hidden_dim, eps=EPS)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """[N, D] -> [N, D]."""
+        normed, memory = self.attention_norm(x), packing.unpack(x)  # [N, D], [B, L, D]
+        length = memory.shape[1]
+        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        mixed, _ = self.attention(
+            packing.unpack(normed), memory, memory, attn_mask=future, need_weights=False
+        )
+        h = self.feed_forward_norm(normed + packing.pack(mixed))
+        return h + self.feed_forward(h)  # type: ignore[no-any-return]
+
+
+class OriginalSASRec(PositionalBackbone):
+    """Self-attentive sequential recommendation, in its first form."""
+
+    def __init__(self, config: BackboneConfig, num_items: int, max_len: int) -> None:
+        super().__init__(config, num_items, max_len)
+        del self.input_norm
+        self.output_norm = nn.LayerNorm(config.hidden_dim, eps=EPS)
+        for block in self.blocks:  # the base class has given its own start to their maps
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    module.reset_parameters()
+        nn.init.xavier_uniform_(self.item_embedding.weight)
+        nn.init.zeros_(self.item_embedding.weight.data[0])
+        nn.init.xavier_uniform_(self.position_embedding.weight)
+
+    def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:
+        """One block."""
+        return OriginalBlock(config.hidden_dim, config.num_heads, config.dropout)
+
+    def embed(self, item_ids: Tensor, positions: Tensor) -> Tensor:
+        """Item ids [N] and positions [N] -> scaled item + position embeddings [N, D]."""
+        scaled = self.item_embedding(item_ids) * math.sqrt(self.item_embedding.embedding_dim)
+        return self.dropout(scaled + self.position_embedding(positions))  # type: ignore[no-any-return]
