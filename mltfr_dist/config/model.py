@@ -59,7 +59,8 @@ class BackboneConfig(Section):
         0.6, description="cl4srec: share of the history that a reordered view shuffles."
     )
     low_frequencies: Count = Field(
-        3, description="bsarec: Fourier components from 0 on that count as low."
+        3,
+        description="bsarec: Fourier components from 0 on that count as low; the released code's c is 5 for 3.",
     )
     inductive_bias: Annotated[float, Field(ge=0, le=1)] = Field(
         0.7,
