@@ -2,8 +2,8 @@
 
 Every arm has the same loss, budget of epochs and stopping rule; it differs from the base configuration in what its
 function below changes, and in nothing else. Each run is a process of its own, by the command a user would give.
-Popularity and item_knn, which need no training, have a row for each data set, whatever variants are asked for.
-Interrupted, the matrix goes on: finished rows are skipped, a started run resumes.
+Popularity and item_knn, which need no training, have a row for each data set, whatever variants are
+asked for. Interrupted, the matrix goes on: finished rows are skipped, a started run resumes.
 
     python benchmarks/quality.py matrix.parquet --data data/ml-100k --seeds 0 1 2 3 4
     python benchmarks/quality.py matrix.parquet --variants bare repaired --set training.epochs=20 optimizer.max_grad_norm=1

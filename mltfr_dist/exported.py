@@ -51,7 +51,7 @@ class ExportInfo(Section):
     max_len: int
     has_consensus: bool
     step: int
-    """Updates of the run behind the weights, over all stages: what noise in evaluation is drawn from."""
+    """Updates of the run behind the weights, over all stages: noise in evaluation depends on it."""
     tables: tuple[str, ...]
     """Names of the token tables, in the order of the experts."""
     sha256: dict[str, str]
@@ -97,7 +97,7 @@ class Exported:
 
 @torch.no_grad()
 def ranked(model: Recommender, item_ids: Tensor) -> Tensor:
-    """Scores [B, num_items + 1] of every item after each history [B, L], seen ones too; column 0 is -inf."""
+    """Scores [B, num_items + 1] of every item after each history [B, L]; -inf in column 0."""
     none = torch.zeros(0, dtype=torch.int64)
     batch = RankingBatch(item_ids, torch.zeros(len(item_ids), dtype=torch.int64), none, none)
     scores: Tensor = model(batch.to(next(model.parameters()).device))

@@ -20,7 +20,7 @@ CACHED_ELEMENTS = 1 << 21
 """Logits that stay in a CPU's cache (8 MiB in fp32)."""
 
 UNCACHED_ELEMENTS = 1 << 24
-"""Logits held at a time on a CPU where :data:`MIN_CHUNK_ROWS` of them do not fit its cache (64 MiB in fp32)."""
+"""Logits held at a time on a CPU where :data:`MIN_CHUNK_ROWS` do not fit its cache (64 MiB)."""
 
 GPU_ELEMENTS = 1 << 26
 """Logits held at a time on a GPU (256 MiB in fp32), which wants large products."""
@@ -30,7 +30,7 @@ MIN_CHUNK_ROWS = 64
 
 
 def chunk_rows(num_items: int, device: str) -> int:
-    """Positions whose logits :func:`full_cross_entropy` holds at a time: as many as cache or memory bear.
+    """Positions whose logits :func:`full_cross_entropy` holds at a time.
 
     Memory: logits of at most 64 MiB on a CPU and 256 MiB on a GPU, or 256 bytes an item (which an
     item table of 64 columns in fp32 takes too), whichever is more.

@@ -75,11 +75,12 @@ def esasrec_beauty() -> RunConfig:
 
 
 def paper() -> RunConfig:
-    """The published method on Pantry as its authors set it: their SASRec, BCE, K = 1, two stages, best epoch by the *test* split.
+    """The published method on Pantry as its authors set it, best epoch by the *test* split.
 
-    To reproduce, not to believe: docs/method.md lists what is wrong with it, and what still differs from the authors' code. Their
-    six tables are not free to ship; here are the demo's three, no two of which are equally wide, so that the published consensus
-    merges one expert only. Trained tables make a step slow: hours on 2 CPU cores. Prepare the data first:
+    To reproduce, not to believe: docs/method.md lists what is wrong with it, and what still differs
+    from the authors' code. Their six tables are not free to ship; here are the demo's three, no two
+    of which are equally wide, so that the published consensus merges one expert only. Trained
+    tables make a step slow: hours on 2 CPU cores. Prepare the data first:
     `mltfr prepare Pantry.txt data/pantry --format sequences --user-core 1 --item-core 1`, then
     `python train.py --preset paper` (one rank: its memory is that of the whole batch).
     """

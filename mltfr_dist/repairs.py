@@ -47,7 +47,7 @@ class Repair(NamedTuple):
     published: dict[str, Any]
     """Dotted field to the published value."""
     applies: Callable[[RunConfig], bool]
-    """Whether a run has what is repaired: the fields of one without it stand there and do nothing."""
+    """Whether a run has what is repaired; in one that has not, the fields do nothing."""
 
 
 REPAIRS: dict[str, Repair] = {
@@ -224,7 +224,7 @@ def without(config: RunConfig, name: str) -> RunConfig:
 
 
 def taken_away(config: RunConfig) -> list[str]:
-    """Names of the repairs that ``config`` does without: it has what they repair, and each published value stands there."""
+    """Names of the repairs that ``config`` does without, of those that apply to it."""
 
     def value(path: str) -> Any:
         place: Any = config

@@ -60,7 +60,8 @@ class BackboneConfig(Section):
     )
     low_frequencies: Count = Field(
         3,
-        description="bsarec: Fourier components from 0 on that count as low; the released code's c is 5 for 3.",
+        description="bsarec: Fourier components from 0 on that count as low; for 3 the released "
+        "code's c is 5.",
     )
     inductive_bias: Annotated[float, Field(ge=0, le=1)] = Field(
         0.7,
@@ -265,11 +266,13 @@ class ConsensusConfig(Section):
     learn_weight: bool = Field(False, description="Whether lambda is trained in stage 2.")
     dropout: bool = Field(
         True,
-        description="Whether the consensus expert has the experts' dropout in training; published: none.",
+        description="Whether the consensus expert has the experts' dropout in training (published: "
+        "it has none).",
     )
     fisher_at: Literal["best", "last"] = Field(
         "best",
-        description="Weights of stage 1 whose experts are merged: its best validation's, or its last epoch's (published).",
+        description="Weights of stage 1 whose experts are merged: its best validation's, or its "
+        "last epoch's (published).",
     )
     fisher: Literal["per_sample", "batch_mean"] = Field(
         "per_sample",
@@ -287,7 +290,8 @@ class ConsensusConfig(Section):
     )
     fisher_sequences: Count = Field(
         1024,
-        description="Training sequences over which the Fisher is averaged; more than there are: all (published).",
+        description="Training sequences over which the Fisher is averaged; more than there are: "
+        "all (published).",
     )
     fresh_start: bool = Field(
         False,
@@ -394,8 +398,9 @@ class LossConfig(Section):
     )
     negatives: Literal["unseen", "outside_inputs"] = Field(
         "unseen",
-        description="bce, gbce: unseen: outside the user's whole history; outside_inputs: outside the sample's inputs and "
-        "without replacement, so that only the last target can be among them (published).",
+        description="bce, gbce: unseen: outside the user's whole history; outside_inputs: outside "
+        "the sample's inputs and without replacement, so that only the last target can be among "
+        "them (published).",
     )
     proposal: Literal["uniform", "log_uniform"] = Field(
         "uniform",

@@ -24,8 +24,9 @@ class DataConfig(Section):
     )
     train_on: Literal["train", "train_and_valid"] = Field(
         "train",
-        description="train: what lies before the validation targets; train_and_valid: each user's validation target too "
-        "(published; needs evaluation.select_on=test, for nothing is left to validate on).",
+        description="train: what lies before the validation targets; train_and_valid: each user's "
+        "validation target too (published; needs evaluation.select_on=test, for nothing is left to "
+        "validate on).",
     )
     long_histories: Literal["truncate", "windows"] = Field(
         "truncate",
@@ -158,7 +159,8 @@ class EvaluationConfig(Section):
     def _selects(self) -> EvaluationConfig:
         if 10 not in self.cutoffs:
             raise ValueError(
-                f"cutoffs must hold 10, for every report shows HR@10 and NDCG@10 (given: {self.cutoffs})"
+                "cutoffs must hold 10, for every report shows HR@10 and NDCG@10 "
+                f"(given: {self.cutoffs})"
             )
         if int(self.select_by.partition("@")[2]) not in self.cutoffs:
             raise ValueError(
@@ -219,8 +221,9 @@ class RunConfig(Section):
     def _keeps_what_selects_unseen(self) -> RunConfig:
         if self.data.train_on == "train_and_valid" and self.evaluation.select_on == "valid":
             raise ValueError(
-                "data.train_on train_and_valid trains on the validation targets, and evaluation.select_on valid picks the "
-                "checkpoint by them: give data.train_on train, or evaluation.select_on test"
+                "data.train_on train_and_valid trains on the validation targets, and "
+                "evaluation.select_on valid picks the checkpoint by them: give data.train_on train "
+                "or evaluation.select_on test"
             )
         return self
 

@@ -1,6 +1,6 @@
-"""Training parts of one item: too short to train on and so in no training shard, yet interactions that were trained before.
+"""Training parts of one item: too short to train on and so in no training shard.
 
-Whoever counts what training holds counts them too.
+They are interactions before the cut all the same: whoever counts what training holds counts them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ IntArray = npt.NDArray[np.int64]
 def one_item_parts(folder: Path, manifest: Manifest, stored: IntArray) -> IntArray:
     """The item of each training part of one item, ascending.
 
-    Folders that were prepared before `items.parquet` counted them, and ones without some of their shards, still show those
-    that a validation target follows: in the validation shards, as histories of one item.
+    Folders that were prepared before `items.parquet` counted them, and ones without some of their
+    shards, still show those that a validation target follows: in the validation shards, as
+    histories of one item.
 
     Args:
         folder: The prepared folder.
@@ -46,7 +47,7 @@ def one_item_parts(folder: Path, manifest: Manifest, stored: IntArray) -> IntArr
 
 
 def recorded_counts(folder: Path, manifest: Manifest) -> IntArray | None:
-    """[num_items + 1] how often each item occurs in training, one-item parts included, as `items.parquet` has it.
+    """[num_items + 1] how often each item occurs in training, by `items.parquet`.
 
     Returns:
         None where it was written before it counted them.

@@ -152,9 +152,12 @@ def order_by_time(connection: duckdb.DuckDBPyConnection) -> int:
 def make_id_maps(connection: duckdb.DuckDBPyConnection) -> None:
     """``ordered`` and ``prefixes`` -> ``item_map`` and ``user_map`` (see the head of this file)."""
     connection.execute(
-        "CREATE TABLE item_map AS WITH counts AS (SELECT item_code, count(*) FILTER (position <= train_end) AS stored, "
-        "count(*) FILTER (position <= train_length) AS count FROM ordered JOIN prefixes USING (user_code) GROUP BY item_code) "
-        "SELECT item_code, row_number() OVER (ORDER BY stored DESC, item_id) AS item_index, item_id, title, count, stored "
+        "CREATE TABLE item_map AS WITH counts AS (SELECT item_code, "
+        "count(*) FILTER (position <= train_end) AS stored, "
+        "count(*) FILTER (position <= train_length) AS count "
+        "FROM ordered JOIN prefixes USING (user_code) GROUP BY item_code) "
+        "SELECT item_code, row_number() OVER (ORDER BY stored DESC, item_id) AS item_index, "
+        "item_id, title, count, stored "
         "FROM counts JOIN item_codes USING (item_code) LEFT JOIN titles USING (item_id)"
     )
     connection.execute(

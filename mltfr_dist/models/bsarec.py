@@ -5,12 +5,12 @@ rescales the rest: norm(x + low(x) + beta^2 (x - low(x))), beta learned per chan
 the whole sequence of L places, padded in front, and the loss is taken at the last place alone, one
 sample a prefix. MLTFR's authors take it at every place, so each reads the future (docs/method.md).
 
-Departure: the loss is taken at every place, and low(x)_t is the low-pass of the t + 1 items up to t,
-read at the last of them. It is a fixed lower-triangular matrix. For a history of L items or more this
-is what the published filter gives at the last place; for a shorter one it is not, for there is no
-padding in the transform (for 10 to 20 items of 50 the two correlate by about .5). Prefixes of fewer
-than 2 c - 1 items are all low. ``backbone.low_frequencies`` counts components: 3 is the released
-code's `c` of 5 (it keeps c // 2 + 1). No dropout on attention weights.
+Departure: the loss is taken at every place, and low(x)_t is the low-pass of the t + 1 items up to
+t, read at the last of them. It is a fixed lower-triangular matrix. For a history of L items or more
+this is what the published filter gives at the last place; for a shorter one it is not, for there is
+no padding in the transform (for 10 to 20 items of 50 the two correlate by about .5). Prefixes of
+fewer than 2 c - 1 items are all low. ``backbone.low_frequencies`` counts components: 3 is the
+released code's `c` of 5 (it keeps c // 2 + 1). No dropout on attention weights.
 
 ``backbone.filter_scope=sequence`` filters the whole sequence of max_len places, padding (behind the
 history, not in front) as zeros, and still takes the loss at every place: the defect, not the paper.

@@ -6,11 +6,12 @@ is taken at the last position alone, one sample a prefix; MLTFR's authors take i
 which then reads the future (docs/method.md).
 
 Departures: the loss is taken at every position; the kernel itself is learned, one of max_len taps a
-channel (as many real numbers as the complex weight has), and convolved linearly, through a zero-padded
-transform, so that position t reads positions <= t. Taps start at N(0, .02), so that the filter's gain
-at a frequency starts at .14 for 50 places, where the published weight starts at .028. Positions count
-from the oldest item. ``backbone.filter_scope=sequence`` wraps the convolution around, as MLTFR's
-authors have it. Blocks stay as published: post-norm, a feed-forward of inner size 4 D with GELU.
+channel (as many real numbers as the complex weight has), and convolved linearly, through a
+zero-padded transform, so that position t reads positions <= t. Taps start at N(0, .02), so that the
+filter's gain at a frequency starts at .14 for 50 places, where the published weight starts at .028.
+Positions count from the oldest item. ``backbone.filter_scope=sequence`` wraps the convolution
+around, as MLTFR's authors have it. Blocks stay as published: post-norm, a feed-forward of inner
+size 4 D with GELU.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Recommender(nn.Module):
             self.backbone.item_embedding = ItemVectors(self.backbone.item_embedding, item_features)
 
     def set_step(self, step: int) -> None:
-        """Say how many updates of the run lie behind the weights: what changes with them is as it was then."""
+        """Say how many updates of the run lie behind the weights; noise depends on it."""
         if self.mltfr is not None:
             self.mltfr.step = step
 
@@ -216,7 +216,8 @@ def assemble(
         loss: That of the loss.
         num_items: Items are 1..num_items.
         max_len: Longest history that is read.
-        tables: Token tables by name, in the order of the experts: rows [V_m, D_m], or placed otherwise.
+        tables: Token tables by name, in the order of the experts: rows [V_m, D_m], or placed
+            otherwise.
         item_features: [num_items + 1, C] what the tables give each item, where item tokens are on.
         sparse_items: Only item rows that a batch looks up get a gradient.
         with_consensus: Whether the consensus expert of `mltfr.consensus.group` is there.

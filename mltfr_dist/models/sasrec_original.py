@@ -1,4 +1,4 @@
-"""SASRec as its first code has it, and as the authors of MLTFR train it (Kang and McAuley 2018, arXiv 1808.09781).
+"""SASRec (Kang and McAuley 2018, arXiv 1808.09781) as its first code and MLTFR's authors have it.
 
 Item embeddings are scaled by sqrt D before positions are added, and no norm follows. A block is
 
@@ -26,7 +26,7 @@ EPS = 1e-8
 
 
 class OriginalBlock(nn.Module):
-    """Causal attention and a feed-forward of inner size D, each with a residual from its normed input."""
+    """Causal attention and a feed-forward, each with a residual from its normed input."""
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -63,6 +63,8 @@ class OriginalSASRec(PositionalBackbone):
             for module in block.modules():
                 if isinstance(module, nn.Linear):
                     module.reset_parameters()
+            if isinstance(block, OriginalBlock):
+                nn.init.zeros_(block.attention.out_proj.bias)
         nn.init.xavier_uniform_(self.item_embedding.weight)
         nn.init.zeros_(self.item_embedding.weight.data[0])
         nn.init.xavier_uniform_(self.position_embedding.weight)
@@ -73,5 +75,6 @@ class OriginalSASRec(PositionalBackbone):
 
     def embed(self, item_ids: Tensor, positions: Tensor) -> Tensor:
         """Item ids [N] and positions [N] -> scaled item + position embeddings [N, D]."""
-        scaled = self.item_embedding(item_ids) * math.sqrt(self.item_embedding.embedding_dim)
-        return self.dropout(scaled + self.position_embedding(positions))  # type: ignore[no-any-return]
+        scaled = math.sqrt(self.item_embedding.embedding_dim) * self.item_embedding(item_ids)
+        inputs: Tensor = self.dropout(scaled + self.position_embedding(positions))
+        return inputs

@@ -19,7 +19,7 @@ from mltfr_dist.training.evaluate import Scorer
 
 
 def training_sequences(folder: Path, manifest: Manifest) -> PackedSequences:
-    """All training sequences of a prepared data set; those of one item, which are in no training shard, stand behind."""
+    """All training sequences of a prepared data set; those of one item stand behind the others."""
     shards = manifest.splits["train"].shards
     stored = PackedSequences.concatenate(
         [read_shard(folder, info, num_items=manifest.num_items) for info in shards]
@@ -33,7 +33,7 @@ def training_sequences(folder: Path, manifest: Manifest) -> PackedSequences:
 
 
 def popularity(train: PackedSequences, num_items: int) -> Scorer:
-    """Every user gets the items that occur most often in training (which is every interaction before the cut)."""
+    """Every user gets the items that occur most often in training."""
     counts = torch.from_numpy(np.bincount(train.items, minlength=num_items + 1).astype(np.float32))
     counts[0] = -torch.inf
 
@@ -49,7 +49,8 @@ def item_knn(
     """Item-based nearest neighbours (Sarwar et al. 2001): sum of similarities to the items of the history.
 
     Similarity is the cosine of the items' user sets, shrunk for rare items; each item keeps its ``num_neighbours``
-    nearest. A training part of one item adds nothing to what two items share, but a user to its item's set.
+    nearest. A training part of one item adds nothing to what two items share, but a user to its
+    item's set.
     """
     rows = np.repeat(np.arange(len(train)), np.diff(train.offsets))
     seen = sparse.csr_matrix(

@@ -34,7 +34,8 @@ def export(run: Path, folder: Path) -> ExportInfo:
 
     Raises:
         ConfigError: ``folder`` exists.
-        CheckpointError: No run, an unfinished one, a damaged checkpoint, or an export that does not score as the run.
+        CheckpointError: No run, an unfinished one, a damaged checkpoint, or an export that does not
+            score as the run.
     """
     if folder.exists():
         raise ConfigError(
@@ -104,8 +105,8 @@ def check_scores(loaded: LoadedRun, folder: Path) -> None:
     differing = ranked(model, item_ids) != ranked(loaded.model, item_ids)
     if differing.any():
         raise CheckpointError(
-            f"The exported model gives {int(differing.sum())} of {differing.numel()} scores otherwise than "
-            f"the run {loaded.config.folder}; nothing was exported.",
+            f"The export gives {int(differing.sum())} of {differing.numel()} scores otherwise "
+            f"than the run {loaded.config.folder}; nothing was exported.",
             rule="An export scores as its run does, to the bit.",
             remedy="This is a defect of mltfr_dist: please report it with the run's config.yaml.",
         )

@@ -29,8 +29,9 @@ GROUNDED = "Items carry the tokens of their titles: a positive control, outside 
 """Said of every run with mltfr.item_tokens.source=titles."""
 
 UNCOUNTED = (
-    "This data was prepared before items.parquet counted training parts of one item: popularity and the thirds of items lack "
-    "those of users without a validation target. To count them, prepare it again into a new folder."
+    "This data was prepared before items.parquet counted training parts of one item: popularity "
+    "and the thirds of items lack those of users without a validation target. To count them, "
+    "prepare it again into a new folder."
 )
 """Said of old prepared folders."""
 
@@ -66,7 +67,7 @@ def opening(config: RunConfig, inputs: Inputs, ranks: Ranks) -> str:
 
 
 def counts_are_partial(config: RunConfig, manifest: Manifest) -> bool:
-    """Whether training interactions are missing from what popularity and the slices of users count."""
+    """Whether popularity and the slices of users miss training interactions."""
     short = manifest.report.short_train_sequences
     return short > 0 and recorded_counts(config.data.path, manifest) is None
 

@@ -30,7 +30,7 @@ class Result(Section):
     checkpoint: str = ""
     """Folder name under checkpoints/."""
     step: int = 0
-    """Updates of the run behind it, over all stages; runs that did not record it were evaluated at 0."""
+    """Updates of the run behind it, over all stages; runs without it were evaluated as at 0."""
     epoch: int = 0
     """Epochs of that stage behind it."""
     epochs: int = 0

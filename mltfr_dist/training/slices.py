@@ -22,10 +22,11 @@ class Slices:
     """A user belongs to one third by target and to one by history.
 
     Attributes:
-        item_third: [num_items + 1] 0, 1, 2: the third of the items, ordered by training interactions, that each lies
-            in (equal numbers: by item id; the thirds hold equally many items).
-        short, long: a history is short up to ``short`` items and long from ``long`` on: the thirds of the lengths of
-            the sequences that are trained on (of 2 items or more).
+        item_third: [num_items + 1] 0, 1, 2: the third of the items, ordered by training
+            interactions, that each lies in (equal numbers: by item id; the thirds hold equally many
+            items).
+        short, long: a history is short up to ``short`` items and long from ``long`` on: the thirds
+            of the lengths of the sequences that are trained on (of 2 items or more).
     """
 
     item_third: Tensor

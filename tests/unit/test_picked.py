@@ -1,4 +1,4 @@
-"""The figures of a result are those that picked its checkpoint, and `mltfr evaluate` repeats them."""
+"""A result's figures are those that picked its checkpoint, and `mltfr evaluate` repeats them."""
 
 from __future__ import annotations
 

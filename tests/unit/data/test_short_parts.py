@@ -28,7 +28,7 @@ SPLITS = ("leave_one_out", "global_temporal")
 
 
 def histories() -> dict[str, list[tuple[int, str]]]:
-    """(time, item) of 60 users, a third of whom have one to three interactions; rare items begin histories."""
+    """(time, item) of 60 users, a third of whom have one to three interactions."""
     draw = np.random.default_rng(3)
     found = {}
     for user in range(60):
@@ -41,7 +41,7 @@ def histories() -> dict[str, list[tuple[int, str]]]:
 
 
 def prepared(folder: Path, split: str) -> tuple[Path, Counter[str]]:
-    """The folder of :func:`histories`, and how often each item occurs in training, counted from the rule itself."""
+    """The folder of :func:`histories`, and how often each item occurs in training, by the rule."""
     users = histories()
     rows = [f"{user},{item},{time}" for user, history in users.items() for time, item in history]
     (folder / "raw.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
