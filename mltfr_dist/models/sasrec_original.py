@@ -75,6 +75,6 @@ class OriginalSASRec(PositionalBackbone):
 
     def embed(self, item_ids: Tensor, positions: Tensor) -> Tensor:
         """Item ids [N] and positions [N] -> scaled item + position embeddings [N, D]."""
-        scaled = math.sqrt(self.item_embedding.embedding_dim) * self.item_embedding(item_ids)
+        scaled = math.sqrt(self.position_embedding.embedding_dim) * self.item_embedding(item_ids)
         inputs: Tensor = self.dropout(scaled + self.position_embedding(positions))
         return inputs

@@ -101,7 +101,6 @@ CHANGES: dict[str, Any] = {
     "training.log_every_steps": 3,
     "evaluation.cutoffs": [10],
     "evaluation.select_on": "test",
-    "evaluation.select_by": "HR@5",
     "evaluation.filter_seen": False,
     "evaluation.every_epochs": 2,
     "checkpoint.every_steps": 3,
@@ -136,7 +135,6 @@ WITH: dict[str, dict[str, Any]] = {
     "backbone.low_frequencies": {"backbone.name": "bsarec"},
     "backbone.inductive_bias": {"backbone.name": "bsarec"},
     "data.train_on": {"evaluation.select_on": "test"},
-    "evaluation.select_by": {"optimizer.learning_rate": 0.3, "training.epochs": 3},
     "data.long_histories": {"data.max_len": 5},
     "loss.num_negatives": {"loss.name": "bce"},
     "loss.negatives": {"loss.name": "bce"},
@@ -166,6 +164,7 @@ ELSEWHERE = {
     "training.max_skipped_steps": "needs numbers that are not finite: distributed/test_health",
     "training.hang_seconds": "needs a hang: distributed/test_health",
     "training.threads": "must not change the numbers: test_threads below",
+    "evaluation.select_by": "picks: test_picked",
     "evaluation.batch_size": "must not change the numbers: test_evaluate",
     "evaluation.ties": "needs equal scores: test_evaluate, test_metrics",
 }

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from support import read_lines, tiny_config
 
+from mltfr_dist.distributed.checkpoint import read_header
 from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.training.fit import fit
 from mltfr_dist.training.inference import evaluate_run
+from mltfr_dist.training.run_folder import CHECKPOINTS
 
 NOISY = {
     "mltfr__filter__noise": 1.0,
@@ -29,6 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "mltfr__filter__query": "history",
         "mltfr__consensus__random_in_stage_one": True,
         "evaluation__select_on": "test",
+        "evaluation__select_by": "HR@5",
     },
     "stage 2 that only gets worse": NOISY
     | {"optimizer__learning_rate": 0.5, "mltfr__consensus__weight": 3.0},
@@ -53,6 +56,8 @@ def test_the_result_is_what_picked_and_is_repeated(folder: Path, name: str) -> N
         for line in read_lines(config.folder / "metrics.jsonl")
         if (line["kind"], line["stage"], line.get("epoch")) == (kind, result.stage, result.epoch)
     ]
+    progress = read_header(config.folder / CHECKPOINTS / result.checkpoint).progress
+    assert progress.best_value == picked[config.evaluation.select_by]
     reported = result.valid if split == "valid" else result.test
     assert {metric: picked[metric] for metric in reported} == reported
     assert evaluate_run(config.folder, "valid") == result.valid
