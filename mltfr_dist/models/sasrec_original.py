@@ -16,6 +16,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mltfr_dist.config import BackboneConfig
 from mltfr_dist.models.backbone import PositionalBackbone
@@ -30,8 +31,11 @@ class OriginalBlock(nn.Module):
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
         self.attention_norm = nn.LayerNorm(hidden_dim, eps=EPS)
-        self.attention = nn.MultiheadAttention(hidden_dim, num_heads, dropout, batch_first=True)
+        self.query = nn.Linear(hidden_dim, hidden_dim)
+        self.key_value = nn.Linear(hidden_dim, 2 * hidden_dim)
+        self.out = nn.Linear(hidden_dim, hidden_dim)
         self.feed_forward_norm = nn.LayerNorm(hidden_dim, eps=EPS)
         self.feed_forward = nn.Sequential(
             nn.Linear(hidden_dim, hidden_dim),
@@ -40,15 +44,28 @@ class OriginalBlock(nn.Module):
             nn.Dropout(dropout),
         )
 
+    def reset(self) -> None:
+        """The start of its maps: torch's own; of queries, keys and values, as one map, Xavier's."""
+        for linear in (self.feed_forward[0], self.feed_forward[2], self.out):
+            assert isinstance(linear, nn.Linear)
+            linear.reset_parameters()
+        bound = math.sqrt(6 / (4 * self.out.in_features))
+        for linear in (self.query, self.key_value):
+            nn.init.uniform_(linear.weight, -bound, bound)
+        for linear in (self.query, self.key_value, self.out):
+            nn.init.zeros_(linear.bias)
+
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """[N, D] -> [N, D]."""
-        normed, memory = self.attention_norm(x), packing.unpack(x)  # [N, D], [B, L, D]
-        length = memory.shape[1]
-        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        mixed, _ = self.attention(
-            packing.unpack(normed), memory, memory, attn_mask=future, need_weights=False
+        """[N, D] -> [N, D]; position t of a history sees its positions <= t, and no padding."""
+        normed = self.attention_norm(x)
+        maps = torch.cat([self.query(normed), self.key_value(x)], dim=1)  # [N, 3 D]
+        padded = packing.unpack(maps.view(len(x), 3, self.num_heads, -1))  # [B, L, 3, H, D / H]
+        query, key, value = padded.permute(2, 0, 3, 1, 4)  # each [B, H, L, D / H]
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=self.dropout * self.training, is_causal=True
         )
-        h = self.feed_forward_norm(normed + packing.pack(mixed))
+        mixed = self.out(packing.pack(mixed.transpose(1, 2).flatten(2)))
+        h = self.feed_forward_norm(normed + mixed)
         return h + self.feed_forward(h)  # type: ignore[no-any-return]
 
 
@@ -60,11 +77,8 @@ class OriginalSASRec(PositionalBackbone):
         del self.input_norm
         self.output_norm = nn.LayerNorm(config.hidden_dim, eps=EPS)
         for block in self.blocks:  # the base class has given its own start to their maps
-            for module in block.modules():
-                if isinstance(module, nn.Linear):
-                    module.reset_parameters()
-            if isinstance(block, OriginalBlock):
-                nn.init.zeros_(block.attention.out_proj.bias)
+            assert isinstance(block, OriginalBlock)
+            block.reset()
         nn.init.xavier_uniform_(self.item_embedding.weight)
         nn.init.zeros_(self.item_embedding.weight.data[0])
         nn.init.xavier_uniform_(self.position_embedding.weight)

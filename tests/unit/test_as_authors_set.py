@@ -107,9 +107,9 @@ def test_a_block_of_the_first_sasrec_by_its_formula() -> None:
     packing = Packing(item_ids)
     x = torch.randn(sum(lengths), dim, dtype=torch.float64)
     found = block(x, packing).split(lengths)
-    attention, first, second = block.attention, block.feed_forward[0], block.feed_forward[2]
-    weights = attention.in_proj_weight.split(dim)
-    biases = attention.in_proj_bias.split(dim)
+    first, second = block.feed_forward[0], block.feed_forward[2]
+    weights = [block.query.weight, *block.key_value.weight.split(dim)]
+    biases = [block.query.bias, *block.key_value.bias.split(dim)]
     for rows, result in zip(x.split(lengths), found, strict=True):
         norm = block.attention_norm
         n = F.layer_norm(rows, (dim,), norm.weight, norm.bias, 1e-8)
@@ -121,7 +121,7 @@ def test_a_block_of_the_first_sasrec_by_its_formula() -> None:
             scores = (q[:, t : t + 1] * k[:, : t + 1]).sum(-1) / (dim // heads) ** 0.5  # [H, t + 1]
             mixed = (scores.softmax(-1)[..., None] * v[:, : t + 1]).sum(1).flatten()
             norm = block.feed_forward_norm
-            h = n[t] + mixed @ attention.out_proj.weight.T + attention.out_proj.bias
+            h = n[t] + mixed @ block.out.weight.T + block.out.bias
             h = F.layer_norm(h, (dim,), norm.weight, norm.bias, 1e-8)
             inner = (h @ first.weight.T + first.bias).relu()
             torch.testing.assert_close(result[t], h + inner @ second.weight.T + second.bias)
