@@ -2,7 +2,8 @@
 
 Every arm has the same loss, budget of epochs and stopping rule; it differs from the base configuration in what its
 function below changes, and in nothing else. Each run is a process of its own, by the command a user would give.
-Interrupted, the matrix goes on: finished rows are skipped, a started run resumes.
+Popularity and item_knn, which need no training, have a row for each data set, whatever variants are
+asked for. Interrupted, the matrix goes on: finished rows are skipped, a started run resumes.
 
     python benchmarks/quality.py matrix.parquet --data data/ml-100k --seeds 0 1 2 3 4
     python benchmarks/quality.py matrix.parquet --variants bare repaired --set training.epochs=20 optimizer.max_grad_norm=1
@@ -23,12 +24,15 @@ from typing import Any
 import torch
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.data.manifest import load_manifest
+from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.errors import ConfigError, MltfrError, fail
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.repairs import REPAIRS, as_published, changed, without
 from mltfr_dist.resolve import resolve_config
 from mltfr_dist.schema import nearest_key
 from mltfr_dist.tables.store import load_table
+from mltfr_dist.training.compare import BASELINES, baseline_result
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.matrix import append_row, is_done, make_row, read_rows
 from mltfr_dist.training.run_folder import CONFIG, Result, claim, load_result
@@ -227,6 +231,17 @@ def plan(base: RunConfig, options: argparse.Namespace) -> list[tuple[str, RunCon
     return runs
 
 
+def add_baselines(matrix: Path, base: RunConfig, options: argparse.Namespace) -> None:
+    """The rows of the baselines that ``matrix`` does not hold yet; minutes at most."""
+    for data in options.data or [base.data.path]:
+        config = vary(base, {"data.path": str(data)})
+        for name in BASELINES:
+            if not is_done(read_rows(matrix), name, config):
+                manifest = load_manifest(config.data.path, left_out=config.data.left_out)
+                result = baseline_result(name, config, manifest, ALONE, read_test=True)
+                append_row(matrix, make_row(name, config, result, commit()))
+
+
 def commit() -> str:
     """The commit this runs from, marked where files differ from it."""
     done = subprocess.run(
@@ -302,6 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, config in plan(base, options)
             if not is_done(rows, name, config)
         ]
+        add_baselines(options.matrix, base, options)
         print(f"{len(runs)} runs to do, {len(rows)} rows in {options.matrix}", flush=True)
         for name, config in runs:
             result = run(config, shlex.split(options.launcher))

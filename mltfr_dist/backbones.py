@@ -26,4 +26,7 @@ BACKBONES: dict[str, Entry] = {
     ),
     "bert4rec": Entry("bert4rec:BERT4Rec", "Sun et al. 2019, bidirectional, masked items"),
     "cl4srec": Entry("cl4srec:CL4SRec", "Xie et al. 2022, SASRec with contrasted views"),
+    "sasrec_original": Entry(
+        "sasrec_original:OriginalSASRec", "Kang and McAuley 2018, as in its first code"
+    ),
 }

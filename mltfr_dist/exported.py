@@ -23,16 +23,19 @@ from mltfr_dist.config import BackboneConfig, LossConfig, MLTFRConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.errors import CheckpointError, DamagedError, DataError
 from mltfr_dist.files import file_sha256
-from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.recommender import Recommender, assemble
 from mltfr_dist.schema import Section
 
-SCHEMA_VERSION = 1
-CONFIG, MODEL, TABLES, ITEMS = (
+SCHEMA_VERSION = 2
+CONFIG, MODEL, TABLES, ITEM_TOKENS, ITEMS = (
     "config.json",
     "model.safetensors",
     "tables.safetensors",
+    "item_tokens.safetensors",
     "items.json",
 )
+FEATURES = "features"
+"""Name of the one tensor of ``item_tokens.safetensors``, [num_items + 1, C]."""
 
 
 class ExportInfo(Section):
@@ -47,6 +50,8 @@ class ExportInfo(Section):
     num_items: int
     max_len: int
     has_consensus: bool
+    step: int
+    """Updates of the run behind the weights, over all stages: noise in evaluation depends on it."""
     tables: tuple[str, ...]
     """Names of the token tables, in the order of the experts."""
     sha256: dict[str, str]
@@ -87,10 +92,16 @@ class Exported:
         item_ids = torch.full((len(recent), max(map(len, recent))), PADDING_IDX)  # [B, L]
         for row, history in zip(item_ids, recent, strict=True):
             row[: len(history)] = torch.tensor(history)
-        none = torch.zeros(0, dtype=torch.int64)
-        batch = RankingBatch(item_ids, torch.zeros(len(recent), dtype=torch.int64), none, none)
-        scores: Tensor = self.model(batch.to(next(self.model.parameters()).device))
-        return scores
+        return ranked(self.model, item_ids)
+
+
+@torch.no_grad()
+def ranked(model: Recommender, item_ids: Tensor) -> Tensor:
+    """Scores [B, num_items + 1] of every item after each history [B, L]; -inf in column 0."""
+    none = torch.zeros(0, dtype=torch.int64)
+    batch = RankingBatch(item_ids, torch.zeros(len(item_ids), dtype=torch.int64), none, none)
+    scores: Tensor = model(batch.to(next(model.parameters()).device))
+    return scores
 
 
 def load_exported(folder: Path) -> Exported:
@@ -108,18 +119,20 @@ def load_exported(folder: Path) -> Exported:
                 remedy="Export the run again.",
             )
     rows = load_file(folder / TABLES) if info.tables else {}
-    model = Recommender(
+    has_tokens = ITEM_TOKENS in info.sha256
+    model = assemble(
         info.backbone,
         info.mltfr,
         info.loss,
         num_items=info.num_items,
         max_len=info.max_len,
-        table_rows=[rows[name] for name in info.tables],
+        tables={name: rows[name] for name in info.tables},
+        item_features=load_file(folder / ITEM_TOKENS)[FEATURES] if has_tokens else None,
+        sparse_items=False,
+        with_consensus=info.has_consensus,
     )
-    if info.has_consensus:
-        assert model.mltfr is not None
-        model.mltfr.add_consensus()
     model.load_state_dict(load_file(folder / MODEL))
+    model.set_step(info.step)
     item_ids: list[str] = json.loads((folder / ITEMS).read_text())
     return Exported(info, model.eval(), item_ids)
 

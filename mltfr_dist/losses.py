@@ -16,11 +16,35 @@ from torch.nn import functional as F
 
 from mltfr_dist.numerics import at_least_fp32
 
-CHUNK_ELEMENTS = 1 << 21
-"""Logits held at a time by :func:`full_cross_entropy` on a CPU (8 MiB in fp32, so that they stay in its cache)."""
+CACHED_ELEMENTS = 1 << 21
+"""Logits that stay in a CPU's cache (8 MiB in fp32)."""
 
-GPU_CHUNK_ELEMENTS = 1 << 26
-"""The same on a GPU (256 MiB in fp32), which wants large products."""
+UNCACHED_ELEMENTS = 1 << 24
+"""Logits held at a time on a CPU where :data:`MIN_CHUNK_ROWS` do not fit its cache (64 MiB)."""
+
+GPU_ELEMENTS = 1 << 26
+"""Logits held at a time on a GPU (256 MiB in fp32), which wants large products."""
+
+MIN_CHUNK_ROWS = 64
+"""Positions of a chunk at least: each chunk passes over the whole item table and its gradient."""
+
+
+def chunk_rows(num_items: int, device: str) -> int:
+    """Positions whose logits :func:`full_cross_entropy` holds at a time.
+
+    Memory: logits of at most 64 MiB on a CPU and 256 MiB on a GPU, or 256 bytes an item (which an
+    item table of 64 columns in fp32 takes too), whichever is more.
+
+    Args:
+        num_items: I.
+        device: "cpu" or a GPU's type.
+    """
+    if device != "cpu":
+        return max(MIN_CHUNK_ROWS, GPU_ELEMENTS // num_items)
+    cached = CACHED_ELEMENTS // num_items
+    if cached >= MIN_CHUNK_ROWS:
+        return cached
+    return max(MIN_CHUNK_ROWS, UNCACHED_ELEMENTS // num_items)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -38,8 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = at_least_fp32(hidden.new_zeros(()))
         grad_hidden = torch.empty_like(hidden) if needs_grad else hidden
         grad_weight = at_least_fp32(torch.zeros_like(weight)) if needs_grad else weight
-        elements = CHUNK_ELEMENTS if hidden.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-        rows = max(1, elements // weight.shape[0])
+        rows = chunk_rows(weight.shape[0], hidden.device.type)
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
             target = targets[chunk, None]

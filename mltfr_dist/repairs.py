@@ -6,7 +6,7 @@ published form, and :func:`without` takes a single repair away.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 from mltfr_dist.config import RunConfig
@@ -14,6 +14,27 @@ from mltfr_dist.errors import ConfigError
 from mltfr_dist.schema import nearest_key, validate
 
 Scope = Literal["method", "backbone", "protocol"]
+
+
+def _has_mltfr(config: RunConfig) -> bool:
+    return config.mltfr.enabled
+
+
+def _filters(config: RunConfig) -> bool:
+    return config.mltfr.enabled and config.mltfr.filter.strategy == "user_guided"
+
+
+def _differs_by_user(config: RunConfig) -> bool:
+    strategy = config.mltfr.filter.strategy
+    return config.mltfr.enabled and strategy in ("user_guided", "random_tokens")
+
+
+def _has_consensus(config: RunConfig) -> bool:
+    return config.mltfr.enabled and config.mltfr.consensus.enabled
+
+
+def _is_bert4rec(config: RunConfig) -> bool:
+    return config.backbone.name == "bert4rec"
 
 
 class Repair(NamedTuple):
@@ -25,6 +46,8 @@ class Repair(NamedTuple):
     """method: MLTFR itself; backbone: the model it is added to; protocol: training and evaluation of any model."""
     published: dict[str, Any]
     """Dotted field to the published value."""
+    applies: Callable[[RunConfig], bool]
+    """Whether a run has what is repaired; in one that has not, the fields do nothing."""
 
 
 REPAIRS: dict[str, Repair] = {
@@ -36,6 +59,7 @@ REPAIRS: dict[str, Repair] = {
             "mltfr.filter.top_k": 1,
             "mltfr.filter.filter_ratio": None,
         },
+        _filters,
     ),
     "sharp_scores": Repair(
         "D2",
@@ -45,35 +69,110 @@ REPAIRS: dict[str, Repair] = {
             "mltfr.filter.learn_temperature": False,
             "mltfr.filter.noise": 1.0,
         },
+        _filters,
     ),
     "quiet_evaluation": Repair(
-        "D3", "method", {"mltfr.filter.noise": 1.0, "mltfr.filter.noise_in_evaluation": True}
+        "D3",
+        "method",
+        {"mltfr.filter.noise": 1.0, "mltfr.filter.noise_in_evaluation": True},
+        _filters,
     ),
-    "user_memory": Repair("D4", "method", {"mltfr.filter.memory": "batch"}),
-    "causal_query": Repair("D5", "method", {"mltfr.filter.query": "history"}),
-    "causal_filter": Repair("D6", "backbone", {"backbone.filter_scope": "sequence"}),
-    "frozen_tables": Repair("D7", "method", {"mltfr.train_tables": True}),
-    "read_the_mask": Repair("D8", "backbone", {"backbone.read_at": "before_mask"}),
-    "masked_padding": Repair("D9", "backbone", {"backbone.padding": "attended"}),
-    "single_softmax": Repair("D10", "method", {"mltfr.router.double_softmax": True}),
+    "user_memory": Repair(
+        "D4",
+        "method",
+        {"mltfr.filter.memory": "batch"},
+        _differs_by_user,
+    ),
+    "causal_query": Repair(
+        "D5",
+        "method",
+        {"mltfr.filter.query": "history"},
+        _differs_by_user,
+    ),
+    "causal_filter": Repair(
+        "D6",
+        "backbone",
+        {"backbone.filter_scope": "sequence"},
+        lambda config: config.backbone.name in ("fmlp", "bsarec"),
+    ),
+    "frozen_tables": Repair(
+        "D7",
+        "method",
+        {"mltfr.train_tables": True},
+        _has_mltfr,
+    ),
+    "read_the_mask": Repair(
+        "D8",
+        "backbone",
+        {"backbone.read_at": "before_mask"},
+        _is_bert4rec,
+    ),
+    "masked_padding": Repair(
+        "D9",
+        "backbone",
+        {"backbone.padding": "attended"},
+        _is_bert4rec,
+    ),
+    "single_softmax": Repair(
+        "D10",
+        "method",
+        {"mltfr.router.double_softmax": True},
+        _has_mltfr,
+    ),
     "going_on": Repair(
         "D10b",
         "method",
         {"mltfr.consensus.random_in_stage_one": True, "mltfr.consensus.fresh_start": True},
+        _has_consensus,
     ),
-    "per_sample_fisher": Repair("D12", "method", {"mltfr.consensus.fisher": "batch_mean"}),
-    "normalised_fisher": Repair("D13", "method", {"mltfr.consensus.normalise_fisher": False}),
-    "shared_core": Repair("D14", "method", {"mltfr.expert.form": "paper"}),
-    "validation_picks": Repair("D17", "protocol", {"evaluation.select_on": "test"}),
-    "unseen_negatives": Repair("D18", "protocol", {"loss.negatives": "any"}),
+    "per_sample_fisher": Repair(
+        "D12",
+        "method",
+        {"mltfr.consensus.fisher": "batch_mean"},
+        _has_consensus,
+    ),
+    "normalised_fisher": Repair(
+        "D13",
+        "method",
+        {"mltfr.consensus.normalise_fisher": False},
+        _has_consensus,
+    ),
+    "shared_core": Repair(
+        "D14",
+        "method",
+        {"mltfr.expert.form": "paper"},
+        _has_mltfr,
+    ),
+    "validation_picks": Repair(
+        "D17",
+        "protocol",
+        {"evaluation.select_on": "test"},
+        lambda config: True,
+    ),
+    "unseen_negatives": Repair(
+        "D18",
+        "protocol",
+        {"loss.negatives": "outside_inputs"},
+        lambda config: config.loss.name in ("bce", "gbce"),
+    ),
 }
 """Every repair by name."""
 
-NEVER_PUBLISHED: dict[str, Any] = {
-    "mltfr.router.balance_weight": 0.0,
-    "mltfr.filter.shortlist_size": None,
+ALSO_PUBLISHED: dict[Scope, dict[str, Any]] = {
+    "method": {
+        "mltfr.router.balance_weight": 0.0,
+        "mltfr.filter.shortlist_size": None,
+        "mltfr.consensus.dropout": False,
+        "mltfr.consensus.fisher_at": "last",
+        "mltfr.consensus.fisher_sequences": 1 << 62,
+    },
+    "protocol": {
+        "data.train_on": "train_and_valid",
+        "evaluation.select_by": "HR@20",
+        "evaluation.filter_seen": False,
+    },
 }
-"""What the published method does without: a load-balancing term, and a search in part of a table."""
+"""What else the authors set, each a choice and no defect of MLTFR."""
 
 
 def changed(config: RunConfig, fields: dict[str, Any], *, source: str) -> RunConfig:
@@ -100,7 +199,9 @@ def as_published(
     The gate has one softmax, as in the published SASRec variant; `router.double_softmax` is that of the others. The
     published consensus merges tables of one width: give them in `mltfr.consensus.group`.
     """
-    fields: dict[str, Any] = dict(NEVER_PUBLISHED) if "method" in set(scopes) else {}
+    fields: dict[str, Any] = {}
+    for scope in set(scopes):
+        fields |= ALSO_PUBLISHED.get(scope, {})
     for name, repair in REPAIRS.items():
         if repair.scope in set(scopes) and name != "single_softmax":
             fields |= repair.published
@@ -123,7 +224,7 @@ def without(config: RunConfig, name: str) -> RunConfig:
 
 
 def taken_away(config: RunConfig) -> list[str]:
-    """Names of the repairs that ``config`` does without: each of its published values stands there."""
+    """Names of the repairs that ``config`` does without, of those that apply to it."""
 
     def value(path: str) -> Any:
         place: Any = config
@@ -134,5 +235,6 @@ def taken_away(config: RunConfig) -> list[str]:
     return [
         name
         for name, repair in REPAIRS.items()
-        if all(value(path) == wanted for path, wanted in repair.published.items())
+        if repair.applies(config)
+        and all(value(path) == wanted for path, wanted in repair.published.items())
     ]

@@ -59,7 +59,9 @@ class BackboneConfig(Section):
         0.6, description="cl4srec: share of the history that a reordered view shuffles."
     )
     low_frequencies: Count = Field(
-        3, description="bsarec: Fourier components from 0 on that count as low."
+        3,
+        description="bsarec: Fourier components from 0 on that count as low; for 3 the released "
+        "code's c is 5.",
     )
     inductive_bias: Annotated[float, Field(ge=0, le=1)] = Field(
         0.7,
@@ -262,6 +264,16 @@ class ConsensusConfig(Section):
         0.1, description="lambda: weight of the consensus expert's output (start value if learned)."
     )
     learn_weight: bool = Field(False, description="Whether lambda is trained in stage 2.")
+    dropout: bool = Field(
+        True,
+        description="Whether the consensus expert has the experts' dropout in training (published: "
+        "it has none).",
+    )
+    fisher_at: Literal["best", "last"] = Field(
+        "best",
+        description="Weights of stage 1 whose experts are merged: its best validation's, or its "
+        "last epoch's (published).",
+    )
     fisher: Literal["per_sample", "batch_mean"] = Field(
         "per_sample",
         description="per_sample: mean of the squared gradients of single sequences; batch_mean: of the mean loss of global "
@@ -277,7 +289,9 @@ class ConsensusConfig(Section):
         description="Stage 1 adds lambda times a frozen, randomly initialised consensus expert (published).",
     )
     fisher_sequences: Count = Field(
-        1024, description="Training sequences over which the per-sample Fisher is averaged."
+        1024,
+        description="Training sequences over which the Fisher is averaged; more than there are: "
+        "all (published).",
     )
     fresh_start: bool = Field(
         False,
@@ -382,9 +396,11 @@ class LossConfig(Section):
         description="bce, gbce: negatives per position; "
         "sampled_softmax: items drawn per update, shared by its positions (256 is usual).",
     )
-    negatives: Literal["unseen", "any"] = Field(
+    negatives: Literal["unseen", "outside_inputs"] = Field(
         "unseen",
-        description="bce, gbce: outside the user's history, or any id, the target and padding included (published).",
+        description="bce, gbce: unseen: outside the user's whole history; outside_inputs: outside "
+        "the sample's inputs and without replacement, so that only the last target can be among "
+        "them (published).",
     )
     proposal: Literal["uniform", "log_uniform"] = Field(
         "uniform",

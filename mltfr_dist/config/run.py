@@ -22,6 +22,12 @@ class DataConfig(Section):
         8,
         description="Shards whose sequences are shuffled together; the order of shards is shuffled too.",
     )
+    train_on: Literal["train", "train_and_valid"] = Field(
+        "train",
+        description="train: what lies before the validation targets; train_and_valid: each user's "
+        "validation target too (published; needs evaluation.select_on=test, for nothing is left to "
+        "validate on).",
+    )
     long_histories: Literal["truncate", "windows"] = Field(
         "truncate",
         description="Training histories longer than max_len. truncate: only their most recent items; "
@@ -107,7 +113,8 @@ class TrainingConfig(Section):
         10, description="Epochs at most of stage 2, with the consensus expert."
     )
     patience: Count = Field(
-        5, description="Validations without a better NDCG@10 after which a stage stops."
+        5,
+        description="Validations without a better evaluation.select_by after which a stage stops.",
     )
     log_every_steps: Count = Field(
         10, description="Steps between two lines of metrics.jsonl and TensorBoard points."
@@ -135,7 +142,10 @@ class EvaluationConfig(Section):
     batch_size: Count = Field(256, description="Users ranked at a time.")
     select_on: Literal["valid", "test"] = Field(
         "valid",
-        description="Split whose NDCG@10 picks the checkpoint; test (published) makes the figures too high.",
+        description="Split that picks the checkpoint; test (published) makes the figures too high.",
+    )
+    select_by: Annotated[str, Field(pattern=r"^(HR|NDCG)@[1-9][0-9]*$")] = Field(
+        "NDCG@10", description="Metric that picks the checkpoint, at one of the cutoffs."
     )
     filter_seen: bool = Field(
         True, description="Items of the history are no candidates (the target always is)."
@@ -149,7 +159,12 @@ class EvaluationConfig(Section):
     def _selects(self) -> EvaluationConfig:
         if 10 not in self.cutoffs:
             raise ValueError(
-                f"cutoffs must hold 10, for NDCG@10 selects the best checkpoint (given: {self.cutoffs})"
+                "cutoffs must hold 10, for every report shows HR@10 and NDCG@10 "
+                f"(given: {self.cutoffs})"
+            )
+        if int(self.select_by.partition("@")[2]) not in self.cutoffs:
+            raise ValueError(
+                f"select_by {self.select_by} is at none of the cutoffs {self.cutoffs}: add it there"
             )
         return self
 
@@ -199,6 +214,16 @@ class RunConfig(Section):
             raise ValueError(
                 "optimizer.item_gradients sparse with loss.name cross_entropy, which scores every item, so that every row has a "
                 "gradient: give loss.name sampled_softmax, bce or gbce, or item_gradients dense"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_selects_unseen(self) -> RunConfig:
+        if self.data.train_on == "train_and_valid" and self.evaluation.select_on == "valid":
+            raise ValueError(
+                "data.train_on train_and_valid trains on the validation targets, and "
+                "evaluation.select_on valid picks the checkpoint by them: give data.train_on train "
+                "or evaluation.select_on test"
             )
         return self
 

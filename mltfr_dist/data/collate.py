@@ -179,12 +179,18 @@ class Collator:
             return None
         drawn = np.zeros((self.num_rows, length, count), dtype=np.int64)
         if len(sample_ids):
-            histories = [
-                samples.items[a:b] for a, b in zip(samples.history_starts, samples.history_ends)
-            ]
+            starts, ends = samples.history_starts, samples.history_ends
+            if not self.objective.unseen_negatives:
+                starts, ends = samples.starts, samples.starts + samples.lengths - 1  # the inputs
+            excluded = [samples.items[a:b] for a, b in zip(starts, ends)]
             keys = {"num_items": self.num_items, "seed": self.seed, "epoch": step.epoch}
             drawn[: len(sample_ids)] = sample_negatives(
-                histories, sample_ids, length, count, **keys, unseen=self.objective.unseen_negatives
+                excluded,
+                sample_ids,
+                length,
+                count,
+                **keys,
+                distinct=not self.objective.unseen_negatives,
             )
         return torch.from_numpy(drawn)
 

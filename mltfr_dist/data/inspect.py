@@ -12,6 +12,7 @@ import numpy as np
 from mltfr_dist.data.manifest import Manifest, load_manifest, verify_maps
 from mltfr_dist.data.plots import line_plot
 from mltfr_dist.data.shards import read_shard
+from mltfr_dist.data.short_parts import one_item_parts
 
 _LENGTHS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 _UNITS = ((5e17, 10**9), (5e14, 10**6), (5e11, 10**3), (5e8, 1))
@@ -67,6 +68,7 @@ def gather(folder: Path) -> Facts:
     cold = {
         name: (int(found[counts == 0].sum()), int(found.sum())) for name, found in targets.items()
     }
+    counts += np.bincount(one_item_parts(folder, manifest, counts), minlength=len(counts))
     return Facts(manifest, lengths, np.sort(counts[1:])[::-1], cold, repeats)
 
 

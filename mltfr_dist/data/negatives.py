@@ -68,7 +68,7 @@ def sample_shared(
 
 
 def sample_negatives(
-    histories: list[npt.NDArray[np.integer]],
+    excluded: list[npt.NDArray[np.integer]],
     sample_ids: IntArray,
     length: int,
     num_negatives: int,
@@ -76,48 +76,63 @@ def sample_negatives(
     num_items: int,
     seed: int,
     epoch: int,
-    unseen: bool = True,
+    distinct: bool = False,
 ) -> IntArray:
-    """Draw ``num_negatives`` items for every position of every history.
+    """Draw ``num_negatives`` items for every position of every sample.
 
     Args:
-        histories: B arrays of item ids, each user's *full* training history.
-        sample_ids: [B] key of each history.
+        excluded: B arrays of item ids that are not drawn: each user's *full* training history, or,
+            where ``distinct``, a sample's inputs, one a position.
+        sample_ids: [B] key of each sample.
         length: L, positions to draw for.
         num_negatives: N, draws a position.
         num_items: Items are 1..num_items.
         seed: Seed of the run.
         epoch: Epoch, so that each one has new negatives.
-        unseen: False draws any id from 0 (padding) on, as published.
+        distinct: Whether a sample's draws differ from each other, too; only positions that have an
+            input are drawn for, and 0 stands at the others.
 
     Returns:
-        [B, L, N] item ids, none of them in the row's history where ``unseen``.
+        [B, L, N] item ids, none of them excluded in their row.
 
     Raises:
-        DataError: A history holds (nearly) every item, so that no negative can be found.
+        DataError: (Nearly) every item is excluded, so that no negative can be found.
     """
-    shape = (len(histories), length, num_negatives)
-    rows = sample_ids.astype(np.uint64)[:, None, None]
-    places = np.arange(length * num_negatives, dtype=np.uint64).reshape(1, length, num_negatives)
-    if not unseen:
-        return (hash_u64(seed, epoch, rows, places) % np.uint64(num_items + 1)).astype(np.int64)
-    history_rows = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
-    taken = np.unique(history_rows * (num_items + 1) + np.concatenate(histories).astype(np.int64))
-    row_base = (np.arange(len(histories)) * (num_items + 1))[:, None, None]
-    negatives = np.zeros(shape, dtype=np.int64)
-    pending = np.ones(shape, dtype=bool)
+    rows = sample_ids.astype(np.uint64)[:, None]
+    places = np.arange(length * num_negatives)[None]  # [1, L * N]
+    sizes = np.array([len(items) for items in excluded])
+    owners = np.repeat(np.arange(len(excluded)), sizes)
+    taken = np.unique(owners * (num_items + 1) + np.concatenate(excluded).astype(np.int64))
+    row_base = (np.arange(len(excluded)) * (num_items + 1))[:, None]
+    wanted = np.ones((len(excluded), places.shape[1]), dtype=bool)
+    if distinct:
+        wanted = places < (sizes * num_negatives)[:, None]
+    negatives, pending = np.zeros(wanted.shape, dtype=np.int64), wanted
     for attempt in range(MAX_ATTEMPTS):
-        draws = (hash_u64(seed, epoch, rows, places, attempt) % np.uint64(num_items)).astype(
-            np.int64
-        ) + 1
+        words = hash_u64(seed, epoch, rows, places.astype(np.uint64), attempt)
+        draws = (words % np.uint64(num_items)).astype(np.int64) + 1
         negatives = np.where(pending, draws, negatives)
-        pending = np.isin(negatives + row_base, taken)
+        pending = np.isin(negatives + row_base, taken) & wanted
+        if distinct:
+            pending |= _repeats(negatives) & wanted
         if not pending.any():
-            return negatives
-    crowded = int(np.argmax(pending.any(axis=(1, 2))))
+            return negatives.reshape(len(excluded), length, num_negatives)
+    crowded = int(np.argmax(pending.any(axis=1)))
+    history = "the inputs of a sample" if distinct else "the user's history"
     raise DataError(
-        f"No negative item was found in {MAX_ATTEMPTS} draws for a history of {len(histories[crowded])} of {num_items} items.",
-        rule="A negative must lie outside the user's history.",
+        f"No negative item was found in {MAX_ATTEMPTS} draws for a history of "
+        f"{len(excluded[crowded])} of {num_items} items.",
+        rule=f"A negative must lie outside {history}"
+        + (", and its negatives must differ." if distinct else "."),
         remedy="Use loss.name=cross_entropy, or prepare with a greater `--item-core`, so that "
         "histories do not hold nearly every item.",
     )
+
+
+def _repeats(values: IntArray) -> npt.NDArray[np.bool_]:
+    """[B, P] whether an earlier place of the row has the same value."""
+    order = np.argsort(values, axis=1, kind="stable")
+    in_order = np.take_along_axis(values, order, axis=1)
+    repeats = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(repeats, order[:, 1:], in_order[:, 1:] == in_order[:, :-1], axis=1)
+    return repeats

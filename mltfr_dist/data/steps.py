@@ -6,12 +6,14 @@ Tables, in the order they are made (all in a database file that is removed at th
     events        row_number, user_code, item_code, timestamp       without duplicates; then only the k-core
     ordered       user_code, item_code, timestamp, position         position 1.. in time; ties keep file order
     prefixes      user_code, length, train_end, ...                 see splits.py
-    item_map      item_code, item_index, item_id, title, count      item_index 1..num_items
+    item_map      item_code, item_index, item_id, title, ...        item_index 1..num_items
     user_map      user_code, user_index, user_id, length, ends      user_index 0..num_users-1
 
-Codes go by id text. Item ids go by training occurrences, most first (equal ones by id text), so low ids are popular items and
-nothing of the held-out periods shows in them; users go by id text. ``ordered`` and ``user_map`` lie on disk in the order of
-user_code, so that a run of users is read without looking at the others.
+Codes go by id text. Item ids go by occurrences in the stored training sequences, most first
+(equal ones by id text), so low ids are popular items and nothing of the held-out periods shows in
+them; users go by id text. ``count`` has every training interaction, ``stored`` those that a stored
+sequence holds: a training part of one item is counted and not stored. ``ordered`` and ``user_map``
+lie on disk in the order of user_code, so that a run of users is read without looking at the others.
 """
 
 from __future__ import annotations
@@ -151,9 +153,12 @@ def order_by_time(connection: duckdb.DuckDBPyConnection) -> int:
 def make_id_maps(connection: duckdb.DuckDBPyConnection) -> None:
     """``ordered`` and ``prefixes`` -> ``item_map`` and ``user_map`` (see the head of this file)."""
     connection.execute(
-        "CREATE TABLE item_map AS WITH counts AS (SELECT item_code, count(*) FILTER (position <= train_end) AS count "
+        "CREATE TABLE item_map AS WITH counts AS (SELECT item_code, "
+        "count(*) FILTER (position <= train_end) AS stored, "
+        "count(*) FILTER (position <= train_length) AS count "
         "FROM ordered JOIN prefixes USING (user_code) GROUP BY item_code) "
-        "SELECT item_code, row_number() OVER (ORDER BY count DESC, item_id) AS item_index, item_id, title, count "
+        "SELECT item_code, row_number() OVER (ORDER BY stored DESC, item_id) AS item_index, "
+        "item_id, title, count, stored "
         "FROM counts JOIN item_codes USING (item_code) LEFT JOIN titles USING (item_id)"
     )
     connection.execute(
@@ -167,7 +172,7 @@ def count_cold(connection: duckdb.DuckDBPyConnection, split: str) -> int:
     return count_rows(
         connection,
         "SELECT count(*) FROM ordered JOIN prefixes USING (user_code) JOIN item_map USING (item_code) "
-        f"WHERE position = {split}_end AND count = 0",
+        f"WHERE position = {split}_end AND stored = 0",
     )
 
 

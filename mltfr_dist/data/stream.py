@@ -92,7 +92,7 @@ class TrainStream:
         )
         self.manifest = manifest or load_manifest(folder, left_out=config.left_out)
         self._patience = Patience(config.read_attempts, config.read_timeout)
-        self.split = self.manifest.splits["train"]
+        self.split = self.manifest.splits["train" if config.train_on == "train" else "valid"]
         if self.split.num_sequences < part.world_size:
             raise ConfigError(
                 f"There are {part.world_size} ranks and {self.split.num_sequences} training sequences in {folder}.",

@@ -56,7 +56,8 @@ class Progress(Section):
     step_in_epoch: int = 0
     """Updates made in that epoch; with ``epoch`` the state of the stream."""
     best: tuple[tuple[int, float], ...] = ()
-    """(epochs completed, NDCG@10) of the stage's `checkpoint.keep_best` best validations so far, best first."""
+    """(epochs completed, `evaluation.select_by`) of the stage's best validations so far, best
+    first: `checkpoint.keep_best` of them."""
     train_seconds: float = 0.0
     """Wall time spent on updates and validations."""
 
@@ -67,7 +68,7 @@ class Progress(Section):
 
     @property
     def best_value(self) -> float:
-        """NDCG@10 of the best validation; -1 before the first."""
+        """evaluation.select_by of the best validation; -1 before the first."""
         return self.best[0][1] if self.best else -1.0
 
 

@@ -2,10 +2,18 @@
 
 A layer gives alpha * A(x) + (1 - alpha) * attention(x). A splits x into its c lowest Fourier components and the rest, and
 rescales the rest: norm(x + low(x) + beta^2 (x - low(x))), beta learned per channel. Published, the transform runs over
-the whole sequence, so each position reads the future (docs/method.md). Departure: low(x)_t is the published low-pass of
-the prefix x_0..x_t, read at its last position: what the published filter gives where a history ends, for each of its
-prefixes at once. It is a fixed lower-triangular matrix. (Prefixes of fewer than 2 c - 1 items are all low.)
-``backbone.filter_scope=sequence`` filters the whole sequence of max_len places, padding as zeros, as published.
+the whole sequence of L places, padded in front, and the loss is taken at the last place alone, one
+sample a prefix. MLTFR's authors take it at every place, so each reads the future (docs/method.md).
+
+Departure: the loss is taken at every place, and low(x)_t is the low-pass of the t + 1 items up to
+t, read at the last of them. It is a fixed lower-triangular matrix. For a history of L items or more
+this is what the published filter gives at the last place; for a shorter one it is not, for there is
+no padding in the transform (for 10 to 20 items of 50 the two correlate by about .5). Prefixes of
+fewer than 2 c - 1 items are all low. ``backbone.low_frequencies`` counts components: 3 is the
+released code's `c` of 5 (it keeps c // 2 + 1). No dropout on attention weights.
+
+``backbone.filter_scope=sequence`` filters the whole sequence of max_len places, padding (behind the
+history, not in front) as zeros, and still takes the loss at every place: the defect, not the paper.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 A LiGR layer (Borisyuk et al. 2025, arXiv 2502.03417) gates what each sub-layer adds by the stream itself:
 x + f(norm(x)) * sigmoid(W x + b), with attention and then a SwiGLU feed-forward (Shazeer 2020) as f.
 
-The loss is chosen by `loss.name=sampled_softmax`. Departure from the paper: negatives are shared by a global batch and
-corrected by logQ, where the paper draws them for each position; an input layer norm, as in our SASRec.
+The loss is chosen by `loss.name=sampled_softmax`. Departures from the paper: negatives are shared
+by a global batch and corrected by logQ, where the paper draws them for each position; an input
+layer norm and a final one, as in our SASRec; positions count from the oldest item; no dropout on
+attention weights.
 """
 
 from __future__ import annotations

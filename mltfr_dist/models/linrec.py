@@ -7,6 +7,9 @@ Position t uses the sums over positions <= t, for K^T V and for the norm of K's 
 of the prefix that ends at t, read at its last position. Its norm is sqrt(1 + sum of squares): over a single position the
 bare norm would leave only each key's sign, a jump at 0 whose gradient blows rounding errors up.
 
+The released code is not what the paper states, and not this: it scales each key to length 1 over
+its own features (not each column over the positions) and divides the result by sqrt(d).
+
 Shapes: B users, L positions, C positions of a chunk, H heads, d = D / H.
 """
 

@@ -183,6 +183,8 @@ class MLTFR(nn.Module):
         core = self.cores[self.consensus_members[0]]
         assert isinstance(core, ExpertCore)
         self.consensus = self.new_core(core.key.in_features).train(self.training)
+        if not self.config.consensus.dropout:
+            self.consensus.attention_dropout.p = self.consensus.output_dropout.p = 0.0
         freeze(self.consensus)
         if merged is not None:
             self.consensus.load_state_dict(merged)

@@ -5,7 +5,7 @@ Shapes: B users, L positions, N real positions, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,6 +69,11 @@ class Recommender(nn.Module):
         if item_features is not None:
             assert isinstance(self.backbone.item_embedding, nn.Embedding | ItemRows)
             self.backbone.item_embedding = ItemVectors(self.backbone.item_embedding, item_features)
+
+    def set_step(self, step: int) -> None:
+        """Say how many updates of the run lie behind the weights; noise depends on it."""
+        if self.mltfr is not None:
+            self.mltfr.step = step
 
     @property
     def num_trained(self) -> int:
@@ -189,3 +194,48 @@ class Recommender(nn.Module):
         return self.mltfr.explain(
             self.backbone.inputs(read), self.backbone.pack(read).valid_mask, read
         )
+
+
+def assemble(
+    backbone: BackboneConfig,
+    mltfr: MLTFRConfig,
+    loss: LossConfig,
+    *,
+    num_items: int,
+    max_len: int,
+    tables: Mapping[str, Tensor | TableRows],
+    item_features: Tensor | None,
+    sparse_items: bool,
+    with_consensus: bool,
+) -> Recommender:
+    """The model of a configuration, whoever asks for it: a run, or an export of one.
+
+    Args:
+        backbone: Its configuration.
+        mltfr: That of MLTFR.
+        loss: That of the loss.
+        num_items: Items are 1..num_items.
+        max_len: Longest history that is read.
+        tables: Token tables by name, in the order of the experts: rows [V_m, D_m], or placed
+            otherwise.
+        item_features: [num_items + 1, C] what the tables give each item, where item tokens are on.
+        sparse_items: Only item rows that a batch looks up get a gradient.
+        with_consensus: Whether the consensus expert of `mltfr.consensus.group` is there.
+    """
+    model = Recommender(
+        backbone,
+        mltfr,
+        loss,
+        num_items=num_items,
+        max_len=max_len,
+        table_rows=list(tables.values()),
+        item_features=item_features,
+        sparse_items=sparse_items,
+    )
+    if with_consensus:
+        assert model.mltfr is not None
+        names = list(tables)
+        model.mltfr.add_consensus(
+            tables=[names.index(name) for name in mltfr.consensus.group or names]
+        )
+    return model

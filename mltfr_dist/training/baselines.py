@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.shards import Manifest, PackedSequences, read_shard
+from mltfr_dist.data.short_parts import one_item_parts
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.training.evaluate import Scorer
 
@@ -23,10 +24,16 @@ _PAIRS_AT_ONCE = 2_000_000
 
 
 def training_sequences(folder: Path, manifest: Manifest) -> PackedSequences:
-    """All training sequences of a prepared data set."""
+    """All training sequences of a prepared data set; those of one item stand behind the others."""
     shards = manifest.splits["train"].shards
-    return PackedSequences.concatenate(
+    stored = PackedSequences.concatenate(
         [read_shard(folder, info, num_items=manifest.num_items) for info in shards]
+    )
+    counts = np.bincount(stored.items, minlength=manifest.num_items + 1)
+    items = one_item_parts(folder, manifest, counts)
+    nobody = np.full(len(items), -1)  # whose they are is not kept
+    return PackedSequences.concatenate(
+        [stored, PackedSequences(items, np.arange(len(items) + 1), nobody)]
     )
 
 
@@ -47,7 +54,8 @@ def item_knn(
     """Item-based nearest neighbours (Sarwar et al. 2001): sum of similarities to the items of the history.
 
     Similarity is the cosine of the items' user sets, shrunk for rare items; each item keeps its ``num_neighbours``
-    nearest (of equal ones those of lower id). Memory: the training items, ``num_neighbours`` an item, and
+    nearest (of equal ones those of lower id). A training part of one item adds nothing to what two items
+    share, but a user to its item's set. Memory: the training items, ``num_neighbours`` an item, and
     :data:`_PAIRS_AT_ONCE` pairs of items, however many items one user has.
     """
     rows = np.repeat(np.arange(len(train)), np.diff(train.offsets))

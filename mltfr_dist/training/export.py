@@ -6,13 +6,27 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from mltfr_dist import __version__
-from mltfr_dist.errors import ConfigError
-from mltfr_dist.exported import CONFIG, ITEMS, MODEL, TABLES, ExportInfo
+from mltfr_dist.errors import CheckpointError, ConfigError, MltfrError
+from mltfr_dist.exported import (
+    CONFIG,
+    FEATURES,
+    ITEM_TOKENS,
+    ITEMS,
+    MODEL,
+    TABLES,
+    ExportInfo,
+    load_exported,
+    ranked,
+)
 from mltfr_dist.files import file_sha256
 from mltfr_dist.training.inference import LoadedRun, load_run
+
+COMPARED = 32
+"""Histories, of all lengths, that are scored by both models before an export is published."""
 
 
 def export(run: Path, folder: Path) -> ExportInfo:
@@ -20,7 +34,8 @@ def export(run: Path, folder: Path) -> ExportInfo:
 
     Raises:
         ConfigError: ``folder`` exists.
-        CheckpointError: No run, an unfinished one, or a damaged checkpoint.
+        CheckpointError: No run, an unfinished one, a damaged checkpoint, or an export that does not
+            score as the run.
     """
     if folder.exists():
         raise ConfigError(
@@ -28,31 +43,70 @@ def export(run: Path, folder: Path) -> ExportInfo:
             rule="An export never overwrites.",
             remedy="Name another folder, or delete it.",
         )
-    loaded = load_run(run)
+    return publish(load_run(run), folder)
+
+
+def publish(loaded: LoadedRun, folder: Path) -> ExportInfo:
+    """Write the files beside ``folder``, load them, compare, and only then give them its name.
+
+    Raises:
+        CheckpointError: The exported model does not score as the run's.
+    """
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     info = write_files(loaded, partial)
     (partial / CONFIG).write_text(info.model_dump_json(indent=2) + "\n")
+    try:
+        check_scores(loaded, partial)
+    except MltfrError:
+        shutil.rmtree(partial)
+        raise
     partial.rename(folder)
     return info
 
 
 def write_files(loaded: LoadedRun, folder: Path) -> ExportInfo:
     """All files but ``config.json``, which is what this returns."""
-    config, model, tables = loaded.config, loaded.model, loaded.inputs.tables
+    config, model, inputs = loaded.config, loaded.model, loaded.inputs
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / MODEL)
-    if tables:
-        save_file({table.name: table.rows.contiguous() for table in tables}, folder / TABLES)
+    if inputs.tables:
+        rows = {table.name: table.rows.contiguous() for table in inputs.tables}
+        save_file(rows, folder / TABLES)
+    if inputs.item_features is not None:
+        save_file({FEATURES: inputs.item_features.contiguous()}, folder / ITEM_TOKENS)
     (folder / ITEMS).write_text(json.dumps(loaded.items.ids) + "\n")
     return ExportInfo(
         mltfr_dist=__version__,
         backbone=config.backbone,
         mltfr=config.mltfr,
         loss=config.loss,
-        num_items=loaded.inputs.manifest.num_items,
+        num_items=inputs.manifest.num_items,
         max_len=config.data.max_len,
         has_consensus=model.mltfr is not None and model.mltfr.consensus is not None,
-        tables=loaded.inputs.table_names,
+        step=0 if model.mltfr is None else model.mltfr.step,
+        tables=inputs.table_names,
         sha256={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
     )
+
+
+def check_scores(loaded: LoadedRun, folder: Path) -> None:
+    """Score histories of all lengths with the run's model and with the one that ``folder`` holds.
+
+    Raises:
+        CheckpointError: A score differs.
+    """
+    exported = load_exported(folder)
+    model, info = exported.model.to(loaded.device), exported.info
+    draw = torch.Generator().manual_seed(0)
+    item_ids = torch.randint(1, info.num_items + 1, (COMPARED, info.max_len), generator=draw)
+    lengths = torch.arange(1, COMPARED + 1) * info.max_len // COMPARED
+    item_ids *= torch.arange(info.max_len) < lengths.clamp(min=1)[:, None]  # padding behind
+    differing = ranked(model, item_ids) != ranked(loaded.model, item_ids)
+    if differing.any():
+        raise CheckpointError(
+            f"The export gives {int(differing.sum())} of {differing.numel()} scores otherwise "
+            f"than the run {loaded.config.folder}; nothing was exported.",
+            rule="An export scores as its run does, to the bit.",
+            remedy="This is a defect of mltfr_dist: please report it with the run's config.yaml.",
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,14 +15,13 @@ from mltfr_dist.distributed.signals import stop_signals
 from mltfr_dist.distributed.watchdog import watched
 from mltfr_dist.errors import DamagedError
 from mltfr_dist.files import file_sha256, with_packaged
-from mltfr_dist.training import baselines, report
-from mltfr_dist.training.evaluate import Scorer, evaluate
+from mltfr_dist.training import report
+from mltfr_dist.training.compare import baseline_result
 from mltfr_dist.training.inputs import (
     Inputs,
     check_division,
     leave_out_bad_shards,
     load_inputs,
-    ranking_stream,
     record_inputs,
     train_stream,
 )
@@ -153,17 +151,7 @@ def compare(
         return fit_model(
             bare, Inputs(inputs.manifest, (), inputs.hashes), ranks, read_test=read_test
         )
-    started = time.monotonic()
-    train = baselines.training_sequences(config.data.path, inputs.manifest)
-    scorer: Scorer = getattr(baselines, name)(train, inputs.manifest.num_items)
-    seconds = time.monotonic() - started
-    valid = evaluate(scorer, ranking_stream(config, "valid", ranks), config.evaluation, ranks)
-    test = (
-        evaluate(scorer, ranking_stream(config, "test", ranks), config.evaluation, ranks)
-        if read_test
-        else {}
-    )
-    return Result(name=name, valid=valid, test=test, seconds=seconds, world_size=ranks.world_size)
+    return baseline_result(name, config, inputs.manifest, ranks, read_test=read_test)
 
 
 def bare_config(config: RunConfig) -> RunConfig:

@@ -57,7 +57,14 @@ def load_run(folder: Path, ranks: Ranks | None = None) -> LoadedRun:
     check_recorded(folder, inputs)
     ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     place = folder / CHECKPOINTS / result.checkpoint
-    model = load_model(config, inputs, place, ranks, with_consensus=result.stage == STAGES[1])
+    model = load_model(
+        config,
+        inputs,
+        place,
+        ranks,
+        with_consensus=result.stage == STAGES[1],
+        step=result.step,
+    )
     return LoadedRun(config, inputs, model, ItemMap.load(config), ranks.device)
 
 

@@ -24,7 +24,7 @@ from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.errors import CheckpointError, ConfigError, DataError
 from mltfr_dist.files import file_sha256, write_atomically
 from mltfr_dist.models.backbone import backbone_class
-from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.recommender import Recommender, assemble
 from mltfr_dist.presets import PREPARATIONS
 from mltfr_dist.schema import nearest_key
 from mltfr_dist.tables.content import with_content
@@ -288,30 +288,42 @@ def build_model(
 ) -> Recommender:
     """A freshly initialised model, the same on every rank; its tables are where the configuration places them."""
     seed_all(config.training.seed, INITIALISATION)
-    model = Recommender(
+    consensus = config.mltfr.consensus
+    random_in_stage_one = (
+        config.mltfr.enabled and consensus.enabled and consensus.random_in_stage_one
+    )
+    placed = place_tables(config.mltfr, inputs.tables, ranks)
+    return assemble(
         config.backbone,
         config.mltfr,
         config.loss,
         num_items=inputs.manifest.num_items,
         max_len=config.data.max_len,
-        table_rows=place_tables(config.mltfr, inputs.tables, ranks),
+        tables=dict(zip(inputs.table_names, placed, strict=True)),
         item_features=inputs.item_features,
         sparse_items=config.optimizer.item_gradients == "sparse",
+        with_consensus=with_consensus or random_in_stage_one,
     )
-    if with_consensus or (
-        model.mltfr
-        and config.mltfr.consensus.enabled
-        and config.mltfr.consensus.random_in_stage_one
-    ):
-        assert model.mltfr is not None
-        model.mltfr.add_consensus(tables=consensus_tables(config.mltfr, inputs.tables))
-    return model
 
 
 def load_model(
-    config: RunConfig, inputs: Inputs, folder: Path, ranks: Ranks, *, with_consensus: bool
+    config: RunConfig,
+    inputs: Inputs,
+    folder: Path,
+    ranks: Ranks,
+    *,
+    with_consensus: bool,
+    step: int,
 ) -> Recommender:
     """The model of a checkpoint, in fp32, ready to be evaluated.
+
+    Args:
+        config: The run.
+        inputs: Its data and tables.
+        folder: The checkpoint.
+        ranks: All processes.
+        with_consensus: Whether it is one of stage 2.
+        step: Updates of the run that lie behind it, over all stages.
 
     Raises:
         CheckpointError: The checkpoint is damaged or does not fit the configuration.
@@ -325,6 +337,7 @@ def load_model(
             f"The checkpoint {folder} does not fit its run's configuration: {error}.",
             remedy="Restore config.yaml and the data it names as they were.",
         ) from None
+    model.set_step(step)
     return model.to(ranks.device).eval()
 
 

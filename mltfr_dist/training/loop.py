@@ -31,8 +31,6 @@ from mltfr_dist.training.evaluate import evaluate
 from mltfr_dist.training.tracking import STAGES, Tracker, seed_all
 
 SPLIT_WORDS = {"valid": "validation", "test": "test (picked on)"}
-SELECTION = "NDCG@10"
-"""The validation metric that picks the best checkpoint."""
 
 
 @dataclass
@@ -146,8 +144,7 @@ def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
         and step % config.mltfr.filter.shortlist_refresh_steps == 0
     ):
         refresh_shortlist(stage, batches.micro_batches, step)
-    if mltfr is not None:
-        mltfr.step = stage.tracker.base_step + step
+    engine.module.set_step(stage.tracker.base_step + step)
     seed_all(config.training.seed, STAGES.index(stage.name), step, ranks.rank)
     outputs = engine.update(batches, step)
     totals = reduce_outputs(ranks, outputs, batches)
@@ -310,13 +307,13 @@ def validate(stage: Stage, progress: Progress) -> Progress:
     """Full ranking of the validation split; keeps the weights if they are among the best so far."""
     started = time.monotonic()
     stage.engine.deepspeed.eval()
+    stage.engine.module.set_step(stage.tracker.base_step + progress.step)
     metrics = evaluate(stage.engine.module, stage.valid, stage.config.evaluation, stage.ranks)
     progress = progress.model_copy(
         update={"train_seconds": progress.train_seconds + time.monotonic() - started}
     )
-    validated = sorted(
-        [*progress.best, (progress.epoch, metrics[SELECTION])], key=lambda pair: (-pair[1], pair[0])
-    )
+    value = metrics[stage.config.evaluation.select_by]
+    validated = sorted([*progress.best, (progress.epoch, value)], key=lambda p: (-p[1], p[0]))
     progress = progress.model_copy(
         update={"best": tuple(validated[: stage.config.checkpoint.keep_best])}
     )

@@ -1,5 +1,7 @@
 """A matrix of runs in one Parquet file: one row a run, and what can be said over its seeds.
 
+Baselines without a training loop have a row for each data set, with ``backbone`` "none" and seed 0.
+
 Columns: dataset, backbone, variant, seed, config_sha256, commit, stage, epoch, epochs, seconds, parameters, the gate's
 ``gate/entropy``, ``gate/largest_weight`` and ``gate/largest_top_share``, and each metric as ``valid/NDCG@10``,
 ``test/NDCG@10``, ``test/item_rare/NDCG@10``.
@@ -20,8 +22,10 @@ from scipy import stats
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.training.compare import BASELINES
 from mltfr_dist.training.run_folder import Result
 
+NO_BACKBONE = "none"
 KEY = ("dataset", "backbone", "variant", "seed")
 REFERENCES = ("bare", "random_tables")
 SHOWN = ("valid/NDCG@10", "test/NDCG@10", "test/HR@10")
@@ -36,14 +40,27 @@ def config_sha256(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def baseline_sha256(config: RunConfig) -> str:
+    """Hash of what sets a baseline's numbers: how is ranked, and what is left out."""
+    values = [config.evaluation.model_dump(mode="json"), list(config.data.left_out)]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def key_and_hash(variant: str, config: RunConfig) -> tuple[tuple[str, str, str, int], str]:
+    """What tells a row from others, and the hash of what set its numbers."""
+    dataset = config.data.path.name
+    if variant in BASELINES:
+        return (dataset, NO_BACKBONE, variant, 0), baseline_sha256(config)
+    key = (dataset, config.backbone.name, variant, config.training.seed)
+    return key, config_sha256(config)
+
+
 def make_row(variant: str, config: RunConfig, result: Result, commit: str) -> Row:
-    """One run's row."""
+    """One run's row, or a baseline's."""
+    key, digest = key_and_hash(variant, config)
     row: Row = {
-        "dataset": config.data.path.name,
-        "backbone": config.backbone.name,
-        "variant": variant,
-        "seed": config.training.seed,
-        "config_sha256": config_sha256(config),
+        **dict(zip(KEY, key, strict=True)),
+        "config_sha256": digest,
         "commit": commit,
         **{
             name: getattr(result, name)
@@ -101,10 +118,10 @@ def is_done(rows: Sequence[Row], variant: str, config: RunConfig) -> bool:
     Raises:
         ConfigError: It holds one of the same name made otherwise.
     """
-    wanted = (config.data.path.name, config.backbone.name, variant, config.training.seed)
+    wanted, digest = key_and_hash(variant, config)
     for row in rows:
         if tuple(row[name] for name in KEY) == wanted:
-            if row["config_sha256"] == config_sha256(config):
+            if row["config_sha256"] == digest:
                 return True
             raise ConfigError(
                 f"The matrix already holds {', '.join(map(str, wanted))}, made with another configuration.",
@@ -141,71 +158,98 @@ def summary(paths: Sequence[Path]) -> str:
                 remedy="Fill it with benchmarks/quality.py.",
             )
         rows += found
-    keys = [tuple(row[name] for name in KEY) for row in rows]
-    if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
-        raise DataError(
-            f"{', '.join(map(str, twice[0]))} stands in the matrices more than once.",
-            rule="A run counts once.",
-            remedy="Leave out the file that holds it again.",
-        )
-    lines = []
-    for dataset, backbone in dict.fromkeys((row["dataset"], row["backbone"]) for row in rows):
-        here = [row for row in rows if (row["dataset"], row["backbone"]) == (dataset, backbone)]
-        lines += [
-            f"{dataset}, {backbone}: mean +- 95% t-interval over seeds",
-            "",
-            *aligned(means(here)),
-            "",
-        ]
-        for reference in REFERENCES:
-            table = differences(here, reference)
-            if len(table) > 1:
-                lines += [
-                    f"{COMPARED}, difference to {reference}, paired by seed",
-                    "",
-                    *aligned(table),
-                    "",
-                ]
-        table = slice_means(here)
-        if len(table[0]) > 1:
-            lines += [
-                "NDCG@10 by slice of the test users: thirds by the target's popularity and by length of history",
-                "",
-            ]
-            lines += [*aligned(table), ""]
+    rows = once(rows)
+    lines: list[str] = []
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        of_data = [row for row in rows if row["dataset"] == dataset]
+        simple = [row for row in of_data if row["backbone"] == NO_BACKBONE]
+        backbones = dict.fromkeys(r["backbone"] for r in of_data if r["backbone"] != NO_BACKBONE)
+        for backbone in backbones or (NO_BACKBONE,):
+            runs = [row for row in of_data if row["backbone"] == backbone != NO_BACKBONE]
+            lines += group_lines(f"{dataset}, {backbone}", simple, runs)
     return "\n".join(lines).rstrip()
+
+
+def once(rows: Sequence[Row]) -> list[Row]:
+    """Each row once: matrices of one data set may each hold its baselines, with the same numbers.
+
+    Raises:
+        DataError: A run stands there twice, or a baseline with other numbers.
+    """
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = tuple(row[name] for name in KEY)
+        first = found.setdefault(key, row)
+        same = all(first[name] == row[name] for name in ("config_sha256", *SHOWN))
+        if first is not row and not (same and row["backbone"] == NO_BACKBONE):
+            raise DataError(
+                f"{', '.join(map(str, key))} stands in the matrices more than once.",
+                rule="A run counts once.",
+                remedy="Leave out the file that holds it again.",
+            )
+    return list(found.values())
+
+
+def group_lines(title: str, baselines: Sequence[Row], runs: Sequence[Row]) -> list[str]:
+    """What is said of one data set and backbone: the baselines' rows first, then the runs'."""
+    here = [*baselines, *runs]
+    lines = [f"{title}: mean +- 95% t-interval over seeds", "", *aligned(means(here)), ""]
+    missing = [name for name in BASELINES if name not in {row["variant"] for row in baselines}]
+    if missing:
+        what = " and ".join(missing)
+        lines += [f"{what} are missing: benchmarks/quality.py, started again, adds their rows.", ""]
+    for reference in REFERENCES:
+        table = differences(runs, reference)
+        if len(table) > 1:
+            title = f"{COMPARED}, difference to {reference}, paired by seed"
+            lines += [title, "", *aligned(table), ""]
+    table = slice_means(here)
+    if len(table[0]) > 1:
+        title = (
+            "NDCG@10 by slice of the test users: "
+            "thirds by the target's popularity and by length of history"
+        )
+        lines += [title, "", *aligned(table), ""]
+    return lines
 
 
 def slice_means(rows: Sequence[Row]) -> list[list[str]]:
     """A table with a line a variant and a column a slice, with its number of users; one column where there are none."""
-    first = rows[0]
+    suffix = "/NDCG@10"
+    columns = dict.fromkeys(name for row in rows for name, v in row.items() if v is not None)
     names = [
         name.split("/")[1]
-        for name in first
-        if name.startswith("test/") and name.endswith("/NDCG@10") and name != COMPARED
+        for name in columns
+        if name.startswith("test/") and name.endswith(suffix) and name != COMPARED
     ]
-    users = [f"{first[f'test/{name}/users']:,.0f}" for name in names]
+
+    def cell(runs: Sequence[Row], column: str, form: str) -> str:
+        values = [row[column] for row in runs if row.get(column) is not None]
+        return format(math.fsum(values) / len(values), form) if len(values) == len(runs) else "-"
+
+    users = []
+    for name in names:
+        having = [row for row in rows if row.get(f"test/{name}{suffix}") is not None]
+        users.append(cell(having[:1], f"test/{name}/users", ",.0f"))
     table = [["variant", *names], ["(users)", *users]] if names else [["variant"]]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         runs = [row for row in rows if row["variant"] == variant]
-        cells = [
-            f"{math.fsum(row[f'test/{name}/NDCG@10'] for row in runs) / len(runs):.4f}"
-            for name in names
-        ]
-        table.append([variant, *cells])
+        table.append([variant, *(cell(runs, f"test/{name}{suffix}", ".4f") for name in names)])
     return table
 
 
 def means(rows: Sequence[Row]) -> list[list[str]]:
-    """A table with a line a variant."""
+    """A table with a line a variant; a baseline has no seeds."""
     table = [["variant", "seeds", *SHOWN, "parameters", "seconds"]]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         runs = [row for row in rows if row["variant"] == variant]
+        seconds = f"{math.fsum(row['seconds'] for row in runs) / len(runs):.0f}"
+        if runs[0]["backbone"] == NO_BACKBONE:
+            values = [f"{runs[0][name]:.4f}" + " " * len(" +- 0.0000") for name in SHOWN]
+            table.append([variant, "-", *values, "0", seconds])
+            continue
         cells = [shown(*interval([row[name] for row in runs])) for name in SHOWN]
-        seconds = math.fsum(row["seconds"] for row in runs) / len(runs)
-        table.append(
-            [variant, str(len(runs)), *cells, f"{runs[0]['parameters']:,}", f"{seconds:.0f}"]
-        )
+        table.append([variant, str(len(runs)), *cells, f"{runs[0]['parameters']:,}", seconds])
     return table
 
 

@@ -10,6 +10,8 @@ import torch
 
 from mltfr_dist import __version__
 from mltfr_dist.config import RunConfig
+from mltfr_dist.data.manifest import Manifest
+from mltfr_dist.data.short_parts import recorded_counts
 from mltfr_dist.distributed.placement import placement_text
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.files import with_packaged, write_atomically
@@ -25,6 +27,13 @@ PICKED = {
 }
 GROUNDED = "Items carry the tokens of their titles: a positive control, outside the claim that no item text is needed."
 """Said of every run with mltfr.item_tokens.source=titles."""
+
+UNCOUNTED = (
+    "This data was prepared before items.parquet counted training parts of one item: popularity "
+    "and the thirds of items lack those of users without a validation target. To count them, "
+    "prepare it again into a new folder."
+)
+"""Said of old prepared folders."""
 
 
 def hardware() -> str:
@@ -53,8 +62,15 @@ def opening(config: RunConfig, inputs: Inputs, ranks: Ranks) -> str:
     if missing := taken_away(config):
         lines.append(f"  repairs taken away: {', '.join(missing)}")
     lines += [f"  note    {GROUNDED}"] * is_grounded(config)
+    lines += [f"  note    {UNCOUNTED}"] * counts_are_partial(config, manifest)
     lines.append(f"  folder  {config.folder}  (tensorboard --logdir {config.runs_dir})")
     return "\n".join(lines)
+
+
+def counts_are_partial(config: RunConfig, manifest: Manifest) -> bool:
+    """Whether popularity and the slices of users miss training interactions."""
+    short = manifest.report.short_train_sequences
+    return short > 0 and recorded_counts(config.data.path, manifest) is None
 
 
 def is_grounded(config: RunConfig) -> bool:
@@ -157,7 +173,7 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
         + (", except those of the user's own history" if config.evaluation.filter_seen else "")
         + f"; among equal scores the target's rank is {config.evaluation.ties}.",
         f"- Split `{manifest.prepare.split}`; {manifest.splits['test'].num_sequences:,} test users; "
-        f"{PICKED[config.evaluation.select_on]} (by NDCG@10).",
+        f"{PICKED[config.evaluation.select_on]} (by {config.evaluation.select_by}).",
         *repairs_line(config),
         f"- The chosen model: stage `{final.stage}`, epoch {final.epoch}, {final.parameters:,} trained parameters.",
         *[f"- **{GROUNDED}**"] * is_grounded(config),

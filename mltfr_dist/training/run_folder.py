@@ -30,6 +30,8 @@ class Result(Section):
     """Stage whose best checkpoint was chosen."""
     checkpoint: str = ""
     """Folder name under checkpoints/."""
+    step: int = 0
+    """Updates of the run behind it, over all stages; runs without it were evaluated as at 0."""
     epoch: int = 0
     """Epochs of that stage behind it."""
     epochs: int = 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.data.shards import Manifest, read_shard
+from mltfr_dist.data.short_parts import one_item_parts
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,11 @@ class Slices:
     """A user belongs to one third by target and to one by history.
 
     Attributes:
-        item_third: [num_items + 1] 0, 1, 2: the third of the items, ordered by training count, that each lies in
-            (equal counts: by item id; the thirds hold equally many items).
-        short, long: a history is short up to ``short`` items and long from ``long`` on: the thirds of the training
-            sequences' lengths.
+        item_third: [num_items + 1] 0, 1, 2: the third of the items, ordered by training
+            interactions, that each lies in (equal numbers: by item id; the thirds hold equally many
+            items).
+        short, long: a history is short up to ``short`` items and long from ``long`` on: the thirds
+            of the lengths of the sequences that are trained on (of 2 items or more).
     """
 
     item_third: Tensor
@@ -62,6 +64,8 @@ def training_slices(config: RunConfig, manifest: Manifest) -> Slices:
         sequences = read_shard(config.data.path, info, num_items=manifest.num_items)
         counts += np.bincount(sequences.items, minlength=len(counts))
         lengths.append(sequences.lengths)
+    parts = one_item_parts(config.data.path, manifest, counts)
+    counts += np.bincount(parts, minlength=len(counts))
     order = np.argsort(counts[1:], kind="stable")
     third = np.zeros(len(counts), np.int64)
     third[order + 1] = np.arange(manifest.num_items) * 3 // max(1, manifest.num_items)

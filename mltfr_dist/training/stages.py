@@ -17,8 +17,8 @@ from mltfr_dist.distributed.fisher import batch_mean_squares, fisher_diagonals
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.files import write_atomically
 from mltfr_dist.models.consensus import State, merge
-from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.training.evaluate import ALL, evaluate, evaluate_slices
+from mltfr_dist.training.compare import test_metrics
+from mltfr_dist.training.evaluate import ALL, evaluate
 from mltfr_dist.training.explain import kept_token_texts
 from mltfr_dist.training.inputs import (
     Inputs,
@@ -31,7 +31,6 @@ from mltfr_dist.training.inputs import (
 from mltfr_dist.training.loop import Stage, is_finished, train_stage
 from mltfr_dist.training.routing import measure_routing
 from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, load_result
-from mltfr_dist.training.slices import training_slices
 from mltfr_dist.training.tracking import STAGES, Tracker
 
 TRAIN, CONSENSUS = STAGES
@@ -58,9 +57,11 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         outcomes.items(), key=lambda pair: (pair[1].best_value, pair[0] == CONSENSUS)
     )
     best = checkpoint.best_folder(folder, progress)
-    model = load_model(config, inputs, best, ranks, with_consensus=stage == CONSENSUS)
+    before = outcomes[TRAIN].step if stage == CONSENSUS else 0
+    step = before + ranks.jointly(lambda: checkpoint.read_header(best).progress.step)
+    model = load_model(config, inputs, best, ranks, with_consensus=stage == CONSENSUS, step=step)
     valid = evaluate(model, ranking_stream(config, "valid", ranks), config.evaluation, ranks)
-    test_slices = test_metrics(model, config, inputs, ranks) if read_test else {}
+    test_slices = test_metrics(model, config, inputs.manifest, ranks) if read_test else {}
     test = test_slices.pop(ALL, {})
     routing = measure_routing(
         model, ranking_stream(config, "valid", ranks), ranks, inputs.table_names
@@ -75,6 +76,7 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         seconds=sum(p.train_seconds for p in outcomes.values()),
         stage=stage,
         checkpoint=best.name,
+        step=step,
         epoch=progress.best_epoch,
         epochs=sum(p.epoch for p in outcomes.values()),
         parameters=model.num_trained,
@@ -96,15 +98,6 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         write_atomically(config.folder / RESULT, result.model_dump_json(indent=2) + "\n")
     ranks.barrier()
     return result
-
-
-def test_metrics(
-    model: Recommender, config: RunConfig, inputs: Inputs, ranks: Ranks
-) -> dict[str, dict[str, float]]:
-    """Metrics of the test split, of all its users and by slice."""
-    slices = training_slices(config, inputs.manifest)
-    stream = ranking_stream(config, "test", ranks)
-    return evaluate_slices(model, stream, config.evaluation, ranks, slices.NAMES, slices.members)
 
 
 def run_stage(
@@ -197,8 +190,11 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
     place = config.folder / CHECKPOINTS / "fisher"
     if not (place / checkpoint.HEADER).exists():
         started = time.monotonic()
-        best = checkpoint.best_folder(place.parent, before)
-        model = load_model(config, inputs, best, ranks, with_consensus=False)
+        source = checkpoint.best_folder(place.parent, before)
+        if config.mltfr.consensus.fisher_at == "last":
+            source = checkpoint.step_folder(place.parent, before)
+        step = ranks.jointly(lambda: checkpoint.read_header(source).progress.step)
+        model = load_model(config, inputs, source, ranks, with_consensus=False, step=step)
         part = make_part(config, ranks)
         stream = train_stream(config, part)
         samples = min(config.mltfr.consensus.fisher_sequences, stream.split.num_sequences)

@@ -50,7 +50,11 @@ VARIANTS: dict[str, tuple[int, int | None, dict[str, object]]] = {
     "accumulated zero0": (0, 4, {}),
     "accumulated zero3": (3, 8, {}),
     "unclipped": (1, None, {"optimizer__max_grad_norm": None}),
-    "bce": (1, None, {"loss__name": "bce", "loss__num_negatives": 3, "loss__negatives": "any"}),
+    "bce": (
+        1,
+        None,
+        {"loss__name": "bce", "loss__num_negatives": 3, "loss__negatives": "outside_inputs"},
+    ),
     "gbce bert4rec": (
         3,
         8,

@@ -116,6 +116,7 @@ VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
     "bsarec": (0, {"mltfr__filter__noise": 0.2}),
     "bert4rec": (3, {"backbone__mask_ratio": 0.4}),
     "cl4srec": (3, {"loss__contrast_group": 4, "loss__contrast_weight": 1.0}),
+    "sasrec_original": (3, {"loss__name": "bce", "loss__negatives": "outside_inputs"}),
 }
 """ZeRO stage and settings of each backbone; MLTFR's options are spread over them."""
 

@@ -12,13 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import clean_environment, tiny_config
+from test_effects import CHANGES, WITH
 
 from mltfr_dist.cli import main as mltfr
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import stop_ranks
-from mltfr_dist.errors import EXIT_BAD_INPUT
+from mltfr_dist.errors import EXIT_BAD_INPUT, CheckpointError, DamagedError, DataError
+from mltfr_dist.exported import load_exported, ranked
+from mltfr_dist.training.export import publish
 from mltfr_dist.training.fit import fit
-from mltfr_dist.training.inference import encode_history, load_run
+from mltfr_dist.training.inference import LoadedRun, encode_history, load_run
+from mltfr_dist.training.inputs import build_model, load_inputs
+from mltfr_dist.training.items import ItemMap
 
 HISTORIES = [["i1", "i2", "i3"], ["i9"], [f"i{n}" for n in range(15)]]
 """Of other lengths; the last is longer than the model reads."""
@@ -58,6 +63,23 @@ RUNS = {
         "mltfr__filter__strategy": "seed_words",
         "mltfr__filter__seed_words": ["first-3", "second-3"],
         "mltfr__table_content": "shuffled",
+    },
+    "titles, part of a group": {
+        "mltfr__item_tokens__source": "titles",
+        "mltfr__consensus__group": ["second"],
+        "mltfr__consensus__weight": 2.0,
+        "optimizer__item_gradients": "sparse",
+        "loss__name": "sampled_softmax",
+        "loss__num_negatives": 8,
+    },
+    "as published": {
+        "mltfr__expert__form": "paper",
+        "mltfr__consensus__group": ["second"],
+        "mltfr__consensus__random_in_stage_one": True,
+        "mltfr__consensus__weight": 2.0,
+        "mltfr__filter__noise": 0.5,
+        "mltfr__filter__noise_in_evaluation": True,
+        "mltfr__train_tables": True,
     },
 }
 
@@ -109,10 +131,63 @@ def test_scores_are_the_same(
         assert "exists" in capsys.readouterr().err
 
 
-def test_a_damaged_export_is_refused(folder: Path, tmp_path: Path) -> None:
-    from mltfr_dist.errors import DamagedError, DataError
-    from mltfr_dist.exported import load_exported
+ARMS = {
+    **{name: WITH.get(name, {}) | {name: value} for name, value in CHANGES.items()},
+    **{
+        f"mltfr.placement={name}": {"mltfr.placement": name}
+        for name in ("rows", "mmap", "replicated", "zero3")
+    },
+    "two stages of each": {
+        "mltfr.expert.per_table": 2,
+        "mltfr.consensus.group": ["second"],
+        "mltfr.consensus.learn_weight": True,
+    },
+}
+"""Every configuration that test_effects tries, and some more."""
 
+
+@pytest.mark.parametrize("enabled", [True, False], ids=["mltfr", "bare"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_configuration_scores_the_same_to_the_bit(
+    folder: Path, tmp_path: Path, arm: str, enabled: bool
+) -> None:
+    dotted = {key.replace(".", "__"): value for key, value in ARMS[arm].items()}
+    config = tiny_config(folder, **{"mltfr__enabled": enabled} | dotted)
+    inputs = load_inputs(config)
+    two_stages = config.mltfr.enabled and config.mltfr.consensus.enabled
+    model = build_model(config, inputs, with_consensus=two_stages)
+    draw = torch.Generator().manual_seed(1)
+    state = model.state_dict()  # weights as if trained, the frozen ones and the shortlists' too
+    for name, t in state.items():
+        if t.is_floating_point():
+            state[name] = t + 0.1 * torch.randn(t.shape, generator=draw)
+        elif "shortlist" in name:
+            state[name] = t + 1
+    model.load_state_dict(state)
+    model.set_step(5)
+    loaded = LoadedRun(config, inputs, model.eval(), ItemMap.load(config), torch.device("cpu"))
+    publish(loaded, tmp_path / "model")
+    exported = load_exported(tmp_path / "model")
+    item_ids = torch.tensor([[1, 2, 3, 4, 5], [7, 0, 0, 0, 0], [40, 39, 40, 0, 0]])
+    scores = ranked(exported.model, item_ids)
+    assert scores[:, 1:].isfinite().all()
+    assert torch.equal(scores, ranked(model, item_ids))
+
+
+def test_an_export_that_scores_otherwise_is_not_published(folder: Path, tmp_path: Path) -> None:
+    config = tiny_config(folder)
+    model = build_model(config, load_inputs(config), with_consensus=True).eval()
+    loaded = LoadedRun(
+        config, load_inputs(config), model, ItemMap.load(config), torch.device("cpu")
+    )
+    rows = loaded.inputs.tables[0].rows
+    model.get_submodule("mltfr.tables.0").rows = rows + 1  # not those that are written
+    with pytest.raises(CheckpointError, match="scores otherwise"):
+        publish(loaded, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_export_is_refused(folder: Path, tmp_path: Path) -> None:
     config = tiny_config(
         folder, name="bare", training__epochs=1, training__consensus_epochs=1, mltfr__enabled=False
     )

@@ -43,11 +43,11 @@ def reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("chunk", [1, 31, 31 * 5, 31 * 13, 1 << 24], ids=lambda c: f"chunk{c}")
+@pytest.mark.parametrize("chunk", [1, 5, 13, 1 << 20], ids=lambda c: f"chunk{c}")
 def test_cross_entropy_equals_pytorchs_whatever_the_chunks(
     dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(losses, "chunk_rows", lambda num_items, device: chunk)
     hidden, vectors, targets, weights = drawn(dtype=dtype)
     value, grad_hidden, grad_vectors = reference(hidden, vectors, targets, weights)
     result = full_cross_entropy(hidden, vectors, targets, weights)
@@ -58,6 +58,31 @@ def test_cross_entropy_equals_pytorchs_whatever_the_chunks(
     assert hidden.grad.dtype == vectors.grad.dtype == dtype
     torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(vectors.grad.double(), grad_vectors, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_are_never_thin_and_their_memory_is_bounded() -> None:
+    for num_items in (1, 12_101, 32_768):  # as ever, so that losses are equal to the bit
+        assert losses.chunk_rows(num_items, "cpu") == (1 << 21) // num_items
+    for num_items in (32_769, 100_000, 1_000_000, 10_000_000):
+        for device, elements in (("cpu", 1 << 24), ("cuda", 1 << 26)):
+            rows = losses.chunk_rows(num_items, device)
+            assert rows >= 64
+            assert rows * num_items <= max(elements, 64 * num_items)
+
+
+def test_cross_entropy_over_many_items() -> None:  # in chunks of 64 and 6 positions
+    torch.manual_seed(0)
+    hidden, weights = torch.randn(70, 4, requires_grad=True), torch.ones(70)
+    vectors = (0.1 * torch.randn(300_000, 4)).requires_grad_()
+    targets = torch.randint(1, 300_001, (70,))
+    value, grad_hidden, grad_vectors = reference(hidden, vectors, targets, weights)
+    result = full_cross_entropy(hidden, vectors, targets, weights)
+    result.backward()
+    assert hidden.grad is not None
+    assert vectors.grad is not None
+    assert result.item() == pytest.approx(value.item(), rel=1e-6)
+    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vectors.grad.double(), grad_vectors, rtol=1e-4, atol=1e-5)
 
 
 def test_cross_entropy_is_a_weighted_sum() -> None:

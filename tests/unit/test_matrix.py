@@ -12,10 +12,20 @@ from support import tiny_config
 from benchmarks import quality
 from mltfr_dist.cli import main as mltfr
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed.ranks import SINGLE_PROCESS
+from mltfr_dist.distributed.ranks import ALONE, SINGLE_PROCESS
 from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.training.compare import baseline_result
+from mltfr_dist.training.fit import compare
 from mltfr_dist.training.inputs import load_inputs
-from mltfr_dist.training.matrix import append_row, config_sha256, interval, read_rows, summary
+from mltfr_dist.training.matrix import (
+    append_row,
+    config_sha256,
+    interval,
+    is_done,
+    make_row,
+    read_rows,
+    summary,
+)
 from mltfr_dist.training.run_folder import differing_fields
 
 
@@ -102,6 +112,53 @@ def test_several_matrices_are_taken_together_and_a_run_counts_once(
     assert mltfr(["report", str(one), str(tmp_path)]) == 2
 
 
+BASELINE = {"backbone": "none", "parameters": 0, "test/item_rare/NDCG@10": 0.25}
+
+
+def test_baselines_stand_beside_every_backbone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = tmp_path / "one.parquet", tmp_path / "other.parquet"
+    append_row(one, row("bare", 0, 0.1))
+    append_row(one, row("bare", 0, 0.2) | {"backbone": "fmlp"})
+    assert mltfr(["report", str(one)]) == 0
+    assert capsys.readouterr().out.count("popularity and item_knn are missing") == 2
+    users = {"test/item_rare/users": 7.0}
+    for path in (one, other):  # each matrix has them; they count once
+        append_row(path, row("popularity", 0, 0.1234) | BASELINE | users)
+        append_row(path, row("item_knn", 0, 0.4) | BASELINE | users)
+    assert mltfr(["report", str(one), str(other)]) == 0
+    shown = capsys.readouterr().out
+    assert "missing" not in shown
+    for part in shown.split("d, ")[1:]:
+        lines = part.splitlines()
+        line = next(line for line in lines if line.startswith("popularity"))
+        assert line.split() == ["popularity", "-", "0.1234", "0.1234", "0.2468", "0", "1"]
+        by_slice = [line.split() for line in part.split("by slice")[1].splitlines()]
+        assert ["(users)", "7"] in by_slice
+        assert ["item_knn", "0.2500"] in by_slice
+        assert ["bare", "-"] in by_slice  # a run whose slices are not known
+    append_row(tmp_path / "third.parquet", row("popularity", 0, 0.9) | BASELINE)
+    with pytest.raises(DataError, match="d, none, popularity, 0 stands"):
+        summary([one, tmp_path / "third.parquet"])
+
+
+def test_baselines_are_those_of_a_run(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    inputs = load_inputs(config)
+    for name in ("popularity", "item_knn"):
+        of_run = compare(name, config, inputs, ALONE, read_test=True)
+        found = baseline_result(name, config, inputs.manifest, ALONE, read_test=True)
+        assert (of_run.valid, of_run.test) == (found.valid, found.test)
+        made = make_row(name, config, found, "commit")
+        assert made["test/NDCG@10"] == of_run.test["NDCG@10"]
+        thirds = [made[f"test/{third}/users"] for third in ("item_rare", "item_middle")]
+        assert sum(thirds) + made["test/item_common/users"] == 120
+        assert is_done([made], name, tiny_config(tmp_path, training__seed=7))
+        with pytest.raises(ConfigError, match="another configuration"):
+            is_done([made], name, tiny_config(tmp_path, evaluation__filter_seen=False))
+
+
 @pytest.mark.parametrize("content", [None, "text"])
 def test_what_is_no_matrix(tmp_path: Path, content: str | None) -> None:
     if content:
@@ -139,6 +196,9 @@ def test_what_is_no_matrix(tmp_path: Path, content: str | None) -> None:
                 "mltfr.expert.form",
                 "mltfr.router.balance_weight",
                 "mltfr.consensus.group",
+                "mltfr.consensus.dropout",
+                "mltfr.consensus.fisher_at",
+                "mltfr.consensus.fisher_sequences",
                 "mltfr.consensus.fisher",
                 "mltfr.consensus.normalise_fisher",
                 "mltfr.consensus.random_in_stage_one",
@@ -212,19 +272,26 @@ def test_a_matrix_is_run_row_by_row_and_goes_on(
     ]
     assert quality.main([*options, "--seeds", "0"]) == 0
     first = read_rows(path)
-    assert [(r["variant"], r["seed"]) for r in first] == [("bare", 0), ("random_tables", 0)]
+    simple = [("popularity", 0), ("item_knn", 0)]
+    assert [(r["variant"], r["seed"]) for r in first] == [
+        *simple,
+        ("bare", 0),
+        ("random_tables", 0),
+    ]
     assert quality.main([*options, "--seeds", "0", "1"]) == 0
     rows = read_rows(path)
     assert [(r["variant"], r["seed"]) for r in rows] == [
+        *simple,
         ("bare", 0),
         ("random_tables", 0),
         ("bare", 1),
         ("random_tables", 1),
     ]
-    assert rows[:2] == first
+    assert rows[:4] == first
     for r in rows:
-        assert r["parameters"] > 0
-        assert r["epochs"] == 2
+        trained = r["backbone"] != "none"
+        assert (r["parameters"] > 0) == trained
+        assert r["epochs"] == 2 * trained
         assert 0 < r["test/MRR"] < 1
         assert (
             r["test/item_rare/users"] + r["test/item_middle/users"] + r["test/item_common/users"]

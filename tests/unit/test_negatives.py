@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from mltfr_dist.errors import DataError
 
 
 def sample(
-    histories: list[list[int]], ids: list[int], length: int = 6, count: int = 3, **keys: int
+    histories: list[list[int]], ids: list[int], length: int = 6, count: int = 3, **keys: Any
 ) -> np.ndarray:
     arrays = [np.array(h, dtype=np.uint16) for h in histories]
     keys = {"num_items": 30, "seed": 5, "epoch": 2} | keys
@@ -50,6 +52,29 @@ def test_a_samples_negatives_do_not_depend_on_its_batch(
 
 def test_a_longer_batch_draws_the_same_at_the_positions_they_share() -> None:
     assert np.array_equal(sample([[1, 2]], [9], length=9)[:, :6], sample([[1, 2]], [9], length=6))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_published_negatives_are_outside_the_inputs_and_differ(inputs: list[list[int]]) -> None:
+    ids = [3 * i for i in range(len(inputs))]
+    drawn = sample(inputs, ids, distinct=True)
+    for items, row in zip(inputs, drawn, strict=True):
+        real = row[: len(items)].ravel().tolist()
+        assert not {0, *items} & set(real)
+        assert len(set(real)) == len(real) == 3 * len(items)
+        assert (row[len(items) :] == 0).all()
+    for i, items in enumerate(inputs):  # alone, and beside a longer sample
+        alone = sample([items], [ids[i]], length=9, distinct=True)[0]
+        assert np.array_equal(alone[:6], drawn[i])
+
+
+def test_published_negatives_hold_the_target_where_nothing_else_is_left() -> None:
+    drawn = sample([[1, 2, 3]], [0], length=3, count=1, num_items=6, distinct=True)
+    assert sorted(drawn.ravel().tolist()) == [4, 5, 6]
+    with pytest.raises(DataError, match="history of 3 of 5 items") as caught:
+        sample([[1, 2, 3]], [0], length=3, count=1, num_items=5, distinct=True)
+    assert "the inputs of a sample" in caught.value.rule
 
 
 @pytest.mark.parametrize("change", [{"seed": 6}, {"epoch": 3}])

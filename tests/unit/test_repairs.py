@@ -15,7 +15,8 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.repairs import REPAIRS, as_published, taken_away, without
+from mltfr_dist.presets import preset
+from mltfr_dist.repairs import REPAIRS, as_published, changed, taken_away, without
 from mltfr_dist.schema import field_paths
 from mltfr_dist.training.fit import fit
 from mltfr_dist.training.inputs import build_model, load_inputs
@@ -68,9 +69,50 @@ def test_the_defaults_are_repaired(folder: Path) -> None:
     config = tiny_config(folder)
     assert taken_away(config) == []
     for name, repair in REPAIRS.items():
-        changed = without(config, name)
-        assert all(value(changed, path) == wanted for path, wanted in repair.published.items())
-        assert name in taken_away(changed)
+        lacking = without(config, name)
+        assert all(value(lacking, path) == wanted for path, wanted in repair.published.items())
+        assert taken_away(lacking) == [name] * repair.applies(lacking)
+
+
+NOT_OF_SASREC = {"causal_filter", "read_the_mask", "masked_padding"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, set(REPAIRS) - NOT_OF_SASREC - {"single_softmax"}),
+        ({"backbone.name": "bert4rec"}, set(REPAIRS) - {"causal_filter", "single_softmax"}),
+        (
+            {"backbone.name": "bsarec", "loss.name": "cross_entropy"},
+            set(REPAIRS)
+            - {"read_the_mask", "masked_padding", "single_softmax", "unseen_negatives"},
+        ),
+        ({"mltfr.enabled": False}, {"validation_picks", "unseen_negatives"}),
+        (
+            {"mltfr.consensus.enabled": False},
+            set(REPAIRS)
+            - NOT_OF_SASREC
+            - {"single_softmax", "going_on", "per_sample_fisher", "normalised_fisher"},
+        ),
+        (
+            {"mltfr.filter.strategy": "learned_prototypes"},
+            {
+                "frozen_tables",
+                "going_on",
+                "per_sample_fisher",
+                "normalised_fisher",
+                "shared_core",
+                "validation_picks",
+                "unseen_negatives",
+            },
+        ),
+    ],
+)
+def test_a_run_is_said_to_lack_only_what_it_could_have(
+    changes: dict[str, Any], named: set[str]
+) -> None:
+    config = changed(preset("paper"), changes, source="a test")
+    assert set(taken_away(config)) == named
 
 
 def test_an_unknown_repair_names_the_nearest() -> None:
@@ -96,7 +138,7 @@ def test_the_published_form_trains_in_two_stages(
     config = published(
         folder, name="published", checkpoint__keep_last=20, checkpoint__every_steps=1
     )
-    assert set(REPAIRS) - set(taken_away(config)) == {"single_softmax"}
+    assert set(REPAIRS) - set(taken_away(config)) == NOT_OF_SASREC | {"single_softmax"}
     (result,) = fit(config)
     assert "repairs taken away: soft_weights" in capsys.readouterr().out
     checkpoints = config.folder / "checkpoints"
@@ -115,10 +157,10 @@ def test_the_published_form_trains_in_two_stages(
     for name, tensor in merged.items():
         assert torch.equal(second[f"mltfr.consensus.{name}"], tensor)
     # A group of one merges to F theta / (F + 1e-12).
-    best = checkpoint.read(
-        checkpoint.best_folder(checkpoints, checkpoint.read_header(checkpoints / "fisher").progress)
+    end = checkpoint.read(
+        checkpoint.step_folder(checkpoints, checkpoint.read_header(checkpoints / "fisher").progress)
     )
-    weight, core = fisher["0.value.weight"].double(), best["mltfr.cores.0.value.weight"].double()
+    weight, core = fisher["0.value.weight"].double(), end["mltfr.cores.0.value.weight"].double()
     torch.testing.assert_close(merged["value.weight"], (weight * core / (weight + 1e-12)).float())
     moved = (
         (second["backbone.item_embedding.weight"] - start["backbone.item_embedding.weight"])

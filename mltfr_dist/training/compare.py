@@ -1,0 +1,45 @@
+"""What a baseline without a training loop reaches, measured as every model is."""
+
+from __future__ import annotations
+
+import time
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.data.manifest import Manifest
+from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.training import baselines
+from mltfr_dist.training.evaluate import ALL, Scorer, evaluate, evaluate_slices
+from mltfr_dist.training.inputs import ranking_stream
+from mltfr_dist.training.run_folder import Result
+from mltfr_dist.training.slices import training_slices
+
+BASELINES = ("popularity", "item_knn")
+
+
+def baseline_result(
+    name: str, config: RunConfig, manifest: Manifest, ranks: Ranks, *, read_test: bool
+) -> Result:
+    """Fit one of :data:`BASELINES` and rank with it; all ranks must call."""
+    started = time.monotonic()
+    train = baselines.training_sequences(config.data.path, manifest)
+    scorer: Scorer = getattr(baselines, name)(train, manifest.num_items)
+    seconds = time.monotonic() - started
+    valid = evaluate(scorer, ranking_stream(config, "valid", ranks), config.evaluation, ranks)
+    by_slice = test_metrics(scorer, config, manifest, ranks) if read_test else {}
+    return Result(
+        name=name,
+        valid=valid,
+        test=by_slice.pop(ALL, {}),
+        test_slices=by_slice,
+        seconds=seconds,
+        world_size=ranks.world_size,
+    )
+
+
+def test_metrics(
+    score: Scorer, config: RunConfig, manifest: Manifest, ranks: Ranks
+) -> dict[str, dict[str, float]]:
+    """Metrics of the test split, of all its users and by slice."""
+    slices = training_slices(config, manifest)
+    stream = ranking_stream(config, "test", ranks)
+    return evaluate_slices(score, stream, config.evaluation, ranks, slices.NAMES, slices.members)
