@@ -31,8 +31,9 @@ T = TypeVar("T")
 RENDEZVOUS_SECONDS = 300
 """How long the ranks wait for each other at the start."""
 
-GRACE_SECONDS = 60
-"""What a collective may take beyond ``hang_seconds``, so that the watchdog, with its stack traces, speaks first."""
+COLLECTIVE_TIMEOUT = timedelta(days=7)
+"""How long a collective may take. The watchdog ends a run that hangs much sooner, and it knows stopped from stuck, which a
+collective's own clock does not."""
 
 SPEAK_SECONDS = 30.0
 """How long a rank that ends leaves rank 0 to say why."""
@@ -156,7 +157,7 @@ class Ranks:
         )
         if first == self.world_size:
             return
-        message = self._texts(f"{socket.gethostname()}: {type(error).__name__}: {error}")[first]
+        message = self.texts(f"{socket.gethostname()}: {type(error).__name__}: {error}")[first]
         if not self.is_main:
             raise self.one_speaks(MltfrError(message, remedy=""))
         raise error or MltfrError(f"Rank {first} on {message}", remedy="")
@@ -184,7 +185,7 @@ class Ranks:
         differs = (differs != differs[0]).cpu()  # [W, values]
         if not differs.any():
             return
-        hosts = self._texts(socket.gethostname())
+        hosts = self.texts(socket.gethostname())
         names = [
             name
             for name, differing in zip(values, differs.any(0).tolist(), strict=True)
@@ -202,9 +203,9 @@ class Ranks:
 
     def from_main(self, text: str) -> str:
         """Rank 0's text, on every rank."""
-        return self._texts(text)[0]
+        return self.texts(text)[0]
 
-    def _texts(self, text: str) -> list[str]:
+    def texts(self, text: str) -> list[str]:
         """Each rank's text, on every rank; cut at :data:`MESSAGE_BYTES`."""
         encoded = text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
         rows = self.gather(torch.tensor(list(encoded), dtype=torch.uint8)).tolist()
@@ -218,14 +219,13 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 """One process on the CPU, without a process group."""
 
 
-def start_ranks(threads: int | None = None, hang_seconds: float = 1800.0) -> Ranks:
+def start_ranks(threads: int | None = None) -> Ranks:
     """Join the ranks that a launcher (deepspeed, torchrun, srun) started, or be the only one.
 
     A process group that is there already is taken as it is: Ray Train forms it, and so does an earlier run of this process.
 
     Args:
         threads: CPU threads of this process; None divides the cores among the node's ranks.
-        hang_seconds: A collective that takes much longer fails.
 
     Raises:
         ConfigError: The launcher's environment is incomplete or contradicts itself, or the ranks cannot meet.
@@ -233,7 +233,7 @@ def start_ranks(threads: int | None = None, hang_seconds: float = 1800.0) -> Ran
     on_gpu = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     if not dist.is_initialized():
-        _init_process_group("nccl" if on_gpu else "gloo", hang_seconds, launched=is_launched())
+        _init_process_group("nccl" if on_gpu else "gloo", launched=is_launched())
     _init_deepspeed()
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
@@ -247,11 +247,11 @@ def start_ranks(threads: int | None = None, hang_seconds: float = 1800.0) -> Ran
     return Ranks(rank, world_size, torch.device("cpu"))
 
 
-def _init_process_group(backend: str, hang_seconds: float, *, launched: bool) -> None:
+def _init_process_group(backend: str, *, launched: bool) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if launched:
-        _meet(backend, timedelta(seconds=hang_seconds + GRACE_SECONDS))
+        _meet(backend)
     else:
         dist.init_process_group(
             backend, store=HashStore(), rank=0, world_size=1
@@ -273,7 +273,7 @@ def _init_deepspeed() -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
-def _meet(backend: str, timeout: timedelta) -> None:
+def _meet(backend: str) -> None:
     """Find the other ranks at MASTER_ADDR:MASTER_PORT and form the process group.
 
     Raises:
@@ -286,7 +286,7 @@ def _meet(backend: str, timeout: timedelta) -> None:
         )
         _meeting.append(store)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+            backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
         )
     except (dist.DistError, ValueError) as error:
         taken = "EADDRINUSE" in str(error)

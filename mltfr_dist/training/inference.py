@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import Ranks, start_ranks
-from mltfr_dist.errors import CheckpointError, DataError
+from mltfr_dist.distributed.sending import send_text
+from mltfr_dist.errors import CheckpointError, DamagedError, DataError
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.schema import nearest_key
 from mltfr_dist.training.evaluate import evaluate, mask_seen
@@ -24,7 +26,14 @@ from mltfr_dist.training.inputs import (
     record_inputs,
 )
 from mltfr_dist.training.items import ItemMap
-from mltfr_dist.training.run_folder import CHECKPOINTS, load_config, load_result
+from mltfr_dist.training.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    RESULT,
+    Result,
+    load_config,
+    load_result,
+)
 from mltfr_dist.training.tracking import STAGES
 
 
@@ -46,24 +55,58 @@ def load_run(folder: Path, ranks: Ranks | None = None) -> LoadedRun:
         CheckpointError: No run, an unfinished one, or inputs that changed since.
         DataError: Its data or tables are missing or damaged.
     """
-    config = load_config(folder)
-    result = load_result(folder)
-    if result is None:
-        raise CheckpointError(
-            f"The run {folder} is not finished.",
-            remedy=f"Go on with it: `python train.py --config {folder}/config.yaml`.",
-        )
-    inputs = load_inputs(config)
-    record_inputs(folder, inputs)
     ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    place = folder / CHECKPOINTS / result.checkpoint
-    model = load_model(config, inputs, place, ranks, with_consensus=result.stage == STAGES[1])
+    found = ranks.main_works(lambda _: finished(folder))
+    texts = send_text(json.dumps([part.model_dump_json() for part in found or ()]), ranks)
+    config_text, result_text = json.loads(texts)
+    config, result = (
+        RunConfig.model_validate_json(config_text),
+        Result.model_validate_json(result_text),
+    )
+    inputs = ranks.jointly(lambda: load_inputs(config))
+    ranks.main_works(lambda _: record_inputs(folder, inputs))
+    place, stage = folder / CHECKPOINTS / result.checkpoint, result.stage
+    try:
+        model = load_model(config, inputs, place, ranks, with_consensus=stage == STAGES[1])
+    except DamagedError as error:
+        raise CheckpointError(
+            f"The checkpoint that the run {folder} chose cannot be used: {error.what}",
+            rule=error.rule,
+            remedy=f"Restore it from a copy; or delete {folder / RESULT} and start the run again, "
+            f"{command(folder)}: it then chooses the best of the checkpoints that are left, and "
+            "says which.",
+        ) from None
     return LoadedRun(config, inputs, model, ItemMap.load(config), ranks.device)
 
 
-def evaluate_run(folder: Path, split: str) -> dict[str, float]:
-    """The metrics of a run's chosen model on a split, as the run reported them."""
-    ranks: Ranks = start_ranks()
+def command(folder: Path) -> str:
+    """What goes on with a run."""
+    return f"`python train.py --config {folder / CONFIG}`"
+
+
+def finished(folder: Path) -> tuple[RunConfig, Result]:
+    """The configuration and the outcome of a finished run.
+
+    Raises:
+        CheckpointError: No run, or an unfinished one.
+    """
+    config, result = load_config(folder), load_result(folder)
+    if result is None:
+        raise CheckpointError(
+            f"The run {folder} is not finished.", remedy=f"Go on with it: {command(folder)}."
+        )
+    return config, result
+
+
+def evaluate_run(folder: Path, split: str, ranks: Ranks | None = None) -> dict[str, float]:
+    """The metrics of a run's chosen model on a split, as the run reported them; on several ranks all must call.
+
+    Args:
+        folder: Of the run.
+        split: "valid" or "test".
+        ranks: All processes; None: those that a launcher started, or this one alone.
+    """
+    ranks = ranks or start_ranks()
     run = load_run(folder, ranks)
     return evaluate(
         run.model, ranking_stream(run.config, split, ranks), run.config.evaluation, ranks

@@ -263,13 +263,13 @@ def build_model(
 def load_model(
     config: RunConfig, inputs: Inputs, folder: Path, ranks: Ranks, *, with_consensus: bool
 ) -> Recommender:
-    """The model of a checkpoint, in fp32, ready to be evaluated.
+    """The model of a checkpoint, in fp32, ready to be evaluated; rank 0 reads it, and all ranks must call.
 
     Raises:
         CheckpointError: The checkpoint is damaged or does not fit the configuration.
     """
     model = build_model(config, inputs, ranks, with_consensus=with_consensus)
-    state = checkpoint.read(folder)
+    state = checkpoint.read_for_all(folder, ranks)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -16,15 +16,13 @@ from mltfr_dist.distributed.checkpoint import (
     MODEL,
     MOMENTS,
     Progress,
-    latest,
-    latest_intact,
-    prune,
     read,
     read_header,
     step_folder,
     validated_folder,
     write,
 )
+from mltfr_dist.distributed.kept import latest, latest_intact, prune
 from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.errors import DamagedError
 from mltfr_dist.training.fit import fit
