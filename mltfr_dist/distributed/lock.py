@@ -1,10 +1,10 @@
 """One process at a time writes a run's folder.
 
-Each start of a run leaves a file in `starts/`: 000001.json, 000002.json and so on, made only if its number is free, which is
-one step on network file systems too, and never deleted. The newest is the lock. It is held until it says that its process
-has ended, or that process is seen to be gone (on the same machine), or it has given no sign of life for
-:data:`SILENT_SECONDS` (on another): then the next start takes the next number, and the earlier one, should it only have been
-stopped, finds a newer number than its own and writes nothing more.
+The process that does has a file in `lock/`, 000001.json or the next number, made only if that number is free, which is one
+step on network file systems too. The newest counts. It is deleted when its process ends in order; else it is taken over by
+the next number once that process is seen to be gone (on the same machine) or has given no sign of life for
+:data:`SILENT_SECONDS` (on another). Should it only have been stopped, it finds a newer file than its own and writes nothing
+more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import Section
 
-STARTS = "starts"
+LOCK = "lock"
 
 BEAT_SECONDS = 10.0
 """Between two signs of life."""
@@ -38,8 +38,8 @@ ENDING_SECONDS = 5.0
 POLL_SECONDS = 0.2
 
 
-class Start(Section):
-    """A file of `starts/`."""
+class Holder(Section):
+    """A file of `lock/`."""
 
     host: str
     machine: str
@@ -48,7 +48,6 @@ class Start(Section):
     born: int
     """See :class:`processes.Seen`."""
     started: str
-    ended: str | None = None
     beats: int = 0
     """Signs of life so far."""
 
@@ -57,12 +56,16 @@ class Start(Section):
         """In words."""
         return f"process {self.pid} on {self.host}, started {self.started}"
 
+    def is_same(self, other: Holder | None) -> bool:
+        """Whether both are one process's hold, at any sign of life."""
+        return other is not None and other.model_copy(update={"beats": self.beats}) == self
+
 
 class Lock:
     """A run's folder, held by this process; a thread gives signs of life."""
 
-    def __init__(self, folder: Path, number: int, start: Start) -> None:
-        self.folder, self.number, self._start = folder, number, start
+    def __init__(self, folder: Path, number: int, holder: Holder) -> None:
+        self.folder, self.number, self._holder = folder, number, holder
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._live, name="lock", daemon=True)
         self._thread.start()
@@ -74,33 +77,39 @@ class Lock:
         Raises:
             CheckpointError: One has, while this one gave no sign of life.
         """
-        newest = newest_start(self.folder)
-        if newest > self.number:
-            by = read_start(self.folder, newest)
+        newest = newest_number(self.folder)
+        by = read_holder(self.folder, newest) if newest else self._holder
+        if newest > self.number or (newest == self.number and not self._holder.is_same(by)):
             raise CheckpointError(
-                f"{self.folder} was taken over by {by.who if by else 'another process'}, as this one gave no sign of life "
-                f"for {SILENT_SECONDS:g} s: it was stopped, or cut off from the folder.",
+                f"{self.folder} was taken over by {by.who if by else 'another process'}, as this "
+                f"one gave no sign of life for {SILENT_SECONDS:g} s: it was stopped, or cut off "
+                "from the folder.",
                 rule="One process at a time writes a run's folder.",
                 remedy="Nothing is lost: the other one goes on from the last checkpoint.",
             )
 
     def release(self) -> None:
-        """Let go."""
+        """Let go, and leave nothing behind."""
         self._done.set()
         self._thread.join()
         _held.remove(self)
-        self._start = self._start.model_copy(update={"ended": _now()})
-        self._write()
+        for number in range(1, self.number):
+            _place(self.folder, number).unlink(missing_ok=True)  # taken over from
+        if self._holder.is_same(read_holder(self.folder, self.number)):
+            _place(self.folder, self.number).unlink(missing_ok=True)
+        with suppress(OSError):  # another start is there, or the whole folder was deleted
+            (self.folder / LOCK).rmdir()
 
     def _live(self) -> None:
         while not self._done.wait(BEAT_SECONDS):
-            self._start = self._start.model_copy(update={"beats": self._start.beats + 1})
-            self._write()
-
-    def _write(self) -> None:
-        # A sign of life that fails is like one that does not come; the folder may also have been deleted.
-        with suppress(OSError):
-            write_atomically(_place(self.folder, self.number), self._start.model_dump_json() + "\n")
+            if not self._holder.is_same(read_holder(self.folder, self.number)):
+                continue  # deleted by hand, and perhaps another's by now
+            self._holder = self._holder.model_copy(update={"beats": self._holder.beats + 1})
+            # A sign of life that fails is like one that does not come.
+            with suppress(OSError):
+                write_atomically(
+                    _place(self.folder, self.number), self._holder.model_dump_json() + "\n"
+                )
 
 
 _held: list[Lock] = []
@@ -130,8 +139,10 @@ def acquire(
         ConfigError: Another process holds it, or it cannot be written.
     """
     try:
-        (folder / STARTS).mkdir(parents=True, exist_ok=True)
-        return _acquire(folder, say, goes_on)
+        while True:
+            lock = _try(folder, say, goes_on)
+            if lock is not None:
+                return lock
     except OSError as error:
         raise ConfigError(
             f"The run's folder {folder} cannot be written: {error.strerror}.",
@@ -139,99 +150,103 @@ def acquire(
         ) from error
 
 
-def _acquire(folder: Path, say: Callable[[str], None], goes_on: Callable[[], object]) -> Lock:
+def _try(folder: Path, say: Callable[[str], None], goes_on: Callable[[], object]) -> Lock | None:
+    """Wait for the newest holder's end and take the next number; None where another start was faster."""
+    (folder / LOCK).mkdir(parents=True, exist_ok=True)
+    before = newest_number(folder)
+    left = wait_for_end(folder, before, say, goes_on) if before else None
     own = own_process()
-    start = Start(
-        host=socket.gethostname(), machine=machine(), pid=own.pid, born=own.born, started=_now()
+    holder = Holder(
+        host=socket.gethostname(),
+        machine=machine(),
+        pid=own.pid,
+        born=own.born,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    number = newest_start(folder)
-    while True:
-        if number:
-            wait_for_end(folder, number, say, goes_on)
-        number += 1
-        try:
-            with _place(folder, number).open("x") as file:
-                file.write(start.model_dump_json() + "\n")
-        except FileExistsError:
-            continue  # another start was faster, or this machine did not see it yet
-        return Lock(folder, number, start)
+    place = _place(folder, before + 1)
+    try:
+        with place.open("x") as file:
+            file.write(holder.model_dump_json() + "\n")
+    except (FileExistsError, FileNotFoundError):  # made by another start; or `lock/` just deleted
+        return None
+    if newest_number(folder) > before + 1 or (before and _text(_place(folder, before)) != left):
+        place.unlink()  # what this start looked at was no longer so
+        return None
+    return Lock(folder, before + 1, holder)
 
 
 def wait_for_end(
     folder: Path, number: int, say: Callable[[str], None], goes_on: Callable[[], object]
-) -> None:
-    """Return once start ``number`` has ended, by its own word or because its process is gone.
+) -> str | None:
+    """Return once a holder's process is gone.
+
+    Returns:
+        What it left: the text of its file; None where it ended in order and left nothing.
 
     Raises:
         ConfigError: It goes on.
     """
     path = _place(folder, number)
-    start, text = read_start(folder, number), _text(path)
-    if start is not None and start.ended:
-        return
-    here = start is not None and start.machine == machine() != ""
-    who = start.who if start else "a process that has not said who it is"
-    if not here:
+    text, holder = _text(path), read_holder(folder, number)
+    who = holder.who if holder else "a process that was cut off before it said who it is"
+    here = holder is not None and holder.machine == machine() != ""
+    if text is not None and not here:
         say(
-            f"  {folder} is held by {who}; it cannot be seen from here, so its next sign of life is waited for, "
-            f"{SILENT_SECONDS:g} s at most"
+            f"  {folder} is held by {who}, which cannot be seen from here: waiting up to "
+            f"{SILENT_SECONDS:g} s for its next sign of life"
         )
     deadline = time.monotonic() + (ENDING_SECONDS if here else SILENT_SECONDS)
     while time.monotonic() < deadline:
-        start = read_start(folder, number) or start
-        if start is not None and start.ended:
-            return
-        if here and start is not None and not Seen(start.pid, start.born).state:
+        now = _text(path)
+        if now is None:
+            return None
+        if here and holder is not None and not Seen(holder.pid, holder.born).state:
             say(f"  {folder} is taken over from {who}, which is gone")
-            return
-        if not here and _text(path) not in ("", text):
+            return now
+        if not here and now not in ("", text):
             break
         time.sleep(POLL_SECONDS)
         goes_on()
     else:
         if not here:
-            say(f"  {folder} is taken over from {who}: it gave no sign of life")
-            return
+            say(f"  {folder} is taken over from {who}, which gave no sign of life")
+            return text
+    holder = read_holder(folder, number) or holder
+    stop = f" (`kill -USR1 {holder.pid}` on {holder.host})" if holder else ""
     raise ConfigError(
-        f"{folder} is held by {start.who if start else who}.",
+        f"{folder} is held by {holder.who if holder else who}.",
         rule="One process at a time writes a run's folder.",
-        remedy=f"Wait for it, or have it save and stop{_stop_command(start)}, or give this run another `name`. "
-        f"If the folder is a copy of one that is in use, delete {folder / STARTS}.",
+        remedy=f"Wait for it, or have it save and stop{stop}, or give this run another `name`. "
+        f"If the folder is a copy of one that is in use, delete {folder / LOCK}.",
     )
 
 
-def _stop_command(start: Start | None) -> str:
-    return f" (`kill -USR1 {start.pid}` on {start.host})" if start else ""
-
-
-def newest_start(folder: Path) -> int:
-    """Number of the newest start; 0 where there is none. Listing a folder also refreshes what a network client knows."""
+def newest_number(folder: Path) -> int:
+    """The newest file's number; 0 where there is none. Listing also refreshes what a network client knows."""
     try:
-        return max(
-            (int(p.stem) for p in (folder / STARTS).iterdir() if p.stem.isdecimal()), default=0
-        )
+        names = [path.stem for path in (folder / LOCK).iterdir()]
     except FileNotFoundError:
         return 0
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def read_start(folder: Path, number: int) -> Start | None:
-    """What a start says; None where its process was cut off before it could say anything."""
+def read_holder(folder: Path, number: int) -> Holder | None:
+    """Who holds; None where the file says nothing, or is not there."""
     try:
-        return Start.model_validate_json(_text(_place(folder, number)))
+        return Holder.model_validate_json(_text(_place(folder, number)) or "")
     except ValidationError:
         return None
 
 
-def _text(path: Path) -> str:
+def _text(path: Path) -> str | None:
+    """A file's text; None where there is no file, empty where it was replaced at this moment, on a network file system."""
     try:
         return path.read_text()
-    except OSError:  # replaced at this moment, on a network file system
+    except FileNotFoundError:
+        return None
+    except OSError:
         return ""
 
 
 def _place(folder: Path, number: int) -> Path:
-    return folder / STARTS / f"{number:06d}.json"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return folder / LOCK / f"{number:06d}.json"

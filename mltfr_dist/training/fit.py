@@ -14,7 +14,7 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.data.manifest import verify_folder
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.engine import deepspeed_config, make_part, versions
-from mltfr_dist.distributed.health import watch_neighbours
+from mltfr_dist.distributed.health import UntilStopped, watch_neighbours
 from mltfr_dist.distributed.launch import expected_rank
 from mltfr_dist.distributed.lock import Lock, acquire
 from mltfr_dist.distributed.placement import check_placement
@@ -30,6 +30,7 @@ from mltfr_dist.training.inputs import (
     check_division,
     leave_out_bad_shards,
     load_inputs,
+    ranking_stream,
     record_inputs,
     train_stream,
 )
@@ -41,7 +42,7 @@ from mltfr_dist.training.run_folder import (
     has_run,
     leaf_values,
 )
-from mltfr_dist.training.stages import fit_model, ranked
+from mltfr_dist.training.stages import fit_model
 
 
 def fit(
@@ -123,10 +124,12 @@ def held_folder(config: RunConfig, inputs: Inputs, ranks: Ranks, *, resume: bool
         check_claim(config.folder, config, resume=resume)
         lock = acquire(config.folder, ranks.say, goes_on)
         try:
+            check_checkpoints(config.folder)
+            if has_run(config.folder):
+                record_inputs(config.folder, inputs)  # compares, before anything is changed
             for changed in claim(config.folder, config, resume=resume):
                 ranks.say(f"  another setting than before, which changes no number: {changed}")
             record_inputs(config.folder, inputs)
-            check_checkpoints(config.folder)
         except BaseException:
             lock.release()
             raise
@@ -228,12 +231,14 @@ def compare(
     train = baselines.training_sequences(config.data.path, inputs.manifest)
     scorer: Scorer = getattr(baselines, name)(train, inputs.manifest.num_items)
     seconds = time.monotonic() - started
-    valid = evaluate(scorer, ranked(config, "valid", ranks), config.evaluation, ranks)
-    test = (
-        evaluate(scorer, ranked(config, "test", ranks), config.evaluation, ranks)
-        if read_test
-        else {}
-    )
+
+    def metrics(split: str) -> dict[str, float]:
+        users = ranking_stream(config, split, ranks)
+        stream = UntilStopped(users, ranks, f"ranking the {split} split by {name}")
+        return evaluate(scorer, stream, config.evaluation, ranks)
+
+    valid = metrics("valid")
+    test = metrics("test") if read_test else {}
     return Result(name=name, valid=valid, test=test, seconds=seconds, world_size=ranks.world_size)
 
 

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed.lock import STARTS
+from mltfr_dist.distributed.lock import LOCK
 from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import Section, validate
@@ -165,7 +165,7 @@ def check_claim(folder: Path, config: RunConfig, *, resume: bool) -> list[str]:
         return [text for text in differences if _key(text) not in ("name", "runs_dir")]
     if folder.is_file() or (
         folder.exists()
-        and any(not p.name.startswith(".partial-") and p.name != STARTS for p in folder.iterdir())
+        and any(not p.name.startswith(".partial-") and p.name != LOCK for p in folder.iterdir())
     ):
         raise ConfigError(
             f"{folder} exists and is not a run.", remedy="Give this run another `name`."
