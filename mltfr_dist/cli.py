@@ -203,10 +203,14 @@ def command_sweep(options: argparse.Namespace) -> None:
 
 
 def command_evaluate(options: argparse.Namespace) -> None:
-    """A run's numbers again, from its best checkpoint."""
+    """A run's numbers again, from its best checkpoint; on any number of ranks, of which one prints."""
+    from mltfr_dist.distributed.ranks import lost_ranks_told, start_ranks
     from mltfr_dist.training.inference import evaluate_run
 
-    print(json.dumps(evaluate_run(Path(options.run), options.split), indent=2))
+    ranks = start_ranks()
+    with lost_ranks_told():
+        metrics = evaluate_run(Path(options.run), options.split, ranks)
+    ranks.say(json.dumps(metrics, indent=2))
 
 
 def command_recommend(options: argparse.Namespace) -> None:
@@ -387,13 +391,26 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     options = build_parser().parse_args(arguments)
+    if options.command in ("train", "evaluate"):
+        return _run_on_ranks(options)
     try:
         COMMANDS[options.command](options)
     except MltfrError as error:
         return fail(error)
-    finally:
-        if options.command in ("train", "evaluate"):
-            from mltfr_dist.distributed.ranks import stop_ranks
-
-            stop_ranks()
     return 0
+
+
+def _run_on_ranks(options: argparse.Namespace) -> int:
+    """A command that a launcher may start several times: one rank speaks, for all."""
+    from mltfr_dist.distributed.ranks import has_met, leave, say_why, stop_ranks
+
+    code = 0
+    try:
+        COMMANDS[options.command](options)
+    except MltfrError as error:
+        code = say_why(error)
+    finally:
+        stop_ranks()
+    if has_met():
+        leave(code)
+    return code

@@ -361,6 +361,11 @@ def say_why(error: MltfrError) -> int:
     return code
 
 
+def has_met() -> bool:
+    """Whether this process has met others that a launcher started."""
+    return bool(_meeting)
+
+
 def leave(code: int = 0) -> NoReturn:
     """End this process at once, its output written.
 

@@ -36,6 +36,9 @@ from mltfr_dist.training.run_folder import (
 )
 from mltfr_dist.training.tracking import STAGES
 
+ECHOED_ITEMS = 10
+"""Items of a history, or unknown ids, that a text names."""
+
 
 @dataclass(frozen=True)
 class LoadedRun:
@@ -169,7 +172,9 @@ def encode_history(run: LoadedRun, history: Sequence[str]) -> list[int]:
     if unknown:
         near = nearest_key(unknown[0], list(numbers))
         raise DataError(
-            f"Unknown item id{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}"
+            f"Unknown item id{'s' if len(unknown) > 1 else ''} "
+            + ", ".join(unknown[:ECHOED_ITEMS])
+            + (f" and {len(unknown) - ECHOED_ITEMS} more" * (len(unknown) > ECHOED_ITEMS))
             + (f"; the nearest is {near}." if near else "."),
             rule=f"Ids are those of the raw data that preparation kept ({run.config.data.path}/items.parquet lists them).",
             remedy="Leave them out or correct them.",
@@ -182,15 +187,32 @@ def recommendation_text(
 ) -> str:
     """What `mltfr recommend` prints."""
     found = recommend(run, history, k=k, keep_seen=keep_seen)
-    names = [run.items.name(i) for i in encode_history(run, history)]
-    lines = [f"After: {' -> '.join(names)}", "", f"{'rank':>4}  {'score':>8}  {'item':<10}  title"]
+    lines = [history_line(run, encode_history(run, history)), ""]
+    if found:
+        lines.append(f"{'rank':>4}  {'score':>8}  {'item':<10}  title")
     for rank, item in enumerate(found, 1):
         lines.append(
             f"{rank:>4}  {item.score:>8.4f}  {item.item_id:<10}  {item.title or ''}".rstrip()
         )
+    if len(found) < k:
+        left = f"These {len(found)} are" if len(found) > 1 else "This one is"
+        lines += [""] * bool(found) + [
+            f"{left if found else 'Nothing is'} left: all other items are in the history. "
+            "`--keep-seen` lets them be recommended again."
+        ]
     if explain:
         lines += ["", *explanation_lines(run, history)]
     return "\n".join(lines)
+
+
+def history_line(run: LoadedRun, item_ids: Sequence[int]) -> str:
+    """The history by its items' names; of a long one the end, which weighs most."""
+    names = [run.items.name(item) for item in item_ids[-ECHOED_ITEMS:]]
+    end = " -> ".join(names)
+    if len(item_ids) <= ECHOED_ITEMS:
+        return f"After: {end}"
+    read = min(len(item_ids), run.config.data.max_len)
+    return f"After {len(item_ids)} items, of which the model reads the last {read}: ... -> {end}"
 
 
 def explanation_lines(run: LoadedRun, history: Sequence[str]) -> list[str]:
