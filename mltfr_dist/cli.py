@@ -13,7 +13,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mltfr_dist import __version__
-from mltfr_dist.config import PrepareConfig, PrepareResources, RunConfig, TableConfig
+from mltfr_dist.config import (
+    PrepareConfig,
+    PrepareResources,
+    RunConfig,
+    TableConfig,
+    TrainingConfig,
+)
 from mltfr_dist.errors import ConfigError, MltfrError, fail
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.resolve import resolve_config
@@ -204,13 +210,15 @@ def command_sweep(options: argparse.Namespace) -> None:
 
 def command_evaluate(options: argparse.Namespace) -> None:
     """A run's numbers again, from its best checkpoint; on any number of ranks, of which one prints."""
+    from mltfr_dist.distributed.launch import expected_rank
     from mltfr_dist.distributed.ranks import lost_ranks_told, start_ranks
+    from mltfr_dist.distributed.watchdog import watched
     from mltfr_dist.training.inference import evaluate_run
 
-    ranks = start_ranks()
-    with lost_ranks_told():
+    with watched(expected_rank(), TrainingConfig().hang_seconds), lost_ranks_told():
+        ranks = start_ranks()
         metrics = evaluate_run(Path(options.run), options.split, ranks)
-    ranks.say(json.dumps(metrics, indent=2))
+        ranks.say(json.dumps(metrics, indent=2))
 
 
 def command_recommend(options: argparse.Namespace) -> None:

@@ -98,6 +98,10 @@ def test_a_damaged_checkpoint_is_passed_over(
         assert read_header(again).sha256 == read_header(made).sha256
 
 
+def remove(path: Path) -> None:
+    shutil.rmtree(path)
+
+
 def put(folder: Path, step: int, best: tuple[tuple[int, float], ...]) -> Progress:
     progress = Progress(stage="train", step=step, epoch=step, best=best)
     write(
@@ -135,7 +139,9 @@ def test_none_intact_is_none(tmp_path: Path) -> None:
     assert len(warnings) == 1
 
 
-def test_keep_best_keeps_the_best_validations(tmp_path: Path) -> None:
+def test_keep_best_keeps_the_best_validations_and_the_next_takes_the_place_of_a_lost_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny_config(
         tmp_path,
         checkpoint__keep_best=2,
@@ -158,6 +164,20 @@ def test_keep_best_keeps_the_best_validations(tmp_path: Path) -> None:
         (line["epoch"], line["NDCG@10"]) for line in ranked[:2]
     )
 
+    assert load_result(config.folder).valid["NDCG@10"] == ranked[0]["NDCG@10"]  # type: ignore[union-attr]
+    remove(config.folder / "checkpoints" / f"train-best{ranked[0]['epoch']:05d}")
+    (config.folder / "result.json").unlink()
+    capsys.readouterr()
+    fit(config)
+    result, is_last = load_result(config.folder), ranked[0]["epoch"] == 4
+    assert result is not None
+    found = ranked[0] if is_last else ranked[1]
+    assert (result.valid["NDCG@10"], result.epoch) == (found["NDCG@10"], found["epoch"])
+    assert result.checkpoint.startswith("train-step" if is_last else "train-best")
+    said = capsys.readouterr().out
+    for line in (ranked[0], found):
+        assert f"(validation NDCG@10 {line['NDCG@10']:.4f})" in said
+
 
 def test_a_damaged_leftover_is_not_kept_in_place_of_a_new_checkpoint(tmp_path: Path) -> None:
     """A run that passed over step 6 saves at step 4: step 6 is damaged, and no reason to delete step 4."""
@@ -168,10 +188,6 @@ def test_a_damaged_leftover_is_not_kept_in_place_of_a_new_checkpoint(tmp_path: P
 
 
 # --- the best checkpoint -----------------------------------------------------------------------------------------
-
-
-def remove(path: Path) -> None:
-    shutil.rmtree(path)
 
 
 def damage_model(path: Path) -> None:
@@ -211,19 +227,6 @@ def test_a_lost_best_checkpoint_is_replaced_and_named(
     assert "holds the same weights" in said
     assert found.test == expected.test
     assert (found.stage, found.epoch) == (expected.stage, expected.epoch)
-
-    (config.folder / "result.json").unlink()
-    for path in checkpoints.glob(f"{expected.stage}-*"):
-        if path.name != found.checkpoint and read_header(path).progress.epoch == found.epoch:
-            remove(path)
-    flip(checkpoints / found.checkpoint / MODEL)
-    fit(config)
-    said = capsys.readouterr().out
-    second = load_result(config.folder)
-    assert second is not None
-    assert f"{second.checkpoint} (validation NDCG@10" in said
-    assert (second.stage, second.epoch) != (expected.stage, expected.epoch)
-    assert read(checkpoints / second.checkpoint)
 
 
 def test_every_validated_checkpoint_lost_leaves_the_last(tmp_path: Path) -> None:
@@ -289,7 +292,10 @@ def test_a_damaged_consensus_expert_is_made_again(
     fit(config)
     assert "the consensus expert is made again" in capsys.readouterr().out
     assert read_header(fisher).sha256 == before
-    assert load_result(config.folder) == load_result(finished.folder)
+    again, before_it = load_result(config.folder), load_result(finished.folder)
+    assert again is not None
+    assert before_it is not None
+    assert (again.test, again.valid) == (before_it.test, before_it.valid)
 
 
 def test_the_remedy_of_a_finished_run_without_its_checkpoint_works(
