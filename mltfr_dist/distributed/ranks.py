@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from mltfr_dist.distributed.launch import expected_rank, is_launched
+from mltfr_dist.distributed.processes import machine
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.errors import ConfigError, LostRankError, MltfrError, OtherRankError, fail
 
@@ -238,18 +239,42 @@ def start_ranks(threads: int | None = None) -> Ranks:
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    local_size = int(
-        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    )
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     if on_gpu:
         return Ranks(rank, world_size, torch.device("cuda", torch.cuda.current_device()))
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-    return Ranks(rank, world_size, torch.device("cpu"))
+    ranks = Ranks(rank, world_size, torch.device("cpu"))
+    torch.set_num_threads(threads or _share_of_cores(ranks))
+    return ranks
+
+
+def _share_of_cores(ranks: Ranks) -> int:
+    """Cores that this process may use, divided among the ranks that may use the same ones: launchers may have bound each."""
+    cores = sorted(os.sched_getaffinity(0))
+    digest = hashlib.sha256(f"{machine() or socket.gethostname()} {cores}".encode()).digest()
+    shown = ranks.gather(torch.tensor([int.from_bytes(digest[:7])]))
+    return max(1, len(cores) // int((shown == shown[ranks.rank]).sum()))
+
+
+def _take_gpu(local_rank: int) -> None:
+    """Make GPU ``local_rank`` this process's own.
+
+    Raises:
+        ConfigError: It does not see so many.
+    """
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"Rank {local_rank} of {socket.gethostname()} sees {count} GPU(s).",
+            rule="Rank i of a node takes its GPU i, so each must see all of them.",
+            remedy="Start one rank a GPU; on Slurm give --gpus-per-node, or with --gpus-per-task also "
+            "--gpu-bind=none (`srun_more` of slurm/env.sh).",
+        )
+    torch.cuda.set_device(local_rank)
 
 
 def _init_process_group(backend: str, *, launched: bool) -> None:
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     if launched:
         _meet(backend)
     else:
