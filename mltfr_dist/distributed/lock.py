@@ -93,11 +93,12 @@ class Lock:
         self._done.set()
         self._thread.join()
         _held.remove(self)
-        for number in range(1, self.number):
-            _place(self.folder, number).unlink(missing_ok=True)  # taken over from
-        if self._holder.is_same(read_holder(self.folder, self.number)):
-            _place(self.folder, self.number).unlink(missing_ok=True)
-        with suppress(OSError):  # another start is there, or the whole folder was deleted
+        # What cannot be deleted is taken over later; `lock/` stays where another start has a file in it.
+        with suppress(OSError):
+            for number in range(1, self.number):
+                _place(self.folder, number).unlink(missing_ok=True)  # taken over from
+            if self._holder.is_same(read_holder(self.folder, self.number)):
+                _place(self.folder, self.number).unlink(missing_ok=True)
             (self.folder / LOCK).rmdir()
 
     def _live(self) -> None:

@@ -338,7 +338,7 @@ def lost_ranks_told() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise LostRankError(
-            f"Rank {dist.get_rank()} on {socket.gethostname()} has lost another rank: {str(error).splitlines()[0]}.",
+            f"Rank {expected_rank()} on {socket.gethostname()} has lost another rank: {str(error).splitlines()[0]}.",
             rule="No rank can go on without all others.",
             remedy="The other ranks' logs say which failed first; start the same command again and the run goes on from its "
             "last checkpoint.",

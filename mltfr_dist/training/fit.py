@@ -66,18 +66,18 @@ def fit(
     Raises:
         MltfrError: Bad input, or the run was asked to stop, or lost a rank.
     """
-    seconds = config.training.hang_seconds
-    with watched(expected_rank(), seconds), stop_signals(), lost_ranks_told():
+    with watched(expected_rank(), config.training.hang_seconds), lost_ranks_told():
         ranks = start_ranks(config.training.threads)
         watch_neighbours(ranks)
-        config = leave_out_bad_shards(config, ranks)
-        inputs = check_all(config, ranks, verify=verify)
-        with held_folder(config, inputs, ranks, resume=resume):
-            say_where(config.folder, ranks)
-            try:
-                return run(config, inputs, ranks, read_test=read_test)
-            except StoppedError as error:
-                raise ranks.one_speaks(error) from None
+        with stop_signals():
+            config = leave_out_bad_shards(config, ranks)
+            inputs = check_all(config, ranks, verify=verify)
+            with held_folder(config, inputs, ranks, resume=resume):
+                say_where(config.folder, ranks)
+                try:
+                    return run(config, inputs, ranks, read_test=read_test)
+                except StoppedError as error:
+                    raise ranks.one_speaks(error) from None
 
 
 def check_all(config: RunConfig, ranks: Ranks, *, verify: bool) -> Inputs:
