@@ -68,7 +68,8 @@ class Watchdog:
         self._limit = max(seconds, START_SECONDS)
         self._place, self._beats = "the start", 0
         self._done = threading.Event()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
 
     def beat(self, place: str | None = None) -> None:
         """Note progress."""
@@ -79,6 +80,7 @@ class Watchdog:
     def stop(self) -> None:
         """Watch no longer."""
         self._done.set()
+        self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:

@@ -229,10 +229,8 @@ def test_a_node_that_goes_down_in_the_midst(slurm: Slurm, inputs: Path) -> None:
     config, path = written(inputs, "down", training__epochs=9999)
     job = slurm.train(path, LAUNCHER="deepspeed")
     slurm.wait("the run trains", lambda: num_lines(config) > 6)
-    down = ("scontrol", "update", "nodename=n2")
-    slurm.command(*down, "state=DOWN", "reason=test")
-    slurm.wait("it waits", lambda: slurm.state(job) == "PENDING")
-    slurm.command(*down, "state=RESUME")
+    slurm.command("scontrol", "update", "nodename=n2", "state=DOWN", "reason=test")
+    slurm.wait("it waits", lambda: slurm.state(job) == "PENDING")  # for the node to register again
     before = num_lines(config)
     slurm.wait(
         "it trains again",
