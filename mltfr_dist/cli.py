@@ -13,7 +13,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mltfr_dist import __version__
-from mltfr_dist.config import PrepareConfig, PrepareResources, RunConfig, TableConfig
+from mltfr_dist.config import (
+    PrepareConfig,
+    PrepareResources,
+    RunConfig,
+    TableConfig,
+    TrainingConfig,
+)
 from mltfr_dist.errors import ConfigError, DataError, MltfrError, fail, quiet_pipe
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.resolve import resolve_config
@@ -286,10 +292,16 @@ def command_sweep(options: argparse.Namespace) -> None:
 
 
 def command_evaluate(options: argparse.Namespace) -> None:
-    """A run's numbers again, from its best checkpoint."""
+    """A run's numbers again, from its best checkpoint; on any number of ranks, of which one prints."""
+    from mltfr_dist.distributed.launch import expected_rank
+    from mltfr_dist.distributed.ranks import lost_ranks_told, start_ranks
+    from mltfr_dist.distributed.watchdog import watched
     from mltfr_dist.training.inference import evaluate_run
 
-    print(json.dumps(evaluate_run(Path(options.run), options.split), indent=2))
+    with watched(expected_rank(), TrainingConfig().hang_seconds), lost_ranks_told():
+        ranks = start_ranks()
+        metrics = evaluate_run(Path(options.run), options.split, ranks)
+        ranks.say(json.dumps(metrics, indent=2))
 
 
 def command_recommend(options: argparse.Namespace) -> None:
@@ -525,13 +537,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     with quiet_pipe() as pipe:
         options = parse_intermixed(build_parser(), arguments)
+        if options.command in ("train", "evaluate"):
+            return _run_on_ranks(options)
         try:
             COMMANDS[options.command](options)
         except MltfrError as error:
             return fail(error)
-        finally:
-            if options.command in ("train", "evaluate"):
-                from mltfr_dist.distributed.ranks import stop_ranks
-
-                stop_ranks()
     return pipe.exit_code
+
+
+def _run_on_ranks(options: argparse.Namespace) -> int:
+    """A command that a launcher may start several times: one rank speaks, for all."""
+    from mltfr_dist.distributed.ranks import has_met, leave, say_why, stop_ranks
+
+    code = 0
+    try:
+        COMMANDS[options.command](options)
+    except MltfrError as error:
+        code = say_why(error)
+    finally:
+        stop_ranks()
+    if has_met():
+        leave(code)
+    return code

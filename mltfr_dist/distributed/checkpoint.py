@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mltfr_dist.distributed.engine import Engine
+from mltfr_dist.distributed.lock import check_held
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.sending import send_tensors, send_text
 from mltfr_dist.distributed.state import (
     begin_moments,
     restore_masters,
@@ -36,6 +39,8 @@ SCHEMA_VERSION = 2
 HEADER = "state.json"
 PARTIAL = ".partial-"
 MODEL, MOMENTS = "model.safetensors", "optimizer.safetensors"
+PASSED_OVER = "Start the run's command again: it passes over what is damaged."
+NOT_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 CHECKED_ELEMENTS = 1 << 24
 """Numbers looked at together, so that a check needs no memory of a tensor's size."""
 
@@ -127,9 +132,32 @@ def write(
     progress: Progress,
     goes_on: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write files of tensors with their header, atomically; ``goes_on`` is called again and again."""
+    """Write files of tensors with their header, atomically; ``goes_on`` is called again and again.
+
+    Raises:
+        CheckpointError: The disk does not take it, or another process has taken the run's folder over.
+    """
+    check_held()
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(folder, partial, tensors, progress, goes_on)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder} could not be written: {error}.",
+            rule="The checkpoints before it are as they were.",
+            remedy="Make room or check the disk, then start the same command again.",
+        ) from error
+
+
+def _write(
+    folder: Path,
+    partial: Path,
+    tensors: dict[str, dict[str, Tensor]],
+    progress: Progress,
+    goes_on: Callable[[], object],
+) -> None:
     partial.mkdir(parents=True)
     hashes = {}
     for name, state in tensors.items():
@@ -165,11 +193,10 @@ def read_header(folder: Path) -> Header:
     """
     try:
         content: Any = json.loads((folder / HEADER).read_text())
-    except (FileNotFoundError, ValueError) as error:
-        raise DamagedError(
-            f"{folder} is not a checkpoint: {error}.",
-            remedy="Name a run folder that `train.py` wrote, or train again.",
-        ) from None
+    except (*NOT_A_FILE, ValueError) as error:
+        raise DamagedError(f"{folder} is not a checkpoint: {error}.", remedy=PASSED_OVER) from None
+    except OSError as error:
+        raise unreadable(folder / HEADER, error) from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
         raise CheckpointError(
@@ -180,19 +207,42 @@ def read_header(folder: Path) -> Header:
         return Header.model_validate(content)
     except ValidationError as error:
         raise DamagedError(
-            f"The header of {folder} is damaged: {error}.", remedy="Delete this checkpoint folder."
+            f"The header of {folder} is damaged: {error}.", remedy=PASSED_OVER
         ) from None
 
 
-def read(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
-    """Tensors of one file of a checkpoint, its hash verified.
+def read(
+    folder: Path, name: str = MODEL, goes_on: Callable[[], object] = beat
+) -> dict[str, Tensor]:
+    """Tensors of one file of a checkpoint, its hash verified; ``goes_on`` is called again and again.
 
     Raises:
         DamagedError: The file is missing or its content is not what was written.
     """
-    verify(folder, name)
+    verify(folder, name, goes_on)
     tensors: dict[str, Tensor] = load_file(folder / name)
     return tensors
+
+
+def read_for_all(folder: Path, ranks: Ranks, name: str = MODEL) -> dict[str, Tensor]:
+    """:func:`read` on rank 0, which sends what it has read to the others. All ranks must call.
+
+    Raises:
+        DamagedError: The file is missing or its content is not what was written.
+    """
+    return send_tensors(ranks.main_works(lambda goes_on: read(folder, name, goes_on)), ranks)
+
+
+def progress_for_all(folder: Path, ranks: Ranks) -> Progress:
+    """Where the checkpoint ``folder`` stands, as rank 0 reads it. All ranks must call.
+
+    Raises:
+        DamagedError: The header is missing or unreadable.
+    """
+    header = ranks.main_works(lambda _: read_header(folder))
+    return Progress.model_validate_json(
+        send_text(header.progress.model_dump_json() if header else None, ranks)
+    )
 
 
 def verify(folder: Path, name: str, goes_on: Callable[[], object] = beat) -> None:
@@ -202,23 +252,35 @@ def verify(folder: Path, name: str, goes_on: Callable[[], object] = beat) -> Non
         DamagedError: The file is missing or its content is not what was written.
     """
     header, path = read_header(folder), folder / name
-    if (
-        name not in header.sha256
-        or not path.exists()
-        or file_sha256(path, goes_on) != header.sha256[name]
-    ):
+    try:
+        found = file_sha256(path, goes_on)
+    except NOT_A_FILE:
+        found = "no file"
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if found != header.sha256.get(name):
         raise DamagedError(
             f"{path} is missing or damaged.",
             rule="Its sha256 must equal the one in state.json.",
-            remedy="Delete this checkpoint folder; the run goes on from the one before it.",
+            remedy=PASSED_OVER,
         )
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """What is no damage: the file is there, and the system does not hand it out."""
+    return CheckpointError(
+        f"{path} cannot be read: {error.strerror}.",
+        rule="A checkpoint that cannot be read is not passed over: it may be whole.",
+        remedy="Check the disk and the permissions, then start the same command again.",
+    )
 
 
 def restore_optimizer(folder: Path, engine: Engine) -> None:
     """Bring a fresh engine, whose module was loaded from ``folder``, to the checkpoint's state. All ranks must call."""
-    restore_masters(engine, read(folder))
-    progress = read_header(folder).progress
-    restore_moments(engine, read(folder, MOMENTS), progress.step - progress.skipped_steps)
+    restore_masters(engine, read_for_all(folder, engine.ranks))
+    progress = progress_for_all(folder, engine.ranks)
+    moments = read_for_all(folder, engine.ranks, MOMENTS)
+    restore_moments(engine, moments, progress.step - progress.skipped_steps)
 
 
 def step_folder(folder: Path, progress: Progress) -> Path:
@@ -234,59 +296,3 @@ def best_folder(folder: Path, progress: Progress) -> Path:
 def validated_folder(folder: Path, stage: str, epoch: int) -> Path:
     """Place of the weights after so many epochs, kept for their validation. Each epoch has its own: none is overwritten."""
     return folder / f"{stage}-best{epoch:05d}"
-
-
-def latest(folder: Path, stage: str) -> Path | None:
-    """Newest checkpoint of a stage; None where there is none."""
-    complete = _complete(folder, f"{stage}-step")
-    return complete[-1] if complete else None
-
-
-def latest_intact(
-    folder: Path, stage: str, warn: Callable[[str], None], goes_on: Callable[[], object] = beat
-) -> Path | None:
-    """Newest checkpoint of a stage whose files are what was written.
-
-    Args:
-        folder: Of all checkpoints.
-        stage: "train" or "consensus".
-        warn: Told of those that are damaged.
-        goes_on: Called again and again.
-
-    Raises:
-        CheckpointError: One is of another schema version.
-    """
-    for path in reversed(_complete(folder, f"{stage}-step")):
-        try:
-            verify(path, MODEL, goes_on)
-            verify(path, MOMENTS, goes_on)
-        except DamagedError as error:
-            warn(f"  warning: skipping the checkpoint {path.name}: {error.what}")
-        else:
-            return path
-    return None
-
-
-def remove_interrupted(folder: Path, warn: Callable[[str], None]) -> None:
-    """Delete what a killed process was writing; ``warn`` is told."""
-    for partial in sorted(folder.glob(f"{PARTIAL}*")):
-        warn(
-            f"  warning: the save of {partial.name.removeprefix(PARTIAL)} was interrupted; what there is of it is deleted"
-        )
-        shutil.rmtree(partial)
-
-
-def prune(folder: Path, progress: Progress, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints of the stage, and weights that are among the best of none of them."""
-    steps = _complete(folder, f"{progress.stage}-step")
-    epochs = {epoch for path in steps[-keep_last:] for epoch, _ in read_header(path).progress.best}
-    best = {validated_folder(folder, progress.stage, epoch) for epoch in epochs}
-    for old in [
-        *steps[:-keep_last],
-        *(path for path in _complete(folder, f"{progress.stage}-best") if path not in best),
-    ]:
-        shutil.rmtree(old)
-
-
-def _complete(folder: Path, prefix: str) -> list[Path]:
-    return sorted(path for path in folder.glob(f"{prefix}[0-9]*") if (path / HEADER).exists())

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mltfr_dist.distributed import signals
+from mltfr_dist.distributed.processes import Seen, machine, own_process
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.watchdog import watch_with
+from mltfr_dist.errors import StoppedError
+
+T = TypeVar("T")
 
 LOSS, NORM = "loss", "gradient norm"
 
@@ -79,3 +85,40 @@ class Health:
         self.verdict = Verdict(nonfinite, stop=bool(found[-1]))
         if self.verdict.stop:
             signals.request_stop()
+
+
+def watch_neighbours(ranks: Ranks) -> None:
+    """Tell the watchdog which processes of this machine are the other ranks. All ranks must call."""
+    seen, here = own_process(), machine()
+    digest = int.from_bytes(hashlib.sha256(here.encode()).digest()[:7])
+    found = ranks.gather(torch.tensor([digest, seen.pid, seen.born])).tolist()
+    watch_with(
+        {
+            rank: Seen(pid, born)
+            for rank, (where, pid, born) in enumerate(found)
+            if here and where == digest and rank != ranks.rank
+        }
+    )
+
+
+class UntilStopped(Generic[T]):
+    """Batches of a long pass, which ends on all ranks before the same one once any rank is asked to stop."""
+
+    def __init__(self, batches: Iterable[T], ranks: Ranks, what: str) -> None:
+        """Args: batches: as many on every rank; what: the pass, in words."""
+        self.batches, self.ranks, self.what = batches, ranks, what
+
+    def __iter__(self) -> Iterator[T]:
+        """The batches.
+
+        Raises:
+            StoppedError: On every rank; :meth:`Ranks.one_speaks` is left to the caller, who may have something to save.
+        """
+        for batch in self.batches:
+            if self.ranks.max(torch.tensor([float(signals.stop_requested())])).item():
+                signals.request_stop()
+                raise StoppedError(
+                    f"A signal asked the run to stop; it did in the midst of {self.what}, which will begin anew.",
+                    remedy="Start the same command again and it goes on.",
+                )
+            yield batch

@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from mltfr_dist.distributed.launch import expected_rank, is_launched
+from mltfr_dist.distributed.processes import machine
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.errors import ConfigError, LostRankError, MltfrError, OtherRankError, fail
 
@@ -31,8 +32,9 @@ T = TypeVar("T")
 RENDEZVOUS_SECONDS = 300
 """How long the ranks wait for each other at the start."""
 
-GRACE_SECONDS = 60
-"""What a collective may take beyond ``hang_seconds``, so that the watchdog, with its stack traces, speaks first."""
+COLLECTIVE_TIMEOUT = timedelta(days=7)
+"""How long a collective may take. The watchdog ends a run that hangs much sooner, and it knows stopped from stuck, which a
+collective's own clock does not."""
 
 SPEAK_SECONDS = 30.0
 """How long a rank that ends leaves rank 0 to say why."""
@@ -156,7 +158,7 @@ class Ranks:
         )
         if first == self.world_size:
             return
-        message = self._texts(f"{socket.gethostname()}: {type(error).__name__}: {error}")[first]
+        message = self.texts(f"{socket.gethostname()}: {type(error).__name__}: {error}")[first]
         if not self.is_main:
             raise self.one_speaks(MltfrError(message, remedy=""))
         raise error or MltfrError(f"Rank {first} on {message}", remedy="")
@@ -184,7 +186,7 @@ class Ranks:
         differs = (differs != differs[0]).cpu()  # [W, values]
         if not differs.any():
             return
-        hosts = self._texts(socket.gethostname())
+        hosts = self.texts(socket.gethostname())
         names = [
             name
             for name, differing in zip(values, differs.any(0).tolist(), strict=True)
@@ -202,9 +204,9 @@ class Ranks:
 
     def from_main(self, text: str) -> str:
         """Rank 0's text, on every rank."""
-        return self._texts(text)[0]
+        return self.texts(text)[0]
 
-    def _texts(self, text: str) -> list[str]:
+    def texts(self, text: str) -> list[str]:
         """Each rank's text, on every rank; cut at :data:`MESSAGE_BYTES`."""
         encoded = text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
         rows = self.gather(torch.tensor(list(encoded), dtype=torch.uint8)).tolist()
@@ -218,14 +220,13 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 """One process on the CPU, without a process group."""
 
 
-def start_ranks(threads: int | None = None, hang_seconds: float = 1800.0) -> Ranks:
+def start_ranks(threads: int | None = None) -> Ranks:
     """Join the ranks that a launcher (deepspeed, torchrun, srun) started, or be the only one.
 
     A process group that is there already is taken as it is: Ray Train forms it, and so does an earlier run of this process.
 
     Args:
         threads: CPU threads of this process; None divides the cores among the node's ranks.
-        hang_seconds: A collective that takes much longer fails.
 
     Raises:
         ConfigError: The launcher's environment is incomplete or contradicts itself, or the ranks cannot meet.
@@ -233,25 +234,49 @@ def start_ranks(threads: int | None = None, hang_seconds: float = 1800.0) -> Ran
     on_gpu = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     if not dist.is_initialized():
-        _init_process_group("nccl" if on_gpu else "gloo", hang_seconds, launched=is_launched())
+        _init_process_group("nccl" if on_gpu else "gloo", launched=is_launched())
     _init_deepspeed()
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    local_size = int(
-        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    )
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     if on_gpu:
         return Ranks(rank, world_size, torch.device("cuda", torch.cuda.current_device()))
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-    return Ranks(rank, world_size, torch.device("cpu"))
+    ranks = Ranks(rank, world_size, torch.device("cpu"))
+    torch.set_num_threads(threads or _share_of_cores(ranks))
+    return ranks
 
 
-def _init_process_group(backend: str, hang_seconds: float, *, launched: bool) -> None:
+def _share_of_cores(ranks: Ranks) -> int:
+    """Cores that this process may use, divided among the ranks that may use the same ones: launchers may have bound each."""
+    cores = sorted(os.sched_getaffinity(0))
+    digest = hashlib.sha256(f"{machine() or socket.gethostname()} {cores}".encode()).digest()
+    shown = ranks.gather(torch.tensor([int.from_bytes(digest[:7])]))
+    return max(1, len(cores) // int((shown == shown[ranks.rank]).sum()))
+
+
+def _take_gpu(local_rank: int) -> None:
+    """Make GPU ``local_rank`` this process's own.
+
+    Raises:
+        ConfigError: It does not see so many.
+    """
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"Rank {local_rank} of {socket.gethostname()} sees {count} GPU(s).",
+            rule="Rank i of a node takes its GPU i, so each must see all of them.",
+            remedy="Start one rank a GPU; on Slurm give --gpus-per-node, or with --gpus-per-task also "
+            "--gpu-bind=none (`srun_more` of slurm/env.sh).",
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def _init_process_group(backend: str, *, launched: bool) -> None:
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     if launched:
-        _meet(backend, timedelta(seconds=hang_seconds + GRACE_SECONDS))
+        _meet(backend)
     else:
         dist.init_process_group(
             backend, store=HashStore(), rank=0, world_size=1
@@ -273,7 +298,7 @@ def _init_deepspeed() -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
-def _meet(backend: str, timeout: timedelta) -> None:
+def _meet(backend: str) -> None:
     """Find the other ranks at MASTER_ADDR:MASTER_PORT and form the process group.
 
     Raises:
@@ -286,7 +311,7 @@ def _meet(backend: str, timeout: timedelta) -> None:
         )
         _meeting.append(store)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+            backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
         )
     except (dist.DistError, ValueError) as error:
         taken = "EADDRINUSE" in str(error)
@@ -313,7 +338,7 @@ def lost_ranks_told() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise LostRankError(
-            f"Rank {dist.get_rank()} on {socket.gethostname()} has lost another rank: {str(error).splitlines()[0]}.",
+            f"Rank {expected_rank()} on {socket.gethostname()} has lost another rank: {str(error).splitlines()[0]}.",
             rule="No rank can go on without all others.",
             remedy="The other ranks' logs say which failed first; start the same command again and the run goes on from its "
             "last checkpoint.",
@@ -359,6 +384,11 @@ def say_why(error: MltfrError) -> int:
                 store.wait([SPOKEN], timedelta(seconds=SPEAK_SECONDS))
                 store.set(f"{SPOKEN}/{rank}", "")
     return code
+
+
+def has_met() -> bool:
+    """Whether this process has met others that a launcher started."""
+    return bool(_meeting)
 
 
 def leave(code: int = 0) -> NoReturn:

@@ -1,7 +1,9 @@
 """A hang becomes a stack trace of every rank and an exit.
 
 A rank that waits in a collective for one that is dead, stuck or cut off waits for ever, and so do all others. Each rank
-watches itself: progress is every collective that it leaves and every batch that it evaluates.
+watches itself: progress is every collective that it leaves and every batch that it evaluates. Only time in which this rank
+ran counts: not that in which it was stopped (SIGSTOP, a scheduler that suspends jobs, a paused container, a laptop asleep),
+nor that in which another rank of the same machine was.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from mltfr_dist.distributed.processes import STOPPED, Seen
 from mltfr_dist.errors import EXIT_LOST
 
 LINGER_SECONDS = 3.0
@@ -22,6 +25,10 @@ LINGER_SECONDS = 3.0
 
 START_SECONDS = 900.0
 """Least time before the first step, in which libraries are imported from slow disks, and kernels compiled."""
+
+SPEECHLESS_SECONDS = 43200.0
+"""After so long a process ends whose C code hangs and holds Python's lock, so that no thread can watch. That clock cannot
+tell stopped from stuck, so it is a long one; where there are other ranks, theirs end the run first."""
 
 STDERR = 2
 
@@ -46,34 +53,68 @@ def watched(rank: int, seconds: float) -> Iterator[None]:
         _current = None
 
 
+def watch_with(neighbours: Mapping[int, Seen]) -> None:
+    """Tell the watchdog, where there is one, the other ranks of this machine: while one is stopped, no time counts."""
+    if _current is not None:
+        _current.neighbours = dict(neighbours)
+
+
 class Watchdog:
     """Watches one rank from a thread of its own."""
 
     def __init__(self, rank: int, seconds: float) -> None:
         self.rank, self.seconds = rank, seconds
+        self.neighbours: dict[int, Seen] = {}
         self._limit = max(seconds, START_SECONDS)
-        self._place, self._last = "the start", time.monotonic()
+        self._place, self._beats = "the start", 0
         self._done = threading.Event()
-        self.beat()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
 
     def beat(self, place: str | None = None) -> None:
         """Note progress."""
         if place is not None:
             self._place, self._limit = place, self.seconds
-        self._last = time.monotonic()
-        # The thread cannot speak where C code hangs and holds Python's lock; this timer needs no lock.
-        faulthandler.dump_traceback_later(self._limit + 2 * LINGER_SECONDS, exit=True, file=STDERR)
+        self._beats += 1
 
     def stop(self) -> None:
         """Watch no longer."""
         self._done.set()
+        self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._done.wait(min(1.0, self.seconds / 4)):
-            if time.monotonic() - self._last > self._limit:
+        every = min(1.0, self.seconds / 4)
+        silent, beats, before = 0.0, self._beats, time.monotonic()
+        told: int | None = None
+        while not self._done.wait(every):
+            faulthandler.dump_traceback_later(
+                max(SPEECHLESS_SECONDS, 2 * self._limit), exit=True, file=STDERR
+            )
+            now = time.monotonic()
+            ran, before = min(now - before, 2 * every), now  # it was stopped where more has passed
+            stopped = self._stopped_neighbour()
+            if stopped is not None and stopped != told:
+                self._tell(stopped)
+            told = stopped
+            if beats != self._beats:
+                silent, beats = 0.0, self._beats
+            elif stopped is None:
+                silent += ran
+            if silent > self._limit:
                 self._exit()
+
+    def _stopped_neighbour(self) -> int | None:
+        return next((r for r, seen in self.neighbours.items() if seen.state in STOPPED), None)
+
+    def _tell(self, rank: int) -> None:
+        pid = self.neighbours[rank].pid
+        print(
+            f"Rank {self.rank} waits for rank {rank}, process {pid} of the same machine, which is stopped; `kill -CONT {pid}` "
+            "lets it go on.",
+            file=sys.__stderr__,
+            flush=True,
+        )
 
     def _exit(self) -> None:
         print(

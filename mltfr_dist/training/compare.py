@@ -5,13 +5,22 @@ from __future__ import annotations
 import time
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.manifest import Manifest
+from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.training import baselines
 from mltfr_dist.training.evaluate import ALL, Scorer, evaluate, evaluate_slices
 from mltfr_dist.training.inputs import ranking_stream
 from mltfr_dist.training.run_folder import Result
 from mltfr_dist.training.slices import training_slices
+
+
+def ranked(config: RunConfig, split: str, ranks: Ranks, by: str = "") -> UntilStopped[RankingBatch]:
+    """This rank's users of a split, until a rank is asked to stop; ``by`` names the model where it is a baseline."""
+    doing = f"ranking the {split} split" + (f" by {by}" if by else "")
+    return UntilStopped(ranking_stream(config, split, ranks), ranks, doing)
+
 
 BASELINES = ("popularity", "item_knn")
 
@@ -24,8 +33,8 @@ def baseline_result(
     train = baselines.training_sequences(config.data.path, manifest)
     scorer: Scorer = getattr(baselines, name)(train, manifest.num_items)
     seconds = time.monotonic() - started
-    valid = evaluate(scorer, ranking_stream(config, "valid", ranks), config.evaluation, ranks)
-    by_slice = test_metrics(scorer, config, manifest, ranks) if read_test else {}
+    valid = evaluate(scorer, ranked(config, "valid", ranks, name), config.evaluation, ranks)
+    by_slice = metrics_by_slice(scorer, config, manifest, ranks, name) if read_test else {}
     return Result(
         name=name,
         valid=valid,
@@ -36,10 +45,10 @@ def baseline_result(
     )
 
 
-def test_metrics(
-    score: Scorer, config: RunConfig, manifest: Manifest, ranks: Ranks
+def metrics_by_slice(
+    score: Scorer, config: RunConfig, manifest: Manifest, ranks: Ranks, by: str = ""
 ) -> dict[str, dict[str, float]]:
     """Metrics of the test split, of all its users and by slice."""
     slices = training_slices(config, manifest)
-    stream = ranking_stream(config, "test", ranks)
+    stream = ranked(config, "test", ranks, by)
     return evaluate_slices(score, stream, config.evaluation, ranks, slices.NAMES, slices.members)

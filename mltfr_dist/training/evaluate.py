@@ -5,14 +5,13 @@ Every item is a candidate, except (``filter_seen``) those of the user's own full
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from mltfr_dist.config import EvaluationConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
-from mltfr_dist.data.stream import RankingStream
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.metrics import metric_sums, target_ranks
@@ -25,7 +24,7 @@ Scorer = Callable[[RankingBatch], Tensor]
 
 
 def evaluate(
-    score: Scorer, stream: RankingStream, config: EvaluationConfig, ranks: Ranks
+    score: Scorer, stream: Iterable[RankingBatch], config: EvaluationConfig, ranks: Ranks
 ) -> dict[str, float]:
     """Rank every user's target among all candidates.
 
@@ -44,7 +43,7 @@ def evaluate(
 @torch.no_grad()
 def evaluate_slices(
     score: Scorer,
-    stream: RankingStream,
+    stream: Iterable[RankingBatch],
     config: EvaluationConfig,
     ranks: Ranks,
     slice_names: Sequence[str],

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import torch
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.manifest import verify_folder
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.engine import deepspeed_config, make_part, versions
+from mltfr_dist.distributed.health import watch_neighbours
+from mltfr_dist.distributed.launch import expected_rank
+from mltfr_dist.distributed.lock import Lock, acquire
 from mltfr_dist.distributed.placement import check_placement
 from mltfr_dist.distributed.ranks import Ranks, lost_ranks_told, start_ranks
 from mltfr_dist.distributed.signals import stop_signals
 from mltfr_dist.distributed.watchdog import watched
-from mltfr_dist.errors import DamagedError
+from mltfr_dist.errors import ConfigError, DamagedError, StoppedError
 from mltfr_dist.files import file_sha256, with_packaged
 from mltfr_dist.training import report
 from mltfr_dist.training.compare import baseline_result
@@ -25,7 +32,14 @@ from mltfr_dist.training.inputs import (
     record_inputs,
     train_stream,
 )
-from mltfr_dist.training.run_folder import CHECKPOINTS, Result, claim, leaf_values
+from mltfr_dist.training.run_folder import (
+    CHECKPOINTS,
+    Result,
+    check_claim,
+    claim,
+    has_run,
+    leaf_values,
+)
 from mltfr_dist.training.stages import fit_model
 
 
@@ -50,15 +64,22 @@ def fit(
     Raises:
         MltfrError: Bad input, or the run was asked to stop, or lost a rank.
     """
-    ranks = start_ranks(config.training.threads, config.training.hang_seconds)
-    with watched(ranks.rank, config.training.hang_seconds), stop_signals(), lost_ranks_told():
-        config = leave_out_bad_shards(config, ranks)
-        inputs = check_all(config, ranks, resume=resume, verify=verify)
-        return run(config, inputs, ranks, read_test=read_test)
+    with watched(expected_rank(), config.training.hang_seconds), lost_ranks_told():
+        ranks = start_ranks(config.training.threads)
+        watch_neighbours(ranks)
+        with stop_signals():
+            config = leave_out_bad_shards(config, ranks)
+            inputs = check_all(config, ranks, verify=verify)
+            with held_folder(config, inputs, ranks, resume=resume):
+                say_where(config.folder, ranks)
+                try:
+                    return run(config, inputs, ranks, read_test=read_test)
+                except StoppedError as error:
+                    raise ranks.one_speaks(error) from None
 
 
-def check_all(config: RunConfig, ranks: Ranks, *, resume: bool, verify: bool) -> Inputs:
-    """Check what can be checked before any work, the ranks against each other too, and make the run's folder.
+def check_all(config: RunConfig, ranks: Ranks, *, verify: bool) -> Inputs:
+    """Check what can be checked before any work, the ranks against each other too.
 
     Raises:
         MltfrError: Bad input; nothing was written.
@@ -76,12 +97,6 @@ def check_all(config: RunConfig, ranks: Ranks, *, resume: bool, verify: bool) ->
             verify_folder(config.data.path, left_out=config.data.left_out)
         return inputs
 
-    def take() -> None:
-        if ranks.is_main:
-            claim(config.folder, config, resume=resume)
-            record_inputs(config.folder, inputs)
-            check_checkpoints(config.folder)
-
     inputs = ranks.jointly(check)
     files = {f"`{name}`": digest for name, digest in inputs.hashes.items()} | {
         f"{config.deepspeed}": file_sha256(with_packaged(config.deepspeed))
@@ -91,8 +106,72 @@ def check_all(config: RunConfig, ranks: Ranks, *, resume: bool, verify: bool) ->
         rule="Every node reads the same data, token tables and DeepSpeed file.",
         remedy="Copy them anew there.",
     )
-    ranks.jointly(take)
     return inputs
+
+
+@contextmanager
+def held_folder(config: RunConfig, inputs: Inputs, ranks: Ranks, *, resume: bool) -> Iterator[None]:
+    """Make the run's folder, or take it up again, and hold it alone until the end. All ranks must call.
+
+    Raises:
+        MltfrError: It holds something else, or another process holds it, or it lies on another node.
+    """
+    check_place(config.folder, ranks)
+
+    def take(goes_on: Callable[[], object]) -> Lock:
+        check_claim(config.folder, config, resume=resume)
+        lock = acquire(config.folder, ranks.say, goes_on)
+        try:
+            check_checkpoints(config.folder)
+            if has_run(config.folder):
+                record_inputs(config.folder, inputs)  # compares, before anything is changed
+            for changed in claim(config.folder, config, resume=resume):
+                ranks.say(f"  another setting than before, which changes no number: {changed}")
+            record_inputs(config.folder, inputs)
+        except BaseException:
+            lock.release()
+            raise
+        return lock
+
+    lock = ranks.main_works(take)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def check_place(folder: Path, ranks: Ranks) -> None:
+    """Refuse a run that lies on another rank's node alone, where rank 0 would begin it anew. All ranks must call.
+
+    Raises:
+        ConfigError: Another rank sees it, and rank 0 does not.
+    """
+    sees = ranks.gather(torch.tensor([float(has_run(folder))]))[:, 0].tolist()
+    host = ranks.texts(socket.gethostname())
+    if not sees[0] and any(sees):
+        there = sees.index(1.0)
+        raise ranks.one_speaks(
+            ConfigError(
+                f"Rank {there} on {host[there]} sees a run at {folder}, and rank 0 on {host[0]} sees none.",
+                rule="Rank 0 alone writes a run's folder. Where `runs_dir` is each node's own disk, a run goes on only "
+                "with its rank 0 on the node where it lies.",
+                remedy=f"Start with {host[there]} as the first node, copy the folder to {host[0]}, set `runs_dir` to "
+                "a folder that every node sees, or give this run another `name`.",
+            )
+        )
+
+
+def say_where(folder: Path, ranks: Ranks) -> None:
+    """Tell where the run lies if not every rank sees it. All ranks must call."""
+    sees = ranks.gather(torch.tensor([float(has_run(folder))]))[:, 0].tolist()
+    hosts = ranks.texts(socket.gethostname())
+    blind = [f"rank {rank} ({hosts[rank]})" for rank, seen in enumerate(sees) if not seen]
+    if blind:
+        ranks.say(
+            f"  {folder} lies on {hosts[0]}, and {', '.join(blind)} did not see it there: if it is that node's own disk, the "
+            f"run can only go on with its rank 0 on {hosts[0]}"
+        )
 
 
 def same_everywhere(config: RunConfig, ranks: Ranks) -> None:
@@ -143,14 +222,9 @@ def compare(
 ) -> Result:
     """A baseline's outcome."""
     if name == "backbone":
-        bare = bare_config(config)
-        if ranks.is_main:
-            claim(bare.folder, bare, resume=True)
-            record_inputs(bare.folder, Inputs(inputs.manifest, (), inputs.hashes))
-        ranks.barrier()
-        return fit_model(
-            bare, Inputs(inputs.manifest, (), inputs.hashes), ranks, read_test=read_test
-        )
+        bare, own = bare_config(config), Inputs(inputs.manifest, (), inputs.hashes)
+        with held_folder(bare, own, ranks, resume=True):
+            return fit_model(bare, own, ranks, read_test=read_test)
     return baseline_result(name, config, inputs.manifest, ranks, read_test=read_test)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import Ranks, start_ranks
-from mltfr_dist.errors import CheckpointError, DataError
+from mltfr_dist.distributed.sending import send_text
+from mltfr_dist.errors import CheckpointError, DamagedError, DataError
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.schema import nearest_key
 from mltfr_dist.training.evaluate import evaluate, mask_seen
@@ -24,8 +26,18 @@ from mltfr_dist.training.inputs import (
     ranking_stream,
 )
 from mltfr_dist.training.items import ItemMap
-from mltfr_dist.training.run_folder import CHECKPOINTS, load_config, load_result
+from mltfr_dist.training.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    RESULT,
+    Result,
+    load_config,
+    load_result,
+)
 from mltfr_dist.training.tracking import STAGES
+
+ECHOED_ITEMS = 10
+"""Items of a history, or unknown ids, that a text names."""
 
 
 @dataclass(frozen=True)
@@ -46,31 +58,60 @@ def load_run(folder: Path, ranks: Ranks | None = None) -> LoadedRun:
         CheckpointError: No run, an unfinished one, or inputs that changed since.
         DataError: Its data or tables are missing or damaged.
     """
-    config = load_config(folder)
-    result = load_result(folder)
-    if result is None:
-        raise CheckpointError(
-            f"The run {folder} is not finished.",
-            remedy=f"Go on with it: `python train.py --config {folder}/config.yaml`.",
-        )
-    inputs = load_inputs(config)
-    check_recorded(folder, inputs)
     ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    place = folder / CHECKPOINTS / result.checkpoint
-    model = load_model(
-        config,
-        inputs,
-        place,
-        ranks,
-        with_consensus=result.stage == STAGES[1],
-        step=result.step,
+    found = ranks.main_works(lambda _: finished(folder))
+    texts = send_text(json.dumps([part.model_dump_json() for part in found or ()]), ranks)
+    config_text, result_text = json.loads(texts)
+    config, result = (
+        RunConfig.model_validate_json(config_text),
+        Result.model_validate_json(result_text),
     )
+    inputs = ranks.jointly(lambda: load_inputs(config))
+    ranks.main_works(lambda _: check_recorded(folder, inputs))
+    place, stage = folder / CHECKPOINTS / result.checkpoint, result.stage
+    try:
+        model = load_model(
+            config, inputs, place, ranks, with_consensus=stage == STAGES[1], step=result.step
+        )
+    except DamagedError as error:
+        raise CheckpointError(
+            f"The checkpoint that the run {folder} chose cannot be used: {error.what}",
+            rule=error.rule,
+            remedy=f"Restore it from a copy; or delete {folder / RESULT} and start the run again, "
+            f"{command(folder)}: it then chooses the best of the checkpoints that are left, and "
+            "says which.",
+        ) from None
     return LoadedRun(config, inputs, model, ItemMap.load(config), ranks.device)
 
 
-def evaluate_run(folder: Path, split: str) -> dict[str, float]:
-    """The metrics of a run's chosen model on a split, as the run reported them."""
-    ranks: Ranks = start_ranks()
+def command(folder: Path) -> str:
+    """What goes on with a run."""
+    return f"`python train.py --config {folder / CONFIG}`"
+
+
+def finished(folder: Path) -> tuple[RunConfig, Result]:
+    """The configuration and the outcome of a finished run.
+
+    Raises:
+        CheckpointError: No run, or an unfinished one.
+    """
+    config, result = load_config(folder), load_result(folder)
+    if result is None:
+        raise CheckpointError(
+            f"The run {folder} is not finished.", remedy=f"Go on with it: {command(folder)}."
+        )
+    return config, result
+
+
+def evaluate_run(folder: Path, split: str, ranks: Ranks | None = None) -> dict[str, float]:
+    """The metrics of a run's chosen model on a split, as the run reported them; on several ranks all must call.
+
+    Args:
+        folder: Of the run.
+        split: "valid" or "test".
+        ranks: All processes; None: those that a launcher started, or this one alone.
+    """
+    ranks = ranks or start_ranks()
     run = load_run(folder, ranks)
     return evaluate(
         run.model, ranking_stream(run.config, split, ranks), run.config.evaluation, ranks
@@ -133,7 +174,9 @@ def encode_history(run: LoadedRun, history: Sequence[str]) -> list[int]:
     if unknown:
         near = nearest_key(unknown[0], list(numbers))
         raise DataError(
-            f"Unknown item id{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}"
+            f"Unknown item id{'s' if len(unknown) > 1 else ''} "
+            + ", ".join(unknown[:ECHOED_ITEMS])
+            + (f" and {len(unknown) - ECHOED_ITEMS} more" * (len(unknown) > ECHOED_ITEMS))
             + (f"; the nearest is {near}." if near else "."),
             rule=f"Ids are those of the raw data that preparation kept ({run.config.data.path}/items.parquet lists them).",
             remedy="Leave them out or correct them.",
@@ -146,15 +189,32 @@ def recommendation_text(
 ) -> str:
     """What `mltfr recommend` prints."""
     found = recommend(run, history, k=k, keep_seen=keep_seen)
-    names = [run.items.name(i) for i in encode_history(run, history)]
-    lines = [f"After: {' -> '.join(names)}", "", f"{'rank':>4}  {'score':>8}  {'item':<10}  title"]
+    lines = [history_line(run, encode_history(run, history)), ""]
+    if found:
+        lines.append(f"{'rank':>4}  {'score':>8}  {'item':<10}  title")
     for rank, item in enumerate(found, 1):
         lines.append(
             f"{rank:>4}  {item.score:>8.4f}  {item.item_id:<10}  {item.title or ''}".rstrip()
         )
+    if len(found) < k:
+        left = f"These {len(found)} are" if len(found) > 1 else "This one is"
+        lines += [""] * bool(found) + [
+            f"{left if found else 'Nothing is'} left: all other items are in the history. "
+            "`--keep-seen` lets them be recommended again."
+        ]
     if explain:
         lines += ["", *explanation_lines(run, history)]
     return "\n".join(lines)
+
+
+def history_line(run: LoadedRun, item_ids: Sequence[int]) -> str:
+    """The history by its items' names; of a long one the end, which weighs most."""
+    names = [run.items.name(item) for item in item_ids[-ECHOED_ITEMS:]]
+    end = " -> ".join(names)
+    if len(item_ids) <= ECHOED_ITEMS:
+        return f"After: {end}"
+    read = min(len(item_ids), run.config.data.max_len)
+    return f"After {len(item_ids)} items, of which the model reads the last {read}: ... -> {end}"
 
 
 def explanation_lines(run: LoadedRun, history: Sequence[str]) -> list[str]:

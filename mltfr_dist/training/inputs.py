@@ -315,7 +315,7 @@ def load_model(
     with_consensus: bool,
     step: int,
 ) -> Recommender:
-    """The model of a checkpoint, in fp32, ready to be evaluated.
+    """The model of a checkpoint, in fp32, ready to be evaluated; rank 0 reads it, and all ranks must call.
 
     Args:
         config: The run.
@@ -329,7 +329,7 @@ def load_model(
         CheckpointError: The checkpoint is damaged or does not fit the configuration.
     """
     model = build_model(config, inputs, ranks, with_consensus=with_consensus)
-    state = checkpoint.read(folder)
+    state = checkpoint.read_for_all(folder, ranks)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,17 +12,11 @@ import torch
 from torch import Tensor
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.data.batch import PADDING_IDX, SequenceBatch
-from mltfr_dist.data.stream import RankingStream, StepBatches, TrainStream
-from mltfr_dist.distributed.checkpoint import (
-    Progress,
-    latest,
-    prune,
-    save,
-    step_folder,
-    validated_folder,
-)
+from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
+from mltfr_dist.data.stream import StepBatches, TrainStream
+from mltfr_dist.distributed.checkpoint import Progress, save, step_folder, validated_folder
 from mltfr_dist.distributed.engine import Engine, peak_memory_bytes
+from mltfr_dist.distributed.kept import latest, prune
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.state import whole_parameter
 from mltfr_dist.distributed.watchdog import beat
@@ -60,7 +55,7 @@ class Stage:
     ranks: Ranks
     engine: Engine
     stream: TrainStream
-    valid: RankingStream
+    valid: Iterable[RankingBatch]
     tracker: Tracker
     table_names: tuple[str, ...]
 
@@ -80,9 +75,20 @@ def train_stage(stage: Stage, progress: Progress) -> Progress:
             progress.epoch % stage.config.evaluation.every_epochs == 0
             or progress.epoch == stage.epochs
         ):
-            progress = validate(stage, progress)
+            try:
+                progress = validate(stage, progress)
+            except StoppedError:
+                save_checkpoint(stage, before_validation(stage, progress))
+                raise
         save_checkpoint(stage, progress)
     return progress
+
+
+def before_validation(stage: Stage, progress: Progress) -> Progress:
+    """Where an epoch is over that is not yet validated: going on from there, nothing is trained before it is."""
+    return progress.model_copy(
+        update={"epoch": progress.epoch - 1, "step_in_epoch": stage.stream.steps_per_epoch}
+    )
 
 
 def is_finished(config: RunConfig, progress: Progress, epochs: int) -> bool:
@@ -343,5 +349,5 @@ def save_checkpoint(stage: Stage, progress: Progress) -> None:
     if progress.skipped_in_a_row:
         return
     save(step_folder(stage.checkpoints, progress), stage.engine, progress)
-    if stage.ranks.is_main:
-        prune(stage.checkpoints, progress, stage.config.checkpoint.keep_last)
+    keep_last = stage.config.checkpoint.keep_last
+    stage.ranks.main_works(lambda _: prune(stage.checkpoints, progress, keep_last))

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.config.io import dump_yaml, load_yaml
+from mltfr_dist.distributed.lock import LOCK
 from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import Section, validate
@@ -110,21 +111,53 @@ def load_result(folder: Path) -> Result | None:
         ) from None
 
 
-def claim(folder: Path, config: RunConfig, *, resume: bool) -> None:
-    """Make ``folder`` this run's own.
+def has_run(folder: Path) -> bool:
+    """Whether a run lies there. Opened, not looked up: a network client remembers what it looked up before."""
+    try:
+        with (folder / CONFIG).open("rb"):
+            return True
+    except OSError:
+        return False
+
+
+CHANGEABLE = (
+    "name",
+    "runs_dir",
+    "deepspeed",
+    "mltfr.placement",
+    "data.num_workers",
+    "data.read_attempts",
+    "data.read_timeout",
+    "training.threads",
+    "training.hang_seconds",
+    "training.log_every_steps",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "checkpoint.keep_best",
+)
+"""Fields that may differ when a run goes on, for they change no number: where it lies, how the work is divided and placed,
+how long is waited, what is recorded and saved."""
+
+
+def check_claim(folder: Path, config: RunConfig, *, resume: bool) -> list[str]:
+    """Whether ``folder`` can be this run's own; nothing is changed.
+
+    Returns:
+        What is another setting than before, and may be.
 
     Raises:
-        ConfigError: It holds another run, or this one and ``resume`` is off. Nothing is changed.
+        ConfigError: It holds another run, or this one and ``resume`` is off.
     """
-    path = folder / CONFIG
-    if path.exists():
+    if (folder / CONFIG).exists():
         differences = differing_fields(
             load_config(folder).model_dump(mode="json"), config.model_dump(mode="json")
         )
-        if differences:
+        refused = [text for text in differences if _key(text) not in CHANGEABLE]
+        if refused:
             raise ConfigError(
-                f"{folder} already holds a different run: {'; '.join(differences)}.",
-                rule="A run's folder belongs to one configuration.",
+                f"{folder} already holds a different run: {'; '.join(refused)}.",
+                rule="A run goes on with the configuration that it began with; only what changes no number may "
+                f"differ: {', '.join(CHANGEABLE)}.",
                 remedy="Give this run another `name`, or delete the folder.",
             )
         if not resume:
@@ -132,15 +165,36 @@ def claim(folder: Path, config: RunConfig, *, resume: bool) -> None:
                 f"{folder} already holds this run.",
                 remedy="Use `--resume auto` to go on with it, another `name`, or delete it.",
             )
-        return
+        return [text for text in differences if _key(text) not in ("name", "runs_dir")]
     if folder.is_file() or (
-        folder.exists() and any(not p.name.startswith(".partial-") for p in folder.iterdir())
+        folder.exists()
+        and any(not p.name.startswith(".partial-") and p.name != LOCK for p in folder.iterdir())
     ):
         raise ConfigError(
             f"{folder} exists and is not a run.", remedy="Give this run another `name`."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, dump_config(config))
+    return []
+
+
+def claim(folder: Path, config: RunConfig, *, resume: bool) -> list[str]:
+    """Make ``folder`` this run's own, with the settings that it now has.
+
+    Returns:
+        See :func:`check_claim`.
+
+    Raises:
+        ConfigError: See :func:`check_claim`. Nothing is changed.
+    """
+    changed = check_claim(folder, config, resume=resume)
+    text = dump_config(config)
+    if not (folder / CONFIG).exists() or (folder / CONFIG).read_text() != text:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG, text)
+    return changed
+
+
+def _key(difference: str) -> str:
+    return difference.partition(" ")[0]
 
 
 def leaf_values(config: RunConfig) -> dict[str, Any]:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 
 import torch
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed import checkpoint
+from mltfr_dist.distributed import checkpoint, kept
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine, make_part, peak_memory_bytes
 from mltfr_dist.distributed.fisher import batch_mean_squares, fisher_diagonals
+from mltfr_dist.distributed.health import UntilStopped
+from mltfr_dist.distributed.kept import Choice
+from mltfr_dist.distributed.lock import check_held
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.sending import send_text
+from mltfr_dist.errors import DamagedError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.models.consensus import State, merge
-from mltfr_dist.training.compare import test_metrics
+from mltfr_dist.training.compare import metrics_by_slice, ranked
 from mltfr_dist.training.evaluate import ALL, evaluate
 from mltfr_dist.training.explain import kept_token_texts
 from mltfr_dist.training.inputs import (
@@ -25,7 +32,6 @@ from mltfr_dist.training.inputs import (
     build_model,
     consensus_tables,
     load_model,
-    ranking_stream,
     train_stream,
 )
 from mltfr_dist.training.loop import Stage, is_finished, train_stage
@@ -34,13 +40,13 @@ from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, load_res
 from mltfr_dist.training.tracking import STAGES, Tracker
 
 TRAIN, CONSENSUS = STAGES
-CORE, FISHER = "core.safetensors", "fisher.safetensors"
+FISHER_FOLDER, CORE, FISHER = "fisher", "core.safetensors", "fisher.safetensors"
 
 
 def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: bool) -> Result:
     """Train one model through its stages, choose by validation, read the test split once, if at all."""
     name = f"{config.backbone.name} + MLTFR" if config.mltfr.enabled else config.backbone.name
-    finished = load_result(config.folder)
+    finished = result_for_all(config.folder, ranks)
     if finished and (finished.test or not read_test):
         ranks.say(f"{name}: finished before, see {config.folder}")
         return finished
@@ -53,19 +59,21 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
             f"{name}, with the consensus expert: up to {config.training.consensus_epochs} epochs"
         )
         outcomes[CONSENSUS] = run_stage(CONSENSUS, config, inputs, ranks, outcomes[TRAIN], merged)
-    stage, progress = max(
-        outcomes.items(), key=lambda pair: (pair[1].best_value, pair[0] == CONSENSUS)
+    best = best_for_all(folder, outcomes, ranks)
+    before = outcomes[TRAIN].step if best.stage == CONSENSUS else 0
+    step = before + steps_behind(folder / best.name, ranks)
+    model = load_model(
+        config,
+        inputs,
+        folder / best.name,
+        ranks,
+        with_consensus=best.stage == CONSENSUS,
+        step=step,
     )
-    best = checkpoint.best_folder(folder, progress)
-    before = outcomes[TRAIN].step if stage == CONSENSUS else 0
-    step = before + ranks.jointly(lambda: checkpoint.read_header(best).progress.step)
-    model = load_model(config, inputs, best, ranks, with_consensus=stage == CONSENSUS, step=step)
-    valid = evaluate(model, ranking_stream(config, "valid", ranks), config.evaluation, ranks)
-    test_slices = test_metrics(model, config, inputs.manifest, ranks) if read_test else {}
+    valid = evaluate(model, ranked(config, "valid", ranks), config.evaluation, ranks)
+    test_slices = metrics_by_slice(model, config, inputs.manifest, ranks) if read_test else {}
     test = test_slices.pop(ALL, {})
-    routing = measure_routing(
-        model, ranking_stream(config, "valid", ranks), ranks, inputs.table_names
-    )
+    routing = measure_routing(model, ranked(config, "valid", ranks), ranks, inputs.table_names)
     memory = ranks.max(torch.tensor([float(peak_memory_bytes())], dtype=torch.float64))
     result = Result(
         name=name,
@@ -74,10 +82,10 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         test_slices=test_slices,
         routing=routing,
         seconds=sum(p.train_seconds for p in outcomes.values()),
-        stage=stage,
+        stage=best.stage,
         checkpoint=best.name,
         step=step,
-        epoch=progress.best_epoch,
+        epoch=best.epoch,
         epochs=sum(p.epoch for p in outcomes.values()),
         parameters=model.num_trained,
         peak_memory_bytes=int(memory.item()),
@@ -95,6 +103,7 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         for tag, text in texts.items():
             tracker.text(tag, text, final.step)
         tracker.close()
+        check_held()
         write_atomically(config.folder / RESULT, result.model_dump_json(indent=2) + "\n")
     ranks.barrier()
     return result
@@ -121,11 +130,7 @@ def run_stage(
     folder = config.folder / CHECKPOINTS
     epochs = config.training.epochs if name == TRAIN else config.training.consensus_epochs
     last = last_checkpoint(folder, name, ranks)
-    progress = (
-        ranks.jointly(lambda: checkpoint.read_header(last).progress)
-        if last
-        else Progress(stage=name)
-    )
+    progress = checkpoint.progress_for_all(last, ranks) if last else Progress(stage=name)
     done = last is not None and is_finished(config, progress, epochs)
     if last:
         over = ", where the stage is over" if done else ""
@@ -138,9 +143,9 @@ def run_stage(
     stream = train_stream(config, part)
     model = build_model(config, inputs, ranks, with_consensus=name == CONSENSUS)
     if last:
-        model.load_state_dict(ranks.jointly(lambda: checkpoint.read(last)))
+        model.load_state_dict(checkpoint.read_for_all(last, ranks))
     elif before is not None and merged is not None:
-        start_from_stage_one(model, config, checkpoint.best_folder(folder, before), merged)
+        start_from_stage_one(model, config, before, merged, ranks)
     engine = Engine(model.to(ranks.device), config, ranks, part, epochs * stream.steps_per_epoch)
     if last:
         checkpoint.restore_optimizer(last, engine)
@@ -152,7 +157,7 @@ def run_stage(
         step=progress.step if last else None,
         base_step=base,
     )
-    valid = ranking_stream(config, config.evaluation.select_on, ranks)
+    valid = ranked(config, config.evaluation.select_on, ranks)
     stage = Stage(
         name, epochs, config, folder, ranks, engine, stream, valid, tracker, inputs.table_names
     )
@@ -164,62 +169,110 @@ def run_stage(
     return progress
 
 
+def result_for_all(folder: Path, ranks: Ranks) -> Result | None:
+    """A finished run's outcome, as rank 0 reads it; None while it is not finished. All ranks must call.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    found = ranks.main_works(lambda _: load_result(folder))
+    text = send_text(found.model_dump_json() if found else None, ranks)
+    return Result.model_validate_json(text) if text else None
+
+
 def last_checkpoint(folder: Path, stage: str, ranks: Ranks) -> Path | None:
     """The checkpoint that a stage goes on from, the same on every rank; None where there is none."""
-    if ranks.is_main:
-        checkpoint.remove_interrupted(folder, ranks.say)
-    found = ranks.main_works(
-        lambda goes_on: checkpoint.latest_intact(folder, stage, ranks.say, goes_on)
-    )
+
+    def find(goes_on: Callable[[], object]) -> Path | None:
+        kept.remove_interrupted(folder, ranks.say)
+        found = kept.latest_intact(folder, stage, ranks.say, goes_on)
+        if found is None and kept.latest(folder, stage) is not None:
+            ranks.say(f"  warning: no checkpoint of stage `{stage}` is whole: it begins anew")
+        return found
+
+    found = ranks.main_works(find)
     name = ranks.from_main(found.name if found else "")
     return folder / name if name else None
 
 
+def best_for_all(folder: Path, outcomes: Mapping[str, Progress], ranks: Ranks) -> Choice:
+    """The best weights of the stages, or the best that are left, the same on every rank. All ranks must call."""
+    found = ranks.main_works(lambda goes_on: kept.best_intact(folder, outcomes, ranks.say, goes_on))
+    return Choice(*json.loads(ranks.from_main(json.dumps(found))))
+
+
+def steps_behind(folder: Path, ranks: Ranks) -> int:
+    """Updates of its stage that a checkpoint has behind it; rank 0 reads it, and all ranks must call."""
+    step = ranks.main_works(lambda _: checkpoint.read_header(folder).progress.step)
+    return int(ranks.from_main(str(step)))
+
+
 def start_from_stage_one(
-    model: torch.nn.Module, config: RunConfig, best: Path, merged: State
+    model: torch.nn.Module, config: RunConfig, before: Progress, merged: State, ranks: Ranks
 ) -> None:
     """Put stage 1's best weights (unless a fresh start is asked for) and the consensus expert into ``model``."""
     state = model.state_dict()
     if not config.mltfr.consensus.fresh_start:
-        state |= checkpoint.read(best)
+        folder = config.folder / CHECKPOINTS
+        best = best_for_all(folder, {TRAIN: before}, ranks)
+        state |= checkpoint.read_for_all(folder / best.name, ranks)
     model.load_state_dict(state | {f"mltfr.consensus.{name}": t for name, t in merged.items()})
 
 
 def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Progress) -> State:
     """The consensus expert from stage 1's best experts, made once and kept."""
-    place = config.folder / CHECKPOINTS / "fisher"
-    if not (place / checkpoint.HEADER).exists():
-        started = time.monotonic()
-        source = checkpoint.best_folder(place.parent, before)
-        if config.mltfr.consensus.fisher_at == "last":
-            source = checkpoint.step_folder(place.parent, before)
-        step = ranks.jointly(lambda: checkpoint.read_header(source).progress.step)
-        model = load_model(config, inputs, source, ranks, with_consensus=False, step=step)
-        part = make_part(config, ranks)
-        stream = train_stream(config, part)
-        samples = min(config.mltfr.consensus.fisher_sequences, stream.split.num_sequences)
-        steps = islice(stream.epoch(0), -(-samples // part.global_batch_size))
-        if config.mltfr.consensus.fisher == "per_sample":
-            fishers = fisher_diagonals(
-                model, (batch for step in steps for batch in step.micro_batches), ranks, samples
-            )
-        else:
-            fishers = batch_mean_squares(model, steps, ranks)
-        assert model.mltfr is not None
-        cores: list[State] = [core.state_dict() for core in model.mltfr.cores]
-        if ranks.is_main:
-            members = model.mltfr.experts_of(consensus_tables(config.mltfr, inputs.tables))
-            merged = merge(
-                [{name: t.cpu() for name, t in cores[e].items()} for e in members],
-                [{name: t.cpu() for name, t in fishers[e].items()} for e in members],
-                normalise=config.mltfr.consensus.normalise_fisher,
-            )
-            fisher_state = {
-                f"{e}.{name}": t.cpu() for e, f in enumerate(fishers) for name, t in f.items()
-            }
-            checkpoint.write(place, {CORE: merged, FISHER: fisher_state}, before)
-        ranks.barrier()
-        ranks.say(
-            f"  Fisher information of {len(cores)} experts over {samples} sequences: {time.monotonic() - started:.0f} s"
+    place = config.folder / CHECKPOINTS / FISHER_FOLDER
+    if ranks.from_main("whole" if ranks.main_works(lambda _: is_made(place, ranks)) else ""):
+        return checkpoint.read_for_all(place, ranks, CORE)
+    started = time.monotonic()
+    if config.mltfr.consensus.fisher_at == "last":
+        source = checkpoint.step_folder(place.parent, before)
+    else:
+        source = place.parent / best_for_all(place.parent, {TRAIN: before}, ranks).name
+    step = steps_behind(source, ranks)
+    model = load_model(config, inputs, source, ranks, with_consensus=False, step=step)
+    part = make_part(config, ranks)
+    stream = train_stream(config, part)
+    samples = min(config.mltfr.consensus.fisher_sequences, stream.split.num_sequences)
+    steps = islice(
+        UntilStopped(stream.epoch(0), ranks, "the Fisher pass"),
+        -(-samples // part.global_batch_size),
+    )
+    if config.mltfr.consensus.fisher == "per_sample":
+        fishers = fisher_diagonals(
+            model, (batch for step in steps for batch in step.micro_batches), ranks, samples
         )
-    return checkpoint.read(place, CORE)
+    else:
+        fishers = batch_mean_squares(model, steps, ranks)
+    assert model.mltfr is not None
+    cores: list[State] = [core.state_dict() for core in model.mltfr.cores]
+    members = model.mltfr.experts_of(consensus_tables(config.mltfr, inputs.tables))
+
+    def make(goes_on: Callable[[], object]) -> None:
+        merged = merge(
+            [{name: t.cpu() for name, t in cores[e].items()} for e in members],
+            [{name: t.cpu() for name, t in fishers[e].items()} for e in members],
+            normalise=config.mltfr.consensus.normalise_fisher,
+        )
+        fisher_state = {
+            f"{e}.{name}": t.cpu() for e, f in enumerate(fishers) for name, t in f.items()
+        }
+        checkpoint.write(place, {CORE: merged, FISHER: fisher_state}, before, goes_on)
+
+    ranks.main_works(make)
+    ranks.say(
+        f"  Fisher information of {len(cores)} experts over {samples} sequences: {time.monotonic() - started:.0f} s"
+    )
+    return checkpoint.read_for_all(place, ranks, CORE)
+
+
+def is_made(place: Path, ranks: Ranks) -> bool:
+    """Whether the consensus expert is there and whole; one that is damaged is told, and made again."""
+    if not (place / checkpoint.HEADER).exists():
+        return False
+    try:
+        checkpoint.verify(place, CORE)
+    except DamagedError as error:
+        ranks.say(f"  warning: the consensus expert is made again: {error.what}")
+        return False
+    return True

@@ -11,7 +11,7 @@ import pytest
 from support import clean_environment, read_lines, run_ranks, tiny_config, torchrun
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed import checkpoint
+from mltfr_dist.distributed import checkpoint, kept
 from mltfr_dist.errors import EXIT_BAD_INPUT, EXIT_LOST
 from mltfr_dist.training.run_folder import dump_config
 
@@ -66,7 +66,7 @@ def test_too_many_faults_stop_the_run_and_name_what_is_not_finite(tmp_path: Path
     assert stderr.count(f"not finite: {POISONED}") == 1, "one rank speaks"
     assert "train-step000000003" in stderr
     assert f"exitcode  : {EXIT_BAD_INPUT}" in stderr
-    last = checkpoint.latest(config.folder / "checkpoints", "train")
+    last = kept.latest(config.folder / "checkpoints", "train")
     assert last is not None
     assert last.name == "train-step000000003", "what was saved before the faults is kept"
     assert checkpoint.read(last)

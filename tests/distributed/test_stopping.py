@@ -15,7 +15,7 @@ import pytest
 from support import REPOSITORY, clean_environment, read_lines, tiny_config, torchrun
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed import checkpoint
+from mltfr_dist.distributed import checkpoint, kept
 from mltfr_dist.errors import EXIT_STOPPED
 from mltfr_dist.training.run_folder import dump_config
 
@@ -74,7 +74,7 @@ def test_one_rank_is_asked_and_the_run_goes_on_at_other_world_sizes(tmp_path: Pa
     _, stderr = end(process)
     assert stderr.count("StoppedError") == 1, stderr
     assert f"exitcode  : {EXIT_STOPPED}" in stderr
-    last = checkpoint.latest(stopped.folder / "checkpoints", "train")
+    last = kept.latest(stopped.folder / "checkpoints", "train")
     assert last is not None
     step = checkpoint.read_header(last).progress.step
     assert f"after step {step} of stage `train`" in stderr
@@ -106,6 +106,6 @@ def test_a_launcher_that_is_terminated_lets_the_run_save(tmp_path: Path) -> None
     process.terminate()
     _, stderr = end(process)
     assert process.returncode != 0
-    last = checkpoint.latest_intact(config.folder / "checkpoints", "train", print)
+    last = kept.latest_intact(config.folder / "checkpoints", "train", print)
     assert last is not None
     assert checkpoint.read_header(last).progress.step == losses(config)[-1][1], stderr

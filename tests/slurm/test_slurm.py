@@ -20,7 +20,7 @@ from support import (
 )
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.training.run_folder import dump_config
+from mltfr_dist.training.run_folder import dump_config, load_config, load_result
 
 CLUSTER = Path(__file__).parent / "cluster.sh"
 pytestmark = [
@@ -33,10 +33,11 @@ class Slurm:
     """Commands against the test's own cluster; jobs are submitted from a folder that looks like the repository."""
 
     def __init__(self, folder: Path) -> None:
-        self.submit_folder = folder / "submit"
+        self.submit_folder = folder / "submitted from here"  # a name with spaces
         self.submit_folder.mkdir()
         for name in ("slurm", "tuning", "ds_configs", "train.py"):
             (self.submit_folder / name).symlink_to(REPOSITORY / name)
+        (self.submit_folder / ".venv").symlink_to(sys.prefix)  # where env.sh looks for Python
         self.environment = clean_environment(
             SLURM_CONF=str(folder / "cluster" / "slurm.conf"),
             PYTHON=sys.executable,
@@ -56,13 +57,14 @@ class Slurm:
         assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def train(self, config: Path, **environment: str) -> str:
-        """Submit a run on two nodes; returns the job's id."""
+    def train(self, config: Path, *more: str, **environment: str) -> str:
+        """Submit a run on two nodes, with more options of sbatch; returns the job's id."""
         options = (
             "--parsable",
             "--partition=low",
             "--nodes=2",
             "--ntasks-per-node=1",
+            *more,
             "slurm/train.sbatch",
         )
         return self.command("sbatch", *options, "--config", str(config), **environment).strip()
@@ -199,3 +201,41 @@ def test_a_failing_job_is_not_requeued(slurm: Slurm, inputs: Path, tmp_path: Pat
     slurm.wait("it fails", lambda: slurm.state(job) == "FAILED")
     assert "training.epoch" in slurm.rank_log(job, "start0")
     assert "requeued" not in slurm.log(job)
+
+
+@pytest.mark.timeout(900)
+def test_an_array_of_runs_where_nothing_is_exported(slurm: Slurm, inputs: Path) -> None:
+    """`--export=NONE` reaches srun, too; each task of the array is a run of its own."""
+    config, path = written(inputs, "none", training__epochs=2)
+    text = path.read_text().replace("name: none", "name: none-%a").replace("seed: 0", "seed: 9")
+    assert text.count("seed: 9") == 1
+    path.write_text(text)
+    options = ("--parsable", "--partition=low", "--nodes=2", "--ntasks-per-node=1")
+    script = ("slurm/train.sbatch", "--config", str(path), "name=none-%a", "training.seed=%a")
+    more = ("--export=NONE", "--array=3-4", "--cpus-per-task=1")
+    slurm.command("sbatch", *options, *more, *script)
+    for number in (3, 4):
+        run = config.folder.with_name(f"none-{number}")
+        slurm.wait(f"task {number} ends", lambda run=run: load_result(run) is not None, 500)
+        assert load_config(run).training.seed == number
+        result = load_result(run)
+        assert result is not None
+        assert result.world_size == 2
+
+
+@pytest.mark.timeout(900)
+def test_a_node_that_goes_down_in_the_midst(slurm: Slurm, inputs: Path) -> None:
+    """Slurm itself puts the job back into the queue; it goes on once the node is there again."""
+    config, path = written(inputs, "down", training__epochs=9999)
+    job = slurm.train(path, LAUNCHER="deepspeed")
+    slurm.wait("the run trains", lambda: num_lines(config) > 6)
+    slurm.command("scontrol", "update", "nodename=n2", "state=DOWN", "reason=test")
+    slurm.wait("it waits", lambda: slurm.state(job) == "PENDING")  # for the node to register again
+    before = num_lines(config)
+    slurm.wait(
+        "it trains again",
+        lambda: "going on from" in slurm.rank_log(job, "start1") and num_lines(config) > before,
+        500,
+    )
+    slurm.command("scancel", job)
+    slurm.wait("it is gone", lambda: not slurm.command("squeue", "--noheader"))

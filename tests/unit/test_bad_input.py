@@ -318,6 +318,43 @@ def test_evaluate_and_recommend_repeat_the_run(
     assert "gate" in text
 
 
+def test_recommend_says_that_nothing_or_little_is_left(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(folder / "runs" / "tiny")
+    items = [f"i{i}" for i in range(40)]
+    for seen, listed, words in (
+        (items, 0, "Nothing is left"),
+        (items[1:], 1, "This one is left"),
+        (items[3:], 3, "These 3 are left"),
+        (items[4:], 4, ""),
+    ):
+        assert mltfr(["recommend", run, "--history", ",".join(seen), "--k", "4"]) == 0
+        text = capsys.readouterr().out
+        assert len([t for t in text.splitlines() if t.strip()[:1].isdigit()]) == listed
+        assert words in text
+        assert ("`--keep-seen`" in text) == bool(words)
+    every = ",".join(items)
+    assert mltfr(["recommend", run, "--history", every, "--k", "4", "--keep-seen"]) == 0
+    assert "left" not in capsys.readouterr().out
+
+
+def test_a_long_history_is_not_echoed_whole(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(folder / "runs" / "tiny")
+    history = ",".join(["i1", "i2", "i3"] * 200)
+    assert mltfr(["recommend", run, "--history", history, "--k", "2"]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("After 600 items, of which the model reads the last 10: ... -> ")
+    assert line.count("->") == 10
+    assert line.endswith("first-3 second-3")
+    unknown = ",".join(f"x{i}" for i in range(300))
+    message = refused(folder, capsys, lambda: mltfr(["recommend", run, "--history", unknown]))
+    assert "x9 and 290 more" in message
+    assert "x10" not in message
+
+
 def test_a_grounded_run_says_that_it_reads_text_and_is_used_like_any(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,24 +11,27 @@ import pytest
 import torch
 from support import read_lines, tiny_config
 
+import train
+from mltfr_dist.cli import main as mltfr
 from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import (
     HEADER,
     MODEL,
     MOMENTS,
     Progress,
-    latest,
-    latest_intact,
-    prune,
     read,
     read_header,
     step_folder,
     validated_folder,
     write,
 )
+from mltfr_dist.distributed.kept import best_intact, latest, latest_intact, prune
 from mltfr_dist.distributed.ranks import stop_ranks
-from mltfr_dist.errors import DamagedError
+from mltfr_dist.errors import CheckpointError, DamagedError
+from mltfr_dist.files import write_atomically
 from mltfr_dist.training.fit import fit
+from mltfr_dist.training.run_folder import load_result
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,10 @@ def test_a_damaged_checkpoint_is_passed_over(
         assert read_header(again).sha256 == read_header(made).sha256
 
 
+def remove(path: Path) -> None:
+    shutil.rmtree(path)
+
+
 def put(folder: Path, step: int, best: tuple[tuple[int, float], ...]) -> Progress:
     progress = Progress(stage="train", step=step, epoch=step, best=best)
     write(
@@ -131,7 +139,9 @@ def test_none_intact_is_none(tmp_path: Path) -> None:
     assert len(warnings) == 1
 
 
-def test_keep_best_keeps_the_best_validations(tmp_path: Path) -> None:
+def test_keep_best_keeps_the_best_validations_and_the_next_takes_the_place_of_a_lost_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny_config(
         tmp_path,
         checkpoint__keep_best=2,
@@ -153,3 +163,187 @@ def test_keep_best_keeps_the_best_validations(tmp_path: Path) -> None:
     assert read_header(last).progress.best == tuple(
         (line["epoch"], line["NDCG@10"]) for line in ranked[:2]
     )
+
+    assert load_result(config.folder).valid["NDCG@10"] == ranked[0]["NDCG@10"]  # type: ignore[union-attr]
+    remove(config.folder / "checkpoints" / f"train-best{ranked[0]['epoch']:05d}")
+    (config.folder / "result.json").unlink()
+    capsys.readouterr()
+    fit(config)
+    result, is_last = load_result(config.folder), ranked[0]["epoch"] == 4
+    assert result is not None
+    found = ranked[0] if is_last else ranked[1]
+    assert (result.valid["NDCG@10"], result.epoch) == (found["NDCG@10"], found["epoch"])
+    assert result.checkpoint.startswith("train-step" if is_last else "train-best")
+    said = capsys.readouterr().out
+    for line in (ranked[0], found):
+        assert f"(validation NDCG@10 {line['NDCG@10']:.4f})" in said
+
+
+def test_a_damaged_leftover_is_not_kept_in_place_of_a_new_checkpoint(tmp_path: Path) -> None:
+    """A run that passed over step 6 saves at step 4: step 6 is damaged, and no reason to delete step 4."""
+    put(tmp_path, 6, ())
+    truncate(tmp_path / "train-step000000006" / HEADER)
+    prune(tmp_path, put(tmp_path, 4, ()), keep_last=1)
+    assert latest_intact(tmp_path, "train", lambda _: None) == tmp_path / "train-step000000004"
+
+
+# --- the best checkpoint -----------------------------------------------------------------------------------------
+
+
+def damage_model(path: Path) -> None:
+    flip(path / MODEL)
+
+
+def damage_header(path: Path) -> None:
+    truncate(path / HEADER)
+
+
+def copied(finished: RunConfig, folder: Path) -> RunConfig:
+    """The finished run in another place, its outcome still to be chosen."""
+    config = finished.model_copy(update={"runs_dir": folder})
+    shutil.copytree(finished.folder, config.folder)
+    (config.folder / "result.json").unlink()
+    return config
+
+
+@pytest.mark.parametrize("spoil", [remove, damage_model, damage_header])
+def test_a_lost_best_checkpoint_is_replaced_and_named(
+    finished: RunConfig,
+    tmp_path: Path,
+    spoil: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expected = load_result(finished.folder)
+    assert expected is not None
+    config = copied(finished, tmp_path)
+    checkpoints = config.folder / "checkpoints"
+    # The last epoch's checkpoint holds the same weights as the best, if that was the last.
+    spoil(checkpoints / expected.checkpoint)
+    fit(config)
+    said = capsys.readouterr().out
+    found = load_result(config.folder)
+    assert found is not None
+    assert f"the best checkpoint {expected.checkpoint} (validation NDCG@10" in said
+    assert "holds the same weights" in said
+    assert found.test == expected.test
+    assert (found.stage, found.epoch) == (expected.stage, expected.epoch)
+
+
+def test_every_validated_checkpoint_lost_leaves_the_last(tmp_path: Path) -> None:
+    progress = put(tmp_path, 3, ((2, 0.3), (1, 0.2)))
+    said: list[str] = []
+    assert best_intact(tmp_path, {"train": progress}, said.append).name == "train-best00002"
+    assert not said
+    remove(tmp_path / "train-best00002")
+    assert best_intact(tmp_path, {"train": progress}, said.append).name == "train-best00001"
+    assert "train-best00001 (validation NDCG@10 0.2000) is the best that is left" in said.pop()
+    damage_header(tmp_path / "train-best00001")
+    choice = best_intact(tmp_path, {"train": progress}, said.append)
+    assert (choice.name, choice.epoch, choice.value) == ("train-step000000003", 3, None)
+    assert "train-best00002 (validation NDCG@10 0.3000) is missing or damaged" in said.pop()
+    flip(tmp_path / "train-step000000003" / MODEL)
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole") as error:
+        best_intact(tmp_path, {"train": progress}, said.append)
+    assert f"delete {tmp_path}" in error.value.remedy
+
+
+def test_the_next_best_may_be_of_the_other_stage_or_one_that_was_outdone(tmp_path: Path) -> None:
+    first = put(tmp_path, 2, ((2, 0.30),))
+    outdone = Progress(stage="train", step=1, epoch=1, best=((1, 0.25),))
+    write(validated_folder(tmp_path, "train", 1), {MODEL: {"w": torch.ones(2)}}, outdone)
+    second = Progress(stage="consensus", step=1, epoch=1, best=((1, 0.30),))
+    write(validated_folder(tmp_path, "consensus", 1), {MODEL: {"w": torch.ones(2)}}, second)
+    outcomes = {"train": first, "consensus": second}
+    names = []
+    for _ in range(4):
+        names.append(best_intact(tmp_path, outcomes, lambda _: None).name)
+        remove(tmp_path / names[-1])
+    assert names == [
+        "consensus-best00001",  # of equal figures the later stage's
+        "train-best00002",
+        "train-step000000002",  # the same weights
+        "train-best00001",
+    ]
+
+
+def test_stage_two_begins_from_what_is_left_of_stage_one(
+    finished: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = copied(finished, tmp_path)
+    checkpoints = config.folder / "checkpoints"
+    for path in [*checkpoints.glob("consensus-*"), checkpoints / "fisher"]:
+        remove(path)
+    best = read_header(latest(checkpoints, "train")).progress.best_epoch  # type: ignore[arg-type]
+    remove(validated_folder(checkpoints, "train", best))
+    fit(config)
+    said = capsys.readouterr().out
+    assert said.count(f"the best checkpoint train-best{best:05d} (validation") >= 2
+    assert "Fisher information" in said
+    assert load_result(config.folder) is not None
+
+
+def test_a_damaged_consensus_expert_is_made_again(
+    finished: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = copied(finished, tmp_path)
+    fisher = config.folder / "checkpoints" / "fisher"
+    before = read_header(fisher).sha256
+    flip(fisher / "core.safetensors")
+    fit(config)
+    assert "the consensus expert is made again" in capsys.readouterr().out
+    assert read_header(fisher).sha256 == before
+    again, before_it = load_result(config.folder), load_result(finished.folder)
+    assert again is not None
+    assert before_it is not None
+    assert (again.test, again.valid) == (before_it.test, before_it.valid)
+
+
+def test_the_remedy_of_a_finished_run_without_its_checkpoint_works(
+    finished: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = copied(finished, tmp_path)
+    text = (config.folder / "config.yaml").read_text()
+    (config.folder / "config.yaml").write_text(text.replace(str(finished.runs_dir), str(tmp_path)))
+    result = load_result(finished.folder)
+    assert result is not None
+    write_atomically(config.folder / "result.json", result.model_dump_json())
+    remove(config.folder / "checkpoints" / result.checkpoint)
+    capsys.readouterr()
+    assert mltfr(["evaluate", str(config.folder)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("cannot be used") == 1
+    assert f"delete {config.folder / 'result.json'}" in message
+    (config.folder / "result.json").unlink()
+    command = message.partition("`python train.py ")[2].partition("`")[0].split()
+    assert train.main(command) == 0
+    assert "holds the same weights" in capsys.readouterr().out
+    assert mltfr(["evaluate", str(config.folder)]) == 0
+    assert json.loads(capsys.readouterr().out) == result.test
+
+
+def test_what_cannot_be_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that the system does not hand out may be whole: the run must not begin anew."""
+    put(tmp_path, 1, ())
+
+    def denied(*_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "file_sha256", denied)
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied") as error:
+        latest_intact(tmp_path, "train", pytest.fail)
+    assert not isinstance(error.value, DamagedError)
+
+
+def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = put(tmp_path, 1, ())
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"could not be written: .*No space left"):
+        write(step_folder(tmp_path, progress), {MODEL: {"w": torch.ones(2)}}, progress)
+    assert [path.name for path in tmp_path.iterdir()] == ["train-step000000001"]
+    assert read(tmp_path / "train-step000000001")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support import REPOSITORY, clean_environment, tiny_config
 
 from mltfr_dist.distributed.launch import LAUNCHER_VARIABLES, is_launched, tasks_of_nodes
+from mltfr_dist.distributed.ranks import _take_gpu
 from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, OtherRankError
 from mltfr_dist.training.run_folder import dump_config
 
@@ -155,3 +158,99 @@ def test_slurm_that_contradicts_itself_is_refused(
 )
 def test_tasks_of_nodes(text: str, counts: list[int]) -> None:
     assert tasks_of_nodes(text) == counts
+
+
+CORES = """
+import os, sys
+os.sched_setaffinity(0, {int(core) for core in os.environ["CORES"].split(",")})
+from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
+import torch
+start_ranks()
+print("threads", torch.get_num_threads(), flush=True)
+stop_ranks()
+leave()
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.parametrize(
+    ("cores", "threads"), [(("0,1", "0,1"), 1), (("0", "1"), 1), (("0,1",), 2)]
+)
+def test_a_rank_shares_the_cores_that_others_may_use_too(
+    cores: tuple[str, ...], threads: int
+) -> None:
+    """Bound to a core each (task/affinity, --bind_cores_to_rank), ranks do not halve it again."""
+    if os.sched_getaffinity(0) < {0, 1}:
+        pytest.skip("needs cores 0 and 1")
+    port = str(free_port())
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", CORES],
+            env=clean_environment(
+                RANK=str(rank),
+                WORLD_SIZE=str(len(cores)),
+                LOCAL_RANK=str(rank),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                CORES=own,
+            ),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, own in enumerate(cores)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert [text.strip() for text in said] == [f"threads {threads}"] * len(cores)
+
+
+def test_a_rank_that_does_not_see_its_gpu_says_what_to_ask_slurm_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"Rank 3 of .* sees 1 GPU\(s\)") as error:
+        _take_gpu(3)
+    assert "--gpus-per-node" in error.value.remedy
+    assert "--gpu-bind=none" in error.value.remedy
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+JOB = """
+set -euo pipefail
+SLURM_JOB_ID=1 PYTHON=false
+source "$0"
+tasks_of_nodes
+echo "$SLURM_EXPORT_ENV ${SRUN_CPUS_PER_TASK:-none}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("tasks", "cpus", "printed"),
+    [
+        ("4(x2)", "3", ["4", "4", "ALL 3"]),
+        ("4(x2),1", None, ["4", "4", "1", "ALL none"]),
+        ("2", None, ["2", "ALL none"]),
+        ("1,12(x3),2(x1)", "1", ["1", "12", "12", "12", "2", "ALL 1"]),
+    ],
+)
+def test_what_the_batch_scripts_make_of_slurms_variables(
+    tmp_path: Path, tasks: str, cpus: str | None, printed: list[str]
+) -> None:
+    environment = clean_environment(SLURM_TASKS_PER_NODE=tasks, SLURM_EXPORT_ENV="NONE")
+    if cpus:
+        environment["SLURM_CPUS_PER_TASK"] = cpus
+    done = subprocess.run(
+        ["bash", "-c", JOB, str(REPOSITORY / "slurm" / "job.sh")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == printed

@@ -11,12 +11,15 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.presets import preset
+from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import (
+    CHANGEABLE,
     CONFIG,
     RESULT,
     Result,
     claim,
     differing_fields,
+    leaf_values,
     load_config,
     load_result,
 )
@@ -66,6 +69,60 @@ def test_a_different_run_is_refused_and_the_fields_named(tmp_path: Path) -> None
         assert str(tmp_path / "r") in message
         assert "another `name`" in caught.value.remedy
     assert contents(tmp_path / "r") == before
+
+
+CHANGES = {
+    "deepspeed": "ds_configs/zero3.json",
+    "mltfr.placement": "mmap",
+    "training.threads": 3,
+    "training.hang_seconds": 7.0,
+    "training.log_every_steps": 3,
+    "data.num_workers": 2,
+    "checkpoint.every_steps": 5,
+    "checkpoint.keep_last": 4,
+    "runs_dir": "elsewhere",
+}
+
+
+def with_field(config: RunConfig, key: str, value: object) -> RunConfig:
+    values = config.model_dump(mode="json")
+    place = values
+    for part in key.split(".")[:-1]:
+        place = place[part]
+    place[key.rpartition(".")[2]] = value
+    return validate(RunConfig, values, source="a test")
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_what_changes_no_number_may_differ(tmp_path: Path, key: str) -> None:
+    claim(tmp_path / "r", preset("demo"), resume=True)
+    config = with_field(preset("demo"), key, CHANGES[key])
+    told = claim(tmp_path / "r", config, resume=True)
+    assert load_config(tmp_path / "r") == config, "config.yaml says what the run has now"
+    assert [text.partition(" is ")[0] for text in told] == [key] * (key != "runs_dir")
+    with pytest.raises(ConfigError, match="already holds this run"):
+        claim(tmp_path / "r", preset("demo"), resume=False)
+
+
+def test_every_other_field_is_refused_by_name(tmp_path: Path) -> None:
+    """Each field is one or the other, and new ones are refused until they are listed."""
+    claim(tmp_path / "r", preset("demo"), resume=True)
+    assert set(CHANGEABLE) < set(leaf_values(preset("demo")))
+    for key, value in {
+        "training.global_batch_size": 512,
+        "training.micro_batch_size": 8,
+        "training.precision": "bf16",
+        "optimizer.learning_rate": 0.5,
+        "evaluation.batch_size": 7,
+        "data.max_len": 9,
+    }.items():
+        config = with_field(preset("demo"), key, value)
+        mixed = with_field(config, "deepspeed", "ds_configs/zero3.json")
+        with pytest.raises(ConfigError, match=f"different run: {key} is") as caught:
+            claim(tmp_path / "r", mixed, resume=True)
+        assert "zero3" not in str(caught.value), "only what is refused is named"
+        assert "deepspeed, mltfr.placement" in caught.value.rule
+    assert load_config(tmp_path / "r") == preset("demo")
 
 
 def test_resume_never_refuses_the_same_run(tmp_path: Path) -> None:
