@@ -7,12 +7,13 @@ import http.client
 import json
 import re
 import shutil
+import socket
 import ssl
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -57,7 +58,7 @@ def download(
     partial = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(partial) as file:
+        with _exclusive(partial) as file, _nothing_empty_stays(partial):
             opener = urllib.request.build_opener(_Redirects(allow_loopback))
             _check_address(url, allow_loopback)
             for attempt in range(_ATTEMPTS):
@@ -95,6 +96,21 @@ def _exclusive(partial: Path) -> Iterator[IO[bytes]]:
                 remedy="Wait for it.",
             ) from None
         yield file
+
+
+@contextmanager
+def _nothing_empty_stays(partial: Path) -> Iterator[None]:
+    """After a failure, remove a file without content and the folders that were made for it."""
+    try:
+        yield
+    except DataError:
+        if not partial.stat().st_size:
+            partial.unlink()
+            partial.with_name(f"{partial.name}.json").unlink(missing_ok=True)
+            with suppress(OSError):  # they hold something else
+                for folder in (partial.parent, partial.parent.parent):
+                    folder.rmdir()
+        raise
 
 
 def _check_address(url: str, allow_loopback: bool) -> None:
@@ -219,7 +235,8 @@ def _write(file: IO[bytes], block: bytes) -> None:
 def _may_pass(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return error.code in _PASSING
-    return not isinstance(getattr(error, "reason", None), ssl.SSLError)
+    # A certificate does not become right by asking again, nor a name known.
+    return not isinstance(getattr(error, "reason", None), (ssl.SSLError, socket.gaierror))
 
 
 def _reason(error: Exception) -> str:

@@ -135,8 +135,7 @@ def load_interactions(
         rows += count
     if not rows:
         raise DataError(
-            f"{files[0].name} holds no rows"
-            + (f", nor do the {len(files) - 1} files with it." if len(files) > 1 else "."),
+            f"{files[0].name} holds no rows.",
             remedy="Give a file with at least one interaction.",
         )
     if config.times == "checked" and kind and format != "sequences":

@@ -95,6 +95,9 @@ class Server(http.server.ThreadingHTTPServer):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(module, "_FIRST_WAIT", 0.01)
     with Server() as running:
@@ -258,6 +261,15 @@ def test_no_length_is_said_and_nobody_there_too(tmp_path, server):
     server.shutdown()
     server.server_close()
     assert "refused" in refusal(tmp_path / "other")
+    assert not (tmp_path / "other").exists(), "nothing empty stays"
+
+
+def test_a_name_that_nobody_knows_is_not_asked_for_again(tmp_path, server, monkeypatch):
+    changed = replace(PUBLIC_SETS["mini"], url="https://no.such.host.invalid/Mini.txt")
+    monkeypatch.setitem(public_sets.PUBLIC_SETS, "mini", changed)
+    monkeypatch.setattr(module, "_FIRST_WAIT", 1000.0)
+    assert "https_proxy" in refusal(tmp_path / "sets")
+    assert not (tmp_path / "sets").exists()
 
 
 def test_two_at_once_are_refused(tmp_path, server):
