@@ -69,12 +69,23 @@ class Source:
     def plain(
         self, folder: Path, format: str, log: Log
     ) -> Iterator[tuple[list[InputFile], InputFile | None]]:
-        """The files to read rows from, and the one of titles; see :func:`plain_files`."""
+        """The files to read rows from, and the one of titles; see :func:`plain_files`.
+
+        Raises:
+            DataError: as plain_files, or a file was changed since its hash was taken.
+        """
         given = [*self.files, *([self.titles] if self.titles else [])]
         marks = [self.identities[file.path].marks for file in given]
         with plain_files(given, marks, folder, log, is_sequences=format == "sequences") as files:
             count = len(self.files)
             yield files[:count], files[count] if self.titles else None
+        for file in given:
+            if not self.identities[file.path].still_holds(file.path):
+                raise DataError(
+                    f"{file.name} was changed while it was read.",
+                    rule="The manifest's hash must be that of the rows that were read.",
+                    remedy="Start the same command again once nothing writes into it.",
+                )
 
 
 def _joint_hash(hashes: Sequence[str]) -> str:

@@ -69,6 +69,13 @@ class Identity:
     bytes: int
     sha256: str
     marks: TextMarks
+    modified: int
+    """Nanoseconds since 1970, before it was read."""
+
+    def still_holds(self, path: Path) -> bool:
+        """Whether the file has the size and time that it had."""
+        now = path.stat()
+        return (now.st_size, now.st_mtime_ns) == (self.bytes, self.modified)
 
 
 def identify(path: Path, name: str) -> Identity:
@@ -79,6 +86,7 @@ def identify(path: Path, name: str) -> Identity:
     """
     digest, marks, size = hashlib.sha256(), TextMarks(), 0
     try:
+        modified = path.stat().st_mtime_ns
         with path.open("rb", buffering=0) as file:
             is_text = file.read(4) != PARQUET_MAGIC
             file.seek(0)
@@ -93,4 +101,4 @@ def identify(path: Path, name: str) -> Identity:
         raise DataError(
             f"{name} cannot be read: {error.strerror}.", remedy="Check the file and its rights."
         ) from None
-    return Identity(size, digest.hexdigest(), marks)
+    return Identity(size, digest.hexdigest(), marks, modified)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import tiny_config
+from support import REPOSITORY, tiny_config
 
 from benchmarks import quality
 from mltfr_dist.cli import main as mltfr
@@ -141,6 +141,13 @@ def test_baselines_stand_beside_every_backbone(
     append_row(tmp_path / "third.parquet", row("popularity", 0, 0.9) | BASELINE)
     with pytest.raises(DataError, match="d, none, popularity, 0 stands"):
         summary([one, tmp_path / "third.parquet"])
+
+
+def test_the_documented_results_are_the_stored_ones_beside_their_baselines() -> None:
+    text = (REPOSITORY / "docs" / "results.md").read_text()
+    found = summary([REPOSITORY / "docs" / "results.parquet"])
+    assert "\n".join(line.rstrip() for line in found.splitlines()) in text
+    assert "missing" not in found
 
 
 def test_baselines_are_those_of_a_run(tmp_path: Path) -> None:

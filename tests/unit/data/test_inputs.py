@@ -20,6 +20,7 @@ import pytest
 
 from mltfr_dist.cli import main
 from mltfr_dist.config import PrepareConfig, PrepareResources
+from mltfr_dist.data import sources
 from mltfr_dist.data.find import files_in
 from mltfr_dist.data.identity import TextMarks
 from mltfr_dist.data.manifest import Manifest, load_manifest
@@ -40,13 +41,13 @@ def quiet(_: str) -> None:
 
 
 def prepared(
-    tmp_path: Path, *sources: object, log: list[str] | None = None, **values: object
+    tmp_path: Path, *given: object, log: list[str] | None = None, **values: object
 ) -> tuple[Manifest, dict[str, bytes]]:
     """The manifest, and every other file by its name; the output is removed again."""
     config = ALL.model_copy(update=values)
     lines = [] if log is None else log
     output = tmp_path / "out"
-    places = [str(source) for source in sources]
+    places = [str(source) for source in given]
     manifest = prepare(places if len(places) > 1 else places[0], output, config, log=lines.append)
     files = {file.name: file.read_bytes() for file in sorted(output.iterdir())}
     for name in files:
@@ -63,9 +64,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return prepared(folder, folder / "raw.csv")[1]
 
 
-def refusal(tmp_path: Path, *sources: object, **values: object) -> str:
+def refusal(tmp_path: Path, *given: object, **values: object) -> str:
     with pytest.raises(DataError) as caught:
-        prepared(tmp_path, *sources, **values)
+        prepared(tmp_path, *given, **values)
     assert caught.value.remedy
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -442,6 +443,20 @@ def test_sources_and_the_output_may_stand_before_and_behind_options(tmp_path, ca
     assert "cannot be standard output" in capsys.readouterr().err
     assert main(["prepare", "", str(tmp_path / "out")]) == 2
     assert "The name of a source is empty" in capsys.readouterr().err
+
+
+def test_a_file_that_is_changed_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    path.write_text(CSV)
+    real = sources.load_interactions
+
+    def growing(*arguments: object) -> int:
+        with path.open("a") as file:
+            file.write("u1,i1,1600000999\n")
+        return real(*arguments)
+
+    monkeypatch.setattr(sources, "load_interactions", growing)
+    assert "a.csv was changed while it was read" in refusal(tmp_path, path)
 
 
 def test_an_interrupted_preparation_goes_on_and_leaves_no_copies(tmp_path, expected, monkeypatch):
