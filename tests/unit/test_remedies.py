@@ -22,7 +22,16 @@ from mltfr_dist.tuning.space import SweepConfig
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mltfr_dist"
 COMMAND_SECTIONS: tuple[type[Options], ...] = (PrepareConfig, PrepareResources, TableConfig)
-LAUNCHERS = {"--num_gpus", "--master_port", "--ntasks-per-node", "--no-deps", "--target"}
+LAUNCHERS = {
+    "--num_gpus",
+    "--master_port",
+    "--ntasks-per-node",
+    "--gpus-per-node",
+    "--gpus-per-task",
+    "--gpu-bind",
+    "--no-deps",
+    "--target",
+}
 """Options of deepspeed, torchrun, srun and pip."""
 
 
