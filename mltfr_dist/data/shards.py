@@ -303,10 +303,9 @@ def read_blocks(
 
 def _lengths(blocks: Sequence[PackedSequences]) -> tuple[tuple[int, int], ...]:
     """(items, number of sequences with as many), ascending."""
-    lengths, counts = np.unique(
-        np.concatenate([block.lengths for block in blocks]), return_counts=True
-    )
-    return tuple(zip(lengths.tolist(), counts.tolist()))
+    counts = np.bincount(np.concatenate([block.lengths for block in blocks]))
+    lengths = np.flatnonzero(counts)
+    return tuple(zip(lengths.tolist(), counts[lengths].tolist()))
 
 
 def _decode_block(path: Path, sample: dict[str, Any], num_items: int) -> PackedSequences:
