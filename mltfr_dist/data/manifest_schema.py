@@ -35,10 +35,14 @@ class ShardInfo(Section):
         description="(items, number of sequences with as many), ascending. Manifests of version 1 have none.",
     )
 
-    @model_validator(mode="after")
-    def _lengths_add_up(self) -> ShardInfo:
+    def check_lengths(self) -> None:
+        """Whether ``lengths``, where there are any, agree with the other numbers.
+
+        Raises:
+            ValueError: they do not.
+        """
         if self.lengths is None:
-            return self
+            return
         sizes = [size for size, _ in self.lengths]
         if sizes != sorted(set(sizes)) or any(min(pair) < 1 for pair in self.lengths):
             raise ValueError(f"the lengths of {self.file} are not ascending, or not positive")
@@ -51,7 +55,6 @@ class ShardInfo(Section):
                 raise ValueError(
                     f"{name} of {self.file} is {getattr(self, name)}, but its lengths give {total}"
                 )
-        return self
 
 
 class SplitInfo(Section):
@@ -174,6 +177,8 @@ class Manifest(Section):
                 raise ValueError(
                     f"{name} has {split.num_items} items, of {self.num_interactions} interactions"
                 )
+            for shard in split.shards:
+                shard.check_lengths()
             longest = [shard.lengths[-1][0] for shard in split.shards if shard.lengths]
             if len(longest) == len(split.shards) and split.max_length != max(longest, default=0):
                 raise ValueError(

@@ -18,6 +18,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -285,7 +286,7 @@ def read_blocks(
             if key in blocks:
                 raise damaged(path, f"it holds block {key} twice")
             blocks[key] = _decode_block(path, sample, num_items)
-    except (tarfile.TarError, ValueError, EOFError, SyntaxError) as error:
+    except (tarfile.TarError, ValueError, EOFError, SyntaxError, TokenError) as error:
         raise damaged(path, str(error.args[0] if error.args else error)) from None
     found = (
         len(blocks),
@@ -302,10 +303,9 @@ def read_blocks(
 
 def _lengths(blocks: Sequence[PackedSequences]) -> tuple[tuple[int, int], ...]:
     """(items, number of sequences with as many), ascending."""
-    lengths, counts = np.unique(
-        np.concatenate([block.lengths for block in blocks]), return_counts=True
-    )
-    return tuple(zip(lengths.tolist(), counts.tolist()))
+    counts = np.bincount(np.concatenate([block.lengths for block in blocks]))
+    lengths = np.flatnonzero(counts)
+    return tuple(zip(lengths.tolist(), counts[lengths].tolist()))
 
 
 def _decode_block(path: Path, sample: dict[str, Any], num_items: int) -> PackedSequences:
