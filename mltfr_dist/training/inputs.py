@@ -263,7 +263,7 @@ def build_model(
 def load_model(
     config: RunConfig, inputs: Inputs, folder: Path, ranks: Ranks, *, with_consensus: bool
 ) -> Recommender:
-    """The model of a checkpoint, in fp32, ready to be evaluated; rank 0 reads it, and all ranks must call.
+    """The model of a checkpoint, in fp32, ready to be evaluated; rank 0 reads it, all must call.
 
     Raises:
         CheckpointError: The checkpoint is damaged or does not fit the configuration.
