@@ -13,6 +13,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Compute nodes without internet.
 # export HF_HUB_OFFLINE=1
 
-# More options of srun, such as --mpi=none, or a container by Pyxis: --container-image=IMAGE --container-mounts=$PWD:$PWD
-# --container-workdir=$PWD
+# More options of srun, such as --mpi=none, or a container by Pyxis: --container-image=IMAGE
+# --container-mounts="$PWD:$PWD" --container-workdir="$PWD"
 srun_more=()

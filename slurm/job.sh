@@ -4,11 +4,12 @@ EXIT_STOPPED=75 # mltfr_dist/errors.py
 export logs=slurm-logs/$SLURM_JOB_ID/start${SLURM_RESTART_COUNT:-0}
 mkdir -p "$logs"
 
-# Where a site submits with --export=NONE, or one gives --export=NAME, srun is told the same, and would hide from its tasks
-# what this script exports: where they meet, above all.
+# Where a site submits with --export=NONE, or one gives --export=NAME, srun is told the same, and
+# would hide from its tasks what this script exports: where they meet, above all.
 export SLURM_EXPORT_ENV=ALL
 
-# Since Slurm 22.05 srun does not take --cpus-per-task from the job by itself: tasks would be bound to one core each.
+# Since Slurm 22.05 srun does not take --cpus-per-task from the job by itself: each task would be
+# bound to one core.
 if [[ ${SLURM_CPUS_PER_TASK:-} ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 fi

@@ -135,7 +135,7 @@ def write(
     """Write files of tensors with their header, atomically; ``goes_on`` is called again and again.
 
     Raises:
-        CheckpointError: The disk does not take it, or another process has taken the run's folder over.
+        CheckpointError: The disk does not take it, or another process has taken the folder over.
     """
     check_held()
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
@@ -214,7 +214,7 @@ def read_header(folder: Path) -> Header:
 def read(
     folder: Path, name: str = MODEL, goes_on: Callable[[], object] = beat
 ) -> dict[str, Tensor]:
-    """Tensors of one file of a checkpoint, its hash verified; ``goes_on`` is called again and again.
+    """Tensors of one file of a checkpoint, its hash verified; ``goes_on`` is called all along.
 
     Raises:
         DamagedError: The file is missing or its content is not what was written.

@@ -88,7 +88,7 @@ class Health:
 
 
 def watch_neighbours(ranks: Ranks) -> None:
-    """Tell the watchdog which processes of this machine are the other ranks. All ranks must call."""
+    """Tell the watchdog which processes of this machine are other ranks. All ranks must call."""
     seen, here = own_process(), machine()
     digest = int.from_bytes(hashlib.sha256(here.encode()).digest()[:7])
     found = ranks.gather(torch.tensor([digest, seen.pid, seen.born])).tolist()
@@ -102,7 +102,7 @@ def watch_neighbours(ranks: Ranks) -> None:
 
 
 class UntilStopped(Generic[T]):
-    """Batches of a long pass, which ends on all ranks before the same one once any rank is asked to stop."""
+    """Batches of a pass that ends on all ranks, before the same one, once any is asked to stop."""
 
     def __init__(self, batches: Iterable[T], ranks: Ranks, what: str) -> None:
         """Args: batches: as many on every rank; what: the pass, in words."""
@@ -112,13 +112,15 @@ class UntilStopped(Generic[T]):
         """The batches.
 
         Raises:
-            StoppedError: On every rank; :meth:`Ranks.one_speaks` is left to the caller, who may have something to save.
+            StoppedError: On every rank; :meth:`Ranks.one_speaks` is left to the caller, who may
+                have something to save.
         """
         for batch in self.batches:
             if self.ranks.max(torch.tensor([float(signals.stop_requested())])).item():
                 signals.request_stop()
                 raise StoppedError(
-                    f"A signal asked the run to stop; it did in the midst of {self.what}, which will begin anew.",
+                    f"A signal asked the run to stop; it did in the midst of {self.what}, which "
+                    "will begin anew.",
                     remedy="Start the same command again and it goes on.",
                 )
             yield batch

@@ -1,4 +1,4 @@
-"""Which of a run's checkpoints are left: the newest to go on from, the best to choose, and those that may go."""
+"""A run's checkpoints: the newest to go on from, the best to choose, and those that may go."""
 
 from __future__ import annotations
 
@@ -171,8 +171,9 @@ def remove_interrupted(folder: Path, warn: Warn) -> None:
 def prune(folder: Path, progress: Progress, keep_last: int) -> None:
     """Delete what the checkpoint that was just saved supersedes.
 
-    What stays: the stage's newest ``keep_last`` checkpoints up to that one, and the weights that are among the best of any
-    of them. Later ones are left overs that were damaged: the run comes by again, and they count for nothing.
+    What stays: the stage's newest ``keep_last`` checkpoints up to that one, and the weights that
+    are among the best of any of them. Later ones are leftovers that were damaged: the run comes by
+    again, and they count for nothing.
     """
     steps = [
         path

@@ -1,10 +1,10 @@
 """One process at a time writes a run's folder.
 
-The process that does has a file in `lock/`, 000001.json or the next number, made only if that number is free, which is one
-step on network file systems too. The newest counts. It is deleted when its process ends in order; else it is taken over by
-the next number once that process is seen to be gone (on the same machine) or has given no sign of life for
-:data:`SILENT_SECONDS` (on another). Should it only have been stopped, it finds a newer file than its own and writes nothing
-more.
+The process that does has a file in `lock/`, 000001.json or the next number, made only if that
+number is free, which is one step on network file systems too. The newest counts. It is deleted when
+its process ends in order; else it is taken over by the next number once that process is seen to be
+gone (on the same machine) or has given no sign of life for :data:`SILENT_SECONDS` (on another).
+Should it only have been stopped, it finds a newer file than its own and writes nothing more.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ BEAT_SECONDS = 10.0
 """Between two signs of life."""
 
 SILENT_SECONDS = 120.0
-"""Without a sign of life for so long, by the clock of the one who looks, a process of another machine counts as gone."""
+"""Without a sign of life for so long, by the clock of the one who looks, a process of another
+machine counts as gone."""
 
 ENDING_SECONDS = 5.0
 """How long a process that was just killed may take to be gone."""
@@ -93,7 +94,7 @@ class Lock:
         self._done.set()
         self._thread.join()
         _held.remove(self)
-        # What cannot be deleted is taken over later; `lock/` stays where another start has a file in it.
+        # What cannot be deleted is taken over later; `lock/` stays where another has a file in it.
         with suppress(OSError):
             for number in range(1, self.number):
                 _place(self.folder, number).unlink(missing_ok=True)  # taken over from
@@ -152,7 +153,7 @@ def acquire(
 
 
 def _try(folder: Path, say: Callable[[str], None], goes_on: Callable[[], object]) -> Lock | None:
-    """Wait for the newest holder's end and take the next number; None where another start was faster."""
+    """Wait for the newest holder's end, take the next number; None where another was faster."""
     (folder / LOCK).mkdir(parents=True, exist_ok=True)
     before = newest_number(folder)
     left = wait_for_end(folder, before, say, goes_on) if before else None
@@ -223,7 +224,7 @@ def wait_for_end(
 
 
 def newest_number(folder: Path) -> int:
-    """The newest file's number; 0 where there is none. Listing also refreshes what a network client knows."""
+    """The newest file's number; 0 where there is none. A network client lists anew each time."""
     try:
         names = [path.stem for path in (folder / LOCK).iterdir()]
     except FileNotFoundError:
@@ -240,7 +241,7 @@ def read_holder(folder: Path, number: int) -> Holder | None:
 
 
 def _text(path: Path) -> str | None:
-    """A file's text; None where there is no file, empty where it was replaced at this moment, on a network file system."""
+    """A file's text; None where there is no file, empty where it is being replaced."""
     try:
         return path.read_text()
     except FileNotFoundError:

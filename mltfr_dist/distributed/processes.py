@@ -1,4 +1,4 @@
-"""Other processes of this machine, as /proc shows them: whether they are there, and whether they are stopped."""
+"""Other processes of this machine, as /proc shows them: there or gone, stopped or not."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 GONE, STOPPED = frozenset("ZXx"), frozenset("Tt")
-"""States of /proc/PID/stat: ended, though its parent has not asked yet; stopped by a signal or a debugger."""
+"""States of /proc/PID/stat: ended (its parent has not asked yet); stopped by signal or debugger."""
 
 
 class Seen(NamedTuple):
-    """A process by what no other one shares: numbers are given again, the moment of birth is not."""
+    """A process by what no other shares: numbers are given again, the moment of birth is not."""
 
     pid: int
     born: int
@@ -31,9 +31,10 @@ def own_process() -> Seen:
 
 
 def machine() -> str:
-    """Names what sees one set of process numbers, until it is started anew; empty where the system does not say.
+    """Names what sees one set of process numbers, until it is started anew.
 
-    Not the host's name: containers on several machines may share one, and a container sees its own processes alone.
+    Not the host's name: containers on several machines may share one, and a container sees its own
+    processes alone. Empty where the system does not say.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

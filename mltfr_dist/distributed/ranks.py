@@ -33,8 +33,8 @@ RENDEZVOUS_SECONDS = 300
 """How long the ranks wait for each other at the start."""
 
 COLLECTIVE_TIMEOUT = timedelta(days=7)
-"""How long a collective may take. The watchdog ends a run that hangs much sooner, and it knows stopped from stuck, which a
-collective's own clock does not."""
+"""How long a collective may take. The watchdog ends a run that hangs much sooner, and it knows
+stopped from stuck, which a collective's own clock does not."""
 
 SPEAK_SECONDS = 30.0
 """How long a rank that ends leaves rank 0 to say why."""
@@ -248,7 +248,10 @@ def start_ranks(threads: int | None = None) -> Ranks:
 
 
 def _share_of_cores(ranks: Ranks) -> int:
-    """Cores that this process may use, divided among the ranks that may use the same ones: launchers may have bound each."""
+    """Cores of this process, divided among the ranks that may use the same ones.
+
+    Launchers may have bound each rank to its own.
+    """
     cores = sorted(os.sched_getaffinity(0))
     digest = hashlib.sha256(f"{machine() or socket.gethostname()} {cores}".encode()).digest()
     shown = ranks.gather(torch.tensor([int.from_bytes(digest[:7])]))
@@ -266,8 +269,8 @@ def _take_gpu(local_rank: int) -> None:
         raise ConfigError(
             f"Rank {local_rank} of {socket.gethostname()} sees {count} GPU(s).",
             rule="Rank i of a node takes its GPU i, so each must see all of them.",
-            remedy="Start one rank a GPU; on Slurm give --gpus-per-node, or with --gpus-per-task also "
-            "--gpu-bind=none (`srun_more` of slurm/env.sh).",
+            remedy="Start one rank a GPU; on Slurm give --gpus-per-node, or with --gpus-per-task "
+            "also --gpu-bind=none (`srun_more` of slurm/env.sh).",
         )
     torch.cuda.set_device(local_rank)
 
@@ -338,7 +341,8 @@ def lost_ranks_told() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise LostRankError(
-            f"Rank {expected_rank()} on {socket.gethostname()} has lost another rank: {str(error).splitlines()[0]}.",
+            f"Rank {expected_rank()} on {socket.gethostname()} has lost another rank: "
+            f"{str(error).splitlines()[0]}.",
             rule="No rank can go on without all others.",
             remedy="The other ranks' logs say which failed first; start the same command again and the run goes on from its "
             "last checkpoint.",

@@ -1,7 +1,7 @@
 """What rank 0 has read, sent to every rank.
 
-Only rank 0 opens a run's folder. On a network file system the other nodes may not see for a while what it has just
-written, and where `runs_dir` lies on each node's own disk they never do.
+Only rank 0 opens a run's folder. On a network file system the other nodes may not see for a while
+what it has just written, and where `runs_dir` lies on each node's own disk they never do.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """A hang becomes a stack trace of every rank and an exit.
 
 A rank that waits in a collective for one that is dead, stuck or cut off waits for ever, and so do all others. Each rank
-watches itself: progress is every collective that it leaves and every batch that it evaluates. Only time in which this rank
-ran counts: not that in which it was stopped (SIGSTOP, a scheduler that suspends jobs, a paused container, a laptop asleep),
-nor that in which another rank of the same machine was.
+watches itself: progress is every collective that it leaves and every batch that it evaluates. Only
+time in which this rank ran counts: not that in which it was stopped (SIGSTOP, a scheduler that
+suspends jobs, a paused container, a laptop asleep), nor that in which another rank of the same
+machine was.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ START_SECONDS = 900.0
 """Least time before the first step, in which libraries are imported from slow disks, and kernels compiled."""
 
 SPEECHLESS_SECONDS = 43200.0
-"""After so long a process ends whose C code hangs and holds Python's lock, so that no thread can watch. That clock cannot
-tell stopped from stuck, so it is a long one; where there are other ranks, theirs end the run first."""
+"""After so long a process ends whose C code hangs and holds Python's lock, so that no thread can
+watch. That clock cannot tell stopped from stuck, so it is a long one; other ranks end first."""
 
 STDERR = 2
 
@@ -54,7 +55,10 @@ def watched(rank: int, seconds: float) -> Iterator[None]:
 
 
 def watch_with(neighbours: Mapping[int, Seen]) -> None:
-    """Tell the watchdog, where there is one, the other ranks of this machine: while one is stopped, no time counts."""
+    """Tell the watchdog, where there is one, the other ranks of this machine.
+
+    While one is stopped, no time counts.
+    """
     if _current is not None:
         _current.neighbours = dict(neighbours)
 
@@ -110,8 +114,8 @@ class Watchdog:
     def _tell(self, rank: int) -> None:
         pid = self.neighbours[rank].pid
         print(
-            f"Rank {self.rank} waits for rank {rank}, process {pid} of the same machine, which is stopped; `kill -CONT {pid}` "
-            "lets it go on.",
+            f"Rank {self.rank} waits for rank {rank}, process {pid} of the same machine, which is "
+            f"stopped; `kill -CONT {pid}` lets it go on.",
             file=sys.__stderr__,
             flush=True,
         )

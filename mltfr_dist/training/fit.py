@@ -111,10 +111,10 @@ def check_all(config: RunConfig, ranks: Ranks, *, verify: bool) -> Inputs:
 
 @contextmanager
 def held_folder(config: RunConfig, inputs: Inputs, ranks: Ranks, *, resume: bool) -> Iterator[None]:
-    """Make the run's folder, or take it up again, and hold it alone until the end. All ranks must call.
+    """Make or take up the run's folder, and hold it alone until the end. All ranks must call.
 
     Raises:
-        MltfrError: It holds something else, or another process holds it, or it lies on another node.
+        MltfrError: It holds something else, is held by another process, or is another node's.
     """
     check_place(config.folder, ranks)
 
@@ -142,7 +142,7 @@ def held_folder(config: RunConfig, inputs: Inputs, ranks: Ranks, *, resume: bool
 
 
 def check_place(folder: Path, ranks: Ranks) -> None:
-    """Refuse a run that lies on another rank's node alone, where rank 0 would begin it anew. All ranks must call.
+    """Refuse a run that only another rank sees: rank 0 would begin it anew. All ranks must call.
 
     Raises:
         ConfigError: Another rank sees it, and rank 0 does not.
@@ -153,11 +153,12 @@ def check_place(folder: Path, ranks: Ranks) -> None:
         there = sees.index(1.0)
         raise ranks.one_speaks(
             ConfigError(
-                f"Rank {there} on {host[there]} sees a run at {folder}, and rank 0 on {host[0]} sees none.",
-                rule="Rank 0 alone writes a run's folder. Where `runs_dir` is each node's own disk, a run goes on only "
-                "with its rank 0 on the node where it lies.",
-                remedy=f"Start with {host[there]} as the first node, copy the folder to {host[0]}, set `runs_dir` to "
-                "a folder that every node sees, or give this run another `name`.",
+                f"Rank {there} on {host[there]} sees a run at {folder}, and rank 0 on {host[0]} "
+                "sees none.",
+                rule="Rank 0 alone writes a run's folder. Where `runs_dir` is each node's own "
+                "disk, a run goes on only with its rank 0 on the node where it lies.",
+                remedy=f"Start with {host[there]} as the first node, copy the folder to {host[0]}, "
+                "set `runs_dir` to a folder that every node sees, or give this run another `name`.",
             )
         )
 
@@ -169,8 +170,8 @@ def say_where(folder: Path, ranks: Ranks) -> None:
     blind = [f"rank {rank} ({hosts[rank]})" for rank, seen in enumerate(sees) if not seen]
     if blind:
         ranks.say(
-            f"  {folder} lies on {hosts[0]}, and {', '.join(blind)} did not see it there: if it is that node's own disk, the "
-            f"run can only go on with its rank 0 on {hosts[0]}"
+            f"  {folder} lies on {hosts[0]}, and {', '.join(blind)} did not see it there: if it is "
+            f"that node's own disk, the run can only go on with its rank 0 on {hosts[0]}"
         )
 
 

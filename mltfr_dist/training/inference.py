@@ -104,7 +104,7 @@ def finished(folder: Path) -> tuple[RunConfig, Result]:
 
 
 def evaluate_run(folder: Path, split: str, ranks: Ranks | None = None) -> dict[str, float]:
-    """The metrics of a run's chosen model on a split, as the run reported them; on several ranks all must call.
+    """The metrics of a run's chosen model on a split, as the run reported them. All must call.
 
     Args:
         folder: Of the run.

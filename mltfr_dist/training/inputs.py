@@ -315,7 +315,7 @@ def load_model(
     with_consensus: bool,
     step: int,
 ) -> Recommender:
-    """The model of a checkpoint, in fp32, ready to be evaluated; rank 0 reads it, and all ranks must call.
+    """The model of a checkpoint, in fp32, ready to be evaluated; rank 0 reads it, all must call.
 
     Args:
         config: The run.

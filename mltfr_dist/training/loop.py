@@ -85,7 +85,7 @@ def train_stage(stage: Stage, progress: Progress) -> Progress:
 
 
 def before_validation(stage: Stage, progress: Progress) -> Progress:
-    """Where an epoch is over that is not yet validated: going on from there, nothing is trained before it is."""
+    """Where an epoch is over and not yet validated: what goes on from there validates first."""
     return progress.model_copy(
         update={"epoch": progress.epoch - 1, "step_in_epoch": stage.stream.steps_per_epoch}
     )

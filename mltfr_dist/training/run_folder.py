@@ -112,7 +112,7 @@ def load_result(folder: Path) -> Result | None:
 
 
 def has_run(folder: Path) -> bool:
-    """Whether a run lies there. Opened, not looked up: a network client remembers what it looked up before."""
+    """Whether a run lies there. Opened: a network client remembers what it only looked up."""
     try:
         with (folder / CONFIG).open("rb"):
             return True
@@ -135,8 +135,8 @@ CHANGEABLE = (
     "checkpoint.keep_last",
     "checkpoint.keep_best",
 )
-"""Fields that may differ when a run goes on, for they change no number: where it lies, how the work is divided and placed,
-how long is waited, what is recorded and saved."""
+"""Fields that may differ when a run goes on, for they change no number: where it lies, how the work
+is divided and placed, how long is waited, what is recorded and saved."""
 
 
 def check_claim(folder: Path, config: RunConfig, *, resume: bool) -> list[str]:
@@ -156,8 +156,8 @@ def check_claim(folder: Path, config: RunConfig, *, resume: bool) -> list[str]:
         if refused:
             raise ConfigError(
                 f"{folder} already holds a different run: {'; '.join(refused)}.",
-                rule="A run goes on with the configuration that it began with; only what changes no number may "
-                f"differ: {', '.join(CHANGEABLE)}.",
+                rule="A run goes on with the configuration that it began with; only what changes "
+                f"no number may differ: {', '.join(CHANGEABLE)}.",
                 remedy="Give this run another `name`, or delete the folder.",
             )
         if not resume:

@@ -91,6 +91,7 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         peak_memory_bytes=int(memory.item()),
         world_size=ranks.world_size,
     )
+    ranks.main_works(lambda _: check_held())
     texts = kept_token_texts(config, inputs, model)  # on every rank: tables may be divided
     if ranks.is_main:
         final = list(outcomes.values())[-1]
@@ -103,7 +104,6 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         for tag, text in texts.items():
             tracker.text(tag, text, final.step)
         tracker.close()
-        check_held()
         write_atomically(config.folder / RESULT, result.model_dump_json(indent=2) + "\n")
     ranks.barrier()
     return result
@@ -170,7 +170,7 @@ def run_stage(
 
 
 def result_for_all(folder: Path, ranks: Ranks) -> Result | None:
-    """A finished run's outcome, as rank 0 reads it; None while it is not finished. All ranks must call.
+    """A finished run's outcome as rank 0 reads it, None while unfinished. All ranks must call.
 
     Raises:
         CheckpointError: The file is damaged.
@@ -196,7 +196,7 @@ def last_checkpoint(folder: Path, stage: str, ranks: Ranks) -> Path | None:
 
 
 def best_for_all(folder: Path, outcomes: Mapping[str, Progress], ranks: Ranks) -> Choice:
-    """The best weights of the stages, or the best that are left, the same on every rank. All ranks must call."""
+    """The stages' best weights, or the best that are left, on every rank. All ranks must call."""
     found = ranks.main_works(lambda goes_on: kept.best_intact(folder, outcomes, ranks.say, goes_on))
     return Choice(*json.loads(ranks.from_main(json.dumps(found))))
 
@@ -261,13 +261,14 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
 
     ranks.main_works(make)
     ranks.say(
-        f"  Fisher information of {len(cores)} experts over {samples} sequences: {time.monotonic() - started:.0f} s"
+        f"  Fisher information of {len(cores)} experts over {samples} sequences: "
+        f"{time.monotonic() - started:.0f} s"
     )
     return checkpoint.read_for_all(place, ranks, CORE)
 
 
 def is_made(place: Path, ranks: Ranks) -> bool:
-    """Whether the consensus expert is there and whole; one that is damaged is told, and made again."""
+    """Whether the consensus expert is there and whole; one that is damaged is told."""
     if not (place / checkpoint.HEADER).exists():
         return False
     try:

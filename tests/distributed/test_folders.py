@@ -1,7 +1,7 @@
-"""Where a run's folder lies: one that all ranks see, one that a node sees late, one on each node's own disk.
+"""A run's folder that all ranks see, that a node sees late, or on each node's own disk.
 
-Two ranks start in two folders and `runs_dir` is relative, so that each has its own; for the late view a thread copies rank
-0's folder to rank 1's, as a network client that looks at what it remembers.
+Two ranks start in two folders and `runs_dir` is relative, so that each has its own; for the late
+view a thread copies rank 0's folder to rank 1's, as a network client that goes by its memory.
 """
 
 from __future__ import annotations

@@ -164,7 +164,9 @@ def test_keep_best_keeps_the_best_validations_and_the_next_takes_the_place_of_a_
         (line["epoch"], line["NDCG@10"]) for line in ranked[:2]
     )
 
-    assert load_result(config.folder).valid["NDCG@10"] == ranked[0]["NDCG@10"]  # type: ignore[union-attr]
+    first = load_result(config.folder)
+    assert first is not None
+    assert first.valid["NDCG@10"] == ranked[0]["NDCG@10"]
     remove(config.folder / "checkpoints" / f"train-best{ranked[0]['epoch']:05d}")
     (config.folder / "result.json").unlink()
     capsys.readouterr()
@@ -180,14 +182,14 @@ def test_keep_best_keeps_the_best_validations_and_the_next_takes_the_place_of_a_
 
 
 def test_a_damaged_leftover_is_not_kept_in_place_of_a_new_checkpoint(tmp_path: Path) -> None:
-    """A run that passed over step 6 saves at step 4: step 6 is damaged, and no reason to delete step 4."""
+    """A run that passed over step 6, damaged, saves at step 4, which must stay."""
     put(tmp_path, 6, ())
     truncate(tmp_path / "train-step000000006" / HEADER)
     prune(tmp_path, put(tmp_path, 4, ()), keep_last=1)
     assert latest_intact(tmp_path, "train", lambda _: None) == tmp_path / "train-step000000004"
 
 
-# --- the best checkpoint -----------------------------------------------------------------------------------------
+# --- the best checkpoint --------------------------------------------------------------------------
 
 
 def damage_model(path: Path) -> None:

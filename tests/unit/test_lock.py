@@ -1,4 +1,4 @@
-"""A run's folder is written by one process at a time; what a crash leaves is taken over, and only that."""
+"""A run's folder is written by one process at a time; only what a crash leaves is taken over."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_number_given_again_is_another_process(tmp_path: Path) -> None:
 def test_on_another_machine_only_silence_counts(
     tmp_path: Path, hold: Callable[[], subprocess.Popen[str]]
 ) -> None:
-    """Another host, another container, or this host before it was started anew: its processes cannot be seen."""
+    """Another host or container, or this host before it was started anew."""
     held, said = acquire(tmp_path, pytest.fail), []
     held._holder = held._holder.model_copy(update={"machine": "another", "host": "far"})
     rewrite(tmp_path, machine="another", host="far")

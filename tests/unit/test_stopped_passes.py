@@ -1,4 +1,4 @@
-"""A signal is heeded in the midst of a validation, a Fisher pass and the last ranking; what was trained is saved."""
+"""A signal is heeded in the midst of a validation, a Fisher pass and the last ranking."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ print("done")
 
 @pytest.fixture
 def rank() -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
-    """Starts a watched process of 2 s patience: it goes on, or with negative seconds it is stuck, for so long."""
+    """Starts a watched process of 2 s patience that goes on, or for negative seconds is stuck."""
     started = []
 
     def start(seconds: float, *neighbour: int) -> tuple[subprocess.Popen[str], int]:
