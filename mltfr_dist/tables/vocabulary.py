@@ -20,7 +20,8 @@ DropReason = Literal["special", "unused", "byte", "blank", "fragment", "no_entry
 
 special: control tokens such as `<s>`, `[CLS]`, `<|im_start|>`; unused: reserved places such as `[unused12]`;
 byte: single-byte fallbacks `<0x0A>`; blank: empty or only white space; fragment: bytes that are no whole character;
-no_entry: rows without a token (padded tables); no_row: tokens without a row (extract.py finds them).
+no_entry: rows without a token (padded tables); no_row: tokens without a row (extract.py finds
+    them).
 """
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
