@@ -205,8 +205,10 @@ def command_fetch(options: argparse.Namespace) -> None:
 
 
 def command_inspect(options: argparse.Namespace) -> None:
-    """What a folder holds: of prepared data counts, lengths, popularity, times, duplicates and cold items; of a
-    token table sizes, provenance, norms, tokens and the neighbours of a word.
+    """What a folder holds.
+
+    Of prepared data counts, lengths, popularity, times, duplicates and cold items; of a token
+    table sizes, provenance, norms, tokens and the neighbours of a word.
     """
     folder = Path(options.folder)
     if (folder / "table.json").exists():
@@ -245,8 +247,8 @@ def _neither(folder: Path) -> DataError:
     state = "holds neither" if folder.exists() else "does not exist, so it holds neither"
     return DataError(
         f"{folder} {state} prepared data nor a token table.",
-        rule="Prepared data has a manifest.json (`mltfr prepare` writes it), a token table a table.json "
-        "(`mltfr tables` does).",
+        rule="Prepared data has a manifest.json (`mltfr prepare` writes it), a token table "
+        "a table.json (`mltfr tables` does).",
         remedy=remedy,
     )
 

@@ -38,7 +38,7 @@ def code_sha256() -> str:
 
 
 def with_packaged(path: Path) -> Path:
-    """``path`` as given where something is there, or else the file of that name that comes with the program.
+    """``path`` where something is there, or else the file of that name in the package.
 
     So `ds_configs/zero1.json` and `tuning/spaces/demo.yaml` are found from every folder.
     """

@@ -18,9 +18,10 @@ Blocks = Iterable[tuple[int, torch.Tensor]]
 def follow(
     blocks: Blocks, what: str, num_rows: int, log: Callable[[str], None]
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Hand ``blocks`` on and say how many of ``num_rows`` rows are done, at which rate, and what is left.
+    """Hand ``blocks`` on; say how many of ``num_rows`` rows are done, the rate, the time left.
 
-    A terminal shows one line that is renewed and wiped at the end; otherwise ``log`` gets a line now and then.
+    A terminal shows one line that is renewed and wiped at the end; otherwise ``log`` gets a line
+    now and then.
     """
     on_terminal = sys.stderr.isatty()
     pause = SECONDS_ON_TERMINAL if on_terminal else SECONDS_IN_LOG

@@ -103,8 +103,8 @@ class TableConfig(Options):
     )
     vocabulary: Path | None = Field(
         None,
-        description="File with the source's tokens, such as tokenizer.json or vocab.txt; found beside the source when not "
-        "given.",
+        description="File with the source's tokens, such as tokenizer.json or vocab.txt; found "
+        "beside the source when not given.",
     )
     normalise: Literal["scale", "whiten", "none"] = Field(
         "scale",

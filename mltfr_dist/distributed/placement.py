@@ -73,7 +73,7 @@ def place_tables(
 
 
 def _own_rows(table: TokenTable) -> torch.Tensor:
-    """[V, D_m] rows in memory of this process, held once: of a stored table without its mapping's pages."""
+    """[V, D_m] rows in memory of this process, without the pages of a stored table's mapping."""
     is_stored = table.content == "real" and table.row_ids is None
     return read_rows(table, 0, len(table.rows)) if is_stored else table.rows
 

@@ -35,7 +35,7 @@ def build_tables(
     packages: Path | None = None,
     log: Log = print,
 ) -> list[TableInfo]:
-    """Extract, clean and store token tables; all sources are found and checked before the first is read.
+    """Extract, clean and store token tables; all are found and checked before the first is read.
 
     Args:
         sources: each a source as :func:`mltfr_dist.tables.extract.open_table` takes it, or a key of
@@ -43,13 +43,14 @@ def build_tables(
         output: folder of tables; a table becomes ``output / NAME``.
         config: tensor, vocabulary, normalisation.
         name: the table's name, of one source; by default the source's.
-        packages: folder into which the demo tables' packages were unpacked; None: the installed ones.
+        packages: folder into which the demo tables' packages were unpacked; None: the installed
+            ones.
         log: receives lines of text.
 
     Raises:
         ConfigError: options that cannot be meant.
-        DataError: a source that cannot be read with certainty, a different table of this name, or no
-            place to write to.
+        DataError: a source that cannot be read with certainty, a different table of this name,
+            or no place to write to.
     """
     for option, value in (("--name", name), ("--vocabulary", config.vocabulary)):
         if value is not None and len(sources) > 1:
@@ -95,8 +96,8 @@ def build_table(
 
     Raises:
         ConfigError: a name that no table can have.
-        DataError: a source that cannot be read with certainty, a different table of this name, or no
-            place to write to.
+        DataError: a source that cannot be read with certainty, a different table of this name,
+            or no place to write to.
     """
     check_name(name)
     check_output(output)

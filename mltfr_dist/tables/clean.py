@@ -1,4 +1,4 @@
-"""Normalisation of token tables on disk, in passes over blocks of rows: memory does not grow with the table.
+"""Normalisation of token tables on disk, in blocks of rows: memory does not grow with the table.
 
 Language models' embeddings are anisotropic: their rows share a large common direction. Centring removes it.
 Shapes: V rows, D columns; sums and statistics are float64.
@@ -20,7 +20,7 @@ EIGENVALUE_FLOOR = 1e-6
 """Whitening: eigenvalues below this share of the largest count as this share, so that noise is not blown up."""
 
 PRODUCT_ENTRIES = 1 << 21
-"""Numbers in a block of a matrix product, 16 MiB in float64: few blocks, for each passes over a [D, D] sum."""
+"""Numbers in a block of a matrix product: large, for each block passes over a [D, D] sum."""
 
 _LONG_EIGENVECTORS = 2048
 
@@ -30,8 +30,8 @@ Log = Callable[[str], None]
 class MeanCosine:
     """Mean cosine over all pairs of different rows, exactly, without forming the pairs.
 
-    The squared norm of the sum of the N unit rows is N + the sum over ordered pairs. Zero rows have no
-    direction and are left out.
+    The squared norm of the sum of the N unit rows is N + the sum over ordered pairs. Zero rows have
+    no direction and are left out.
     """
 
     def __init__(self, dim: int) -> None:
@@ -56,11 +56,12 @@ class MeanCosine:
 def normalise_rows(
     rows: RowFile, how: Literal["scale", "whiten", "none"], log: Log = print
 ) -> tuple[float, float]:
-    """Normalise ``rows`` [V, D], not all of them equal, in place; returns their mean cosine before and after.
+    """Normalise ``rows`` [V, D], not all equal, in place; their mean cosine before and after.
 
-    scale: subtract the mean row, then divide every entry by the root mean square of all entries: entries have
-    unit variance over the table and directions keep their proportions. whiten: subtract the mean row, then ZCA:
-    covariance is the identity (but for floored directions), axes turned as little as possible. none: unchanged.
+    scale: subtract the mean row, then divide every entry by the root mean square of all entries:
+    entries have unit variance over the table and directions keep their proportions. whiten:
+    subtract the mean row, then ZCA: covariance is the identity (but for floored directions), axes
+    turned as little as possible. none: unchanged.
     """
     mean, before = torch.zeros(rows.dim, dtype=torch.float64), MeanCosine(rows.dim)
     for _, block in follow(rows.blocks(), "measuring", rows.num_rows, log):
@@ -87,7 +88,7 @@ def _scale(rows: RowFile, mean: torch.Tensor, log: Log) -> float:
 
 
 def _whiten(rows: RowFile, mean: torch.Tensor, log: Log) -> float:
-    # One triangle of the symmetric sum: half the work of a product, so that float64 costs what float32 would.
+    # One triangle of the symmetric sum is half the work: float64 costs what float32 would.
     covariance = np.zeros((rows.dim, rows.dim), order="F")  # [D, D]
     for start, block in follow(rows.blocks(PRODUCT_ENTRIES), "covariance", rows.num_rows, log):
         exact = block.double().sub_(mean)

@@ -54,7 +54,7 @@ DEMO_TABLES = {
 def demo_source(
     name: str, config: TableConfig, packages: Path | None
 ) -> tuple[str, TableConfig, str]:
-    """The checkpoint of the demo table ``name``, the configuration to read it with, and its licence.
+    """The checkpoint of the demo table ``name``, how to read it, and its licence.
 
     Args:
         name: a key of :data:`DEMO_TABLES`.

@@ -1,4 +1,4 @@
-"""Finds a language model's input-embedding table and its vocabulary, and reads nothing else of the checkpoint.
+"""Finds a language model's input-embedding table and vocabulary; reads nothing else of it.
 
 Memory: blocks of a few megabytes, however large the table is, and the tokens.
 """
@@ -33,10 +33,12 @@ class OpenTable:
         source: where the rows come from.
         kept: [rows in the source] bool, which rows stay.
         vocabulary: the token of each kept row.
-        dropped: rows dropped by reason, most frequent first (``no_row``: tokens dropped for want of one).
+        dropped: rows dropped by reason, most frequent first (``no_row``:
+            tokens without one).
         source_name: default name of the table, from the source's own name.
         revision: commit of a checkpoint from the hub, else None.
-        vocabulary_file: name of the file that the tokens come from. vocabulary_kind: which kind it is.
+        vocabulary_file: name of the file that the tokens come from.
+        vocabulary_kind: which kind of tokenizer it is of.
     """
 
     source: EmbeddingSource
@@ -49,7 +51,7 @@ class OpenTable:
     vocabulary_kind: str
 
     def blocks(self, digest: hashlib._Hash) -> Iterator[tuple[int, torch.Tensor]]:
-        """The kept rows in order, as (number of the source's row that the block begins with, rows [n, D_m]).
+        """The kept rows in order, as (first row of the block in the source, rows [n, D_m]).
 
         Args:
             digest: is fed the tensor's bytes as stored, those of dropped rows included.
@@ -72,8 +74,8 @@ class OpenTable:
         if num_bad:
             rows_text = f"{num_bad:,} rows, the first of them" if num_bad > 1 else "one row,"
             raise DataError(
-                f"{self.source.tensor} of {', '.join(self.source.files)} holds infinite values or NaN "
-                f"in {rows_text} {first}.",
+                f"{self.source.tensor} of {', '.join(self.source.files)} holds infinite "
+                f"values or NaN in {rows_text} {first}.",
                 rule="Every number of a kept row must be finite in float32.",
                 remedy="Fetch the checkpoint again, or ask those who made it.",
             )
@@ -96,8 +98,8 @@ def open_table(source: str, config: TableConfig) -> OpenTable:
     """Find the embedding table of ``source`` and its tokens.
 
     Args:
-        source: a weight file, a checkpoint folder, or a hub id (``owner/name`` or ``owner/name@revision``), of
-            which only the one weight file that holds the table is fetched.
+        source: a weight file, a checkpoint folder, or a hub id (``owner/name`` or
+            ``owner/name@revision``), of which only the weight file with the table is fetched.
         config: which tensor and vocabulary, and whether special tokens stay.
 
     Raises:
@@ -121,7 +123,7 @@ def open_table(source: str, config: TableConfig) -> OpenTable:
 
 
 def extract_table(source: str, config: TableConfig) -> ExtractedTable:
-    """Read the embedding table of ``source`` into memory; for the arguments and errors see :func:`open_table`.
+    """Read the embedding table of ``source`` into memory; arguments and errors as of `open_table`.
 
     `mltfr tables` does not hold it in memory (tables/build.py).
     """
@@ -166,9 +168,9 @@ def _check_sizes(source: EmbeddingSource, vocabulary: Vocabulary, num_without: i
     )
     if num_ids - num_without < LEAST_ROWS_PER_ID * num_ids:
         raise DataError(
-            f"{source.tensor} has {source.num_rows} rows but the vocabulary in {vocabulary.source} has "
-            f"{num_ids} ids, of which {num_without} have no row.",
-            rule="At least half of a vocabulary's ids must have a row; it is most likely another model's.",
+            f"{source.tensor} has {source.num_rows} rows but the vocabulary in {vocabulary.source} "
+            f"has {num_ids} ids, of which {num_without} have no row.",
+            rule="At least half of its ids must have a row; it is most likely another model's.",
             remedy="Give the vocabulary of this very checkpoint with --vocabulary PATH, or the "
             "embedding's name with --tensor NAME.",
         )

@@ -134,7 +134,7 @@ def read_info(folder: Path) -> TableInfo:
 
 
 def near_tables(folder: Path) -> str | None:
-    """Where the table that was meant may lie: by its name alone, or misspelt; None: nowhere known."""
+    """Where the table that was meant may lie: by name alone, or misspelt; None: unknown."""
     for place in dict.fromkeys((folder.parent, DEFAULT_OUTPUT)):
         found = sorted(file.parent.name for file in place.glob(f"*/{INFO_FILE}"))
         if place != folder.parent and folder.name in found:

@@ -97,7 +97,7 @@ def rows_of_word(table: TokenTable, word: str) -> list[int]:
 
 
 def near_tokens(vocabulary: tuple[str, ...], word: str) -> list[str]:
-    """Tokens like ``word``: of other case first, then those that it begins or that begin it, then by letters."""
+    """Tokens like ``word``: of other case first, then by letters in common."""
     folded = word.casefold()
     candidates: dict[str, list[str]] = {}
     for token in vocabulary:
@@ -110,7 +110,7 @@ def near_tokens(vocabulary: tuple[str, ...], word: str) -> list[str]:
 
 
 def neighbours(rows: torch.Tensor, of: list[int]) -> list[tuple[list[float], list[int]]]:
-    """For each of the rows ``of`` [W] the cosines and numbers of the nearest others of ``rows`` [V, D], exactly."""
+    """Cosines and numbers of the rows [V, D] nearest to each of the rows ``of`` [W], exactly."""
     words = F.normalize(rows[of].double(), dim=1)  # [W, D]
     scores = torch.cat(
         [F.normalize(block.double(), dim=1) @ words.T for block in _blocks(rows)]

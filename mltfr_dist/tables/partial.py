@@ -1,4 +1,4 @@
-"""The folder in which a table is written before it has its name, and what interrupted extractions left of such folders."""
+"""The folder in which a table is written, and what killed extractions left of such folders."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def partial_folder(output: Path, name: str, log: Callable[[str], None]) -> Itera
 
 
 def _leftovers(output: Path, name: str) -> list[Path]:
-    """Partial folders of ``name`` that nobody works in; before there was a host in the name, it counts as this one."""
+    """Partial folders of ``name`` that nobody works in; one without a host counts as this one's."""
     pattern = re.compile(rf"\.{re.escape(name)}\.partial-(?:(?P<host>.+)-)?(?P<pid>\d+)")
     found = []
     for folder in output.iterdir():
@@ -58,7 +58,7 @@ def _leftovers(output: Path, name: str) -> list[Path]:
 
 
 def _is_maker(pid: int, folder: Path) -> bool:
-    """Whether process ``pid`` lives and may have made ``folder``: a later process may have got the same number."""
+    """Whether process ``pid`` lives and is old enough to have made ``folder``."""
     try:
         process = psutil.Process(pid)
         began = process.create_time()
@@ -70,7 +70,7 @@ def _is_maker(pid: int, folder: Path) -> bool:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether a process holds the folder, be it in another container that has numbers of its own."""
+    """Whether a process holds the folder, be it in a container with numbers of its own."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:  # its maker has just finished

@@ -44,14 +44,14 @@ def check_name(name: str | None) -> None:
     if name is not None and (len(name) > LONGEST_NAME or not re.fullmatch(NAME_PATTERN, name)):
         raise ConfigError(
             f"--name {name!r} cannot be a table's name.",
-            rule="It is a folder's name of letters, digits, dots, dashes and underscores, begins with a "
-            f"letter or digit, and has {LONGEST_NAME} characters at most.",
+            rule="It is a folder's name of letters, digits, dots, dashes and underscores, begins "
+            f"with a letter or digit, and has {LONGEST_NAME} characters at most.",
             remedy=f"Use --name {_valid_name(name)}.",
         )
 
 
 def check_output(output: Path) -> None:
-    """Whether tables can be written to the folder ``output``, as far as this can be known without writing.
+    """Whether tables can be written to ``output``, as far as it can be known without writing.
 
     Raises:
         DataError: it is no folder, lies in none, or may not be written.
@@ -79,7 +79,9 @@ def plan_table(
     name: str | None = None,
     licence: str | None = None,
 ) -> Plan:
-    """Find a table and compare it with what may already have its name; ``licence`` is for a source that states none.
+    """Find a table and compare it with what may already have its name.
+
+    ``licence`` is for a source that states none.
 
     Raises:
         DataError: a source that cannot be read with certainty, or a different table of this name.

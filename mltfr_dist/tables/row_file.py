@@ -1,4 +1,4 @@
-"""A table's rows in a safetensors file that is written and read in blocks, so that no table need fit into memory.
+"""A table's rows in a safetensors file, written and read in blocks: none need fit into memory.
 
 Shapes: V rows, D columns, float32.
 """
@@ -41,7 +41,7 @@ def writing(place: Path) -> Iterator[None]:
 
 
 def header(num_rows: int, dim: int) -> bytes:
-    """The head of a safetensors file with the one tensor :data:`TENSOR_NAME`, byte for byte as the library writes it."""
+    """The head of a file with the tensor :data:`TENSOR_NAME`, to the byte as the library's."""
     described = {"dtype": "F32", "shape": [num_rows, dim], "data_offsets": [0, 4 * num_rows * dim]}
     text = json.dumps({TENSOR_NAME: described}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -89,7 +89,7 @@ class RowFile:
                 data, offset = data[written:], offset + written
 
     def blocks(self, num_entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, torch.Tensor]]:
-        """All rows in order as (number of the first, copies of rows [n, D]) of at most ``num_entries`` numbers."""
+        """All rows in order as (first row, copies [n, D]) of at most ``num_entries`` numbers."""
         step = max(1, num_entries // self.dim)
         for start in range(0, self.num_rows, step):
             block = torch.empty(min(step, self.num_rows - start), self.dim)

@@ -1,7 +1,8 @@
 """Token tables on disk: a folder that holds all it needs, and proof that it is what it was.
 
-``NAME/table.safetensors`` holds one tensor ``token_table`` [V_m, D_m] float32, ``NAME/vocabulary.json``
-the tokens in row order, ``NAME/table.json`` the :class:`TableInfo`: sizes, hashes, provenance.
+``NAME/table.safetensors`` holds one tensor ``token_table`` [V_m, D_m] float32,
+``NAME/vocabulary.json`` the tokens in row order, ``NAME/table.json`` the :class:`TableInfo`: sizes,
+hashes, provenance.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def save_table(
 
 
 def check_free(folder: Path, described: Mapping[str, Any]) -> None:
-    """Whether a table described so may become ``folder``: nothing is there, or what may be the same.
+    """Whether such a table may become ``folder``: nothing is there, or what may be the same.
 
     Args:
         folder: where the table is to lie.

@@ -1,4 +1,4 @@
-"""The command line as a user types it: options between overrides, and files that come with the program."""
+"""The command line as typed: options between overrides, files that come with the program."""
 
 from __future__ import annotations
 

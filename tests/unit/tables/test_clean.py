@@ -81,7 +81,7 @@ def test_whiten_gives_identity_covariance_and_is_symmetric(tmp_path: Path) -> No
 
 
 def test_whiten_is_accurate_where_directions_differ_a_thousandfold(tmp_path: Path) -> None:
-    """Against ZCA in float64 as one product: eigenvalues from 1 down to the floor, several blocks."""
+    """Against ZCA in float64 as one product: eigenvalues down to the floor, several blocks."""
     basis = torch.linalg.qr(random_rows(300, 300, offset=0.0).double()).Q
     scale = torch.logspace(0, -2.9, 300, dtype=torch.float64)
     rows = ((torch.randn(15_000, 300, dtype=torch.float64) * scale) @ basis + 0.5).float()

@@ -102,8 +102,8 @@ def test_values_that_are_no_numbers(tmp_path: Path, value: float) -> None:
     rows[5, 3] = value
     with pytest.raises(
         DataError,
-        match=r"embed_tokens\.weight of model\.safetensors holds infinite values or NaN in one row, "
-        r"row 5 \(token 'ing'\)",
+        match=r"embed_tokens\.weight of model\.safetensors holds infinite values or NaN in one "
+        r"row, row 5 \(token 'ing'\)",
     ):
         extract_table(str(write_single(tmp_path, rows)), RAW)
     rows[4:7, 1] = value

@@ -104,7 +104,7 @@ def test_rows_and_tokens_must_agree(tmp_path: Path) -> None:
         save_table(tmp_path, random_rows(), ["a", "b"], name="x")
 
 
-# VmHWM, not ru_maxrss: a child's ru_maxrss starts at its parent's size, which would hide any growth.
+# VmHWM, not ru_maxrss, which starts at the parent's size in a child and would hide any growth.
 PLACE = """
 import sys
 from pathlib import Path
