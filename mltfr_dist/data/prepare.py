@@ -6,8 +6,10 @@ See steps.py for the tables and the order of ids, workspace.py for what survives
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
 import shutil
+import zlib
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -17,6 +19,7 @@ import duckdb
 
 from mltfr_dist.config import PrepareConfig, PrepareResources
 from mltfr_dist.data import remote, sources, splits
+from mltfr_dist.data.inputs import InputFile
 from mltfr_dist.data.leaks import check_train_shards
 from mltfr_dist.data.manifest import (
     MANIFEST_NAME,
@@ -163,29 +166,50 @@ def _resolve(
                 f"Nothing matches {source}.",
                 remedy="Correct the pattern, or quote it if the shell cut it.",
             )
-    formats = {sources.detect_format(path, config.format) for path in paths}
+    formats = {sources.detect_format(_named(path), config.format) for path in paths}
     if len(formats) > 1:
         raise DataError(
             f"{source} matches files of several formats: {', '.join(sorted(formats))}.",
             rule="All files of a source have one format.",
             remedy="Give a pattern that matches only the interactions.",
         )
-    format = formats.pop()
-    if format == "sequences" and config.split == "global_temporal":
+    config = config.model_copy(update={"format": formats.pop()})
+    if not sources.has_time(config) and config.split == "global_temporal":
         raise DataError(
-            f"{source} is sequence text, which has no time.",
+            f"{source} is read as {config.format}, which has no time.",
             rule="global_temporal cuts all users at two points in time.",
-            remedy="Use split=leave_one_out, or a file with a time column.",
+            remedy="Use --split leave_one_out, or a file with a time column.",
         )
-    if format == "sequences" and len(paths) > 1:
+    if config.format == "sequences" and len(paths) > 1:
         raise DataError(
             f"{source} matches {len(paths)} files of sequence text.",
             rule="Sequence text has one line a user, and so one file.",
             remedy="Join the files.",
         )
     if config.titles is not None:
-        sources.detect_format(config.titles)
-    return paths, config.model_copy(update={"format": format})
+        sources.detect_format(_named(config.titles))
+    return paths, config
+
+
+def _named(path: Path) -> InputFile:
+    """A file as it is, with its ending before compression."""
+    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return InputFile(path, str(path), plain.suffix.lower())
+
+
+def _plain(path: Path, folder: Path) -> InputFile:
+    """A file to read rows from, unpacked into ``folder`` where it is compressed."""
+    file = _named(path)
+    if path.suffix.lower() != ".gz":
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / hashlib.sha256(str(path).encode()).hexdigest()
+    try:
+        with gzip.open(path) as packed, copy.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged: {error}.", remedy="Get the file again.") from None
+    return InputFile(copy, file.name, file.ending)
 
 
 def _recorded(config: PrepareConfig) -> PrepareConfig:
@@ -253,10 +277,15 @@ def _run(
     steps = StepLog(workspace.log)
 
     def read() -> int:
-        rows = sources.load_interactions(connection, paths, config)
+        folder = workspace.temporary / "plain"
+        files = [_plain(path, folder) for path in paths]
+        rows = sources.load_interactions(connection, files, config, workspace.log)
         steps.done("read", rows, note=f"{config.format}, {info.bytes / 1e6:,.1f} MB")
         sources.load_titles(
-            connection, config.titles, config.titles_item_column, config.titles_title_column
+            connection,
+            _plain(config.titles, folder) if config.titles else None,
+            config.titles_item_column,
+            config.titles_title_column,
         )
         return rows
 
@@ -352,7 +381,7 @@ def _split(
         "cold_targets": cold,
         "cut_times": [splits.time_text(cuts[0]), splits.time_text(cuts[1])] if cuts else None,
         "items_with_title": titles,
-        "times": _time_range(connection) if config.format != "sequences" else None,
+        "times": _time_range(connection) if sources.has_time(config) else None,
     }
 
 

@@ -1,0 +1,65 @@
+"""Sequence text that is no sequence text: a log with one line a user, whose times or ratings would become items."""
+
+from __future__ import annotations
+
+import duckdb
+
+from mltfr_dist.data.inputs import InputFile
+from mltfr_dist.data.readers import one
+from mltfr_dist.errors import DataError
+
+_MOMENT = (
+    r"(5|6|7|8|9)[0-9]{8}|[1-4][0-9]{9}|[5-9][0-9]{11}|[1-4][0-9]{12}|"
+    r"[0-9]{4}[-/][0-9]{1,2}[-/][0-9]{1,2}([T ].*)?|[0-9]{1,2}/[0-9]{1,2}/[0-9]{2,4}"
+)
+"""Seconds from 1985 on, milliseconds, and dates."""
+_RATING = r"([0-9]|10)(\.[0-9]+)?"
+_FIRST_OF_LOG, _LAST_OF_LOG = 3, 8
+"""Least and most fields of the lines of such a log."""
+
+
+def refuse_log(connection: duckdb.DuckDBPyConnection, file: InputFile) -> None:
+    """Refuse ``fields(line_number, fields)`` if all lines have as many and one of them is always a time, or a rating.
+
+    Real sequences of one length hold items of one kind in all places; a log does not.
+
+    Raises:
+        DataError: with the place of the times or ratings, and how such a file is read.
+    """
+    least, most, lines = one(
+        connection, "SELECT min(len(fields)), max(len(fields)), count(*) FROM fields"
+    )
+    if least != most or not _FIRST_OF_LOG <= least <= _LAST_OF_LOG:
+        return
+    names = "line_number > (SELECT min(line_number) FROM fields)" if lines > 2 else "true"
+    places = range(2, least + 1)
+    counts = one(
+        connection,
+        "SELECT "
+        + ", ".join(
+            f"count(*) FILTER (regexp_full_match(fields[{place}], '{pattern}'))"
+            for pattern in (_MOMENT, _RATING)
+            for place in places
+        )
+        + f", count(*) FROM fields WHERE {names}",
+    )
+    total, width = counts[-1], len(places)
+    moments = [place for place, count in zip(places, counts[:width]) if count == total]
+    ratings = [place for place, count in zip(places, counts[width:-1]) if count == total]
+    what = "times" if moments and len(moments) < width else ""
+    place = moments[-1] if moments else 0
+    if not what and lines > 2 and least == 3 and ratings == [3]:
+        what, place = "ratings", 3
+    if what:
+        time = place if what == "times" else 4
+        others = [number for number in range(1, least + 1) if number != time][:2]
+        columns = f"--user-column {others[0]} --item-column {others[1]}"
+        order = f"--time-column {time}" if what == "times" else "--order file"
+        raise DataError(
+            f"{file.name}: each line has {least} fields, and field {place} of all is like one of "
+            f"{what}, not an item: this looks like a log with one interaction a line.",
+            rule="Every field behind the first is an item in sequence text.",
+            remedy=f"Read it with --format csv --delimiter ' ' --no-header {columns} {order} "
+            "(--format tsv without --delimiter, if tabs divide the fields); or, if these are items, "
+            "--times any.",
+        )
