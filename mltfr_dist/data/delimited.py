@@ -142,7 +142,8 @@ def column_index(file: InputFile, name: str, header: list[str], *, titles: bool 
                 rule="Which of them is meant cannot be known.",
                 remedy="Rename or remove one of them.",
             )
-        if times and header[names.index(name)].endswith(":token_seq"):
+        is_list = times and header[names.index(name)].endswith(":token_seq")
+        if is_list and not titles and name not in header:
             raise DataError(
                 f"{file.name}: the column `{header[names.index(name)]}` holds lists.",
                 rule="Each row is one interaction here.",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import duckdb
 
+from mltfr_dist.data.formats import NAMED
 from mltfr_dist.data.inputs import InputFile
+from mltfr_dist.data.layouts import recognise
 from mltfr_dist.data.readers import one
 from mltfr_dist.errors import DataError
 
@@ -13,19 +15,27 @@ _MOMENT = (
     r"[0-9]{4}[-/][0-9]{1,2}[-/][0-9]{1,2}([T ].*)?|[0-9]{1,2}/[0-9]{1,2}/[0-9]{2,4}"
 )
 """Seconds from 1985 on, milliseconds, and dates."""
+_RULE = "Every field behind the first is an item in sequence text."
 _RATING = r"([0-9]|10)(\.[0-9]+)?"
 _FIRST_OF_LOG, _LAST_OF_LOG = 3, 8
 """Least and most fields of the lines of such a log."""
 
 
 def refuse_log(connection: duckdb.DuckDBPyConnection, file: InputFile) -> None:
-    """Refuse ``fields(line_number, fields)`` if all lines have as many and one of them is always a time, or a rating.
+    """Refuse ``fields(line_number, fields)`` where each line is one interaction: a named format's, or with a time or rating.
 
     Real sequences of one length hold items of one kind in all places; a log does not.
 
     Raises:
         DataError: with the place of the times or ratings, and how such a file is read.
     """
+    looks = recognise(file)
+    if looks not in (None, "pairs"):
+        raise DataError(
+            f"{file.name} is no sequence text: it looks like {looks} ({NAMED[str(looks)].title}).",
+            rule=_RULE,
+            remedy=f"Read it with --format {looks}; or, if all these fields are items, --times any.",
+        )
     least, most, lines = one(
         connection, "SELECT min(len(fields)), max(len(fields)), count(*) FROM fields"
     )
@@ -58,7 +68,7 @@ def refuse_log(connection: duckdb.DuckDBPyConnection, file: InputFile) -> None:
         raise DataError(
             f"{file.name}: each line has {least} fields, and field {place} of all is like one of "
             f"{what}, not an item: this looks like a log with one interaction a line.",
-            rule="Every field behind the first is an item in sequence text.",
+            rule=_RULE,
             remedy=f"Read it with --format csv --delimiter ' ' --no-header {columns} {order} "
             "(--format tsv without --delimiter, if tabs divide the fields); or, if these are items, "
             "--times any.",
