@@ -16,6 +16,7 @@ from mltfr_dist.data.formats import Format
 from mltfr_dist.data.inputs import InputFile
 from mltfr_dist.data.readers import (
     Scan,
+    constants,
     csv_options,
     no_rows,
     open_text,
@@ -58,15 +59,19 @@ def open_delimited(
     if not first:
         raise no_rows(file)
     skipped = lines if layout.header else layout.skip_rows
+    given = constants(file, first if layout.header else [])
+    own = [name for name in columns if name not in given]
     if layout.header:
-        places = [column_index(file, name, first, titles="title" in aliases) for name in columns]
+        places = [column_index(file, name, first, titles="title" in aliases) for name in own]
         _refuse_row_as_header(file, layout, first, places)
     else:
-        places = [_number(file, name, len(first), first, layout) for name in columns]
+        places = [_number(file, name, len(first), first, layout) for name in own]
         _refuse_header_as_row(file, layout, first, second, places)
     rejects = f"rejects_{aliases[-1]}"
+    values = given | {name: f"c{place}" for name, place in zip(own, places)}
     fields = [
-        f"{value_sql(f'c{place}', layout.null)} AS {alias}" for place, alias in zip(places, aliases)
+        f"{value_sql(values[name], layout.null)} AS {alias}"
+        for name, alias in zip(columns, aliases)
     ]
     # row_number() OVER () streams: DuckDB reads in file order and keeps that order.
     sql = (

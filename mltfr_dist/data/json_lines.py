@@ -10,6 +10,7 @@ from mltfr_dist.data.inputs import InputFile
 from mltfr_dist.data.readers import (
     SINGLE,
     Scan,
+    constants,
     no_rows,
     one,
     quote_text,
@@ -36,15 +37,16 @@ def open_json(
     read_lines(connection, file)
     if not one(connection, "SELECT count(*) FROM lines")[0]:
         raise no_rows(file)
-    paths = ["/" + name.replace("~", "~0").replace("/", "~1") for name in columns]
-    pointers = list(map(quote_text, paths))
+    own = {name: alias for name, alias in zip(columns, aliases) if name not in file.partitions}
+    pointers = {name: quote_text("/" + name.replace("~", "~0").replace("/", "~1")) for name in own}
     with reading(file, "jsonl"):
-        _check_lines(connection, file, columns, titles="title" in aliases)
-        _check_keys(connection, file, columns)
-        kinds = _check_types(connection, file, columns, pointers, aliases)
+        keys = _check_lines(connection, file, list(own), titles="title" in aliases)
+        _check_keys(connection, file, list(own))
+        kinds = _check_types(connection, file, pointers, own)
+    values = constants(file, keys) | {name: f"(line ->> {pointers[name]})" for name in own}
     fields = [
-        f"{value_sql(f'(line ->> {pointer})', layout.null)} AS {alias}"
-        for pointer, alias in zip(pointers, aliases)
+        f"{value_sql(values[name], layout.null)} AS {alias}"
+        for name, alias in zip(columns, aliases)
     ]
 
     def close() -> None:
@@ -61,8 +63,8 @@ def open_json(
 
 def _check_lines(
     connection: duckdb.DuckDBPyConnection, file: InputFile, columns: list[str], *, titles: bool
-) -> None:
-    """Refuse lines that are no JSON object, and columns that the first line does not have."""
+) -> list[str]:
+    """Refuse lines that are no JSON object, and columns that the first line does not have; its keys."""
     bad = connection.execute(
         "SELECT row_number, line FROM lines WHERE CASE WHEN json_valid(line) "
         "THEN json_type(line) <> 'OBJECT' ELSE true END ORDER BY row_number LIMIT 1"
@@ -73,13 +75,15 @@ def _check_lines(
             rule="Each line of a jsonl file is one JSON object.",
             remedy="Correct or remove that line.",
         )
-    keys = one(connection, "SELECT json_keys(line) FROM lines ORDER BY row_number LIMIT 1")[0]
+    first = one(connection, "SELECT json_keys(line) FROM lines ORDER BY row_number LIMIT 1")
+    keys: list[str] = first[0]
     for name in columns:
         if name not in keys:
             column_index(file, name, list(dict.fromkeys(keys)), titles=titles)
             raise DataError(  # `name:type` is no way to name a key
                 f"{file.name} has no key `{name}`.", remedy="Give the key as it is written there."
             )
+    return keys
 
 
 def _check_keys(connection: duckdb.DuckDBPyConnection, file: InputFile, columns: list[str]) -> None:
@@ -104,18 +108,19 @@ def _check_keys(connection: duckdb.DuckDBPyConnection, file: InputFile, columns:
 def _check_types(
     connection: duckdb.DuckDBPyConnection,
     file: InputFile,
-    columns: list[str],
-    pointers: list[str],
-    aliases: list[str],
+    pointers: dict[str, str],
+    aliases: dict[str, str],
 ) -> dict[str, tuple[str, str]]:
     """Refuse values that are not single ones, and ids that are numbers and texts; the kinds of ids."""
     groups = connection.execute(
-        f"SELECT json_type(line, [{', '.join(pointers)}]) AS kinds, min(row_number) FROM lines "
+        f"SELECT json_type(line, [{', '.join(pointers.values())}]) AS kinds, min(row_number) FROM lines "
         "GROUP BY kinds ORDER BY 2"
     ).fetchall()
+    if not pointers:
+        return {}
     seen: dict[str, tuple[str, str]] = {}
     for kinds, line in groups:
-        for column, alias, kind in zip(columns, aliases, kinds):
+        for column, alias, kind in zip(aliases, aliases.values(), kinds):
             if kind in ("ARRAY", "OBJECT", "BOOLEAN"):
                 raise DataError(
                     f"{file.name}, line {line}: `{column}` is of type {kind.lower()}.",

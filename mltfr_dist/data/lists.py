@@ -16,7 +16,6 @@ from mltfr_dist.data.readers import (
     no_rows,
     one,
     open_text,
-    quote_identifier,
     read_lines,
     reading,
     value_sql,
@@ -110,7 +109,7 @@ def open_list_columns(
                 remedy="Name the list with --item-column (and --time-column, or --order file); "
                 "for one row an interaction, --format parquet.",
             )
-    names = [quote_identifier(name) for name, _ in types]
+    names = [value for value, _ in types]
     times = f", {names[2]} AS times" if layout.time is not None else ""
     with reading(file, "parquet"):
         connection.execute(

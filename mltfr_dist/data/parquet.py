@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 
 import duckdb
 import pyarrow as pa
@@ -15,6 +14,7 @@ from mltfr_dist.data.inputs import InputFile
 from mltfr_dist.data.readers import (
     SINGLE,
     Scan,
+    constants,
     one,
     path_literal,
     quote_identifier,
@@ -45,7 +45,7 @@ def column_types(
     *,
     titles: bool = False,
 ) -> list[tuple[str, str]]:
-    """DuckDB's name and type of each of ``columns``.
+    """SQL and DuckDB's type of each of ``columns``.
 
     Raises:
         DataError: the file is no Parquet, or a column is missing or there twice.
@@ -56,11 +56,14 @@ def column_types(
         header = list(pq.read_schema(file.path).names)
     except (OSError, pa.ArrowException) as error:
         raise unreadable(file, "parquet", error) from None
-    twice = [name for name, times in Counter(header).items() if times > 1 and name in columns]
-    if twice:
-        column_index(file, twice[0], header)
-    places = [column_index(file, name, header, titles=titles) for name in columns]
-    return [(str(described[place][0]), str(described[place][1])) for place in places]
+    given, found = constants(file, header), []
+    for name in columns:
+        if name in given:
+            found.append((given[name], "VARCHAR"))
+            continue
+        own, type = described[column_index(file, name, header, titles=titles)][:2]
+        found.append((quote_identifier(own), str(type)))
+    return found
 
 
 def open_parquet(
@@ -79,7 +82,7 @@ def open_parquet(
     types = column_types(connection, file, columns, titles="title" in aliases)
     fields, time_kind = [], "text"
     kinds: dict[str, tuple[str, str]] = {}
-    for column, alias, (name, type) in zip(columns, aliases, types):
+    for column, alias, (value, type) in zip(columns, aliases, types):
         if type == "BOOLEAN" or type.endswith("]") or type.startswith(("STRUCT", "MAP", "UNION")):
             raise DataError(
                 f"{file.name}: the column `{column}` is of type {type}.",
@@ -87,15 +90,15 @@ def open_parquet(
                 remedy="Write it as numbers, text or times; lists, with one row a user, are read "
                 "with --format parquet-lists.",
             )
-        _refuse_rounded(connection, file, column, name, type)
-        expression = f"CAST({quote_identifier(name)} AS VARCHAR)"
+        _refuse_rounded(connection, file, column, value, type)
+        expression = f"CAST({value} AS VARCHAR)"
         if type in _INTEGERS and alias not in as_text:
-            expression = f"CAST({quote_identifier(name)} AS BIGINT)"
+            expression = f"CAST({value} AS BIGINT)"
         if alias == "time":
             time_kind = _time_kind(type)
             if time_kind == "integers" and alias in as_text:
                 time_kind = "numbers"
-            expression = _time_sql(quote_identifier(name), type) or expression
+            expression = _time_sql(value, type) or expression
         kinds[alias] = (_kind(type), file.name)
         fields.append(f"{value_sql(expression, layout.null)} AS {alias}")
     return Scan(
@@ -138,31 +141,30 @@ def _time_kind(type: str) -> str:
 
 def _time_sql(name: str, type: str) -> str | None:
     """Moments as microseconds since 1970 UTC, exactly."""
-    if type == "TIMESTAMP_NS":
+    if type in ("TIMESTAMP_NS", "TIMESTAMPTZ_NS"):
         thousandths = "CAST(0.001 AS DECIMAL(3, 3))"
-        return f"CAST(CAST(epoch_ns({name}) AS DECIMAL(19)) * {thousandths} AS DECIMAL(38, 9))"
+        return f"CAST(CAST(epoch_ns(CAST({name} AS TIMESTAMP_NS)) AS DECIMAL(19)) * {thousandths} AS DECIMAL(38, 9))"
     if type.startswith("TIMESTAMP") or type == "DATE":
         return f"CAST(epoch_us({name}) AS DECIMAL(38, 9))"
     return None
 
 
 def _refuse_rounded(
-    connection: duckdb.DuckDBPyConnection, file: InputFile, column: str, name: str, type: str
+    connection: duckdb.DuckDBPyConnection, file: InputFile, column: str, value: str, type: str
 ) -> None:
     """Refuse floating point beyond which it skips whole numbers: different ids and times would merge."""
     if type not in _EXACT:
         return
     with reading(file, "parquet"):
-        row, value = one(
+        row, number = one(
             connection,
-            f"SELECT min(file_row_number), arg_min({quote_identifier(name)}, file_row_number) "
-            f"FROM {reader(file)} WHERE isfinite({quote_identifier(name)}) "
-            f"AND abs({quote_identifier(name)}) >= {_EXACT[type]}",
+            f"SELECT min(file_row_number), arg_min({value}, file_row_number) "
+            f"FROM {reader(file)} WHERE isfinite({value}) AND abs({value}) >= {_EXACT[type]}",
         )
     if row is not None:
         bits = 32 if type == "FLOAT" else 64
         raise DataError(
-            f"{file.name}, row {row + 1}: `{column}` is a rounded number, {value:.0f} "
+            f"{file.name}, row {row + 1}: `{column}` is a rounded number, {number:.0f} "
             f"(float{bits}).",
             rule=f"float{bits} keeps whole numbers up to {_EXACT[type]:,} only; beyond it different "
             "ids and times merge.",

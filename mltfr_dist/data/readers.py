@@ -65,6 +65,23 @@ def value_sql(expression: str, null: tuple[str, ...]) -> str:
     return f"CASE WHEN CAST({expression} AS VARCHAR) NOT IN ({texts}) THEN {expression} END"
 
 
+def constants(file: InputFile, header: list[str]) -> dict[str, str]:
+    """SQL of the columns that the file's folders give, which none of its own in ``header`` is.
+
+    Raises:
+        DataError: the file has such a column, too.
+    """
+    bare = {name.partition(":")[0] for name in header} | set(header)
+    for name in file.partitions:
+        if name in bare:
+            raise DataError(
+                f"{file.name} has a column `{name}`, and so has the name of its folder.",
+                rule="With --partitions, a column comes from one of them.",
+                remedy="Leave out --partitions, or rename the folders.",
+            )
+    return {name: quote_text(value) for name, value in file.partitions.items()}
+
+
 def path_literal(file: InputFile) -> str:
     """The path as SQL; DuckDB takes it as a pattern, so a bracket makes special characters themselves."""
     text = str(file.path)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import duckdb
 
 from mltfr_dist.data.formats import NAMED
 from mltfr_dist.data.inputs import InputFile
-from mltfr_dist.data.layouts import recognise
+from mltfr_dist.data.layouts import head, recognise
 from mltfr_dist.data.readers import one
 from mltfr_dist.errors import DataError
 
@@ -61,15 +63,24 @@ def refuse_log(connection: duckdb.DuckDBPyConnection, file: InputFile) -> None:
     if not what and lines > 2 and least == 3 and ratings == [3]:
         what, place = "ratings", 3
     if what:
-        time = place if what == "times" else 4
-        others = [number for number in range(1, least + 1) if number != time][:2]
-        columns = f"--user-column {others[0]} --item-column {others[1]}"
-        order = f"--time-column {time}" if what == "times" else "--order file"
         raise DataError(
             f"{file.name}: each line has {least} fields, and field {place} of all is like one of "
             f"{what}, not an item: this looks like a log with one interaction a line.",
             rule=_RULE,
-            remedy=f"Read it with --format csv --delimiter ' ' --no-header {columns} {order} "
-            "(--format tsv without --delimiter, if tabs divide the fields); or, if these are items, "
-            "--times any.",
+            remedy=f"Read it with {_as_log(file, place, what)}; or, if these are items, --times any.",
         )
+
+
+def _as_log(file: InputFile, place: int, what: str) -> str:
+    """The options that read such a log; its columns are named where the first line has no time, or no rating."""
+    first = head(file)[0]
+    tabbed = "\t" in first
+    fields = first.split("\t") if tabbed else first.split(" ")
+    pattern = _MOMENT if what == "times" else _RATING
+    has_header = not re.fullmatch(pattern, fields[place - 1])
+    names = fields if has_header else [str(number) for number in range(1, len(fields) + 1)]
+    others = [name for number, name in enumerate(names, 1) if number != place][:2]
+    text = "--format tsv" if tabbed else "--format csv --delimiter ' '"
+    header = "" if has_header else " --no-header"
+    order = f"--time-column {names[place - 1]}" if what == "times" else "--order file"
+    return f"{text}{header} --user-column {others[0]} --item-column {others[1]} {order}"

@@ -51,7 +51,11 @@ def refusal(*paths: Path, **values: object) -> str:
 
 SESSIONS = {"user_column": "session_id"}
 READ = {
-    "movielens-1m.dat": [("1", "1193", 978300760), ("1", "661", 978302109), ("2", "1193", 978298413)],
+    "movielens-1m.dat": [
+        ("1", "1193", 978300760),
+        ("1", "661", 978302109),
+        ("2", "1193", 978298413),
+    ],
     "movielens-20m.csv": [("1", "2", 1112486027), ("1", "29", 1112484676), ("2", "3", 974820889)],
     "movielens-100k.data": [
         ("196", "242", 881250949),
@@ -194,7 +198,9 @@ def test_rows_left_out_are_counted():
     message = refusal(SAMPLES / "kuairec.csv", format="kuairec", missing="refuse")
     assert "line 3: `timestamp` is empty" in message
     assert "--missing drop" in message
-    assert [row[1] for row in load(SAMPLES / "lastfm-1k.tsv", format="lastfm-1k", item_column="4")] == [
+    assert [
+        row[1] for row in load(SAMPLES / "lastfm-1k.tsv", format="lastfm-1k", item_column="4")
+    ] == [
         "Deep Dish",
         "坂本龍一",
         "Unknown",
@@ -251,7 +257,11 @@ def test_recbole_sequences_with_several_rows_a_user(tmp_path):
         ("netflix", "1:\n1,3\n", ["line 2"]),
         ("steam", "{'username': 'a'}\n[1]\n", ["line 2", "not a Python dict"]),
         ("steam", "{'username': open('x')}\n", ["line 1", "not a Python dict"]),
-        ("steam", "{'username': True, 'product_id': 1, 'date': '2017-01-01'}\n", ["line 1", "True"]),
+        (
+            "steam",
+            "{'username': True, 'product_id': 1, 'date': '2017-01-01'}\n",
+            ["line 1", "True"],
+        ),
         ("steam", "{'username': 'a', 'product_id': 1}\n", ["line 1", "`date` is empty"]),
         ("mind", "1\tU1\tsoon\t\tN1-1\n", ["line 1", "`soon`"]),
         ("mind", "1\tU1\t11/11/2019 9:05:58 AM\t\tN1-2\n", ["line 1", "`N1-2`"]),
@@ -315,7 +325,9 @@ def test_formats_without_time_cannot_be_cut_by_time(tmp_path):
 
 def test_pairs_are_prepared_in_file_order(tmp_path):
     path = tmp_path / "pairs.txt"
-    path.write_text("".join(f"{user} {user * item % 7}\n" for item in range(1, 7) for user in (1, 2, 3)))
+    path.write_text(
+        "".join(f"{user} {user * item % 7}\n" for item in range(1, 7) for user in (1, 2, 3))
+    )
     config = PrepareConfig(format="pairs", user_core=1, item_core=1)
     manifest = prepare(str(path), tmp_path / "out", config, log=lambda _: None)
     assert manifest.num_interactions == 18
