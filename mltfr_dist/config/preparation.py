@@ -15,8 +15,8 @@ class PrepareConfig(Section):
 
     format: str = Field(
         "auto",
-        description="How the files are laid out: csv, tsv, parquet, jsonl, sequences or the name of "
-        "a public set's format; help lists them all. auto goes by the ending.",
+        description="How the files are laid out: csv, tsv, parquet, jsonl, sequences or the name "
+        "of a public set's format; help lists them all. auto goes by the ending.",
     )
     user_column: str = Field(
         "user_id", description="Column that holds the user; with --no-header its number, from 1."
@@ -125,7 +125,8 @@ class PrepareConfig(Section):
         if self.valid_fraction + self.test_fraction >= 1:
             given = f"{self.valid_fraction} + {self.test_fraction}"
             raise ValueError(
-                "valid_fraction + test_fraction must stay below 1, so that training data remains "
+                "--valid-fraction and --test-fraction must stay below 1 together, so that training "
+                "data remains "
                 f"(given: {given})"
             )
         return self

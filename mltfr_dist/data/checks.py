@@ -1,4 +1,4 @@
-"""Ids that can be read and are wrong all the same: found before any work is done on them, and named with their row.
+"""Ids that can be read and are wrong all the same, found before any work is done on them.
 
 Checks look at each distinct id once, with the first row that has it.
 """
@@ -61,7 +61,7 @@ _WHOLE = re.compile(r"([+-]?)0*([0-9]+)")
 def check_ids(
     connection: duckdb.DuckDBPyConnection, column: str, name: str, locate: Locate, *, strict: bool
 ) -> None:
-    """Refuse ids of ``interactions`` that cannot be meant, or that differ only in how they are written.
+    """Refuse ids of ``interactions`` that cannot be meant, or are one id written in two ways.
 
     Args:
         connection: holds ``interactions``.
@@ -130,7 +130,7 @@ def _check_one_kind(connection: duckdb.DuckDBPyConnection, name: str, locate: Lo
 
 
 def _refuse_booleans(connection: duckdb.DuckDBPyConnection, name: str, locate: Locate) -> None:
-    """Refuse a column that holds nothing but true and false: it is another column than was meant."""
+    """Refuse a column of nothing but true and false: it is another than was meant."""
     others, first = one(
         connection,
         "SELECT count(*) FILTER (lower(trim(id)) NOT IN ('true', 'false')), min(row) FROM ids",
@@ -144,9 +144,10 @@ def _refuse_booleans(connection: duckdb.DuckDBPyConnection, name: str, locate: L
 
 
 def _refuse_twins(connection: duckdb.DuckDBPyConnection, name: str, locate: Locate) -> None:
-    """Refuse two ids that would be the same but for blanks, zeros in front, or how letters are encoded."""
+    """Refuse ids that are the same but for blanks, zeros in front, or how letters are encoded."""
     odd = connection.execute(
-        "SELECT id, row FROM ids WHERE regexp_matches(id, '^ | $|^[+-]?0+[0-9]+$|^[+-]|[^\\x00-\\x7F]')"
+        "SELECT id, row FROM ids WHERE "
+        "regexp_matches(id, '^ | $|^[+-]?0+[0-9]+$|^[+-]|[^\\x00-\\x7F]')"
     )
     plain: list[tuple[str, str, int]] = []
     while batch := odd.fetchmany(100_000):
@@ -159,9 +160,9 @@ def _refuse_twins(connection: duckdb.DuckDBPyConnection, name: str, locate: Loca
         pa.table({"normal": normals, "id": others, "row": rows}),
     )
     found = connection.execute(
-        "WITH pairs AS (SELECT plain.id AS id, plain.row AS row, ids.id AS other, ids.row AS other_row "
-        "FROM plain JOIN ids ON plain.normal = ids.id UNION ALL SELECT a.id, a.row, b.id, b.row "
-        "FROM plain a JOIN plain b ON a.normal = b.normal AND a.id <> b.id) "
+        "WITH pairs AS (SELECT plain.id AS id, plain.row AS row, ids.id AS other, "
+        "ids.row AS other_row FROM plain JOIN ids ON plain.normal = ids.id "
+        "UNION ALL SELECT a.id, a.row, b.id, b.row FROM plain a JOIN plain b ON a.normal = b.normal AND a.id <> b.id) "
         "SELECT * FROM pairs ORDER BY greatest(row, other_row), row LIMIT 1"
     ).fetchall()
     connection.unregister("plain")

@@ -108,7 +108,7 @@ def _behind(handle: TextIO, lines: int) -> TextIO:
 
 
 class _Records(Iterator[list[str]]):
-    """The fields of each record, as DuckDB cuts them; ``line_number`` is that of the last line read."""
+    """The fields of each record, as DuckDB cuts them; ``line_number``: of the last line read."""
 
     def __init__(self, handle: TextIO, layout: Format) -> None:
         self.line_number = 0
@@ -176,7 +176,7 @@ def _column_remedy(header: list[str], titles: bool) -> str:
 
 
 def _no_header(first: list[str]) -> str:
-    """The options to read a file whose first line is ``first``: the time is what looks most like one."""
+    """Options to read a file whose first line is ``first``; the time is what looks like one."""
     moments = [i for i, cell in enumerate(first) if re.fullmatch(r"[0-9]{9,19}(\.[0-9]+)?", cell)]
     dates = [i for i, cell in enumerate(first) if re.fullmatch(_DATE, cell)]
     time = (dates or moments or [len(first) - 1])[-1]
@@ -194,7 +194,7 @@ def _is_value(cell: str) -> bool:
 def _refuse_row_as_header(
     file: InputFile, layout: Format, header: list[str], places: list[int]
 ) -> None:
-    """A first line of numbers and dates is a row; but pandas writes 0, 1, 2 where there were no names."""
+    """A first line of numbers and dates is a row; but pandas writes 0, 1, 2 for no names."""
     if header == [str(index) for index in range(len(header))]:
         return
     for place in places:
@@ -202,7 +202,7 @@ def _refuse_row_as_header(
             raise DataError(
                 f"{file.name}: the column name `{header[place]}` looks like a value, so its first "
                 "line seems to be a row.",
-                rule="The first line of csv and tsv names the columns, and a row there would be lost.",
+                rule="The first line of csv and tsv names the columns; a row there would be lost.",
                 remedy=f"Without a header: {_no_header(header)}. If it is one, rename the columns.",
             )
 

@@ -1,4 +1,4 @@
-"""How files are laid out: general formats, and those of public sets by name. A format is one entry here.
+"""How files are laid out: general formats, and those of public sets; each is one entry here.
 
 `mltfr prepare --format help` lists them; docs/data.md has a command for each; a sample of each
 named one lies in tests/samples/.

@@ -64,7 +64,7 @@ def open_json(
 def _check_lines(
     connection: duckdb.DuckDBPyConnection, file: InputFile, columns: list[str], *, titles: bool
 ) -> list[str]:
-    """Refuse lines that are no JSON object, and columns that the first line does not have; its keys."""
+    """Refuse lines that are no object, and columns that the first does not have; its keys."""
     bad = connection.execute(
         "SELECT row_number, line FROM lines WHERE CASE WHEN json_valid(line) "
         "THEN json_type(line) <> 'OBJECT' ELSE true END ORDER BY row_number LIMIT 1"
@@ -111,10 +111,10 @@ def _check_types(
     pointers: dict[str, str],
     aliases: dict[str, str],
 ) -> dict[str, tuple[str, str]]:
-    """Refuse values that are not single ones, and ids that are numbers and texts; the kinds of ids."""
+    """Refuse values that are not single, and ids that are numbers and texts; kinds of ids."""
     groups = connection.execute(
-        f"SELECT json_type(line, [{', '.join(pointers.values())}]) AS kinds, min(row_number) FROM lines "
-        "GROUP BY kinds ORDER BY 2"
+        f"SELECT json_type(line, [{', '.join(pointers.values())}]) AS kinds, min(row_number) "
+        "FROM lines GROUP BY kinds ORDER BY 2"
     ).fetchall()
     if not pointers:
         return {}

@@ -1,4 +1,4 @@
-"""From a format's name and the options to the layout that is read, and from a file to the format that it looks like."""
+"""From a format's name and the options to a layout, and from a file to the format it looks like."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def format_help() -> str:
     return (
         f"By ending, or by name with --format:\n{lines(GENERAL)}\n\n"
         f"By name alone:\n{lines(NAMED)}\n\n"
-        "What has no name here is read as csv, tsv or jsonl with --no-header, --delimiter, --quote,\n"
-        "--encoding, --skip-rows, --time-format, --null, --missing and --order.\n"
+        "What has no name here is read as csv, tsv or jsonl with --no-header, --delimiter,\n"
+        "--quote, --encoding, --skip-rows, --time-format, --null, --missing and --order.\n"
     )
 
 
@@ -129,7 +129,7 @@ def _looks_like(format: Format, lines: list[str]) -> bool:
 
 
 def with_hint(error: DataError, file: InputFile, name: str) -> DataError:
-    """``error``, which reading ``file`` as ``name`` gave; its remedy names the format that the file looks like."""
+    """``error`` of reading ``file`` as ``name``, with a remedy that names what it looks like."""
     looks = recognise(file)
     if looks in (None, name) or f"--format {looks}" in error.remedy:
         return error

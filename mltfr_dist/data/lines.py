@@ -1,4 +1,4 @@
-"""Formats whose lines Python takes apart: MIND, Netflix, and Python dicts. They become one row an interaction."""
+"""Formats whose lines Python takes apart: MIND, Netflix, and Python dicts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mltfr_dist.data.readers import Scan, no_rows, one, open_text, value_sql
 from mltfr_dist.errors import DataError
 
 _ROWS_PER_BATCH = 100_000
+_MAX_LINE = 64_000_000
 _MIND_TIME = "%m/%d/%Y %I:%M:%S %p"
 _COLUMNS = ("user_id", "item_id", "time")
 
@@ -84,7 +85,9 @@ def _insert(connection: duckdb.DuckDBPyConnection, table: str, rows: Iterator[Ro
 def _text_lines(file: InputFile) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their numbers from 1."""
     with open_text(file) as handle:
-        for number, line in enumerate(handle, 1):
+        for number, line in enumerate(iter(lambda: handle.readline(_MAX_LINE), ""), 1):
+            if len(line) == _MAX_LINE:
+                raise _malformed(file, number, line, f"shorter than {_MAX_LINE:,} characters")
             line = line.rstrip("\r\n")
             if "\ufffd" in line:
                 raise _malformed(file, number, line, "UTF-8 text")

@@ -114,19 +114,21 @@ def open_list_columns(
     with reading(file, "parquet"):
         connection.execute(
             f"CREATE OR REPLACE TABLE lists AS SELECT file_row_number + 1 AS line_number, "
-            f"CAST({names[0]} AS VARCHAR) AS user_id, CAST({names[1]} AS VARCHAR[]) AS items{times} "
-            f"FROM {reader(file)}"
+            f"CAST({names[0]} AS VARCHAR) AS user_id, "
+            f"CAST({names[1]} AS VARCHAR[]) AS items{times} FROM {reader(file)}"
         )
     if layout.time is None:
         _refuse_repeated(connection, file, "row")
         return _expanded(connection, file, layout, layout.columns, "row")
     unequal = one(
         connection,
-        "SELECT min(line_number) FROM lists WHERE coalesce(len(items), 0) <> coalesce(len(times), 0)",
+        "SELECT min(line_number) FROM lists "
+        "WHERE coalesce(len(items), 0) <> coalesce(len(times), 0)",
     )[0]
     if unequal is not None:
         raise DataError(
-            f"{file.name}, row {unequal}: `{layout.item}` and `{layout.time}` are of unequal length.",
+            f"{file.name}, row {unequal}: `{layout.item}` and `{layout.time}` are of unequal "
+            "length.",
             rule="Each item has its time.",
             remedy="Correct or remove that row.",
         )
@@ -188,7 +190,10 @@ def _refuse_repeated(connection: duckdb.DuckDBPyConnection, file: InputFile, wha
         "GROUP BY user_id HAVING count(*) > 1 ORDER BY 3 LIMIT 1"
     ).fetchall()
     for user, before, line, longest in repeated:
-        remedy = "Join the user's lines, oldest first; or keep the longest, if each repeats the one before."
+        remedy = (
+            "Join the user's lines, oldest first; or keep the longest, if each repeats the one "
+            "before."
+        )
         if longest <= 1:
             remedy = "For lines `user item` in order of time: --format pairs."
         elif what == "line":
@@ -212,7 +217,7 @@ def _expanded(
     what: str,
     time: tuple[str, str] | None = None,
 ) -> Scan:
-    """``lists`` -> ``raw``: a row an item; ``time`` is the SQL of each time and its kind, None the position."""
+    """``lists`` -> ``raw``, a row an item; ``time``: SQL and kind of each, None: the position."""
     times = ", unnest(times) AS time" if time else ""
     user, item = (value_sql(column, layout.null) for column in ("user_id", "item_id"))
     value = value_sql(time[0], layout.null) if time else "position"

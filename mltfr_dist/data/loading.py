@@ -1,4 +1,4 @@
-"""The files of a source, one after the other, into ``interactions``, with what must hold for all of them."""
+"""The files of a source into ``interactions``, and what must hold for all of them together."""
 
 from __future__ import annotations
 
@@ -69,6 +69,12 @@ class Source:
         chosen = layout(format, self._config)
         if format in NAMED:
             refuse_other_format(file, format)
+        if format == "mind" and self._places:
+            raise DataError(
+                f"{file.name} is a second file of {format}.",
+                rule="The histories of several files hold the same clicks.",
+                remedy="Join the files to one: a user's history is that of the first impression.",
+            )
         scan = self._open(file, format, chosen)
         self._check_kinds(scan)
         self._names = scan.names
@@ -250,7 +256,8 @@ class Source:
         ).fetchall()
         for user, row in found:
             raise DataError(
-                f"{self._open(file, format, chosen).where(row)}: the user `{user}` was in a file before.",
+                f"{self._open(file, format, chosen).where(row)}: the user `{user}` was in a file "
+                "before.",
                 rule="Lists that carry no time are whole histories, one for each user.",
                 remedy="Join the user's lists, oldest first.",
             )

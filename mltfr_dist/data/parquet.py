@@ -74,10 +74,18 @@ def open_parquet(
     aliases: list[str],
     as_text: frozenset[str] = frozenset(),
 ) -> Scan:
-    """Make ready to read ``columns`` as ``aliases``: whole numbers as they are, but for those ``as_text``.
+    """Make ready to read ``columns`` as ``aliases``, all but whole numbers and moments as text.
+
+    Args:
+        connection: reads the schema.
+        file: the file.
+        layout: the format, for values that mean a missing one.
+        columns: names in the file.
+        aliases: names in the scan.
+        as_text: aliases whose whole numbers are text, too, since other files have others.
 
     Raises:
-        DataError: as :func:`column_types`, and for types that hold no single values or have rounded them.
+        DataError: as :func:`column_types`, and for types of no single values, or of rounded ones.
     """
     types = column_types(connection, file, columns, titles="title" in aliases)
     fields, time_kind = [], "text"
@@ -143,7 +151,8 @@ def _time_sql(name: str, type: str) -> str | None:
     """Moments as microseconds since 1970 UTC, exactly."""
     if type in ("TIMESTAMP_NS", "TIMESTAMPTZ_NS"):
         thousandths = "CAST(0.001 AS DECIMAL(3, 3))"
-        return f"CAST(CAST(epoch_ns(CAST({name} AS TIMESTAMP_NS)) AS DECIMAL(19)) * {thousandths} AS DECIMAL(38, 9))"
+        nanoseconds = f"CAST(epoch_ns(CAST({name} AS TIMESTAMP_NS)) AS DECIMAL(19))"
+        return f"CAST({nanoseconds} * {thousandths} AS DECIMAL(38, 9))"
     if type.startswith("TIMESTAMP") or type == "DATE":
         return f"CAST(epoch_us({name}) AS DECIMAL(38, 9))"
     return None
@@ -152,7 +161,7 @@ def _time_sql(name: str, type: str) -> str | None:
 def _refuse_rounded(
     connection: duckdb.DuckDBPyConnection, file: InputFile, column: str, value: str, type: str
 ) -> None:
-    """Refuse floating point beyond which it skips whole numbers: different ids and times would merge."""
+    """Refuse floating point so large that it skips whole numbers: ids and times would merge."""
     if type not in _EXACT:
         return
     with reading(file, "parquet"):
@@ -166,7 +175,7 @@ def _refuse_rounded(
         raise DataError(
             f"{file.name}, row {row + 1}: `{column}` is a rounded number, {number:.0f} "
             f"(float{bits}).",
-            rule=f"float{bits} keeps whole numbers up to {_EXACT[type]:,} only; beyond it different "
-            "ids and times merge.",
+            rule=f"float{bits} keeps whole numbers up to {_EXACT[type]:,} only; beyond it "
+            "different ids and times merge.",
             remedy="Write the column as text or whole numbers, from the source it came from.",
         )

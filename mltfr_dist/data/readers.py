@@ -1,4 +1,4 @@
-"""What the readers of all formats share: scans, lines of text, bad lines named, and SQL's quoting."""
+"""What the readers of all formats share: scans, lines, bad lines named, and SQL's quoting."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def constants(file: InputFile, header: list[str]) -> dict[str, str]:
 
 
 def path_literal(file: InputFile) -> str:
-    """The path as SQL; DuckDB takes it as a pattern, so a bracket makes special characters themselves."""
+    """The path as SQL; to DuckDB it is a pattern, in which brackets keep special characters."""
     text = str(file.path)
     return quote_text("".join(f"[{char}]" if char in "*?[" else char for char in text))
 
@@ -113,7 +113,7 @@ def refuse_rejects(connection: duckdb.DuckDBPyConnection, file: InputFile, rejec
 
 
 def read_lines(connection: duckdb.DuckDBPyConnection, file: InputFile) -> None:
-    """Create ``lines(row_number, line)``: the lines that are not blank; row_number counts all from 1."""
+    """Create ``lines(row_number, line)`` of lines that are not blank; row_number counts all."""
     # The unit separator is no legal character of JSON and none of ids: a line that holds one is
     # refused, not cut.
     with reading(file, "text"):

@@ -112,11 +112,12 @@ def load_interactions(
     config: PrepareConfig,
     log: Callable[[str], None] = print,
 ) -> int:
-    """Create ``interactions(row_number, user_id, item_id, timestamp)`` from files; returns its number of rows.
+    """Create ``interactions(row_number, user_id, item_id, timestamp)``; returns its number of rows.
 
-    Rows are numbered through all files, in the order of ``files``. Ids are text, or 64-bit integers if all files are Parquet
-    with integer ids. ``timestamp``: integers of Parquet as they are; other numbers as DECIMAL(38, 9); dates and date-times as
-    microseconds since 1970 UTC; and where there is no time, places in the file, or in the user's list.
+    Rows are numbered through all files, in the order of ``files``; rows left out leave gaps. Ids are
+    text, or 64-bit integers if all files are Parquet with integer ids. ``timestamp``: integers of
+    Parquet as they are; other numbers as DECIMAL(38, 9); dates and date-times as microseconds since
+    1970 UTC; and where there is no time, places in the file, or in the user's list.
 
     Raises:
         DataError: missing file or column, unparsable row (with its line), empty or impossible value, no rows.

@@ -103,7 +103,8 @@ def find_cuts(
             f"The times do not separate training, validation and test: the earliest is {time_text(Decimal(earliest))}, "
             f"the cuts fall at {time_text(first)} and {time_text(second)}.",
             rule="global_temporal needs earliest < first cut < second cut.",
-            remedy="Use finer times, other valid_fraction and test_fraction, or the leave_one_out split.",
+            remedy="Use finer times, other --valid-fraction and --test-fraction, or --split "
+            "leave_one_out.",
         )
     return first, second
 

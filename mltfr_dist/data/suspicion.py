@@ -1,4 +1,4 @@
-"""Sequence text that is no sequence text: a log with one line a user, whose times or ratings would become items."""
+"""Sequence text that is none: logs with one line a user, whose times would become items."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FIRST_OF_LOG, _LAST_OF_LOG = 3, 8
 
 
 def refuse_log(connection: duckdb.DuckDBPyConnection, file: InputFile) -> None:
-    """Refuse ``fields(line_number, fields)`` where each line is one interaction: a named format's, or with a time or rating.
+    """Refuse ``fields(line_number, fields)`` where each line looks like one interaction.
 
     Real sequences of one length hold items of one kind in all places; a log does not.
 
@@ -36,7 +36,7 @@ def refuse_log(connection: duckdb.DuckDBPyConnection, file: InputFile) -> None:
         raise DataError(
             f"{file.name} is no sequence text: it looks like {looks} ({NAMED[str(looks)].title}).",
             rule=_RULE,
-            remedy=f"Read it with --format {looks}; or, if all these fields are items, --times any.",
+            remedy=f"Read it with --format {looks}; or, if all these are items, --times any.",
         )
     least, most, lines = one(
         connection, "SELECT min(len(fields)), max(len(fields)), count(*) FROM fields"
@@ -67,12 +67,13 @@ def refuse_log(connection: duckdb.DuckDBPyConnection, file: InputFile) -> None:
             f"{file.name}: each line has {least} fields, and field {place} of all is like one of "
             f"{what}, not an item: this looks like a log with one interaction a line.",
             rule=_RULE,
-            remedy=f"Read it with {_as_log(file, place, what)}; or, if these are items, --times any.",
+            remedy=f"Read it with {_as_log(file, place, what)}; or, if these are items, "
+            "--times any.",
         )
 
 
 def _as_log(file: InputFile, place: int, what: str) -> str:
-    """The options that read such a log; its columns are named where the first line has no time, or no rating."""
+    """The options that read such a log; a first line without a time (a rating) is its header."""
     first = head(file)[0]
     tabbed = "\t" in first
     fields = first.split("\t") if tabbed else first.split(" ")

@@ -1,7 +1,8 @@
-"""What times mean: their kinds, how each is understood, and which are refused although they can be read.
+"""What times mean: their kinds, how each is understood, and which are refused all the same.
 
-A source has one kind: ``integers`` (Parquet's), ``numbers`` (text or floating point, as DECIMAL(38, 9)), ``dates``,
-``pattern`` (--time-format), ``moments`` (Parquet's) as microseconds since 1970 UTC, or ``order`` (none: places).
+A source has one kind: ``integers`` (Parquet's), ``numbers`` (text or floating point, as
+DECIMAL(38, 9)), ``dates``, ``pattern`` (--time-format) and ``moments`` (Parquet's) as microseconds
+since 1970 UTC, or ``order`` (no times but places).
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ Locate = Callable[[int], str]
 
 _UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 _EARLIEST, _LATEST = 5 * 10**8, 5 * 10**9
-"""Seconds since 1970 that may be meant as a moment: 1985 to 2128. Numbers that all lie outside, in every unit, are counters."""
+"""Seconds since 1970 that may be meant as a moment: 1985 to 2128.
+
+Numbers that all lie outside, in every unit, are counters.
+"""
 _TOLERANCE = 86_400
 _DECIMAL = "DECIMAL(38, 9)"
 # An exponent may have been rounded (a spreadsheet's 1.7E+09); a leading zero is part of a date.
 _NUMBER = r"\s*[+-]?(0|[1-9][0-9]*)?(\.[0-9]{0,9}0*)?\s*"
 _DATE = (
     r"\s*[0-9]{4}(-[0-9]{1,2}-|/[0-9]{1,2}/)[0-9]{1,2}"
-    r"([T ][0-9]{1,2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6}0*)?)?(Z| ?(UTC|GMT)|[+-][0-9]{2}(:?[0-9]{2})?)?)?\s*"
+    r"([T ][0-9]{1,2}:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6}0*)?)?"
+    r"(Z| ?(UTC|GMT)|[+-][0-9]{2}(:?[0-9]{2})?)?)?\s*"
 )
 _DATES = ("%Y-%m-%d", "%Y/%m/%d", "%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%m-%d-%Y")
 _SHORT_DATES = ("%y-%m-%d", "%d-%m-%y", "%m-%d-%y", "%d/%m/%y", "%m/%d/%y", "%d.%m.%y")
@@ -95,7 +100,8 @@ def time_sql(kind: str, pattern: str | None, *, is_text: bool) -> str:
         is_text: times were text in the file, not floating point, where an exponent is no rounding.
     """
     if kind == "pattern":
-        return f"CAST(epoch_us(try_strptime(CAST(time AS VARCHAR), {quote_text(str(pattern))})) AS {_DECIMAL})"
+        parsed = f"try_strptime(CAST(time AS VARCHAR), {quote_text(str(pattern))})"
+        return f"CAST(epoch_us({parsed}) AS {_DECIMAL})"
     if kind == "numbers" and not is_text:
         return f"TRY_CAST(time AS {_DECIMAL})"
     if kind == "numbers":
@@ -167,7 +173,7 @@ def check_times(
     """Refuse times of mixed units and times in the future, where they are moments at all.
 
     Raises:
-        DataError: with the first row of the rarer unit, the first in the future, or the first number that is of no unit.
+        DataError: with the first row of the rarer unit, in the future, or of no unit.
     """
     is_number = kind in ("integers", "numbers")
     units = _UNITS if is_number else {"microseconds": _UNITS["microseconds"]}

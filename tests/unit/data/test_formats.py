@@ -1,4 +1,4 @@
-"""Every named format reads a sample in its true layout, is recognised, and says what it does to the rows."""
+"""Every named format reads a sample in its true layout, and says what it does to the rows."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_sample_is_read_and_recognised(name):
 
 @pytest.mark.parametrize("name", READ)
 def test_what_a_sample_is_refused_for_names_its_format(name):
-    """Read by its ending alone, or as csv, a sample is refused (and the format named), or read rightly."""
+    """Read as a general format, a sample is refused (its own is named), or read rightly."""
     format = Path(name).stem
     for general in ("auto", "csv", "tsv", "jsonl", "sequences"):
         try:

@@ -1,4 +1,4 @@
-"""What rows mean: times, ids, kinds, headers. What could be read wrong without a word is refused, and remedies work."""
+"""What rows mean: what could be read wrong without a word is refused, and remedies work."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def micros(text: str) -> float:
     return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1e6
 
 
-# --- times -------------------------------------------------------------------------------------------------------
+# --- times --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_parquet_times_are_exact_or_refused(tmp_path):
     assert load(tmp_path, moments(pa.array([1.7e9], pa.float64())))[0][2] == 1.7e9
 
 
-# --- ids ---------------------------------------------------------------------------------------------------------
+# --- ids ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_columns_and_keys_that_are_there_twice(tmp_path):
     assert load(tmp_path, {"a.parquet": cased}) == [(4, 2, 3)]
 
 
-# --- one kind in all files ---------------------------------------------------------------------------------------
+# --- one kind in all files ----------------------------------------------------
 
 
 def parquet(**columns: object) -> pa.Table:
@@ -351,7 +351,7 @@ def test_partitions_are_columns(tmp_path):
             load_interactions(connection, [clash], PrepareConfig(), log=lambda _: None)
 
 
-# --- headers and delimiters --------------------------------------------------------------------------------------
+# --- headers and delimiters ---------------------------------------------------
 
 ROWS = [("196", "242", 881250949), ("186", "302", 891717742)]
 POSITIONS = {"header": False, "user_column": "1", "item_column": "2", "time_column": "4"}
@@ -431,7 +431,7 @@ def test_file_order_is_the_time(tmp_path):
     assert load(tmp_path, {"a.jsonl": "\n" + row + row}, order="file")[1][2] == 3
 
 
-# --- sequence text that is none ----------------------------------------------------------------------------------
+# --- sequence text that is none -----------------------------------------------
 
 LOGS = {
     "u1 i1 5 1500000000\nu2 i2 3 1500000001\nu3 i3 4 1500000002\n": [
@@ -481,7 +481,7 @@ def test_several_lines_a_user_name_the_way_to_read_them(tmp_path):
     assert "--format csv --delimiter ' ' --no-header" in refusal(tmp_path, {"a.txt": text})
 
 
-# --- the command -------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------
 
 
 def test_the_command_reads_a_file_without_header(tmp_path, capsys):
