@@ -179,12 +179,12 @@ def _no_header(first: list[str]) -> str:
     """Options to read a file whose first line is ``first``; the time is what looks like one."""
     moments = [i for i, cell in enumerate(first) if re.fullmatch(r"[0-9]{9,19}(\.[0-9]+)?", cell)]
     dates = [i for i, cell in enumerate(first) if re.fullmatch(_DATE, cell)]
-    time = (dates or moments or [len(first) - 1])[-1]
+    time = (dates or moments or [-1])[-1]
     user, item = ([i for i in range(len(first)) if i != time] + [0, 1])[:2]
-    return (
-        f"--no-header --user-column {user + 1} --item-column {item + 1} --time-column {time + 1} "
-        "(counted from 1; say which is which)"
-    )
+    columns = f"--no-header --user-column {user + 1} --item-column {item + 1}"
+    if time < 0:
+        return f"{columns} --order file (or --time-column with the number of the time)"
+    return f"{columns} --time-column {time + 1} (counted from 1; say which is which)"
 
 
 def _is_value(cell: str) -> bool:

@@ -219,10 +219,7 @@ NAMED = {
         header=False,
         missing="drop",
         looks=rf"user_\d{{6}}\t{_ISO}\t.*",
-        notes=(
-            "Items are artists; plays of artists without an id are left out. "
-            "Tracks: --item-column 5.",
-        ),
+        notes=("Items are artists, but for those without an id. Tracks: --item-column 5.",),
     ),
     "mind": Format(
         "MIND behaviors.tsv: clicked impressions, behind the history",

@@ -72,8 +72,12 @@ def layout(name: str, config: PrepareConfig) -> Format:
             remedy="Leave it out, or name another format (`mltfr prepare --format help`).",
         )
     values = {key.removesuffix("_column"): value for key, value in given.items()}
-    if len(values.get("delimiter", "")) > 1:
-        values.setdefault("quote", "")
+    if len(values.get("delimiter", "")) > 1 and values.setdefault("quote", ""):
+        raise ConfigError(
+            f"--delimiter '{config.delimiter}' and --quote '{config.quote}' do not go together.",
+            rule="With a delimiter of several characters there is no quoting.",
+            remedy="Leave --quote out.",
+        )
     if "missing" in config.model_fields_set:
         values["missing"] = config.missing
     if config.order == "file":
