@@ -120,15 +120,15 @@ def suggested(connection: duckdb.DuckDBPyConnection, value: str) -> list[str]:
     """The patterns that ``value`` can be read by, with a plausible moment."""
     dates = [date + clock for date, clock in itertools.product((*_DATES, *_SHORT_DATES), _CLOCKS)]
     zoned = [f"{date}{zone}" for date in dates if ":" in date for zone in (" %z", "%z", " %Z")]
-    found = []
-    for pattern in (*dates, *zoned, *_WORDS):
-        micros = one(
-            connection,
-            f"SELECT epoch_us(try_strptime({quote_text(value.strip())}, {quote_text(pattern)}))",
-        )[0]
-        if micros is not None and _EARLIEST <= micros / 1e6 < time.time() + _TOLERANCE:
-            found.append(pattern)
-    return found
+    patterns = (*dates, *zoned, *_WORDS)
+    text = quote_text(value.strip())
+    parsed = [f"epoch_us(try_strptime({text}, {quote_text(pattern)}))" for pattern in patterns]
+    latest = (time.time() + _TOLERANCE) * 1e6
+    return [
+        pattern
+        for pattern, micros in zip(patterns, one(connection, f"SELECT {', '.join(parsed)}"))
+        if micros is not None and _EARLIEST * 1e6 <= micros < latest
+    ]
 
 
 def bad_time(
