@@ -120,14 +120,41 @@ def default_text(field: FieldInfo) -> str:
     return json.dumps(value)
 
 
-def add_section(parser: argparse.ArgumentParser, model: type[Section]) -> None:
-    """One option for each field of a flat section."""
+class _FormatAction(argparse.Action):
+    """`--format NAME`; `--format help` lists the names."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Keep the name, or print the list and exit."""
+        if values == "help":
+            from mltfr_dist.data.layouts import format_help
+
+            print(format_help(), end="")
+            parser.exit()
+        setattr(namespace, self.dest, values)
+
+
+def add_section(
+    parser: argparse.ArgumentParser,
+    model: type[Section],
+    actions: dict[str, type[argparse.Action]] | None = None,
+) -> None:
+    """One option for each field of a flat section; ``actions`` are those of single fields."""
     for name, field in model.model_fields.items():
         options: dict[str, Any] = {
             "help": f"{field.description} ({type_text(field)}; default: {default_text(field)})"
         }
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(field.annotation) is tuple:
+            options["action"] = "append"
+        elif name in (actions or {}):
+            options["action"] = (actions or {})[name]
         parser.add_argument(
             "--" + name.replace("_", "-"),
             default=None,
@@ -381,7 +408,7 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--packages", type=Path, help="folder of unpacked packages that hold the named set"
     )
-    add_section(prepare, PrepareConfig)
+    add_section(prepare, PrepareConfig, {"format": _FormatAction})
     add_section(prepare, PrepareResources)
 
     fetch = commands.add_parser(

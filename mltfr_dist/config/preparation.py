@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mltfr_dist.schema import Count, Fraction, Options
 
@@ -15,23 +15,71 @@ class PrepareConfig(Options):
 
     listed_by: ClassVar[str] = "mltfr prepare --help"
 
-    format: Literal["auto", "csv", "tsv", "parquet", "jsonl", "sequences"] = Field(
+    format: str = Field(
         "auto",
-        description="File format; auto goes by the ending. sequences: one `user item item ...` a line, oldest first.",
+        description="How the files are laid out: csv, tsv, parquet, jsonl, sequences or the name "
+        "of a public set's format; help lists them all. auto goes by the ending.",
     )
     partitions: bool = Field(
         False,
         description="Whether folder names `key=value` are columns; otherwise they are only names.",
     )
-    user_column: str = Field("user_id", description="Column that holds the user.")
+    user_column: str = Field(
+        "user_id", description="Column that holds the user; with --no-header its number, from 1."
+    )
     item_column: str = Field("item_id", description="Column that holds the item.")
     time_column: str = Field(
         "timestamp", description="Column that holds the time (number, date or date-time)."
     )
+    order: Literal["time", "file"] = Field(
+        "time",
+        description="file: there is no time; rows (or lists) are in order already, oldest first.",
+    )
+    time_format: str | None = Field(
+        None,
+        description="Pattern of the times, as %d/%m/%Y or %Y%m%d (strptime's). null: numbers, or "
+        "dates that begin with a four-digit year.",
+    )
     times: Literal["checked", "any"] = Field(
         "checked",
-        description="checked: times that look like moments (1985 to 2128, in seconds to nanoseconds) must have one unit and not "
-        "lie in the future; any: numbers are only compared.",
+        description="checked: times that look like moments (1985 to 2128, in seconds to "
+        "nanoseconds) must have one unit and not lie in the future, and dates must lie within "
+        "these years; any: they are only compared.",
+    )
+    header: bool = Field(
+        True,
+        description="csv, tsv: the first line names the columns; --no-header: it is a row, and "
+        "columns are named by number, from 1.",
+    )
+    delimiter: str | None = Field(
+        None,
+        description="csv, tsv: what stands between fields, one to four characters; \\t is a tab. "
+        "null: a comma, in tsv a tab.",
+    )
+    quote: str | None = Field(
+        None,
+        description="csv, tsv: the character around fields that hold the delimiter; empty for "
+        'none. null: ", in tsv none.',
+    )
+    encoding: Literal["utf-8", "latin-1"] = Field(
+        "utf-8", description="csv, tsv: how bytes become characters."
+    )
+    skip_rows: Annotated[int, Field(ge=0)] = Field(
+        0, description="csv, tsv: lines before the header (or the first row) that are not read."
+    )
+    null: tuple[str, ...] = Field(
+        (), description="A value that means a missing one, as NA; may be given several times."
+    )
+    missing: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="Rows without a user, an item or a time: refuse names the first; drop leaves "
+        "them out and says how many.",
+    )
+    ids: Literal["checked", "any"] = Field(
+        "checked",
+        description="checked: ids that mean nothing (None, NaN), are rounded (1e5), or differ from "
+        "another only in blanks, leading zeros or invisible characters are refused; any: every "
+        "text is an id.",
     )
     titles: Path | None = Field(
         None, description="Table of item titles (csv, tsv, parquet or jsonl), shown by `recommend`."
@@ -66,13 +114,26 @@ class PrepareConfig(Options):
     sequences_per_block: Count = Field(4096, description="Sequences packed in one shard member.")
     sequences_per_shard: Count = Field(65536, description="Sequences in one shard file.")
 
+    @field_validator("delimiter", "quote")
+    @classmethod
+    def _is_separator(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """Backslash and t mean a tab; neither holds a line end, and a quote is one character."""
+        value = "\t" if value == "\\t" else value
+        longest, least = (4, 1) if info.field_name == "delimiter" else (1, 0)
+        if value is not None and not (
+            least <= len(value.encode()) <= longest and value.isprintable() | (value == "\t")
+        ):
+            raise ValueError(f"must be {least} to {longest} bytes of text without line ends")
+        return value
+
     @model_validator(mode="after")
     def _leaves_training_data(self) -> PrepareConfig:
         if self.valid_fraction + self.test_fraction >= 1:
             given = f"{self.valid_fraction} + {self.test_fraction}"
             raise ValueError(
-                "--valid-fraction and --test-fraction together must stay below 1, so that training "
-                f"data remains (given: {given})"
+                "--valid-fraction and --test-fraction must stay below 1 together, so that training "
+                "data remains "
+                f"(given: {given})"
             )
         return self
 

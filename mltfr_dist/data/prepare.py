@@ -202,14 +202,14 @@ def _gathered(
             rule="All files of a source have one format.",
             remedy="Give a pattern that matches only the interactions.",
         )
-    format = formats.pop()
-    if format == "sequences" and config.split == "global_temporal":
+    config = config.model_copy(update={"format": formats.pop()})
+    if not sources.has_time(config) and config.split == "global_temporal":
         raise DataError(
-            f"{found.label} is sequence text, which has no time.",
+            f"{found.label} is read as {config.format}, which has no time.",
             rule="global_temporal cuts all users at two points in time.",
             remedy="Use `--split leave_one_out`, or a file with a time column.",
         )
-    if format == "sequences" and len(found.files) > 1:
+    if config.format == "sequences" and len(found.files) > 1:
         raise DataError(
             f"{found.label} matches {len(found.files)} files of sequence text.",
             rule="Sequence text has one line a user, and so one file.",
@@ -217,7 +217,7 @@ def _gathered(
         )
     if found.titles is not None:
         sources.detect_format(found.titles.as_input())
-    return found, config.model_copy(update={"format": format})
+    return found, config
 
 
 def _named(
@@ -284,7 +284,7 @@ def _run(
 
     def read() -> int:
         with source.plain(workspace.copies, config.format, workspace.log) as (files, titles):
-            rows = sources.load_interactions(connection, files, config)
+            rows = sources.load_interactions(connection, files, config, workspace.log)
             steps.done("read", rows, note=f"{config.format}, {info.bytes / 1e6:,.1f} MB")
             sources.load_titles(
                 connection, titles, config.titles_item_column, config.titles_title_column
@@ -384,7 +384,7 @@ def _split(
         "cold_targets": cold,
         "cut_times": [splits.time_text(cuts[0]), splits.time_text(cuts[1])] if cuts else None,
         "items_with_title": titles,
-        "times": _time_range(connection) if config.format != "sequences" else None,
+        "times": _time_range(connection) if sources.has_time(config) else None,
     }
 
 

@@ -7,32 +7,24 @@ Text formats are read as text first, so that a bad value can be named together w
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from operator import itemgetter
 from pathlib import Path
 
 import duckdb
 
 from mltfr_dist.config import PrepareConfig
-from mltfr_dist.data.checks import check_rows, check_times
+from mltfr_dist.data.delimited import open_delimited
+from mltfr_dist.data.formats import ENDINGS, FORMATS
 from mltfr_dist.data.inputs import InputFile
-from mltfr_dist.data.readers import EMPTY, one, read_columns, read_lines, unreadable, where
+from mltfr_dist.data.json_lines import open_json
+from mltfr_dist.data.layouts import check_name, layout, recognise, with_hint
+from mltfr_dist.data.loading import Source
+from mltfr_dist.data.parquet import open_parquet
+from mltfr_dist.data.readers import EMPTY, NoRowsError, no_rows, reading
 from mltfr_dist.errors import DataError
 
 NAMED_SETS = ("ml-100k",)
-ENDINGS = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".inter": "tsv",  # RecBole's atomic files: tab separated, columns named `name:type`
-    ".item": "tsv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".txt": "sequences",
-}
 
 
 @dataclass(frozen=True)
@@ -73,8 +65,10 @@ def named_source(name: str, packages_dir: Path | None) -> NamedSource:
     if not interactions.is_file():
         raise DataError(
             f"The named set `{name}` was not found at {interactions}.",
-            rule="It is read from the example files of the PyPI package recbole (GroupLens terms: do not redistribute).",
-            remedy="`pip install --no-deps recbole==1.2.1`, with `--target DIR` and packages_dir=DIR to keep it apart.",
+            rule="It is read from the example files of the PyPI package recbole (GroupLens terms: "
+            "do not redistribute).",
+            remedy="`pip install --no-deps recbole==1.2.1`; to keep it apart, add `--target DIR`, "
+            "and `--packages DIR` here.",
         )
     columns = {"user_column": "user_id", "item_column": "item_id", "time_column": "timestamp"}
     columns |= {"titles_item_column": "item_id", "titles_title_column": "movie_title"}
@@ -85,129 +79,65 @@ def detect_format(file: InputFile, configured: str = "auto") -> str:
     """The format of ``file``: as configured, or by its ending.
 
     Raises:
-        DataError: its ending says nothing.
+        DataError: the file is missing, or its ending says nothing.
+        ConfigError: there is no format of the configured name.
     """
+    check_name(configured)
+    if not file.path.is_file():
+        raise DataError(
+            f"There is no file {file.name}.",
+            remedy=f"Give the path of a data file or a named set ({', '.join(NAMED_SETS)}).",
+        )
     found = ENDINGS.get(file.ending) if configured == "auto" else configured
     if found is None:
+        looks = recognise(file)
         raise DataError(
             f"The format of {file.name} is not clear from its ending `{file.ending}`.",
-            rule=f"Known endings: {', '.join(ENDINGS)}, each also with .gz, .bz2, .xz or .zst.",
-            remedy="Name the format, as in `--format csv`.",
+            rule=f"Known endings: {', '.join(ENDINGS)}.",
+            remedy=f"The file looks like {looks} ({FORMATS[looks].title}): --format {looks}."
+            if looks
+            else "Name the format with --format (`mltfr prepare --format help` lists them).",
         )
     return found
 
 
-def load_interactions(
-    connection: duckdb.DuckDBPyConnection, files: Sequence[InputFile], config: PrepareConfig
-) -> int:
-    """Create ``interactions(row_number, user_id, item_id, timestamp)`` from files and return its number of rows.
+def has_time(config: PrepareConfig) -> bool:
+    """Whether interactions of this source (its format no longer ``auto``) have times."""
+    return layout(config.format, config).time is not None
 
-    Rows are numbered through all files, in the order of ``files``; those without rows are passed over.
-    Ids are text, or 64-bit integers if all files are Parquet with integer ids. ``timestamp``: integers of Parquet as they are;
-    other numbers as DECIMAL(38, 9); dates and date-times as microseconds since 1970 UTC; and in sequence text (which has no
-    time) the position within the user's line, from 1.
+
+def load_interactions(
+    connection: duckdb.DuckDBPyConnection,
+    files: Sequence[InputFile],
+    config: PrepareConfig,
+    log: Callable[[str], None] = print,
+) -> int:
+    """Create ``interactions(row_number, user_id, item_id, timestamp)``; returns its number of rows.
+
+    Rows are numbered through all files, in the order of ``files``; rows left out leave gaps. Ids are
+    text, or 64-bit integers if all files are Parquet with integer ids. ``timestamp``: integers of
+    Parquet as they are; other numbers as DECIMAL(38, 9); dates and date-times as microseconds since
+    1970 UTC; and where there is no time, places in the file, or in the user's list.
 
     Raises:
         DataError: missing file or column, unparsable row (with its line), empty or impossible value, no rows.
+        ConfigError: options that do not go together, or with the format.
     """
-    rows = 0
-    kind: str | None = None
-    places: list[tuple[int, InputFile, str]] = []
-    for file in files:
-        if not file.path.stat().st_size and len(files) > 1:
-            continue
-        format = detect_format(file, config.format)
-        names = [config.user_column, config.item_column, config.time_column]
-        if format == "sequences":
-            _load_sequences(connection, file)
-            names = ["user", "item", "position"]
-        else:
-            read_columns(connection, file, format, names, "raw", ["user_id", "item_id", "time"])
-        count, first = one(connection, "SELECT count(*), arg_min(time, row_number) FROM raw")
-        if not count:
-            connection.execute(f"DROP {'VIEW' if format == 'parquet' else 'TABLE'} raw")
-            continue
-        places.append((rows, file, format))
-        check_rows(connection, names, partial(where, file, format))
-        kind = kind or _time_kind(connection, first)
-        _add_times(connection, file, format, names[2], kind, before=rows)
-        connection.execute(f"DROP {'VIEW' if format == 'parquet' else 'TABLE'} raw")
-        rows += count
-    if not rows:
-        raise DataError(
-            f"{files[0].name} holds no rows.",
-            remedy="Give a file with at least one interaction.",
-        )
-    if config.times == "checked" and kind and format != "sequences":
-
-        def locate(row: int) -> str:
-            before, file, format = max((p for p in places if p[0] < row), key=itemgetter(0))
-            return where(file, format, row - before)
-
-        check_times(connection, kind, names[2], locate)
-    return rows
-
-
-_TIMES = {
-    "integers": "time",
-    "numbers": "TRY_CAST(time AS DECIMAL(38, 9))",
-    "dates": "CAST(epoch_us(TRY_CAST(time AS TIMESTAMPTZ)) AS DECIMAL(38, 9))",
-}
-"""SQL from the text or number that is read to a time."""
-
-
-def _time_kind(connection: duckdb.DuckDBPyConnection, first: str | int) -> str:
-    """Which of :data:`_TIMES` the first time is one of; all others must be, too."""
-    if isinstance(first, int):
-        return "integers"
-    is_number = one(connection, "SELECT TRY_CAST($1 AS DECIMAL(38, 9)) IS NOT NULL", [first])[0]
-    return "numbers" if is_number else "dates"
-
-
-def _add_times(
-    connection: duckdb.DuckDBPyConnection,
-    file: InputFile,
-    format: str,
-    column: str,
-    kind: str,
-    *,
-    before: int,
-) -> None:
-    """``raw`` -> ``interactions``, behind the ``before`` rows that are there."""
-    text = "CAST(time AS VARCHAR)"
-    into = "INSERT INTO interactions" if before else "CREATE TABLE interactions AS"
-    parsed = _TIMES[kind] if kind == "integers" else _TIMES[kind].replace("(time ", f"({text} ")
-    try:
-        connection.execute(
-            f"{into} SELECT row_number + {before} AS row_number, user_id, item_id, {parsed} AS timestamp FROM raw"
-        )
-    except duckdb.ConversionException:
-        raise DataError(
-            f"{file.name}: its ids or times are of another kind than those of the files before it.",
-            rule="All files of a source have the same columns, of the same types.",
-            remedy="Convert the files to one type, or prepare them apart.",
-        ) from None
-    bad = one(
-        connection,
-        f"SELECT min(row_number) FROM interactions WHERE timestamp IS NULL AND row_number > {before}",
-    )[0]
-    if bad is not None:
-        value, first = one(
-            connection,
-            f"SELECT {text}, {text} = arg_min({text}, row_number) OVER () FROM raw QUALIFY row_number = $1",
-            [bad - before],
-        )
-        wanted = (
-            "a date or date-time, as in the first row"
-            if kind == "dates"
-            else "a number, as in the first row"
-        )
-        raise DataError(
-            f"{where(file, format, bad - before)}: the time `{value}` in column `{column}` is not "
-            f"{wanted if not first or before else 'a number, date or date-time'}.",
-            rule="All times are numbers, or all are ISO dates (2024-05-31) or date-times (2024-05-31 10:00:00).",
-            remedy="Correct or remove that row.",
-        )
+    source = Source(connection, config, log)
+    formats = [detect_format(file, config.format) for file in files]
+    source.look_ahead(files, formats)
+    for file, format in zip(files, formats):
+        try:
+            source.add(file, format)
+        except NoRowsError:
+            if len(files) == 1:
+                raise
+        except DataError as error:
+            raise with_hint(error, file, format) from None
+    if not source.rows:
+        raise no_rows(files[0])
+    source.check()
+    return source.rows
 
 
 def load_titles(
@@ -218,7 +148,7 @@ def load_titles(
 ) -> None:
     """Create ``titles(item_id, title)`` from a csv, tsv, parquet or jsonl file; an item's first title counts.
 
-    Without a file (``file`` None) the table is empty.
+    Without a file the table is empty.
 
     Raises:
         DataError: as :func:`load_interactions`, and for sequence text, which has no titles.
@@ -227,54 +157,19 @@ def load_titles(
         connection.execute("CREATE TABLE titles(item_id VARCHAR, title VARCHAR)")
         return
     format = detect_format(file)
-    if format == "sequences":
+    readers = {"delimited": open_delimited, "jsonl": open_json, "parquet": open_parquet}
+    opener = readers.get(FORMATS[format].reader)
+    if opener is None:
         raise DataError(
             f"{file.name} cannot hold titles.", remedy="Give titles as csv, tsv, parquet or jsonl."
         )
-    read_columns(
-        connection, file, format, [item_column, title_column], "raw_titles", ["item_id", "title"]
-    )
-    connection.execute(
-        "CREATE TABLE titles AS SELECT CAST(item_id AS VARCHAR) AS item_id, "
-        "arg_min(CAST(title AS VARCHAR), row_number) AS title FROM raw_titles "
-        f"WHERE item_id IS NOT NULL AND NOT {EMPTY.format('title')} GROUP BY item_id"
-    )
-    connection.execute(f"DROP {'VIEW' if format == 'parquet' else 'TABLE'} raw_titles")
-
-
-def _load_sequences(connection: duckdb.DuckDBPyConnection, file: InputFile) -> None:
-    """Create ``raw(row_number, user_id, item_id, time)`` from lines `user item item ...`; time is the position."""
-    try:
-        read_lines(connection, file, "lines")
-    except duckdb.OutOfMemoryException:
-        raise
-    except duckdb.Error as error:
-        raise unreadable(file, "sequences", error) from None
-    split = "regexp_split_to_array(trim(line, chr(32) || chr(9)), '[ \\t]+')"
-    connection.execute(
-        f"CREATE TABLE fields AS SELECT row_number AS line_number, {split} AS fields FROM lines"
-    )
-    lonely = one(connection, "SELECT min(line_number) FROM fields WHERE len(fields) < 2")[0]
-    if lonely is not None:
-        user = one(connection, "SELECT fields[1] FROM fields WHERE line_number = $1", [lonely])[0]
-        raise DataError(
-            f"{file.name}, line {lonely}: `{user}` stands alone.",
-            rule="A line of sequence text is a user and at least one item, with blanks between: `user item item ...`.",
-            remedy="Correct or remove that line.",
+    columns = [item_column, title_column]
+    scan = opener(connection, file, FORMATS[format], columns, ["item_id", "title"])
+    with reading(file, format):
+        connection.execute(
+            "CREATE TABLE titles AS SELECT CAST(item_id AS VARCHAR) AS item_id, "
+            f"arg_min(CAST(title AS VARCHAR), row_number) AS title FROM ({scan.sql}) "
+            f"WHERE item_id IS NOT NULL AND NOT {EMPTY.format('title')} GROUP BY item_id"
         )
-    repeated = connection.execute(
-        "SELECT fields[1], min(line_number), max(line_number) FROM fields "
-        "GROUP BY fields[1] HAVING count(*) > 1 ORDER BY 3 LIMIT 1"
-    ).fetchall()
-    for user, before, line in repeated:
-        raise DataError(
-            f"{file.name}, line {line}: the user `{user}` was on line {before} already.",
-            rule="Sequence text has one line a user, since lines carry no time to order them by.",
-            remedy="Join the user's lines.",
-        )
-    connection.execute(
-        "CREATE TABLE raw AS SELECT row_number() OVER (ORDER BY line_number, position) AS row_number, user_id, item_id, "
-        "CAST(position AS VARCHAR) AS time FROM (SELECT line_number, fields[1] AS user_id, unnest(fields[2:]) AS item_id, "
-        "unnest(range(1, len(fields))) AS position FROM fields)"
-    )
-    connection.execute("DROP TABLE fields; DROP TABLE lines")
+    scan.finish()
+    scan.close()

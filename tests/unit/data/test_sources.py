@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-from contextlib import AbstractContextManager
 from decimal import Decimal
 from pathlib import Path
 
@@ -13,9 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mltfr_dist.config import PrepareConfig
-from mltfr_dist.data.identity import identify
-from mltfr_dist.data.inputs import InputFile, given_file
-from mltfr_dist.data.plain import plain_files
+from mltfr_dist.data.inputs import InputFile
 from mltfr_dist.data.sources import detect_format, load_interactions, load_titles, named_source
 from mltfr_dist.errors import DataError
 
@@ -29,22 +25,18 @@ JSONL = (
 
 
 def put(path: Path, text: str) -> Path:
-    content = text.encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(text.encode())
     return path
 
 
-def plain(path: Path) -> AbstractContextManager[list[InputFile]]:
-    """The file as `mltfr prepare` would read it."""
-    given, identity = given_file(path, str(path)), identify(path, str(path))
-    copies = path.parent / "copies"
-    return plain_files([given], [identity.marks], copies, lambda _: None)
+def plain(path: Path) -> InputFile:
+    return InputFile(path, str(path), path.suffix.lower())
 
 
 def load(path: Path, **values: object) -> list[tuple]:
-    with duckdb.connect() as connection, plain(path) as files:
+    with duckdb.connect() as connection:
         connection.execute("SET TimeZone = 'UTC'")
-        count = load_interactions(connection, files, PrepareConfig(**values))
+        count = load_interactions(connection, [plain(path)], PrepareConfig(**values))
         rows = connection.execute("SELECT * FROM interactions ORDER BY row_number").fetchall()
     assert count == len(rows)
     return rows
@@ -62,7 +54,6 @@ def refusal(path: Path, **values: object) -> str:
     ("name", "text"),
     [
         ("r.csv", CSV),
-        ("r.csv.gz", CSV),
         ("bom.csv", "\ufeff" + CSV),
         ("crlf.csv", CSV.replace("\n", "\r\n")),
         ("odd [1]*?'.csv", CSV),
@@ -76,7 +67,7 @@ def refusal(path: Path, **values: object) -> str:
             "user_id:token\titem_id:token\ttimestamp:float\nu1\ta\t10\nu2\tb\t11\nu1\tb\t12.5\n",
         ),
         ("r.jsonl", JSONL),
-        ("blank.ndjson.gz", "\n" + JSONL),
+        ("blank.ndjson", "\n" + JSONL),
     ],
 )
 def test_text_formats_give_the_same_rows(tmp_path, name, text):
@@ -93,7 +84,7 @@ def test_parquet_of_any_types(tmp_path):
         }
     )
     pq.write_table(table, tmp_path / "r.parquet")
-    assert load(tmp_path / "r.parquet") == [
+    assert load(tmp_path / "r.parquet", times="any") == [
         (1, 1, "x", Decimal(0)),
         (2, 2, "y", Decimal(1_500_000)),
     ]
@@ -134,7 +125,7 @@ def test_dates_are_microseconds_in_utc(tmp_path):
         "1970-01-01 02:00:00+01:00",
     )
     text = "user_id,item_id,timestamp\n" + "".join(f"u,a,{time}\n" for time in times)
-    assert [int(row[3]) for row in load(put(tmp_path / "d.csv", text))] == [
+    assert [int(row[3]) for row in load(put(tmp_path / "d.csv", text), times="any")] == [
         0,
         1_000_000,
         2_500_000,
@@ -228,7 +219,7 @@ def test_large_file_keeps_file_order(tmp_path):
         (
             "r.csv",
             CSV + "u1,c,4000000000\n",
-            ["line 5", "2096-10-02", "in the future", "times=any"],
+            ["line 5", "2096-10-02", "in the future", "--times any"],
         ),
         (
             "r.csv",
@@ -243,14 +234,14 @@ def test_large_file_keeps_file_order(tmp_path):
         (
             "r.csv",
             "user_id,item_id,timestamp\nu,a,18500.5\nu,b,1600000000\n",
-            ["line 2", "is 18500.5, but others", "times=any"],
+            ["line 2", "is 18500.5, but others", "--times any"],
         ),
         ("r.csv", CSV + "9007199254740993.0,c,3\n", ["line 5", "`user_id` is a rounded number"]),
         ("r.csv", CSV + "u\u2028v,c,3\n", ["line 5", "`user_id` holds a tab, a line end"]),
         (
             "r.jsonl",
             JSONL + '{"user_id": 7, "item_id": "a", "timestamp": 1}\n',
-            ["line 4", "`user_id` is of mixed", "text in line 1"],
+            ["line 4", "`user_id` is of mixed", "a text in", "line 1"],
         ),
         (
             "r.jsonl",
@@ -263,7 +254,7 @@ def test_large_file_keeps_file_order(tmp_path):
             ["line 4", "`timestamp` is of type boolean"],
         ),
         ("s.txt", "u1 a b\n\n u2 a\tb c\nu3 a nan b\n", ["line 4", "`item` is NaN"]),
-        ("r.dat", CSV, ["ending `.dat`", ".parquet", "--format csv"]),
+        ("r.dat", CSV, ["ending `.dat`", ".parquet", "Name the format"]),
         ("r.parquet", CSV, ["cannot be read as parquet"]),
     ],
 )
@@ -317,9 +308,8 @@ def test_wrong_values_in_parquet(tmp_path):
 
 def test_rows_of_several_files_are_numbered_through_and_named_by_their_own(tmp_path):
     paths = [put(tmp_path / "a.csv", CSV), put(tmp_path / "b.csv", CSV.replace("u1,", "v1,"))]
-    files = [InputFile(path, str(path), ".csv") for path in paths]
     with duckdb.connect() as connection:
-        assert load_interactions(connection, files, PrepareConfig()) == 6
+        assert load_interactions(connection, list(map(plain, paths)), PrepareConfig()) == 6
         rows = connection.execute("SELECT row_number FROM interactions ORDER BY 1").fetchall()
         assert [row[0] for row in rows] == [1, 2, 3, 4, 5, 6]
     put(paths[1], CSV + "u,a,4000000000\n")
@@ -327,44 +317,46 @@ def test_rows_of_several_files_are_numbered_through_and_named_by_their_own(tmp_p
         duckdb.connect() as connection,
         pytest.raises(DataError, match=r"b\.csv, line 5: .* in the future"),
     ):
-        load_interactions(connection, files, PrepareConfig())
+        load_interactions(connection, list(map(plain, paths)), PrepareConfig())
     put(paths[1], CSV + "u,a,2020-01-01\n")
     with (
         duckdb.connect() as connection,
         pytest.raises(DataError, match=r"b\.csv, line 5: the time `2020-01-01`"),
     ):
-        load_interactions(connection, files, PrepareConfig())
+        load_interactions(connection, list(map(plain, paths)), PrepareConfig())
 
 
-def test_broken_gzip_and_encoding(tmp_path):
-    (tmp_path / "r.csv.gz").write_bytes(b"not gzip")
-    assert "is damaged or cut off" in refusal(tmp_path / "r.csv.gz")
-    (tmp_path / "t.csv.gz").write_bytes(gzip.compress((CSV * 2000).encode())[:200])
-    assert "its end is missing" in refusal(tmp_path / "t.csv.gz")
+def test_wrong_encoding(tmp_path):
     (tmp_path / "l.csv").write_bytes(CSV.encode() + b"u\xff,a,1\n")
     assert "line 5" in refusal(tmp_path / "l.csv")
 
 
+def test_missing_file_names_the_sets(tmp_path):
+    message = refusal(tmp_path / "none.csv")
+    assert "There is no file" in message
+    assert "ml-100k" in message
+
+
 def test_format_can_be_named(tmp_path):
     assert load(put(tmp_path / "r.dat", CSV), format="csv") == ROWS
-    assert detect_format(given_file(tmp_path, "R.CSV").as_input()) == "csv"
+    assert detect_format(plain(put(tmp_path / "R.CSV", CSV))) == "csv"
 
 
 def test_titles_first_one_counts_and_tsv_has_no_quotes(tmp_path):
     path = put(tmp_path / "t.tsv", 'item_id\ttitle\na\t"Alpha\nb\t\na\tsecond\nc\tGamma, the\n')
     with duckdb.connect() as connection:
-        load_titles(connection, InputFile(path, str(path), ".tsv"), "item_id", "title")
+        load_titles(connection, plain(path), "item_id", "title")
         assert connection.execute("SELECT * FROM titles ORDER BY ALL").fetchall() == [
             ("a", '"Alpha'),
             ("c", "Gamma, the"),
         ]
     with duckdb.connect() as connection, pytest.raises(DataError, match="cannot hold titles"):
-        load_titles(connection, InputFile(path, "t.txt", ".txt"), "item_id", "title")
+        load_titles(connection, plain(put(tmp_path / "t.txt", "a b")), "item_id", "title")
     with (
         duckdb.connect() as connection,
-        pytest.raises(DataError, match=r"no column `name`.*titles_title_column"),
+        pytest.raises(DataError, match=r"no column `name`.*--titles-title-column"),
     ):
-        load_titles(connection, InputFile(path, str(path), ".tsv"), "item_id", "name")
+        load_titles(connection, plain(path), "item_id", "name")
 
 
 def test_named_source(tmp_path, monkeypatch):
