@@ -16,7 +16,7 @@ EXIT_LOST = 3
 """Exit code of a rank that has lost another: the connection broke, or nothing came for training.hang_seconds."""
 
 EXIT_UNREAD = 141
-"""Exit code of a command whose output is not read to its end, as under `| head`: that of SIGPIPE."""
+"""Exit code of a command whose output is not read to its end (`| head`): that of SIGPIPE."""
 
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and saved: start it again (EX_TEMPFAIL of sysexits.h)."""

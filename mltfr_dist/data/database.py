@@ -1,4 +1,4 @@
-"""The database of a preparation: opened for one plan alone, within limits, and with a word while a query takes long."""
+"""The database of a preparation: for one plan alone, within limits, and with lines on long queries."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def open_database(
         log: takes lines.
 
     Raises:
-        DataError: another process has it open, it is another plan's, or memory or disk do not suffice.
+        DataError: another process has it open, it is another plan's, or memory does not suffice.
     """
     limit = resources.memory_limit or f"{int(psutil.virtual_memory().total * _DEFAULT_SHARE)}B"
     settings = {"autoinstall_known_extensions": "false", "memory_limit": limit}
@@ -60,7 +60,8 @@ def open_database(
         raise DataError(
             f"The database of the preparation cannot be used: {str(error).splitlines()[0]}",
             rule="One process prepares an output, on a disk that works.",
-            remedy="Wait for the other process, or look after the disk. It goes on where it stopped.",
+            remedy="Wait for the other process, or look after the disk. "
+            "It goes on where it stopped.",
         ) from None
 
 
@@ -99,7 +100,7 @@ def _connect(
 
 
 def _set_up(connection: duckdb.DuckDBPyConnection, folder: Path, digest: str) -> None:
-    """Settings, the tables of the record, and the comparison with the plan, before any step is believed."""
+    """Settings, the record's tables, and the comparison with the plan before a step is believed."""
     spill = folder / "spill"
     shutil.rmtree(spill, ignore_errors=True)  # of a process that was killed: this one has the lock
     connection.execute(

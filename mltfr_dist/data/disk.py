@@ -1,4 +1,4 @@
-"""Disks that are full, places that cannot be written: said at the start where it can be known, and clearly where not."""
+"""Full disks and places that cannot be written: said at the start where it can be known."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 # DuckDB spills at most 90% of what is free, and then names the setting that says so.
 _FULL_TEXTS = (*(os.strerror(number) for number in _FULL), "max_temp_directory_size")
 _LEAST_SHARE, _USUAL_SHARE = 0.1, 2.0
-"""Disk that a preparation takes, in sizes of its source: never less than the first, often the second."""
+"""Disk that a preparation takes, in sizes of its source: at least the first, often the second."""
 
 
 class DiskError(DataError):
-    """The disk is at fault, not the input: what was done stays, and the same command goes on with it."""
+    """The disk is at fault, not the input: what was done stays, and the same command goes on."""
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -60,13 +60,15 @@ def disk_errors(places: Sequence[Path]) -> Iterator[None]:
             raise DiskError(
                 f"The disk is full: {megabytes(free[place])} are free now for {place}.",
                 rule="What was done so far is kept there, and nothing that is half written counts.",
-                remedy="Free some room and start the same command again: it goes on where it stopped.",
+                remedy="Free some room and start the same command again: "
+                "it goes on where it stopped.",
             ) from None
         if isinstance(error, OSError):
             raise DiskError(
                 f"{error.filename or places[0]}: {error.strerror or error}.",
                 rule="The source must be readable, and the output and --temp-dir writable.",
-                remedy="Put that right and start the same command again: it goes on where it stopped.",
+                remedy="Put that right and start the same command again: "
+                "it goes on where it stopped.",
             ) from None
         raise
 
@@ -122,7 +124,7 @@ def check_space(place: Path, source_bytes: int, log: Callable[[str], None]) -> N
 
 
 def free_bytes(place: Path) -> int:
-    """Free bytes of the file system that ``place`` lies on, or would lie on; no limit where it tells none."""
+    """Free bytes where ``place`` lies, or would lie; no limit where the file system tells none."""
     usage = shutil.disk_usage(_existing(place))
     return usage.free if usage.total else sys.maxsize
 

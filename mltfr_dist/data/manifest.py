@@ -1,4 +1,4 @@
-"""`manifest.json`: what a prepared folder holds, with the size and hash of every file and of itself."""
+"""`manifest.json`: what a prepared folder holds, with the hash of every file and of itself."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _REMEDY = (
 
 
 def load_manifest(folder: Path, *, left_out: Collection[str] = ()) -> Manifest:
-    """:func:`read_manifest`, and a look whether every file it lists is there and as large as it says (a fast check).
+    """:func:`read_manifest`, and a fast look whether its files are there and as large as it says.
 
     Of shards that is the size in bytes, of the maps of users and items the number of rows.
 
@@ -145,7 +145,7 @@ def _check_checksum(values: dict[str, Any], path: str) -> None:
 
 
 def _check_rows(path: Path, expected: int) -> None:
-    """Refuse a map that is missing or has another number of rows; reads the end of the file only."""
+    """Refuse a map that is missing or has other rows; reads the end of the file only."""
     if not path.is_file():
         raise DataError(f"{path} is missing, though the manifest lists it.", remedy=_REMEDY)
     try:
@@ -157,7 +157,7 @@ def _check_rows(path: Path, expected: int) -> None:
 
 
 def read_map(folder: Path, manifest: Manifest, name: str) -> pa.Table:
-    """`items.parquet` or `users.parquet`, compared with its sha256: hashed and parsed from the same bytes.
+    """`items.parquet` or `users.parquet`, hashed, compared and parsed from the same bytes.
 
     Raises:
         DataError: it is missing, or not what was written.

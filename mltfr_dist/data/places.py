@@ -32,7 +32,7 @@ def check_name(output: Path) -> None:
 
 
 def holds_data(output: Path) -> bool:
-    """Whether ``output`` holds prepared data; False if it is absent, empty, or half prepared in itself.
+    """Whether ``output`` holds prepared data; False if absent, empty, or half prepared in itself.
 
     Raises:
         DataError: it holds something else, which is never overwritten, or leads nowhere.

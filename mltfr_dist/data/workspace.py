@@ -1,10 +1,12 @@
 """Where preparation works: a folder that survives a crash, and the record of what is done in it.
 
-``.<output>.partial/`` holds ``plan.json`` (the source and configuration it belongs to), ``out/`` with the finished files, and
-``shards.jsonl``, a line for each finished shard. ``plan-<digest>/`` holds the database with every finished step. It lies there,
-or under ``--temp-dir`` in a folder of this output alone; the digest is of the plan and the places, and the database holds it,
-too, so that no step of another preparation is ever believed. All of it lies beside the output, or in it where the output is a
-folder already (a mount point, the target of a link). When the work is done, ``out/`` becomes the output and the rest goes.
+``.<output>.partial/`` holds ``plan.json`` (the source and configuration it belongs to), ``out/``
+with the finished files, and ``shards.jsonl``, a line for each finished shard. ``plan-<digest>/``
+holds the database with every finished step. It lies there, or under ``--temp-dir`` in a folder of
+this output alone; the digest is of the plan and the places, and the database holds it, too, so that
+no step of another preparation is ever believed. All of it lies beside the output, or in it where
+the output is a folder already (a mount point, the target of a link). When the work is done,
+``out/`` becomes the output and the rest goes.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ class Workspace:
         """Whether output and temporary files can be written.
 
         Raises:
-            DataError: they cannot, or a preparation beside the output was overtaken by a folder made since.
+            DataError: they cannot, or the output was made while it was half prepared beside.
         """
         if self.folder == self._inside and (self._beside / "plan.json").exists():
             raise DataError(
@@ -108,7 +110,8 @@ class Workspace:
             source_bytes: size of the source, from which a rough need of disk follows.
 
         Raises:
-            DataError: what is there was begun from another source or configuration, or the disk is too small.
+            DataError: what is there was begun from another source or configuration, or the disk
+                is too small.
         """
         temp_dir = self.resources.temp_dir
         plan = plan | {
@@ -129,7 +132,8 @@ class Workspace:
         if changed:
             raise DataError(
                 f"{self.folder} is half prepared, and differently: {changed}.",
-                rule="An interrupted preparation goes on only with the same source, options and --temp-dir.",
+                rule="An interrupted preparation goes on only with the same source, options "
+                "and --temp-dir.",
                 remedy=f"Prepare as before, give another output folder, or remove {self.folder}.",
             )
         self.log(f"Going on with the preparation that was interrupted in {self.folder}.")
@@ -137,7 +141,7 @@ class Workspace:
         self._work.mkdir(parents=True, exist_ok=True)
 
     def _plan_before(self) -> dict[str, Any] | None:
-        """The plan that was begun here; None where there is none, or a crash of the machine cut it."""
+        """The plan that was begun here; None where there is none, or a power cut spoilt it."""
         try:
             values = json.loads(self._plan.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -160,7 +164,7 @@ class Workspace:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def publish(self) -> None:
-        """Make what is in ``out`` the output: in one step, or file by file with the manifest last."""
+        """Make ``out`` the output: in one step, or file by file with the manifest last."""
         if self.folder == self._beside:
             self.out.rename(self.output)  # there is none, as it was not there at the start
             return
@@ -174,7 +178,7 @@ class Workspace:
             shutil.rmtree(folder, ignore_errors=True)
 
     def abandon(self) -> None:
-        """Delete everything, also folders above that were made for it: as if nothing had been tried."""
+        """Delete everything, also folders above that were made for it."""
         self.remove()
         for folder in self._made:
             with suppress(OSError):  # somebody put something there meanwhile
@@ -238,7 +242,7 @@ class Workspace:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two plans, options written as on the command line; empty where nothing does."""
+    """What differs between two plans, options as on the command line; empty where nothing does."""
     options = {*PrepareConfig.model_fields, *PrepareResources.model_fields}
     return "; ".join(
         f"{'--' + key.replace('_', '-') if key in options else key} was {before.get(key)}, now {now[key]}"

@@ -53,10 +53,10 @@ def item_knn(
 ) -> Scorer:
     """Item-based nearest neighbours (Sarwar et al. 2001): sum of similarities to the items of the history.
 
-    Similarity is the cosine of the items' user sets, shrunk for rare items; each item keeps its ``num_neighbours``
-    nearest (of equal ones those of lower id). A training part of one item adds nothing to what two items
-    share, but a user to its item's set. Memory: the training items, ``num_neighbours`` an item, and
-    :data:`_PAIRS_AT_ONCE` pairs of items, however many items one user has.
+    Similarity is the cosine of the items' user sets, shrunk for rare items; each item keeps its
+    ``num_neighbours`` nearest (of equal ones those of lower id). A training part of one item adds
+    nothing to what two items share, but a user to its item's set. Memory: the training items,
+    ``num_neighbours`` an item, and :data:`_PAIRS_AT_ONCE` pairs, however many items a user has.
     """
     rows = np.repeat(np.arange(len(train)), np.diff(train.offsets))
     seen = sparse.csr_matrix(

@@ -240,10 +240,11 @@ def check_division(config: MLTFRConfig, part: Part, zero_stage: int) -> None:
 def record_inputs(folder: Path, inputs: Inputs) -> None:
     """Note the hashes of what a run reads; when it goes on, they must be the same.
 
-    The manifest's hash stands for all prepared files, since it holds theirs and every reader compares them.
+    The manifest's hash stands for all prepared files: it holds theirs, which readers compare.
 
     Raises:
-        CheckpointError: The data or a table has changed since, or a run with checkpoints has lost its record.
+        CheckpointError: The data or a table has changed since, or a run with checkpoints has lost
+            its record.
     """
     if (folder / INPUTS).exists() or any((folder / CHECKPOINTS).glob("*")):
         check_recorded(folder, inputs)
@@ -272,7 +273,8 @@ def check_recorded(folder: Path, inputs: Inputs) -> None:
             f"The run {folder} cannot be compared with its inputs: {path} is missing or damaged "
             f"({error}).",
             rule=rule,
-            remedy=f"Restore {path.name} from a copy of the run, or train again under another `name`.",
+            remedy=f"Restore {path.name} from a copy of the run, "
+            "or train again under another `name`.",
         ) from None
     if changed:
         raise CheckpointError(
