@@ -79,7 +79,7 @@ def train_refused(
         ("user_id,item_id,timestamp\nu,i,1\nu,j\n", [], ["3"]),
         ("user_id,item_id,timestamp\nu,i,1\nu,j,soon\n", [], ["line 3", "soon"]),
         ("user_id,item_id,timestamp\nu,i,1\nv,j,2\n", [], ["core"]),
-        ("user_id,item_id,timestamp\nu,i,1\n", ["--user-core", "zero"], ["user_core", "zero"]),
+        ("user_id,item_id,timestamp\nu,i,1\n", ["--user-core", "zero"], ["`--user-core`", "zero"]),
     ],
     ids=[
         "missing file",

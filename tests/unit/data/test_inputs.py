@@ -424,7 +424,7 @@ def test_folders_that_would_be_read_wrongly_are_refused(tmp_path):
     (tmp_path / "data" / "metadata").mkdir()
     (tmp_path / "data" / "metadata" / "v1.metadata.json").write_text("{}")
     assert "a table of Iceberg" in refusal(tmp_path, tmp_path / "data")
-    assert "which is read" in refusal(tmp_path, tmp_path)  # the output would lie within
+    assert "lies in the source" in refusal(tmp_path, tmp_path)
 
 
 def test_sources_and_the_output_may_stand_before_and_behind_options(tmp_path, capsys):

@@ -84,7 +84,7 @@ def test_too_little_memory_says_so_and_can_go_on(
     prepare(str(source), tmp_path / "out", CONFIG, log=quiet)
     assert contents(tmp_path / "out") == expected
     for limit in ("lots", "4", "-1GB", "4GB; SELECT 1"):
-        with pytest.raises(ConfigError, match="memory_limit"):
+        with pytest.raises(ConfigError, match="--memory-limit"):
             validate(PrepareResources, {"memory_limit": limit}, source="a test")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -83,9 +84,9 @@ def make_old(folder: Path) -> None:
     )
     place = table.column_names.index("count")
     pq.write_table(table.set_column(place, "count", pa.array(stored[1:])), path)
-    files = manifest.files | {path.name: file_sha256(path)}
-    text = manifest.model_copy(update={"files": files}).model_dump_json(indent=2)
-    (folder / "manifest.json").write_text(text + "\n")
+    values = manifest.model_dump(mode="json", exclude={"checksum"}) | {"schema_version": 2}
+    values["files"][path.name] = file_sha256(path)
+    (folder / "manifest.json").write_text(json.dumps(values))
 
 
 @pytest.mark.parametrize("split", SPLITS)
