@@ -110,7 +110,7 @@ def test_a_crowded_history_is_a_data_error_that_names_its_size() -> None:
     with pytest.raises(DataError, match="history of 5 of 5 items") as caught:
         sample([[1], [5, 4, 3, 2, 1]], [0, 1], num_items=5)
     assert "outside the user's history" in caught.value.rule
-    assert "item_core" in caught.value.remedy
+    assert "--item-core" in caught.value.remedy
 
 
 def test_hash_words_are_spread() -> None:

@@ -57,7 +57,7 @@ def test_a_preparation_that_is_not_listened_to_goes_on_later(tmp_path: Path) -> 
 def test_errors_keep_their_message_and_code(tmp_path: Path) -> None:
     done = unread("inspect", str(tmp_path))
     assert done.returncode == 2
-    assert b"holds no manifest.json" in done.stderr
+    assert b"holds neither prepared data nor" in done.stderr
 
 
 def test_a_connection_that_breaks_is_no_pipe_of_ours() -> None:

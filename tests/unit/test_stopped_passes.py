@@ -16,7 +16,7 @@ from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.distributed.signals import STOP_SIGNALS, request_stop
 from mltfr_dist.errors import ConfigError, StoppedError
 from mltfr_dist.repairs import changed
-from mltfr_dist.training import loop, stages
+from mltfr_dist.training import compare, loop, stages
 from mltfr_dist.training.fit import fit
 from mltfr_dist.training.run_folder import load_config, load_result
 
@@ -55,7 +55,7 @@ def after_the_first(batches: Iterable[T], seen: list[int]) -> Iterator[T]:
     [
         (loop, "evaluate", 1, "ranking the valid split"),
         (stages, "fisher_diagonals", 1, "the Fisher pass"),
-        (stages, "evaluate_slices", 1, "ranking the test split"),
+        (compare, "evaluate_slices", 1, "ranking the test split"),
     ],
 )
 def test_a_signal_in_a_long_pass(

@@ -644,6 +644,7 @@ def test_windows_of_an_older_manifest_are_refused(folder: Path, tmp_path: Path) 
     shutil.copytree(folder, copy)
     values = json.loads((copy / "manifest.json").read_text())
     values["schema_version"] = 1
+    del values["checksum"]
     for split in values["splits"].values():
         for shard in split["shards"]:
             del shard["lengths"]

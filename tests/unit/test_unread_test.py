@@ -9,7 +9,7 @@ import pytest
 from support import read_lines, tiny_config
 
 from mltfr_dist.distributed.ranks import stop_ranks
-from mltfr_dist.training import stages
+from mltfr_dist.training import compare
 from mltfr_dist.training.fit import fit
 from mltfr_dist.training.run_folder import REPORT, load_result
 
@@ -27,9 +27,9 @@ def test_the_test_split_is_read_when_it_is_asked_for(
         tmp_path, baselines=["popularity", "backbone"], mltfr__consensus__enabled=False
     )
     asked: list[str] = []
-    stream = stages.ranking_stream
+    stream = compare.ranking_stream
     monkeypatch.setattr(
-        stages,
+        compare,
         "ranking_stream",
         lambda c, split, ranks: asked.append(split) or stream(c, split, ranks),
     )
@@ -40,7 +40,7 @@ def test_the_test_split_is_read_when_it_is_asked_for(
     assert "test" not in {line["kind"] for line in read_lines(config.folder / "metrics.jsonl")}
 
     read = fit(config)
-    assert asked.count("test") == 2
+    assert asked.count("test") == 3
     assert [result.valid for result in read] == [result.valid for result in unread]
     assert all(result.test["NDCG@10"] >= 0 for result in read)
     assert (config.folder / REPORT).exists()

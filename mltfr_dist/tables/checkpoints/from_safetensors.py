@@ -215,8 +215,9 @@ def _other_parts(file: Path) -> dict[str, list[Path]]:
 
 def _vocabulary_folder(folder: Path) -> Path:
     """Where the tokenizer lies: beside the weights, but for diffusers' text encoders."""
-    beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
-    return beside if folder.name.startswith("text_encoder") and beside.is_dir() else folder
+    name = folder.absolute().name  # of `.`, too
+    beside = folder / ".." / name.replace("text_encoder", "tokenizer")
+    return beside if name.startswith("text_encoder") and beside.is_dir() else folder
 
 
 def _describe(held: Held) -> str:
