@@ -1,0 +1,49 @@
+"""The `mltfr` command: prepare, fetch, inspect, tables, train and others; and train.py's share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from mltfr_dist.cli.commands import COMMANDS
+from mltfr_dist.cli.fields import add_section, config_epilog, section_from
+from mltfr_dist.cli.parser import build_parser, parse_intermixed
+from mltfr_dist.errors import MltfrError, fail, quiet_pipe
+
+__all__ = [
+    "add_section",
+    "build_parser",
+    "config_epilog",
+    "main",
+    "parse_intermixed",
+    "section_from",
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    with quiet_pipe() as pipe:
+        options = parse_intermixed(build_parser(), arguments)
+        if options.command in ("train", "evaluate"):
+            return _run_on_ranks(options)
+        try:
+            COMMANDS[options.command](options)
+        except MltfrError as error:
+            return fail(error)
+    return pipe.exit_code
+
+
+def _run_on_ranks(options: argparse.Namespace) -> int:
+    """A command that a launcher may start several times: one rank speaks, for all."""
+    from mltfr_dist.distributed.ranks import has_met, leave, say_why, stop_ranks
+
+    code = 0
+    try:
+        COMMANDS[options.command](options)
+    except MltfrError as error:
+        code = say_why(error)
+    finally:
+        stop_ranks()
+    if has_met():
+        leave(code)
+    return code

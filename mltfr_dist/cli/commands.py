@@ -1,0 +1,229 @@
+"""What each command does: one function a command; what it needs is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mltfr_dist.cli.fields import section_from
+from mltfr_dist.config import (
+    PrepareConfig,
+    PrepareResources,
+    TableConfig,
+    TrainingConfig,
+)
+from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.resolve import resolve_config
+
+SETS = Path("data/sets")
+
+
+def command_prepare(options: argparse.Namespace) -> None:
+    """Interactions to shards."""
+    from mltfr_dist.data.prepare import prepare
+
+    config, resources = (
+        section_from(PrepareConfig, options),
+        section_from(PrepareResources, options),
+    )
+    if options.output == "-":
+        raise ConfigError(
+            "The output is a folder, and cannot be standard output.", remedy="Name a folder."
+        )
+    sources, config = _known_set(options, config)
+    prepare(sources, options.output, config, resources=resources, packages_dir=options.packages)
+
+
+def _known_set(
+    options: argparse.Namespace, config: PrepareConfig
+) -> tuple[Sequence[str], PrepareConfig]:
+    """What to prepare: a public set's files and format in place of its name."""
+    from mltfr_dist.data.fetch import use_set
+    from mltfr_dist.data.public_sets import PUBLIC_SETS
+    from mltfr_dist.data.sources import NAMED_SETS
+
+    name = options.sources[0]
+    is_set = len(options.sources) == 1 and name in PUBLIC_SETS
+    if is_set and Path(name).exists():
+        raise ConfigError(
+            f"`{name}` is a public set, and a path here.",
+            remedy=f"Give `./{name}` for the path, or work in another folder for the set.",
+        )
+    if options.download and not is_set:
+        raise ConfigError(
+            f"--download is given for {', '.join(options.sources)}, which is no public set.",
+            remedy=f"The public sets are: {', '.join(PUBLIC_SETS)}.",
+        )
+    if not is_set or (name in NAMED_SETS and not options.download):
+        return options.sources, config
+    path, config = use_set(name, options.sets, config, download=options.download)
+    return [path], config
+
+
+def command_fetch(options: argparse.Namespace) -> None:
+    """Public sets by name, from where their owners offer them; what was cut off goes on."""
+    from mltfr_dist.data.fetch import fetch_set, sets_text
+
+    if not options.names:
+        print(sets_text())
+    for name in options.names:
+        fetch_set(name, options.output)
+
+
+def command_inspect(options: argparse.Namespace) -> None:
+    """What a folder holds.
+
+    Of prepared data counts, lengths, popularity, times, duplicates and cold items; of a token
+    table sizes, provenance, norms, tokens and the neighbours of a word.
+    """
+    folder = Path(options.folder)
+    if (folder / "table.json").exists():
+        from mltfr_dist.tables.inspect import inspect_table
+
+        _refuse(options.output, "--output", "plots prepared data", f"{folder} is a token table")
+        print(inspect_table(folder, options.neighbours))
+    elif (folder / "manifest.json").exists():
+        from mltfr_dist.data.inspect import inspect
+
+        words = "looks up a word in a token table"
+        _refuse(options.neighbours, "--neighbours", words, f"{folder} is prepared data")
+        print(inspect(folder, options.output))
+    else:
+        raise _neither(folder)
+
+
+def _refuse(value: object, option: str, does: str, but: str) -> None:
+    if value is not None:
+        raise ConfigError(f"{option} {does}, but {but}.", remedy=f"Leave {option} out.")
+
+
+def _neither(folder: Path) -> DataError:
+    """Why there is nothing to show, and what of it lies inside or nearby."""
+    from mltfr_dist.tables.info import near_tables
+
+    inside = sorted(
+        str(file.parent)
+        for name in ("table.json", "manifest.json")
+        for file in folder.glob(f"*/{name}")
+    )
+    if inside:
+        remedy = f"Name one of those inside it: {', '.join(inside)}."
+    else:
+        remedy = near_tables(folder) or "Make one with `mltfr prepare` or `mltfr tables`."
+    state = "holds neither" if folder.exists() else "does not exist, so it holds neither"
+    return DataError(
+        f"{folder} {state} prepared data nor a token table.",
+        rule="Prepared data has a manifest.json (`mltfr prepare` writes it), a token table "
+        "a table.json (`mltfr tables` does).",
+        remedy=remedy,
+    )
+
+
+def command_tables(options: argparse.Namespace) -> None:
+    """Language models to token tables."""
+    from mltfr_dist.tables.build import build_tables
+
+    build_tables(
+        options.sources,
+        options.output,
+        section_from(TableConfig, options),
+        name=options.name,
+        packages=options.packages,
+    )
+
+
+def command_train(options: argparse.Namespace) -> None:
+    """The same as `python train.py`."""
+    from mltfr_dist.training.fit import fit
+
+    fit(
+        resolve_config(options.preset, options.config, options.overrides),
+        resume=options.resume == "auto",
+    )
+
+
+def command_sweep(options: argparse.Namespace) -> None:
+    """Search a space of configurations by trials that Ray Tune runs; interrupted, the same command goes on."""
+    from mltfr_dist.tuning.sweep import load_sweep, plan_sweep, run_sweep
+
+    sweep = load_sweep(Path(options.space), options.overrides)
+    if options.dry_run:
+        print(plan_sweep(sweep))
+        return
+    report = run_sweep(
+        sweep,
+        address=options.address,
+        nodes=options.nodes,
+        retry_failed=options.retry_failed,
+    )
+    print(report.read_text(), end="")
+
+
+def command_evaluate(options: argparse.Namespace) -> None:
+    """A run's numbers again, from its best checkpoint; of several ranks one prints."""
+    from mltfr_dist.distributed.launch import expected_rank
+    from mltfr_dist.distributed.ranks import lost_ranks_told, start_ranks
+    from mltfr_dist.distributed.watchdog import watched
+    from mltfr_dist.training.inference import evaluate_run
+
+    with watched(expected_rank(), TrainingConfig().hang_seconds), lost_ranks_told():
+        ranks = start_ranks()
+        metrics = evaluate_run(Path(options.run), options.split, ranks)
+        ranks.say(json.dumps(metrics, indent=2))
+
+
+def command_recommend(options: argparse.Namespace) -> None:
+    """The best items after a history."""
+    from mltfr_dist.training.inference import load_run, recommendation_text
+
+    history = [part.strip() for part in options.history.split(",") if part.strip()]
+    loaded = load_run(Path(options.run))
+    print(
+        recommendation_text(
+            loaded, history, k=options.k, explain=options.explain, keep_seen=options.keep_seen
+        )
+    )
+
+
+def command_export(options: argparse.Namespace) -> None:
+    """The chosen model of a finished run, in safetensors, to be used without DeepSpeed, the data or the tables' folders."""
+    from mltfr_dist.training.export import export
+
+    info = export(Path(options.run), Path(options.output))
+    print(
+        f"{options.output}: {info.backbone.name}, {info.num_items} items, {len(info.tables)} token tables"
+    )
+
+
+def command_report(options: argparse.Namespace) -> None:
+    """The report of a run, a sweep or a trial; for matrices of runs (.parquet) means, intervals, paired differences, slices."""
+    from mltfr_dist.training.matrix import summary
+    from mltfr_dist.tuning.folders import folder_report
+
+    paths = [Path(run) for run in options.runs]
+    if all(path.suffix == ".parquet" for path in paths):
+        print(summary(paths))
+        return
+    if len(paths) > 1:
+        raise ConfigError(
+            f"{len(paths)} names were given, not all of them matrices.",
+            rule="One run folder, or any number of .parquet files.",
+            remedy="Name one run at a time.",
+        )
+    print(folder_report(paths[0]), end="")
+
+
+COMMANDS = {
+    "prepare": command_prepare,
+    "fetch": command_fetch,
+    "inspect": command_inspect,
+    "tables": command_tables,
+    "train": command_train,
+    "sweep": command_sweep,
+    "evaluate": command_evaluate,
+    "recommend": command_recommend,
+    "export": command_export,
+    "report": command_report,
+}

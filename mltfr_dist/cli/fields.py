@@ -1,0 +1,164 @@
+"""Fields of the configuration as options of a command line, and as its help shows them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from mltfr_dist.config import (
+    RunConfig,
+)
+from mltfr_dist.schema import Section, validate
+
+
+def config_epilog() -> str:
+    """Every field of a run's configuration, with its default."""
+    return "configuration (YAML or KEY=VALUE):\n" + "\n".join(_describe(RunConfig, ""))
+
+
+def sweep_epilog() -> str:
+    """Every field of a sweep's file, with its default, and of what `search` gives each key."""
+    from mltfr_dist.tuning.space import Domain, SweepConfig
+
+    domain = "\n\n  search.KEY: the values of one field, exactly one of\n" + "\n".join(
+        _describe(Domain, "search.KEY.")
+    )
+    return "the file, and KEY=VALUE over it:\n" + "\n".join(_describe(SweepConfig, "")) + domain
+
+
+def _describe(model: type[Section], prefix: str) -> list[str]:
+    lines = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            lines.append(f"\n  {prefix}{name}: {field.description}")
+            lines += _describe(field.annotation, f"{prefix}{name}.")
+        else:
+            lines.append(
+                f"    {prefix}{name} ({type_text(field)}; default: {default_text(field)})\n        {field.description}"
+            )
+    return lines
+
+
+def type_text(field: FieldInfo) -> str:
+    """A field's type as a user writes it, with its bounds."""
+    choices = _choices(field.annotation)
+    if choices:
+        return " | ".join(choices)
+    bounds = [
+        f"{symbol}{getattr(m, name)}"
+        for m in _metadata(field)
+        for name, symbol in _BOUNDS
+        if hasattr(m, name)
+    ]
+    options = [_type_name(a) for a in _options(field.annotation)]
+    return " or ".join(options) + (f", {', '.join(bounds)}" if bounds else "")
+
+
+_BOUNDS = (("gt", "> "), ("ge", ">= "), ("lt", "< "), ("le", "<= "))
+
+
+def _metadata(field: FieldInfo) -> list[Any]:
+    found = list(field.metadata)
+    for option in get_args(field.annotation):
+        found += [
+            m
+            for info in getattr(option, "__metadata__", ())
+            for m in getattr(info, "metadata", [info])
+        ]
+    return found
+
+
+def _options(annotation: Any) -> list[Any]:
+    return (
+        list(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    )
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is NoneType:
+        return "null"
+    if get_origin(annotation) is tuple:
+        return "list of " + _type_name(get_args(annotation)[0])
+    if hasattr(annotation, "__metadata__"):
+        return _type_name(annotation.__origin__)
+    choices = _choices(annotation)
+    return (
+        " | ".join(choices) if choices else getattr(annotation, "__name__", str(annotation)).lower()
+    )
+
+
+def _choices(annotation: Any) -> list[str]:
+    return [str(a) for a in get_args(annotation) if isinstance(a, str)]
+
+
+def default_text(field: FieldInfo) -> str:
+    """A field's default as a user writes it."""
+    if field.default is PydanticUndefined:
+        return "required"
+    value = field.default
+    if isinstance(value, Path):
+        value = str(value)
+    return json.dumps(value)
+
+
+class FormatAction(argparse.Action):
+    """`--format NAME`; `--format help` lists the names."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Keep the name, or print the list and exit."""
+        if values == "help":
+            from mltfr_dist.data.layouts import format_help
+
+            print(format_help(), end="")
+            parser.exit()
+        setattr(namespace, self.dest, values)
+
+
+def add_section(
+    parser: argparse.ArgumentParser,
+    model: type[Section],
+    actions: dict[str, type[argparse.Action]] | None = None,
+) -> None:
+    """One option for each field of a flat section; ``actions`` are those of single fields."""
+    for name, field in model.model_fields.items():
+        options: dict[str, Any] = {
+            "help": f"{field.description} ({type_text(field)}; default: {default_text(field)})"
+        }
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(field.annotation) is tuple:
+            options["action"] = "append"
+        elif name in (actions or {}):
+            options["action"] = (actions or {})[name]
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            default=None,
+            **{k: _escape(v) for k, v in options.items()},
+        )
+
+
+def _escape(value: Any) -> Any:
+    return value.replace("%", "%%") if isinstance(value, str) else value
+
+
+def section_from(model: type[Section], options: argparse.Namespace) -> Any:
+    """The section that the given options describe."""
+    given = {
+        name: getattr(options, name)
+        for name in model.model_fields
+        if getattr(options, name) is not None
+    }
+    return validate(model, given, source="the command line")

@@ -1,0 +1,228 @@
+"""The whole command line of `mltfr`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mltfr_dist import __version__
+from mltfr_dist.cli.commands import COMMANDS, SETS
+from mltfr_dist.cli.fields import FormatAction, add_section, sweep_epilog
+from mltfr_dist.config import (
+    PrepareConfig,
+    PrepareResources,
+    TableConfig,
+)
+from mltfr_dist.presets import PRESETS
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def _add_prepare(commands: Commands) -> None:
+    prepare = commands.add_parser(
+        "prepare", help="raw interactions to shards", description=COMMANDS["prepare"].__doc__
+    )
+    prepare.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="files (also .gz, .bz2, .xz, .zst, .zip), folders, patterns, URLs, or - for standard "
+        "input, taken together in this order; or the name of a set that `mltfr fetch` lists",
+    )
+    prepare.add_argument(
+        "output", metavar="OUTPUT", help="folder or URL to write; it must not hold other data"
+    )
+    prepare.add_argument(
+        "--download", action="store_true", help="fetch the public set first, if it is not here"
+    )
+    prepare.add_argument(
+        "--sets",
+        type=Path,
+        default=SETS,
+        help=f"folder of fetched public sets (default: {SETS})",
+    )
+    prepare.add_argument(
+        "--packages", type=Path, help="folder of unpacked packages that hold the named set"
+    )
+    add_section(prepare, PrepareConfig, {"format": FormatAction})
+    add_section(prepare, PrepareResources)
+
+
+def _add_fetch(commands: Commands) -> None:
+    fetch = commands.add_parser(
+        "fetch", help="public sets by name", description=COMMANDS["fetch"].__doc__
+    )
+    fetch.add_argument("names", nargs="*", metavar="NAME", help="sets; none: list them")
+    fetch.add_argument(
+        "--output", type=Path, default=SETS, help=f"folder for them (default: {SETS})"
+    )
+
+
+def _add_inspect(commands: Commands) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a prepared folder or a token table holds",
+        description=COMMANDS["inspect"].__doc__,
+    )
+    inspect.add_argument("folder", help="folder written by `mltfr prepare` or `mltfr tables`")
+    inspect.add_argument(
+        "--output", type=Path, help="prepared data: folder for PNG plots and a TensorBoard page"
+    )
+    inspect.add_argument(
+        "--neighbours",
+        metavar="WORD",
+        help="token table: the tokens nearest to this one, by cosine",
+    )
+
+
+def _add_tables(commands: Commands) -> None:
+    tables = commands.add_parser(
+        "tables", help="language models to token tables", description=COMMANDS["tables"].__doc__
+    )
+    tables.add_argument(
+        "sources",
+        nargs="+",
+        help="safetensors or GGUF file, checkpoint folder, hub id, or a demo table: llama2, smollm2, minilm",
+    )
+    tables.add_argument(
+        "--output",
+        type=Path,
+        default=Path("data/tables"),
+        help="folder of tables (default: data/tables)",
+    )
+    tables.add_argument("--name", help="name of the table (default: from the source)")
+    tables.add_argument(
+        "--packages", type=Path, help="folder of unpacked packages that hold the demo tables"
+    )
+    add_section(tables, TableConfig)
+
+
+def _add_train(commands: Commands) -> None:
+    train = commands.add_parser(
+        "train", help="train in one process (several: `deepspeed train.py`)"
+    )
+    train.add_argument("--preset", help=f"one of {', '.join(PRESETS)}")
+    train.add_argument("--config", help="YAML file; its keys go over the preset's")
+    train.add_argument("--resume", choices=("auto", "never"), default="auto")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+
+
+def _add_sweep(commands: Commands) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="search a space of configurations",
+        description=COMMANDS["sweep"].__doc__,
+        epilog=sweep_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sweep.add_argument("space", help="YAML file, such as tuning/spaces/demo.yaml")
+    sweep.add_argument(
+        "--address",
+        help="Ray cluster, host:port (default: one on this machine, for the sweep alone)",
+    )
+    sweep.add_argument(
+        "--nodes", type=int, default=1, help="nodes of that cluster to wait for (default: 1)"
+    )
+    sweep.add_argument(
+        "--dry-run", action="store_true", help="check everything, list the trials, run none"
+    )
+    sweep.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="trials that failed go on, from their last checkpoint",
+    )
+    sweep.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="over the file's, such as num_trials=20"
+    )
+
+
+def _add_evaluate(commands: Commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate", help="repeat a run's numbers", description=COMMANDS["evaluate"].__doc__
+    )
+    evaluate.add_argument("run", help="run folder, such as runs/demo")
+    evaluate.add_argument("--split", choices=("valid", "test"), default="test")
+
+
+def _add_recommend(commands: Commands) -> None:
+    recommend = commands.add_parser(
+        "recommend", help="items for a history", description=COMMANDS["recommend"].__doc__
+    )
+    recommend.add_argument("run", help="run folder, such as runs/demo")
+    recommend.add_argument(
+        "--history", required=True, help="item ids of the raw data, oldest first, comma-separated"
+    )
+    recommend.add_argument("--k", type=int, default=10, help="items to list (default: 10)")
+    recommend.add_argument(
+        "--explain", action="store_true", help="also the kept tokens per table and the gate weights"
+    )
+    recommend.add_argument(
+        "--keep-seen", action="store_true", help="let items of the history be recommended again"
+    )
+
+
+def _add_export(commands: Commands) -> None:
+    exported = commands.add_parser(
+        "export", help="a model to use without DeepSpeed", description=COMMANDS["export"].__doc__
+    )
+    exported.add_argument("run", help="run folder, such as runs/demo")
+    exported.add_argument("output", help="folder to write; it must not exist")
+
+
+def _add_report(commands: Commands) -> None:
+    report = commands.add_parser(
+        "report", help="show a run's report, or a matrix's", description=COMMANDS["report"].__doc__
+    )
+    report.add_argument(
+        "runs",
+        metavar="run",
+        nargs="+",
+        help="run folder, such as runs/demo, or Parquet files that benchmarks/quality.py wrote, taken together",
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="mltfr",
+        description="Multi-LLM token filtering and routing for sequential recommendation.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (
+        _add_prepare,
+        _add_fetch,
+        _add_inspect,
+        _add_tables,
+        _add_train,
+        _add_sweep,
+        _add_evaluate,
+        _add_recommend,
+        _add_export,
+        _add_report,
+    ):
+        add(commands)
+    return parser
+
+
+def parse_intermixed(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Parse a command line in which options may stand between the values of the list that ends it.
+
+    argparse takes only the first run of such values, and its own remedy knows no subcommands.
+    """
+    options, rest = parser.parse_known_args(arguments)
+    lists = [name for name in ("overrides", "sources", "runs") if hasattr(options, name)]
+    if rest and (not lists or any(value[:1] == "-" != value for value in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and getattr(options, "command", None) == "prepare":
+        # argparse took the last word before an option for the output, which stands at the very end.
+        rest = [options.output, *rest]
+        options.output = rest.pop()
+    for name in lists:
+        setattr(options, name, [*getattr(options, name), *rest])
+    return options
