@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 BLOCK_BYTES, READ_BYTES = 1 << 26, 1 << 20
 
@@ -44,6 +46,19 @@ def with_packaged(path: Path) -> Path:
     """
     packaged = Path(__file__).parent / path
     return packaged if not path.exists() and packaged.is_file() else path
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads (object_pairs_hook): an object of which no key stands twice, so that none is lost without a word.
+
+    Raises:
+        ValueError: One does.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
 
 
 def write_atomically(path: Path, text: str) -> None:

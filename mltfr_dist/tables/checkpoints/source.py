@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mltfr_dist.errors import DataError
+from mltfr_dist.files import unique_keys
 from mltfr_dist.tables.vocabulary import Vocabulary
 
 BLOCK_BYTES = 1 << 20
@@ -89,19 +90,11 @@ def read_json(file: Path, *, unique: bool = False) -> Any:
         if file.stat().st_size > _SETTINGS_BYTES:
             raise ValueError("it is over 16 MiB")
         text = file.read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=_unique if unique else None)
+        return json.loads(text, object_pairs_hook=unique_keys if unique else None)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{file} is malformed: {error}.", remedy="Fetch it again; it is damaged."
         ) from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"it has {max(keys, key=keys.count)!r} twice")
-    return found
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mltfr_dist.errors import DataError
+from mltfr_dist.files import unique_keys
 from mltfr_dist.tables.checkpoints.source import refuse_pointer
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -33,6 +35,26 @@ def open_file(file: Path) -> Any:
             f"{file} cannot be read as safetensors: {error}.",
             remedy="Fetch the file again; it is damaged.",
         ) from None
+
+
+def refuse_repeated_names(file: Path) -> None:
+    """Refuse a header that describes a tensor twice, of which the library takes the last.
+
+    Args:
+        file: one that the library has opened, so its header is as long as it says.
+
+    Raises:
+        DataError: it does.
+    """
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        try:
+            json.loads(opened.read(size), object_pairs_hook=unique_keys)
+        except ValueError as error:
+            raise DataError(
+                f"{file} is damaged: in its header, {error}.",
+                remedy="Fetch the file again; it is damaged.",
+            ) from None
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -74,6 +96,7 @@ class StoredTensor:
                 remedy="Fetch that file.",
             )
         with open_file(file) as handle:
+            refuse_repeated_names(file)
             if name not in handle.keys():  # noqa: SIM118 (not a dict)
                 raise DataError(
                     f"{file} does not hold {name}, against the checkpoint's index.",

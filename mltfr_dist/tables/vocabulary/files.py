@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mltfr_dist.errors import DataError
+from mltfr_dist.files import unique_keys
 from mltfr_dist.tables.vocabulary.base import Vocabulary
 
 MAX_BYTES = 1 << 27
@@ -73,7 +73,7 @@ class TokenizerFile:
         if not named and not (self.data.lstrip()[:1] == b"{" and self.data.rstrip()[-1:] == b"}"):
             return None
         try:
-            return json.loads(self.text, object_pairs_hook=_unique)
+            return json.loads(self.text, object_pairs_hook=unique_keys)
         except RecursionError:
             raise unreadable(self.path, "its JSON nests too deeply") from None
         except ValueError as error:
@@ -149,11 +149,3 @@ def _refuse_binary(path: Path, head: bytes) -> None:
             remedy="Give the tokenizer.json or vocab.txt of this checkpoint with "
             "--vocabulary PATH (a GGUF file given as the source brings its own).",
         )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return found

@@ -463,3 +463,12 @@ def test_places_without_weights(tmp_path: Path) -> None:
         open_embedding(tmp_path)
     path = error.value.remedy.removesuffix(".").rpartition(" ")[2]
     assert torch.equal(rows_of(open_embedding(Path(path))), table())
+
+
+def test_a_header_that_describes_a_tensor_twice_is_refused(tmp_path: Path) -> None:
+    entry = '"model.embed_tokens.weight":{{"dtype":"F32","shape":[{},{}],"data_offsets":[0,256]}}'
+    header = ("{" + entry.format(8, 8) + "," + entry.format(4, 16) + "}").encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(256))
+    with pytest.raises(DataError, match=r"embed_tokens\.weight' stands twice"):
+        open_embedding(path)
