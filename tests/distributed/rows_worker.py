@@ -53,7 +53,7 @@ VARIANTS: dict[str, tuple[int, int | None, dict[str, object]]] = {
     "bce": (
         1,
         None,
-        {"loss__name": "bce", "loss__num_negatives": 3, "loss__negatives": "outside_inputs"},
+        {"loss__name": "bce", "loss__num_negatives": 2, "loss__negatives": "outside_inputs"},
     ),
     "gbce bert4rec": (
         3,
