@@ -264,6 +264,7 @@ def test_a_population_hands_on_its_weights(tmp_path: Path) -> None:
         assert len(same) >= 2, "its record begins as that of the trial whose weights it has"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_population_larger_than_its_slots_takes_turns(tmp_path: Path) -> None:
     search = {"optimizer.learning_rate": {"log_uniform": [1e-7, 1e-2]}}
@@ -290,7 +291,11 @@ def test_a_population_larger_than_its_slots_takes_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)],
+    ids=lambda number: number.name,
+)
 def test_a_signal_to_the_whole_group_saves(tmp_path: Path, number: signal.Signals) -> None:
     options = {
         "scheduler": "none",
