@@ -59,7 +59,12 @@ class OriginalBlock(nn.Module):
         """[N, D] -> [N, D]; position t of a history sees its positions <= t, and no padding."""
         normed = self.attention_norm(x)
         maps = torch.cat([self.query(normed), self.key_value(x)], dim=1)  # [N, 3 D]
-        padded = packing.unpack(maps.view(len(x), 3, self.num_heads, -1))  # [B, L, 3, H, D / H]
+        head_dim = (
+            x.shape[1] // self.num_heads
+        )  # said, for a micro-batch may hold no position at all
+        padded = packing.unpack(
+            maps.view(len(x), 3, self.num_heads, head_dim)
+        )  # [B, L, 3, H, D / H]
         query, key, value = padded.permute(2, 0, 3, 1, 4)  # each [B, H, L, D / H]
         mixed = F.scaled_dot_product_attention(
             query, key, value, dropout_p=self.dropout * self.training, is_causal=True

@@ -153,6 +153,13 @@ def test_padding_and_other_rows_change_nothing(
 
 @every
 @bare_and_with
+def test_a_rank_may_have_nothing_but_padding(name: str, with_mltfr: bool) -> None:
+    model = recommender(name, with_mltfr)
+    assert output(model, torch.zeros(3, 4, dtype=torch.int64)).abs().sum() == 0
+
+
+@every
+@bare_and_with
 @few
 @given(histories=st.lists(HISTORY, min_size=1, max_size=4), width=st.integers(0, MAX_LEN))
 def test_scores_are_the_same_alone_and_name_real_items_only(
