@@ -19,14 +19,14 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mltfr_dist.config import BackboneConfig, LossConfig, MLTFRConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.errors import CheckpointError, DamagedError, DataError
 from mltfr_dist.files import file_sha256
-from mltfr_dist.models.recommender import Recommender, assemble
+from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.schema import Section
+from mltfr_dist.spec import ModelSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 CONFIG, MODEL, TABLES, ITEM_TOKENS, ITEMS = (
     "config.json",
     "model.safetensors",
@@ -44,16 +44,7 @@ class ExportInfo(Section):
     schema_version: int = SCHEMA_VERSION
     mltfr_dist: str
     """Release that wrote it."""
-    backbone: BackboneConfig
-    mltfr: MLTFRConfig
-    loss: LossConfig
-    num_items: int
-    max_len: int
-    has_consensus: bool
-    step: int
-    """Updates of the run behind the weights, over all stages: noise in evaluation depends on it."""
-    tables: tuple[str, ...]
-    """Names of the token tables, in the order of the experts."""
+    spec: ModelSpec
     sha256: dict[str, str]
     """File name to hash."""
 
@@ -88,7 +79,9 @@ class Exported:
                 rule="A history holds at least one id, and only ids of items.json.",
                 remedy="Leave the history or the id out.",
             )
-        recent = [[numbers[raw] for raw in history][-self.info.max_len :] for history in histories]
+        recent = [
+            [numbers[raw] for raw in history][-self.info.spec.max_len :] for history in histories
+        ]
         item_ids = torch.full((len(recent), max(map(len, recent))), PADDING_IDX)  # [B, L]
         for row, history in zip(item_ids, recent, strict=True):
             row[: len(history)] = torch.tensor(history)
@@ -118,21 +111,11 @@ def load_exported(folder: Path) -> Exported:
                 rule=f"Its sha256 must equal the one in {CONFIG}.",
                 remedy="Export the run again.",
             )
-    rows = load_file(folder / TABLES) if info.tables else {}
+    rows = load_file(folder / TABLES) if info.spec.tables else {}
     has_tokens = ITEM_TOKENS in info.sha256
-    model = assemble(
-        info.backbone,
-        info.mltfr,
-        info.loss,
-        num_items=info.num_items,
-        max_len=info.max_len,
-        tables={name: rows[name] for name in info.tables},
-        item_features=load_file(folder / ITEM_TOKENS)[FEATURES] if has_tokens else None,
-        sparse_items=False,
-        with_consensus=info.has_consensus,
-    )
+    features = load_file(folder / ITEM_TOKENS)[FEATURES] if has_tokens else None
+    model = info.spec.build(rows, features)
     model.load_state_dict(load_file(folder / MODEL))
-    model.set_step(info.step)
     item_ids: list[str] = json.loads((folder / ITEMS).read_text())
     return Exported(info, model.eval(), item_ids)
 

@@ -192,8 +192,10 @@ def command_export(options: argparse.Namespace) -> None:
     from mltfr_dist.training.export import export
 
     info = export(Path(options.run), Path(options.output))
+    spec = info.spec
     print(
-        f"{options.output}: {info.backbone.name}, {info.num_items} items, {len(info.tables)} token tables"
+        f"{options.output}: {spec.backbone.name}, {spec.num_items} items, "
+        f"{len(spec.tables)} token tables"
     )
 
 

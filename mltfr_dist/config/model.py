@@ -20,6 +20,7 @@ from mltfr_dist.schema import (
     Section,
     nearest_key,
 )
+from mltfr_dist.selectors import SELECTORS
 
 TableContent = Literal["real", "random", "shuffled"]
 
@@ -29,6 +30,15 @@ def _known_backbone(name: str) -> str:
         near = nearest_key(name, list(BACKBONES))
         raise ValueError(
             f"backbones are {', '.join(BACKBONES)}" + (f"; the nearest is {near}" if near else "")
+        )
+    return name
+
+
+def _known_strategy(name: str) -> str:
+    if name not in SELECTORS:
+        near = nearest_key(name, list(SELECTORS))
+        raise ValueError(
+            f"strategies are {', '.join(SELECTORS)}" + (f"; the nearest is {near}" if near else "")
         )
     return name
 
@@ -93,13 +103,9 @@ class BackboneConfig(Section):
 class FilterConfig(Section):
     """Which rows of a token table an expert reads."""
 
-    strategy: Literal[
-        "user_guided", "random_tokens", "direct", "learned_prototypes", "seed_words"
-    ] = Field(
+    strategy: Annotated[str, AfterValidator(_known_strategy)] = Field(
         "user_guided",
-        description="user_guided: the rows nearest to the user's history; random_tokens (a control): as many rows drawn "
-        "uniformly for each history; direct: all rows; learned_prototypes: rows that a perceptron makes from all; seed_words: "
-        "the rows of given words and their neighbours.",
+        description="; ".join(f"{name}: {entry.what}" for name, entry in SELECTORS.items()) + ".",
     )
     num_prototypes: Count = Field(50, description="learned_prototypes: rows made of each table.")
     seed_words: tuple[str, ...] = Field(
@@ -355,7 +361,7 @@ class MLTFRConfig(Section):
             return "mltfr.train_tables=true"
         if self.table_content != "real":
             return f"mltfr.table_content={self.table_content} (made whole at load)"
-        if self.filter.strategy not in ("user_guided", "random_tokens"):
+        if SELECTORS[self.filter.strategy].needs_whole_table:
             return f"mltfr.filter.strategy={self.filter.strategy}"
         if self.filter.weights == "straight_through" and self.filter.shortlist_size is None:
             return "mltfr.filter.weights=straight_through over whole tables (shortlist_size=null)"

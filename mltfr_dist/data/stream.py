@@ -69,6 +69,14 @@ class StepBatches(NamedTuple):
     num_sequences: int
     """Samples of the global batch."""
 
+    def counts(self) -> dict[str, int]:
+        """What terms of the loss are means over, by name."""
+        return {
+            "targets": self.num_targets,
+            "positions": self.num_positions,
+            "sequences": self.num_sequences,
+        }
+
 
 class TrainStream:
     """Training batches of one rank."""

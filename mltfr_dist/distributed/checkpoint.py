@@ -35,7 +35,7 @@ from mltfr_dist.errors import CheckpointError, DamagedError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.schema import Section
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 HEADER = "state.json"
 PARTIAL = ".partial-"
 MODEL, MOMENTS = "model.safetensors", "optimizer.safetensors"

@@ -188,8 +188,6 @@ class Engine:
             else None
         )
         self.health = Health(self.module, optimizer, ranks, [name for name, _ in tables])
-        self.balance_weight = config.mltfr.router.balance_weight
-        self.contrast_weight = config.loss.contrast_weight
 
     @property
     def module(self) -> Recommender:
@@ -204,8 +202,7 @@ class Engine:
     def update(self, batches: StepBatches, step: int) -> list[TrainingOutput]:
         """One optimizer step from this rank's micro-batches; ``verdict`` then says whether it was skipped, and why.
 
-        Each term is the mean over the *global* batch: the loss over its scored positions, the balance over its real
-        ones, the contrast over its sequences, whatever the division over ranks and micro-batches.
+        Each term is the mean over the *global* batch, whatever the division over ranks and micro-batches.
 
         Args:
             batches: This rank's share of the global batch, with the global batch's counts.
@@ -218,13 +215,9 @@ class Engine:
         outputs = []
         for batch in batches.micro_batches:
             output: TrainingOutput = self.deepspeed(batch.to(self.ranks.device))
-            loss = output.loss_sum * (shares / batches.num_targets)
-            if output.routing is not None:
-                balance = output.routing.balance_sum.squeeze() * (shares / batches.num_positions)
-                loss = loss + self.balance_weight * balance
-            if output.contrastive_sum is not None:
-                contrast = output.contrastive_sum * (shares / batches.num_sequences)
-                loss = loss + self.contrast_weight * contrast
+            counts = batches.counts()
+            means = [t.weight * (t.sum * (shares / counts[t.over])) for t in output.terms.values()]
+            loss = sum(means[1:], means[0])
             self.deepspeed.backward(loss)
             self.health.note_loss(loss)
             if self.row_adam is not None:
@@ -233,12 +226,8 @@ class Engine:
                 self._reduce_rows()
                 self.health.agree()
             self.deepspeed.step()
-            contrastive_sum = (
-                None if output.contrastive_sum is None else output.contrastive_sum.detach()
-            )
-            outputs.append(
-                TrainingOutput(output.loss_sum.detach(), output.routing, contrastive_sum)
-            )
+            terms = {k: t._replace(sum=t.sum.detach()) for k, t in output.terms.items()}
+            outputs.append(output._replace(terms=terms))
         if not self.verdict.nonfinite and not self.deepspeed.was_step_applied():
             # Finite gradients whose norm is not: DeepSpeed skips them at stages 1 to 3 without a word.
             self.health.verdict = self.verdict._replace(nonfinite=(NORM,))

@@ -15,6 +15,7 @@ The published estimate, the square of a batch's mean gradient, is :func:`batch_m
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def batch_mean_squares(
             output = model(batch.to(ranks.device)._replace(view_ids=None))
             assert isinstance(output, TrainingOutput)
             for total, gradient in zip(
-                totals, torch.autograd.grad(output.loss_sum, parameters), strict=True
+                totals, torch.autograd.grad(output.terms["loss"].sum, parameters), strict=True
             ):
                 total += gradient
         for square, total in zip(sums, totals, strict=True):
@@ -117,22 +118,17 @@ def _batch_squares(
     """Per core, sums over the batch's samples of squared gradients."""
     counted = (batch.sample_ids >= 0) & (batch.sample_ids < num_samples)  # [B]
     weights = counted[:, None] / lengths(batch.target_ids).clamp(min=1)[:, None].float()  # [B, 1]
-    for core in cores:
-        core.taps = []
-    output = model(
-        batch._replace(view_ids=None), weights.expand_as(batch.item_ids)
-    )  # of the recommendation loss alone
+    with ExitStack() as stack:
+        taps = [stack.enter_context(core.tapped()) for core in cores]
+        output = model(
+            batch._replace(view_ids=None), weights.expand_as(batch.item_ids)
+        )  # of the recommendation loss alone
     assert isinstance(output, TrainingOutput)
-    taps = [core.taps or [] for core in cores]
-    for core in cores:
-        core.taps = None
     gradients = torch.autograd.grad(
-        output.loss_sum, [tap.outputs for core_taps in taps for tap in core_taps]
+        output.terms["loss"].sum, [tap.outputs for core_taps in taps for tap in core_taps]
     )
     valid_mask = model.backbone.pack(model.widened(batch.item_ids)).valid_mask
-    sample_of_block = torch.nonzero(valid_mask[:, :: mltfr.block_length(valid_mask.shape[1])])[
-        :, 0
-    ]  # [G]
+    sample_of_block = mltfr.blocks(valid_mask[..., None].float(), valid_mask).users  # [G]
     remaining = iter(gradients)
     return [
         {

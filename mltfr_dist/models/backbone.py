@@ -1,11 +1,10 @@
-"""What every backbone offers, and the one point where MLTFR joins it.
+"""What every backbone offers; :meth:`Recommender.hidden` runs it.
 
 Shapes: B users, L positions, N real positions (no padding), D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import ClassVar, Literal
 
@@ -18,9 +17,6 @@ from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.item_tokens import ItemVectors
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.transformer import init_weights
-
-Injection = Callable[[Tensor, Tensor], Tensor]
-"""(input embeddings [B, L, D], valid mask [B, L]) -> what is added to the output of block 0 [B, L, D]."""
 
 
 class Backbone(nn.Module):
@@ -68,24 +64,9 @@ class Backbone(nn.Module):
         return Packing(item_ids, keep_padding=self.attended_width is not None)
 
     def inputs(self, item_ids: Tensor) -> Tensor:
-        """Item ids [B, L] -> input embeddings [B, L, D], zero at padding: what an injection reads."""
+        """Item ids [B, L] -> input embeddings [B, L, D], zero at padding: what MLTFR reads."""
         packing = self.pack(item_ids)
         return packing.unpack(self.embed(packing.pack(item_ids), packing.columns))
-
-    def forward(
-        self, item_ids: Tensor, injection: Injection | None = None
-    ) -> tuple[Tensor, Packing]:
-        """Item ids [B, L] -> hidden states of the real positions [N, D], and where they stand."""
-        packing = self.pack(item_ids)
-        inputs = self.embed(packing.pack(item_ids), packing.columns)
-        hidden = inputs
-        for index, block in enumerate(self.blocks):
-            hidden = block(hidden, packing)
-            if index == 0 and injection is not None:
-                hidden = hidden + packing.pack(
-                    injection(packing.unpack(inputs), packing.valid_mask)
-                )
-        return self.finish(hidden), packing
 
 
 class PositionalBackbone(Backbone):

@@ -6,7 +6,9 @@ Shapes: G query blocks of n positions, K kept tokens, S candidate rows, H heads 
 
 from __future__ import annotations
 
-import math
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -22,50 +24,11 @@ class Memory(NamedTuple):
     """What an expert attends to: candidate rows in its space of E dimensions, and which of them each query keeps."""
 
     rows: Tensor
-    """[S, E] adapted candidate rows (form core: E = D), or the table's own (form paper: E = D_m)."""
-    places: Tensor | None
-    """[G, K] kept places in ``rows``; None: every query attends to all rows."""
+    """[S, E] adapted candidate rows (E = D where experts have adapters)."""
+    kept: Tensor | None
+    """[G, K] indices of the kept ``rows``; None: every query attends to all."""
     log_weights: Tensor
-    """[G, K] the filter's log-weights; [1, S] where all rows are attended to."""
-    row_weights: Tensor | None = None
-    """[G, K] factors of the kept rows; None: rows as they are."""
-
-    def gathered(self) -> Tensor:
-        """[G, K, E] every query's kept rows, times their factors."""
-        assert self.places is not None
-        rows = F.embedding(self.places, self.rows)
-        return rows if self.row_weights is None else rows * self.row_weights[..., None]
-
-
-def pooled(memory: Memory) -> Memory:
-    """One memory for the whole batch: what any query keeps, as often as it is kept (published: docs/method.md, D4)."""
-    if memory.places is None:
-        return memory
-    if memory.row_weights is not None:
-        rows = memory.gathered().flatten(0, 1)  # [G * K, E]
-        return Memory(rows, None, memory.log_weights.flatten()[None])
-    # A row that many queries keep is held once: in a softmax, weights of equal rows add up.
-    present, inverse = torch.unique(memory.places, return_inverse=True)
-    weights = at_least_fp32(memory.log_weights).exp()
-    total = weights.new_zeros(len(present)).index_add(0, inverse.flatten(), weights.flatten())
-    log_weights = total.clamp(min=torch.finfo(total.dtype).tiny).log().to(memory.log_weights.dtype)
-    return Memory(F.embedding(present, memory.rows), None, log_weights[None])
-
-
-def mean_memory(memories: list[Memory]) -> Memory:
-    """The k-th kept row averaged over tables, for each k: what the published consensus expert attends to.
-
-    Args:
-        memories: Of tables of equal width that keep equally many rows.
-    """
-    log_weights = torch.stack([m.log_weights for m in memories]).logsumexp(0) - math.log(
-        len(memories)
-    )
-    if memories[0].places is None:
-        return Memory(torch.stack([m.rows for m in memories]).mean(0), None, log_weights)
-    rows = torch.stack([m.gathered() for m in memories]).mean(0)  # [G, K, E]
-    places = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device).view(rows.shape[:2])
-    return Memory(rows.flatten(0, 1), places, log_weights)
+    """[G, K] the selector's log-weights; [1, S] where all rows are attended to."""
 
 
 class Tap(NamedTuple):
@@ -81,8 +44,8 @@ class Tap(NamedTuple):
 class ExpertCore(nn.Module):
     """Multi-head cross-attention from positions to kept tokens.
 
-    In form core it has one shape whatever the table, and all start equal and live in one space, so that averaging their
-    parameters means something. In form paper it reads the table's rows themselves.
+    It has one shape whatever the table, and all start equal and live in one space, so that averaging their parameters
+    means something.
     """
 
     def __init__(self, config: ExpertConfig, hidden_dim: int, memory_dim: int) -> None:
@@ -96,7 +59,16 @@ class ExpertCore(nn.Module):
         self.attention_dropout = nn.Dropout(config.dropout)
         self.output_dropout = nn.Dropout(config.dropout)
         self.apply(init_weights)
-        self.taps: list[Tap] | None = None
+        self._taps: list[Tap] | None = None
+
+    @contextmanager
+    def tapped(self) -> Iterator[list[Tap]]:
+        """Inputs and outputs of its linear maps in the forward passes meanwhile."""
+        taps = self._taps = []
+        try:
+            yield taps
+        finally:
+            self._taps = None
 
     def forward(self, x: Tensor, memories: list[Memory]) -> Tensor:
         """Attend from every position to the kept tokens of all ``memories`` at once.
@@ -110,7 +82,7 @@ class ExpertCore(nn.Module):
         """
         groups, positions, _ = x.shape
         # Rows are projected once and then gathered: S products in place of G * K. One copy serves all queries that share it.
-        shared = self.taps is None and all(m.places is None for m in memories)
+        shared = self._taps is None and all(m.kept is None for m in memories)
         copies = 1 if shared else groups
         keys = torch.cat(
             [self._project("key", m, copies) for m in memories], dim=1
@@ -139,27 +111,20 @@ class ExpertCore(nn.Module):
     def _project(self, parameter: str, memory: Memory, copies: int) -> Tensor:
         """[G or 1, K, H*d] keys or values of what each query attends to."""
         linear: nn.Linear = getattr(self, parameter)
-        if (
-            memory.row_weights is not None
-        ):  # they act before the bias, so each query has rows of its own
-            rows = memory.gathered()
-            return self._tap(parameter, rows, linear(rows))
 
         def gather(rows: Tensor) -> Tensor:
-            return (
-                rows.expand(copies, *rows.shape)
-                if memory.places is None
-                else F.embedding(memory.places, rows)
-            )
+            if memory.kept is None:
+                return rows.expand(copies, *rows.shape)
+            return F.embedding(memory.kept, rows)
 
         gathered = gather(linear(memory.rows))
-        return (
-            gathered if self.taps is None else self._tap(parameter, gather(memory.rows), gathered)
-        )
+        if self._taps is None:
+            return gathered
+        return self._tap(parameter, gather(memory.rows), gathered)
 
     def _tap(self, parameter: str, inputs: Tensor, outputs: Tensor) -> Tensor:
-        if self.taps is not None:
-            self.taps.append(Tap(parameter, inputs.detach(), outputs))
+        if self._taps is not None:
+            self._taps.append(Tap(parameter, inputs.detach(), outputs))
         return outputs
 
 
@@ -176,6 +141,21 @@ class TableAdapter(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """[S, D_m] -> [S, D]."""
         return self.norm(self.linear(rows))  # type: ignore[no-any-return]
+
+
+class Experts(NamedTuple):
+    """The experts of all tables, in the tables' order."""
+
+    adapters: nn.ModuleList
+    """One an expert: rows [S, D_m] to its space [S, E]."""
+    cores: nn.ModuleList
+
+
+def shared_experts(config: ExpertConfig, hidden_dim: int, table_dims: Sequence[int]) -> Experts:
+    """Adapters of their own and cores that start equal, one an entry of ``table_dims`` (D_m of its table)."""
+    adapters = nn.ModuleList(TableAdapter(width, hidden_dim) for width in table_dims)
+    core = ExpertCore(config, hidden_dim, hidden_dim)
+    return Experts(adapters, nn.ModuleList(copy.deepcopy(core) for _ in table_dims))
 
 
 class Router(nn.Module):
@@ -197,16 +177,17 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[G, n, D] -> gate weights [G, n, E], summing to 1; E counts the null expert, which stands last."""
+        return self.weights(x).to(x.dtype)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """[G, n, D] -> [G, n, E], in fp32 at least."""
         logits = at_least_fp32(self.linear(x))
         if self.training and self.config.expert_dropout:
             logits = logits.masked_fill(self._dropped(logits), -torch.inf)
         if self.config.top_k is not None:
             last_kept = logits.topk(self.config.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < last_kept, -torch.inf)
-        weights = torch.softmax(logits, dim=-1)
-        if self.config.double_softmax:
-            weights = torch.softmax(weights, dim=-1)
-        return weights.to(x.dtype)
+        return torch.softmax(logits, dim=-1)
 
     def _dropped(self, logits: Tensor) -> Tensor:
         """[G, 1, E] experts left out of each query block; never the null expert, and never all."""

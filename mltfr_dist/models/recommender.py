@@ -5,14 +5,14 @@ Shapes: B users, L positions, N real positions, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mltfr_dist.config import BackboneConfig, LossConfig, MLTFRConfig
+from mltfr_dist.config import LossConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
 from mltfr_dist.losses import (
     Negatives,
@@ -22,58 +22,46 @@ from mltfr_dist.losses import (
     generalised_binary_cross_entropy,
     sampled_softmax,
 )
-from mltfr_dist.models.backbone import backbone_class
+from mltfr_dist.models.backbone import Backbone
+from mltfr_dist.models.explain import Explanation, explain
 from mltfr_dist.models.item_rows import ItemRows
-from mltfr_dist.models.item_tokens import ItemVectors
-from mltfr_dist.models.mltfr import MLTFR, Explanation, RoutingStats
+from mltfr_dist.models.mltfr import MLTFR, RoutingSums, routing_sums
 from mltfr_dist.models.packing import Packing
-from mltfr_dist.models.table_rows import TableRows
+from mltfr_dist.models.selectors import Reduce
 from mltfr_dist.numerics import at_least_fp32
+
+Over = Literal["targets", "positions", "sequences"]
+"""What a term of the loss is a mean over: scored positions, real positions, or sequences of the global batch."""
+
+
+class Term(NamedTuple):
+    """One term of the loss, as a sum over one micro-batch."""
+
+    sum: Tensor
+    """Scalar, with gradient."""
+    over: Over
+    weight: float
 
 
 class TrainingOutput(NamedTuple):
-    """Sums over one micro-batch."""
+    """What one micro-batch gives."""
 
-    loss_sum: Tensor
-    """Scalar, over the scored positions."""
-    routing: RoutingStats | None
+    terms: dict[str, Term]
+    """By name; `loss` is the recommendation loss."""
+    routing: RoutingSums | None
     """Over the real positions."""
-    contrastive_sum: Tensor | None = None
-    """Scalar, over the sequences, where the backbone contrasts views."""
 
 
 class Recommender(nn.Module):
-    """Backbone (+ MLTFR) with its loss."""
+    """Backbone (+ MLTFR) with its loss. :class:`~mltfr_dist.spec.ModelSpec` builds it."""
 
     def __init__(
-        self,
-        backbone: BackboneConfig,
-        mltfr: MLTFRConfig,
-        loss: LossConfig,
-        *,
-        num_items: int,
-        max_len: int,
-        table_rows: Sequence[Tensor | TableRows],
-        item_features: Tensor | None = None,
-        sparse_items: bool = False,
+        self, backbone: Backbone, mltfr: MLTFR | None, loss: LossConfig, *, num_items: int
     ) -> None:
-        """Args beside the configuration: sparse_items: only item rows that a batch looks up get a gradient."""
+        """Args: backbone, mltfr: The parts; loss: its configuration; num_items: Items are 1..num_items."""
         super().__init__()
-        self.loss_config = loss
-        self.num_items = num_items
-        self.backbone = backbone_class(backbone.name)(backbone, num_items, max_len)
-        self.mltfr = MLTFR(mltfr, backbone.hidden_dim, table_rows) if mltfr.enabled else None
-        if sparse_items:
-            assert isinstance(self.backbone.item_embedding, nn.Embedding)
-            self.backbone.item_embedding = ItemRows(self.backbone.item_embedding)
-        if item_features is not None:
-            assert isinstance(self.backbone.item_embedding, nn.Embedding | ItemRows)
-            self.backbone.item_embedding = ItemVectors(self.backbone.item_embedding, item_features)
-
-    def set_step(self, step: int) -> None:
-        """Say how many updates of the run lie behind the weights; noise depends on it."""
-        if self.mltfr is not None:
-            self.mltfr.step = step
+        self.loss_config, self.num_items = loss, num_items
+        self.backbone, self.mltfr = backbone, mltfr
 
     @property
     def num_trained(self) -> int:
@@ -84,19 +72,21 @@ class Recommender(nn.Module):
             for t in [*parameters, *(m.weight for m in self.modules() if isinstance(m, ItemRows))]
         )
 
-    def hidden(self, item_ids: Tensor) -> tuple[Tensor, Packing, RoutingStats | None]:
-        """Item ids [B, L] -> hidden states of the real positions [N, D], where they stand, and routing sums."""
-        if self.mltfr is None:
-            return *self.backbone(item_ids), None
-        stats: list[RoutingStats] = []
-        mltfr = self.mltfr
+    def hidden(self, item_ids: Tensor) -> tuple[Tensor, Packing, Tensor | None]:
+        """Item ids [B, L] -> hidden states of the real positions [N, D], where they stand, and MLTFR's gate [N, E].
 
-        def injection(x: Tensor, valid_mask: Tensor) -> Tensor:
-            added, routing = mltfr(x, valid_mask, item_ids)
-            stats.append(routing)
-            return added  # type: ignore[no-any-return]
-
-        return *self.backbone(item_ids, injection), stats[0]
+        The one place where MLTFR joins a backbone: it reads the input embeddings, and adds to the first block's output.
+        """
+        packing = self.backbone.pack(item_ids)
+        inputs = self.backbone.embed(packing.pack(item_ids), packing.columns)
+        first, *further = self.backbone.blocks
+        hidden, gate = first(inputs, packing), None
+        if self.mltfr is not None:
+            added, gate = self.mltfr(packing.unpack(inputs), packing.valid_mask, item_ids)
+            hidden = hidden + packing.pack(added)
+        for block in further:
+            hidden = block(hidden, packing)
+        return self.backbone.finish(hidden), packing, gate
 
     def forward(
         self, batch: SequenceBatch | RankingBatch, weights: Tensor | None = None
@@ -120,11 +110,17 @@ class Recommender(nn.Module):
             weights = torch.ones_like(batch.target_ids, dtype=torch.float32)
         if self.backbone.attended_width is not None:
             batch, weights = self._widened_batch(batch), self.widened(weights)
-        hidden, packing, routing = self.hidden(batch.item_ids)
+        hidden, packing, gate = self.hidden(batch.item_ids)
         loss_sum = self._loss(hidden, batch, packing, packing.pack(weights))
-        return TrainingOutput(
-            loss_sum, routing, self._contrast(batch) if batch.view_ids is not None else None
-        )
+        terms = {"loss": Term(loss_sum, "targets", 1.0)}
+        if gate is not None and self.mltfr is not None:
+            router = self.mltfr.router
+            weight = router.config.balance_weight
+            terms["balance_loss"] = Term(router.balance_loss(gate), "positions", weight)
+        if batch.view_ids is not None:
+            weight = self.loss_config.contrast_weight
+            terms["contrast_loss"] = Term(self._contrast(batch), "sequences", weight)
+        return TrainingOutput(terms, None if gate is None else routing_sums(gate))
 
     def widened(self, t: Tensor) -> Tensor:
         """[B, L, ...] -> [B, W, ...] where padding acts as items, with W their width; as it is elsewhere."""
@@ -186,56 +182,49 @@ class Recommender(nn.Module):
         scores[:, PADDING_IDX] = -torch.inf
         return scores
 
+    # --- around an update ----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def before_update(
+        self, step: int, batches: Sequence[SequenceBatch], reduce: Reduce
+    ) -> Tensor | None:
+        """Choose the shortlists anew where they are due; all ranks must call before an update.
+
+        Args:
+            step: Updates made before this one in the stage.
+            batches: This rank's micro-batches, on any device.
+            reduce: Combines what ranks have found.
+
+        Returns:
+            [M] how much of an exact search the outgoing lists found; None where nothing was due.
+        """
+        if self.mltfr is None or step % self.mltfr.config.filter.shortlist_refresh_steps:
+            return None
+        if not self.mltfr.uses_shortlist:
+            return None
+        was_training = self.training
+        self.eval()
+        device, inputs = self.backbone.item_embedding.weight.device, []
+        for batch in batches:
+            item_ids = batch.item_ids.to(device)
+            inputs.append((self.backbone.inputs(item_ids), item_ids != PADDING_IDX))
+        recall = self.mltfr.refresh(inputs, reduce)
+        self.train(was_training)
+        return recall
+
+    def after_update(self, gate_weights: Tensor | None) -> None:
+        """Note that an update is over.
+
+        Args:
+            gate_weights: [E] mean over the global batch; None where the update was skipped, or there is no gate.
+        """
+        if self.mltfr is not None:
+            self.mltfr.after_update(gate_weights)
+
     @torch.no_grad()
     def explain(self, item_ids: Tensor) -> list[Explanation]:
         """Kept tokens and gate weights at the last position of each history [B, L]."""
         assert self.mltfr is not None
         read = self.widened(self.backbone.for_ranking(item_ids))
-        return self.mltfr.explain(
-            self.backbone.inputs(read), self.backbone.pack(read).valid_mask, read
-        )
-
-
-def assemble(
-    backbone: BackboneConfig,
-    mltfr: MLTFRConfig,
-    loss: LossConfig,
-    *,
-    num_items: int,
-    max_len: int,
-    tables: Mapping[str, Tensor | TableRows],
-    item_features: Tensor | None,
-    sparse_items: bool,
-    with_consensus: bool,
-) -> Recommender:
-    """The model of a configuration, whoever asks for it: a run, or an export of one.
-
-    Args:
-        backbone: Its configuration.
-        mltfr: That of MLTFR.
-        loss: That of the loss.
-        num_items: Items are 1..num_items.
-        max_len: Longest history that is read.
-        tables: Token tables by name, in the order of the experts: rows [V_m, D_m], or placed
-            otherwise.
-        item_features: [num_items + 1, C] what the tables give each item, where item tokens are on.
-        sparse_items: Only item rows that a batch looks up get a gradient.
-        with_consensus: Whether the consensus expert of `mltfr.consensus.group` is there.
-    """
-    model = Recommender(
-        backbone,
-        mltfr,
-        loss,
-        num_items=num_items,
-        max_len=max_len,
-        table_rows=list(tables.values()),
-        item_features=item_features,
-        sparse_items=sparse_items,
-    )
-    if with_consensus:
-        assert model.mltfr is not None
-        names = list(tables)
-        model.mltfr.add_consensus(
-            tables=[names.index(name) for name in mltfr.consensus.group or names]
-        )
-    return model
+        valid_mask = self.backbone.pack(read).valid_mask
+        return explain(self.mltfr, self.backbone.inputs(read), valid_mask, read)

@@ -22,10 +22,13 @@ class TableRows(nn.Module):
 
     rows: Tensor
     """[V, D_m]; of a table in parts, those that are held here."""
+    trained: bool = False
+    """Whether rows change in training (published)."""
 
     def __init__(self, rows: Tensor, *, trained: bool = False) -> None:
         super().__init__()
         self.num_rows, self.dim = rows.shape
+        self.trained = trained
         if trained:
             self.rows = nn.Parameter(rows.clone())
         else:

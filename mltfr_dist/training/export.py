@@ -23,7 +23,9 @@ from mltfr_dist.exported import (
     ranked,
 )
 from mltfr_dist.files import file_sha256
+from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.training.inference import LoadedRun, load_run
+from mltfr_dist.training.inputs import model_spec
 
 COMPARED = 32
 """Histories, of all lengths, that are scored by both models before an export is published."""
@@ -78,16 +80,16 @@ def write_files(loaded: LoadedRun, folder: Path) -> ExportInfo:
     (folder / ITEMS).write_text(json.dumps(loaded.items.ids) + "\n")
     return ExportInfo(
         mltfr_dist=__version__,
-        backbone=config.backbone,
-        mltfr=config.mltfr,
-        loss=config.loss,
-        num_items=inputs.manifest.num_items,
-        max_len=config.data.max_len,
-        has_consensus=model.mltfr is not None and model.mltfr.consensus is not None,
-        step=0 if model.mltfr is None else model.mltfr.step,
-        tables=inputs.table_names,
+        spec=model_spec(config, inputs, with_consensus=has_consensus(model)).model_copy(
+            update={"sparse_items": False}
+        ),
         sha256={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
     )
+
+
+def has_consensus(model: Recommender) -> bool:
+    """Whether the chosen model is one of stage 2."""
+    return model.mltfr is not None and model.mltfr.consensus is not None
 
 
 def check_scores(loaded: LoadedRun, folder: Path) -> None:
@@ -99,9 +101,11 @@ def check_scores(loaded: LoadedRun, folder: Path) -> None:
     exported = load_exported(folder)
     model, info = exported.model.to(loaded.device), exported.info
     draw = torch.Generator().manual_seed(0)
-    item_ids = torch.randint(1, info.num_items + 1, (COMPARED, info.max_len), generator=draw)
-    lengths = torch.arange(1, COMPARED + 1) * info.max_len // COMPARED
-    item_ids *= torch.arange(info.max_len) < lengths.clamp(min=1)[:, None]  # padding behind
+    item_ids = torch.randint(
+        1, info.spec.num_items + 1, (COMPARED, info.spec.max_len), generator=draw
+    )
+    lengths = torch.arange(1, COMPARED + 1) * info.spec.max_len // COMPARED
+    item_ids *= torch.arange(info.spec.max_len) < lengths.clamp(min=1)[:, None]  # padding behind
     differing = ranked(model, item_ids) != ranked(loaded.model, item_ids)
     if differing.any():
         raise CheckpointError(

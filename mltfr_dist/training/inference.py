@@ -70,9 +70,7 @@ def load_run(folder: Path, ranks: Ranks | None = None) -> LoadedRun:
     ranks.main_works(lambda _: check_recorded(folder, inputs))
     place, stage = folder / CHECKPOINTS / result.checkpoint, result.stage
     try:
-        model = load_model(
-            config, inputs, place, ranks, with_consensus=stage == STAGES[1], step=result.step
-        )
+        model = load_model(config, inputs, place, ranks, with_consensus=stage == STAGES[1])
     except DamagedError as error:
         raise CheckpointError(
             f"The checkpoint that the run {folder} chose cannot be used: {error.what}",

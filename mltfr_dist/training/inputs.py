@@ -24,9 +24,11 @@ from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.errors import CheckpointError, ConfigError, DataError
 from mltfr_dist.files import file_sha256, write_atomically
 from mltfr_dist.models.backbone import backbone_class
-from mltfr_dist.models.recommender import Recommender, assemble
+from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.selectors import selector_class
 from mltfr_dist.presets import PREPARATIONS
 from mltfr_dist.schema import nearest_key
+from mltfr_dist.spec import ModelSpec
 from mltfr_dist.tables.content import with_content
 from mltfr_dist.tables.seeds import seed_tables
 from mltfr_dist.tables.store import TokenTable, load_table
@@ -189,8 +191,9 @@ def consensus_tables(config: MLTFRConfig, tables: Sequence[TokenTable]) -> list[
                 remedy=f"Tables: {', '.join(names)}.",
             )
     places = [names.index(name) for name in config.consensus.group or names]
+    selector = selector_class(config.filter.strategy)
     shapes = {
-        names[m]: (tables[m].rows.shape[1], kept_rows(config.filter, len(tables[m].rows)))
+        names[m]: (tables[m].rows.shape[1], selector.rows_kept(config.filter, len(tables[m].rows)))
         for m in places
     }
     if config.consensus.enabled and config.expert.form == "paper" and len(set(shapes.values())) > 1:
@@ -203,17 +206,6 @@ def consensus_tables(config: MLTFRConfig, tables: Sequence[TokenTable]) -> list[
             remedy="Give tables of one width in mltfr.consensus.group, or use mltfr.expert.form=core, which merges any.",
         )
     return places
-
-
-def kept_rows(config: FilterConfig, num_rows: int) -> int:
-    """Rows of a table that one query attends to."""
-    if config.strategy == "learned_prototypes":
-        return config.num_prototypes
-    return (
-        config.num_kept(num_rows)
-        if config.strategy in ("user_guided", "random_tokens")
-        else num_rows
-    )
 
 
 def check_division(config: MLTFRConfig, part: Part, zero_stage: int) -> None:
@@ -294,17 +286,22 @@ def build_model(
     random_in_stage_one = (
         config.mltfr.enabled and consensus.enabled and consensus.random_in_stage_one
     )
+    spec = model_spec(config, inputs, with_consensus=with_consensus or random_in_stage_one)
     placed = place_tables(config.mltfr, inputs.tables, ranks)
-    return assemble(
-        config.backbone,
-        config.mltfr,
-        config.loss,
+    return spec.build(dict(zip(inputs.table_names, placed, strict=True)), inputs.item_features)
+
+
+def model_spec(config: RunConfig, inputs: Inputs, *, with_consensus: bool) -> ModelSpec:
+    """What a run trains."""
+    return ModelSpec(
+        backbone=config.backbone,
+        mltfr=config.mltfr,
+        loss=config.loss,
         num_items=inputs.manifest.num_items,
         max_len=config.data.max_len,
-        tables=dict(zip(inputs.table_names, placed, strict=True)),
-        item_features=inputs.item_features,
+        tables=inputs.table_names,
+        has_consensus=with_consensus,
         sparse_items=config.optimizer.item_gradients == "sparse",
-        with_consensus=with_consensus or random_in_stage_one,
     )
 
 
@@ -315,7 +312,6 @@ def load_model(
     ranks: Ranks,
     *,
     with_consensus: bool,
-    step: int,
 ) -> Recommender:
     """The model of a checkpoint, in fp32, ready to be evaluated; rank 0 reads it, all must call.
 
@@ -325,7 +321,6 @@ def load_model(
         folder: The checkpoint.
         ranks: All processes.
         with_consensus: Whether it is one of stage 2.
-        step: Updates of the run that lie behind it, over all stages.
 
     Raises:
         CheckpointError: The checkpoint is damaged or does not fit the configuration.
@@ -339,7 +334,6 @@ def load_model(
             f"The checkpoint {folder} does not fit its run's configuration: {error}.",
             remedy="Restore config.yaml and the data it names as they were.",
         ) from None
-    model.set_step(step)
     return model.to(ranks.device).eval()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
+from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.stream import StepBatches, TrainStream
 from mltfr_dist.distributed.checkpoint import Progress, save, step_folder, validated_folder
 from mltfr_dist.distributed.engine import Engine, peak_memory_bytes
@@ -21,6 +21,7 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.state import whole_parameter
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.errors import MltfrError, StoppedError
+from mltfr_dist.models.mltfr import MLTFR, RoutingSums
 from mltfr_dist.models.recommender import TrainingOutput
 from mltfr_dist.training.evaluate import evaluate
 from mltfr_dist.training.tracking import STAGES, Tracker, seed_all
@@ -32,16 +33,17 @@ SPLIT_WORDS = {"valid": "validation", "test": "test (picked on)"}
 class StepTotals:
     """Means over the global batch of one step."""
 
-    loss: float
-    gate_weights: Tensor | None = None
-    """[M]."""
-    top_share: Tensor | None = None
-    """[M]."""
-    entropy: float = 0.0
-    balance: float = 0.0
-    contrast: float | None = None
+    terms: dict[str, float]
+    """Of the loss, by name."""
+    routing: RoutingSums | None = None
+    """Means over real positions."""
     nonfinite: tuple[str, ...] = ()
     """What was not finite on some rank, by name; the update was then skipped."""
+
+    @property
+    def loss(self) -> float:
+        """The recommendation loss."""
+        return self.terms["loss"]
 
 
 @dataclass(frozen=True)
@@ -143,21 +145,17 @@ def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
     Where a loss or gradient is not finite on any rank, nothing is updated on any.
     """
     engine, ranks, config = stage.engine, stage.ranks, stage.config
-    mltfr = engine.module.mltfr
-    if (
-        mltfr is not None
-        and mltfr.uses_shortlist
-        and step % config.mltfr.filter.shortlist_refresh_steps == 0
-    ):
-        refresh_shortlist(stage, batches.micro_batches, step)
-    engine.module.set_step(stage.tracker.base_step + step)
+    recall = engine.module.before_update(step, batches.micro_batches, ranks)
+    if recall is not None and step:
+        names = (f"filter_shortlist_recall/{name}" for name in stage.table_names)
+        stage.tracker.log("filter", step + 1, dict(zip(names, recall.tolist(), strict=True)))
     seed_all(config.training.seed, STAGES.index(stage.name), step, ranks.rank)
     outputs = engine.update(batches, step)
     totals = reduce_outputs(ranks, outputs, batches)
     if engine.verdict.nonfinite:
         totals.nonfinite = engine.verdict.nonfinite
-    elif mltfr is not None and totals.gate_weights is not None:
-        mltfr.router.update_load(totals.gate_weights)
+    gate = None if totals.nonfinite or totals.routing is None else totals.routing.gate
+    engine.module.after_update(gate)
     return totals
 
 
@@ -194,65 +192,26 @@ def note_skipped(stage: Stage, progress: Progress, totals: StepTotals) -> None:
 
 def reduce_outputs(ranks: Ranks, outputs: list[TrainingOutput], batches: StepBatches) -> StepTotals:
     """Sum a step's outputs over micro-batches and ranks, in one collective."""
-    vectors = []
+    sums: dict[str, Tensor] = {}
     for output in outputs:
-        routing, contrast = output.routing, output.contrastive_sum
-        parts = [
-            output.loss_sum.view(1),
-            output.loss_sum.new_zeros(1) if contrast is None else contrast.view(1),
-        ]
-        if routing is not None:
-            parts += [
-                routing.entropy_sum,
-                routing.balance_sum.detach(),
-                routing.gate_sum,
-                routing.top_sum,
-            ]
-        vectors.append(torch.cat([p.double() for p in parts]))
-    means = ranks.sum(torch.stack(vectors).sum(0)).cpu()
-    loss, contrast_mean = (
-        float(means[0]) / batches.num_targets,
-        float(means[1]) / batches.num_sequences,
-    )
-    contrasted = None if outputs[0].contrastive_sum is None else contrast_mean
-    if len(means) == 2:
-        return StepTotals(loss, contrast=contrasted)
-    gates = (len(means) - 4) // 2
-    routed = (
-        means[2:] / means[4 : 4 + gates].sum()
-    )  # the gates of a position sum to 1, so their sum counts positions
-    gate, top = routed[2:].float().chunk(2)
-    return StepTotals(loss, gate, top, float(routed[0]), float(routed[1]), contrasted)
-
-
-@torch.no_grad()
-def refresh_shortlist(stage: Stage, batches: list[SequenceBatch], step: int) -> None:
-    """Search from now on the rows nearest to the queries of this global batch, on all ranks alike."""
-    module, ranks = stage.engine.module, stage.ranks
-    mltfr = module.mltfr
-    assert mltfr is not None
-    module.eval()
-    inputs = []
-    for batch in batches:
-        item_ids = batch.item_ids.to(ranks.device)
-        inputs.append((module.backbone.inputs(item_ids), item_ids != PADDING_IDX))
-    recall, queries = mltfr.shortlist_recall(
-        *inputs[0]
-    )  # of the outgoing list, on users it was not made from
-    found = ranks.sum(
-        torch.cat([recall.double().cpu(), torch.tensor([float(queries)], dtype=torch.float64)])
-    ).cpu()
-    relevance = [mltfr.relevance(*pair) for pair in inputs]
-    mltfr.set_shortlist(
-        [ranks.max(torch.stack(rows).amax(0)) for rows in zip(*relevance, strict=True)]
-    )
-    module.train()
-    if step:
-        values = {
-            f"filter_shortlist_recall/{name}": float(found[m] / found[-1])
-            for m, name in enumerate(stage.table_names)
-        }
-        stage.tracker.log("filter", step + 1, values)  # part of the update that it precedes
+        found = {name: term.sum.detach().view(1) for name, term in output.terms.items()}
+        found |= {} if output.routing is None else output.routing._asdict()
+        for name, value in found.items():
+            sums[name] = sums[name] + value.double() if name in sums else value.double()
+    total = ranks.sum(torch.cat(list(sums.values()))).cpu()
+    sizes = [len(value) for value in sums.values()]
+    reduced = dict(zip(sums, torch.split(total, sizes), strict=True))
+    counts: dict[str, float] = {**batches.counts()}
+    routing = None
+    if outputs[0].routing is not None:
+        # The gates of a position sum to 1, so their sum counts positions.
+        positions = reduced["gate"].sum()
+        counts["positions"] = float(positions)
+        routing = RoutingSums(*((reduced[f] / positions).float() for f in RoutingSums._fields))
+    terms = {
+        name: float(reduced[name]) / counts[term.over] for name, term in outputs[0].terms.items()
+    }
+    return StepTotals(terms, routing)
 
 
 def exp_or_inf(power: float) -> float:
@@ -272,36 +231,16 @@ def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: 
         and progress.step_in_epoch < stage.stream.steps_per_epoch
     ):
         return
-    values = {
-        "loss": totals.loss,
+    values = totals.terms | {
         "learning_rate": float(stage.engine.optimizer.param_groups[0]["lr"]),
         "positions": float(num_targets),
     }
-    if totals.contrast is not None:
-        values["contrast_loss"] = totals.contrast
     norm = stage.engine.grad_norm()
     if norm is not None:
         values["grad_norm"] = norm
-    if totals.gate_weights is not None and totals.top_share is not None:
-        values |= {"balance_loss": totals.balance, "gate/entropy": totals.entropy}
-        values |= {
-            "gate/max_weight": float(totals.gate_weights.max()),
-            "gate/max_top_share": float(totals.top_share.max()),
-        }
-        mltfr = stage.engine.module.mltfr
-        assert mltfr is not None
-        for e, name in enumerate(mltfr.gate_names(stage.table_names)):
-            values[f"gate_weight/{name}"] = float(totals.gate_weights[e])
-            values[f"gate_top_share/{name}"] = float(totals.top_share[e])
-        if mltfr.consensus is not None and mltfr.config.consensus.learn_weight:
-            values["consensus/weight"] = float(
-                whole_parameter(stage.engine, mltfr.consensus_weight)
-            )
-        for m, name in enumerate(stage.table_names):
-            log_temperature = mltfr.log_temperature(m)
-            if log_temperature is not None:
-                power = float(whole_parameter(stage.engine, log_temperature))
-                values[f"filter_temperature/{name}"] = exp_or_inf(power)
+    mltfr = stage.engine.module.mltfr
+    if mltfr is not None and totals.routing is not None:
+        values |= mltfr_values(stage, mltfr, totals.routing)
     stage.tracker.log("step", step, values, epoch=progress.epoch)
     speed = progress.step * config.training.global_batch_size / max(1e-9, progress.train_seconds)
     stage.tracker.board(
@@ -309,11 +248,30 @@ def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: 
     )
 
 
+def mltfr_values(stage: Stage, mltfr: MLTFR, routing: RoutingSums) -> dict[str, float]:
+    """What is logged of MLTFR: its gate's means, and its learned scalars. All ranks must call."""
+    values = {
+        "gate/entropy": float(routing.entropy),
+        "gate/max_weight": float(routing.gate.max()),
+        "gate/max_top_share": float(routing.top.max()),
+    }
+    for e, name in enumerate(mltfr.gate_names(stage.table_names)):
+        values[f"gate_weight/{name}"] = float(routing.gate[e])
+        values[f"gate_top_share/{name}"] = float(routing.top[e])
+    if mltfr.consensus is not None and mltfr.config.consensus.learn_weight:
+        values["consensus/weight"] = float(whole_parameter(stage.engine, mltfr.consensus_weight))
+    for m, name in enumerate(stage.table_names):
+        log_tau = mltfr.selector(m).log_tau()
+        if log_tau is not None:
+            power = float(whole_parameter(stage.engine, log_tau))
+            values[f"filter_temperature/{name}"] = exp_or_inf(power)
+    return values
+
+
 def validate(stage: Stage, progress: Progress) -> Progress:
     """Full ranking of the validation split; keeps the weights if they are among the best so far."""
     started = time.monotonic()
     stage.engine.deepspeed.eval()
-    stage.engine.module.set_step(stage.tracker.base_step + progress.step)
     metrics = evaluate(stage.engine.module, stage.valid, stage.config.evaluation, stage.ranks)
     progress = progress.model_copy(
         update={"train_seconds": progress.train_seconds + time.monotonic() - started}

@@ -8,6 +8,7 @@ import torch
 
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.models.mltfr import routing_sums
 from mltfr_dist.models.recommender import Recommender
 
 WEIGHT, TOP_SHARE = "weight/", "top_share/"
@@ -28,11 +29,11 @@ def measure_routing(
     names = model.mltfr.gate_names(table_names)
     totals = torch.zeros(2 * len(names) + 1, dtype=torch.float64, device=ranks.device)
     for batch in stream:
-        _, _, routing = model.hidden(
+        _, _, gate = model.hidden(
             model.widened(model.backbone.for_ranking(batch.item_ids.to(ranks.device)))
         )
-        assert routing is not None
-        totals += torch.cat([routing.gate_sum, routing.top_sum, routing.entropy_sum]).double()
+        assert gate is not None
+        totals += torch.cat(list(routing_sums(gate))).double()
     sums = ranks.sum(totals).cpu()
     means = (
         sums / sums[: len(names)].sum()

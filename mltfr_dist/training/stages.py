@@ -68,7 +68,6 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         folder / best.name,
         ranks,
         with_consensus=best.stage == CONSENSUS,
-        step=step,
     )
     valid = evaluate(model, ranked(config, "valid", ranks), config.evaluation, ranks)
     test_slices = metrics_by_slice(model, config, inputs.manifest, ranks) if read_test else {}
@@ -212,11 +211,17 @@ def start_from_stage_one(
 ) -> None:
     """Put stage 1's best weights (unless a fresh start is asked for) and the consensus expert into ``model``."""
     state = model.state_dict()
+    updates = {  # of the run, which has gone on since its best weights
+        name: torch.full_like(t, before.step)
+        for name, t in state.items()
+        if name.endswith(".updates")
+    }
     if not config.mltfr.consensus.fresh_start:
         folder = config.folder / CHECKPOINTS
         best = best_for_all(folder, {TRAIN: before}, ranks)
         state |= checkpoint.read_for_all(folder / best.name, ranks)
-    model.load_state_dict(state | {f"mltfr.consensus.{name}": t for name, t in merged.items()})
+    consensus = {f"mltfr.consensus.{name}": t for name, t in merged.items()}
+    model.load_state_dict(state | updates | consensus)
 
 
 def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Progress) -> State:
@@ -229,8 +234,7 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
         source = checkpoint.step_folder(place.parent, before)
     else:
         source = place.parent / best_for_all(place.parent, {TRAIN: before}, ranks).name
-    step = steps_behind(source, ranks)
-    model = load_model(config, inputs, source, ranks, with_consensus=False, step=step)
+    model = load_model(config, inputs, source, ranks, with_consensus=False)
     part = make_part(config, ranks)
     stream = train_stream(config, part)
     samples = min(config.mltfr.consensus.fisher_sequences, stream.split.num_sequences)

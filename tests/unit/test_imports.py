@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "errors": 0,
     "backbones": 0,
+    "selectors": 0,
     "files": 0,
     "numerics": 0,
     "progress": 0,
@@ -24,6 +25,8 @@ LAYERS = {
     "config": 1,
     "repairs": 1,
     **dict.fromkeys(("presets", "data", "tables", "models", "losses", "metrics"), 2),
+    "published": 2,
+    "spec": 3,
     "exported": 3,
     "distributed": 3,
     "training": 4,
@@ -88,12 +91,13 @@ def test_imports_run_one_way(path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=name)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "models").rglob("*.py")), ids=name)
 def test_models_know_of_data_only_the_batch(path: Path) -> None:
     for imported in own(path):
         target = imported.partition(".")[0]
         assert target in (
             "backbones",
+            "selectors",
             "schema",
             "config",
             "models",

@@ -1,0 +1,111 @@
+"""What an expert reads of its table: the interface of everything that chooses rows.
+
+Shapes: G query blocks, V rows and D_m columns of a table, D hidden size, S candidate rows, K kept rows, E width of an
+expert's memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mltfr_dist.config import FilterConfig
+from mltfr_dist.models.experts import Memory
+from mltfr_dist.models.table_rows import TableRows
+
+
+class Reduce(Protocol):
+    """How ranks combine what each of them has found; one process has nothing to combine."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks."""
+
+    def max(self, values: Tensor) -> Tensor:
+        """Element-wise maximum over ranks."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one table contributes to a batch."""
+
+    candidates: Tensor
+    """[S, D_m] rows, of which each query keeps some."""
+    row_ids: Tensor
+    """[S] their numbers in the table (of prototypes: their own)."""
+    kept: Tensor | None
+    """[G, K] int64, indices of the candidates that each query keeps, best first; None: every query keeps all."""
+    log_weights: Tensor
+    """[G, K], log-softmax of the kept scores, added to the expert's attention logits; [1, S] where all are kept."""
+
+    def memory(self, adapter: nn.Module) -> Memory:
+        """What an expert attends to, its ``adapter`` mapping rows [S, D_m] to its space [S, E]."""
+        return Memory(adapter(self.candidates), self.kept, self.log_weights)
+
+    def weights(self) -> Tensor:
+        """[G, K] or [1, S], how much each kept row counts."""
+        return self.log_weights.exp()
+
+
+class Selector(nn.Module):
+    """Chooses rows of one table on behalf of queries. A strategy is one class and one line of the registry."""
+
+    def __init__(
+        self, config: FilterConfig, num_rows: int, table_dim: int, hidden_dim: int
+    ) -> None:
+        """Args: config: the filter's; num_rows, table_dim: V and D_m of the table; hidden_dim: D."""
+        super().__init__()
+
+    @staticmethod
+    def rows_kept(config: FilterConfig, num_rows: int) -> int:
+        """Rows of a table of ``num_rows`` that one query attends to."""
+        return num_rows
+
+    @property
+    def uses_shortlist(self) -> bool:
+        """Whether the table is searched in part only."""
+        return False
+
+    def log_tau(self) -> Tensor | None:
+        """[1] logarithm of what scores are divided by (sharded under ZeRO-3); None where there are no scores."""
+        return None
+
+    def forward(self, query: Tensor, keys: Tensor | None, table: TableRows) -> Selection:
+        """What the table contributes.
+
+        Args:
+            query: [G, D] user vectors.
+            keys: [G] hashes of the histories up to where the queries are taken, which random draws read; None
+                where no history is given.
+            table: The table.
+        """
+        raise NotImplementedError
+
+    def refresh(self, queries: list[Tensor], table: TableRows, reduce: Reduce) -> Tensor | None:
+        """Choose anew what is searched, where that changes in training; all ranks must call.
+
+        Args:
+            queries: [G, D] of each micro-batch of this rank's share of the global batch.
+            table: The table.
+            reduce: Combines what ranks have found.
+
+        Returns:
+            [1] mean over queries of the share of the exact top K that the list so far would have found; None where
+            the whole table is searched.
+        """
+        return None
+
+    def forget(self) -> None:
+        """Fetch rows anew when they are next needed, for the table's format has changed."""
+
+    def after_update(self) -> None:
+        """Note that an update of the run is over."""
+
+
+def all_kept(rows: Tensor) -> Selection:
+    """All rows [S, .] for every query, weighed alike; weights sum to 1, so that tables of any size count alike."""
+    log_weights = rows.new_full((1, len(rows)), -math.log(len(rows)))
+    return Selection(rows, torch.arange(len(rows), device=rows.device), None, log_weights)

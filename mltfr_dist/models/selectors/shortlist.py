@@ -1,0 +1,73 @@
+"""The rows of a table that are searched, chosen anew from time to time (docs/method.md, *The shortlist*).
+
+Shapes: S rows of the list, V x D_m the table, G queries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mltfr_dist.models.search import Project
+from mltfr_dist.models.selectors.base import Reduce
+from mltfr_dist.models.table_rows import TableRows
+
+RECALL_QUERIES = 64
+"""Queries at most that the recall of an outgoing list is measured on."""
+
+
+class Shortlist(nn.Module):
+    """Row numbers, part of the model's state and the same on every rank, and the rows themselves."""
+
+    row_ids: Tensor
+    """[S], ascending."""
+    rows: Tensor | None
+    """[S, D_m], fetched once for each list, so that a step needs no other rank's; None until they are needed."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("row_ids", torch.arange(size))
+        self.register_buffer("rows", None, persistent=False)
+        self.register_load_state_dict_post_hook(lambda shortlist, _: shortlist.forget())  # type: ignore[no-untyped-call]
+
+    def candidates(self, table: TableRows) -> Tensor:
+        """[S, D_m]; where they are not held, every rank must ask at the same point."""
+        if table.trained:
+            return table.take(self.row_ids)
+        if self.rows is None:
+            self.rows = table.take(self.row_ids)
+        return self.rows
+
+    def forget(self) -> None:
+        """Fetch the rows anew when they are next needed."""
+        self.rows = None
+
+    @torch.no_grad()
+    def choose(self, relevance: Tensor) -> None:
+        """Search from now on the rows of highest ``relevance`` [V] (ties: lower row number)."""
+        best = relevance.sort(descending=True, stable=True).indices[: len(self.row_ids)]
+        self.row_ids.copy_(best.sort().values)
+        self.forget()
+
+    @torch.no_grad()
+    def refresh(
+        self,
+        queries: list[Tensor],
+        table: TableRows,
+        project: Project,
+        num_kept: int,
+        reduce: Reduce,
+    ) -> Tensor:
+        """Search from now on the rows nearest to any of ``queries`` ([G, D] each) of any rank.
+
+        Returns:
+            [1], float64: mean over the first queries, of all ranks, of the share of the exact top ``num_kept`` that the
+            outgoing list holds. It was made from other users.
+        """
+        first = queries[0][:RECALL_QUERIES]
+        exact = table.search(first, project, num_kept)
+        found = torch.isin(exact, self.row_ids).float().mean(1).sum().double().view(1)
+        counted = reduce.sum(torch.cat([found, found.new_tensor([float(len(first))])]))
+        relevance = torch.stack([table.relevance(part, project) for part in queries]).amax(0)
+        self.choose(reduce.max(relevance))
+        return counted[:1] / counted[1:]

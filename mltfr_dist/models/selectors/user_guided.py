@@ -1,0 +1,150 @@
+"""User-guided token filtering (docs/method.md): the rows of a table nearest to a user's history, with soft weights.
+
+Shapes: G queries, S candidate rows of one table, V_m x D_m the table, D hidden size, K kept tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mltfr_dist.config import FilterConfig
+from mltfr_dist.models.draws import LARGEST, GumbelNoise, mix
+from mltfr_dist.models.search import search
+from mltfr_dist.models.selectors.base import Reduce, Selection, Selector
+from mltfr_dist.models.selectors.shortlist import Shortlist
+from mltfr_dist.models.table_rows import TableRows
+from mltfr_dist.numerics import at_least_fp32
+
+PROJECTED_ROWS = 4096
+"""Rows projected at a time, so that rows of another device or format are never all copied."""
+
+
+class Projection(nn.Linear):
+    """A linear map that is computed in any format, from rows of any device; rows are first brought to the parameters' format."""
+
+    def forward(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[S, D_in] -> [S, D_out] in ``dtype`` (None: that of the parameters)."""
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return torch.cat(
+            [
+                F.linear(part.to(self.weight).to(weight), weight, bias)
+                for part in torch.split(rows, PROJECTED_ROWS)
+            ]
+        )
+
+
+class UserGuided(Selector):
+    """Scores the rows of one table against user queries and keeps the best K of each.
+
+    Kept tokens have soft weights, so that a gradient always reaches the filter. The search runs without gradient; what
+    is kept is scored again with it.
+    """
+
+    log_temperature: Tensor
+    salt: Tensor
+    updates: Tensor
+    """[1] updates of the run so far; only where there is noise, which depends on them."""
+
+    def __init__(
+        self, config: FilterConfig, num_rows: int, table_dim: int, hidden_dim: int
+    ) -> None:
+        super().__init__(config, num_rows, table_dim, hidden_dim)
+        self.config, self.num_kept = config, config.num_kept(num_rows)
+        self.projection = Projection(table_dim, hidden_dim)
+        nn.init.normal_(self.projection.weight, std=table_dim**-0.5)
+        nn.init.zeros_(self.projection.bias)
+        log_temperature = torch.tensor([math.log(config.temperature)])
+        if config.learn_temperature:
+            self.log_temperature = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer("log_temperature", log_temperature, persistent=False)
+        if config.noise:  # the salt follows from the run's seed, as all that is drawn here does
+            self.register_buffer("salt", torch.randint(LARGEST, (1,)))
+            self.register_buffer("updates", torch.zeros(1, dtype=torch.int64))
+        is_part = config.shortlist_size is not None and config.shortlist_size < num_rows
+        self.shortlist = Shortlist(config.shortlist_size or 0) if is_part else None
+
+    @staticmethod
+    def rows_kept(config: FilterConfig, num_rows: int) -> int:
+        """K."""
+        return config.num_kept(num_rows)
+
+    @property
+    def uses_shortlist(self) -> bool:
+        """Whether the table is searched in part only."""
+        return self.shortlist is not None
+
+    def log_tau(self) -> Tensor:
+        """[1] log tau_s."""
+        return self.log_temperature
+
+    @property
+    def temperature(self) -> Tensor:
+        """tau_s, [1]."""
+        return self.log_temperature.exp()
+
+    def project(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Table rows [S, D_m] -> unit vectors in the user space [S, D], computed in ``dtype``."""
+        return F.normalize(self.projection(rows, dtype), dim=-1)
+
+    def forward(self, query: Tensor, keys: Tensor | None, table: TableRows) -> Selection:
+        """Keep the K rows of highest score (cosine + noise) / tau_s for each query."""
+        if self.shortlist is not None:
+            rows, row_ids = self.shortlist.candidates(table), self.shortlist.row_ids
+            return self.select(query, rows, row_ids, self.noise(keys, row_ids))
+        noise = self.noise(keys, torch.arange(table.num_rows, device=query.device))
+        with torch.no_grad():
+            found = table.search(query, self.project, self.num_kept, noise)  # [G, K]
+        row_ids, kept = torch.unique(found, return_inverse=True)
+        noise = None if noise is None else noise._replace(row_ids=row_ids)
+        return self.select(query, table.take(row_ids), row_ids, noise, kept)
+
+    def select(
+        self,
+        query: Tensor,
+        rows: Tensor,
+        row_ids: Tensor,
+        noise: GumbelNoise | None = None,
+        kept: Tensor | None = None,
+    ) -> Selection:
+        """Keep K of the candidates ``rows`` [S, D_m] for each query; ``kept`` [G, K] where a search has found them."""
+        unit_query, unit_rows = F.normalize(query, dim=-1), self.project(rows)
+        if kept is None:
+            with torch.no_grad():
+                kept = search(unit_query, unit_rows, self.num_kept, noise)
+        scores = torch.einsum("gd,gkd->gk", unit_query, F.embedding(kept, unit_rows))
+        if noise is not None:
+            scores = scores + noise.at(kept).to(scores.dtype)
+        scores = at_least_fp32(scores) / at_least_fp32(self.temperature)
+        return Selection(rows, row_ids, kept, F.log_softmax(scores, dim=-1).to(query.dtype))
+
+    def noise(self, keys: Tensor | None, row_ids: Tensor) -> GumbelNoise | None:
+        """Keyed by (seed, step, user, table); the user is known by the history, for the model has no user ids."""
+        if not self.config.noise or not (self.training or self.config.noise_in_evaluation):
+            return None
+        updates = int(self.updates)
+        scale = self.config.noise_scale(updates)
+        if scale == 0:
+            return None
+        assert keys is not None
+        return GumbelNoise(mix(keys ^ self.salt ^ mix(keys.new_tensor(updates))), row_ids, scale)
+
+    def refresh(self, queries: list[Tensor], table: TableRows, reduce: Reduce) -> Tensor | None:
+        """Choose the shortlist anew."""
+        if self.shortlist is None:
+            return None
+        return self.shortlist.refresh(queries, table, self.project, self.num_kept, reduce)
+
+    def forget(self) -> None:
+        """Fetch the shortlist's rows anew."""
+        if self.shortlist is not None:
+            self.shortlist.forget()
+
+    def after_update(self) -> None:
+        """Noise is another at the next update."""
+        if self.config.noise:
+            self.updates += 1

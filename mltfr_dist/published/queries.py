@@ -1,0 +1,19 @@
+"""D5: one query a user, the mean of the whole history, items to come included."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mltfr_dist.models.query_blocks import QueryBlocks
+
+
+class WholeHistory(QueryBlocks):
+    """A batch [B, L] in one block a user, whose query is the mean over the history."""
+
+    def __init__(self, x: Tensor, valid_mask: Tensor, block_len: int) -> None:
+        """Args: as for :class:`QueryBlocks`; ``block_len`` is not looked at."""
+        super().__init__(x, valid_mask, x.shape[1])
+
+    def at_queries(self, t: Tensor) -> Tensor:
+        """[B, L, ...] -> [B, 1, ...], at the end, where the prefix is all there is."""
+        return t[:, -1:]

@@ -1,0 +1,86 @@
+"""D1: straight-through weights of the kept tokens, normalised.
+
+Shapes: G queries, S candidate rows, V x D_m the table, K kept tokens, E width of an expert's memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mltfr_dist.models.draws import GumbelNoise
+from mltfr_dist.models.experts import Memory
+from mltfr_dist.models.search import largest, search
+from mltfr_dist.models.selectors.base import Selection
+from mltfr_dist.models.selectors.user_guided import UserGuided
+from mltfr_dist.models.table_rows import TableRows
+from mltfr_dist.numerics import at_least_fp32
+
+NORMALISER = 1e-8
+"""Added to the sum of the straight-through weights (as published)."""
+
+
+@dataclass(frozen=True)
+class WeightedSelection(Selection):
+    """Kept rows that are multiplied by factors; the attention itself knows no weights."""
+
+    row_weights: Tensor
+    """[G, K], 1 / K in value."""
+
+    def memory(self, adapter: nn.Module) -> Memory:
+        """Every query has rows of its own, for factors act before an expert's biases."""
+        assert self.kept is not None
+        rows = F.embedding(self.kept, adapter(self.candidates)) * self.row_weights[..., None]
+        own = torch.arange(self.kept.numel(), device=rows.device).view_as(self.kept)
+        return Memory(rows.flatten(0, 1), own, self.log_weights)
+
+    def weights(self) -> Tensor:
+        """[G, K]."""
+        return self.row_weights
+
+
+class StraightThrough(UserGuided):
+    """The kept weigh (1 - y).detach() + y of a softmax y over all candidates, normalised: for K = 1 without gradient."""
+
+    def forward(self, query: Tensor, keys: Tensor | None, table: TableRows) -> Selection:
+        """Search the whole table, unless there is a shortlist."""
+        if self.shortlist is not None:
+            return super().forward(query, keys, table)
+        rows = table.whole()
+        row_ids = torch.arange(len(rows), device=rows.device)
+        return self.select(query, rows, row_ids, self.noise(keys, row_ids))
+
+    def select(
+        self,
+        query: Tensor,
+        rows: Tensor,
+        row_ids: Tensor,
+        noise: GumbelNoise | None = None,
+        kept: Tensor | None = None,
+    ) -> Selection:
+        """Keep K of the candidates ``rows`` [S, D_m] for each query."""
+        unit_query = F.normalize(query, dim=-1)
+        if self.num_kept == 1 and query.dtype != torch.float64:
+            return self._single(unit_query, rows, row_ids, noise)
+        scores = unit_query @ self.project(rows).T  # [G, S]
+        if noise is not None:
+            scores = scores + noise.part(slice(None)).to(scores.dtype)
+        with torch.no_grad():
+            kept = largest(scores, self.num_kept)
+        scores = at_least_fp32(scores) / at_least_fp32(self.temperature)
+        y = torch.softmax(scores, dim=-1).gather(1, kept)  # [G, K]
+        hard = (1 - y).detach() + y
+        weights = (hard / (hard.sum(1, keepdim=True) + NORMALISER)).to(query.dtype)
+        return WeightedSelection(rows, row_ids, kept, torch.zeros_like(weights), weights)
+
+    @torch.no_grad()
+    def _single(
+        self, unit_query: Tensor, rows: Tensor, row_ids: Tensor, noise: GumbelNoise | None
+    ) -> Selection:
+        """The weight of one token: in fp32 it is 1 to the last bit and its gradient exactly 0."""
+        kept = search(unit_query, self.project(rows), 1, noise)
+        ones = unit_query.new_ones(kept.shape)
+        return WeightedSelection(rows, row_ids, kept, torch.zeros_like(ones), ones)
