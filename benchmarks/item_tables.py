@@ -32,8 +32,8 @@ from mltfr_dist.data.negatives import sample_shared
 from mltfr_dist.data.stream import StepBatches
 from mltfr_dist.distributed.engine import Engine, make_part, peak_memory_bytes
 from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
-from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.schema import validate
+from mltfr_dist.spec import ModelSpec
 from mltfr_dist.training.evaluate import mask_seen
 
 GIB = 2**30
@@ -77,15 +77,17 @@ def measure(options: argparse.Namespace) -> None:
         },
         source="the benchmark",
     )
-    model = Recommender(
-        config.backbone,
-        config.mltfr,
-        config.loss,
+    spec = ModelSpec(
+        backbone=config.backbone,
+        mltfr=config.mltfr,
+        loss=config.loss,
         num_items=options.items,
         max_len=options.max_len,
-        table_rows=(),
+        tables=(),
+        has_consensus=False,
         sparse_items=options.gradients == "sparse",
     )
+    model = spec.build({})
     engine = Engine(model, config, ranks, make_part(config, ranks), 1)
     times = []
     for step in range(options.steps + 2):

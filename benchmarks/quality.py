@@ -27,13 +27,12 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.data.manifest import load_manifest
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.errors import ConfigError, MltfrError, fail
-from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.repairs import REPAIRS, as_published, changed, without
 from mltfr_dist.resolve import resolve_config
 from mltfr_dist.schema import nearest_key
 from mltfr_dist.tables.store import load_table
 from mltfr_dist.training.compare import BASELINES, baseline_result
-from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.inputs import load_inputs, model_spec
 from mltfr_dist.training.matrix import append_row, is_done, make_row, read_rows
 from mltfr_dist.training.run_folder import CONFIG, Result, claim, load_result
 
@@ -197,17 +196,9 @@ def num_parameters(config: RunConfig) -> int:
     """Trained parameters of a configuration's model, which is not filled with numbers."""
     inputs = load_inputs(config)
     with torch.device("meta"):
-        tables = [torch.empty(table.rows.shape) for table in inputs.tables]
+        tables = {table.name: torch.empty(table.rows.shape) for table in inputs.tables}
         features = None if inputs.item_features is None else torch.empty(inputs.item_features.shape)
-        sizes = {"num_items": inputs.manifest.num_items, "max_len": config.data.max_len}
-        model = Recommender(
-            config.backbone,
-            config.mltfr,
-            config.loss,
-            table_rows=tables,
-            item_features=features,
-            **sizes,
-        )
+        model = model_spec(config, inputs, with_consensus=False).build(tables, features)
     return sum(p.numel() for p in model.parameters())
 
 

@@ -192,7 +192,7 @@ def wait_share(folder: Path, batch_size: int, steps: int) -> None:
         if step is None:
             break
         started = time.process_time()
-        (model(step.micro_batches[0]).loss_sum.sum() / step.num_targets).backward()
+        (model(step.micro_batches[0]).terms["loss"].sum.sum() / step.num_targets).backward()
         optimizer.step()
         optimizer.zero_grad()
         worked += time.process_time() - started

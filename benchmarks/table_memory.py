@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from support import REPOSITORY, clean_environment, tiny_config, torchrun, write_data, write_table
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.data.batch import PADDING_IDX
 from mltfr_dist.distributed.engine import Engine, make_part
 from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.table_shards import Exchange, RowShard
@@ -90,12 +89,8 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     exchange = next((t.exchange for t in mltfr.tables if isinstance(t, RowShard)), Exchange(ranks))
     times, stream = [], train_stream(config, part)
     for step, batches in enumerate(stream.epoch(0)):
-        if mltfr.uses_shortlist and step == 0:
-            item_ids = batches.micro_batches[0].item_ids
-            relevance = mltfr.relevance(
-                engine.module.backbone.inputs(item_ids), item_ids != PADDING_IDX
-            )
-            mltfr.set_shortlist([ranks.max(r) for r in relevance])
+        if step == 0:
+            engine.module.before_update(0, batches.micro_batches, ranks)
         if step == 1:
             exchange.received.clear()  # the first step builds what later ones use
         ranks.barrier()

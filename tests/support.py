@@ -7,15 +7,28 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mltfr_dist.config import PrepareConfig, RunConfig, TableConfig
+from mltfr_dist.config import (
+    BackboneConfig,
+    LossConfig,
+    MLTFRConfig,
+    PrepareConfig,
+    RunConfig,
+    TableConfig,
+)
 from mltfr_dist.data.prepare import prepare
+from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.table_rows import TableRows
+from mltfr_dist.published.parts import published_parts
 from mltfr_dist.schema import validate
+from mltfr_dist.spec import ModelSpec
 from mltfr_dist.tables.store import save_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -204,3 +217,34 @@ def missing_for_nodes() -> str:
     if shutil.which("ip") is None:
         return "network namespaces need `apt-get install iproute2`"
     return "" if os.geteuid() == 0 else "network namespaces need root"
+
+
+def new_model(
+    backbone: BackboneConfig,
+    mltfr: MLTFRConfig,
+    loss: LossConfig,
+    *,
+    num_items: int,
+    max_len: int,
+    table_rows: Sequence[torch.Tensor],
+    item_features: torch.Tensor | None = None,
+    has_consensus: bool = False,
+) -> Recommender:
+    """A freshly initialised model over tables in memory."""
+    names = tuple(str(m) for m in range(len(table_rows)))
+    spec = ModelSpec(
+        backbone=backbone,
+        mltfr=mltfr,
+        loss=loss,
+        num_items=num_items,
+        max_len=max_len,
+        tables=names,
+        has_consensus=has_consensus,
+    )
+    return spec.build(dict(zip(names, table_rows, strict=True)), item_features)
+
+
+def new_mltfr(config: MLTFRConfig, hidden_dim: int, table_rows: Sequence[torch.Tensor]) -> MLTFR:
+    """MLTFR alone, over tables in memory."""
+    tables = [TableRows(rows, trained=config.train_tables) for rows in table_rows]
+    return MLTFR(config, hidden_dim, tables, published_parts(config))

@@ -42,8 +42,26 @@ class WeightedSelection(Selection):
         return self.row_weights
 
 
+def straight_through(scores: Tensor, temperature: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The kept weigh (1 - y).detach() + y of a softmax y over all candidates, normalised.
+
+    Args:
+        scores: [G, S].
+        temperature: [1].
+        count: K.
+
+    Returns:
+        [G, K] indices of the largest scores, best first, and their weights: 1 / K in value.
+    """
+    with torch.no_grad():
+        kept = largest(scores, count)
+    y = torch.softmax(at_least_fp32(scores) / at_least_fp32(temperature), dim=-1).gather(1, kept)
+    hard = (1 - y).detach() + y
+    return kept, (hard / (hard.sum(1, keepdim=True) + NORMALISER)).to(scores.dtype)
+
+
 class StraightThrough(UserGuided):
-    """The kept weigh (1 - y).detach() + y of a softmax y over all candidates, normalised: for K = 1 without gradient."""
+    """:func:`straight_through` over all candidates: for K = 1 without gradient."""
 
     def forward(self, query: Tensor, keys: Tensor | None, table: TableRows) -> Selection:
         """Search the whole table, unless there is a shortlist."""
@@ -68,12 +86,7 @@ class StraightThrough(UserGuided):
         scores = unit_query @ self.project(rows).T  # [G, S]
         if noise is not None:
             scores = scores + noise.part(slice(None)).to(scores.dtype)
-        with torch.no_grad():
-            kept = largest(scores, self.num_kept)
-        scores = at_least_fp32(scores) / at_least_fp32(self.temperature)
-        y = torch.softmax(scores, dim=-1).gather(1, kept)  # [G, K]
-        hard = (1 - y).detach() + y
-        weights = (hard / (hard.sum(1, keepdim=True) + NORMALISER)).to(query.dtype)
+        kept, weights = straight_through(scores, self.temperature, self.num_kept)
         return WeightedSelection(rows, row_ids, kept, torch.zeros_like(weights), weights)
 
     @torch.no_grad()

@@ -207,7 +207,8 @@ def reduce_outputs(ranks: Ranks, outputs: list[TrainingOutput], batches: StepBat
         # The gates of a position sum to 1, so their sum counts positions.
         positions = reduced["gate"].sum()
         counts["positions"] = float(positions)
-        routing = RoutingSums(*((reduced[f] / positions).float() for f in RoutingSums._fields))
+        gate, top, entropy = (reduced[name] / positions for name in RoutingSums._fields)
+        routing = RoutingSums(gate.float(), top.float(), entropy)
     terms = {
         name: float(reduced[name]) / counts[term.over] for name, term in outputs[0].terms.items()
     }

@@ -51,11 +51,11 @@ def poisoned_engine(config: RunConfig, ranks: Ranks, micro: int, place: dict[str
         return gradient * torch.nan if last and place["step"] == NAN_STEP else gradient
 
     def poison_loss(_module: object, _inputs: object, output: object) -> object:
-        return (
-            output._replace(loss_sum=output.loss_sum + torch.inf)
-            if last and place["step"] == INF_STEP
-            else output
-        )
+        if not last or place["step"] != INF_STEP:
+            return output
+        loss = output.terms["loss"]
+        poisoned = loss._replace(sum=loss.sum + torch.inf)
+        return output._replace(terms=output.terms | {"loss": poisoned})
 
     def poison_lookup(_module: object, _inputs: object, output: torch.Tensor) -> None:
         output.register_hook(poison_gradient)

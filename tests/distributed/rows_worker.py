@@ -122,10 +122,10 @@ def reference(config: RunConfig, ranks: Ranks) -> list[float]:
         output = model(batches.micro_batches[0])
         balance = (
             config.mltfr.router.balance_weight
-            * output.routing.balance_sum.squeeze()
+            * output.terms["balance_loss"].sum
             / batches.num_positions
         )
-        (output.loss_sum / batches.num_targets + balance).backward()
+        (output.terms["loss"].sum / batches.num_targets + balance).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         values = [(g.coalesce().values() if g.is_sparse else g) for g in gradients]
         norm = torch.stack([v.square().sum() for v in values]).sum().sqrt()
@@ -136,7 +136,7 @@ def reference(config: RunConfig, ranks: Ranks) -> list[float]:
             optimizer.step()
             optimizer.zero_grad()
         totals = reduce_outputs(ranks, [output], batches)
-        model.mltfr.router.update_load(totals.gate_weights)
+        model.after_update(totals.routing.gate)
         found.append(totals.loss)
     return found
 
@@ -153,8 +153,9 @@ def gradients(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
             no_dropout(folder, stage, **SAMPLED), load_inputs(config), with_consensus=False
         )
         output = plain(whole.micro_batches[0])
-        balance = engine.balance_weight * output.routing.balance_sum.squeeze() / whole.num_positions
-        (output.loss_sum / whole.num_targets + balance).backward()
+        balance = config.mltfr.router.balance_weight * output.terms["balance_loss"].sum
+        balance = balance / whole.num_positions
+        (output.terms["loss"].sum / whole.num_targets + balance).backward()
         expected = plain.backbone.item_embedding.weight.grad
         given, step = torch.zeros_like(expected), engine.row_adam.step
         clipped = []

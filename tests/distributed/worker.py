@@ -54,9 +54,9 @@ def steps(engine: Engine, config: RunConfig, ranks: Ranks, start: int, end: int)
         batches = next(stream.epoch(step // per_epoch, step % per_epoch))
         outputs = engine.update(batches, step)
         totals = reduce_outputs(ranks, outputs, batches)
-        if totals.gate_weights is not None and not engine.verdict.nonfinite:
-            engine.module.mltfr.router.update_load(totals.gate_weights)
-        losses.append(totals.loss + (totals.contrast or 0.0))
+        skipped = totals.routing is None or engine.verdict.nonfinite
+        engine.module.after_update(None if skipped else totals.routing.gate)
+        losses.append(totals.loss + totals.terms.get("contrast_loss", 0.0))
     return losses
 
 
@@ -269,8 +269,8 @@ def placements(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
             for given in (batch, batch if ranks.is_main else nothing):
                 model.zero_grad()
                 output = model(given)
-                (output.loss_sum + output.routing.balance_sum.sum()).backward()
-                values.append(ranks.sum(output.loss_sum.detach()).view(1))
+                (output.terms["loss"].sum + output.terms["balance_loss"].sum).backward()
+                values.append(ranks.sum(output.terms["loss"].sum.detach()).view(1))
                 values += [
                     ranks.sum(p.grad).flatten() for p in model.parameters() if p.grad is not None
                 ]
@@ -285,10 +285,9 @@ def placements(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 
 def refreshed(model: Recommender, batch: SequenceBatch, ranks: Ranks) -> torch.Tensor:
     """Give the model the shortlist of a global batch; returns it, and how much of an exact search the one before found."""
-    pair = (model.backbone.inputs(batch.item_ids), batch.item_ids != 0)
-    recall, _ = model.mltfr.shortlist_recall(*pair)
-    model.mltfr.set_shortlist([ranks.max(r) for r in model.mltfr.relevance(*pair)])
-    return torch.cat([ranks.sum(recall), *(model.mltfr.shortlist(m).float() for m in range(2))])
+    recall = model.before_update(0, [batch], ranks)
+    lists = [selector.shortlist.row_ids for selector in model.mltfr.selectors]
+    return torch.cat([recall, *(row_ids.float() for row_ids in lists)])
 
 
 def placed_training(folder: Path, ranks: Ranks) -> dict[str, list[float]]:

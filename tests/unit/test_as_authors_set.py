@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import REPOSITORY, tiny_config
+from support import REPOSITORY, new_mltfr, tiny_config
 from torch.nn import functional as F
 
 from mltfr_dist.config import BackboneConfig, RunConfig
 from mltfr_dist.data.shards import load_manifest, read_shard
 from mltfr_dist.data.stream import Part, TrainStream
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.sasrec_original import OriginalBlock, OriginalSASRec
 from mltfr_dist.presets import preset
@@ -88,7 +87,7 @@ def test_the_consensus_expert_without_dropout() -> None:
         fields = {"tables": ["a"], "consensus": {"dropout": has_dropout}}
         config = RunConfig.model_validate({"data": {"path": "x"}, "mltfr": fields}).mltfr
         torch.manual_seed(0)
-        mltfr = MLTFR(config, 8, tables).train()
+        mltfr = new_mltfr(config, 8, tables).train()
         mltfr.add_consensus()
         assert mltfr.consensus is not None
         dropped = (mltfr.consensus.attention_dropout, mltfr.consensus.output_dropout)

@@ -164,7 +164,8 @@ def test_every_configuration_scores_the_same_to_the_bit(
         elif "shortlist" in name:
             state[name] = t + 1
     model.load_state_dict(state)
-    model.set_step(5)
+    for _ in range(5):
+        model.after_update(None)
     loaded = LoadedRun(config, inputs, model.eval(), ItemMap.load(config), torch.device("cpu"))
     publish(loaded, tmp_path / "model")
     exported = load_exported(tmp_path / "model")

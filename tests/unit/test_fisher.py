@@ -34,7 +34,7 @@ def test_equals_a_loop_over_samples(tmp_path: Path) -> None:
         expected = {name: torch.zeros_like(p) for name, p in core.named_parameters()}
         for row in range(16):
             single = SequenceBatch(*(None if t is None else t[row : row + 1] for t in batch))
-            loss = model(single).loss_sum / (single.target_ids != PADDING_IDX).sum()
+            loss = model(single).terms["loss"].sum / (single.target_ids != PADDING_IDX).sum()
             names, parameters = zip(*core.named_parameters(), strict=True)
             for name, gradient in zip(names, torch.autograd.grad(loss, parameters), strict=True):
                 expected[name] += gradient.square() / 16
@@ -56,7 +56,7 @@ def test_a_sample_counts_by_its_scored_positions_and_by_the_recommendation_loss(
     expected = torch.zeros_like(weight)
     for row in range(16):
         single = SequenceBatch(*(t[row : row + 1] for t in batch[:3]))
-        loss = model(single).loss_sum / (single.target_ids != PADDING_IDX).sum()
+        loss = model(single).terms["loss"].sum / (single.target_ids != PADDING_IDX).sum()
         expected += torch.autograd.grad(loss, weight)[0].square() / 16
     assert (found - expected).abs().max() < 1e-4 * expected.max()
 
@@ -67,7 +67,7 @@ def test_is_not_the_square_of_the_mean_gradient(tmp_path: Path) -> None:
     found = fisher_diagonals(model, [batch], ONE, 16)[0]["value.weight"]
     model.eval()
     lengths = (batch.target_ids != PADDING_IDX).sum(1, keepdim=True)
-    loss = model(batch, (1 / lengths / 16).expand_as(batch.target_ids)).loss_sum
+    loss = model(batch, (1 / lengths / 16).expand_as(batch.target_ids)).terms["loss"].sum
     (gradient,) = torch.autograd.grad(loss, [model.mltfr.cores[0].value.weight])
     assert found.sum() > 1.5 * gradient.square().sum()
 

@@ -50,24 +50,11 @@ class Shortlist(nn.Module):
         self.forget()
 
     @torch.no_grad()
-    def refresh(
-        self,
-        queries: list[Tensor],
-        table: TableRows,
-        project: Project,
-        num_kept: int,
-        reduce: Reduce,
+    def recall(
+        self, queries: Tensor, table: TableRows, project: Project, num_kept: int, reduce: Reduce
     ) -> Tensor:
-        """Search from now on the rows nearest to any of ``queries`` ([G, D] each) of any rank.
-
-        Returns:
-            [1], float64: mean over the first queries, of all ranks, of the share of the exact top ``num_kept`` that the
-            outgoing list holds. It was made from other users.
-        """
-        first = queries[0][:RECALL_QUERIES]
-        exact = table.search(first, project, num_kept)
+        """[1], float64: mean over queries [G, D] of all ranks of the share of the exact top K that the list holds."""
+        exact = table.search(queries, project, num_kept)
         found = torch.isin(exact, self.row_ids).float().mean(1).sum().double().view(1)
-        counted = reduce.sum(torch.cat([found, found.new_tensor([float(len(first))])]))
-        relevance = torch.stack([table.relevance(part, project) for part in queries]).amax(0)
-        self.choose(reduce.max(relevance))
-        return counted[:1] / counted[1:]
+        total = reduce.sum(torch.cat([found, found.new_tensor([float(len(queries))])]))
+        return total[:1] / total[1:]

@@ -15,7 +15,7 @@ from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.draws import LARGEST, GumbelNoise, mix
 from mltfr_dist.models.search import search
 from mltfr_dist.models.selectors.base import Reduce, Selection, Selector
-from mltfr_dist.models.selectors.shortlist import Shortlist
+from mltfr_dist.models.selectors.shortlist import RECALL_QUERIES, Shortlist
 from mltfr_dist.models.table_rows import TableRows
 from mltfr_dist.numerics import at_least_fp32
 
@@ -137,7 +137,12 @@ class UserGuided(Selector):
         """Choose the shortlist anew."""
         if self.shortlist is None:
             return None
-        return self.shortlist.refresh(queries, table, self.project, self.num_kept, reduce)
+        # Of the outgoing list, on users that it was not made from.
+        first = queries[0][:RECALL_QUERIES]
+        recall = self.shortlist.recall(first, table, self.project, self.num_kept, reduce)
+        relevance = [table.relevance(part, self.project) for part in queries]
+        self.shortlist.choose(reduce.max(torch.stack(relevance).amax(0)))
+        return recall
 
     def forget(self) -> None:
         """Fetch the shortlist's rows anew."""

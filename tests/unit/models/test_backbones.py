@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import new_model
 from torch import Tensor
 
 from mltfr_dist.backbones import BACKBONES, Entry
@@ -57,7 +58,7 @@ def recommender(name: str, with_mltfr: bool = False, **fields: object) -> Recomm
     )
     backbone = BackboneConfig(name=name, hidden_dim=DIM, dropout=0.3, **fields)
     loss = LossConfig(contrast_group=2)
-    made = Recommender(
+    made = new_model(
         backbone,
         mltfr,
         loss,
@@ -177,7 +178,7 @@ def test_scores_are_the_same_alone_and_name_real_items_only(
 
 @every
 def test_in_fp32_a_user_is_the_same_in_any_batch(name: str) -> None:
-    model = Recommender(
+    model = new_model(
         BackboneConfig(name=name, hidden_dim=DIM),
         MLTFRConfig(enabled=False),
         LossConfig(),
@@ -193,29 +194,28 @@ def test_in_fp32_a_user_is_the_same_in_any_batch(name: str) -> None:
 
 
 @every
-def test_an_injection_joins_after_the_first_block_only(name: str) -> None:
-    backbone = recommender(name).backbone
-    item_ids = padded([[1, 2, 3], [4]])
-    seen: list[Tensor] = []
+def test_mltfr_joins_after_the_first_block_only(name: str) -> None:
+    model, item_ids = recommender(name), padded([[1, 2, 3], [4]])
+    backbone, seen = model.backbone, []
 
-    def injection(x: Tensor, valid_mask: Tensor) -> Tensor:
+    def mltfr(x: Tensor, valid_mask: Tensor, ids: Tensor) -> tuple[Tensor, None]:
         seen.append(x)
         assert torch.equal(valid_mask, item_ids != 0)
-        return x.cos()  # not constant, which a norm would take away
+        assert torch.equal(ids, item_ids)
+        return x.cos(), None  # not constant, which a norm would take away
 
     with torch.no_grad():
-        hidden, _ = backbone(item_ids, injection)
-        packing = Packing(item_ids)
-        expected = (
-            backbone.blocks[0](packing.pack(backbone.inputs(item_ids)), packing)
-            + packing.pack(backbone.inputs(item_ids)).cos()
-        )
+        bare, packing, _ = model.hidden(item_ids)
+        model.__dict__["mltfr"] = mltfr  # in place of a module
+        hidden, _, _ = model.hidden(item_ids)
+        inputs = packing.pack(backbone.inputs(item_ids))
+        expected = backbone.blocks[0](inputs, packing) + inputs.cos()
         for block in list(backbone.blocks)[1:]:
             expected = block(expected, packing)
         torch.testing.assert_close(hidden, backbone.finish(expected))
         assert len(seen) == 1
         assert torch.equal(seen[0], backbone.inputs(item_ids))
-        assert not torch.allclose(hidden, backbone(item_ids)[0])
+        assert not torch.allclose(hidden, bare)
 
 
 @every
@@ -234,9 +234,8 @@ def test_every_parameter_learns_and_the_full_length_fits(name: str, with_mltfr: 
             [items.roll(1, 1), torch.where(torch.arange(width) % 2 == 0, MASK, items)], dim=1
         )
     found = model(SequenceBatch(items, targets, torch.arange(4), view_ids=views))
-    total = (
-        found.loss_sum if found.contrastive_sum is None else found.loss_sum + found.contrastive_sum
-    )
+    contrast = found.terms.get("contrast_loss")
+    total = found.terms["loss"].sum + (0 if contrast is None else contrast.sum)
     model.zero_grad()
     total.backward()
     for parameter_name, parameter in model.named_parameters():
@@ -367,7 +366,7 @@ def test_bert4rec_reads_both_sides_and_never_a_masked_item(
     for target in (1, 2):
         targets[0, place] = target
         batch = SequenceBatch(padded([masked]), targets, torch.zeros(1).long())
-        losses.append(model(batch).loss_sum.item())
+        losses.append(model(batch).terms["loss"].sum.item())
     scores = model.backbone.item_embedding.weight[1 : NUM_ITEMS + 1] @ shown[place]
     for target, loss in zip((1, 2), losses, strict=True):
         expected = torch.nn.functional.cross_entropy(scores, torch.tensor(target - 1))
@@ -457,7 +456,9 @@ def test_the_loss_is_a_weighted_sum_over_scored_positions(
         kept_config = made.loss_config
         made.loss_config = LossConfig(name=name, **change)
         try:
-            assert made(batch, weights).loss_sum.item() == pytest.approx(expected, rel=1e-6)
+            assert made(batch, weights).terms["loss"].sum.item() == pytest.approx(
+                expected, rel=1e-6
+            )
         finally:
             made.loss_config = kept_config
 
@@ -488,8 +489,8 @@ def test_contrast_is_of_the_states_at_the_ends_of_the_views() -> None:
     expected = sum(
         loss(ends[p, v], ends[p, 1 - v], list(ends[1 - p])) / 2 for p in range(2) for v in range(2)
     )  # the third is alone in its group: nothing to tell it from
-    assert made(batch).contrastive_sum.item() == pytest.approx(expected, rel=1e-6)
-    assert made(batch._replace(view_ids=None)).contrastive_sum is None
+    assert made(batch).terms["contrast_loss"].sum.item() == pytest.approx(expected, rel=1e-6)
+    assert "contrast_loss" not in made(batch._replace(view_ids=None)).terms
 
 
 # --- adding one --------------------------------------------------------------------------------------------------

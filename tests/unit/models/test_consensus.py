@@ -171,7 +171,7 @@ def module(num_tables: int, *, weight: float, seed: int = 0) -> MLTFR:
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-        for group in (made.cores, made.adapters, made.filters):
+        for group in (made.cores, made.adapters, made.selectors):
             for other in group[1:]:
                 other.load_state_dict(group[0].state_dict())
     return made.eval()
@@ -217,16 +217,13 @@ def test_gradients_pass_through_the_frozen_consensus_to_what_feeds_it() -> None:
     )
     assert mltfr.consensus is not None
     x = torch.randn(2, 4, DIM)
-    positions, queries, _ = mltfr.blocks(x, torch.ones(2, 4, dtype=torch.bool))
-    from mltfr_dist.models.experts import Memory
-
-    kept = [selection.kept for selection in mltfr.selections(queries, None)]
+    blocks = mltfr.blocks(x, torch.ones(2, 4, dtype=torch.bool))
     memories = [
-        Memory(mltfr.adapters[m](mltfr.candidates(m)), k.places, k.log_weights)
-        for m, k in enumerate(kept)
+        selection.memory(adapter)
+        for selection, adapter in zip(mltfr.selections(blocks.queries, None), mltfr.adapters)
     ]
-    mltfr.consensus(positions, memories).square().sum().backward()
+    mltfr.consensus(blocks.positions, memories).square().sum().backward()
     for m in range(2):
-        assert mltfr.filters[m].projection.weight.grad.abs().max() > 0
+        assert mltfr.selectors[m].projection.weight.grad.abs().max() > 0
         assert mltfr.adapters[m].linear.weight.grad.abs().max() > 0
         assert mltfr.cores[m].query.weight.grad is None

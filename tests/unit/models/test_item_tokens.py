@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import new_model
 from torch import Tensor, nn
 
 from mltfr_dist.backbones import BACKBONES
@@ -34,7 +35,7 @@ def make(
         filter=FilterConfig(top_k=2, shortlist_size=None),
         expert=ExpertConfig(num_heads=2, head_dim=2),
     )
-    made = Recommender(
+    made = new_model(
         BackboneConfig(name=backbone, hidden_dim=DIM),
         mltfr,
         loss or LossConfig(contrast_group=2),
@@ -114,8 +115,8 @@ def test_every_loss_and_its_gradient_see_the_sums(name: str) -> None:
     outputs = [m(training_batch(**fields)) for m in (model, plain)]
     for output in outputs:
         assert isinstance(output, TrainingOutput)
-        output.loss_sum.backward()
-    assert torch.allclose(outputs[0].loss_sum, outputs[1].loss_sum, atol=1e-10)
+        output.terms["loss"].sum.backward()
+    assert torch.allclose(outputs[0].terms["loss"].sum, outputs[1].terms["loss"].sum, atol=1e-10)
     vectors, embedding = model.backbone.item_embedding, plain.backbone.item_embedding
     assert isinstance(vectors, ItemVectors)
     assert isinstance(embedding, nn.Embedding)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import new_mltfr
 from torch import Tensor
 
 from mltfr_dist.config import ConsensusConfig, ExpertConfig, FilterConfig, MLTFRConfig, RouterConfig
-from mltfr_dist.models.experts import ExpertCore, Memory, Router, mean_memory, pooled
-from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.experts import ExpertCore, Memory, Router
+from mltfr_dist.models.mltfr import MLTFR, routing_sums
+from mltfr_dist.published.experts import mean_memory, pooled
+from mltfr_dist.published.selecting import WeightedSelection
 
 DIM, NAMES = 8, ("one", "two", "three")
 SHAPES = ((40, 6), (30, 10), (20, 5))
@@ -33,7 +36,7 @@ def make(
         router=RouterConfig(**(router or {})),
         consensus=ConsensusConfig(**(consensus or {})),
     )
-    made = MLTFR(config, DIM, [torch.randn(*shape) for shape in SHAPES])
+    made = new_mltfr(config, DIM, [torch.randn(*shape) for shape in SHAPES])
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "temperature" not in name:
@@ -64,8 +67,8 @@ def test_experts_of_a_table_share_its_filter_and_start_apart_by_their_adapters_o
     config = MLTFRConfig(
         tables=NAMES, filter=FilterConfig(top_k=4), expert=ExpertConfig(per_table=2)
     )
-    mltfr = MLTFR(config, DIM, [torch.randn(*shape) for shape in SHAPES])
-    assert (len(mltfr.filters), len(mltfr.cores), len(mltfr.adapters)) == (3, 6, 6)
+    mltfr = new_mltfr(config, DIM, [torch.randn(*shape) for shape in SHAPES])
+    assert (len(mltfr.selectors), len(mltfr.cores), len(mltfr.adapters)) == (3, 6, 6)
     for name, value in mltfr.cores[0].state_dict().items():
         assert all(torch.equal(core.state_dict()[name], value) for core in mltfr.cores)
     assert not torch.equal(mltfr.adapters[0].linear.weight, mltfr.adapters[1].linear.weight)
@@ -76,10 +79,11 @@ def test_experts_of_a_table_share_its_filter_and_start_apart_by_their_adapters_o
 def test_the_output_is_the_gated_sum_of_every_tables_experts() -> None:
     mltfr = make(expert={"per_table": 2}, router={"null_expert": True})
     x = embeddings()
-    positions, queries, occupied = mltfr.blocks(x, ITEMS != 0)
+    blocks = mltfr.blocks(x, ITEMS != 0)
+    positions, queries, occupied = blocks.positions, blocks.queries, blocks.occupied
     memories = mltfr.memories(queries, None)
     assert len(memories) == 6
-    assert torch.equal(memories[2].places, memories[3].places)  # one filter
+    assert torch.equal(memories[2].kept, memories[3].kept)  # one filter
     weights = mltfr.router(positions)
     assert weights.shape[-1] == 7
     expected = sum(
@@ -109,8 +113,8 @@ def test_a_position_can_do_without_experts() -> None:
         mltfr.router.linear.bias[-1] = 100.0
     assert added(mltfr).abs().max() < 1e-30
     assert mltfr.gate_names(NAMES)[-1] == "none"
-    stats = mltfr(embeddings(), ITEMS != 0, ITEMS)[1]
-    assert stats.top_sum.tolist() == [0, 0, 0, 8]
+    sums = routing_sums(mltfr(embeddings(), ITEMS != 0, ITEMS)[1])
+    assert sums.top.tolist() == [0, 0, 0, 8]
 
 
 def test_expert_dropout_leaves_out_whole_experts_in_training_only_and_never_all() -> None:
@@ -159,11 +163,11 @@ def test_the_consensus_reads_its_groups_tables_alone() -> None:
     )
     before = consensus_part(mltfr, 1.0) - consensus_part(mltfr, 0.0)
     with torch.no_grad():
-        mltfr.filters[1].projection.weight.mul_(-1)
+        mltfr.selectors[1].projection.weight.mul_(-1)
     after = consensus_part(mltfr, 1.0) - consensus_part(mltfr, 0.0)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        mltfr.filters[2].projection.weight.mul_(-1)
+        mltfr.selectors[2].projection.weight.mul_(-1)
     assert (consensus_part(mltfr, 1.0) - consensus_part(mltfr, 0.0) - before).abs().max() > 1e-3
 
 
@@ -181,7 +185,8 @@ def test_noise_moves_the_choice_in_training_only_and_dies_away() -> None:
                 module.p = 0.0
     assert not torch.allclose(added(quiet), added(noisy))
     assert torch.equal(added(noisy), added(noisy))  # the same seed, step, user and table
-    noisy.step = 10
+    for _ in range(10):
+        noisy.after_update(None)
     assert torch.equal(added(quiet), added(noisy))
 
 
@@ -196,14 +201,17 @@ def test_a_pooled_memory_weighs_a_row_by_how_often_it_is_kept() -> None:
         core(x, [pooled(Memory(rows, places, log_weights))]), core(x, [spelled_out])
     )
     factors = torch.rand(3, 2).double()
-    scaled = pooled(Memory(rows, places, torch.zeros(3, 2).double(), factors))
+    weighted = WeightedSelection(rows, torch.arange(6), places, torch.zeros(3, 2).double(), factors)
+    scaled = pooled(weighted.memory(torch.nn.Identity()))
+    assert scaled.kept is None
     torch.testing.assert_close(scaled.rows, rows[places.flatten()] * factors.flatten()[:, None])
 
 
 def test_the_published_consensus_reads_the_mean_of_the_kth_rows() -> None:
     rows, places = torch.randn(2, 5, 3), torch.tensor([[[0, 1], [2, 2]], [[4, 3], [1, 0]]])
     memories = [Memory(r, p, torch.zeros(2, 2)) for r, p in zip(rows, places, strict=True)]
-    mean = mean_memory(memories)
-    torch.testing.assert_close(mean.gathered()[0, 0], (rows[0, 0] + rows[1, 4]) / 2)
-    torch.testing.assert_close(mean.gathered()[1, 1], (rows[0, 2] + rows[1, 0]) / 2)
+    (mean,) = mean_memory(memories)
+    gathered = mean.rows[mean.kept]
+    torch.testing.assert_close(gathered[0, 0], (rows[0, 0] + rows[1, 4]) / 2)
+    torch.testing.assert_close(gathered[1, 1], (rows[0, 2] + rows[1, 0]) / 2)
     assert mean.log_weights.abs().max() < 1e-6

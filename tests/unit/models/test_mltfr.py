@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import new_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,13 +25,15 @@ from mltfr_dist.config import (
     RouterConfig,
 )
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
+from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.losses import full_cross_entropy
 from mltfr_dist.models import search as searching
 from mltfr_dist.models.experts import ExpertCore, Memory, Router
-from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.mltfr import MLTFR, routing_sums
+from mltfr_dist.models.query_blocks import prefix_mean
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
 from mltfr_dist.models.search import best, row_relevance, search, search_rows
-from mltfr_dist.models.token_filter import KeptTokens, prefix_mean
+from mltfr_dist.models.selectors import Selection
 from mltfr_dist.tables.store import table_hash
 
 NUM_ITEMS, MAX_LEN, DIM, TOP_K = 30, 10, 16, 4
@@ -58,7 +62,7 @@ def make(
     )
     backbone = BackboneConfig(hidden_dim=DIM, num_layers=2, num_heads=2, dropout=0.2)
     tables = [torch.randn(*shape) for shape in SHAPES]
-    made = Recommender(
+    made = new_model(
         backbone, config, LossConfig(), num_items=NUM_ITEMS, max_len=MAX_LEN, table_rows=tables
     )
     with torch.no_grad():
@@ -102,10 +106,33 @@ def inputs(histories: list[list[int]], model: Recommender) -> tuple[Tensor, Tens
         return model.backbone.inputs(item_ids), item_ids != 0
 
 
-def kept_tokens(mltfr: MLTFR, queries: Tensor) -> list[KeptTokens]:
-    """What each table's user-guided filter keeps for queries [G, D]; places are row numbers."""
+def kept_tokens(mltfr: MLTFR, queries: Tensor) -> list[Selection]:
+    """What each table's user-guided filter keeps for queries [G, D]; kept are row numbers."""
+    return [replace(s, kept=s.row_ids[s.kept]) for s in mltfr.selections(queries, None)]
+
+
+def queries_of(mltfr: MLTFR, x: Tensor, valid: Tensor) -> Tensor:
+    return mltfr.blocks(x, valid).queries
+
+
+def relevance_of(mltfr: MLTFR, x: Tensor, valid: Tensor) -> list[Tensor]:
+    """Per table, [V_m] largest cosine of each row with any query."""
+    with torch.no_grad():
+        return [
+            mltfr.table(m).relevance(queries_of(mltfr, x, valid), mltfr.selectors[m].project)
+            for m in range(len(SHAPES))
+        ]
+
+
+def set_shortlists(mltfr: MLTFR, relevance: list[Tensor]) -> None:
+    for selector, values in zip(mltfr.selectors, relevance, strict=True):
+        selector.shortlist.choose(values)
+
+
+def recall_of(mltfr: MLTFR, queries: Tensor) -> list[float]:
     return [
-        s.kept._replace(places=s.row_ids[s.kept.places]) for s in mltfr.selections(queries, None)
+        s.shortlist.recall(queries, mltfr.table(m), s.project, s.num_kept, ALONE).item()
+        for m, s in enumerate(mltfr.selectors)
     ]
 
 
@@ -195,7 +222,8 @@ def test_a_blocks_query_is_the_prefix_mean_at_its_first_position(query_every: in
     model = shared(query_every)
     histories = some_histories()
     x, valid = inputs(histories, model)
-    positions, queries, occupied = mltfr_of(model).blocks(x, valid)
+    blocks = mltfr_of(model).blocks(x, valid)
+    positions, queries, occupied = blocks.positions, blocks.queries, blocks.occupied
     group = 0
     for user, history in enumerate(histories):
         for start in range(0, len(history), query_every):
@@ -221,7 +249,7 @@ def test_every_parameter_gets_a_gradient(consensus: bool, spread: float) -> None
     model = make(consensus=consensus, spread=spread)
     output = model(training_batch(some_histories()))
     assert isinstance(output, TrainingOutput)
-    output.loss_sum.backward()
+    output.terms["loss"].sum.backward()
     largest = {
         name: float(p.grad.abs().max())
         for name, p in mltfr_of(model).named_parameters()
@@ -243,8 +271,8 @@ def test_every_parameter_gets_a_gradient(consensus: bool, spread: float) -> None
 @pytest.mark.parametrize("top_k", [2, 7])
 def test_the_filter_gets_a_gradient_at_any_k_that_is_allowed(top_k: int) -> None:
     model = make(top_k=top_k)
-    model(training_batch(some_histories())).loss_sum.backward()
-    for one in mltfr_of(model).filters:
+    model(training_batch(some_histories())).terms["loss"].sum.backward()
+    for one in mltfr_of(model).selectors:
         assert one.projection.weight.grad.abs().max() > 1e-5
         assert one.log_temperature.grad.abs().max() > 1e-6
 
@@ -252,8 +280,8 @@ def test_the_filter_gets_a_gradient_at_any_k_that_is_allowed(top_k: int) -> None
 @pytest.mark.parametrize("fields", [{"top_k": 2}, {"top_k": None, "filter_ratio": 0.01}])
 def test_the_filter_gets_a_gradient_however_few_tokens_are_kept(fields: dict[str, object]) -> None:
     model = make(**fields)
-    model(training_batch(some_histories())).loss_sum.backward()
-    assert all(one.projection.weight.grad.abs().max() > 1e-6 for one in mltfr_of(model).filters)
+    model(training_batch(some_histories())).terms["loss"].sum.backward()
+    assert all(one.projection.weight.grad.abs().max() > 1e-6 for one in mltfr_of(model).selectors)
 
 
 def test_two_evaluations_agree_to_the_bit() -> None:
@@ -280,7 +308,7 @@ def test_training_never_touches_a_table_or_the_consensus_expert() -> None:
     for step in range(4):
         optimizer.zero_grad()
         output = model(training_batch(some_histories(seed=step)))
-        (output.loss_sum + output.routing.balance_sum.sum()).backward()
+        (output.terms["loss"].sum + output.terms["balance_loss"].sum).backward()
         optimizer.step()
     assert [table_hash(mltfr.table(m).rows) for m in range(len(SHAPES))] == hashes
     assert all(torch.equal(t, consensus[name]) for name, t in mltfr.consensus.state_dict().items())
@@ -295,8 +323,8 @@ def test_tables_are_neither_parameters_nor_state() -> None:
     assert not tables & {t.data_ptr() for t in model.state_dict().values()}
     assert not [name for name in model.state_dict() if "table_" in name]
     assert {n for n in model.state_dict() if "shortlist" in n} == {
-        "mltfr.shortlist_0",
-        "mltfr.shortlist_1",
+        "mltfr.selectors.0.shortlist.row_ids",
+        "mltfr.selectors.1.shortlist.row_ids",
     }  # table 2 has 50 rows
     other = make(consensus=True, shortlist=55, spread=0.1)
     other.load_state_dict(model.state_dict())
@@ -309,21 +337,21 @@ def test_gate_weights_sum_to_one_and_their_sums_are_additive() -> None:
     histories = some_histories()
     positions = sum(map(len, histories))
     x, valid = inputs(histories, model)
-    _, whole = mltfr_of(model)(x, valid)
+    whole = routing_sums(mltfr_of(model)(x, valid)[1])
     gate = mltfr_of(model).router(x).detach()
     torch.testing.assert_close(gate.sum(-1), torch.ones(x.shape[:2]))
     assert gate.min() > 0
-    torch.testing.assert_close(whole.gate_sum, gate[valid].sum(0), rtol=1e-5, atol=1e-5)
-    assert whole.gate_sum.sum() == pytest.approx(positions, rel=1e-6)
+    torch.testing.assert_close(whole.gate, gate[valid].sum(0), rtol=1e-5, atol=1e-5)
+    assert whole.gate.sum() == pytest.approx(positions, rel=1e-6)
     assert (
-        whole.top_sum.tolist()
-        == torch.bincount(gate[valid].argmax(-1), minlength=len(SHAPES)).tolist()
+        whole.top.tolist() == torch.bincount(gate[valid].argmax(-1), minlength=len(SHAPES)).tolist()
     )
-    assert whole.entropy_sum.item() == pytest.approx(
+    assert whole.entropy.item() == pytest.approx(
         -(gate[valid] * gate[valid].log()).sum().item(), rel=1e-5
     )
     parts = [
-        mltfr_of(model)(x[i : i + 2], valid[i : i + 2])[1] for i in range(0, len(histories), 2)
+        routing_sums(mltfr_of(model)(x[i : i + 2], valid[i : i + 2])[1])
+        for i in range(0, len(histories), 2)
     ]
     for name in whole._fields:
         torch.testing.assert_close(
@@ -349,9 +377,9 @@ def test_a_batch_of_padding_costs_nothing_and_gives_finite_gradients() -> None:
     model = make(consensus=True)
     empty = SequenceBatch(torch.zeros(2, 1).long(), torch.zeros(2, 1).long(), torch.full((2,), -1))
     output = model(empty)
-    (output.loss_sum + output.routing.balance_sum.sum()).backward()
-    assert output.loss_sum.item() == 0
-    assert output.routing.gate_sum.sum() == 0
+    (output.terms["loss"].sum + output.terms["balance_loss"].sum).backward()
+    assert output.terms["loss"].sum.item() == 0
+    assert output.routing.gate.sum() == 0
     assert all(
         p.grad is None or torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters()
     )
@@ -369,7 +397,7 @@ def norm_by_hand(row: Tensor, layer: nn.LayerNorm) -> Tensor:
 
 def kept_by_hand(mltfr: MLTFR, m: int, query: Tensor) -> tuple[list[int], Tensor]:
     """Row numbers of the K largest cosines of the whole table, best first, and their log-weights."""
-    table, one, query = mltfr.table(m).rows, mltfr.filters[m], query.detach()
+    table, one, query = mltfr.table(m).rows, mltfr.selectors[m], query.detach()
     cosines = []
     for row in table:
         projected = (one.projection.weight @ row + one.projection.bias).detach()
@@ -456,13 +484,13 @@ def test_fp32_stays_near_the_formulas(query_every: int) -> None:
 def test_kept_tokens_are_the_exact_top_k_by_cosine() -> None:
     model = make(3).double()
     mltfr = mltfr_of(model)
-    _, queries, _ = mltfr.blocks(*inputs(some_histories(4), model))
+    queries = queries_of(mltfr, *inputs(some_histories(4), model))
     with torch.no_grad():
         for m, kept in enumerate(kept_tokens(mltfr, queries)):
-            assert kept.places.shape == kept.log_weights.shape == (len(queries), TOP_K)
+            assert kept.kept.shape == kept.log_weights.shape == (len(queries), TOP_K)
             for g, query in enumerate(queries):
                 expected, log_weights = kept_by_hand(mltfr, m, query)
-                assert kept.places[g].tolist() == expected
+                assert kept.kept[g].tolist() == expected
                 torch.testing.assert_close(
                     kept.log_weights[g].double(), log_weights, rtol=0, atol=1e-5
                 )
@@ -474,7 +502,7 @@ def test_scaling_a_query_changes_neither_tokens_nor_weights() -> None:
     for one, other in zip(
         kept_tokens(mltfr, queries), kept_tokens(mltfr, queries * 37.0), strict=True
     ):
-        assert torch.equal(one.places, other.places)
+        assert torch.equal(one.kept, other.kept)
         torch.testing.assert_close(one.log_weights, other.log_weights, rtol=0, atol=1e-5)
 
 
@@ -482,7 +510,7 @@ def test_a_lower_temperature_sharpens_the_weights() -> None:
     mltfr = mltfr_of(make())
     queries = torch.randn(5, DIM)
     before = [kept.log_weights.exp().amax(1) for kept in kept_tokens(mltfr, queries)]
-    for one in mltfr.filters:
+    for one in mltfr.selectors:
         one.log_temperature.data.sub_(2.0)
     for old, kept in zip(before, kept_tokens(mltfr, queries), strict=True):
         assert (kept.log_weights.exp().amax(1) > old).all()
@@ -492,7 +520,7 @@ def test_a_lower_temperature_sharpens_the_weights() -> None:
 def test_a_temperature_that_is_not_learned_is_no_parameter() -> None:
     mltfr = mltfr_of(make(learn_temperature=False, temperature=0.25))
     assert not [name for name, _ in mltfr.named_parameters() if "temperature" in name]
-    assert mltfr.filters[0].temperature.item() == pytest.approx(0.25)
+    assert mltfr.selectors[0].temperature.item() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
@@ -502,13 +530,13 @@ def test_a_temperature_that_is_not_learned_is_no_parameter() -> None:
 def test_filter_ratio_gives_k(ratio: float, expected: tuple[int, ...]) -> None:
     model = make(top_k=None, filter_ratio=ratio)
     assert (
-        tuple(one.num_kept for one in mltfr_of(model).filters)
+        tuple(one.num_kept for one in mltfr_of(model).selectors)
         == expected
         == tuple(max(2, round(ratio * v)) for v, _ in SHAPES)
     )
     kept = kept_tokens(mltfr_of(model), torch.randn(3, DIM))
-    assert tuple(k.places.shape[1] for k in kept) == expected
-    assert all(len(set(row.tolist())) == k.places.shape[1] for k in kept for row in k.places)
+    assert tuple(k.kept.shape[1] for k in kept) == expected
+    assert all(len(set(row.tolist())) == k.kept.shape[1] for k in kept for row in k.kept)
 
 
 def test_searching_in_chunks_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -566,12 +594,13 @@ def test_set_shortlist_keeps_the_rows_of_highest_relevance() -> None:
     relevance = [torch.zeros(rows) for rows, _ in SHAPES]
     relevance[0][[50, 7, 33]] = torch.tensor([0.9, 0.5, 0.7])
     relevance[1][:] = torch.arange(90.0)
-    mltfr.set_shortlist(relevance)
-    assert mltfr.shortlist(0).tolist() == [0, 1, 7, 33, 50]  # ties go to the lower row number
-    assert mltfr.shortlist(1).tolist() == [85, 86, 87, 88, 89]
-    assert mltfr.shortlist(2).tolist() == [0, 1, 2, 3, 4]
+    set_shortlists(mltfr, relevance)
+    lists = [selector.shortlist for selector in mltfr.selectors]
+    assert lists[0].row_ids.tolist() == [0, 1, 7, 33, 50]  # ties go to the lower row number
+    assert lists[1].row_ids.tolist() == [85, 86, 87, 88, 89]
+    assert lists[2].row_ids.tolist() == [0, 1, 2, 3, 4]
     assert mltfr.uses_shortlist
-    assert torch.equal(mltfr.candidates(0), mltfr.table(0).rows[mltfr.shortlist(0)])
+    assert torch.equal(lists[0].candidates(mltfr.table(0)), mltfr.table(0).rows[lists[0].row_ids])
 
 
 def test_a_shortlist_that_holds_the_top_k_gives_the_full_search() -> None:
@@ -579,63 +608,55 @@ def test_a_shortlist_that_holds_the_top_k_gives_the_full_search() -> None:
     short.load_state_dict(full.state_dict(), strict=False)
     histories = some_histories(3)
     x, valid = inputs(histories, full)
-    _, queries, _ = mltfr_of(full).blocks(x, valid)
+    queries = queries_of(mltfr_of(full), x, valid)
     needed = []
     for kept, (rows, _) in zip(kept_tokens(mltfr_of(full), queries), SHAPES, strict=True):
         marks = torch.zeros(rows)
-        marks[kept.places.flatten()] = 1.0
+        marks[kept.kept.flatten()] = 1.0
         needed.append(marks)
     assert all(marks.sum() < 45 for marks in needed)
-    mltfr_of(short).set_shortlist(needed)
+    set_shortlists(mltfr_of(short), needed)
     with torch.no_grad():
         torch.testing.assert_close(
             mltfr_of(short)(x, valid)[0], mltfr_of(full)(x, valid)[0], rtol=0, atol=1e-6
         )
         for m in range(len(SHAPES)):
-            found = kept_tokens(mltfr_of(short), queries)[m].places
-            assert torch.equal(found, kept_tokens(mltfr_of(full), queries)[m].places)
-    recall, count = mltfr_of(short).shortlist_recall(x, valid)
-    assert count == len(queries)
-    assert recall.tolist() == [count] * len(SHAPES)
+            found = kept_tokens(mltfr_of(short), queries)[m].kept
+            assert torch.equal(found, kept_tokens(mltfr_of(full), queries)[m].kept)
+    assert recall_of(mltfr_of(short), queries) == [1.0] * len(SHAPES)
 
 
 def test_shortlist_recall_is_the_share_of_the_exact_top_k() -> None:
     model = make(3, shortlist=20)
     x, valid = inputs(some_histories(3), model)
     mltfr = mltfr_of(model)
-    _, queries, _ = mltfr.blocks(x, valid)
-    recall, count = mltfr.shortlist_recall(x, valid, max_queries=3)
-    assert count == 3
+    queries = queries_of(mltfr, x, valid)
+    recall = recall_of(mltfr, queries[:3])
     for m in range(len(SHAPES)):
         exact = [set(kept_by_hand(mltfr, m, query)[0]) for query in queries[:3]]
-        assert recall[m].item() == pytest.approx(
-            sum(len(kept & set(range(20))) / TOP_K for kept in exact)
+        assert recall[m] == pytest.approx(
+            sum(len(kept & set(range(20))) / TOP_K for kept in exact) / 3
         )
-    mltfr.set_shortlist(
-        [-r for r in mltfr.relevance(x, valid)]
-    )  # the rows furthest from all queries
-    assert mltfr.shortlist_recall(x, valid)[0].sum() == 0
+    # The rows furthest from all queries:
+    set_shortlists(mltfr, [-r for r in relevance_of(mltfr, x, valid)])
+    assert recall_of(mltfr, queries) == [0.0] * len(SHAPES)
 
 
 def test_relevance_puts_a_single_users_top_k_on_the_shortlist() -> None:
     model = make(16, shortlist=TOP_K)  # one query a user
     x, valid = inputs([[4, 8, 15]], model)
     mltfr = mltfr_of(model)
-    relevance = mltfr.relevance(x, valid)
+    relevance = relevance_of(mltfr, x, valid)
     assert [len(r) for r in relevance] == [rows for rows, _ in SHAPES]
-    mltfr.set_shortlist(relevance)
-    recall, count = mltfr.shortlist_recall(x, valid)
-    assert (recall / count).tolist() == [1.0, 1.0, 1.0]
+    set_shortlists(mltfr, relevance)
+    assert recall_of(mltfr, queries_of(mltfr, x, valid)) == [1.0, 1.0, 1.0]
 
 
 def test_a_shortlist_as_long_as_the_table_is_the_whole_table() -> None:
     mltfr = mltfr_of(make(shortlist=1000))
     assert not mltfr.uses_shortlist
-    assert not mltfr.has_shortlist(1)
     assert not [name for name in mltfr.state_dict() if "shortlist" in name]
-    x, valid = inputs(some_histories(2), shared())
-    recall, count = mltfr.shortlist_recall(x, valid)
-    assert recall.tolist() == [count] * len(SHAPES)
+    assert mltfr.refresh([inputs(some_histories(2), shared())], ALONE).tolist() == [1.0] * 3
 
 
 @pytest.mark.parametrize("shortlist", [None, 40])
@@ -646,7 +667,7 @@ def test_explain_agrees_with_forward(query_every: int, shortlist: int | None) ->
     histories = some_histories()
     x, valid = inputs(histories, model)
     if shortlist:
-        mltfr.set_shortlist(mltfr.relevance(x, valid))
+        set_shortlists(mltfr, relevance_of(mltfr, x, valid))
     explanations = model.explain(padded(histories))
     with torch.no_grad():
         added, _ = mltfr(x, valid)
@@ -708,14 +729,14 @@ def test_the_loss_is_a_weighted_sum_over_real_positions(name: str) -> None:
                     negatives = vectors[batch.negative_ids[user, t]] @ state
                     value = -F.logsigmoid(vectors[target] @ state) - F.logsigmoid(-negatives).mean()
                 expected += float(weights[user, t] * value)
-        assert model(batch, weights).loss_sum.item() == pytest.approx(expected, rel=1e-5)
-        assert model(batch).loss_sum.item() == pytest.approx(
-            model(batch, torch.ones_like(weights)).loss_sum.item(), rel=1e-6
+        assert model(batch, weights).terms["loss"].sum.item() == pytest.approx(expected, rel=1e-5)
+        assert model(batch).terms["loss"].sum.item() == pytest.approx(
+            model(batch, torch.ones_like(weights)).terms["loss"].sum.item(), rel=1e-6
         )
 
 
 def test_the_bare_backbone_has_no_routing() -> None:
-    bare = Recommender(
+    bare = new_model(
         BackboneConfig(hidden_dim=DIM),
         MLTFRConfig(enabled=False),
         LossConfig(),
@@ -726,12 +747,12 @@ def test_the_bare_backbone_has_no_routing() -> None:
     batch = training_batch(some_histories(3))
     output = bare(batch)
     assert output.routing is None
-    hidden, _ = bare.backbone(batch.item_ids)
+    hidden, _, _ = bare.hidden(batch.item_ids)
     targets = batch.target_ids[batch.target_ids != 0]
     expected = full_cross_entropy(
         hidden, bare.backbone.item_embedding.weight[1:], targets, torch.ones(len(targets))
     )
-    assert output.loss_sum.item() == pytest.approx(expected.item())
+    assert output.terms["loss"].sum.item() == pytest.approx(expected.item())
 
 
 def test_all_cores_start_equal_and_apart() -> None:

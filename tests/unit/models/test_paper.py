@@ -9,7 +9,7 @@ from pathlib import Path
 import published
 import pytest
 import torch
-from support import tiny_config, write_table
+from support import new_mltfr, tiny_config, write_table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,7 +31,8 @@ from mltfr_dist.models.draws import GumbelNoise, gumbel, history_keys
 from mltfr_dist.models.experts import ExpertCore
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.models.token_filter import TokenFilter
+from mltfr_dist.models.selectors.user_guided import UserGuided
+from mltfr_dist.published.selecting import straight_through
 from mltfr_dist.repairs import as_published
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
 from mltfr_dist.tuning.space import with_values
@@ -64,7 +65,7 @@ def make(top_k: int, *, double_softmax: bool = False, consensus: bool = False) -
         router=RouterConfig(double_softmax=double_softmax, balance_weight=0),
         consensus=ConsensusConfig(weight=LAMBDA),
     )
-    made = MLTFR(
+    made = new_mltfr(
         config, DIM, [torch.randn(rows, width) for rows, width in zip(ROWS, WIDTHS, strict=True)]
     )
     with torch.no_grad():
@@ -91,11 +92,9 @@ def embeddings() -> Tensor:
 
 def noise_of(mltfr: MLTFR, m: int, ids: Tensor) -> Tensor:
     """[B, V_m] the noise that the filter draws."""
-    token_filter = mltfr.filters[m]
-    assert isinstance(token_filter, TokenFilter)
-    drawn = mltfr._noise(
-        token_filter, history_keys(ids)[:, -1], torch.arange(mltfr.table(m).num_rows)
-    )
+    token_filter = mltfr.selectors[m]
+    assert isinstance(token_filter, UserGuided)
+    drawn = token_filter.noise(history_keys(ids)[:, -1], torch.arange(mltfr.table(m).num_rows))
     assert drawn is not None
     return drawn.part(slice(None)).double()
 
@@ -106,10 +105,10 @@ def stated(mltfr: MLTFR, x: Tensor, ids: Tensor) -> Tensor:
     u = published.user_vectors(x, valid)
     memories, experts = [], []
     for m, core in enumerate(mltfr.cores):
-        projection, top_k = mltfr.filters[m].projection, mltfr.filters[m].num_kept
+        projection, top_k = mltfr.selectors[m].projection, mltfr.selectors[m].num_kept
         noise, tau, rows = (
             noise_of(mltfr, m, ids),
-            float(mltfr.filters[m].temperature),
+            float(mltfr.selectors[m].temperature),
             mltfr.table(m).rows,
         )
         tokens, weights = published.kept(
@@ -161,7 +160,7 @@ def test_forward_and_gradients_equal_the_statement(
             one, other, **EXACT, msg=lambda text, name=name: f"{name}: {text}"
         )
         reached = float(one.abs().max())
-        assert reached > 1e-6 or "key.bias" in name or (top_k == 1 and "filters" in name), name
+        assert reached > 1e-6 or "key.bias" in name or (top_k == 1 and "selectors" in name), name
 
 
 def test_with_one_kept_token_no_gradient_reaches_the_filter() -> None:
@@ -169,18 +168,17 @@ def test_with_one_kept_token_no_gradient_reaches_the_filter() -> None:
     mltfr = make(1).float()
     x = embeddings().float()
     mltfr(x, item_ids() != 0, item_ids())[0].square().sum().backward()
-    for m, token_filter in enumerate(mltfr.filters):
+    for m, token_filter in enumerate(mltfr.selectors):
         assert (
             token_filter.projection.weight.grad is None
         )  # nothing is spent on it, for it is nothing:
-        kept = token_filter(x.detach()[:, 0], mltfr.table(m).whole())
-        scores = (
-            F.normalize(x.detach()[:, 0], dim=-1) @ token_filter.project(mltfr.table(m).whole()).T
-        )
-        spelled_out = token_filter._straight_through(scores, None)
-        assert torch.equal(kept.places, spelled_out.places)
-        assert torch.equal(kept.row_weights, spelled_out.row_weights)
-        spelled_out.row_weights.sum().backward()
+        rows, queries = mltfr.table(m).whole(), x.detach()[:, 0]
+        kept = token_filter.select(queries, rows, torch.arange(len(rows)))
+        scores = F.normalize(queries, dim=-1) @ token_filter.project(rows).T
+        index, weights = straight_through(scores, token_filter.temperature, 1)
+        assert torch.equal(kept.kept, index)
+        assert torch.equal(kept.row_weights, weights)
+        weights.sum().backward()
         assert token_filter.projection.weight.grad.abs().max() == 0
 
 
@@ -192,7 +190,8 @@ def test_the_noise_is_the_stated_gumbel_noise_and_is_keyed_by_step_user_and_tabl
     assert torch.equal(first[0], noise_of(mltfr, 0, item_ids()))
     assert not (first[0][0] == first[0][1]).any()  # users
     assert not (first[0][:, :20] == first[2]).any()  # tables
-    mltfr.step = 7
+    for _ in range(7):
+        mltfr.after_update(None)
     assert not (first[0] == noise_of(mltfr, 0, item_ids())).any()  # steps
     many = GumbelNoise(torch.arange(500), torch.arange(400), 1.0).part(slice(None)).double()
     assert abs(float(many.mean()) - 0.5772) < 0.02  # Euler's constant
@@ -240,7 +239,7 @@ def test_fisher_and_merge_equal_the_statement(tmp_path: Path) -> None:
     losses = []
     for step in islice(train_stream(config, part).epoch(0), 2):
         batch: SequenceBatch = step.micro_batches[0]
-        losses.append(model(batch).loss_sum / batch.num_targets)
+        losses.append(model(batch).terms["loss"].sum / batch.num_targets)
     expected = published.batch_mean_fisher(
         losses, [dict(core.named_parameters()) for core in cores]
     )
@@ -280,7 +279,7 @@ def procedure(
         ]
         losses = []
         for mltfr.step, batch in enumerate(batches):
-            losses.append(model(batch).loss_sum / batch.num_targets)
+            losses.append(model(batch).terms["loss"].sum / batch.num_targets)
             optimizer.zero_grad()
             losses[-1].backward()
             optimizer.step()
@@ -291,7 +290,7 @@ def procedure(
                 {name: p.detach() for name, p in mltfr.cores[m].named_parameters()} for m in GROUP
             ]
             if by_statement:
-                after = [model(batch).loss_sum / batch.num_targets for batch in batches]
+                after = [model(batch).terms["loss"].sum / batch.num_targets for batch in batches]
                 fishers = published.batch_mean_fisher(
                     after, [dict(mltfr.cores[m].named_parameters()) for m in GROUP]
                 )
@@ -338,7 +337,7 @@ def test_the_two_stages_equal_the_statement(tmp_path: Path) -> None:
     start = dict(model_of(False).named_parameters())
     for part in (
         "mltfr.tables.0.rows",
-        "mltfr.filters.2.projection.weight",
+        "mltfr.selectors.2.projection.weight",
         "mltfr.cores.1.value.weight",
     ):
         assert (found[f"train {part}"] - start[part]).abs().max() > 1e-4, part

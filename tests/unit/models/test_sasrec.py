@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mltfr_dist.config import BackboneConfig
-from mltfr_dist.models.backbone import Injection
-from mltfr_dist.models.packing import Packing
+from mltfr_dist.config import BackboneConfig, LossConfig
+from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.sasrec import SASRec
 
 NUM_ITEMS, MAX_LEN, DIM = 30, 10, 16
@@ -38,11 +37,10 @@ def padded(histories: list[list[int]], width: int = 0) -> torch.Tensor:
     return torch.tensor([h + [0] * (width - len(h)) for h in histories])
 
 
-def padded_output(
-    made: SASRec, item_ids: torch.Tensor, injection: Injection | None = None
-) -> torch.Tensor:
+def padded_output(made: SASRec, item_ids: torch.Tensor) -> torch.Tensor:
     """Hidden states [B, L, D], zero at padding."""
-    hidden, packing = made(item_ids, injection)
+    whole = Recommender(made, None, LossConfig(), num_items=NUM_ITEMS)
+    hidden, packing, _ = whole.hidden(item_ids)
     return packing.unpack(hidden)
 
 
@@ -94,28 +92,6 @@ def test_shapes_and_embeddings() -> None:
     assert embedded.shape == (2, 3, DIM)
     assert embedded[1, 1:].abs().sum() == 0
     assert padded_output(model(), torch.zeros(0, 4, dtype=torch.int64)).shape == (0, 4, DIM)
-
-
-def test_an_injection_joins_after_the_first_block_only() -> None:
-    item_ids = padded([[1, 2, 3], [4]])
-    seen: list[torch.Tensor] = []
-
-    def injection(x: torch.Tensor, valid_mask: torch.Tensor) -> torch.Tensor:
-        seen.append(x)
-        assert torch.equal(valid_mask, item_ids != 0)
-        return torch.zeros_like(x)
-
-    with torch.no_grad():
-        assert torch.equal(
-            padded_output(model(), item_ids, injection), padded_output(model(), item_ids)
-        )
-        assert len(seen) == 1
-        assert torch.equal(seen[0], model().inputs(item_ids))
-        packing = Packing(item_ids)
-        hidden = model().blocks[0](packing.pack(model().inputs(item_ids)), packing) + 0.5
-        hidden = packing.unpack(model().finish(model().blocks[1](hidden, packing)))
-        added = padded_output(model(), item_ids, lambda x, valid_mask: torch.full_like(x, 0.5))
-    torch.testing.assert_close(added, hidden)
 
 
 def test_a_fresh_model_has_a_zero_padding_vector_that_gets_no_gradient() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import REPOSITORY, read_lines, run_ranks, tiny_config
+from support import REPOSITORY, new_model, read_lines, run_ranks, tiny_config
 from torch import Tensor, nn
 
 from mltfr_dist.config import (
@@ -25,7 +25,7 @@ from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.draws import history_keys
 from mltfr_dist.models.experts import ExpertCore, Memory
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.models.strategies import Prototypes, RandomTokens
+from mltfr_dist.models.selectors.others import Prototypes, RandomTokens
 from mltfr_dist.models.table_rows import TableRows
 from mltfr_dist.tables.store import load_table
 from mltfr_dist.training.evaluate import evaluate
@@ -54,7 +54,7 @@ def make(strategy: str, *, seed: int = 0, **fields: object) -> Recommender:
         for m, shape in enumerate(SHAPES)
     ]
     backbone = BackboneConfig(hidden_dim=DIM, num_heads=2)
-    made = Recommender(
+    made = new_model(
         backbone, config, LossConfig(), num_items=NUM_ITEMS, max_len=MAX_LEN, table_rows=tables
     )
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_every_parameter_gets_a_gradient(strategy: str) -> None:
         padded([h[:-1] for h in HISTORIES]), padded([h[1:] for h in HISTORIES]), torch.arange(4)
     )
     output = model(batch)
-    output.loss_sum.backward()
+    output.terms["loss"].sum.backward()
     for name, parameter in model.mltfr.named_parameters():
         assert parameter.grad is not None, name
         # A key's bias shifts all logits of a row alike.
@@ -119,8 +119,8 @@ def test_a_batch_of_padding_costs_nothing_and_gives_finite_gradients(strategy: s
     output = model(
         SequenceBatch(torch.zeros(2, 1).long(), torch.zeros(2, 1).long(), torch.full((2,), -1))
     )
-    (output.loss_sum + output.routing.balance_sum.sum()).backward()
-    assert output.loss_sum.item() == 0
+    (output.terms["loss"].sum + output.terms["balance_loss"].sum).backward()
+    assert output.terms["loss"].sum.item() == 0
     assert all(
         p.grad is None or torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters()
     )
@@ -138,7 +138,7 @@ def test_the_fisher_is_that_of_a_loop_over_samples(strategy: str) -> None:
         expected = {name: torch.zeros_like(p) for name, p in core.named_parameters()}
         for row in range(3):
             single = SequenceBatch(*(t[row : row + 1] for t in batch[:3]))
-            loss = model(single).loss_sum / (single.target_ids != 0).sum()
+            loss = model(single).terms["loss"].sum / (single.target_ids != 0).sum()
             for (name, _), gradient in zip(
                 core.named_parameters(),
                 torch.autograd.grad(loss, list(core.parameters())),
@@ -194,12 +194,14 @@ def test_random_tokens_are_uniform_over_the_whole_table_and_follow_from_the_seed
     torch.manual_seed(1)
     assert not torch.equal(RandomTokens(8).salt, one.salt)
     assert (
-        make("random_tokens").mltfr.filters[0].salt != make("random_tokens").mltfr.filters[1].salt
+        make("random_tokens").mltfr.selectors[0].salt
+        != make("random_tokens").mltfr.selectors[1].salt
     )
     assert (
-        make("random_tokens").mltfr.filters[0].salt == make("random_tokens").mltfr.filters[0].salt
+        make("random_tokens").mltfr.selectors[0].salt
+        == make("random_tokens").mltfr.selectors[0].salt
     )
-    assert "mltfr.filters.0.salt" in make("random_tokens").state_dict()
+    assert "mltfr.selectors.0.salt" in make("random_tokens").state_dict()
 
 
 def test_random_tokens_do_not_depend_on_what_is_learned() -> None:
