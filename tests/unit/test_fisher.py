@@ -93,4 +93,4 @@ def test_leaves_parameters_gradients_and_mode_alone(tmp_path: Path) -> None:
     assert all(
         torch.equal(before[name], p) and p.grad is None for name, p in model.named_parameters()
     )
-    assert all(core.taps is None for core in model.mltfr.cores)
+    assert all(core._taps is None for core in model.mltfr.cores)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import new_mltfr
 from torch import Tensor
 
 from mltfr_dist.config import ConsensusConfig, ExpertConfig, FilterConfig, MLTFRConfig
@@ -167,7 +168,7 @@ def module(num_tables: int, *, weight: float, seed: int = 0) -> MLTFR:
         expert=ExpertConfig(num_heads=2, head_dim=4),
         consensus=ConsensusConfig(weight=weight),
     )
-    made = MLTFR(config, DIM, [torch.randn(50, 8)] * num_tables)
+    made = new_mltfr(config, DIM, [torch.randn(50, 8)] * num_tables)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -270,7 +270,7 @@ def procedure(
         if by_statement:
             mltfr.forward = lambda x, valid, ids, m=mltfr: (
                 stated(m, x, ids),
-                m._stats(m.router(x)),
+                m.router(x)[valid],
             )
         optimizer = torch.optim.Adam(model.parameters(), config.optimizer.learning_rate)
         batches = [
@@ -278,11 +278,12 @@ def procedure(
             for step in islice(train_stream(config, Part(0, 1, 16, 16)).epoch(0), STEPS)
         ]
         losses = []
-        for mltfr.step, batch in enumerate(batches):
+        for batch in batches:
             losses.append(model(batch).terms["loss"].sum / batch.num_targets)
             optimizer.zero_grad()
             losses[-1].backward()
             optimizer.step()
+            model.after_update(None)
         found[f"{stage} losses"] = torch.stack(losses).detach()
         found |= {f"{stage} {name}": p.detach() for name, p in model.named_parameters()}
         if stage == "train":
