@@ -29,7 +29,7 @@ from support import REPOSITORY, clean_environment, tiny_config, torchrun, write_
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.engine import Engine, make_part
 from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
-from mltfr_dist.distributed.table_shards import Exchange, RowShard
+from mltfr_dist.distributed.table_shards import Exchange, RowSharded
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
 
@@ -86,7 +86,9 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     engine = Engine(model, config, ranks, part, 1)
     mltfr = engine.module.mltfr
     assert mltfr is not None
-    exchange = next((t.exchange for t in mltfr.tables if isinstance(t, RowShard)), Exchange(ranks))
+    exchange = next(
+        (t.exchange for t in mltfr.tables if isinstance(t, RowSharded)), Exchange(ranks)
+    )
     times, stream = [], train_stream(config, part)
     for step, batches in enumerate(stream.epoch(0)):
         if step == 0:

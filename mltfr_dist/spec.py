@@ -14,8 +14,8 @@ from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.item_tokens import ItemVectors
 from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.placed_table import PlacedTable, ReplicatedTable
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.models.table_rows import TableRows
 from mltfr_dist.published.parts import published_parts
 from mltfr_dist.schema import Section
 
@@ -38,7 +38,7 @@ class ModelSpec(Section):
     """Only item rows that a batch looks up get a gradient."""
 
     def build(
-        self, tables: Mapping[str, Tensor | TableRows], item_features: Tensor | None = None
+        self, tables: Mapping[str, Tensor | PlacedTable], item_features: Tensor | None = None
     ) -> Recommender:
         """A freshly initialised model.
 
@@ -59,7 +59,9 @@ class ModelSpec(Section):
             mltfr.add_consensus(tables=[self.tables.index(name) for name in group])
         return Recommender(backbone, mltfr, self.loss, num_items=self.num_items)
 
-    def _mltfr(self, tables: list[Tensor | TableRows]) -> MLTFR:
+    def _mltfr(self, tables: list[Tensor | PlacedTable]) -> MLTFR:
         trained = self.mltfr.train_tables
-        placed = [TableRows(t, trained=trained) if isinstance(t, Tensor) else t for t in tables]
+        placed = [
+            ReplicatedTable(t, trained=trained) if isinstance(t, Tensor) else t for t in tables
+        ]
         return MLTFR(self.mltfr, self.backbone.hidden_dim, placed, published_parts(self.mltfr))

@@ -24,8 +24,8 @@ from mltfr_dist.config import (
 )
 from mltfr_dist.data.prepare import prepare
 from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.models.table_rows import TableRows
 from mltfr_dist.published.parts import published_parts
 from mltfr_dist.schema import validate
 from mltfr_dist.spec import ModelSpec
@@ -246,5 +246,5 @@ def new_model(
 
 def new_mltfr(config: MLTFRConfig, hidden_dim: int, table_rows: Sequence[torch.Tensor]) -> MLTFR:
     """MLTFR alone, over tables in memory."""
-    tables = [TableRows(rows, trained=config.train_tables) for rows in table_rows]
+    tables = [ReplicatedTable(rows, trained=config.train_tables) for rows in table_rows]
     return MLTFR(config, hidden_dim, tables, published_parts(config))

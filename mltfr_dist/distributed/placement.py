@@ -9,9 +9,9 @@ import torch
 
 from mltfr_dist.config import MLTFRConfig
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.distributed.table_shards import Exchange, RowShard, ZeroRows, row_bounds
+from mltfr_dist.distributed.table_shards import Exchange, RowSharded, ZeroTable, row_bounds
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.models.table_rows import MappedRows, TableRows
+from mltfr_dist.models.placed_table import MappedTable, PlacedTable, ReplicatedTable
 from mltfr_dist.tables.store import TokenTable, read_rows
 
 Placement = Literal["rows", "mmap", "replicated", "zero3"]
@@ -53,7 +53,7 @@ def check_placement(
 
 def place_tables(
     config: MLTFRConfig, tables: Sequence[TokenTable], ranks: Ranks
-) -> list[TableRows]:
+) -> list[PlacedTable]:
     """The tables as the model uses them, still on the host; of divided ones only this rank's rows are read."""
     placement = resolve_placement(config, ranks)
     if placement == "rows" and ranks.world_size > 1:
@@ -62,14 +62,14 @@ def place_tables(
             row_bounds(len(table.rows), ranks.world_size)[ranks.rank :][:2] for table in tables
         ]
         return [
-            RowShard(read_rows(t, *share), len(t.rows), exchange)
+            RowSharded(read_rows(t, *share), len(t.rows), exchange)
             for t, share in zip(tables, shares, strict=True)
         ]
     if placement == "mmap":
-        return [MappedRows(table.rows) for table in tables]
+        return [MappedTable(table.rows) for table in tables]
     if placement == "zero3":
-        return [ZeroRows(_own_rows(table)) for table in tables]
-    return [TableRows(_own_rows(table), trained=config.train_tables) for table in tables]
+        return [ZeroTable(_own_rows(table)) for table in tables]
+    return [ReplicatedTable(_own_rows(table), trained=config.train_tables) for table in tables]
 
 
 def _own_rows(table: TokenTable) -> torch.Tensor:

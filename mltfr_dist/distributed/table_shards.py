@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.models.draws import GumbelNoise
+from mltfr_dist.models.placed_table import PlacedTable, WholeTable
 from mltfr_dist.models.search import Project, best, row_relevance, search_rows
-from mltfr_dist.models.table_rows import TableRows
 
 
 def row_bounds(num_rows: int, world_size: int) -> list[int]:
@@ -73,21 +73,19 @@ def _bytes(t: Tensor) -> Tensor:
     return t.contiguous().view(len(t), math.prod(t.shape[1:])).view(torch.uint8)
 
 
-class RowShard(TableRows):
-    """This rank's rows of a table."""
+class RowSharded(PlacedTable):
+    """A table of which this rank holds a share of the rows."""
+
+    rows: Tensor
 
     def __init__(self, rows: Tensor, num_rows: int, exchange: Exchange) -> None:
         """Args: rows: [V / N, D_m] its share; num_rows: V; exchange: With the other ranks."""
-        super().__init__(rows)
-        self.num_rows, self.exchange, self.ranks = num_rows, exchange, exchange.ranks
+        super().__init__()
+        self.num_rows, self.dim = num_rows, rows.shape[1]
+        self.register_buffer("rows", rows, persistent=False)
+        self.exchange, self.ranks = exchange, exchange.ranks
         self.bounds = row_bounds(num_rows, self.ranks.world_size)
         self.first = self.bounds[self.ranks.rank]
-
-    def whole(self) -> Tensor:
-        """Not to be had: no rank holds the table."""
-        raise AssertionError(
-            "a table that is divided by rows has no whole: placement is checked before any work"
-        )
 
     def take(self, row_ids: Tensor) -> Tensor:
         """Rows of ascending numbers ``row_ids`` [n] -> [n, D_m], from the ranks that hold them."""
@@ -129,36 +127,45 @@ class RowShard(TableRows):
         shares = [end - start for start, end in pairwise(self.bounds)]
         return self.exchange.gather(row_relevance(queries, self.rows, project), shares)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Bring this rank's share to ``dtype``."""
+        self.rows = self.rows.to(dtype)
 
-class ZeroRows(TableRows):
+
+class ZeroTable(WholeTable):
     """A table as a frozen parameter, which ZeRO-3 divides and which is gathered whole at each use. For comparison."""
 
     def __init__(self, rows: Tensor) -> None:
-        nn.Module.__init__(self)
+        """Args: rows: [V, D_m]."""
+        super().__init__()
         self.num_rows, self.dim = rows.shape
         self.rows = nn.Parameter(rows, requires_grad=False)
 
-    def forward(self, use: Callable[..., Tensor], *given: Any) -> Tensor:
-        """Call ``use``: ZeRO-3 gathers the rows before a module's forward and divides them again after it."""
-        return use(*given)
+    def forward(self, use: Callable[[Tensor], Tensor]) -> Tensor:
+        """``use`` of the rows [V, D_m]: ZeRO-3 gathers them before a module's forward and divides them again after it."""
+        return use(self.rows)
 
     def whole(self) -> Tensor:
         """[V, D_m], a copy."""
-        return self(lambda: self.rows.detach().clone())  # type: ignore[no-any-return]
+        return self(lambda rows: rows.detach().clone())  # type: ignore[no-any-return]
 
     def take(self, row_ids: Tensor) -> Tensor:
         """Rows ``row_ids`` [n] -> [n, D_m]."""
-        return self(super().take, row_ids)  # type: ignore[no-any-return]
+        return self(lambda rows: rows.index_select(0, row_ids))  # type: ignore[no-any-return]
 
     def search(
         self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
     ) -> Tensor:
         """[G, K] numbers of the rows of highest score for each query, best first."""
-        return self(super().search, query, project, num_kept, noise)  # type: ignore[no-any-return]
+        found = self(lambda rows: search_rows(query, rows, project, num_kept, noise)[1])
+        return found  # type: ignore[no-any-return]
 
     def relevance(self, query: Tensor, project: Project) -> Tensor:
         """[V] largest cosine of each row with any of the queries."""
-        return self(super().relevance, query, project)  # type: ignore[no-any-return]
+        return self(lambda rows: row_relevance(query, rows, project))  # type: ignore[no-any-return]
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Nothing: DeepSpeed casts parameters."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """A table is known by its hash and never saved."""

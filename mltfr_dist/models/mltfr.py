@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from mltfr_dist.config import ExpertConfig, MLTFRConfig
 from mltfr_dist.models.consensus import State, freeze
 from mltfr_dist.models.experts import ExpertCore, Experts, Memory, Router, shared_experts
+from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
 from mltfr_dist.models.selectors import Reduce, Selection, Selector, selector_class
-from mltfr_dist.models.table_rows import TableRows
 
 
 class RoutingSums(NamedTuple):
@@ -53,7 +53,7 @@ class MLTFR(nn.Module):
         self,
         config: MLTFRConfig,
         hidden_dim: int,
-        tables: Sequence[TableRows],
+        tables: Sequence[PlacedTable],
         parts: Parts | None = None,
     ) -> None:
         """Args: config: MLTFR's; hidden_dim: D; tables: M tables; parts: None: those of docs/method.md."""
@@ -72,10 +72,10 @@ class MLTFR(nn.Module):
         self.consensus: ExpertCore | None = None
         self.consensus_members: list[int] = []
 
-    def table(self, m: int) -> TableRows:
+    def table(self, m: int) -> PlacedTable:
         """Table m, V_m x D_m."""
         table = self.tables[m]
-        assert isinstance(table, TableRows)
+        assert isinstance(table, PlacedTable)
         return table
 
     def selector(self, m: int) -> Selector:

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from mltfr_dist.models.draws import GumbelNoise
 from mltfr_dist.models.experts import Memory
+from mltfr_dist.models.placed_table import PlacedTable, WholeTable
 from mltfr_dist.models.search import largest, search
 from mltfr_dist.models.selectors.base import Selection
 from mltfr_dist.models.selectors.user_guided import UserGuided
-from mltfr_dist.models.table_rows import TableRows
 from mltfr_dist.numerics import at_least_fp32
 
 NORMALISER = 1e-8
@@ -63,10 +63,11 @@ def straight_through(scores: Tensor, temperature: Tensor, count: int) -> tuple[T
 class StraightThrough(UserGuided):
     """:func:`straight_through` over all candidates: for K = 1 without gradient."""
 
-    def forward(self, query: Tensor, keys: Tensor | None, table: TableRows) -> Selection:
+    def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
         """Search the whole table, unless there is a shortlist."""
         if self.shortlist is not None:
             return super().forward(query, keys, table)
+        assert isinstance(table, WholeTable)
         rows = table.whole()
         row_ids = torch.arange(len(rows), device=rows.device)
         return self.select(query, rows, row_ids, self.noise(keys, row_ids))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.experts import Memory
-from mltfr_dist.models.table_rows import TableRows
+from mltfr_dist.models.placed_table import PlacedTable
 
 
 class Reduce(Protocol):
@@ -73,7 +73,7 @@ class Selector(nn.Module):
         """[1] logarithm of what scores are divided by (sharded under ZeRO-3); None where there are no scores."""
         return None
 
-    def forward(self, query: Tensor, keys: Tensor | None, table: TableRows) -> Selection:
+    def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
         """What the table contributes.
 
         Args:
@@ -84,7 +84,7 @@ class Selector(nn.Module):
         """
         raise NotImplementedError
 
-    def refresh(self, queries: list[Tensor], table: TableRows, reduce: Reduce) -> Tensor | None:
+    def refresh(self, queries: list[Tensor], table: PlacedTable, reduce: Reduce) -> Tensor | None:
         """Choose anew what is searched, where that changes in training; all ranks must call.
 
         Args:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.draws import LARGEST, STEP, mix
+from mltfr_dist.models.placed_table import PlacedTable, WholeTable
 from mltfr_dist.models.selectors.base import Selection, Selector, all_kept
-from mltfr_dist.models.table_rows import TableRows
 
 
 class RandomTokens(Selector):
@@ -38,7 +38,7 @@ class RandomTokens(Selector):
         """K."""
         return config.num_kept(num_rows)
 
-    def forward(self, query: Tensor, keys: Tensor | None, table: TableRows) -> Selection:
+    def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
         """The batch's rows, and which each query keeps."""
         assert keys is not None
         counters = torch.arange(1, self.num_kept + 1, device=keys.device) * STEP
@@ -51,8 +51,9 @@ class RandomTokens(Selector):
 class AllRows(Selector):
     """No choice: every query attends to all rows, weighed alike."""
 
-    def forward(self, query: Tensor, keys: Tensor | None, table: TableRows) -> Selection:
+    def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
         """The table's rows [V, D_m] for all."""
+        assert isinstance(table, WholeTable)
         return all_kept(table.whole())
 
 
@@ -74,6 +75,7 @@ class Prototypes(Selector):
         """P."""
         return config.num_prototypes
 
-    def forward(self, query: Tensor, keys: Tensor | None, table: TableRows) -> Selection:
+    def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
         """[V, D_m] -> [P, D_m]."""
+        assert isinstance(table, WholeTable)
         return all_kept(self.outer(F.gelu(self.inner(table.whole().T))).T)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.search import Project
 from mltfr_dist.models.selectors.base import Reduce
-from mltfr_dist.models.table_rows import TableRows
 
 RECALL_QUERIES = 64
 """Queries at most that the recall of an outgoing list is measured on."""
@@ -30,7 +30,7 @@ class Shortlist(nn.Module):
         self.register_buffer("rows", None, persistent=False)
         self.register_load_state_dict_post_hook(lambda shortlist, _: shortlist.forget())  # type: ignore[no-untyped-call]
 
-    def candidates(self, table: TableRows) -> Tensor:
+    def candidates(self, table: PlacedTable) -> Tensor:
         """[S, D_m]; where they are not held, every rank must ask at the same point."""
         if table.trained:
             return table.take(self.row_ids)
@@ -51,7 +51,7 @@ class Shortlist(nn.Module):
 
     @torch.no_grad()
     def recall(
-        self, queries: Tensor, table: TableRows, project: Project, num_kept: int, reduce: Reduce
+        self, queries: Tensor, table: PlacedTable, project: Project, num_kept: int, reduce: Reduce
     ) -> Tensor:
         """[1], float64: mean over queries [G, D] of all ranks of the share of the exact top K that the list holds."""
         exact = table.search(queries, project, num_kept)

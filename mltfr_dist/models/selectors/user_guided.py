@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.draws import LARGEST, GumbelNoise, mix
+from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.search import search
 from mltfr_dist.models.selectors.base import Reduce, Selection, Selector
 from mltfr_dist.models.selectors.shortlist import RECALL_QUERIES, Shortlist
-from mltfr_dist.models.table_rows import TableRows
 from mltfr_dist.numerics import at_least_fp32
 
 PROJECTED_ROWS = 4096
@@ -91,7 +91,7 @@ class UserGuided(Selector):
         """Table rows [S, D_m] -> unit vectors in the user space [S, D], computed in ``dtype``."""
         return F.normalize(self.projection(rows, dtype), dim=-1)
 
-    def forward(self, query: Tensor, keys: Tensor | None, table: TableRows) -> Selection:
+    def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
         """Keep the K rows of highest score (cosine + noise) / tau_s for each query."""
         if self.shortlist is not None:
             rows, row_ids = self.shortlist.candidates(table), self.shortlist.row_ids
@@ -133,7 +133,7 @@ class UserGuided(Selector):
         assert keys is not None
         return GumbelNoise(mix(keys ^ self.salt ^ mix(keys.new_tensor(updates))), row_ids, scale)
 
-    def refresh(self, queries: list[Tensor], table: TableRows, reduce: Reduce) -> Tensor | None:
+    def refresh(self, queries: list[Tensor], table: PlacedTable, reduce: Reduce) -> Tensor | None:
         """Choose the shortlist anew."""
         if self.shortlist is None:
             return None

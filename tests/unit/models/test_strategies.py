@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import textwrap
+import types
 from functools import cache
 from pathlib import Path
 
@@ -24,9 +28,10 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.draws import history_keys
 from mltfr_dist.models.experts import ExpertCore, Memory
+from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors.others import Prototypes, RandomTokens
-from mltfr_dist.models.table_rows import TableRows
+from mltfr_dist.selectors import SELECTORS, Entry
 from mltfr_dist.tables.store import load_table
 from mltfr_dist.training.evaluate import evaluate
 from mltfr_dist.training.explain import explain
@@ -180,19 +185,20 @@ def test_history_keys_are_of_the_prefix_with_its_order() -> None:
 
 def test_random_tokens_are_uniform_over_the_whole_table_and_follow_from_the_seed() -> None:
     torch.manual_seed(0)
-    one = RandomTokens(8)
+    one = RandomTokens(FilterConfig(top_k=8), 50, 3, DIM)
     keys = history_keys(torch.randint(1, 1000, (4000, 5)))[:, -1]
     table = torch.randn(50, 3)
-    chosen = one(keys, TableRows(table))
-    ids = chosen.row_ids[chosen.kept.places]
+    chosen = one(torch.zeros(4000, DIM), keys, ReplicatedTable(table))
+    ids = chosen.row_ids[chosen.kept]
     assert ids.shape == (4000, 8)
     counts = torch.bincount(ids.flatten(), minlength=50).double()
     chi_square = ((counts - 640) ** 2 / 640).sum()
     assert chi_square < 85.4  # 99.9% of chi-square with 49 degrees of freedom
-    assert torch.equal(chosen.rows, table[chosen.row_ids])
-    torch.testing.assert_close(chosen.kept.log_weights.exp().sum(1), torch.ones(4000))
+    assert torch.equal(chosen.candidates, table[chosen.row_ids])
+    torch.testing.assert_close(chosen.log_weights.exp().sum(1), torch.ones(4000))
     torch.manual_seed(1)
-    assert not torch.equal(RandomTokens(8).salt, one.salt)
+    other = RandomTokens(FilterConfig(top_k=8), 50, 3, DIM)
+    assert not torch.equal(other.salt, one.salt)
     assert (
         make("random_tokens").mltfr.selectors[0].salt
         != make("random_tokens").mltfr.selectors[1].salt
@@ -220,13 +226,16 @@ def test_random_tokens_do_not_depend_on_what_is_learned() -> None:
 
 def test_prototypes_by_hand() -> None:
     torch.manual_seed(0)
-    one, table = Prototypes(20, 3), torch.randn(20, 5)
-    made = one(torch.zeros(1), TableRows(table))
+    config = FilterConfig(strategy="learned_prototypes", num_prototypes=3)
+    one, table = Prototypes(config, 20, 5, DIM), torch.randn(20, 5)
+    made = one(torch.zeros(1, DIM), None, ReplicatedTable(table))
     for column in range(5):
         inner = nn.functional.gelu(one.inner.weight @ table[:, column] + one.inner.bias)
-        torch.testing.assert_close(made.rows[:, column], one.outer.weight @ inner + one.outer.bias)
-    assert made.kept.places is None
-    assert made.kept.log_weights.exp().sum().item() == pytest.approx(1)
+        torch.testing.assert_close(
+            made.candidates[:, column], one.outer.weight @ inner + one.outer.bias
+        )
+    assert made.kept is None
+    assert made.log_weights.exp().sum().item() == pytest.approx(1)
 
 
 # --- seed words, limits and whole runs ---------------------------------------------------------------------------
@@ -311,3 +320,27 @@ def test_a_whole_run_on_two_ranks_and_the_same_numbers_when_repeated(
     lines = [line for line in read_lines(config.folder / "metrics.jsonl") if "gate/entropy" in line]
     assert lines
     assert not [key for line in lines for key in line if "temperature" in key or "shortlist" in key]
+
+
+# --- adding one ----------------------------------------------------------------------------------
+
+
+def test_the_example_of_contributing_is_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One class and one registry line, word for word as CONTRIBUTING.md shows them."""
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    section = text.partition("## A new filter strategy")[2]
+    source = textwrap.dedent(section.partition("```python\n")[2].partition("```")[0])
+    line = re.search(r'`"longest_rows": (Entry\(.*?\)),`', section)
+    assert line
+    monkeypatch.setitem(SELECTORS, "longest_rows", eval(line.group(1), {"Entry": Entry}))
+    module = types.ModuleType("mltfr_dist.models.selectors.mine")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(source, module.__dict__)
+    model = make("longest_rows")
+    table = torch.randn(60, 24, generator=torch.Generator().manual_seed(0))
+    longest = table[table.norm(dim=1).topk(4).indices]
+    chosen = model.mltfr.selectors[0](torch.zeros(1, DIM), None, model.mltfr.table(0))
+    assert torch.equal(chosen.candidates, longest)
+    before, after = hidden(model, [[1, 2, 3, 4]])[0], hidden(model, [[1, 2, 9, 4]])[0]
+    torch.testing.assert_close(after[:2], before[:2], rtol=0, atol=2e-6)
+    assert (after[2:] - before[2:]).abs().amax(1).min() > 1e-6

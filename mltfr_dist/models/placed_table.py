@@ -1,0 +1,127 @@
+"""Token tables as the model uses them: what it asks of one, and tables that this process can read as a whole.
+
+Tables whose rows are divided over the ranks are in `distributed/table_shards.py`. None is part of the state, but those
+that are trained (published, D7).
+
+Shapes: V x D_m the table, G queries, D hidden size, K kept rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mltfr_dist.models.draws import GumbelNoise
+from mltfr_dist.models.search import Project, row_relevance, search_rows
+
+
+class PlacedTable(nn.Module):
+    """A token table, wherever its rows are held. Every rank must call a method at the same point."""
+
+    num_rows: int
+    """V."""
+    dim: int
+    """D_m."""
+    trained = False
+    """Whether rows change in training."""
+
+    def take(self, row_ids: Tensor) -> Tensor:
+        """Rows of ascending numbers ``row_ids`` [n] -> [n, D_m], on the model's device."""
+        raise NotImplementedError
+
+    def search(
+        self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
+    ) -> Tensor:
+        """[G, K] numbers of the rows of highest score for each of this rank's queries [G, D], best first."""
+        raise NotImplementedError
+
+    def relevance(self, query: Tensor, project: Project) -> Tensor:
+        """[V] largest cosine of each row with any of the queries [G, D], of this rank's at least."""
+        raise NotImplementedError
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Bring the rows to the format of the forward pass; DeepSpeed casts parameters only."""
+        raise NotImplementedError
+
+
+class WholeTable(PlacedTable):
+    """A table that this process can read as a whole."""
+
+    def whole(self) -> Tensor:
+        """[V, D_m] on the model's device."""
+        raise NotImplementedError
+
+
+class ReplicatedTable(WholeTable):
+    """In the memory of this process, on the model's device."""
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor, *, trained: bool = False) -> None:
+        """Args: rows: [V, D_m]; trained: make them a parameter."""
+        super().__init__()
+        self.num_rows, self.dim = rows.shape
+        self.trained = trained
+        if trained:
+            self.rows = nn.Parameter(rows.clone())
+        else:
+            self.register_buffer("rows", rows, persistent=False)
+
+    def whole(self) -> Tensor:
+        """[V, D_m]."""
+        return self.rows
+
+    def take(self, row_ids: Tensor) -> Tensor:
+        """Rows ``row_ids`` [n] -> [n, D_m]."""
+        return self.rows.index_select(0, row_ids)
+
+    def search(
+        self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
+    ) -> Tensor:
+        """[G, K] numbers of the rows of highest score for each query [G, D], best first."""
+        return search_rows(query, self.rows, project, num_kept, noise)[1]
+
+    def relevance(self, query: Tensor, project: Project) -> Tensor:
+        """[V] largest cosine of each row with any of the queries [G, D]."""
+        return row_relevance(query, self.rows, project)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Bring frozen rows to ``dtype``."""
+        if not self.trained:
+            self.rows = self.rows.to(dtype)
+
+
+class MappedTable(WholeTable):
+    """Read from its file where it is used: all processes of a node share the pages of one physical copy."""
+
+    like: Tensor
+    """[0], device and format of the model."""
+
+    def __init__(self, rows: Tensor) -> None:
+        """Args: rows: [V, D_m] on the host, in the file's format."""
+        super().__init__()
+        self.num_rows, self.dim = rows.shape
+        self.rows = rows  # no buffer, which would follow the model to its device
+        self.register_buffer("like", rows.new_empty(0), persistent=False)
+
+    def whole(self) -> Tensor:
+        """[V, D_m], a copy unless the model is on the CPU in the file's format."""
+        return self.rows.to(self.like)
+
+    def take(self, row_ids: Tensor) -> Tensor:
+        """Rows ``row_ids`` [n] -> [n, D_m]."""
+        return self.rows.index_select(0, row_ids.cpu()).to(self.like)
+
+    def search(
+        self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
+    ) -> Tensor:
+        """[G, K] numbers of the rows of highest score for each query [G, D], best first."""
+        return search_rows(query, self.rows, project, num_kept, noise)[1]
+
+    def relevance(self, query: Tensor, project: Project) -> Tensor:
+        """[V] largest cosine of each row with any of the queries [G, D]."""
+        return row_relevance(query, self.rows, project)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Note the format; rows are brought to it where they are used."""
+        self.like = self.like.to(dtype)
