@@ -72,6 +72,12 @@ RUNS = {
         "loss__name": "sampled_softmax",
         "loss__num_negatives": 8,
     },
+    "of padded sequences": {
+        "backbone__name": "fmlp",
+        "backbone__filter_scope": "padded",
+        "data__samples": "prefixes",
+        "loss__name": "bce",
+    },
     "as published": {
         "mltfr__expert__form": "paper",
         "mltfr__consensus__group": ["second"],
@@ -136,6 +142,14 @@ ARMS = {
     **{
         f"mltfr.placement={name}": {"mltfr.placement": name}
         for name in ("rows", "mmap", "replicated", "zero3")
+    },
+    **{
+        f"padded {name}": {
+            "backbone.name": name,
+            "backbone.filter_scope": "padded",
+            "data.samples": "prefixes",
+        }
+        for name in ("fmlp", "bsarec", "linrec")
     },
     "two stages of each": {
         "mltfr.expert.per_table": 2,
