@@ -129,8 +129,11 @@ def test_scores_are_the_same(
     scores = load_file(found)["scores"]
     assert scores.shape == (len(HISTORIES), 41)
     assert torch.equal(scores, torch.stack(expected))
+    capsys.readouterr()
+    assert mltfr(["evaluate", str(config.folder)]) == 0
+    reported = json.loads((config.folder / "result.json").read_text())
+    assert json.loads(capsys.readouterr().out) == reported["test"]
     if name == "consensus":
-        capsys.readouterr()
         assert mltfr(["export", str(config.folder), str(output)]) == EXIT_BAD_INPUT, (
             "never overwrites"
         )
