@@ -69,9 +69,10 @@ class BackboneConfig(Section):
     )
     filter_scope: Literal["prefix", "sequence", "padded"] = Field(
         "prefix",
-        description="fmlp, bsarec: the frequency filter of a position mixes its past (causal), or the whole sequence, future "
-        "included (MLTFR's authors). padded (linrec too): the model as its own authors' code has it, over the whole sequence "
-        "padded to max_len; needs data.samples=prefixes.",
+        description="fmlp, bsarec: the frequency filter of a position mixes its past (causal), or "
+        "the whole sequence, future included (MLTFR's authors). padded (linrec too): the model as "
+        "its own authors' code has it, over the whole sequence padded to max_len; needs "
+        "data.samples=prefixes.",
     )
     padding: Literal["masked", "attended"] = Field(
         "masked",
@@ -86,7 +87,7 @@ class BackboneConfig(Section):
     def _has_a_padded_form(self) -> BackboneConfig:
         if self.filter_scope == "padded" and self.name not in ("fmlp", "bsarec", "linrec"):
             raise ValueError(
-                f"filter_scope padded is the published form of fmlp, bsarec and linrec, and name is "
+                "filter_scope padded is the published form of fmlp, bsarec and linrec, and name is "
                 f"{self.name}: give one of them, or filter_scope prefix"
             )
         return self

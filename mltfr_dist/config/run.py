@@ -36,8 +36,8 @@ class DataConfig(Section):
     samples: Literal["histories", "prefixes"] = Field(
         "histories",
         description="histories: one sample a history, scored at every position; prefixes: one a "
-        "target, the up to max_len items before it, scored at its last position alone (as FMLP-Rec, "
-        "BSARec and LinRec train; a sample then counts as a sequence of a batch).",
+        "target, the up to max_len items before it, scored at its last position alone (as "
+        "FMLP-Rec, BSARec and LinRec train). Samples are what a batch counts.",
     )
     length_pool: Count = Field(
         1,

@@ -67,12 +67,13 @@ class Samples(NamedTuple):
 
     @staticmethod
     def of(sequences: PackedSequences, config: DataConfig) -> Samples:
-        """The samples of whole histories: their last ``max_len`` + 1 items, sliding windows of as many, or prefixes.
+        """The samples of whole histories: their last ``max_len`` + 1 items, windows, or prefixes.
 
-        Windows of one history share an item, the last target of one and the first input of the next, so that each item but
-        the first is a target once. They follow each other oldest first, and the newest is always full where one is.
-        Each of those targets ends a prefix, which begins up to ``max_len`` items before it: within
-        the last ``max_len`` + 1 items, or with windows anywhere.
+        Windows are as long and slide. Those of one history share an item, the last target of one and
+        the first input of the next, so that each item but the first is a target once. They follow
+        each other oldest first, and the newest is always full where one is. Each of those targets
+        ends a prefix, which begins up to ``max_len`` items before it: within the last ``max_len`` + 1
+        items, or with windows anywhere.
         """
         starts, ends, max_len = sequences.offsets[:-1], sequences.offsets[1:], config.max_len
         recent = np.maximum(starts, ends - max_len - 1)
@@ -144,7 +145,7 @@ class Collator:
         if self.last_only and self.objective.cloze_ratio is not None:
             raise ConfigError(
                 "data.samples=prefixes with a backbone that predicts masked items (bert4rec).",
-                rule="A prefix is scored at its last position, and this backbone at the masked ones.",
+                rule="A prefix is scored at its last position, this backbone at the masked ones.",
                 remedy="Give data.samples=histories, or another backbone.name.",
             )
 

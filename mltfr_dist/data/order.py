@@ -27,7 +27,7 @@ def num_pieces(lengths: IntArray, max_len: int) -> IntArray:
 
 
 def samples_by_shard(split: SplitInfo, config: DataConfig, folder: Path) -> IntArray:
-    """[S] samples of each shard: its sequences, the sliding windows that they are cut into, or prefixes.
+    """[S] samples of each shard: its sequences, the windows that they are cut into, or prefixes.
 
     Raises:
         DataError: windows or prefixes, and a manifest of a version that did not count lengths yet.

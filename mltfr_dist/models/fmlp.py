@@ -52,7 +52,7 @@ class SequenceFilter(nn.Module):
 
 
 class SpectralFilter(nn.Module):
-    """The published filter: a complex weight for each frequency of the whole sequence and channel."""
+    """The published filter: a complex weight for each frequency of the sequence and channel."""
 
     def __init__(self, hidden_dim: int, max_len: int) -> None:
         super().__init__()

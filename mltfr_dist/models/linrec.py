@@ -59,7 +59,7 @@ class CausalLinearAttention(nn.Module):
 
 
 class WholeLinearAttention(CausalLinearAttention):
-    """The released form: over the whole sequence, with queries and keys of length 1, divided by sqrt(d)."""
+    """The released form: the whole sequence, queries and keys of length 1, divided by sqrt(d)."""
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]."""
@@ -68,7 +68,8 @@ class WholeLinearAttention(CausalLinearAttention):
         query, key, value = at_least_fp32(qkv).permute(2, 0, 3, 1, 4)  # each [B, H, L, d]
         query, key = F.normalize(F.elu(query), dim=-1), F.normalize(F.elu(key), dim=-1)
         mixed = query @ (key.transpose(2, 3) @ value) / math.sqrt(head_dim)
-        return self.out(packing.pack(mixed.to(x.dtype).transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+        mixed = mixed.to(x.dtype).transpose(1, 2).flatten(2)
+        return self.out(packing.pack(mixed))  # type: ignore[no-any-return]
 
 
 def causal_product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

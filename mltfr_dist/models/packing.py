@@ -55,7 +55,7 @@ class Padded(Packing):
     """
 
     def __init__(self, item_ids: Tensor, width: int, *, in_front: bool) -> None:
-        """Args: item_ids: [B, L], padding behind; width: W >= L; in_front: padding goes in front."""
+        """Args: item_ids: [B, L], padding behind; width: W >= L; in_front: where it goes."""
         item_ids = F.pad(item_ids, (0, width - item_ids.shape[1]))
         if in_front:  # a stable sort: padding first, items in their order
             order = (item_ids != PADDING_IDX).to(torch.uint8).sort(dim=1, stable=True).indices
@@ -75,7 +75,7 @@ class Padded(Packing):
 
     @property
     def causal_mask(self) -> Tensor:
-        """[B, W, W] whether a position (row) may read another: an item, not a later one; padding, which has none, all."""
+        """[B, W, W] whether a position (row) may read another: items up to it; padding: all."""
         width = self.item_ids.shape[1]
         past = torch.ones(width, width, dtype=torch.bool, device=self.item_ids.device).tril()
         real = self.item_ids != PADDING_IDX

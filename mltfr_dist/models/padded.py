@@ -1,14 +1,14 @@
-"""Backbones in the form that their authors' code trains: whole sequences of max_len, read at the last position.
+"""Backbones as their authors' code has them: whole sequences of max_len, read at the last item.
 
-``backbone.filter_scope=padded``. Every history is padded to max_len, padding is computed on as items
-are, positions count along the padded sequence, and no norm follows the last block. Each position
-reads later ones, so only the last may be trained (``data.samples=prefixes``). MLTFR sees the real
-positions alone, as elsewhere: what it adds is zero at padding.
+``backbone.filter_scope=padded``. Every history is padded to max_len, padding is computed on as
+items are, positions count along the padded sequence, and no norm follows the last block. Each
+position reads later ones, so only the last may be trained (``data.samples=prefixes``). MLTFR sees
+the real positions alone, as elsewhere: what it adds is zero at padding.
 
-What differs from the released code of all three, beside random numbers: the padding row of the item
-embedding is zero (theirs is drawn at the start and never trained), and padding is no candidate in
-the loss. FMLP-Rec and BSARec also train a history's first item after nothing but padding, and read
-at most max_len - 1 items in training; here there is at least one input and up to max_len.
+What differs from the released code of all three, beside random numbers: the padding row of the
+item embedding is zero (theirs is drawn at the start and never trained), and padding is no candidate
+in the loss. FMLP-Rec and BSARec also train a history's first item after nothing but padding, and
+read at most max_len - 1 items in training; here there is at least one input and up to max_len.
 
 Shapes: B users, L positions, W = max_len, R real positions of the batch.
 """
@@ -28,7 +28,7 @@ EPS = 1e-12
 
 
 class PaddedBackbone(PositionalBackbone):
-    """A stack whose blocks read whole sequences, with ``filter_scope=padded``; else as its base class."""
+    """A stack whose blocks read whole sequences with ``filter_scope=padded``, and only then."""
 
     pads_in_front: ClassVar[bool] = True
     """Where padding goes."""

@@ -32,7 +32,8 @@ class SelfAttention(nn.Module):
             self.qkv(x).view(len(x), 3, self.num_heads, dim // self.num_heads)
         )  # [B, L, 3, H, D/H]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, D/H]
-        # No dropout on attention weights by default: it would forbid the fused kernels; the output is dropped out instead.
+        # By default no dropout on attention weights, which would forbid the fused kernels: the
+        # output is dropped out instead.
         mask = None
         if isinstance(packing, Padded):
             mask = packing.causal_mask[:, None]
@@ -89,7 +90,8 @@ class PostNormBlock(nn.Module):
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]."""
         x = self.attention_norm(x + self.dropout(self.attention(x, packing)))
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))  # type: ignore[no-any-return]
+        x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return x
 
 
 def init_weights(module: nn.Module, std: float = 0.02) -> None:

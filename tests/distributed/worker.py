@@ -152,11 +152,11 @@ PADDED: dict[str, tuple[int, dict[str, object]]] = {
     "sasrec": (3, {"loss__name": "gbce", "mltfr__enabled": False}),
     "cl4srec": (1, {"loss__contrast_group": 4, "loss__contrast_weight": 1.0}),
 }
-"""ZeRO stage and settings of backbones that are trained on prefixes; the first three in their padded form."""
+"""ZeRO stage and settings of backbones that are trained on prefixes; the first three padded."""
 
 
 def padded(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Losses on prefixes, in whole batches (at ZeRO 1) and in micro-batches (at the variant's stage, resumed half-way)."""
+    """Losses on prefixes, in whole batches (at ZeRO 1), in micro-batches, and these resumed."""
     found = {}
     for name, (stage, changes) in PADDED.items():
         scope = "padded" if name in ("fmlp", "bsarec", "linrec") else "prefix"

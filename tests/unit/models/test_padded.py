@@ -1,4 +1,4 @@
-"""The published forms of FMLP-Rec, BSARec and LinRec, against their formulas written out position by position."""
+"""The published forms of FMLP-Rec, BSARec and LinRec, against their formulas, in loops."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def scores(model: Recommender, item_ids: Tensor) -> Tensor:
         return model(RankingBatch(item_ids, torch.ones(len(item_ids)).long(), none, none))
 
 
-# --- the formulas ------------------------------------------------------------------------------------------------
+# --- the formulas ----------------------------------------------------------------------------
 
 
 def norm(x: Tensor, state: State, name: str) -> Tensor:
@@ -211,7 +211,7 @@ def test_the_filter_starts_with_the_published_gain() -> None:
     assert weight.square().sum(-1).mean().sqrt().item() == pytest.approx(0.0283, rel=0.05)
 
 
-# --- what holds for any backbone ---------------------------------------------------------------------------------
+# --- what holds for any backbone --------------------------------------------------------------
 
 
 @every
