@@ -69,11 +69,11 @@ class Samples(NamedTuple):
     def of(sequences: PackedSequences, config: DataConfig) -> Samples:
         """The samples of whole histories: their last ``max_len`` + 1 items, windows, or prefixes.
 
-        Windows are as long and slide. Those of one history share an item, the last target of one and
-        the first input of the next, so that each item but the first is a target once. They follow
-        each other oldest first, and the newest is always full where one is. Each of those targets
-        ends a prefix, which begins up to ``max_len`` items before it: within the last ``max_len`` + 1
-        items, or with windows anywhere.
+        Windows are as long and slide. Those of one history share an item, the last target of one
+        and the first input of the next, so that each item but the first is a target once. They
+        follow each other oldest first, and the newest is always full where one is. Each of those
+        targets ends a prefix, which begins up to ``max_len`` items before it: within the last
+        ``max_len`` + 1 items, or with windows anywhere.
         """
         starts, ends, max_len = sequences.offsets[:-1], sequences.offsets[1:], config.max_len
         recent = np.maximum(starts, ends - max_len - 1)
