@@ -223,6 +223,7 @@ def test_field_has_an_effect(folder: Path, field: str) -> None:
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["fmlp", "bsarec", "linrec"])
 def test_the_padded_form_has_an_effect(folder: Path, name: str) -> None:
     base = {"backbone.name": name, "data.samples": "prefixes", "mltfr.enabled": False}
