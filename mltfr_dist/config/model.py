@@ -77,10 +77,12 @@ class BackboneConfig(Section):
         0.7,
         description="bsarec: alpha, weight of the frequency filter; self-attention has the rest.",
     )
-    filter_scope: Literal["prefix", "sequence"] = Field(
+    filter_scope: Literal["prefix", "sequence", "padded"] = Field(
         "prefix",
-        description="fmlp, bsarec: the frequency filter of a position mixes its past (causal), or the whole sequence, future "
-        "included (published).",
+        description="fmlp, bsarec: the frequency filter of a position mixes its past (causal), or "
+        "the whole sequence, future included (MLTFR's authors). padded (linrec too): the model as "
+        "its own authors' code has it, over the whole sequence padded to max_len; needs "
+        "data.samples=prefixes.",
     )
     padding: Literal["masked", "attended"] = Field(
         "masked",
@@ -90,6 +92,15 @@ class BackboneConfig(Section):
         "mask",
         description="bert4rec: where a next item is scored; before_mask: as published for histories below max_len.",
     )
+
+    @model_validator(mode="after")
+    def _has_a_padded_form(self) -> BackboneConfig:
+        if self.filter_scope == "padded" and self.name not in ("fmlp", "bsarec", "linrec"):
+            raise ValueError(
+                "filter_scope padded is the published form of fmlp, bsarec and linrec, and name is "
+                f"{self.name}: give one of them, or filter_scope prefix"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> BackboneConfig:

@@ -33,6 +33,12 @@ class DataConfig(Section):
         description="Training histories longer than max_len. truncate: only their most recent items; "
         "windows: cut into pieces of max_len positions, each a sample of its own, so that every item is a target.",
     )
+    samples: Literal["histories", "prefixes"] = Field(
+        "histories",
+        description="histories: one sample a history, scored at every position; prefixes: one a "
+        "target, the up to max_len items before it, scored at its last position alone (as "
+        "FMLP-Rec, BSARec and LinRec train). Samples are what a batch counts.",
+    )
     length_pool: Count = Field(
         1,
         description="Global batches whose samples are sorted by length together, so that a batch holds histories of like "
@@ -224,6 +230,16 @@ class RunConfig(Section):
                 "data.train_on train_and_valid trains on the validation targets, and "
                 "evaluation.select_on valid picks the checkpoint by them: give data.train_on train "
                 "or evaluation.select_on test"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shows_no_future(self) -> RunConfig:
+        if self.backbone.filter_scope == "padded" and self.data.samples == "histories":
+            raise ValueError(
+                "backbone.filter_scope padded with data.samples histories, which scores every "
+                "position, of which each would read the future: give data.samples prefixes, or "
+                "filter_scope prefix"
             )
         return self
 

@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mltfr_dist.config import DataConfig
 from mltfr_dist.data.augment import Draws, ViewRatios, augmented_views, cloze_mask
 from mltfr_dist.data.batch import PADDING_IDX, SequenceBatch
 from mltfr_dist.data.negatives import Proposal, sample_negatives, sample_shared
 from mltfr_dist.data.order import IntArray, num_pieces
 from mltfr_dist.data.shards import PackedSequences
+from mltfr_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,27 @@ class Samples(NamedTuple):
         return Samples(self.items, *(array[chosen] for array in self[1:]))
 
     @staticmethod
-    def of(sequences: PackedSequences, max_len: int, long_histories: str) -> Samples:
-        """The samples of whole histories: their last ``max_len`` + 1 items, or sliding windows of as many.
+    def of(sequences: PackedSequences, config: DataConfig) -> Samples:
+        """The samples of whole histories: their last ``max_len`` + 1 items, windows, or prefixes.
 
-        Windows of one history share an item, the last target of one and the first input of the next, so that each item but
-        the first is a target once. They follow each other oldest first, and the newest is always full where one is.
+        Windows are as long and slide. Those of one history share an item, the last target of one
+        and the first input of the next, so that each item but the first is a target once. They
+        follow each other oldest first, and the newest is always full where one is. Each of those
+        targets ends a prefix, which begins up to ``max_len`` items before it: within the last
+        ``max_len`` + 1 items, or with windows anywhere.
         """
-        starts, ends = sequences.offsets[:-1], sequences.offsets[1:]
-        if long_histories == "truncate":
-            return Samples(
-                sequences.items, np.maximum(starts, ends - max_len - 1), ends, starts, ends
-            )
+        starts, ends, max_len = sequences.offsets[:-1], sequences.offsets[1:], config.max_len
+        recent = np.maximum(starts, ends - max_len - 1)
+        if config.samples == "prefixes":
+            firsts = starts if config.long_histories == "windows" else recent
+            targets = ends - firsts - 1
+            first, begin, end = (np.repeat(a, targets) for a in (firsts, starts, ends))
+            before = np.repeat(np.cumsum(targets) - targets, targets)  # prefixes of older histories
+            prefix_ends = first + np.arange(targets.sum()) - before + 2
+            prefix_starts = np.maximum(first, prefix_ends - max_len - 1)
+            return Samples(sequences.items, prefix_starts, prefix_ends, begin, end)
+        if config.long_histories == "truncate":
+            return Samples(sequences.items, recent, ends, starts, ends)
         pieces = num_pieces(ends - starts, max_len)
         history_starts, history_ends = np.repeat(starts, pieces), np.repeat(ends, pieces)
         newer = (
@@ -126,12 +138,23 @@ class Collator:
     num_items: int
     seed: int
     num_rows: int
+    last_only: bool = False
+    """Whether a sample is scored at its last position alone."""
+
+    def __post_init__(self) -> None:
+        if self.last_only and self.objective.cloze_ratio is not None:
+            raise ConfigError(
+                "data.samples=prefixes with a backbone that predicts masked items (bert4rec).",
+                rule="A prefix is scored at its last position, this backbone at the masked ones.",
+                remedy="Give data.samples=histories, or another backbone.name.",
+            )
 
     def counts(self, step: Step) -> tuple[int, int]:
         """Scored and real positions of the global batch."""
         lengths = step.samples.lengths
         if self.objective.cloze_ratio is None:
-            return int(lengths.sum()) - len(lengths), int(lengths.sum()) - len(lengths)
+            inputs = int(lengths.sum()) - len(lengths)
+            return len(lengths) if self.last_only else inputs, inputs
         return int(self._cloze(step, np.arange(len(lengths)), lengths).sum()), int(lengths.sum())
 
     def batch(self, step: Step, chosen: IntArray) -> SequenceBatch:
@@ -139,6 +162,8 @@ class Collator:
         samples = step.samples.take(chosen)
         if self.objective.cloze_ratio is None:
             history, targets = next_items(samples, self.num_rows)
+            if self.last_only:
+                targets[:, :-1][targets[:, 1:] != PADDING_IDX] = PADDING_IDX
         else:
             history, targets = self._masked(
                 step,

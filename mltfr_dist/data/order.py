@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mltfr_dist.config import DataConfig
 from mltfr_dist.data.manifest import SplitInfo
 from mltfr_dist.errors import DataError
 
@@ -25,24 +26,29 @@ def num_pieces(lengths: IntArray, max_len: int) -> IntArray:
     return np.maximum(1, -(-(lengths - 1) // max_len))
 
 
-def samples_by_shard(split: SplitInfo, max_len: int, long_histories: str, folder: Path) -> IntArray:
-    """[S] samples of each shard: its sequences, or the sliding windows that they are cut into.
+def samples_by_shard(split: SplitInfo, config: DataConfig, folder: Path) -> IntArray:
+    """[S] samples of each shard: its sequences, the windows that they are cut into, or prefixes.
 
     Raises:
-        DataError: sliding windows, and a manifest of a version that did not count lengths yet.
+        DataError: windows or prefixes, and a manifest of a version that did not count lengths yet.
     """
-    if long_histories == "truncate":
+    prefixes, windows = config.samples == "prefixes", config.long_histories == "windows"
+    if not prefixes and not windows:
         return np.array([shard.num_sequences for shard in split.shards], dtype=np.int64)
     counts = []
     for shard in split.shards:
         if shard.lengths is None:
             raise DataError(
                 f"{folder} was prepared by a version that did not count the lengths of its histories.",
-                rule="data.long_histories=windows needs them, to know the number of steps without reading.",
+                rule=f"{'data.samples=prefixes' if prefixes else 'data.long_histories=windows'} "
+                "needs them, to know the number of steps without reading.",
                 remedy="Run `mltfr prepare` again with this version, into a new folder.",
             )
         lengths, sequences = np.array(shard.lengths, dtype=np.int64).T
-        counts.append(int((num_pieces(lengths, max_len) * sequences).sum()))
+        pieces = num_pieces(lengths, config.max_len)
+        if prefixes:
+            pieces = lengths - 1 if windows else np.minimum(lengths - 1, config.max_len)
+        counts.append(int((pieces * sequences).sum()))
     return np.array(counts, dtype=np.int64)
 
 

@@ -113,10 +113,9 @@ class TrainStream:
                 rule="Sequences that are contrasted must sit in one micro-batch, or the loss would depend on the division.",
                 remedy="Choose loss.contrast_group so that it divides training.micro_batch_size (or global_batch_size / ranks).",
             )
-        self.collator = Collator(
-            objective, config.max_len, self.manifest.num_items, seed, part.micro_batch_size
-        )
-        self._counts = samples_by_shard(self.split, config.max_len, config.long_histories, folder)
+        shape = (config.max_len, self.manifest.num_items, seed, part.micro_batch_size)
+        self.collator = Collator(objective, *shape, last_only=config.samples == "prefixes")
+        self._counts = samples_by_shard(self.split, config, folder)
         if not self.steps_per_epoch:
             raise ConfigError(
                 f"An epoch of {self.num_samples} samples has no whole batch of {part.global_batch_size}.",
@@ -129,7 +128,7 @@ class TrainStream:
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch: training sequences, or the sliding windows that they are cut into."""
+        """Samples of an epoch: training sequences, their sliding windows, or their prefixes."""
         return int(self._counts.sum())
 
     @property
@@ -212,9 +211,7 @@ class TrainStream:
             read_blocks(self.folder, info, num_items=num_items, patience=patience) for info in infos
         )
         sequences = PackedSequences.concatenate([block for blocks in shards for block in blocks])
-        return Samples.of(sequences, self.config.max_len, self.config.long_histories).take(
-            order.permutation(number)
-        )
+        return Samples.of(sequences, self.config).take(order.permutation(number))
 
     # --- batches -----------------------------------------------------------------------------------------------
 

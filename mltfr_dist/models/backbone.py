@@ -94,7 +94,7 @@ class PositionalBackbone(Backbone):
         self.blocks = nn.ModuleList(
             self.make_block(config, max_len) for _ in range(config.num_layers)
         )
-        self.output_norm = nn.LayerNorm(dim)
+        self.output_norm: nn.Module = nn.LayerNorm(dim)
         self.apply(init_weights)
 
     def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:

@@ -10,10 +10,15 @@ t, read at the last of them. It is a fixed lower-triangular matrix. For a histor
 this is what the published filter gives at the last place; for a shorter one it is not, for there is
 no padding in the transform (for 10 to 20 items of 50 the two correlate by about .5). Prefixes of
 fewer than 2 c - 1 items are all low. ``backbone.low_frequencies`` counts components: 3 is the
-released code's `c` of 5 (it keeps c // 2 + 1). No dropout on attention weights.
+released code's `c` of 5 (it keeps c // 2 + 1). No dropout on attention weights, a norm behind
+the last block, and positions that count from the oldest item.
 
 ``backbone.filter_scope=sequence`` filters the whole sequence of max_len places, padding (behind the
 history, not in front) as zeros, and still takes the loss at every place: the defect, not the paper.
+
+``backbone.filter_scope=padded`` is the published model, with dropout on attention weights (of
+`backbone.dropout`, where theirs is a value of its own), read and trained at the last place of the
+sequence that is padded in front (`padded.py` says what differs). Their loss is `cross_entropy`.
 """
 
 from __future__ import annotations
@@ -22,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig
-from mltfr_dist.models.backbone import PositionalBackbone
 from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.padded import PaddedBackbone
 from mltfr_dist.models.transformer import SelfAttention
+from mltfr_dist.numerics import at_least_fp32
 
 
 def low_pass_matrix(max_len: int, num_frequencies: int) -> Tensor:
@@ -67,6 +73,22 @@ class FrequencyFilter(nn.Module):
         return low + self.beta.square() * (x - low)
 
 
+class WholeFrequencyFilter(nn.Module):
+    """The published filter: the split of whole sequences of one length."""
+
+    def __init__(self, hidden_dim: int, num_frequencies: int) -> None:
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.beta = nn.Parameter(torch.randn(hidden_dim))
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """[N, D] -> [N, D]."""
+        padded = at_least_fp32(packing.unpack(x))  # [B, W, D]
+        lowest = torch.fft.rfft(padded, dim=1)[:, : self.num_frequencies]
+        low = packing.pack(torch.fft.irfft(lowest, n=padded.shape[1], dim=1)).to(x.dtype)
+        return low + self.beta.square() * (x - low)
+
+
 class BSARecBlock(nn.Module):
     """Frequency filter and causal self-attention side by side, then a feed-forward; post-norm, as published."""
 
@@ -74,11 +96,15 @@ class BSARecBlock(nn.Module):
         super().__init__()
         dim = config.hidden_dim
         self.inductive_bias = config.inductive_bias
-        self.filter = FrequencyFilter(
-            dim, max_len, config.low_frequencies, causal=config.filter_scope == "prefix"
+        scope, count = config.filter_scope, config.low_frequencies
+        self.filter = (
+            WholeFrequencyFilter(dim, count)
+            if scope == "padded"
+            else FrequencyFilter(dim, max_len, count, causal=scope == "prefix")
         )
         self.filter_norm = nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim, config.num_heads)
+        weight_dropout = config.dropout if scope == "padded" else 0.0
+        self.attention = SelfAttention(dim, config.num_heads, weight_dropout=weight_dropout)
         self.attention_norm = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(
             nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
@@ -94,7 +120,7 @@ class BSARecBlock(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))  # type: ignore[no-any-return]
 
 
-class BSARec(PositionalBackbone):
+class BSARec(PaddedBackbone):
     """Beyond self-attention."""
 
     def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:

@@ -11,7 +11,12 @@ zero-padded transform, so that position t reads positions <= t. Taps start at N(
 filter's gain at a frequency starts at .14 for 50 places, where the published weight starts at .028.
 Positions count from the oldest item. ``backbone.filter_scope=sequence`` wraps the convolution
 around, as MLTFR's authors have it. Blocks stay as published: post-norm, a feed-forward of inner
-size 4 D with GELU.
+size 4 D with GELU; a norm follows the last one.
+
+``backbone.filter_scope=padded`` is the published model: a complex weight N(0, .02) in each part for
+each frequency of the sequence that is padded in front, read and trained at its last position
+(`padded.py` says what differs). Their loss is `bce`, with one negative outside the prefix and its
+target; ours are outside the user's whole history.
 """
 
 from __future__ import annotations
@@ -20,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig
-from mltfr_dist.models.backbone import PositionalBackbone
 from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.padded import PaddedBackbone
 from mltfr_dist.numerics import at_least_fp32
 
 
@@ -46,12 +51,31 @@ class SequenceFilter(nn.Module):
         return filtered.to(x.dtype)
 
 
+class SpectralFilter(nn.Module):
+    """The published filter: a complex weight for each frequency of the sequence and channel."""
+
+    def __init__(self, hidden_dim: int, max_len: int) -> None:
+        super().__init__()
+        self.complex_weight = nn.Parameter(0.02 * torch.randn(max_len // 2 + 1, hidden_dim, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, W, D] -> [B, W, D], W = max_len."""
+        spectrum = torch.fft.rfft(at_least_fp32(x), dim=1)
+        response = torch.view_as_complex(at_least_fp32(self.complex_weight))
+        filtered: Tensor = torch.fft.irfft(spectrum * response, n=x.shape[1], dim=1)
+        return filtered.to(x.dtype)
+
+
 class FilterBlock(nn.Module):
     """Filter and feed-forward, each with a residual and a norm behind it."""
 
-    def __init__(self, hidden_dim: int, max_len: int, dropout: float, *, causal: bool) -> None:
+    def __init__(self, hidden_dim: int, max_len: int, dropout: float, *, scope: str) -> None:
         super().__init__()
-        self.filter = SequenceFilter(hidden_dim, max_len, causal=causal)
+        self.filter = (
+            SpectralFilter(hidden_dim, max_len)
+            if scope == "padded"
+            else SequenceFilter(hidden_dim, max_len, causal=scope == "prefix")
+        )
         self.filter_norm = nn.LayerNorm(hidden_dim)
         self.feed_forward = nn.Sequential(
             nn.Linear(hidden_dim, 4 * hidden_dim), nn.GELU(), nn.Linear(4 * hidden_dim, hidden_dim)
@@ -66,11 +90,9 @@ class FilterBlock(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))  # type: ignore[no-any-return]
 
 
-class FMLPRec(PositionalBackbone):
+class FMLPRec(PaddedBackbone):
     """Filter-enhanced MLP."""
 
     def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:
         """A filter block."""
-        return FilterBlock(
-            config.hidden_dim, max_len, config.dropout, causal=config.filter_scope == "prefix"
-        )
+        return FilterBlock(config.hidden_dim, max_len, config.dropout, scope=config.filter_scope)

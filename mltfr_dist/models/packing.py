@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mltfr_dist.data.batch import PADDING_IDX
 
@@ -45,3 +46,37 @@ class Packing:
         """[N, ...] -> [B, ...], each row's last real position, or ``back`` before it; zero where there is none."""
         ends = torch.where(self.num_items > back, self._ends - back, len(packed))
         return torch.cat([packed, packed.new_zeros(1, *packed.shape[1:])]).index_select(0, ends)
+
+
+class Padded(Packing):
+    """Histories as whole sequences of one width W, in which padding is computed on as items are.
+
+    Shapes: N here all B W positions, and R the real ones among them.
+    """
+
+    def __init__(self, item_ids: Tensor, width: int, *, in_front: bool) -> None:
+        """Args: item_ids: [B, L], padding behind; width: W >= L; in_front: where it goes."""
+        item_ids = F.pad(item_ids, (0, width - item_ids.shape[1]))
+        if in_front:  # a stable sort: padding first, items in their order
+            order = (item_ids != PADDING_IDX).to(torch.uint8).sort(dim=1, stable=True).indices
+            item_ids = item_ids.gather(1, order)
+        super().__init__(item_ids, keep_padding=True)
+        self.item_ids = item_ids
+        """[B, W]."""
+        self._real = (item_ids != PADDING_IDX).flatten().nonzero()[:, 0]
+
+    def real(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [R, ...]."""
+        return x.index_select(0, self._real)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[R, ...] -> [N, ...], zero at padding."""
+        return x.new_zeros(self.item_ids.numel(), *x.shape[1:]).index_copy(0, self._real, x)
+
+    @property
+    def causal_mask(self) -> Tensor:
+        """[B, W, W] whether a position (row) may read another: items up to it; padding: all."""
+        width = self.item_ids.shape[1]
+        past = torch.ones(width, width, dtype=torch.bool, device=self.item_ids.device).tril()
+        real = self.item_ids != PADDING_IDX
+        return (past & real[:, None, :]) | ~real[:, :, None]

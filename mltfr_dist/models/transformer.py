@@ -8,15 +8,20 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.packing import Packing, Padded
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017), causal or over the whole history."""
+    """Multi-head self-attention (Vaswani et al. 2017), causal or over the whole history.
 
-    def __init__(self, hidden_dim: int, num_heads: int, *, causal: bool = True) -> None:
+    ``weight_dropout`` is the probability for attention weights.
+    """
+
+    def __init__(
+        self, hidden_dim: int, num_heads: int, *, causal: bool = True, weight_dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.num_heads, self.causal = num_heads, causal
+        self.num_heads, self.causal, self.weight_dropout = num_heads, causal, weight_dropout
         self.qkv = nn.Linear(hidden_dim, 3 * hidden_dim)
         self.out = nn.Linear(hidden_dim, hidden_dim)
 
@@ -27,14 +32,22 @@ class SelfAttention(nn.Module):
             self.qkv(x).view(len(x), 3, self.num_heads, dim // self.num_heads)
         )  # [B, L, 3, H, D/H]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, D/H]
-        # No dropout on attention weights: it would forbid the fused kernels; the output is dropped out instead.
+        # By default no dropout on attention weights, which would forbid the fused kernels: the
+        # output is dropped out instead.
         mask = None
-        if not self.causal:
+        if isinstance(packing, Padded):
+            mask = packing.causal_mask[:, None]
+        elif not self.causal:
             valid = packing.valid_mask[:, None]  # [B, 1, L]
             # Padding is no key. What padding itself would read is thrown away: it sees all, so that no row is empty.
             mask = valid[:, :, None] | ~valid[..., None]  # [B, 1, L, L]
         mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=self.causal
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.weight_dropout * self.training,
+            is_causal=self.causal and mask is None,
         )
         return self.out(packing.pack(mixed.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
@@ -59,6 +72,26 @@ class TransformerBlock(nn.Module):
         """[N, D] -> [N, D]."""
         x = x + self.dropout(self.attention(self.attention_norm(x), packing))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))  # type: ignore[no-any-return]
+
+
+class PostNormBlock(nn.Module):
+    """Attention and a feed-forward of inner size 4 D, each with a residual and a norm behind it."""
+
+    def __init__(self, hidden_dim: int, dropout: float, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attention_norm = nn.LayerNorm(hidden_dim)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(hidden_dim, 4 * hidden_dim), nn.GELU(), nn.Linear(4 * hidden_dim, hidden_dim)
+        )
+        self.feed_forward_norm = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """[N, D] -> [N, D]."""
+        x = self.attention_norm(x + self.dropout(self.attention(x, packing)))
+        x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return x
 
 
 def init_weights(module: nn.Module, std: float = 0.02) -> None:

@@ -53,6 +53,19 @@ def test_every_backbone_and_loss_is_the_same_at_any_division(folder: Path) -> No
                 )
 
 
+@pytest.mark.integration
+def test_prefixes_are_the_same_at_any_division(folder: Path) -> None:
+    one, two = findings(WORKER, "padded", folder, 1), findings(WORKER, "padded", folder, 2)
+    for name in ("fmlp", "bsarec", "linrec", "sasrec", "cl4srec"):
+        reference = one[f"{name} whole"]
+        assert sum(reference[-3:]) < sum(reference[:3]), f"{name} has learned nothing"
+        for found in (one, two):
+            for kind in ("whole", "accumulated", "resumed"):
+                assert relative_difference(reference, found[f"{name} {kind}"]) < 1e-5, (
+                    f"{name} {kind}"
+                )
+
+
 def test_checkpoints_continue_exactly_and_at_other_world_sizes(folder: Path) -> None:
     saved = findings(WORKER, "saved", folder, 2)
     for stage in range(4):

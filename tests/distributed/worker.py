@@ -133,6 +133,49 @@ def backbones(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     return found
 
 
+PADDED: dict[str, tuple[int, dict[str, object]]] = {
+    "fmlp": (
+        3,
+        {"loss__name": "bce", "loss__num_negatives": 2, "loss__negatives": "outside_inputs"},
+    ),
+    "bsarec": (2, {"mltfr__filter__noise": 0.2}),
+    "linrec": (
+        3,
+        {
+            "loss__name": "sampled_softmax",
+            "loss__num_negatives": 8,
+            "optimizer__item_gradients": "sparse",
+            "data__long_histories": "windows",
+            "data__max_len": 6,
+        },
+    ),
+    "sasrec": (3, {"loss__name": "gbce", "mltfr__enabled": False}),
+    "cl4srec": (1, {"loss__contrast_group": 4, "loss__contrast_weight": 1.0}),
+}
+"""ZeRO stage and settings of backbones that are trained on prefixes; the first three padded."""
+
+
+def padded(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Losses on prefixes, in whole batches (at ZeRO 1), in micro-batches, and these resumed."""
+    found = {}
+    for name, (stage, changes) in PADDED.items():
+        scope = "padded" if name in ("fmlp", "bsarec", "linrec") else "prefix"
+        changes = {"backbone__filter_scope": scope, "data__samples": "prefixes"} | changes
+        config = no_dropout(folder, 1, backbone__name=name, **changes)
+        engine = make_engine(config, ranks)
+        found[f"{name} whole"] = steps(engine, config, ranks, 0, HALF)
+        engine.destroy()
+        config = no_dropout(folder, stage, backbone__name=name, **changes)
+        engine = make_engine(config, ranks, 4)
+        first = steps(engine, config, ranks, 0, 6)
+        place = folder / f"padded-{ranks.world_size}-{name}"
+        checkpoint.save(place, engine, Progress(stage="train", step=6))
+        found[f"{name} accumulated"] = [*first, *steps(engine, config, ranks, 6, HALF)]
+        engine.destroy()
+        found[f"{name} resumed"] = [*first, *resumed_from(config, ranks, place, 6, HALF)]
+    return found
+
+
 def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Per ZeRO stage: uninterrupted and resumed losses."""
     found = {}
@@ -323,6 +366,7 @@ if __name__ == "__main__":
     task, folder, output = sys.argv[1:]
     all_ranks = start_ranks(1)
     tasks = [losses, saved, elsewhere, fisher, backbones, placements, placed_training, offloaded]
+    tasks += [padded]
     result = {one.__name__: one for one in tasks}[task](Path(folder), all_ranks)
     if all_ranks.is_main:
         Path(output).write_text(json.dumps(result))

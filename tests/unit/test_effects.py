@@ -19,6 +19,7 @@ CHANGES: dict[str, Any] = {
     "data.shuffle_shards": 1,
     "data.train_on": "train_and_valid",
     "data.long_histories": "windows",
+    "data.samples": "prefixes",
     "data.length_pool": 2,
     "data.last_batch": "drop",
     "data.left_out": ["train-000001.tar"],
@@ -220,6 +221,14 @@ def test_field_has_an_effect(folder: Path, field: str) -> None:
     assert trace(folder, base_name, needed) != trace(
         folder, field.replace(".", "-"), needed | {field: CHANGES[field]}
     )
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["fmlp", "bsarec", "linrec"])
+def test_the_padded_form_has_an_effect(folder: Path, name: str) -> None:
+    base = {"backbone.name": name, "data.samples": "prefixes", "mltfr.enabled": False}
+    padded = base | {"backbone.filter_scope": "padded"}
+    assert trace(folder, f"prefixes-{name}", base) != trace(folder, f"padded-{name}", padded)
 
 
 def test_the_same_run_leaves_the_same_trace(folder: Path) -> None:

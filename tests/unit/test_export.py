@@ -72,6 +72,12 @@ RUNS = {
         "loss__name": "sampled_softmax",
         "loss__num_negatives": 8,
     },
+    "of padded sequences": {
+        "backbone__name": "fmlp",
+        "backbone__filter_scope": "padded",
+        "data__samples": "prefixes",
+        "loss__name": "bce",
+    },
     "as published": {
         "mltfr__expert__form": "paper",
         "mltfr__consensus__group": ["second"],
@@ -123,8 +129,11 @@ def test_scores_are_the_same(
     scores = load_file(found)["scores"]
     assert scores.shape == (len(HISTORIES), 41)
     assert torch.equal(scores, torch.stack(expected))
+    capsys.readouterr()
+    assert mltfr(["evaluate", str(config.folder)]) == 0
+    reported = json.loads((config.folder / "result.json").read_text())
+    assert json.loads(capsys.readouterr().out) == reported["test"]
     if name == "consensus":
-        capsys.readouterr()
         assert mltfr(["export", str(config.folder), str(output)]) == EXIT_BAD_INPUT, (
             "never overwrites"
         )
@@ -136,6 +145,14 @@ ARMS = {
     **{
         f"mltfr.placement={name}": {"mltfr.placement": name}
         for name in ("rows", "mmap", "replicated", "zero3")
+    },
+    **{
+        f"padded {name}": {
+            "backbone.name": name,
+            "backbone.filter_scope": "padded",
+            "data.samples": "prefixes",
+        }
+        for name in ("fmlp", "bsarec", "linrec")
     },
     "two stages of each": {
         "mltfr.expert.per_table": 2,

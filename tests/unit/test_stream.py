@@ -639,6 +639,64 @@ def test_windows_hold_every_item_of_long_histories_once_as_a_target(
                 )
 
 
+@pytest.mark.parametrize("max_len", [1, 3, WHOLE])
+@pytest.mark.parametrize("long_histories", ["truncate", "windows"])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_prefixes_hold_every_target_once_at_their_end(
+    folder: Path, max_len: int, long_histories: str, pool: int
+) -> None:
+    keys = {
+        "max_len": max_len,
+        "samples": "prefixes",
+        "long_histories": long_histories,
+        "num_negatives": 2,
+        "length_pool": pool,
+    }
+    expected = []
+    for items in stored(folder, "train"):
+        recent = items if long_histories == "windows" else items[-max_len - 1 :]
+        for end in range(1, len(recent)):
+            expected.append((recent[max(0, end - max_len) : end], (recent[end],)))
+    for micro in (2, 4):
+        ranks = [stream(folder, 8, rank, 2, micro, **keys) for rank in range(2)]
+        steps = [list(s.epoch(1)) for s in ranks]
+        found = [row[1:] for rank in steps for step in all_rows(rank) for row in step]
+        assert sorted(found) == sorted(expected)
+        assert ranks[0].num_samples == len(expected)
+        for step, other in zip(*steps, strict=True):
+            pair = [row for part in all_rows([step, other]) for row in part]
+            assert step.num_targets == step.num_sequences == len(pair)
+            assert step.num_positions == sum(len(items) for _, items, _ in pair)
+            assert step[1:] == other[1:]
+    histories = [set(items) for items in stored(folder, "train")]
+    for batch in (b for rank in steps for step in rank for b in step.micro_batches):
+        ends = (batch.item_ids != PADDING_IDX).sum(1) - 1
+        for end, items, targets, drawn in zip(
+            ends.tolist(), batch.item_ids, batch.target_ids, batch.negative_ids, strict=True
+        ):
+            if end >= 0:
+                assert targets.nonzero().flatten().tolist() == [end]
+                inside = {*items.tolist(), int(targets[end])} - {0}
+                assert any(
+                    inside <= history and not history & set(drawn[end].tolist())
+                    for history in histories
+                )
+
+
+def test_prefixes_are_the_same_at_any_step(folder: Path) -> None:
+    keys = {"max_len": 3, "samples": "prefixes"}
+    whole = list(stream(folder, **keys).epoch(2))
+    assert same(list(stream(folder, **keys).epoch(2, 5)), whole[5:])
+    assert same(list(stream(folder, num_workers=2, **keys).epoch(2, 5)), whole[5:])
+    assert not same(list(stream(folder, **keys).epoch(1)), whole)
+
+
+def test_masked_items_have_no_prefixes(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="predicts masked items") as caught:
+        stream(folder, samples="prefixes", objective=Objective(cloze_ratio=0.5))
+    assert "data.samples=histories" in caught.value.remedy
+
+
 def test_windows_of_an_older_manifest_are_refused(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -650,9 +708,11 @@ def test_windows_of_an_older_manifest_are_refused(folder: Path, tmp_path: Path) 
             del shard["lengths"]
     (copy / "manifest.json").write_text(json.dumps(values))
     assert same(list(stream(copy).epoch(0)), list(stream(folder).epoch(0)))
-    with pytest.raises(DataError, match="did not count the lengths") as caught:
-        stream(copy, long_histories="windows")
-    assert "prepare" in caught.value.remedy
+    for field, value in (("long_histories", "windows"), ("samples", "prefixes")):
+        with pytest.raises(DataError, match="did not count the lengths") as caught:
+            stream(copy, **{field: value})
+        assert f"data.{field}={value}" in caught.value.rule
+        assert "prepare" in caught.value.remedy
 
 
 BEAUTY = {

@@ -1,0 +1,70 @@
+"""Backbones as their authors' code has them: whole sequences of max_len, read at the last item.
+
+``backbone.filter_scope=padded``. Every history is padded to max_len, padding is computed on as
+items are, positions count along the padded sequence, and no norm follows the last block. Each
+position reads later ones, so only the last may be trained (``data.samples=prefixes``). MLTFR sees
+the real positions alone, as elsewhere: what it adds is zero at padding.
+
+What differs from the released code of all three, beside random numbers: the padding row of the
+item embedding is zero (theirs is drawn at the start and never trained), and padding is no candidate
+in the loss. FMLP-Rec and BSARec also train a history's first item after nothing but padding, and
+read at most max_len - 1 items in training; here there is at least one input and up to max_len.
+
+Shapes: B users, L positions, W = max_len, R real positions of the batch.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from mltfr_dist.config import BackboneConfig
+from mltfr_dist.models.backbone import Injection, PositionalBackbone
+from mltfr_dist.models.packing import Packing, Padded
+
+EPS = 1e-12
+"""Of the released layer norms."""
+
+
+class PaddedBackbone(PositionalBackbone):
+    """A stack whose blocks read whole sequences with ``filter_scope=padded``, and only then."""
+
+    pads_in_front: ClassVar[bool] = True
+    """Where padding goes."""
+
+    def __init__(self, config: BackboneConfig, num_items: int, max_len: int) -> None:
+        super().__init__(config, num_items, max_len)
+        self.width = max_len if config.filter_scope == "padded" else None
+        if self.width is not None:
+            self.output_norm = nn.Identity()
+            for module in self.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = EPS
+
+    def inputs(self, item_ids: Tensor) -> Tensor:
+        """Item ids [B, L] -> input embeddings [B, L, D], zero at padding."""
+        if self.width is None:
+            return super().inputs(item_ids)
+        padded = Padded(item_ids, self.width, in_front=self.pads_in_front)
+        return Packing(item_ids).unpack(padded.real(self._embedded(padded)))
+
+    def forward(
+        self, item_ids: Tensor, injection: Injection | None = None
+    ) -> tuple[Tensor, Packing]:
+        """Item ids [B, L] -> hidden states of the real positions [R, D], and where they stand."""
+        if self.width is None:
+            return super().forward(item_ids, injection)
+        padded = Padded(item_ids, self.width, in_front=self.pads_in_front)
+        packing = Packing(item_ids)
+        inputs = self._embedded(padded)
+        hidden = inputs
+        for index, block in enumerate(self.blocks):
+            hidden = block(hidden, padded)
+            if index == 0 and injection is not None:
+                added = injection(packing.unpack(padded.real(inputs)), packing.valid_mask)
+                hidden = hidden + padded.spread(packing.pack(added))
+        return self.finish(padded.real(hidden)), packing
+
+    def _embedded(self, padded: Padded) -> Tensor:
+        return self.embed(padded.item_ids.flatten(), padded.columns)
