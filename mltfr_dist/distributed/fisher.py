@@ -127,7 +127,7 @@ def _batch_squares(
     gradients = torch.autograd.grad(
         output.terms["loss"].sum, [tap.outputs for core_taps in taps for tap in core_taps]
     )
-    valid_mask = model.backbone.pack(model.widened(batch.item_ids)).valid_mask
+    valid_mask = model.backbone.pack(model.widened(batch.item_ids)).read.valid_mask
     sample_of_block = mltfr.blocks(valid_mask[..., None].float(), valid_mask).users  # [G]
     remaining = iter(gradients)
     return [

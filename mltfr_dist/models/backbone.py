@@ -60,13 +60,17 @@ class Backbone(nn.Module):
         return item_ids
 
     def pack(self, item_ids: Tensor) -> Packing:
-        """The positions that are computed on."""
+        """The positions that blocks compute on; those of :attr:`Packing.read` are read by MLTFR and scored."""
         return Packing(item_ids, keep_padding=self.attended_width is not None)
 
     def inputs(self, item_ids: Tensor) -> Tensor:
         """Item ids [B, L] -> input embeddings [B, L, D], zero at padding: what MLTFR reads."""
-        packing = self.pack(item_ids)
-        return packing.unpack(self.embed(packing.pack(item_ids), packing.columns))
+        layout = self.pack(item_ids)
+        return layout.read.unpack(layout.real(self.enter(layout)))
+
+    def enter(self, layout: Packing) -> Tensor:
+        """Input embeddings [N, D] of the positions that blocks compute on."""
+        return self.embed(layout.pack(layout.item_ids), layout.columns)
 
 
 class PositionalBackbone(Backbone):

@@ -23,6 +23,7 @@ class Packing:
         self._places = self.valid_mask.flatten().nonzero()[:, 0]  # [N]
         counts = self.valid_mask.sum(1)
         before = counts.cumsum(0) - counts  # [B] packed positions of earlier rows
+        self.item_ids = item_ids
         self.num_items = real.sum(1)
         """[B] real positions of each row, a mask included."""
         self._ends = before + self.num_items - 1
@@ -31,6 +32,19 @@ class Packing:
     def columns(self) -> Tensor:
         """[N] position of each real item in its history."""
         return self._places % self.batch_shape[1]
+
+    @property
+    def read(self) -> Packing:
+        """The positions that MLTFR reads and the loss scores: these."""
+        return self
+
+    def real(self, x: Tensor) -> Tensor:
+        """What stands at the positions of :attr:`read`."""
+        return x
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The way back, zero elsewhere."""
+        return x
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, L, ...] -> [N, ...]."""
@@ -56,14 +70,18 @@ class Padded(Packing):
 
     def __init__(self, item_ids: Tensor, width: int, *, in_front: bool) -> None:
         """Args: item_ids: [B, L], padding behind; width: W >= L; in_front: where it goes."""
+        self._read = Packing(item_ids)
         item_ids = F.pad(item_ids, (0, width - item_ids.shape[1]))
         if in_front:  # a stable sort: padding first, items in their order
             order = (item_ids != PADDING_IDX).to(torch.uint8).sort(dim=1, stable=True).indices
             item_ids = item_ids.gather(1, order)
         super().__init__(item_ids, keep_padding=True)
-        self.item_ids = item_ids
-        """[B, W]."""
         self._real = (item_ids != PADDING_IDX).flatten().nonzero()[:, 0]
+
+    @property
+    def read(self) -> Packing:
+        """The real positions [R] of the histories as they came, [B, L]."""
+        return self._read
 
     def real(self, x: Tensor) -> Tensor:
         """[N, ...] -> [R, ...]."""

@@ -20,7 +20,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig
-from mltfr_dist.models.backbone import Injection, PositionalBackbone
+from mltfr_dist.models.backbone import PositionalBackbone
 from mltfr_dist.models.packing import Packing, Padded
 
 EPS = 1e-12
@@ -42,29 +42,8 @@ class PaddedBackbone(PositionalBackbone):
                 if isinstance(module, nn.LayerNorm):
                     module.eps = EPS
 
-    def inputs(self, item_ids: Tensor) -> Tensor:
-        """Item ids [B, L] -> input embeddings [B, L, D], zero at padding."""
+    def pack(self, item_ids: Tensor) -> Packing:
+        """Whole sequences, padding included."""
         if self.width is None:
-            return super().inputs(item_ids)
-        padded = Padded(item_ids, self.width, in_front=self.pads_in_front)
-        return Packing(item_ids).unpack(padded.real(self._embedded(padded)))
-
-    def forward(
-        self, item_ids: Tensor, injection: Injection | None = None
-    ) -> tuple[Tensor, Packing]:
-        """Item ids [B, L] -> hidden states of the real positions [R, D], and where they stand."""
-        if self.width is None:
-            return super().forward(item_ids, injection)
-        padded = Padded(item_ids, self.width, in_front=self.pads_in_front)
-        packing = Packing(item_ids)
-        inputs = self._embedded(padded)
-        hidden = inputs
-        for index, block in enumerate(self.blocks):
-            hidden = block(hidden, padded)
-            if index == 0 and injection is not None:
-                added = injection(packing.unpack(padded.real(inputs)), packing.valid_mask)
-                hidden = hidden + padded.spread(packing.pack(added))
-        return self.finish(padded.real(hidden)), packing
-
-    def _embedded(self, padded: Padded) -> Tensor:
-        return self.embed(padded.item_ids.flatten(), padded.columns)
+            return super().pack(item_ids)
+        return Padded(item_ids, self.width, in_front=self.pads_in_front)

@@ -77,16 +77,18 @@ class Recommender(nn.Module):
 
         The one place where MLTFR joins a backbone: it reads the input embeddings, and adds to the first block's output.
         """
-        packing = self.backbone.pack(item_ids)
-        inputs = self.backbone.embed(packing.pack(item_ids), packing.columns)
+        layout = self.backbone.pack(item_ids)
+        real = layout.read
+        inputs = self.backbone.enter(layout)
         first, *further = self.backbone.blocks
-        hidden, gate = first(inputs, packing), None
+        hidden, gate = first(inputs, layout), None
         if self.mltfr is not None:
-            added, gate = self.mltfr(packing.unpack(inputs), packing.valid_mask, item_ids)
-            hidden = hidden + packing.pack(added)
+            x = real.unpack(layout.real(inputs))  # [B, L, D]
+            added, gate = self.mltfr(x, real.valid_mask, item_ids)
+            hidden = hidden + layout.spread(real.pack(added))
         for block in further:
-            hidden = block(hidden, packing)
-        return self.backbone.finish(hidden), packing, gate
+            hidden = block(hidden, layout)
+        return self.backbone.finish(layout.real(hidden)), real, gate
 
     def forward(
         self, batch: SequenceBatch | RankingBatch, weights: Tensor | None = None
@@ -226,5 +228,5 @@ class Recommender(nn.Module):
         """Kept tokens and gate weights at the last position of each history [B, L]."""
         assert self.mltfr is not None
         read = self.widened(self.backbone.for_ranking(item_ids))
-        valid_mask = self.backbone.pack(read).valid_mask
+        valid_mask = self.backbone.pack(read).read.valid_mask
         return explain(self.mltfr, self.backbone.inputs(read), valid_mask, read)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support import new_model
 from torch import Tensor, nn
 
 from mltfr_dist.config import (
@@ -35,7 +36,7 @@ bare_and_with = pytest.mark.parametrize("with_mltfr", [False, True], ids=["bare"
 def recommender(name: str, with_mltfr: bool = False, width: int = WIDTH) -> Recommender:
     """In float64, with weights far from their start."""
     torch.manual_seed(0)
-    made = Recommender(
+    made = new_model(
         BackboneConfig(
             name=name, hidden_dim=DIM, num_heads=HEADS, filter_scope="padded", low_frequencies=2
         ),
@@ -198,7 +199,7 @@ def test_scores_are_those_of_the_published_formulas(name: str) -> None:
 
 def test_the_filter_starts_with_the_published_gain() -> None:
     torch.manual_seed(0)
-    model = Recommender(
+    model = new_model(
         BackboneConfig(name="fmlp", filter_scope="padded"),
         MLTFRConfig(enabled=False),
         LossConfig(),
@@ -240,13 +241,13 @@ def test_the_last_position_alone_teaches_every_parameter(
         if history:
             targets[row, len(history) - 1] = row + 1
     found = model(SequenceBatch(items, targets, torch.arange(4)))
-    found.loss_sum.backward()
+    found.terms["loss"].sum.backward()
     expected = [
         nn.functional.cross_entropy(scores(model, torch.tensor([h]))[0, 1:], torch.tensor(row))
         for row, h in enumerate([*HISTORIES, last])
         if h
     ]
-    assert found.loss_sum.item() == pytest.approx(sum(expected).item(), rel=1e-10)
+    assert found.terms["loss"].sum.item() == pytest.approx(sum(expected).item(), rel=1e-10)
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.abs().sum() > 0, parameter_name
@@ -259,23 +260,23 @@ def test_a_batch_may_hold_nothing_but_padding(name: str, with_mltfr: bool) -> No
     model = recommender(name, with_mltfr)
     nothing = torch.zeros(3, 4, dtype=torch.int64)
     found = model(SequenceBatch(nothing, nothing, torch.full((3,), -1)))
-    found.loss_sum.backward()
-    assert found.loss_sum.item() == 0
+    found.terms["loss"].sum.backward()
+    assert found.terms["loss"].sum.item() == 0
 
 
 @every
 def test_mltfr_joins_at_the_real_positions(name: str) -> None:
-    backbone = recommender(name).backbone
-    item_ids = rows(HISTORIES)
-    seen = []
+    model, item_ids = recommender(name), rows(HISTORIES)
+    backbone, seen = model.backbone, []
 
-    def injection(x: Tensor, valid_mask: Tensor) -> Tensor:
+    def mltfr(x: Tensor, valid_mask: Tensor, ids: Tensor) -> tuple[Tensor, None]:
         assert torch.equal(valid_mask, item_ids != 0)
         seen.append(x)
-        return x.cos() * valid_mask[..., None]
+        return x.cos() * valid_mask[..., None], None
 
+    model.__dict__["mltfr"] = mltfr  # in place of a module
     with torch.no_grad():
-        hidden, packing = backbone(item_ids, injection)
+        hidden, packing, _ = model.hidden(item_ids)
         layout = Padded(item_ids, WIDTH, in_front=name != "linrec")
         inputs = backbone.embed(layout.item_ids.flatten(), layout.columns)
         real = (layout.item_ids != 0).flatten()[:, None]
@@ -290,11 +291,10 @@ def test_mltfr_joins_at_the_real_positions(name: str) -> None:
 
 @every
 def test_dropout_acts_in_training_only(name: str) -> None:
-    backbone = recommender(name).backbone
-    item_ids = rows(HISTORIES)
-    assert torch.equal(backbone(item_ids)[0], backbone(item_ids)[0])
-    backbone.train()
-    assert not torch.equal(backbone(item_ids)[0], backbone(item_ids)[0])
+    model, item_ids = recommender(name), rows(HISTORIES)
+    assert torch.equal(model.hidden(item_ids)[0], model.hidden(item_ids)[0])
+    model.train()
+    assert not torch.equal(model.hidden(item_ids)[0], model.hidden(item_ids)[0])
 
 
 @pytest.mark.parametrize(

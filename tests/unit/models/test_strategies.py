@@ -296,7 +296,8 @@ def test_attending_to_too_many_rows_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_strategy_names_the_valid_ones(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match="'user_guided', 'random_tokens', 'direct', 'learned_prototypes' or 'seed_words'",
+        match="strategies are user_guided, random_tokens, direct, learned_prototypes, seed_words; "
+        "the nearest is random_tokens",
     ):
         tiny_config(tmp_path, mltfr__filter={"strategy": "random"})
 
