@@ -237,7 +237,7 @@ def start_ranks(threads: int | None = None) -> Ranks:
     if not dist.is_initialized():
         _init_process_group("nccl" if on_gpu else "gloo", launched=is_launched())
     _init_deepspeed()
-    if "MASTER_ADDR" not in os.environ:
+    if "RANK" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))

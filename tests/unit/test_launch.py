@@ -54,6 +54,12 @@ def test_a_single_task_is_a_single_process(monkeypatch: pytest.MonkeyPatch) -> N
     for name, value in (TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}).items():
         monkeypatch.setenv(name, value)
     assert not is_launched()
+    for name, value in MEETING.items():  # as slurm/train.sbatch sets them
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1")
+    assert is_launched()
+    assert (os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("1", "0")
 
 
 def test_a_launcher_in_each_task_is_no_contradiction(monkeypatch: pytest.MonkeyPatch) -> None:
