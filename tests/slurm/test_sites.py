@@ -165,7 +165,7 @@ def test_the_signal_before_the_time_limit_comes_in_a_validation(
     tmp_path: Path,
 ) -> None:
     """It is heeded within a batch; the requeued job validates from the start, to the same digits."""
-    write_data(tmp_path, num_users=8000)
+    write_data(tmp_path, num_users=8000, longest=11)  # no history is cut in two
     write_table(tmp_path / "tables", "first", num_rows=90, dim=12, seed=1)
     write_table(tmp_path / "tables", "second", num_rows=70, dim=20, seed=2)
     settings: dict[str, Any] = {
