@@ -87,7 +87,7 @@ def adopt_slurm_task() -> None:
                 "(`--ntasks-per-node=1` with torchrun).",
             )
         return
-    if tasks == 1:
+    if tasks == 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         _refuse(

@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
+from mltfr_dist.distributed.devices import sees_gpus, share_of_cores, take_gpu
 from mltfr_dist.distributed.launch import expected_rank, is_launched
-from mltfr_dist.distributed.processes import machine
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.errors import ConfigError, LostRankError, MltfrError, OtherRankError, fail
 
@@ -231,53 +232,25 @@ def start_ranks(threads: int | None = None) -> Ranks:
     Raises:
         ConfigError: The launcher's environment is incomplete or contradicts itself, or the ranks cannot meet.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = sees_gpus()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     if not dist.is_initialized():
         _init_process_group("nccl" if on_gpu else "gloo", launched=is_launched())
     _init_deepspeed()
-    if "MASTER_ADDR" not in os.environ:
+    if "RANK" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     if on_gpu:
         return Ranks(rank, world_size, torch.device("cuda", torch.cuda.current_device()))
     ranks = Ranks(rank, world_size, torch.device("cpu"))
-    torch.set_num_threads(threads or _share_of_cores(ranks))
+    torch.set_num_threads(threads or share_of_cores(ranks.gather, rank))
     return ranks
-
-
-def _share_of_cores(ranks: Ranks) -> int:
-    """Cores of this process, divided among the ranks that may use the same ones.
-
-    Launchers may have bound each rank to its own.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    digest = hashlib.sha256(f"{machine() or socket.gethostname()} {cores}".encode()).digest()
-    shown = ranks.gather(torch.tensor([int.from_bytes(digest[:7])]))
-    return max(1, len(cores) // int((shown == shown[ranks.rank]).sum()))
-
-
-def _take_gpu(local_rank: int) -> None:
-    """Make GPU ``local_rank`` this process's own.
-
-    Raises:
-        ConfigError: It does not see so many.
-    """
-    count = torch.cuda.device_count()
-    if local_rank >= count:
-        raise ConfigError(
-            f"Rank {local_rank} of {socket.gethostname()} sees {count} GPU(s).",
-            rule="Rank i of a node takes its GPU i, so each must see all of them.",
-            remedy="Start one rank a GPU; on Slurm give --gpus-per-node, or with --gpus-per-task "
-            "also --gpu-bind=none (`srun_more` of slurm/env.sh).",
-        )
-    torch.cuda.set_device(local_rank)
 
 
 def _init_process_group(backend: str, *, launched: bool) -> None:
     if torch.cuda.is_available():
-        _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
+        take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     if launched:
         _meet(backend)
     else:
@@ -313,10 +286,12 @@ def _meet(backend: str) -> None:
             iter(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))
         )
         _meeting.append(store)
+        within = timedelta(seconds=RENDEZVOUS_SECONDS)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+            backend, store=store, rank=rank, world_size=world_size, timeout=within
         )
-    except (dist.DistError, ValueError) as error:
+        _set_pg_timeout(COLLECTIVE_TIMEOUT)  # from here on the watchdog judges
+    except (dist.DistError, ValueError, RuntimeError) as error:
         taken = "EADDRINUSE" in str(error)
         raise ConfigError(
             f"Rank {os.environ['RANK']} on {socket.gethostname()} cannot meet the other ranks at {place}: "
@@ -324,7 +299,8 @@ def _meet(backend: str) -> None:
             rule=f"Rank 0 listens there, and all {os.environ['WORLD_SIZE']} ranks come within {RENDEZVOUS_SECONDS} s.",
             remedy="Give a free port (`deepspeed --master_port`, `torchrun --master_port`, MASTER_PORT)."
             if taken
-            else "Check that every node runs, and reaches that address and port.",
+            else "Check that every node runs, and reaches that address and port. Where nodes have several networks, set "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between them (`ip -brief address`; slurm/env.sh).",
         ) from None
 
 

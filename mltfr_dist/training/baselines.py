@@ -5,7 +5,7 @@ Shapes: B users, I items.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,12 @@ def popularity(train: PackedSequences, num_items: int) -> Scorer:
 
 
 def item_knn(
-    train: PackedSequences, num_items: int, *, num_neighbours: int = 100, shrinkage: float = 10.0
+    train: PackedSequences,
+    num_items: int,
+    *,
+    num_neighbours: int = 100,
+    shrinkage: float = 10.0,
+    through: Callable[[Sequence[tuple[int, int]]], Iterable[tuple[int, int]]] = iter,
 ) -> Scorer:
     """Item-based nearest neighbours (Sarwar et al. 2001): sum of similarities to the items of the history.
 
@@ -57,6 +62,7 @@ def item_knn(
     ``num_neighbours`` nearest (of equal ones those of lower id). A training part of one item adds
     nothing to what two items share, but a user to its item's set. Memory: the training items,
     ``num_neighbours`` an item, and :data:`_PAIRS_AT_ONCE` pairs, however many items a user has.
+    The blocks of items that are worked on at a time are taken ``through`` what may end them.
     """
     rows = np.repeat(np.arange(len(train)), np.diff(train.offsets))
     seen = sparse.csr_matrix(
@@ -66,7 +72,7 @@ def item_knn(
     norms = np.sqrt(np.asarray(seen.sum(0)).ravel())
     users_of = seen.T.tocsr()
     blocks = []
-    for start, end in _blocks(users_of, seen):
+    for start, end in through(list(_blocks(users_of, seen))):
         beat()
         together = (users_of[start:end] @ seen).tocsr()
         blocks.append(_nearest(together, norms, start, num_neighbours, shrinkage))

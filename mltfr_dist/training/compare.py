@@ -31,7 +31,14 @@ def baseline_result(
     """Fit one of :data:`BASELINES` and rank with it; all ranks must call."""
     started = time.monotonic()
     train = baselines.training_sequences(config.data.path, manifest)
-    scorer: Scorer = getattr(baselines, name)(train, manifest.num_items)
+    if name == "item_knn":
+        scorer = baselines.item_knn(
+            train,
+            manifest.num_items,
+            through=lambda blocks: UntilStopped(blocks, ranks, "fitting item_knn"),
+        )
+    else:
+        scorer = baselines.popularity(train, manifest.num_items)
     seconds = time.monotonic() - started
     valid = evaluate(scorer, ranked(config, "valid", ranks, name), config.evaluation, ranks)
     by_slice = metrics_by_slice(scorer, config, manifest, ranks, name) if read_test else {}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from support import (
 )
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.errors import EXIT_LOST
+from mltfr_dist.errors import EXIT_BAD_INPUT, EXIT_LOST
 from mltfr_dist.training.run_folder import dump_config, load_result
 
 HANG_SECONDS = 25
@@ -160,3 +162,80 @@ def test_a_host_that_is_cut_off_stops_the_other_and_the_run_goes_on(
     assert result is not None
     assert expected is not None
     assert (result.test, result.world_size) == (expected.test, 2)
+
+
+WRONG = ("10.232.0.1", "10.232.0.2")
+"""Addresses of a second network, which leads nowhere, and which the hosts' names stand for."""
+
+
+@pytest.fixture
+def two_networks(hosts: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    """The two hosts, each with an interface `first` that its name stands for, and the cable as `fast`."""
+    folders = [Path("/etc/netns") / name for name in hosts]
+    try:
+        for name, folder, end, address in zip(hosts, folders, CABLE, WRONG, strict=True):
+            ip("-netns", name, "link", "add", "first", "type", "veth", "peer", "name", "nowhere")
+            ip("-netns", name, "link", "set", "nowhere", "up")
+            ip("-netns", name, "address", "add", f"{address}/24", "dev", "first")
+            ip("-netns", name, "link", "set", "first", "up")
+            ip("-netns", name, "link", "set", end, "down")
+            ip("-netns", name, "link", "set", end, "name", "fast")
+            ip("-netns", name, "link", "set", "fast", "up")
+            folder.mkdir(
+                parents=True
+            )  # `ip netns exec` puts its files in the place of those in /etc
+            (folder / "hosts").write_text(
+                f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n"
+            )
+        yield hosts
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+MEET = """
+from mltfr_dist.distributed import ranks
+from mltfr_dist.errors import MltfrError
+ranks.RENDEZVOUS_SECONDS = 15
+try:
+    met = ranks.start_ranks()
+except MltfrError as error:
+    ranks.leave(ranks.say_why(error))
+met.barrier()
+print(f"met {met.world_size}")
+ranks.leave()
+"""
+
+
+def meeting_place(host: str, environment: dict[str, str]) -> list[str]:
+    """Address and port at which slurm/train.sbatch lets the ranks meet."""
+    functions = f"sed -n '/^meeting_address() {{/,/^}}/p; /^free_port() {{/,/^}}/p' {REPOSITORY}/slurm/job.sh"
+    script = f'source <({functions}); address=$(meeting_address); echo "$address $(free_port "$address")"'
+    command = ["ip", "netns", "exec", host, "bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_the_interface_that_is_named_and_not_the_one_of_the_hosts_name(
+    two_networks: tuple[str, str], tmp_path: Path
+) -> None:
+    named = clean_environment(
+        DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="fast", PYTHONPATH=str(REPOSITORY)
+    )
+    address, port = meeting_place(two_networks[0], named)
+    assert address == ADDRESSES[0]
+    unnamed = {key: value for key, value in named.items() if key != "GLOO_SOCKET_IFNAME"}
+    for environment, expected in ((unnamed, [EXIT_BAD_INPUT] * 2), (named, [0, 0])):
+        nodes = []
+        for rank, host in enumerate(two_networks):
+            rendezvous = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+            rendezvous |= {"MASTER_ADDR": address, "MASTER_PORT": port}
+            with (tmp_path / f"node{rank}.log").open("w") as log:
+                command = ["ip", "netns", "exec", host, sys.executable, "-c", MEET]
+                own = environment | rendezvous
+                nodes.append(subprocess.Popen(command, env=own, stdout=log, stderr=log))
+        assert end_nodes(nodes, 120) == expected, logs(tmp_path)
+        said = (
+            "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" if environment is unnamed else "met 2"
+        )
+        assert said in logs(tmp_path)[0]

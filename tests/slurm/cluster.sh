@@ -32,11 +32,13 @@ CredType=cred/munge
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
+GresTypes=gpu
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=500
 SchedulerType=sched/builtin
 ReturnToService=2
 JobRequeue=1
@@ -49,11 +51,12 @@ SlurmctldPidFile=$folder/run/slurmctld.pid
 SlurmdPidFile=$folder/run/slurmd-%n.pid
 SlurmctldLogFile=$folder/log/slurmctld.log
 SlurmdLogFile=$folder/log/slurmd-%n.log
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$cpus RealMemory=$memory
-NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$cpus RealMemory=$memory
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$cpus RealMemory=$memory Gres=gpu:2
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$cpus RealMemory=$memory Gres=gpu:2
 PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=off
 CONF
+    printf 'Name=gpu File=%s\n' /dev/null /dev/zero >"$folder/gres.conf" # devices that every machine has
     export SLURM_CONF=$folder/slurm.conf
     munged --force --socket="$folder/munge.socket" --key-file="$folder/munge.key" --pid-file="$folder/run/munged.pid" \
         --log-file="$folder/log/munged.log" --seed-file="$folder/run/munged.seed"

@@ -64,6 +64,7 @@ class Slurm:
             "--partition=low",
             "--nodes=2",
             "--ntasks-per-node=1",
+            "--cpus-per-task=2",  # the nodes share the machine's cores, and a task is bound to its own
             *more,
             "slurm/train.sbatch",
         )

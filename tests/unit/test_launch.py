@@ -12,8 +12,8 @@ import pytest
 import torch
 from support import REPOSITORY, clean_environment, tiny_config
 
+from mltfr_dist.distributed.devices import sees_gpus, take_gpu
 from mltfr_dist.distributed.launch import LAUNCHER_VARIABLES, is_launched, tasks_of_nodes
-from mltfr_dist.distributed.ranks import _take_gpu
 from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, OtherRankError
 from mltfr_dist.training.run_folder import dump_config
 
@@ -54,6 +54,12 @@ def test_a_single_task_is_a_single_process(monkeypatch: pytest.MonkeyPatch) -> N
     for name, value in (TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}).items():
         monkeypatch.setenv(name, value)
     assert not is_launched()
+    for name, value in MEETING.items():  # as slurm/train.sbatch sets them
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1")
+    assert is_launched()
+    assert (os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("1", "0")
 
 
 def test_a_launcher_in_each_task_is_no_contradiction(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,9 +215,26 @@ def test_a_rank_that_does_not_see_its_gpu_says_what_to_ask_slurm_for(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"Rank 3 of .* sees 1 GPU\(s\)") as error:
-        _take_gpu(3)
-    assert "--gpus-per-node" in error.value.remedy
-    assert "--gpu-bind=none" in error.value.remedy
+        take_gpu(3)
+    assert "--gpus-per-node and not --gpus-per-task" in error.value.remedy
+
+
+def test_gpus_that_torch_does_not_see_are_not_left_idle_unsaid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("SLURM_STEP_GPUS", "0,1")
+    assert not sees_gpus(), "no task of srun"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(ConfigError, match=r"GPU 0,1 of .*, and torch sees none"):
+        sees_gpus()
+    with monkeypatch.context() as asked:
+        asked.setenv("DS_ACCELERATOR", "cpu")
+        assert not sees_gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not sees_gpus(), "hidden on purpose"
 
 
 def free_port() -> int:

@@ -28,7 +28,6 @@ LAUNCHERS = {
     "--ntasks-per-node",
     "--gpus-per-node",
     "--gpus-per-task",
-    "--gpu-bind",
     "--no-deps",
     "--target",
 }

@@ -16,7 +16,7 @@ from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.distributed.signals import STOP_SIGNALS, request_stop
 from mltfr_dist.errors import ConfigError, StoppedError
 from mltfr_dist.repairs import changed
-from mltfr_dist.training import compare, loop, stages
+from mltfr_dist.training import baselines, compare, loop, stages
 from mltfr_dist.training.fit import fit
 from mltfr_dist.training.run_folder import load_config, load_result
 
@@ -88,6 +88,28 @@ def test_a_signal_in_a_long_pass(
     assert found is not None
     assert expected is not None
     assert (found.test, found.checkpoint) == (expected.test, expected.checkpoint)
+
+
+def test_a_signal_while_a_baseline_is_fitted(
+    whole: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is heeded after the block of items that is worked on; the run then begins with it anew."""
+    config = whole.model_copy(update={"runs_dir": tmp_path, "baselines": ("item_knn",)})
+    real, seen = baselines._nearest, []
+
+    def interrupted(*given: Any) -> Any:
+        seen.append(1)
+        request_stop()
+        return real(*given)
+
+    with monkeypatch.context() as signalled:
+        signalled.setattr(baselines, "_PAIRS_AT_ONCE", 100)
+        signalled.setattr(baselines, "_nearest", interrupted)
+        with pytest.raises(StoppedError, match="in the midst of fitting item_knn"):
+            fit(config)
+    assert len(seen) == 1, "the wait is one block"
+    fit(config)
+    assert load_result(config.folder) is not None
 
 
 def test_a_run_goes_on_with_other_settings_that_change_no_number(
