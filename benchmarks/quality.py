@@ -27,9 +27,9 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.data.manifest import load_manifest
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.errors import ConfigError, MltfrError, fail
-from mltfr_dist.repairs import REPAIRS, as_published, changed, without
+from mltfr_dist.repairs import REPAIRS, as_published, without
 from mltfr_dist.resolve import resolve_config
-from mltfr_dist.schema import nearest_key
+from mltfr_dist.schema import changed, nearest_key
 from mltfr_dist.tables.store import load_table
 from mltfr_dist.training.compare import BASELINES, baseline_result
 from mltfr_dist.training.inputs import load_inputs, model_spec

@@ -18,7 +18,7 @@ from mltfr_dist.config import (
 )
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.repairs import as_published
-from mltfr_dist.schema import nearest_key
+from mltfr_dist.schema import changed, nearest_key
 
 PREPARATIONS = {
     Path("data/ml-100k"): "`make demo` prepares it, as does `mltfr prepare ml-100k data/ml-100k "
@@ -73,14 +73,13 @@ def esasrec_beauty() -> RunConfig:
     `sasrec_beauty`, so that the two can be compared, and not the paper's. No figure has been measured yet.
     `python train.py --preset esasrec_beauty`, after the preparation that `sasrec_beauty` names.
     """
-    plain = sasrec_beauty()
-    return plain.model_copy(
-        update={
-            "name": "esasrec_beauty",
-            "backbone": plain.backbone.model_copy(update={"name": "esasrec"}),
-            "loss": LossConfig(name="sampled_softmax", num_negatives=256),
-        }
-    )
+    fields = {
+        "name": "esasrec_beauty",
+        "backbone.name": "esasrec",
+        "loss.name": "sampled_softmax",
+        "loss.num_negatives": 256,
+    }
+    return changed(sasrec_beauty(), fields, source="preset esasrec_beauty")
 
 
 def paper() -> RunConfig:
@@ -115,14 +114,13 @@ def paper() -> RunConfig:
 
 def smoke() -> RunConfig:
     """The demo in miniature: seconds, to see that an installation works. Its figures mean nothing."""
-    full = demo()
-    return full.model_copy(
-        update={
-            "name": "smoke",
-            "training": full.training.model_copy(update={"epochs": 1, "consensus_epochs": 1}),
-            "baselines": ("popularity",),
-        }
-    )
+    fields = {
+        "name": "smoke",
+        "training.epochs": 1,
+        "training.consensus_epochs": 1,
+        "baselines": ["popularity"],
+    }
+    return changed(demo(), fields, source="preset smoke")
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {

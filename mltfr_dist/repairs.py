@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.schema import nearest_key, validate
+from mltfr_dist.schema import changed, nearest_key
 
 Scope = Literal["method", "backbone", "protocol"]
 
@@ -173,22 +173,6 @@ ALSO_PUBLISHED: dict[Scope, dict[str, Any]] = {
     },
 }
 """What else the authors set, each a choice and no defect of MLTFR."""
-
-
-def changed(config: RunConfig, fields: dict[str, Any], *, source: str) -> RunConfig:
-    """``config`` with dotted ``fields`` changed, validated anew.
-
-    Raises:
-        ConfigError: The result is not valid.
-    """
-    values = config.model_dump(mode="json")
-    for path, value in fields.items():
-        *sections, name = path.split(".")
-        place = values
-        for section in sections:
-            place = place[section]
-        place[name] = value
-    return validate(RunConfig, values, source=source)
 
 
 def as_published(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -85,6 +86,27 @@ def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> S
             f"The configuration from {source} is not valid: {'; '.join(problems)}.",
             remedy=f"Correct it; `{model.listed_by}` lists every field with its default and unit.",
         ) from None
+
+
+def changed(config: SectionT, fields: Mapping[str, Any], *, source: str) -> SectionT:
+    """``config`` with dotted ``fields`` changed, such as ``{"training.epochs": 3}``, validated anew.
+
+    Args:
+        config: As it is.
+        fields: New values by dotted key.
+        source: Who changes them, for messages.
+
+    Raises:
+        ConfigError: The result is not valid.
+    """
+    values = config.model_dump(mode="json")
+    for path, value in fields.items():
+        *sections, name = path.split(".")
+        section = values
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return validate(type(config), values, source=source)
 
 
 def field_paths(model: type[Section], prefix: str = "") -> list[str]:

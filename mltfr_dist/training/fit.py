@@ -22,6 +22,7 @@ from mltfr_dist.distributed.signals import stop_signals
 from mltfr_dist.distributed.watchdog import watched
 from mltfr_dist.errors import ConfigError, DamagedError, StoppedError
 from mltfr_dist.files import file_sha256, with_packaged
+from mltfr_dist.schema import changed
 from mltfr_dist.training import report
 from mltfr_dist.training.compare import baseline_result
 from mltfr_dist.training.inputs import (
@@ -231,18 +232,14 @@ def compare(
 
 def bare_config(config: RunConfig) -> RunConfig:
     """The same run without MLTFR, with the epochs of both stages, in a folder inside the run's."""
-    training = config.training
+    training, epochs = config.training, config.training.epochs
     if config.mltfr.consensus.enabled:
-        training = training.model_copy(
-            update={"epochs": training.epochs + training.consensus_epochs}
-        )
-    mltfr = config.mltfr.model_copy(update={"enabled": False})
-    return config.model_copy(
-        update={
-            "name": "backbone",
-            "runs_dir": config.folder,
-            "mltfr": mltfr,
-            "training": training,
-            "baselines": (),
-        }
-    )
+        epochs += training.consensus_epochs
+    fields = {
+        "name": "backbone",
+        "runs_dir": config.folder,
+        "mltfr.enabled": False,
+        "training.epochs": epochs,
+        "baselines": (),
+    }
+    return changed(config, fields, source="the baseline `backbone`")

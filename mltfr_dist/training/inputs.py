@@ -27,7 +27,7 @@ from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors import selector_class
 from mltfr_dist.presets import PREPARATIONS
-from mltfr_dist.schema import nearest_key
+from mltfr_dist.schema import changed, nearest_key
 from mltfr_dist.spec import ModelSpec
 from mltfr_dist.tables.content import with_content
 from mltfr_dist.tables.seeds import seed_tables
@@ -126,9 +126,7 @@ def leave_out_bad_shards(config: RunConfig, ranks: Ranks) -> RunConfig:
     }
     if left_out:
         ranks.say(loss_report(folder, manifest, left_out))
-    return config.model_copy(
-        update={"data": config.data.model_copy(update={"left_out": tuple(sorted(left_out))})}
-    )
+    return changed(config, {"data.left_out": sorted(left_out)}, source="data.on_bad_shard")
 
 
 def check_tables(config: MLTFRConfig, tables: Sequence[TokenTable]) -> None:

@@ -16,8 +16,8 @@ from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.presets import preset
-from mltfr_dist.repairs import REPAIRS, as_published, changed, taken_away, without
-from mltfr_dist.schema import field_paths
+from mltfr_dist.repairs import REPAIRS, as_published, taken_away, without
+from mltfr_dist.schema import changed, field_paths
 from mltfr_dist.training.fit import fit
 from mltfr_dist.training.inputs import build_model, load_inputs
 from mltfr_dist.training.stages import CORE, FISHER

@@ -15,7 +15,7 @@ from mltfr_dist.distributed.kept import latest
 from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.distributed.signals import STOP_SIGNALS, request_stop
 from mltfr_dist.errors import ConfigError, StoppedError
-from mltfr_dist.repairs import changed
+from mltfr_dist.schema import changed
 from mltfr_dist.training import baselines, compare, loop, stages
 from mltfr_dist.training.fit import fit
 from mltfr_dist.training.run_folder import load_config, load_result
