@@ -21,25 +21,13 @@ from mltfr_dist.data.batch import lengths
 from mltfr_dist.models.consensus import State, freeze
 from mltfr_dist.models.draws import GumbelNoise, history_keys, mix
 from mltfr_dist.models.experts import ExpertCore, Memory, Router, TableAdapter, mean_memory, pooled
+from mltfr_dist.models.routing_stats import RoutingStats, routing_stats
 from mltfr_dist.models.strategies import AllRows, Prototypes, RandomTokens, Selection
 from mltfr_dist.models.table_rows import TableRows
 from mltfr_dist.models.token_filter import TokenFilter, prefix_mean
 
 EXPLAINED = 16
 """Tokens that an explanation lists at most, where all of a table's rows are attended to."""
-
-
-class RoutingStats(NamedTuple):
-    """Sums over the real positions of a batch; ranks and micro-batches add."""
-
-    gate_sum: Tensor
-    """[E] gate weights."""
-    top_sum: Tensor
-    """[E] positions at which the gate is the largest."""
-    entropy_sum: Tensor
-    """[1] entropy of the gate, nats."""
-    balance_sum: Tensor
-    """[1] load-balancing term, with gradient."""
 
 
 class Explanation(NamedTuple):
@@ -289,12 +277,10 @@ class MLTFR(nn.Module):
         """[G] hash of each block's history up to where its query is taken; None where no history is given."""
         return None if item_ids is None else self.of_queries(history_keys(item_ids))[occupied]
 
-    def memories(self, queries: Tensor, keys: Tensor | None) -> list[Memory]:
-        """What each expert attends to, for ``queries`` [G, D]."""
+    def memories(self, selections: Sequence[Selection]) -> list[Memory]:
+        """What each expert attends to, of what its table contributes."""
         found = []
-        for e, selection in enumerate(
-            s for s in self.selections(queries, keys) for _ in range(self.per_table)
-        ):
+        for e, selection in enumerate(s for s in selections for _ in range(self.per_table)):
             memory = Memory(self.adapters[e](selection.rows), *selection.kept)
             found.append(pooled(memory) if self.config.filter.memory == "batch" else memory)
         return found
@@ -310,7 +296,8 @@ class MLTFR(nn.Module):
             item_ids: [B, L] the history itself, which only random draws read: strategy random_tokens, and noise.
         """
         positions, queries, occupied = self.blocks(x, valid_mask)
-        memories = self.memories(queries, self.block_keys(item_ids, occupied))
+        selections = self.selections(queries, self.block_keys(item_ids, occupied))
+        memories = self.memories(selections)
         expert_outputs = torch.stack(
             [core(positions, [memories[e]]) for e, core in enumerate(self.cores)], dim=-1
         )
@@ -327,7 +314,7 @@ class MLTFR(nn.Module):
         spread[occupied] = output
         added = spread.flatten(1, 2)[:, : x.shape[1]] * valid_mask[..., None]
         real = in_blocks(F.pad(valid_mask, (0, -x.shape[1] % n)), n)[occupied]
-        return added, self._stats(gate_weights[real])
+        return added, self._stats(gate_weights[real], selections, len(queries))
 
     def _consensus_output(self, positions: Tensor, memories: list[Memory]) -> Tensor:
         assert self.consensus is not None
@@ -340,13 +327,11 @@ class MLTFR(nn.Module):
             memories = [mean_memory(memories)]
         return weight * self.consensus(positions, memories)  # type: ignore[no-any-return]
 
-    def _stats(self, gate_weights: Tensor) -> RoutingStats:
-        detached = gate_weights.detach().float()  # [N, E]
-        top = F.one_hot(detached.argmax(-1), detached.shape[-1]).float()
-        entropy = -(detached * detached.clamp(min=1e-12).log()).sum().view(1)
-        return RoutingStats(
-            detached.sum(0), top.sum(0), entropy, self.router.balance_loss(gate_weights).view(1)
-        )
+    def _stats(
+        self, gate_weights: Tensor, selections: Sequence[Selection] = (), num_queries: int = 0
+    ) -> RoutingStats:
+        balance = self.router.balance_loss(gate_weights)
+        return routing_stats(gate_weights, balance, [s.kept for s in selections], num_queries)
 
     # --- shortlist and explanation -----------------------------------------------------------------------------
 

@@ -25,8 +25,9 @@ from mltfr_dist.losses import (
 from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.item_tokens import ItemVectors
-from mltfr_dist.models.mltfr import MLTFR, Explanation, RoutingStats
+from mltfr_dist.models.mltfr import MLTFR, Explanation
 from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.routing_stats import RoutingStats
 from mltfr_dist.models.table_rows import TableRows
 from mltfr_dist.numerics import at_least_fp32
 

@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
 from mltfr_dist.data.stream import StepBatches, TrainStream
 from mltfr_dist.distributed.checkpoint import Progress, save, step_folder, validated_folder
-from mltfr_dist.distributed.engine import Engine, peak_memory_bytes
+from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.kept import latest, prune
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.distributed.state import whole_parameter
+from mltfr_dist.distributed.resources import memory_gib
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.errors import MltfrError, StoppedError
-from mltfr_dist.models.recommender import TrainingOutput
-from mltfr_dist.training.evaluate import evaluate
+from mltfr_dist.training.evaluate import MeanLoss, evaluate
+from mltfr_dist.training.explain import TokenSample
+from mltfr_dist.training.speed import Speed
+from mltfr_dist.training.step_values import (
+    StepTotals,
+    board_values,
+    reduce_outputs,
+    step_values,
+)
 from mltfr_dist.training.tracking import STAGES, Tracker, seed_all
 
 SPLIT_WORDS = {"valid": "validation", "test": "test (picked on)"}
-
-
-@dataclass
-class StepTotals:
-    """Means over the global batch of one step."""
-
-    loss: float
-    gate_weights: Tensor | None = None
-    """[M]."""
-    top_share: Tensor | None = None
-    """[M]."""
-    entropy: float = 0.0
-    balance: float = 0.0
-    contrast: float | None = None
-    nonfinite: tuple[str, ...] = ()
-    """What was not finite on some rank, by name; the update was then skipped."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +47,8 @@ class Stage:
     valid: Iterable[RankingBatch]
     tracker: Tracker
     table_names: tuple[str, ...]
+    speed: Speed
+    sample: TokenSample | None
 
     @property
     def total_steps(self) -> int:
@@ -105,8 +96,10 @@ def train_epoch(stage: Stage, progress: Progress) -> Progress:
     every = stage.config.checkpoint.every_steps
     started, before = time.monotonic(), progress.train_seconds
     stage.engine.deepspeed.train()
-    for batches in stage.stream.epoch(progress.epoch, progress.step_in_epoch):
-        totals = train_step(stage, batches, progress.step)
+    steps = stage.stream.epoch(progress.epoch, progress.step_in_epoch)
+    for batches in stage.speed.waits(steps):
+        with stage.speed.step(batches):
+            totals = train_step(stage, batches, progress.step)
         skipped = bool(totals.nonfinite)
         progress = progress.model_copy(
             update={
@@ -121,7 +114,7 @@ def train_epoch(stage: Stage, progress: Progress) -> Progress:
         if skipped:
             note_skipped(stage, progress, totals)
         else:
-            log_step(stage, progress, totals, batches.num_targets)
+            log_step(stage, progress, totals, batches)
         stop = stage.engine.verdict.stop
         if stop or (
             every
@@ -152,7 +145,8 @@ def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
         refresh_shortlist(stage, batches.micro_batches, step)
     engine.module.set_step(stage.tracker.base_step + step)
     seed_all(config.training.seed, STAGES.index(stage.name), step, ranks.rank)
-    outputs = engine.update(batches, step)
+    with stage.speed.counted():
+        outputs = engine.update(batches, step)
     totals = reduce_outputs(ranks, outputs, batches)
     if engine.verdict.nonfinite:
         totals.nonfinite = engine.verdict.nonfinite
@@ -192,39 +186,6 @@ def note_skipped(stage: Stage, progress: Progress, totals: StepTotals) -> None:
         )
 
 
-def reduce_outputs(ranks: Ranks, outputs: list[TrainingOutput], batches: StepBatches) -> StepTotals:
-    """Sum a step's outputs over micro-batches and ranks, in one collective."""
-    vectors = []
-    for output in outputs:
-        routing, contrast = output.routing, output.contrastive_sum
-        parts = [
-            output.loss_sum.view(1),
-            output.loss_sum.new_zeros(1) if contrast is None else contrast.view(1),
-        ]
-        if routing is not None:
-            parts += [
-                routing.entropy_sum,
-                routing.balance_sum.detach(),
-                routing.gate_sum,
-                routing.top_sum,
-            ]
-        vectors.append(torch.cat([p.double() for p in parts]))
-    means = ranks.sum(torch.stack(vectors).sum(0)).cpu()
-    loss, contrast_mean = (
-        float(means[0]) / batches.num_targets,
-        float(means[1]) / batches.num_sequences,
-    )
-    contrasted = None if outputs[0].contrastive_sum is None else contrast_mean
-    if len(means) == 2:
-        return StepTotals(loss, contrast=contrasted)
-    gates = (len(means) - 4) // 2
-    routed = (
-        means[2:] / means[4 : 4 + gates].sum()
-    )  # the gates of a position sum to 1, so their sum counts positions
-    gate, top = routed[2:].float().chunk(2)
-    return StepTotals(loss, gate, top, float(routed[0]), float(routed[1]), contrasted)
-
-
 @torch.no_grad()
 def refresh_shortlist(stage: Stage, batches: list[SequenceBatch], step: int) -> None:
     """Search from now on the rows nearest to the queries of this global batch, on all ranks alike."""
@@ -255,15 +216,7 @@ def refresh_shortlist(stage: Stage, batches: list[SequenceBatch], step: int) -> 
         stage.tracker.log("filter", step + 1, values)  # part of the update that it precedes
 
 
-def exp_or_inf(power: float) -> float:
-    """Exponential of ``power``; infinity where that is no finite number any more, for which math.exp raises."""
-    try:
-        return math.exp(power)
-    except OverflowError:
-        return math.inf
-
-
-def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: int) -> None:
+def log_step(stage: Stage, progress: Progress, totals: StepTotals, batches: StepBatches) -> None:
     """metrics.jsonl, TensorBoard and the screen, on schedule. All ranks must call."""
     step, config = progress.step, stage.config
     stage.tracker.progress(step, stage.total_steps, config.training.global_batch_size, totals.loss)
@@ -272,41 +225,11 @@ def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: 
         and progress.step_in_epoch < stage.stream.steps_per_epoch
     ):
         return
-    values = {
-        "loss": totals.loss,
-        "learning_rate": float(stage.engine.optimizer.param_groups[0]["lr"]),
-        "positions": float(num_targets),
-    }
-    if totals.contrast is not None:
-        values["contrast_loss"] = totals.contrast
-    norm = stage.engine.grad_norm()
-    if norm is not None:
-        values["grad_norm"] = norm
-    if totals.gate_weights is not None and totals.top_share is not None:
-        values |= {"balance_loss": totals.balance, "gate/entropy": totals.entropy}
-        values |= {
-            "gate/max_weight": float(totals.gate_weights.max()),
-            "gate/max_top_share": float(totals.top_share.max()),
-        }
-        mltfr = stage.engine.module.mltfr
-        assert mltfr is not None
-        for e, name in enumerate(mltfr.gate_names(stage.table_names)):
-            values[f"gate_weight/{name}"] = float(totals.gate_weights[e])
-            values[f"gate_top_share/{name}"] = float(totals.top_share[e])
-        if mltfr.consensus is not None and mltfr.config.consensus.learn_weight:
-            values["consensus/weight"] = float(
-                whole_parameter(stage.engine, mltfr.consensus_weight)
-            )
-        for m, name in enumerate(stage.table_names):
-            log_temperature = mltfr.log_temperature(m)
-            if log_temperature is not None:
-                power = float(whole_parameter(stage.engine, log_temperature))
-                values[f"filter_temperature/{name}"] = exp_or_inf(power)
+    values = step_values(stage.engine, totals, batches.num_targets, stage.table_names)
     stage.tracker.log("step", step, values, epoch=progress.epoch)
-    speed = progress.step * config.training.global_batch_size / max(1e-9, progress.train_seconds)
-    stage.tracker.board(
-        {"speed/sequences_per_second": speed, "memory/peak_gib": peak_memory_bytes() / 2**30}, step
-    )
+    stage.tracker.board(board_values(totals, stage.table_names), step)
+    stage.tracker.board({"run/stage": STAGES.index(stage.name) + 1.0}, step)
+    stage.tracker.board(stage.speed.take() | memory_gib(), step)
 
 
 def validate(stage: Stage, progress: Progress) -> Progress:
@@ -314,7 +237,10 @@ def validate(stage: Stage, progress: Progress) -> Progress:
     started = time.monotonic()
     stage.engine.deepspeed.eval()
     stage.engine.module.set_step(stage.tracker.base_step + progress.step)
-    metrics = evaluate(stage.engine.module, stage.valid, stage.config.evaluation, stage.ranks)
+    scorer = MeanLoss(stage.engine.module, stage.ranks)
+    metrics = evaluate(scorer, stage.valid, stage.config.evaluation, stage.ranks)
+    loss = scorer.mean()
+    texts = stage.sample.texts(stage.engine.module) if stage.sample else {}
     progress = progress.model_copy(
         update={"train_seconds": progress.train_seconds + time.monotonic() - started}
     )
@@ -328,12 +254,11 @@ def validate(stage: Stage, progress: Progress) -> Progress:
         place = validated_folder(stage.checkpoints, stage.name, progress.epoch)
         save(place, stage.engine, progress, with_optimizer=False)
     split = stage.config.evaluation.select_on
-    stage.tracker.log(
-        split if split == "valid" else "picked_on_test",
-        progress.step,
-        metrics,
-        epoch=progress.epoch,
-    )
+    kind = split if split == "valid" else "picked_on_test"
+    stage.tracker.log(kind, progress.step, metrics, epoch=progress.epoch)
+    stage.tracker.board({f"{kind}/loss": loss}, progress.step)
+    for tag, text in texts.items():
+        stage.tracker.text(tag, text, progress.step)
     stage.tracker.say(
         f"  {stage.name} epoch {progress.epoch}/{stage.epochs}  {SPLIT_WORDS[split]} HR@10 {metrics['HR@10']:.4f}  "
         f"NDCG@10 {metrics['NDCG@10']:.4f}{' *' if best else ''}  ({progress.train_seconds:.0f} s)"
@@ -348,6 +273,7 @@ def save_checkpoint(stage: Stage, progress: Progress) -> None:
     """
     if progress.skipped_in_a_row:
         return
+    stage.tracker.flush()
     save(step_folder(stage.checkpoints, progress), stage.engine, progress)
     keep_last = stage.config.checkpoint.keep_last
     stage.ranks.main_works(lambda _: prune(stage.checkpoints, progress, keep_last))

@@ -77,7 +77,7 @@ def test_the_output_is_the_gated_sum_of_every_tables_experts() -> None:
     mltfr = make(expert={"per_table": 2}, router={"null_expert": True})
     x = embeddings()
     positions, queries, occupied = mltfr.blocks(x, ITEMS != 0)
-    memories = mltfr.memories(queries, None)
+    memories = mltfr.memories(mltfr.selections(queries, None))
     assert len(memories) == 6
     assert torch.equal(memories[2].places, memories[3].places)  # one filter
     weights = mltfr.router(positions)

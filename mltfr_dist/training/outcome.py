@@ -1,0 +1,30 @@
+"""What is shown of a finished run beside its report: HParams, the projector, its services."""
+
+from __future__ import annotations
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.training.hparams import write_session
+from mltfr_dist.training.projector import write_projector
+from mltfr_dist.training.run_folder import Result, leaf_values
+from mltfr_dist.training.services import open_services
+
+
+def show_outcome(config: RunConfig, model: Recommender, result: Result, stage: str) -> None:
+    """Show the chosen model; on rank 0 alone.
+
+    Args:
+        config: The run.
+        model: The chosen model, whole.
+        result: What it reached.
+        stage: The last stage that was trained.
+    """
+    metrics = {f"final/test_{name}": value for name, value in result.test.items()}
+    metrics |= {f"final/valid_{name}": value for name, value in result.valid.items()}
+    metrics |= {"final/epochs": float(result.epochs), "final/seconds": result.seconds}
+    place = write_session(config.folder, leaf_values(config), metrics, result.step)
+    if config.tracking.projector_items:
+        write_projector(place, config, model)
+    for service in open_services(config, stage, anew=False):
+        service.send(metrics, result.step)
+        service.close()
