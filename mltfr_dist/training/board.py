@@ -33,10 +33,9 @@ class Board:
         for void in [*later, *[stage] * (step is None)]:
             shutil.rmtree(folder / FOLDER / void, ignore_errors=True)
         self._base_step = base_step
-        self._writer = SummaryWriter(
-            str(folder / FOLDER / stage),
-            purge_step=None if step is None else base_step + step + 1,
-        )
+        # TensorBoard takes the first mark of a start for no restart, so a new board needs one too.
+        first = base_step if step is None else base_step + step + 1
+        self._writer = SummaryWriter(str(folder / FOLDER / stage), purge_step=first)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Points at ``step`` of the stage."""
