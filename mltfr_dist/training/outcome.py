@@ -25,6 +25,6 @@ def show_outcome(config: RunConfig, model: Recommender, result: Result, stage: s
     place = write_session(config.folder, leaf_values(config), metrics, result.step)
     if config.tracking.projector_items:
         write_projector(place, config, model)
-    for service in open_services(config, stage, anew=False):
+    for service in open_services(config, stage, anew=False, say=print):
         service.send(metrics, result.step)
         service.close()

@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from mltfr_dist.config import RunConfig
@@ -20,6 +21,7 @@ from mltfr_dist.files import write_atomically
 from mltfr_dist.training.run_folder import leaf_values
 
 PROJECT = "mltfr_dist"
+Say = Callable[[str], None]
 
 
 class Client(Protocol):
@@ -121,29 +123,55 @@ def check_services(config: RunConfig) -> None:
 
 
 class Service:
-    """A stage's numbers for one service, each once."""
+    """A stage's numbers for one service, each once.
 
-    def __init__(self, name: str, config: RunConfig, stage: str, *, anew: bool) -> None:
-        """Args: name: Of :data:`CLIENTS`; config: The run; stage: Its stage; anew: Whether the stage begins."""
+    A service that fails is told of once and left alone from then on: no training ends for it.
+    """
+
+    def __init__(self, name: str, config: RunConfig, stage: str, *, anew: bool, say: Say) -> None:
+        """Open its run.
+
+        Args:
+            name: Of :data:`CLIENTS`.
+            config: The run.
+            stage: Its stage.
+            anew: Whether the stage begins.
+            say: Prints a line.
+        """
+        self.name, self._say = name, say
         self._note = config.folder / f"{name}-{stage}.json"
         noted = {} if anew or not self._note.exists() else json.loads(self._note.read_text())
-        self._client = CLIENTS[name](f"{config.name}-{stage}", noted.get("id"), config)
         self._sent: dict[str, int] = noted.get("sent", {})
+        self._client: Client | None = None
+        with self._leaving():
+            self._client = CLIENTS[name](f"{config.name}-{stage}", noted.get("id"), config)
 
     def send(self, values: Mapping[str, float], step: int) -> None:
         """Send what the service does not have."""
         new = {tag: v for tag, v in values.items() if step > self._sent.get(tag, -1)}
-        if not new:
+        if not new or self._client is None:
             return
-        self._client.send(new, step)
-        self._sent |= dict.fromkeys(new, step)
-        write_atomically(self._note, json.dumps({"id": self._client.id, "sent": self._sent}))
+        with self._leaving():
+            self._client.send(new, step)
+            self._sent |= dict.fromkeys(new, step)
+            write_atomically(self._note, json.dumps({"id": self._client.id, "sent": self._sent}))
 
     def close(self) -> None:
         """Close its run; it can be continued."""
-        self._client.finish()
+        if self._client is not None:
+            with self._leaving():
+                self._client.finish()
+
+    @contextmanager
+    def _leaving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever another's code raises
+            self._client = None
+            first = str(error).strip().partition("\n")[0] or type(error).__name__
+            self._say(f"  warning: {self.name} gets nothing more of this stage: {first}")
 
 
-def open_services(config: RunConfig, stage: str, *, anew: bool) -> list[Service]:
+def open_services(config: RunConfig, stage: str, *, anew: bool, say: Say) -> list[Service]:
     """All of `tracking.also`."""
-    return [Service(name, config, stage, anew=anew) for name in config.tracking.also]
+    return [Service(name, config, stage, anew=anew, say=say) for name in config.tracking.also]

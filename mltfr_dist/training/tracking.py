@@ -58,7 +58,7 @@ class Tracker:
             return
         self._board.open_with(config)
         self.text("configuration", configuration(config), self._start_step + 1)
-        self._services = open_services(config, self.stage, anew=self._anew)
+        self._services = open_services(config, self.stage, anew=self._anew, say=self.say)
         if self._anew:
             number = STAGES.index(self.stage) + 1
             self.text(

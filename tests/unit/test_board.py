@@ -422,24 +422,46 @@ def test_a_service_that_goes_on_gets_each_number_once(
     monkeypatch.setitem(services.CLIENTS, "notebook", Notebook)
     config = tiny_config(tmp_path)
     config.folder.mkdir(parents=True)
-    first = Service("notebook", config, "train", anew=True)
+    said: list[str] = []
+
+    def opened(*, anew: bool) -> Service:
+        return Service("notebook", config, "train", anew=anew, say=said.append)
+
+    first = opened(anew=True)
     for step in (10, 20, 30):
         first.send({"step/loss": 1.0}, step)
     first.close()
-    again = Service("notebook", config, "train", anew=False)  # from the checkpoint of step 20
+    again = opened(anew=False)  # from the checkpoint of step 20
     again.send({"step/loss": 1.0}, 30)
     again.send({"valid/HR@10": 1.0}, 30)
     again.send({"step/loss": 1.0}, 40)
     again.close()
-    lines = (config.folder / "tiny-train-id.txt").read_text().splitlines()
-    assert lines == [
-        "10 step/loss",
-        "20 step/loss",
-        "30 step/loss",
-        "30 valid/HR@10",
-        "40 step/loss",
-    ]
-    anew = Service("notebook", config, "train", anew=True)
+    log = config.folder / "tiny-train-id.txt"
+    of_loss = [f"{step} step/loss" for step in (10, 20, 30)]
+    assert log.read_text().splitlines() == [*of_loss, "30 valid/HR@10", "40 step/loss"]
+    anew = opened(anew=True)
     anew.send({"step/loss": 1.0}, 10)
     anew.close()
-    assert (config.folder / "tiny-train-id.txt").read_text().splitlines()[-1] == "10 step/loss"
+    assert log.read_text().splitlines()[-1] == "10 step/loss"
+    assert said == []
+
+
+def test_a_service_that_fails_is_told_of_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(services.CLIENTS, "notebook", Notebook)
+    config, said = tiny_config(tmp_path), []
+    absent = Service(
+        "notebook", config, "train", anew=True, say=said.append
+    )  # no folder to write in
+    absent.send({"step/loss": 1.0}, 10)
+    absent.close()
+    config.folder.mkdir(parents=True)
+    broken = Service("notebook", config, "train", anew=True, say=said.append)
+    broken.close()
+    for step in (10, 20):
+        broken.send({"step/loss": 1.0}, step)  # its file is closed
+    assert len(said) == 2
+    assert all(line.startswith("  warning: notebook gets nothing more") for line in said)
+    assert "No such file" in said[0]
+    assert "closed file" in said[1]
