@@ -72,16 +72,14 @@ def layout(config: RunConfig) -> dict[str, dict[str, list[str | list[str]]]]:
     shown = dict.fromkeys([config.evaluation.select_by, "NDCG@10", "HR@10"])
     charts = {f"validation {name}": joined(f"{validation}/{name}$") for name in shown}
     charts["loss in training and validation"] = joined("step/loss$", f"{validation}/loss$")
-    pages = {"Validation and loss": charts}
+    pages = {"Validation, loss, gates": charts}
     if config.mltfr.enabled:
-        pages["Gates"] = {
-            "mean weight": joined("gate_weight/.*"),
-            "share of positions at which it is the largest": joined("gate_top_share/.*"),
-            "entropy (nats)": joined("gate/entropy$"),
-        }
-        pages["Filters"] = {
+        charts["mean weight of the gates"] = joined("gate_weight/.*")
+        pages["Gates and filters"] = {
+            "share of positions at which a gate is the largest": joined("gate_top_share/.*"),
+            "entropy of the gate (nats)": joined("gate/entropy$"),
             "entropy of the kept weights (nats)": joined("filter_entropy/.*"),
-            "temperature": joined("filter_temperature/.*"),
+            "temperature of the filters": joined("filter_temperature/.*"),
             "recall of the shortlist": joined("filter_shortlist_recall/.*"),
         }
     pages["Speed"] = {

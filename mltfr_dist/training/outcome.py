@@ -21,7 +21,7 @@ def show_outcome(config: RunConfig, model: Recommender, result: Result, stage: s
     """
     metrics = {f"final/test_{name}": value for name, value in result.test.items()}
     metrics |= {f"final/valid_{name}": value for name, value in result.valid.items()}
-    metrics |= {"final/epochs": float(result.epochs), "final/seconds": result.seconds}
+    metrics |= {"run/epochs": float(result.epochs), "run/seconds": result.seconds}
     place = write_session(config.folder, leaf_values(config), metrics, result.step)
     if config.tracking.projector_items:
         write_projector(place, config, model)

@@ -41,7 +41,9 @@ from mltfr_dist.training.evaluate import MeanLoss
 from mltfr_dist.training.fit import fit
 from mltfr_dist.training.hparams import SESSION, write_session
 from mltfr_dist.training.markdown import block, code, plain
+from mltfr_dist.training.outcome import show_outcome
 from mltfr_dist.training.projector import field
+from mltfr_dist.training.run_folder import load_result
 from mltfr_dist.training.services import Service, check_services
 from mltfr_dist.training.tracking import Tracker
 
@@ -268,17 +270,21 @@ def test_the_layout_opens_with_validation_and_loss_and_joins_the_gates(run: RunC
     found = board(run.folder, "train")
     layout, tags = layout_of(found), list(scalars(found))
     assert [c.title for c in layout.category] == [
-        "Validation and loss",
-        "Gates",
-        "Filters",
+        "Validation, loss, gates",
+        "Gates and filters",
         "Speed",
     ]
-    assert layout.category[0].chart[0].title == "validation NDCG@10"
+    assert [chart.title for chart in layout.category[0].chart] == [
+        "validation NDCG@10",
+        "validation HR@10",
+        "loss in training and validation",
+        "mean weight of the gates",
+    ]
     joined = {c.title: list(c.multiline.tag) for page in layout.category for c in page.chart}
     for title, patterns in joined.items():
         for pattern in patterns:
             assert [tag for tag in tags if re.match(pattern, tag)], f"{title} is empty: {pattern}"
-    (gates,) = joined["mean weight"]
+    (gates,) = joined["mean weight of the gates"]
     shown = {tag for tag in tags if re.match(gates, tag)}
     assert shown == {"gate_weight/first", "gate_weight/second"}
     assert layout == layout_of(board(run.folder, "consensus"))
@@ -305,7 +311,7 @@ def test_runs_and_trials_compare_on_one_hparams_page(run: RunConfig) -> None:
     (test,) = (x for x in read_lines(run.folder / "metrics.jsonl") if x["kind"] == "test")
     ((_, value),) = final["final/test_NDCG@10"]
     assert value == pytest.approx(test["NDCG@10"])
-    assert final["final/epochs"][0][1] == 3
+    assert scalars(found)["run/epochs"][0][1] == 3
     other = run.runs_dir / "other"
     write_session(other, {"optimizer.learning_rate": 0.5, "state": "x"}, {"sweep/epochs": 3.0}, 3)
     fields, metrics = experiment(run.runs_dir)
@@ -315,7 +321,7 @@ def test_runs_and_trials_compare_on_one_hparams_page(run: RunConfig) -> None:
     rate = fields["optimizer.learning_rate"]
     assert rate.differs
     assert (rate.domain_interval.min_value, rate.domain_interval.max_value) == (0.001, 0.5)
-    assert metrics >= {"final/test_NDCG@10", "final/valid_HR@10", "final/seconds", "sweep/epochs"}
+    assert metrics >= {"final/test_NDCG@10", "final/valid_HR@10", "run/seconds", "sweep/epochs"}
     assert not {m for m in metrics if m.startswith(("step/", "valid/"))}
 
 
@@ -465,3 +471,24 @@ def test_a_service_that_fails_is_told_of_and_left_alone(
     assert all(line.startswith("  warning: notebook gets nothing more") for line in said)
     assert "No such file" in said[0]
     assert "closed file" in said[1]
+
+
+def test_a_stage_and_the_outcome_reach_the_service_and_no_projector_is_written(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(services.CLIENTS, "notebook", Notebook)
+    tracking = run.tracking.model_copy(update={"also": ("notebook",), "projector_items": 0})
+    config = run.model_copy(update={"tracking": tracking, "runs_dir": tmp_path, "name": "other"})
+    config.folder.mkdir()
+    tracker = Tracker(config.folder, active=True, stage="consensus", step=None, base_step=8)
+    tracker.open_with(config)
+    tracker.log("step", 1, {"loss": 1.0}, epoch=1)
+    tracker.close()
+    result = load_result(run.folder)
+    assert result is not None
+    show_outcome(config, None, result, "consensus")  # type: ignore[arg-type]
+    log = (config.folder / "other-consensus-id.txt").read_text().splitlines()
+    assert log[0] == "9 step/loss"
+    assert f"{result.step} final/test_NDCG@10" in log
+    assert [p.name[:6] for p in (config.folder / SESSION).iterdir()] == ["events"]
+    assert (run.folder / SESSION / "projector_config.pbtxt").exists()
