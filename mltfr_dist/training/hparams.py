@@ -53,6 +53,6 @@ def shown_field(value: Any) -> int | float | str:
     """A field's value as a column shows it."""
     if isinstance(value, list | tuple):
         return ", ".join(str(one) for one in value) or "none"
-    return (
-        value if isinstance(value, int | float | str) else "none" if value is None else str(value)
-    )
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return value if isinstance(value, int | float | str) else str(value)

@@ -22,7 +22,8 @@ def show_outcome(config: RunConfig, model: Recommender, result: Result, stage: s
     metrics = {f"final/test_{name}": value for name, value in result.test.items()}
     metrics |= {f"final/valid_{name}": value for name, value in result.valid.items()}
     metrics |= {"run/epochs": float(result.epochs), "run/seconds": result.seconds}
-    place = write_session(config.folder, leaf_values(config), metrics, result.step)
+    fields = {k: v for k, v in leaf_values(config).items() if k not in ("name", "runs_dir")}
+    place = write_session(config.folder, fields, metrics, result.step)
     if config.tracking.projector_items:
         write_projector(place, config, model)
     for service in open_services(config, stage, anew=False, say=print):
