@@ -15,9 +15,11 @@ from mltfr_dist.training.board import Board, configuration
 from mltfr_dist.training.services import Service, open_services
 
 METRICS = "metrics.jsonl"
+"""In a run's folder."""
 
 STAGES = ("train", "consensus")
 """Stages of a run in order: the bare model or stage 1, then stage 2."""
+
 QUIET_SECONDS = 30.0
 """Seconds between two progress lines in a log file; a terminal gets one a second, in place."""
 
@@ -46,8 +48,8 @@ class Tracker:
         self._anew = step is None
         if active:
             path = folder / METRICS
-            drop_later_lines(path, stage, -1 if step is None else step)
             # a validation may stand at step 0
+            drop_later_lines(path, stage, -1 if step is None else step)
             self._file = path.open("a")
             later = STAGES[STAGES.index(stage) + 1 :]
             self._board = Board(folder, stage, step, base_step, later)
