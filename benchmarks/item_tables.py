@@ -30,8 +30,9 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.data.negatives import sample_shared
 from mltfr_dist.data.stream import StepBatches
-from mltfr_dist.distributed.engine import Engine, make_part, peak_memory_bytes
+from mltfr_dist.distributed.engine import Engine, make_part
 from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.resources import peak_memory_bytes
 from mltfr_dist.schema import validate
 from mltfr_dist.spec import ModelSpec
 from mltfr_dist.training.evaluate import mask_seen

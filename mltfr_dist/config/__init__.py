@@ -22,6 +22,7 @@ from mltfr_dist.config.run import (
     EvaluationConfig,
     OptimizerConfig,
     RunConfig,
+    TrackingConfig,
     TrainingConfig,
 )
 
@@ -43,5 +44,6 @@ __all__ = [
     "RunConfig",
     "TableConfig",
     "TableContent",
+    "TrackingConfig",
     "TrainingConfig",
 ]

@@ -188,6 +188,20 @@ class CheckpointConfig(Section):
     )
 
 
+class TrackingConfig(Section):
+    """Where a run can be watched, beside metrics.jsonl."""
+
+    also: tuple[Literal["wandb", "mlflow", "trackio"], ...] = Field(
+        (),
+        description="Services that get TensorBoard's numbers too; each needs its Python package.",
+    )
+    projector_items: Annotated[int, Field(ge=0)] = Field(
+        10_000,
+        description="Most popular items whose vectors TensorBoard's projector shows at the end of "
+        "a run; 0: no projector.",
+    )
+
+
 class RunConfig(Section):
     """A complete training run."""
 
@@ -206,6 +220,7 @@ class RunConfig(Section):
     training: TrainingConfig = Field(TrainingConfig(), description="Epochs, batches, precision.")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Full ranking.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is saved, and when.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="Where a run can be watched.")
     baselines: tuple[Literal["popularity", "item_knn", "backbone"], ...] = Field(
         (),
         description="Compared in the report. backbone: the same run without MLTFR, with the epochs of both stages.",

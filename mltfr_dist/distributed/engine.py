@@ -20,6 +20,7 @@ from mltfr_dist.data.stream import Part, StepBatches
 from mltfr_dist.distributed.clipping import JointNorm
 from mltfr_dist.distributed.health import NORM, Health, Verdict
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.resources import Stopwatch
 from mltfr_dist.distributed.row_adam import RowAdam
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.files import code_sha256, with_packaged
@@ -188,6 +189,7 @@ class Engine:
             else None
         )
         self.health = Health(self.module, optimizer, ranks, [name for name, _ in tables])
+        self.stopwatch = Stopwatch(ranks.device)
 
     @property
     def module(self) -> Recommender:
@@ -214,10 +216,12 @@ class Engine:
             group["lr"] = learning_rate(self.config.optimizer, step, self.total_steps)
         outputs = []
         for batch in batches.micro_batches:
+            self.stopwatch.mark("forward")
             output: TrainingOutput = self.deepspeed(batch.to(self.ranks.device))
             counts = batches.counts()
             means = [t.weight * (t.sum * (shares / counts[t.over])) for t in output.terms.values()]
             loss = sum(means[1:], means[0])
+            self.stopwatch.mark("backward")
             self.deepspeed.backward(loss)
             self.health.note_loss(loss)
             if self.row_adam is not None:
@@ -225,6 +229,7 @@ class Engine:
             if self.deepspeed.is_gradient_accumulation_boundary():
                 self._reduce_rows()
                 self.health.agree()
+            self.stopwatch.mark("optimizer")
             self.deepspeed.step()
             terms = {k: t._replace(sum=t.sum.detach()) for k, t in output.terms.items()}
             outputs.append(output._replace(terms=terms))
@@ -232,6 +237,7 @@ class Engine:
             # Finite gradients whose norm is not: DeepSpeed skips them at stages 1 to 3 without a word.
             self.health.verdict = self.verdict._replace(nonfinite=(NORM,))
         self._step_rows()
+        self.stopwatch.mark("")
         return outputs
 
     def _reduce_rows(self) -> None:
@@ -295,18 +301,3 @@ def versions() -> dict[str, str]:
         "torch's version": torch.__version__,
         "deepspeed's version": deepspeed.__version__,
     }
-
-
-def peak_memory_bytes() -> int:
-    """This process's peak memory: of the GPU where there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if (
-        status.exists()
-    ):  # ru_maxrss would count the launcher's memory from before this process was born
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes

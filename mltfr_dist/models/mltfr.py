@@ -11,25 +11,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mltfr_dist.config import ExpertConfig, MLTFRConfig
 from mltfr_dist.models.consensus import State, freeze
 from mltfr_dist.models.experts import ExpertCore, Experts, Memory, Router, shared_experts
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
+from mltfr_dist.models.routing import Routing
 from mltfr_dist.models.selectors import Reduce, Selection, Selector, selector_class
-
-
-class RoutingSums(NamedTuple):
-    """Sums over the real positions of a batch; ranks and micro-batches add."""
-
-    gate: Tensor
-    """[E] gate weights."""
-    top: Tensor
-    """[E] positions at which the gate is the largest."""
-    entropy: Tensor
-    """[1] entropy of the gate, nats."""
 
 
 class Parts(NamedTuple):
@@ -143,9 +132,9 @@ class MLTFR(nn.Module):
             selector(queries, keys, table) for selector, table in zip(self.selectors, self.tables)
         ]
 
-    def memories(self, queries: Tensor, keys: Tensor | None) -> list[Memory]:
-        """What each expert attends to, for ``queries`` [G, D]."""
-        of_experts = [s for s in self.selections(queries, keys) for _ in range(self.per_table)]
+    def memories(self, selections: Sequence[Selection]) -> list[Memory]:
+        """What each expert attends to, of what its table contributes."""
+        of_experts = [s for s in selections for _ in range(self.per_table)]
         return [
             self.parts.shared(selection.memory(adapter))
             for selection, adapter in zip(of_experts, self.adapters, strict=True)
@@ -153,7 +142,7 @@ class MLTFR(nn.Module):
 
     def forward(
         self, x: Tensor, valid_mask: Tensor, item_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Routing]:
         """What is added to block 0's output: sum_m pi_m E_m + lambda C.
 
         Args:
@@ -162,10 +151,11 @@ class MLTFR(nn.Module):
             item_ids: [B, L] the history itself, which only random draws read: strategy random_tokens, and noise.
 
         Returns:
-            [B, L, D], zero at padding, and the gate weights [N, E] of the real positions.
+            [B, L, D], zero at padding, and what is known of the gate and the filters.
         """
         blocks = self.blocks(x, valid_mask)
-        memories = self.memories(blocks.queries, blocks.keys(item_ids))
+        selections = self.selections(blocks.queries, blocks.keys(item_ids))
+        memories = self.memories(selections)
         outputs = torch.stack(
             [core(blocks.positions, [m]) for core, m in zip(self.cores, memories)], dim=-1
         )
@@ -174,7 +164,8 @@ class MLTFR(nn.Module):
         if self.consensus is not None:
             members = self.parts.of_consensus([memories[e] for e in self.consensus_members])
             mixed = mixed + self._lambda() * self.consensus(blocks.positions, members)
-        return blocks.spread(mixed), gate[blocks.real]
+        kept = [selection.weights().detach() for selection in selections]
+        return blocks.spread(mixed), Routing(gate[blocks.real], kept, len(blocks.queries))
 
     def _lambda(self) -> Tensor | float:
         consensus = self.config.consensus
@@ -214,11 +205,3 @@ class MLTFR(nn.Module):
             self.router.update_load(gate_weights)
         for m in range(self.num_tables):
             self.selector(m).after_update()
-
-
-def routing_sums(gate_weights: Tensor) -> RoutingSums:
-    """Sums over positions of gate weights [N, E], without gradient."""
-    detached = gate_weights.detach().float()
-    top = F.one_hot(detached.argmax(-1), detached.shape[-1]).float()
-    entropy = -(detached * detached.clamp(min=1e-12).log()).sum().view(1)
-    return RoutingSums(detached.sum(0), top.sum(0), entropy)

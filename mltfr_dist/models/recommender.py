@@ -25,8 +25,9 @@ from mltfr_dist.losses import (
 from mltfr_dist.models.backbone import Backbone
 from mltfr_dist.models.explain import Explanation, explain
 from mltfr_dist.models.item_rows import ItemRows
-from mltfr_dist.models.mltfr import MLTFR, RoutingSums, routing_sums
+from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.routing import Routing, RoutingSums, routing_sums
 from mltfr_dist.models.selectors import Reduce
 from mltfr_dist.numerics import at_least_fp32
 
@@ -72,8 +73,8 @@ class Recommender(nn.Module):
             for t in [*parameters, *(m.weight for m in self.modules() if isinstance(m, ItemRows))]
         )
 
-    def hidden(self, item_ids: Tensor) -> tuple[Tensor, Packing, Tensor | None]:
-        """Item ids [B, L] -> hidden states of the real positions [N, D], where they stand, and MLTFR's gate [N, E].
+    def hidden(self, item_ids: Tensor) -> tuple[Tensor, Packing, Routing | None]:
+        """Item ids [B, L] -> hidden states of the real positions [N, D], where they stand, and how MLTFR routed.
 
         The one place where MLTFR joins a backbone: it reads the input embeddings, and adds to the first block's output.
         """
@@ -81,14 +82,14 @@ class Recommender(nn.Module):
         real = layout.read
         inputs = self.backbone.enter(layout)
         first, *further = self.backbone.blocks
-        hidden, gate = first(inputs, layout), None
+        hidden, routing = first(inputs, layout), None
         if self.mltfr is not None:
             x = real.unpack(layout.real(inputs))  # [B, L, D]
-            added, gate = self.mltfr(x, real.valid_mask, item_ids)
+            added, routing = self.mltfr(x, real.valid_mask, item_ids)
             hidden = hidden + layout.spread(real.pack(added))
         for block in further:
             hidden = block(hidden, layout)
-        return self.backbone.finish(layout.real(hidden)), real, gate
+        return self.backbone.finish(layout.real(hidden)), real, routing
 
     def forward(
         self, batch: SequenceBatch | RankingBatch, weights: Tensor | None = None
@@ -112,17 +113,17 @@ class Recommender(nn.Module):
             weights = torch.ones_like(batch.target_ids, dtype=torch.float32)
         if self.backbone.attended_width is not None:
             batch, weights = self._widened_batch(batch), self.widened(weights)
-        hidden, packing, gate = self.hidden(batch.item_ids)
+        hidden, packing, routing = self.hidden(batch.item_ids)
         loss_sum = self._loss(hidden, batch, packing, packing.pack(weights))
         terms = {"loss": Term(loss_sum, "targets", 1.0)}
-        if gate is not None and self.mltfr is not None:
+        if routing is not None and self.mltfr is not None:
             router = self.mltfr.router
             weight = router.config.balance_weight
-            terms["balance_loss"] = Term(router.balance_loss(gate), "positions", weight)
+            terms["balance_loss"] = Term(router.balance_loss(routing.gate), "positions", weight)
         if batch.view_ids is not None:
             weight = self.loss_config.contrast_weight
             terms["contrast_loss"] = Term(self._contrast(batch), "sequences", weight)
-        return TrainingOutput(terms, None if gate is None else routing_sums(gate))
+        return TrainingOutput(terms, None if routing is None else routing_sums(routing))
 
     def widened(self, t: Tensor) -> Tensor:
         """[B, L, ...] -> [B, W, ...] where padding acts as items, with W their width; as it is elsewhere."""

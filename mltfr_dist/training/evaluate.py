@@ -79,6 +79,27 @@ def evaluate_slices(
     return found
 
 
+class MeanLoss:
+    """A model as a scorer that also sums its loss: the cross-entropy of each target over all items."""
+
+    def __init__(self, score: Scorer, ranks: Ranks) -> None:
+        self._score, self._ranks = score, ranks
+        self._sum = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+
+    def __call__(self, batch: RankingBatch) -> Tensor:
+        """The model's scores, unchanged."""
+        scores = self._score(batch)
+        present = batch.target_ids != PADDING_IDX
+        losses = scores.logsumexp(1) - scores.gather(1, batch.target_ids[:, None])[:, 0]
+        self._sum += torch.stack([losses[present].double().sum(), present.sum().double()])
+        return scores
+
+    def mean(self) -> float:
+        """Mean over the users of all ranks, in nats; every rank must call."""
+        total, users = self._ranks.sum(self._sum).tolist()
+        return float(total / max(1.0, users))
+
+
 def mask_seen(scores: Tensor, batch: RankingBatch) -> Tensor:
     """Scores with seen items at -inf, the target's own score kept."""
     target_scores = scores.gather(1, batch.target_ids[:, None])

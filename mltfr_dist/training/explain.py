@@ -15,6 +15,7 @@ from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.tables.store import TokenTable
 from mltfr_dist.training.inputs import Inputs, ranking_stream
 from mltfr_dist.training.items import ItemMap
+from mltfr_dist.training.markdown import code, plain
 
 SAMPLE_USERS = 5
 SHOWN_ITEMS = 5
@@ -56,30 +57,39 @@ def explain(
     return views
 
 
-def kept_token_texts(config: RunConfig, inputs: Inputs, model: Recommender) -> dict[str, str]:
-    """TensorBoard texts: which tokens of which table the filter keeps for the first users of the validation split."""
-    if model.mltfr is None:
-        return {}
-    device = next(model.parameters()).device
-    one = Ranks(0, 1, device)
-    items = ItemMap.load(config)
-    texts = {}
-    for batch in islice(ranking_stream(config, "valid", one), 1):
-        item_ids = batch.item_ids[:SAMPLE_USERS].to(device)
+@dataclass(frozen=True)
+class TokenSample:
+    """The first users of the validation split, of whom TensorBoard shows what is kept."""
+
+    tables: Sequence[TokenTable]
+    item_ids: torch.Tensor
+    """[U, L]."""
+    last_items: list[str]
+    """Per user, the names of the last items."""
+
+    @classmethod
+    def load(cls, config: RunConfig, inputs: Inputs, ranks: Ranks) -> TokenSample | None:
+        """The same on every rank; None without MLTFR."""
+        if not config.mltfr.enabled:
+            return None
+        alone = Ranks(0, 1, ranks.device)
+        (batch,) = islice(ranking_stream(config, "valid", alone), 1)
+        item_ids = batch.item_ids[:SAMPLE_USERS].to(ranks.device)
         item_ids = item_ids[(item_ids != PADDING_IDX).any(1)]
-        for user, views in enumerate(explain(model, inputs.tables, item_ids)):
-            history = item_ids[user, : int(lengths(item_ids)[user])].tolist()
-            lines = [
-                "**Last items:** " + "; ".join(items.name(i) for i in history[-SHOWN_ITEMS:]),
-                "",
-            ]
+        names, last_items = ItemMap.load(config), []
+        for history, length in zip(item_ids.tolist(), lengths(item_ids).tolist(), strict=True):
+            shown = history[max(0, length - SHOWN_ITEMS) : length]
+            last_items.append("; ".join(names.name(item) for item in shown))
+        return cls(inputs.tables, item_ids, last_items)
+
+    def texts(self, model: Recommender) -> dict[str, str]:
+        """TensorBoard texts: which tokens of which table the filter keeps. All ranks must call."""
+        texts = {}
+        for user, views in enumerate(explain(model, self.tables, self.item_ids)):
+            lines = [f"**Last items:** {plain(self.last_items[user])}", ""]
             lines += ["| table | gate | kept tokens (weight) |", "|---|---|---|"]
             for view in views:
-                tokens = ", ".join(
-                    f"`{token.strip() or token!r}` {weight:.2f}" for token, weight in view.tokens
-                )
-                lines.append(
-                    f"| {view.table} | {view.gate_weight:.2f} | {tokens.replace('|', '&#124;')} |"
-                )
+                tokens = ", ".join(f"{code(token)} {w:.2f}" for token, w in view.tokens)
+                lines.append(f"| {plain(view.table)} | {view.gate_weight:.2f} | {tokens} |")
             texts[f"kept_tokens/user_{user}"] = "\n".join(lines)
-    return texts
+        return texts

@@ -41,6 +41,7 @@ from mltfr_dist.training.run_folder import (
     has_run,
     leaf_values,
 )
+from mltfr_dist.training.services import check_services
 from mltfr_dist.training.stages import fit_model
 
 
@@ -94,6 +95,8 @@ def check_all(config: RunConfig, ranks: Ranks, *, verify: bool) -> Inputs:
         check_division(config.mltfr, part, zero_stage)
         check_placement(config.mltfr, inputs.tables, ranks, zero_stage)
         train_stream(config, part)
+        if ranks.is_main:
+            check_services(config)
         if verify and ranks.is_main:
             verify_folder(config.data.path, left_out=config.data.left_out)
         return inputs

@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.stream import StepBatches, TrainStream
 from mltfr_dist.distributed.checkpoint import Progress, save, step_folder, validated_folder
-from mltfr_dist.distributed.engine import Engine, peak_memory_bytes
+from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.kept import latest, prune
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.distributed.state import whole_parameter
+from mltfr_dist.distributed.resources import memory_gib
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.errors import MltfrError, StoppedError
-from mltfr_dist.models.mltfr import MLTFR, RoutingSums
-from mltfr_dist.models.recommender import TrainingOutput
-from mltfr_dist.training.evaluate import evaluate
+from mltfr_dist.training.evaluate import MeanLoss, evaluate
+from mltfr_dist.training.explain import TokenSample
+from mltfr_dist.training.speed import Speed
+from mltfr_dist.training.step_values import (
+    StepTotals,
+    board_values,
+    reduce_outputs,
+    step_values,
+)
 from mltfr_dist.training.tracking import STAGES, Tracker, seed_all
 
 SPLIT_WORDS = {"valid": "validation", "test": "test (picked on)"}
-
-
-@dataclass
-class StepTotals:
-    """Means over the global batch of one step."""
-
-    terms: dict[str, float]
-    """Of the loss, by name."""
-    routing: RoutingSums | None = None
-    """Means over real positions."""
-    nonfinite: tuple[str, ...] = ()
-    """What was not finite on some rank, by name; the update was then skipped."""
-
-    @property
-    def loss(self) -> float:
-        """The recommendation loss."""
-        return self.terms["loss"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +45,8 @@ class Stage:
     valid: Iterable[RankingBatch]
     tracker: Tracker
     table_names: tuple[str, ...]
+    speed: Speed
+    sample: TokenSample | None
 
     @property
     def total_steps(self) -> int:
@@ -107,8 +94,10 @@ def train_epoch(stage: Stage, progress: Progress) -> Progress:
     every = stage.config.checkpoint.every_steps
     started, before = time.monotonic(), progress.train_seconds
     stage.engine.deepspeed.train()
-    for batches in stage.stream.epoch(progress.epoch, progress.step_in_epoch):
-        totals = train_step(stage, batches, progress.step)
+    steps = stage.stream.epoch(progress.epoch, progress.step_in_epoch)
+    for batches in stage.speed.waits(steps):
+        with stage.speed.step(batches):
+            totals = train_step(stage, batches, progress.step)
         skipped = bool(totals.nonfinite)
         progress = progress.model_copy(
             update={
@@ -123,7 +112,7 @@ def train_epoch(stage: Stage, progress: Progress) -> Progress:
         if skipped:
             note_skipped(stage, progress, totals)
         else:
-            log_step(stage, progress, totals, batches.num_targets)
+            log_step(stage, progress, totals, batches)
         stop = stage.engine.verdict.stop
         if stop or (
             every
@@ -146,11 +135,12 @@ def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
     """
     engine, ranks, config = stage.engine, stage.ranks, stage.config
     recall = engine.module.before_update(step, batches.micro_batches, ranks)
-    if recall is not None and step:
+    if recall is not None and step:  # part of the update that it precedes
         names = (f"filter_shortlist_recall/{name}" for name in stage.table_names)
         stage.tracker.log("filter", step + 1, dict(zip(names, recall.tolist(), strict=True)))
     seed_all(config.training.seed, STAGES.index(stage.name), step, ranks.rank)
-    outputs = engine.update(batches, step)
+    with stage.speed.counted():
+        outputs = engine.update(batches, step)
     totals = reduce_outputs(ranks, outputs, batches)
     if engine.verdict.nonfinite:
         totals.nonfinite = engine.verdict.nonfinite
@@ -190,40 +180,7 @@ def note_skipped(stage: Stage, progress: Progress, totals: StepTotals) -> None:
         )
 
 
-def reduce_outputs(ranks: Ranks, outputs: list[TrainingOutput], batches: StepBatches) -> StepTotals:
-    """Sum a step's outputs over micro-batches and ranks, in one collective."""
-    sums: dict[str, Tensor] = {}
-    for output in outputs:
-        found = {name: term.sum.detach().view(1) for name, term in output.terms.items()}
-        found |= {} if output.routing is None else output.routing._asdict()
-        for name, value in found.items():
-            sums[name] = sums[name] + value.double() if name in sums else value.double()
-    total = ranks.sum(torch.cat(list(sums.values()))).cpu()
-    sizes = [len(value) for value in sums.values()]
-    reduced = dict(zip(sums, torch.split(total, sizes), strict=True))
-    counts: dict[str, float] = {**batches.counts()}
-    routing = None
-    if outputs[0].routing is not None:
-        # The gates of a position sum to 1, so their sum counts positions.
-        positions = reduced["gate"].sum()
-        counts["positions"] = float(positions)
-        gate, top, entropy = (reduced[name] / positions for name in RoutingSums._fields)
-        routing = RoutingSums(gate.float(), top.float(), entropy)
-    terms = {
-        name: float(reduced[name]) / counts[term.over] for name, term in outputs[0].terms.items()
-    }
-    return StepTotals(terms, routing)
-
-
-def exp_or_inf(power: float) -> float:
-    """Exponential of ``power``; infinity where that is no finite number any more, for which math.exp raises."""
-    try:
-        return math.exp(power)
-    except OverflowError:
-        return math.inf
-
-
-def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: int) -> None:
+def log_step(stage: Stage, progress: Progress, totals: StepTotals, batches: StepBatches) -> None:
     """metrics.jsonl, TensorBoard and the screen, on schedule. All ranks must call."""
     step, config = progress.step, stage.config
     stage.tracker.progress(step, stage.total_steps, config.training.global_batch_size, totals.loss)
@@ -232,48 +189,21 @@ def log_step(stage: Stage, progress: Progress, totals: StepTotals, num_targets: 
         and progress.step_in_epoch < stage.stream.steps_per_epoch
     ):
         return
-    values = totals.terms | {
-        "learning_rate": float(stage.engine.optimizer.param_groups[0]["lr"]),
-        "positions": float(num_targets),
-    }
-    norm = stage.engine.grad_norm()
-    if norm is not None:
-        values["grad_norm"] = norm
-    mltfr = stage.engine.module.mltfr
-    if mltfr is not None and totals.routing is not None:
-        values |= mltfr_values(stage, mltfr, totals.routing)
+    values = step_values(stage.engine, totals, batches.num_targets, stage.table_names)
     stage.tracker.log("step", step, values, epoch=progress.epoch)
-    speed = progress.step * config.training.global_batch_size / max(1e-9, progress.train_seconds)
-    stage.tracker.board(
-        {"speed/sequences_per_second": speed, "memory/peak_gib": peak_memory_bytes() / 2**30}, step
-    )
-
-
-def mltfr_values(stage: Stage, mltfr: MLTFR, routing: RoutingSums) -> dict[str, float]:
-    """What is logged of MLTFR: its gate's means, and its learned scalars. All ranks must call."""
-    values = {
-        "gate/entropy": float(routing.entropy),
-        "gate/max_weight": float(routing.gate.max()),
-        "gate/max_top_share": float(routing.top.max()),
-    }
-    for e, name in enumerate(mltfr.gate_names(stage.table_names)):
-        values[f"gate_weight/{name}"] = float(routing.gate[e])
-        values[f"gate_top_share/{name}"] = float(routing.top[e])
-    if mltfr.consensus is not None and mltfr.config.consensus.learn_weight:
-        values["consensus/weight"] = float(whole_parameter(stage.engine, mltfr.consensus_weight))
-    for m, name in enumerate(stage.table_names):
-        log_tau = mltfr.selector(m).log_tau()
-        if log_tau is not None:
-            power = float(whole_parameter(stage.engine, log_tau))
-            values[f"filter_temperature/{name}"] = exp_or_inf(power)
-    return values
+    stage.tracker.board(board_values(totals, stage.table_names), step)
+    stage.tracker.board({"run/stage": STAGES.index(stage.name) + 1.0}, step)
+    stage.tracker.board(stage.speed.take() | memory_gib(), step)
 
 
 def validate(stage: Stage, progress: Progress) -> Progress:
     """Full ranking of the validation split; keeps the weights if they are among the best so far."""
     started = time.monotonic()
     stage.engine.deepspeed.eval()
-    metrics = evaluate(stage.engine.module, stage.valid, stage.config.evaluation, stage.ranks)
+    scorer = MeanLoss(stage.engine.module, stage.ranks)
+    metrics = evaluate(scorer, stage.valid, stage.config.evaluation, stage.ranks)
+    loss = scorer.mean()
+    texts = stage.sample.texts(stage.engine.module) if stage.sample else {}
     progress = progress.model_copy(
         update={"train_seconds": progress.train_seconds + time.monotonic() - started}
     )
@@ -287,12 +217,11 @@ def validate(stage: Stage, progress: Progress) -> Progress:
         place = validated_folder(stage.checkpoints, stage.name, progress.epoch)
         save(place, stage.engine, progress, with_optimizer=False)
     split = stage.config.evaluation.select_on
-    stage.tracker.log(
-        split if split == "valid" else "picked_on_test",
-        progress.step,
-        metrics,
-        epoch=progress.epoch,
-    )
+    kind = split if split == "valid" else "picked_on_test"
+    stage.tracker.log(kind, progress.step, metrics, epoch=progress.epoch)
+    stage.tracker.board({f"{kind}/loss": loss}, progress.step)
+    for tag, text in texts.items():
+        stage.tracker.text(tag, text, progress.step)
     stage.tracker.say(
         f"  {stage.name} epoch {progress.epoch}/{stage.epochs}  {SPLIT_WORDS[split]} HR@10 {metrics['HR@10']:.4f}  "
         f"NDCG@10 {metrics['NDCG@10']:.4f}{' *' if best else ''}  ({progress.train_seconds:.0f} s)"
@@ -307,6 +236,7 @@ def save_checkpoint(stage: Stage, progress: Progress) -> None:
     """
     if progress.skipped_in_a_row:
         return
+    stage.tracker.flush()
     save(step_folder(stage.checkpoints, progress), stage.engine, progress)
     keep_last = stage.config.checkpoint.keep_last
     stage.ranks.main_works(lambda _: prune(stage.checkpoints, progress, keep_last))

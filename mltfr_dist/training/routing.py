@@ -8,8 +8,8 @@ import torch
 
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.models.mltfr import routing_sums
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.routing import routing_sums
 
 WEIGHT, TOP_SHARE = "weight/", "top_share/"
 
@@ -29,14 +29,15 @@ def measure_routing(
     names = model.mltfr.gate_names(table_names)
     totals = torch.zeros(2 * len(names) + 1, dtype=torch.float64, device=ranks.device)
     for batch in stream:
-        _, _, gate = model.hidden(
+        _, _, routing = model.hidden(
             model.widened(model.backbone.for_ranking(batch.item_ids.to(ranks.device)))
         )
-        assert gate is not None
-        totals += torch.cat(list(routing_sums(gate))).double()
-    sums = ranks.sum(totals).cpu()
+        assert routing is not None
+        sums = routing_sums(routing)
+        totals += torch.cat([sums.gate, sums.top, sums.entropy]).double()
+    total = ranks.sum(totals).cpu()
     means = (
-        sums / sums[: len(names)].sum()
+        total / total[: len(names)].sum()
     ).tolist()  # the gates of a position sum to 1: together they count positions
     weights, top_shares = means[: len(names)], means[len(names) : -1]
     found = {

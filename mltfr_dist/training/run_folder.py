@@ -134,6 +134,8 @@ CHANGEABLE = (
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "checkpoint.keep_best",
+    "tracking.also",
+    "tracking.projector_items",
 )
 """Fields that may differ when a run goes on, for they change no number: where it lies, how the work
 is divided and placed, how long is waited, what is recorded and saved."""

@@ -14,19 +14,20 @@ import torch
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed import checkpoint, kept
 from mltfr_dist.distributed.checkpoint import Progress
-from mltfr_dist.distributed.engine import Engine, make_part, peak_memory_bytes
+from mltfr_dist.distributed.engine import Engine, make_part
 from mltfr_dist.distributed.fisher import batch_mean_squares, fisher_diagonals
 from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.kept import Choice
 from mltfr_dist.distributed.lock import check_held
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.resources import peak_memory_bytes
 from mltfr_dist.distributed.sending import send_text
 from mltfr_dist.errors import DamagedError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.models.consensus import State, merge
 from mltfr_dist.training.compare import metrics_by_slice, ranked
 from mltfr_dist.training.evaluate import ALL, evaluate
-from mltfr_dist.training.explain import kept_token_texts
+from mltfr_dist.training.explain import TokenSample
 from mltfr_dist.training.inputs import (
     Inputs,
     build_model,
@@ -35,9 +36,11 @@ from mltfr_dist.training.inputs import (
     train_stream,
 )
 from mltfr_dist.training.loop import Stage, is_finished, train_stage
+from mltfr_dist.training.outcome import show_outcome
 from mltfr_dist.training.routing import measure_routing
 from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, load_result
-from mltfr_dist.training.tracking import STAGES, Tracker
+from mltfr_dist.training.speed import Speed
+from mltfr_dist.training.tracking import STAGES, Tracker, write_test_line
 
 TRAIN, CONSENSUS = STAGES
 FISHER_FOLDER, CORE, FISHER = "fisher", "core.safetensors", "fisher.safetensors"
@@ -91,18 +94,11 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         world_size=ranks.world_size,
     )
     ranks.main_works(lambda _: check_held())
-    texts = kept_token_texts(config, inputs, model)  # on every rank: tables may be divided
     if ranks.is_main:
-        final = list(outcomes.values())[-1]
-        base = outcomes[TRAIN].step if len(outcomes) > 1 else 0
-        tracker = Tracker(
-            config.folder, active=True, stage=final.stage, step=final.step, base_step=base
-        )
         if read_test:
-            tracker.log("test", final.step, test)
-        for tag, text in texts.items():
-            tracker.text(tag, text, final.step)
-        tracker.close()
+            final = list(outcomes.values())[-1]
+            write_test_line(config.folder, final.stage, final.step, test)
+            show_outcome(config, model, result, final.stage)
         write_atomically(config.folder / RESULT, result.model_dump_json(indent=2) + "\n")
     ranks.barrier()
     return result
@@ -157,8 +153,12 @@ def run_stage(
         base_step=base,
     )
     valid = ranked(config, config.evaluation.select_on, ranks)
+    speed = Speed(engine, active=ranks.is_main)
+    sample = TokenSample.load(config, inputs, ranks)
+    tracker.open_with(config)
+    names = inputs.table_names
     stage = Stage(
-        name, epochs, config, folder, ranks, engine, stream, valid, tracker, inputs.table_names
+        name, epochs, config, folder, ranks, engine, stream, valid, tracker, names, speed, sample
     )
     progress = train_stage(stage, progress)
     tracker.close()

@@ -10,6 +10,13 @@ from typing import Any
 
 import torch
 
+from mltfr_dist.config import RunConfig
+from mltfr_dist.training.board import Board, configuration
+from mltfr_dist.training.services import Service, open_services
+
+METRICS = "metrics.jsonl"
+"""In a run's folder."""
+
 STAGES = ("train", "consensus")
 """Stages of a run in order: the bare model or stage 1, then stage 2."""
 
@@ -37,45 +44,62 @@ class Tracker:
         self.active, self.stage, self.base_step = active, stage, base_step
         self._shown, self._started, self._start_step = 0.0, time.monotonic(), step or 0
         self._on_terminal = sys.stdout.isatty()
+        self._services: list[Service] = []
+        self._anew = step is None
         if active:
-            from torch.utils.tensorboard import SummaryWriter
+            path = folder / METRICS
+            # a validation may stand at step 0
+            drop_later_lines(path, stage, -1 if step is None else step)
+            self._file = path.open("a")
+            later = STAGES[STAGES.index(stage) + 1 :]
+            self._board = Board(folder, stage, step, base_step, later)
 
-            self._path = folder / "metrics.jsonl"
-            drop_later_lines(
-                self._path, stage, -1 if step is None else step
-            )  # a validation may stand at step 0
-            self._file = self._path.open("a")
-            self._board = SummaryWriter(str(folder / "tb"), purge_step=base_step + (step or 0) + 1)
+    def open_with(self, config: RunConfig) -> None:
+        """Show the configuration and the stage's begin, lay out the charts, open `tracking.also`."""
+        if not self.active:
+            return
+        self._board.open_with(config)
+        self.text("configuration", configuration(config), self._start_step + 1)
+        self._services = open_services(config, self.stage, anew=self._anew, say=self.say)
+        if self._anew:
+            number = STAGES.index(self.stage) + 1
+            self.text(
+                "run/stage",
+                f"Stage {number} (`{self.stage}`) begins after update {self.base_step}.",
+                0,
+            )
 
     def log(self, kind: str, step: int, values: dict[str, float], **extra: Any) -> None:
         """Write one line and its TensorBoard points.
 
         Args:
-            kind: "step" (training), "valid", "fisher" or "test".
+            kind: "step" (training), "valid", "fisher" or "skipped".
             step: Updates made in the stage.
             values: Name to value; names with a slash keep it as TensorBoard's group.
             extra: Further fields of the line.
         """
         if not self.active:
             return
-        line = {"kind": kind, "stage": self.stage, "step": step, **extra, **values}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(as_line(kind, self.stage, step, values, **extra))
         self._file.flush()
-        self.board(
-            {name if "/" in name else f"{kind}/{name}": value for name, value in values.items()},
-            step,
-        )
+        self.board(in_groups(kind, values), step)
 
     def board(self, values: dict[str, float], step: int) -> None:
         """Write TensorBoard points only: what differs from run to run (speed, memory) and would blur a comparison."""
-        if self.active:
-            for tag, value in values.items():
-                self._board.add_scalar(tag, value, self.base_step + step)
+        if self.active and values:
+            self._board.scalars(values, step)
+            for service in self._services:
+                service.send(values, self.base_step + step)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Write a TensorBoard text."""
         if self.active:
-            self._board.add_text(tag, markdown, self.base_step + step)
+            self._board.text(tag, markdown, step)
+
+    def flush(self) -> None:
+        """Bring TensorBoard's points to the disk, as before a checkpoint that a run may go on from."""
+        if self.active:
+            self._board.flush()
 
     def progress(self, step: int, total_steps: int, sequences_per_step: int, loss: float) -> None:
         """Show rate and time left: in place on a terminal, now and then in a log file."""
@@ -105,6 +129,25 @@ class Tracker:
         if self.active:
             self._file.close()
             self._board.close()
+            for service in self._services:
+                service.close()
+
+
+def as_line(kind: str, stage: str, step: int, values: dict[str, float], **extra: Any) -> str:
+    """One line of metrics.jsonl."""
+    return json.dumps({"kind": kind, "stage": stage, "step": step, **extra, **values}) + "\n"
+
+
+def in_groups(kind: str, values: dict[str, float]) -> dict[str, float]:
+    """Names as TensorBoard groups them."""
+    return {name if "/" in name else f"{kind}/{name}": value for name, value in values.items()}
+
+
+def write_test_line(folder: Path, stage: str, step: int, values: dict[str, float]) -> None:
+    """End metrics.jsonl with what the test split gave, once."""
+    drop_later_lines(folder / METRICS, stage, step)
+    with (folder / METRICS).open("a") as file:
+        file.write(as_line("test", stage, step, values))
 
 
 def drop_later_lines(path: Path, stage: str, step: int) -> None:

@@ -1,22 +1,12 @@
-"""TensorBoard's HParams page: one session a trial, with its searched fields and its outcome.
-
-A session is a folder of its own and is written anew each time, from the trial's files, so it can be made at any time.
-"""
+"""A sweep's HParams page: one session a trial, with its searched fields and its outcome, from its files."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
-
+from mltfr_dist.training.hparams import SESSION, write_session
 from mltfr_dist.tuning.space import shown_value
 from mltfr_dist.tuning.trials import Trial
-
-SESSION = Path("tb", "hparams")
-"""In a trial's folder."""
 
 
 def write_all(trials: Sequence[Trial]) -> None:
@@ -37,12 +27,4 @@ def write_hparams(trial: Trial) -> None:
         key: v if isinstance(v, int | float | str | bool) else shown_value(v)
         for key, v in trial.values.items()
     }
-    fields |= {"state": trial.state}
-    shutil.rmtree(trial.folder / SESSION, ignore_errors=True)
-    writer = SummaryWriter(str(trial.folder / SESSION))
-    assert writer.file_writer is not None
-    for summary in hparams(fields, dict.fromkeys(metrics, 0.0)):
-        writer.file_writer.add_summary(summary)
-    for tag, value in metrics.items():
-        writer.add_scalar(tag, value, epochs)
-    writer.close()
+    write_session(trial.folder, fields | {"state": trial.state}, metrics, epochs)

@@ -162,6 +162,8 @@ ELSEWHERE = {
     "mltfr.placement": "must not change the numbers: tests/distributed/test_placement.py",
     "mltfr.filter.max_direct_rows": "larger memories are refused: models/test_strategies",
     "training.micro_batch_size": "must *not* change the numbers: tests/distributed/test_zero.py",
+    "tracking.also": "needs another package: test_board",
+    "tracking.projector_items": "must not change the numbers: test_board",
     "training.max_skipped_steps": "needs numbers that are not finite: distributed/test_health",
     "training.hang_seconds": "needs a hang: distributed/test_health",
     "training.threads": "must not change the numbers: test_threads below",

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mltfr_dist.config import ConsensusConfig, ExpertConfig, FilterConfig, MLTFRConfig, RouterConfig
 from mltfr_dist.models.experts import ExpertCore, Memory, Router
-from mltfr_dist.models.mltfr import MLTFR, routing_sums
+from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.routing import routing_sums
 from mltfr_dist.published.experts import mean_memory, pooled
 from mltfr_dist.published.selecting import WeightedSelection
 
@@ -81,7 +82,7 @@ def test_the_output_is_the_gated_sum_of_every_tables_experts() -> None:
     x = embeddings()
     blocks = mltfr.blocks(x, ITEMS != 0)
     positions, queries, occupied = blocks.positions, blocks.queries, blocks.occupied
-    memories = mltfr.memories(queries, None)
+    memories = mltfr.memories(mltfr.selections(queries, None))
     assert len(memories) == 6
     assert torch.equal(memories[2].kept, memories[3].kept)  # one filter
     weights = mltfr.router(positions)

@@ -31,6 +31,7 @@ from mltfr_dist.models.draws import GumbelNoise, gumbel, history_keys
 from mltfr_dist.models.experts import ExpertCore
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.routing import Routing
 from mltfr_dist.models.selectors.user_guided import UserGuided
 from mltfr_dist.published.selecting import straight_through
 from mltfr_dist.repairs import as_published
@@ -270,7 +271,7 @@ def procedure(
         if by_statement:
             mltfr.forward = lambda x, valid, ids, m=mltfr: (
                 stated(m, x, ids),
-                m.router(x)[valid],
+                Routing(m.router(x)[valid], [torch.ones(1, 1)] * len(WIDTHS), len(x)),
             )
         optimizer = torch.optim.Adam(model.parameters(), config.optimizer.learning_rate)
         batches = [

@@ -1,0 +1,31 @@
+"""What is shown of a finished run beside its report: HParams, the projector, its services."""
+
+from __future__ import annotations
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.training.hparams import write_session
+from mltfr_dist.training.projector import write_projector
+from mltfr_dist.training.run_folder import Result, leaf_values
+from mltfr_dist.training.services import open_services
+
+
+def show_outcome(config: RunConfig, model: Recommender, result: Result, stage: str) -> None:
+    """Show the chosen model; on rank 0 alone.
+
+    Args:
+        config: The run.
+        model: The chosen model, whole.
+        result: What it reached.
+        stage: The last stage that was trained.
+    """
+    metrics = {f"final/test_{name}": value for name, value in result.test.items()}
+    metrics |= {f"final/valid_{name}": value for name, value in result.valid.items()}
+    metrics |= {"run/epochs": float(result.epochs), "run/seconds": result.seconds}
+    fields = {k: v for k, v in leaf_values(config).items() if k not in ("name", "runs_dir")}
+    place = write_session(config.folder, fields, metrics, result.step)
+    if config.tracking.projector_items:
+        write_projector(place, config, model)
+    for service in open_services(config, stage, anew=False, say=print):
+        service.send(metrics, result.step)
+        service.close()
