@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from google.protobuf import text_format
-from mltfr_dist.models.routing_stats import entropies
-from mltfr_dist.models.token_filter import KeptTokens
 from safetensors.torch import load_file
 from support import read_lines, tiny_config
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -36,6 +34,7 @@ from mltfr_dist.data.manifest import read_manifest, read_map
 from mltfr_dist.distributed.ranks import ALONE, stop_ranks
 from mltfr_dist.distributed.resources import MatrixWork, Stopwatch, matrix_peak, memory_gib
 from mltfr_dist.errors import ConfigError
+from mltfr_dist.models.routing import Routing, routing_sums
 from mltfr_dist.training import services
 from mltfr_dist.training.evaluate import MeanLoss
 from mltfr_dist.training.fit import fit
@@ -152,15 +151,15 @@ def test_mean_loss_is_the_cross_entropy_and_leaves_scores_alone() -> None:
     assert scorer.mean() == pytest.approx(float(F.cross_entropy(scores[real], targets[real])))
 
 
-def test_entropies() -> None:
-    alike = KeptTokens(None, torch.full((1, 6), -math.log(6)))
-    assert entropies(alike).tolist() == pytest.approx([math.log(6)])
-    weights = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
-    places = torch.zeros(2, 3, dtype=torch.int64)
-    soft = entropies(KeptTokens(places, weights.log()))
-    assert soft.tolist() == pytest.approx([1.5 * math.log(2), 0.0])
-    hard = entropies(KeptTokens(places, torch.zeros(2, 3), torch.full((2, 3), 1 / 3)))
-    assert hard.tolist() == pytest.approx([math.log(3)] * 2)
+def test_the_entropy_of_what_is_kept() -> None:
+    gate = torch.full((3, 2), 0.5)
+    of_each = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]])
+    of_all = torch.full((1, 6), 1 / 6)
+    sums = routing_sums(Routing(gate, [of_each, of_all], 2))
+    assert sums.kept_entropy.tolist() == pytest.approx([1.5 * math.log(2), 2 * math.log(6)])
+    assert sums.num_queries.tolist() == [2]
+    nothing = routing_sums(Routing(gate[:0], [of_each[:0], of_all], 0))
+    assert nothing.kept_entropy.tolist() == [0.0, 0.0]
 
 
 # --- going on ----------------------------------------------------------------------------------------------------
