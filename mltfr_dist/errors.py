@@ -35,6 +35,11 @@ class MltfrError(Exception):
         self.what, self.rule, self.remedy = what, rule, remedy
         super().__init__(" ".join(part for part in (what, rule, remedy) if part))
 
+    @property
+    def paragraph(self) -> str:
+        """What a command prints."""
+        return f"{type(self).__name__}: {self}"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Survive the way between processes, which an exception with keyword arguments does not by itself."""
         return _remade, (type(self), self.args, self.__dict__)
@@ -85,7 +90,7 @@ class DamagedError(CheckpointError):
 def fail(error: MltfrError) -> int:
     """Print a user's error without a traceback; returns the exit code."""
     if not isinstance(error, OtherRankError):
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(error.paragraph, file=sys.stderr, flush=True)
     return error.exit_code
 
 

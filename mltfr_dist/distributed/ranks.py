@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.launch import expected_rank, is_launched
 from mltfr_dist.distributed.processes import machine
 from mltfr_dist.distributed.watchdog import beat
@@ -374,6 +375,8 @@ def say_why(error: MltfrError) -> int:
         signal.signal(signal.SIGTERM, lambda *_: leave(error.exit_code))
         time.sleep(SPEAK_SECONDS)
     code = fail(error)
+    if not isinstance(error, OtherRankError):
+        last_word(error.paragraph)
     with suppress(
         dist.DistError
     ):  # a rank that is lost will not hear, or, if it was rank 0, not speak

@@ -18,11 +18,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.processes import STOPPED, Seen
 from mltfr_dist.errors import EXIT_LOST
 
 LINGER_SECONDS = 3.0
-"""Between a rank's trace and its exit: a launcher ends all ranks once one has gone, and each should have its say first."""
+"""From a rank's trace to its exit: a launcher ends all ranks once one has gone, and each should have its say first."""
 
 START_SECONDS = 900.0
 """Least time before the first step, in which libraries are imported from slow disks, and kernels compiled."""
@@ -121,14 +122,17 @@ class Watchdog:
         )
 
     def _exit(self) -> None:
-        print(
-            f"Rank {self.rank} on {socket.gethostname()} has made no progress for {self._limit:g} s; last: {self._place}. "
-            "It is stuck, or waits for a rank that is stuck, dead or cut off from the network: compare the ranks' stack "
-            "traces. Start the same command again and the run goes on from its last checkpoint; if it was only slow, raise "
-            "training.hang_seconds. Stack traces of this rank:",
-            file=sys.__stderr__,
-            flush=True,
-        )
+        """Traces first: what to do stands at the end, where it is read, below those of all ranks."""
+        rank = f"Rank {self.rank} on {socket.gethostname()}"
+        print(f"{rank}, stack traces:", file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
-        time.sleep(LINGER_SECONDS)
+        time.sleep(LINGER_SECONDS / 2)
+        text = (
+            f"{rank} has made no progress for {self.seconds:g} s; last: {self._place}. It is stuck, or waits for a rank "
+            "that is stuck, dead or cut off from the network: compare the ranks' stack traces above. Start the same command "
+            "again and the run goes on from its last checkpoint; if it was only slow, raise training.hang_seconds."
+        )
+        print(text, file=sys.__stderr__, flush=True)
+        last_word(text)
+        time.sleep(LINGER_SECONDS / 2)
         os._exit(EXIT_LOST)

@@ -1,0 +1,54 @@
+"""Why a run ended, once more behind all that its launcher prints about that.
+
+torchrun prints a summary of the ranks that failed, and deepspeed which processes it ends; by then
+the message of the rank that failed has left the screen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Set by torchrun: its summary shows what the rank that failed first has written there."""
+
+WAIT_SECONDS = 60
+"""How long to wait for deepspeed's launcher to end: it gives each rank half of that."""
+
+_AFTER = """
+import os, select, socket, sys
+launcher, seconds, text = int(sys.argv[1]), int(sys.argv[2]), sys.stdin.buffer.read()
+claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+try:
+    claim.bind(b"\\0mltfr-last-word-%d" % launcher)
+    ended = os.pidfd_open(launcher)
+except OSError:  # another of its ranks speaks; or it has ended
+    sys.exit()
+if os.fork() == 0 and select.select([ended], [], [], seconds)[0]:
+    os.write(2, text)
+"""
+"""A process of its own, for the launcher ends every child of its ranks with them."""
+
+
+def last_word(text: str) -> None:
+    """Let ``text`` be the last that this rank's launcher leaves on the screen.
+
+    It has been printed: what keeps this from working (no space, no process) is passed over.
+    """
+    launcher = os.getppid()
+    with suppress(OSError):
+        if ERROR_FILE in os.environ:
+            report = {"message": f"\n{text}", "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(os.environ[ERROR_FILE]).write_text(json.dumps({"message": report}))
+        elif b"deepspeed.launcher.launch" in Path(f"/proc/{launcher}/cmdline").read_bytes():
+            subprocess.run(
+                [sys.executable, "-ISc", _AFTER, str(launcher), str(WAIT_SECONDS)],
+                input=f"{text}\n".encode(),
+                start_new_session=True,
+                check=False,
+            )
