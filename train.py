@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from mltfr_dist.cli import config_epilog, parse_intermixed
+from mltfr_dist.cli import Parser, add_config_help, parse_intermixed
 from mltfr_dist.errors import MltfrError
+from mltfr_dist.invocation import command, is_first
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.resolve import resolve_config
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=config_epilog(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog=command("train"), description=__doc__, add_help=False)
+    add_config_help(parser)
     parser.add_argument(
         "--preset", help=f"start from a complete configuration: {', '.join(PRESETS)}"
     )
@@ -47,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.print_config:
             from mltfr_dist.training.run_folder import dump_config
 
-            print(dump_config(config), end="")
+            print(dump_config(config) if is_first() else "", end="")
             return 0
         from mltfr_dist.training.fit import fit
 

@@ -6,14 +6,16 @@ import argparse
 from collections.abc import Sequence
 
 from mltfr_dist.cli.commands import COMMANDS
-from mltfr_dist.cli.fields import add_section, config_epilog, section_from
+from mltfr_dist.cli.fields import add_section, section_from
+from mltfr_dist.cli.help import Parser, add_config_help
 from mltfr_dist.cli.parser import build_parser, parse_intermixed
 from mltfr_dist.errors import MltfrError, fail, quiet_pipe
 
 __all__ = [
+    "Parser",
+    "add_config_help",
     "add_section",
     "build_parser",
-    "config_epilog",
     "main",
     "parse_intermixed",
     "section_from",

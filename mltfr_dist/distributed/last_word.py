@@ -18,7 +18,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Set by torchrun: its summary shows what the rank that failed first has written there."""
 
 WAIT_SECONDS = 60
-"""How long to wait for deepspeed's launcher to end: it gives each rank half of that."""
+"""How long to wait for a launcher to end: both give a rank half of that."""
 
 _AFTER = """
 import os, select, socket, sys
@@ -35,20 +35,28 @@ if os.fork() == 0 and select.select([ended], [], [], seconds)[0]:
 """A process of its own, for the launcher ends every child of its ranks with them."""
 
 
-def last_word(text: str) -> None:
+def last_word(text: str, *, stopped: bool = False) -> None:
     """Let ``text`` be the last that this rank's launcher leaves on the screen.
 
     It has been printed: what keeps this from working (no space, no process) is passed over.
+
+    Args:
+        text: One paragraph.
+        stopped: Whether a signal ended the run: torchrun, if it was sent that, shows no summary.
     """
     launcher = os.getppid()
     with suppress(OSError):
-        if ERROR_FILE in os.environ:
+        if ERROR_FILE in os.environ and not stopped:
             report = {"message": f"\n{text}", "extraInfo": {"timestamp": str(int(time.time()))}}
             Path(os.environ[ERROR_FILE]).write_text(json.dumps({"message": report}))
-        elif b"deepspeed.launcher.launch" in Path(f"/proc/{launcher}/cmdline").read_bytes():
+        elif ERROR_FILE in os.environ or _is_deepspeed(launcher):
             subprocess.run(
                 [sys.executable, "-ISc", _AFTER, str(launcher), str(WAIT_SECONDS)],
                 input=f"{text}\n".encode(),
                 start_new_session=True,
                 check=False,
             )
+
+
+def _is_deepspeed(pid: int) -> bool:
+    return b"deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_bytes()

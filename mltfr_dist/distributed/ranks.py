@@ -26,7 +26,14 @@ from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.launch import expected_rank, is_launched
 from mltfr_dist.distributed.processes import machine
 from mltfr_dist.distributed.watchdog import beat
-from mltfr_dist.errors import ConfigError, LostRankError, MltfrError, OtherRankError, fail
+from mltfr_dist.errors import (
+    ConfigError,
+    LostRankError,
+    MltfrError,
+    OtherRankError,
+    StoppedError,
+    fail,
+)
 
 T = TypeVar("T")
 
@@ -376,7 +383,7 @@ def say_why(error: MltfrError) -> int:
         time.sleep(SPEAK_SECONDS)
     code = fail(error)
     if not isinstance(error, OtherRankError):
-        last_word(error.paragraph)
+        last_word(error.paragraph, stopped=isinstance(error, StoppedError))
     with suppress(
         dist.DistError
     ):  # a rank that is lost will not hear, or, if it was rank 0, not speak
