@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from mltfr_dist.progress import say_error
+
 EXIT_BAD_INPUT = 2
 """Exit code of every command that refuses its input."""
 
@@ -90,7 +92,7 @@ class DamagedError(CheckpointError):
 def fail(error: MltfrError) -> int:
     """Print a user's error without a traceback; returns the exit code."""
     if not isinstance(error, OtherRankError):
-        print(error.paragraph, file=sys.stderr, flush=True)
+        say_error(error.paragraph)
     return error.exit_code
 
 

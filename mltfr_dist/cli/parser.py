@@ -210,9 +210,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def parse_intermixed(
-    parser: Parser, arguments: Sequence[str] | None
-) -> argparse.Namespace:
+def parse_intermixed(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse a command line in which options may stand between the values of the list that ends it.
 
     argparse takes only the first run of such values, and its own remedy knows no subcommands.
@@ -234,5 +232,7 @@ def _parser_of(parser: Parser, options: argparse.Namespace) -> Parser:
     """The parser of the command that was given, or ``parser`` where it has no commands."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            return action.choices[options.command]  # type: ignore[return-value]
+            chosen = action.choices[options.command]
+            assert isinstance(chosen, Parser)
+            return chosen
     return parser

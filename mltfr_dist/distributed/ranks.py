@@ -34,6 +34,7 @@ from mltfr_dist.errors import (
     StoppedError,
     fail,
 )
+from mltfr_dist.progress import say
 
 T = TypeVar("T")
 
@@ -81,7 +82,7 @@ class Ranks:
     def say(self, message: str) -> None:
         """Print on rank 0."""
         if self.is_main:
-            print(message, flush=True)
+            say(message)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of ``values`` over all ranks, on every rank."""

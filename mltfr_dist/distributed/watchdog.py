@@ -12,7 +12,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.processes import STOPPED, Seen
 from mltfr_dist.errors import EXIT_LOST
+from mltfr_dist.progress import say_error
 
 LINGER_SECONDS = 3.0
 """From a rank's trace to its exit: a launcher ends all ranks once one has gone, and each should have its say first."""
@@ -114,17 +114,15 @@ class Watchdog:
 
     def _tell(self, rank: int) -> None:
         pid = self.neighbours[rank].pid
-        print(
+        say_error(
             f"Rank {self.rank} waits for rank {rank}, process {pid} of the same machine, which is "
             f"stopped; `kill -CONT {pid}` lets it go on.",
-            file=sys.__stderr__,
-            flush=True,
         )
 
     def _exit(self) -> None:
         """Traces first: what to do stands at the end, where it is read, below those of all ranks."""
         rank = f"Rank {self.rank} on {socket.gethostname()}"
-        print(f"{rank}, stack traces:", file=sys.__stderr__, flush=True)
+        say_error(f"{rank}, stack traces:")
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         time.sleep(LINGER_SECONDS / 2)
         text = (
@@ -132,7 +130,7 @@ class Watchdog:
             "that is stuck, dead or cut off from the network: compare the ranks' stack traces above. Start the same command "
             "again and the run goes on from its last checkpoint; if it was only slow, raise training.hang_seconds."
         )
-        print(text, file=sys.__stderr__, flush=True)
+        say_error(text)
         last_word(text)
         time.sleep(LINGER_SECONDS / 2)
         os._exit(EXIT_LOST)
