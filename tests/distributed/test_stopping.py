@@ -106,6 +106,8 @@ def test_a_launcher_that_is_terminated_lets_the_run_save(tmp_path: Path) -> None
     process.terminate()
     _, stderr = end(process)
     assert process.returncode != 0
+    assert "SignalException" in stderr
+    assert stderr.splitlines()[-1].startswith("StoppedError: "), "said last, below the launcher's"
     last = kept.latest_intact(config.folder / "checkpoints", "train", print)
     assert last is not None
     assert checkpoint.read_header(last).progress.step == losses(config)[-1][1], stderr
