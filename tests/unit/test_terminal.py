@@ -23,6 +23,7 @@ from mltfr_dist.cli import main
 from mltfr_dist.data import database
 from mltfr_dist.errors import ConfigError, fail
 from mltfr_dist.progress import StatusLine, duration, say
+from mltfr_dist.tables import clean
 from mltfr_dist.training import tracking
 from mltfr_dist.training.run_folder import dump_config
 from mltfr_dist.training.tracking import Tracker
@@ -135,7 +136,8 @@ def test_a_log_has_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{long}\n{long}\n"
 
 
-def test_whitening_a_table(screen: Screen, tmp_path: Path) -> None:
+def test_whitening_a_table(screen: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clean, "PRODUCT_ENTRIES", 1 << 18)
     screen.take()
     rows = torch.randn(6000, 100).tolist()
     words = "\n".join(f"w{i} {' '.join(f'{x:.4f}' for x in row)}" for i, row in enumerate(rows))
@@ -147,7 +149,7 @@ def test_whitening_a_table(screen: Screen, tmp_path: Path) -> None:
     lines = screen.lines()
     assert code == 0, lines
     assert (tmp_path / "t" / "v" / "table.json").exists()
-    for work in ("reading", "whitening"):
+    for work in ("reading", "covariance", "whitening", "hashing"):
         assert f"  {work}: " in screen.sent
     assert not [line for line in lines if " a second" in line], "nothing is left of a status line"
 
