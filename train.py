@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="dotted keys, such as optimizer.learning_rate=0.0005",
     )
     options = parse_intermixed(parser, arguments)
+    from mltfr_dist.distributed.last_word import record_traceback
     from mltfr_dist.distributed.ranks import say_why, stop_ranks  # imports torch: not for --help
 
     try:
@@ -52,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         fit(config, resume=options.resume == "auto")
     except MltfrError as error:
         return say_why(error)
+    except Exception as error:
+        record_traceback(error)
+        raise
     finally:
         stop_ranks()
     return 0

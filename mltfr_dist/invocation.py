@@ -35,9 +35,14 @@ def launched_by() -> str:
     return "deepspeed" if "CROSS_SIZE" in os.environ else ""
 
 
+def is_rank() -> bool:
+    """Whether a launcher may have started several of this process."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 def is_first() -> bool:
-    """Whether this process prints what all ranks of a launcher would."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process prints what all ranks would."""
+    return not is_rank() or os.environ["RANK"] == "0"
 
 
 def _started() -> str:

@@ -95,8 +95,15 @@ def _topic(model: type[Section], paths: list[str]) -> str:
     """What follows `--help` to list the fields around ``paths``; only that of a run takes it."""
     if model.listed_by != Section.listed_by:
         return ""
-    sections = {path if section_at(model, path) else path.rpartition(".")[0] for path in paths}
+    sections = {_section_of(model, path) for path in paths}
     return f" {sections.pop()}" if len(sections) == 1 and "" not in sections else " all"
+
+
+def _section_of(model: type[Section], path: str) -> str:
+    """The innermost section of a path, which may go on into values: `mltfr.tables.0` is in `mltfr`."""
+    while path and section_at(model, path) is None:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def field_paths(model: type[Section], prefix: str = "") -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any, NoReturn
 from mltfr_dist.cli.fields import default_text, type_text
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.invocation import is_first
+from mltfr_dist.invocation import is_first, is_rank
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.schema import Section, field_at, field_paths, nearest_key, section_at
 
@@ -56,7 +55,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with exit code 2; of several ranks one says why."""
         remedy = f"`{self.prog} --help` lists what can be given."
-        if "RANK" not in os.environ:
+        if not is_rank():
             self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n{remedy}\n")
         from mltfr_dist.distributed.ranks import say_why
 

@@ -27,7 +27,7 @@ claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 try:
     claim.bind(b"\\0mltfr-last-word-%d" % launcher)
     ended = os.pidfd_open(launcher)
-except OSError:  # another of its ranks speaks; or it has ended
+except (AttributeError, OSError):  # another of its ranks speaks; it has ended; this is no Linux
     sys.exit()
 if os.fork() == 0 and select.select([ended], [], [], seconds)[0]:
     os.write(2, text)
@@ -56,6 +56,14 @@ def last_word(text: str, *, stopped: bool = False) -> None:
                 start_new_session=True,
                 check=False,
             )
+
+
+def record_traceback(error: Exception) -> None:
+    """Let torchrun's summary show where an error came from that nobody expected."""
+    if ERROR_FILE in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _is_deepspeed(pid: int) -> bool:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import signal
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from mltfr_dist.distributed.adoption import adopt_process_group
 from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.launch import expected_rank, is_launched
 from mltfr_dist.distributed.processes import machine
@@ -244,7 +243,7 @@ def start_ranks(threads: int | None = None) -> Ranks:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     if not dist.is_initialized():
         _init_process_group("nccl" if on_gpu else "gloo", launched=is_launched())
-    _init_deepspeed()
+    adopt_process_group()
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -293,21 +292,6 @@ def _init_process_group(backend: str, *, launched: bool) -> None:
         dist.init_process_group(
             backend, store=HashStore(), rank=0, world_size=1
         )  # no port to collide on
-
-
-def _init_deepspeed() -> None:
-    """Let DeepSpeed adopt the process group."""
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    # DeepSpeed's own calls; nothing a user could change.
-    warnings.filterwarnings(
-        "ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning
-    )
-    # A compiled shared-memory all-reduce for one CPU node: a minute of compilation, and a killed rank leaks its buffers.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
 def _meet(backend: str) -> None:

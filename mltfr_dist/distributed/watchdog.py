@@ -126,7 +126,7 @@ class Watchdog:
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         time.sleep(LINGER_SECONDS / 2)
         text = (
-            f"{rank} has made no progress for {self.seconds:g} s; last: {self._place}. It is stuck, or waits for a rank "
+            f"{rank} has made no progress for {self._limit:g} s; last: {self._place}. It is stuck, or waits for a rank "
             "that is stuck, dead or cut off from the network: compare the ranks' stack traces above. Start the same command "
             "again and the run goes on from its last checkpoint; if it was only slow, raise training.hang_seconds."
         )

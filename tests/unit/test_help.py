@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support import REPOSITORY, clean_environment
@@ -14,6 +16,7 @@ from mltfr_dist.cli import main
 from mltfr_dist.cli.commands import COMMANDS
 from mltfr_dist.cli.help import topic_text
 from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed.last_word import ERROR_FILE
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.resolve import resolve_config
@@ -152,6 +155,8 @@ def test_a_refused_configuration_names_the_help_that_lists_it(typed: list[str], 
         ("training.epochs=-1", "training"),
         ("trainin.epochs=3", "training"),
         ("nam=x", "all"),
+        ("mltfr.tables=[1]", "mltfr"),
+        ("evaluation.cutoffs=[x]", "evaluation"),
     ],
 )
 def test_the_remedy_lists_the_section_of_the_fault(override: str, topic: str) -> None:
@@ -207,10 +212,25 @@ def test_no_message_knows_one_way_to_start_alone() -> None:
     assert [text for text in TEXTS if "train.py" in text.text] == []
 
 
+def test_of_several_ranks_one_says_what_was_mistyped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", ERROR_FILE: str(tmp_path / "e")}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--hlep"])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("ConfigError: mltfr train: unrecognized arguments: --hlep (did you")
+    assert len(message.splitlines()) == 1
+    assert message.strip() in json.loads((tmp_path / "e").read_text())["message"]["message"]
+
+
 def test_of_several_ranks_one_shows_the_help(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for arguments in (["--help"], ["--help", "mltfr"]):
         assert shown(capsys, *arguments, program="train.py") == ""
     assert train.main(["--preset", "smoke", "--print-config"]) == 0
