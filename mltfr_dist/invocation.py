@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def command(name: str = "") -> str:
     train.py, and the package's module `train`, are the command `train` themselves.
     """
     started = _started()
-    if started.endswith("train") or Path(started).name == "train.py":
+    if started.rstrip("'").endswith((".train", "train.py")):
         return f"python {started}" if name in ("", "train") else f"mltfr {name}"
     return f"{f'python {started}' if started else 'mltfr'} {name}".rstrip()
 
@@ -50,4 +51,4 @@ def _started() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.name.partition(".")[0] == __name__.partition(".")[0]:
         return f"-m {spec.name.removesuffix('.__main__')}"
-    return sys.argv[0] if Path(sys.argv[0]).name == "train.py" else ""
+    return shlex.quote(sys.argv[0]) if Path(sys.argv[0]).name == "train.py" else ""

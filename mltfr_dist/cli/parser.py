@@ -207,6 +207,8 @@ def build_parser() -> Parser:
         _add_report,
     ):
         add(commands)
+    for name, added in commands.choices.items():
+        added.prog = command(name)
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from support import REPOSITORY, clean_environment
 
 import train
 from mltfr_dist import invocation
-from mltfr_dist.cli import main
+from mltfr_dist.cli import build_parser, main
 from mltfr_dist.cli.commands import COMMANDS
 from mltfr_dist.cli.help import topic_text
 from mltfr_dist.config import RunConfig
@@ -21,6 +22,12 @@ from mltfr_dist.errors import ConfigError
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.resolve import resolve_config
 from mltfr_dist.schema import field_paths, section_at
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    found: argparse.ArgumentParser = commands.choices[command]
+    return found
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str, program: str = "mltfr") -> str:
@@ -171,6 +178,7 @@ def test_the_remedy_lists_the_section_of_the_fault(override: str, topic: str) ->
     [
         ("/x/train.py", "deepspeed", "python /x/train.py", "deepspeed /x/train.py"),
         ("train.py", "torchrun", "python train.py", "torchrun train.py"),
+        ("/a b/train.py", "torchrun", "python '/a b/train.py'", "torchrun '/a b/train.py'"),
         ("train.py", "", "python train.py", "python train.py"),
         ("/bin/mltfr", "torchrun", "mltfr train", "mltfr train"),
         ("/bin/pytest", "", "mltfr train", "mltfr train"),
@@ -203,6 +211,8 @@ def test_what_starts_a_run_is_named_as_it_was_typed(
     monkeypatch.setattr(sys, "argv", [started])
     assert invocation.command("train") == plain
     assert invocation.train_command() == launched
+    assert parser_of("train").prog == plain
+    assert parser_of("sweep").prog == invocation.command("sweep")
 
 
 def test_no_message_knows_one_way_to_start_alone() -> None:
