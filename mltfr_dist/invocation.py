@@ -20,7 +20,7 @@ def command(name: str = "") -> str:
 
 
 def train_command() -> str:
-    """What starts a run: as it was typed, with its launcher; `mltfr train` where something else was."""
+    """What starts a run: as it was typed, with its launcher; or `mltfr train`, where it was not."""
     plain, launcher = command("train"), launched_by()
     if not launcher or plain.startswith("mltfr"):
         return plain

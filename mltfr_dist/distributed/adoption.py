@@ -18,6 +18,7 @@ def adopt_process_group() -> None:
     warnings.filterwarnings(
         "ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning
     )
-    # A compiled shared-memory all-reduce for one CPU node: a minute of compilation, and a killed rank leaks its buffers.
+    # A compiled shared-memory all-reduce for one CPU node: a minute of compilation, and a killed
+    # rank leaks its buffers.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)

@@ -1,4 +1,4 @@
-"""Help fits the screen, is short first and complete on demand, and errors name the command that was typed."""
+"""Help fits the screen, is short first and complete on demand; errors name what was typed."""
 
 from __future__ import annotations
 

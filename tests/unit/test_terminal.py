@@ -1,4 +1,4 @@
-"""What a terminal of 80 columns shows of each long work: no broken line, nothing left of a longer one."""
+"""What 80 columns show of each long work: no broken line, nothing left of a longer one."""
 
 from __future__ import annotations
 
