@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from mltfr_dist.cli import config_epilog, parse_intermixed
+from mltfr_dist.cli import Parser, add_config_help, parse_intermixed
 from mltfr_dist.errors import MltfrError
+from mltfr_dist.invocation import command, is_first
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.resolve import resolve_config
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=config_epilog(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog=command("train"), description=__doc__, add_help=False)
+    add_config_help(parser)
     parser.add_argument(
         "--preset", help=f"start from a complete configuration: {', '.join(PRESETS)}"
     )
@@ -40,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="dotted keys, such as optimizer.learning_rate=0.0005",
     )
     options = parse_intermixed(parser, arguments)
+    from mltfr_dist.distributed.last_word import record_traceback
     from mltfr_dist.distributed.ranks import say_why, stop_ranks  # imports torch: not for --help
 
     try:
@@ -47,13 +46,16 @@ def main(arguments: list[str] | None = None) -> int:
         if options.print_config:
             from mltfr_dist.training.run_folder import dump_config
 
-            print(dump_config(config), end="")
+            print(dump_config(config) if is_first() else "", end="")
             return 0
         from mltfr_dist.training.fit import fit
 
         fit(config, resume=options.resume == "auto")
     except MltfrError as error:
         return say_why(error)
+    except Exception as error:
+        record_traceback(error)
+        raise
     finally:
         stop_ranks()
     return 0

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from mltfr_dist.progress import say_error
+
 EXIT_BAD_INPUT = 2
 """Exit code of every command that refuses its input."""
 
@@ -34,6 +36,11 @@ class MltfrError(Exception):
     def __init__(self, what: str, *, rule: str = "", remedy: str) -> None:
         self.what, self.rule, self.remedy = what, rule, remedy
         super().__init__(" ".join(part for part in (what, rule, remedy) if part))
+
+    @property
+    def paragraph(self) -> str:
+        """What a command prints."""
+        return f"{type(self).__name__}: {self}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Survive the way between processes, which an exception with keyword arguments does not by itself."""
@@ -85,7 +92,7 @@ class DamagedError(CheckpointError):
 def fail(error: MltfrError) -> int:
     """Print a user's error without a traceback; returns the exit code."""
     if not isinstance(error, OtherRankError):
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        say_error(error.paragraph)
     return error.exit_code
 
 

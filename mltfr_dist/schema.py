@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.fields import FieldInfo
 
 from mltfr_dist.errors import ConfigError
+from mltfr_dist.invocation import command
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -21,8 +22,8 @@ Positive = Annotated[float, Field(gt=0)]
 class Section(BaseModel):
     """Base of every configuration section: immutable, and unknown keys are refused."""
 
-    listed_by: ClassVar[str] = "python train.py --help"
-    """The command that lists every field with its default and unit."""
+    listed_by: ClassVar[str] = "train"
+    """The command whose help lists every field with its default and unit."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
@@ -63,13 +64,14 @@ def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> S
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = []
+        problems, wrong = [], []
         for item in error.errors():
             path = ".".join(str(part) for part in item["loc"]) or "(whole configuration)"
             if issubclass(model, Options) and path in model.model_fields:
                 path = model.option(path)
             if item["type"] == "extra_forbidden":
                 near = nearest_key(path, field_paths(model))
+                wrong.append(near or path)
                 problems.append(
                     f"`{path}` is not a field" + (f"; the nearest is `{near}`" if near else "")
                 )
@@ -81,10 +83,12 @@ def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> S
                     if isinstance(item["input"], dict | Section)
                     else f" (given: {item['input']!r})"
                 )
+                wrong.append(path)
                 problems.append(f"`{path}`: {item['msg'].removeprefix('Value error, ')}{given}")
         raise ConfigError(
             f"The configuration from {source} is not valid: {'; '.join(problems)}.",
-            remedy=f"Correct it; `{model.listed_by}` lists every field with its default and unit.",
+            remedy=f"Correct it; `{command(model.listed_by)} --help{_topic(model, wrong)}` lists the "
+            "fields with their defaults and units.",
         ) from None
 
 
@@ -109,6 +113,21 @@ def changed(config: SectionT, fields: Mapping[str, Any], *, source: str) -> Sect
     return validate(type(config), values, source=source)
 
 
+def _topic(model: type[Section], paths: list[str]) -> str:
+    """What follows `--help` to list the fields around ``paths``; only that of a run takes it."""
+    if model.listed_by != Section.listed_by:
+        return ""
+    sections = {_section_of(model, path) for path in paths}
+    return f" {sections.pop()}" if len(sections) == 1 and "" not in sections else " all"
+
+
+def _section_of(model: type[Section], path: str) -> str:
+    """The innermost section of a path, which may go on into values: `mltfr.tables.0` is in `mltfr`."""
+    while path and section_at(model, path) is None:
+        path = path.rpartition(".")[0]
+    return path
+
+
 def field_paths(model: type[Section], prefix: str = "") -> list[str]:
     """Every dotted key of ``model``, sections included."""
     paths = []
@@ -125,10 +144,15 @@ def field_at(model: type[Section], path: str) -> FieldInfo | None:
     field = model.model_fields.get(name)
     if field is None or not rest:
         return field
-    inner = field.annotation
-    if isinstance(inner, type) and issubclass(inner, Section):
-        return field_at(inner, rest)
-    return None
+    inner = section_at(model, name)
+    return field_at(inner, rest) if inner else None
+
+
+def section_at(model: type[Section], path: str) -> type[Section] | None:
+    """The section of a dotted key; None where it is a plain field, or nothing."""
+    field = field_at(model, path)
+    inner = field.annotation if field else None
+    return inner if isinstance(inner, type) and issubclass(inner, Section) else None
 
 
 def nearest_key(path: str, valid: list[str]) -> str | None:

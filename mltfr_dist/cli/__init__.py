@@ -6,14 +6,16 @@ import argparse
 from collections.abc import Sequence
 
 from mltfr_dist.cli.commands import COMMANDS
-from mltfr_dist.cli.fields import add_section, config_epilog, section_from
+from mltfr_dist.cli.fields import add_section, section_from
+from mltfr_dist.cli.help import Parser, add_config_help
 from mltfr_dist.cli.parser import build_parser, parse_intermixed
 from mltfr_dist.errors import MltfrError, fail, quiet_pipe
 
 __all__ = [
+    "Parser",
+    "add_config_help",
     "add_section",
     "build_parser",
-    "config_epilog",
     "main",
     "parse_intermixed",
     "section_from",
@@ -35,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_on_ranks(options: argparse.Namespace) -> int:
     """A command that a launcher may start several times: one rank speaks, for all."""
+    from mltfr_dist.distributed.last_word import record_traceback
     from mltfr_dist.distributed.ranks import has_met, leave, say_why, stop_ranks
 
     code = 0
@@ -42,6 +45,9 @@ def _run_on_ranks(options: argparse.Namespace) -> int:
         COMMANDS[options.command](options)
     except MltfrError as error:
         code = say_why(error)
+    except Exception as error:
+        record_traceback(error)
+        raise
     finally:
         stop_ranks()
     if has_met():

@@ -12,38 +12,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mltfr_dist.config import (
-    RunConfig,
-)
 from mltfr_dist.schema import Section, validate
-
-
-def config_epilog() -> str:
-    """Every field of a run's configuration, with its default."""
-    return "configuration (YAML or KEY=VALUE):\n" + "\n".join(_describe(RunConfig, ""))
-
-
-def sweep_epilog() -> str:
-    """Every field of a sweep's file, with its default, and of what `search` gives each key."""
-    from mltfr_dist.tuning.space import Domain, SweepConfig
-
-    domain = "\n\n  search.KEY: the values of one field, exactly one of\n" + "\n".join(
-        _describe(Domain, "search.KEY.")
-    )
-    return "the file, and KEY=VALUE over it:\n" + "\n".join(_describe(SweepConfig, "")) + domain
-
-
-def _describe(model: type[Section], prefix: str) -> list[str]:
-    lines = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            lines.append(f"\n  {prefix}{name}: {field.description}")
-            lines += _describe(field.annotation, f"{prefix}{name}.")
-        else:
-            lines.append(
-                f"    {prefix}{name} ({type_text(field)}; default: {default_text(field)})\n        {field.description}"
-            )
-    return lines
 
 
 def type_text(field: FieldInfo) -> str:
@@ -58,7 +27,7 @@ def type_text(field: FieldInfo) -> str:
         if hasattr(m, name)
     ]
     options = [_type_name(a) for a in _options(field.annotation)]
-    return " or ".join(options) + (f", {', '.join(bounds)}" if bounds else "")
+    return ", ".join([" or ".join(options), *dict.fromkeys(bounds)])
 
 
 _BOUNDS = (("gt", "> "), ("ge", ">= "), ("lt", "< "), ("le", "<= "))
@@ -143,6 +112,8 @@ def add_section(
             options["action"] = "append"
         elif name in (actions or {}):
             options["action"] = (actions or {})[name]
+        if field.annotation is not bool:
+            options["metavar"] = name.rpartition("_")[2].upper()
         parser.add_argument(
             "--" + name.replace("_", "-"),
             default=None,

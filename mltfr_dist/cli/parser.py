@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 
 from mltfr_dist import __version__
 from mltfr_dist.cli.commands import COMMANDS, SETS
-from mltfr_dist.cli.fields import FormatAction, add_section, sweep_epilog
+from mltfr_dist.cli.fields import FormatAction, add_section
+from mltfr_dist.cli.help import Parser, add_config_help, sweep_help
 from mltfr_dist.config import (
     PrepareConfig,
     PrepareResources,
     TableConfig,
 )
+from mltfr_dist.invocation import command
 from mltfr_dist.presets import PRESETS
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction[Parser]
 
 
 def _add_prepare(commands: Commands) -> None:
@@ -102,8 +104,9 @@ def _add_tables(commands: Commands) -> None:
 
 def _add_train(commands: Commands) -> None:
     train = commands.add_parser(
-        "train", help="train in one process (several: `deepspeed train.py`)"
+        "train", help="train in one process (several: `deepspeed train.py`)", add_help=False
     )
+    add_config_help(train)
     train.add_argument("--preset", help=f"one of {', '.join(PRESETS)}")
     train.add_argument("--config", help="YAML file; its keys go over the preset's")
     train.add_argument("--resume", choices=("auto", "never"), default="auto")
@@ -115,9 +118,8 @@ def _add_sweep(commands: Commands) -> None:
         "sweep",
         help="search a space of configurations",
         description=COMMANDS["sweep"].__doc__,
-        epilog=sweep_epilog(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    sweep.appendix = sweep_help
     sweep.add_argument("space", help="YAML file, such as tuning/spaces/demo.yaml")
     sweep.add_argument(
         "--address",
@@ -184,10 +186,10 @@ def _add_report(commands: Commands) -> None:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="mltfr",
+    parser = Parser(
+        prog=command(),
         description="Multi-LLM token filtering and routing for sequential recommendation.",
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -205,12 +207,12 @@ def build_parser() -> argparse.ArgumentParser:
         _add_report,
     ):
         add(commands)
+    for name, added in commands.choices.items():
+        added.prog = command(name)
     return parser
 
 
-def parse_intermixed(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
-) -> argparse.Namespace:
+def parse_intermixed(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse a command line in which options may stand between the values of the list that ends it.
 
     argparse takes only the first run of such values, and its own remedy knows no subcommands.
@@ -218,7 +220,7 @@ def parse_intermixed(
     options, rest = parser.parse_known_args(arguments)
     lists = [name for name in ("overrides", "sources", "runs") if hasattr(options, name)]
     if rest and (not lists or any(value[:1] == "-" != value for value in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        _parser_of(parser, options).refuse(rest)
     if rest and getattr(options, "command", None) == "prepare":
         # argparse took the last word before an option for the output, which stands at the very end.
         rest = [options.output, *rest]
@@ -226,3 +228,13 @@ def parse_intermixed(
     for name in lists:
         setattr(options, name, [*getattr(options, name), *rest])
     return options
+
+
+def _parser_of(parser: Parser, options: argparse.Namespace) -> Parser:
+    """The parser of the command that was given, or ``parser`` where it has no commands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            chosen = action.choices[options.command]
+            assert isinstance(chosen, Parser)
+            return chosen
+    return parser

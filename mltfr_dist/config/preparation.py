@@ -13,7 +13,7 @@ from mltfr_dist.schema import Count, Fraction, Options
 class PrepareConfig(Options):
     """`mltfr prepare`: raw interactions to shards."""
 
-    listed_by: ClassVar[str] = "mltfr prepare --help"
+    listed_by: ClassVar[str] = "prepare"
 
     format: str = Field(
         "auto",
@@ -141,7 +141,7 @@ class PrepareConfig(Options):
 class PrepareResources(Options):
     """What `mltfr prepare` may use; none of it shows in the data."""
 
-    listed_by: ClassVar[str] = "mltfr prepare --help"
+    listed_by: ClassVar[str] = "prepare"
 
     memory_limit: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?([KMGT]i?)?B$")] | None = Field(
         None,
@@ -157,7 +157,7 @@ class PrepareResources(Options):
 class TableConfig(Options):
     """`mltfr tables`: a language model's input embeddings to a clean token table."""
 
-    listed_by: ClassVar[str] = "mltfr tables --help"
+    listed_by: ClassVar[str] = "tables"
 
     tensor: str | None = Field(
         None, description="Name of the embedding tensor; found from the checkpoint when not given."

@@ -16,6 +16,7 @@ from mltfr_dist.config import PrepareResources
 from mltfr_dist.data.disk import is_full
 from mltfr_dist.data.readers import quote_text
 from mltfr_dist.errors import DataError
+from mltfr_dist.progress import duration
 
 _NAME = "prepare.duckdb"
 _SECONDS_BETWEEN_LINES = 10.0
@@ -141,7 +142,7 @@ def _progress(connection: duckdb.DuckDBPyConnection, log: Callable[[str], None])
             if 0 < share < 100:
                 left = (time.monotonic() - began) * (100 - share) / share
                 try:
-                    log(f"  ... {share:.0f}% of this query, about {left:.0f} s left")
+                    log(f"  ... {share:.0f}% of this query, about {duration(left)} left")
                 except BrokenPipeError:  # the main thread meets it with its next line
                     return
 

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import write_atomically
+from mltfr_dist.progress import duration
 
 Log = Callable[[str], None]
 _ATTEMPTS, _FIRST_WAIT, _TIMEOUT = 5, 1.0, 60.0
@@ -213,7 +214,7 @@ def _copy(answer: Any, file: IO[bytes], total: int | None, log: Log) -> None:
         if now - said >= _SECONDS_BETWEEN_LINES:
             said, rate = now, (have - start) / (now - began)
             of = f" of {total / 1e6:,.1f}" if total else ""
-            left = f", about {(total - have) / rate:.0f} s left" if total else ""
+            left = f", about {duration((total - have) / rate)} left" if total else ""
             log(f"  {have / 1e6:,.1f}{of} MB, {rate / 1e6:.1f} MB/s{left}")
     if total is not None and have != total:
         raise _CutOffError(f"{have:,} of {total:,} bytes came")

@@ -11,6 +11,7 @@ from mltfr_dist.data.download import Log, download
 from mltfr_dist.data.public_sets import PUBLIC_SETS, PublicSet
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256, write_atomically
+from mltfr_dist.progress import say
 
 RECORD = "fetched.json"
 """In a set's folder: address, size and sha256 of what was fetched."""
@@ -29,7 +30,7 @@ def sets_text() -> str:
     return "\n".join(lines)
 
 
-def fetch_set(name: str, folder: Path, *, log: Log = print, allow_loopback: bool = False) -> Path:
+def fetch_set(name: str, folder: Path, *, log: Log = say, allow_loopback: bool = False) -> Path:
     """Fetch a public set into ``folder/name``, unless it is there; its terms are shown first.
 
     Args:
@@ -74,7 +75,7 @@ def fetch_set(name: str, folder: Path, *, log: Log = print, allow_loopback: bool
 
 
 def use_set(
-    name: str, folder: Path, config: PrepareConfig, *, download: bool = False, log: Log = print
+    name: str, folder: Path, config: PrepareConfig, *, download: bool = False, log: Log = say
 ) -> tuple[str, PrepareConfig]:
     """The path to prepare of a public set, and the configuration with what it needs filled in.
 

@@ -48,6 +48,7 @@ from mltfr_dist.data.steps import (
 from mltfr_dist.data.workspace import Workspace, differences
 from mltfr_dist.data.write import write_maps, write_splits
 from mltfr_dist.errors import DataError
+from mltfr_dist.progress import say
 
 
 def prepare(
@@ -57,7 +58,7 @@ def prepare(
     *,
     resources: PrepareResources = PrepareResources(),  # noqa: B008, immutable
     packages_dir: Path | None = None,
-    log: Log = print,
+    log: Log = say,
 ) -> Manifest:
     """Prepare ``source`` into the folder ``output``: complete, or not there at all.
 

@@ -23,6 +23,7 @@ from mltfr_dist.data.loading import Source
 from mltfr_dist.data.parquet import open_parquet
 from mltfr_dist.data.readers import EMPTY, NoRowsError, no_rows, reading
 from mltfr_dist.errors import DataError
+from mltfr_dist.progress import say
 
 NAMED_SETS = ("ml-100k",)
 
@@ -110,7 +111,7 @@ def load_interactions(
     connection: duckdb.DuckDBPyConnection,
     files: Sequence[InputFile],
     config: PrepareConfig,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = say,
 ) -> int:
     """Create ``interactions(row_number, user_id, item_id, timestamp)``; returns its number of rows.
 

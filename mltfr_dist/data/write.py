@@ -17,6 +17,7 @@ from mltfr_dist.data.readers import one
 from mltfr_dist.data.shards import PackedSequences, SplitWriter
 from mltfr_dist.data.workspace import Workspace
 from mltfr_dist.files import file_sha256
+from mltfr_dist.progress import duration
 
 _ROWS_PER_BATCH = 1_048_576
 ROWS_PER_RUN = 2_000_000
@@ -69,7 +70,8 @@ def write_splits(
             said = time.monotonic()
             rate = (end - first) / (said - began)
             workspace.log(
-                f"  ... {end / num_users:.0%} of the users, {rate:,.0f} a second, about {(num_users - end) / rate:.0f} s left"
+                f"  ... {end / num_users:.0%} of the users, {rate:,.0f} a second, "
+                f"about {duration((num_users - end) / rate)} left"
             )
     return {split: writer.finish() for split, writer in writers.items()}
 

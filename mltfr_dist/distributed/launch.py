@@ -32,7 +32,7 @@ def is_launched() -> bool:
             int(os.environ["RANK"]),
             f"The environment sets {', '.join(given)} but not {', '.join(missing)}.",
             rule="A launched process needs all of them.",
-            remedy="Start with `deepspeed train.py` or `torchrun train.py`, or unset RANK and WORLD_SIZE for one process.",
+            remedy="Start with deepspeed or torchrun, or unset RANK and WORLD_SIZE for one process.",
         )
     return launched
 
@@ -59,7 +59,7 @@ def check_numbers() -> None:
         raise ConfigError(
             f"The environment says {', '.join(f'{name}={text}' for name, text in given.items())}.",
             rule="All are whole numbers, and RANK lies below WORLD_SIZE.",
-            remedy="Start with `deepspeed train.py` or `torchrun train.py`, or correct what you export.",
+            remedy="Start with deepspeed or torchrun, or correct what you export.",
         )
 
 

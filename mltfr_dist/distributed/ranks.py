@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import signal
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,10 +21,20 @@ from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
+from mltfr_dist.distributed.adoption import adopt_process_group
 from mltfr_dist.distributed.devices import sees_gpus, share_of_cores, take_gpu
+from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.launch import expected_rank, is_launched
 from mltfr_dist.distributed.watchdog import beat
-from mltfr_dist.errors import ConfigError, LostRankError, MltfrError, OtherRankError, fail
+from mltfr_dist.errors import (
+    ConfigError,
+    LostRankError,
+    MltfrError,
+    OtherRankError,
+    StoppedError,
+    fail,
+)
+from mltfr_dist.progress import say
 
 T = TypeVar("T")
 
@@ -74,7 +82,7 @@ class Ranks:
     def say(self, message: str) -> None:
         """Print on rank 0."""
         if self.is_main:
-            print(message, flush=True)
+            say(message)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of ``values`` over all ranks, on every rank."""
@@ -236,7 +244,7 @@ def start_ranks(threads: int | None = None) -> Ranks:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     if not dist.is_initialized():
         _init_process_group("nccl" if on_gpu else "gloo", launched=is_launched())
-    _init_deepspeed()
+    adopt_process_group()
     if "RANK" not in os.environ:
         os.environ.update(SINGLE_PROCESS)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -257,21 +265,6 @@ def _init_process_group(backend: str, *, launched: bool) -> None:
         dist.init_process_group(
             backend, store=HashStore(), rank=0, world_size=1
         )  # no port to collide on
-
-
-def _init_deepspeed() -> None:
-    """Let DeepSpeed adopt the process group."""
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    # DeepSpeed's own calls; nothing a user could change.
-    warnings.filterwarnings(
-        "ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning
-    )
-    # A compiled shared-memory all-reduce for one CPU node: a minute of compilation, and a killed rank leaks its buffers.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
 def _meet(backend: str) -> None:
@@ -350,6 +343,8 @@ def say_why(error: MltfrError) -> int:
         signal.signal(signal.SIGTERM, lambda *_: leave(error.exit_code))
         time.sleep(SPEAK_SECONDS)
     code = fail(error)
+    if not isinstance(error, OtherRankError):
+        last_word(error.paragraph, stopped=isinstance(error, StoppedError))
     with suppress(
         dist.DistError
     ):  # a rank that is lost will not hear, or, if it was rank 0, not speak

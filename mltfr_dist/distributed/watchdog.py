@@ -12,17 +12,18 @@ from __future__ import annotations
 import faulthandler
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.processes import STOPPED, Seen
 from mltfr_dist.errors import EXIT_LOST
+from mltfr_dist.progress import say_error
 
 LINGER_SECONDS = 3.0
-"""Between a rank's trace and its exit: a launcher ends all ranks once one has gone, and each should have its say first."""
+"""From a rank's trace to its exit: a launcher ends all ranks once one has gone, and each should have its say first."""
 
 START_SECONDS = 900.0
 """Least time before the first step, in which libraries are imported from slow disks, and kernels compiled."""
@@ -113,22 +114,23 @@ class Watchdog:
 
     def _tell(self, rank: int) -> None:
         pid = self.neighbours[rank].pid
-        print(
+        say_error(
             f"Rank {self.rank} waits for rank {rank}, process {pid} of the same machine, which is "
             f"stopped; `kill -CONT {pid}` lets it go on.",
-            file=sys.__stderr__,
-            flush=True,
         )
 
     def _exit(self) -> None:
-        print(
-            f"Rank {self.rank} on {socket.gethostname()} has made no progress for {self._limit:g} s; last: {self._place}. "
-            "It is stuck, or waits for a rank that is stuck, dead or cut off from the network: compare the ranks' stack "
-            "traces. Start the same command again and the run goes on from its last checkpoint; if it was only slow, raise "
-            "training.hang_seconds. Stack traces of this rank:",
-            file=sys.__stderr__,
-            flush=True,
-        )
+        """Traces first: what to do stands at the end, where it is read, below those of all ranks."""
+        rank = f"Rank {self.rank} on {socket.gethostname()}"
+        say_error(f"{rank}, stack traces:")
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
-        time.sleep(LINGER_SECONDS)
+        time.sleep(LINGER_SECONDS / 2)
+        text = (
+            f"{rank} has made no progress for {self._limit:g} s; last: {self._place}. It is stuck, or waits for a rank "
+            "that is stuck, dead or cut off from the network: compare the ranks' stack traces above. Start the same command "
+            "again and the run goes on from its last checkpoint; if it was only slow, raise training.hang_seconds."
+        )
+        say_error(text)
+        last_word(text)
+        time.sleep(LINGER_SECONDS / 2)
         os._exit(EXIT_LOST)

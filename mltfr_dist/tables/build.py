@@ -14,7 +14,7 @@ import torch
 
 from mltfr_dist.config import TableConfig
 from mltfr_dist.errors import ConfigError, DataError
-from mltfr_dist.progress import follow
+from mltfr_dist.progress import follow, say
 from mltfr_dist.tables.clean import normalise_rows
 from mltfr_dist.tables.demo import DEMO_TABLES, demo_source
 from mltfr_dist.tables.extract import OpenTable
@@ -33,7 +33,7 @@ def build_tables(
     *,
     name: str | None = None,
     packages: Path | None = None,
-    log: Log = print,
+    log: Log = say,
 ) -> list[TableInfo]:
     """Extract, clean and store token tables; all are found and checked before the first is read.
 
@@ -82,7 +82,7 @@ def build_table(
     *,
     name: str | None = None,
     licence: str | None = None,
-    log: Log = print,
+    log: Log = say,
 ) -> TableInfo:
     """Extract, clean and store one token table, saying what was kept and why the rest was not.
 

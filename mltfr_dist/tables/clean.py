@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.linalg import blas
 
-from mltfr_dist.progress import follow
+from mltfr_dist.progress import follow, say
 from mltfr_dist.tables.row_file import BLOCK_ENTRIES, RowFile
 
 EIGENVALUE_FLOOR = 1e-6
@@ -54,7 +54,7 @@ class MeanCosine:
 
 
 def normalise_rows(
-    rows: RowFile, how: Literal["scale", "whiten", "none"], log: Log = print
+    rows: RowFile, how: Literal["scale", "whiten", "none"], log: Log = say
 ) -> tuple[float, float]:
     """Normalise ``rows`` [V, D], not all equal, in place; their mean cosine before and after.
 

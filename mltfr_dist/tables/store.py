@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from mltfr_dist.config import TableContent
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
-from mltfr_dist.progress import follow
+from mltfr_dist.progress import follow, say
 from mltfr_dist.tables.info import (
     INFO_FILE,
     PROOF,
@@ -137,7 +137,7 @@ class NewTable:
 
 @contextmanager
 def new_table(
-    output: Path, name: str, num_rows: int, dim: int, log: Log = print
+    output: Path, name: str, num_rows: int, dim: int, log: Log = say
 ) -> Iterator[NewTable]:
     """A table to be filled and finished; what is not finished leaves nothing behind.
 

@@ -22,6 +22,7 @@ from mltfr_dist.distributed.signals import stop_signals
 from mltfr_dist.distributed.watchdog import watched
 from mltfr_dist.errors import ConfigError, DamagedError, StoppedError
 from mltfr_dist.files import file_sha256, with_packaged
+from mltfr_dist.progress import say
 from mltfr_dist.schema import changed
 from mltfr_dist.training import report
 from mltfr_dist.training.compare import baseline_result
@@ -206,7 +207,7 @@ def run(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: bool) -> 
     results.append(fit_model(config, inputs, ranks, read_test=read_test))
     if ranks.is_main and read_test:
         report.write(config, inputs, results)
-        print(report.closing(config, results), flush=True)
+        say(report.closing(config, results))
     ranks.barrier()
     return results
 

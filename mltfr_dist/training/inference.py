@@ -14,6 +14,7 @@ from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import Ranks, start_ranks
 from mltfr_dist.distributed.sending import send_text
 from mltfr_dist.errors import CheckpointError, DamagedError, DataError
+from mltfr_dist.invocation import train_command
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.schema import nearest_key
 from mltfr_dist.training.evaluate import evaluate, mask_seen
@@ -84,7 +85,7 @@ def load_run(folder: Path, ranks: Ranks | None = None) -> LoadedRun:
 
 def command(folder: Path) -> str:
     """What goes on with a run."""
-    return f"`python train.py --config {folder / CONFIG}`"
+    return f"`{train_command()} --config {folder / CONFIG}`"
 
 
 def finished(folder: Path) -> tuple[RunConfig, Result]:

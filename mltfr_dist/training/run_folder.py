@@ -88,7 +88,7 @@ def load_config(folder: Path) -> RunConfig:
     if not path.exists():
         raise CheckpointError(
             f"{folder} holds no run: there is no {CONFIG}.",
-            remedy="Name a run folder that `train.py` wrote, such as runs/demo.",
+            remedy="Name a run's folder, such as runs/demo.",
         )
     return validate(RunConfig, read_yaml(path), source=str(path))
 

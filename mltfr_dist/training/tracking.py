@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.progress import StatusLine, duration, say
 from mltfr_dist.training.board import Board, configuration
 from mltfr_dist.training.services import Service, open_services
 
@@ -21,7 +22,7 @@ STAGES = ("train", "consensus")
 """Stages of a run in order: the bare model or stage 1, then stage 2."""
 
 QUIET_SECONDS = 30.0
-"""Seconds between two progress lines in a log file; a terminal gets one a second, in place."""
+"""Seconds between two progress lines in a log file; a terminal gets one more often, in place."""
 
 
 class Tracker:
@@ -43,9 +44,9 @@ class Tracker:
         """
         self.active, self.stage, self.base_step = active, stage, base_step
         self._shown, self._started, self._start_step = 0.0, time.monotonic(), step or 0
-        self._on_terminal = sys.stdout.isatty()
         self._services: list[Service] = []
         self._anew = step is None
+        self._line = StatusLine(sys.stdout, QUIET_SECONDS, say)
         if active:
             path = folder / METRICS
             # a validation may stand at step 0
@@ -104,29 +105,25 @@ class Tracker:
     def progress(self, step: int, total_steps: int, sequences_per_step: int, loss: float) -> None:
         """Show rate and time left: in place on a terminal, now and then in a log file."""
         now = time.monotonic()
-        if not self.active or now - self._shown < (1.0 if self._on_terminal else QUIET_SECONDS):
+        if not self.active or now - self._shown < self._line.pause:
             return
         self._shown = now
         rate = (step - self._start_step) / max(1e-9, now - self._started)
         left = (total_steps - step) / max(1e-9, rate)
-        text = (
-            f"  {self.stage} step {step}/{total_steps}  loss {loss:.4f}  {rate * sequences_per_step:,.0f} sequences/s  "
-            f"at most {left / 60:.0f} min {left % 60:02.0f} s left"
-        )
-        print(
-            f"\r\x1b[K{text}" if self._on_terminal else text,
-            end="" if self._on_terminal else "\n",
-            flush=True,
+        self._line.show(
+            f"  {self.stage} step {step}/{total_steps}  loss {loss:.4f}  "
+            f"{rate * sequences_per_step:,.0f} sequences/s  at most {duration(left)} left"
         )
 
     def say(self, message: str) -> None:
         """Print a line of its own."""
         if self.active:
-            print(f"\r\x1b[K{message}" if self._on_terminal else message, flush=True)
+            say(message)
 
     def close(self) -> None:
         """Flush and close."""
         if self.active:
+            self._line.wipe()
             self._file.close()
             self._board.close()
             for service in self._services:

@@ -14,6 +14,7 @@ import torch
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.manifest import verify_folder
 from mltfr_dist.errors import ConfigError
+from mltfr_dist.invocation import command
 from mltfr_dist.schema import field_paths, nearest_key, validate
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import differing_fields, leaf_values, read_yaml
@@ -46,7 +47,7 @@ def check_space(sweep: SweepConfig, base: RunConfig) -> None:
             raise ConfigError(
                 f"The searched key `{key}` is not a field of a run"
                 + (f"; the nearest is `{near}`." if near else "."),
-                remedy="Correct it; `python train.py --help` lists every field.",
+                remedy=f"Correct it; `{command('train')} --help all` lists every field.",
             )
         if key in SET_BY_THE_SWEEP:
             raise ConfigError(

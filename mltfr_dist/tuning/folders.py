@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mltfr_dist.errors import ConfigError
+from mltfr_dist.invocation import train_command
 from mltfr_dist.training.run_folder import CONFIG, REPORT, Result, load_config, load_result
 from mltfr_dist.tuning.trials import METRICS, SWEEP, TRIALS, load_trials, read_validations
 
@@ -55,7 +56,7 @@ def unfinished_run(folder: Path) -> ConfigError:
             remedy=f"Go on with the sweep: `mltfr sweep {sweep / SWEEP}`.",
         )
     owner = folder.parent if (folder.parent / CONFIG).exists() else folder
-    return ConfigError(what, remedy=f"Go on: `python train.py --config {owner / CONFIG}`.")
+    return ConfigError(what, remedy=f"Go on: `{train_command()} --config {owner / CONFIG}`.")
 
 
 def unfinished_sweep(folder: Path) -> ConfigError:

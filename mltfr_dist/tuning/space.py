@@ -31,7 +31,7 @@ CHANGEABLE_LEAVES = ("dropout", "noise", "expert_dropout")
 class Domain(Section):
     """The values of one field: exactly one of these."""
 
-    listed_by: ClassVar[str] = "mltfr sweep --help"
+    listed_by: ClassVar[str] = "sweep"
 
     choices: tuple[Any, ...] = Field((), description="These values.")
     subsets: tuple[Any, ...] = Field(
@@ -159,7 +159,7 @@ class TrialResources(Section):
 class SweepConfig(Section):
     """A sweep."""
 
-    listed_by: ClassVar[str] = "mltfr sweep --help"
+    listed_by: ClassVar[str] = "sweep"
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         description="The sweep's folder under sweeps_dir."

@@ -41,7 +41,7 @@ def refused(
     errors = [
         line
         for line in done.stderr.splitlines()
-        if "Error: " in line and "ChildFailedError" not in line
+        if "Error: " in line and not line.startswith(" ") and "ChildFailedError" not in line
     ]
     assert len(errors) == 1, done.stderr
     return errors[0]
@@ -137,7 +137,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         )
     assert done.returncode == EXIT_BAD_INPUT
     assert time.monotonic() - started < 100
-    assert done.stderr.count("the port is taken") == 1
+    assert done.stderr.count("the port is taken") == 2, "at once, and below what deepspeed says"
     assert f"127.0.0.1:{port}" in done.stderr
 
 

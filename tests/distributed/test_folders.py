@@ -215,4 +215,4 @@ def test_evaluate_on_two_ranks_prints_once(
         timeout=240,
     )
     assert missing.returncode != 0
-    assert missing.stderr.count("holds no run") == 1
+    assert missing.stderr.count("holds no run") == 2, "one rank speaks, and so does torchrun"

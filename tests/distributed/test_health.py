@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -57,14 +58,22 @@ def faulty_run(config: RunConfig, fault: str, step: int) -> tuple[str, str, floa
     return done.stdout, done.stderr, time.monotonic() - started
 
 
+def assert_last(stderr: str, message: str) -> None:
+    """torchrun's summary ends with the message, and with the rule below it."""
+    *_, last, rule = stderr.rstrip().splitlines()
+    assert last.startswith(f"  {message}"), stderr
+    assert set(rule) == {"="}
+
+
 def test_too_many_faults_stop_the_run_and_name_what_is_not_finite(tmp_path: Path) -> None:
     config = tiny_config(
         tmp_path, training__max_skipped_steps=2, checkpoint__every_steps=1, checkpoint__keep_last=1
     )
     stdout, stderr, _ = faulty_run(config, "nan", 3)
     assert stdout.count("skipped") == 3
-    assert stderr.count(f"not finite: {POISONED}") == 1, "one rank speaks"
+    assert stderr.count(f"not finite: {POISONED}") == 2, "one rank speaks, and so does torchrun"
     assert "train-step000000003" in stderr
+    assert_last(stderr, "MltfrError: The last 3 steps, up to 6 of stage `train`,")
     assert f"exitcode  : {EXIT_BAD_INPUT}" in stderr
     last = kept.latest(config.folder / "checkpoints", "train")
     assert last is not None
@@ -89,6 +98,10 @@ def test_a_hang_ends_with_a_stack_trace_of_every_rank(tmp_path: Path) -> None:
     assert "in stuck_here" in stderr, "rank 1's trace shows where it hangs"
     assert "all_reduce" in stderr, "rank 0's trace shows what it waits in"
     assert f"exitcode  : {EXIT_LOST}" in stderr
+    assert re.search(r"\n  Rank \d on .*raise training.hang_seconds\.\n=+\n$", stderr), "said last"
+    traces, _, words = stderr.partition(" has made no progress")
+    assert "most recent call first" in traces
+    assert "most recent call first" not in words, "the words stand below the traces of all ranks"
 
 
 @pytest.mark.integration
@@ -97,4 +110,5 @@ def test_a_killed_rank_is_told_in_words(tmp_path: Path) -> None:
     _, stderr, seconds = faulty_run(config, "die", 3)
     assert seconds < 60
     assert "has lost another rank" in stderr
+    assert_last(stderr, "LostRankError: Rank 0 on ")
     assert "RuntimeError" not in stderr, "the words stand for the network layer's traceback"

@@ -72,7 +72,7 @@ def test_one_rank_is_asked_and_the_run_goes_on_at_other_world_sizes(tmp_path: Pa
         time.sleep(0.01)
     os.kill(rank_process(stopped, tmp_path, 1), signal.SIGUSR1)
     _, stderr = end(process)
-    assert stderr.count("StoppedError") == 1, stderr
+    assert stderr.count("StoppedError") == 2, "one rank speaks, at once and at the end"
     assert f"exitcode  : {EXIT_STOPPED}" in stderr
     last = kept.latest(stopped.folder / "checkpoints", "train")
     assert last is not None
@@ -106,6 +106,8 @@ def test_a_launcher_that_is_terminated_lets_the_run_save(tmp_path: Path) -> None
     process.terminate()
     _, stderr = end(process)
     assert process.returncode != 0
+    assert "SignalException" in stderr
+    assert stderr.splitlines()[-1].startswith("StoppedError: "), "said last, below the launcher's"
     last = kept.latest_intact(config.folder / "checkpoints", "train", print)
     assert last is not None
     assert checkpoint.read_header(last).progress.step == losses(config)[-1][1], stderr

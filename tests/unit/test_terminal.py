@@ -1,0 +1,201 @@
+"""What 80 columns show of each long work: no broken line, nothing left of a longer one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import struct
+import sys
+import termios
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+import torch
+from support import tiny_config
+
+import train
+from mltfr_dist import progress
+from mltfr_dist.cli import main
+from mltfr_dist.data import database
+from mltfr_dist.errors import ConfigError, fail
+from mltfr_dist.progress import StatusLine, duration, say
+from mltfr_dist.tables import clean
+from mltfr_dist.training import tracking
+from mltfr_dist.training.run_folder import dump_config
+from mltfr_dist.training.tracking import Tracker
+
+COLUMNS = 80
+
+
+class Screen:
+    """A real terminal, and what it shows."""
+
+    def __init__(self) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+        self.stream: TextIO = os.fdopen(slave, "w", buffering=1)
+        self.sent = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = os.read(self._master, 65536)
+            except OSError:  # the other side is closed
+                return
+            self.sent += data.decode()
+
+    def take(self) -> None:
+        """Send what is printed from here on to it; pytest has its own streams during the setup."""
+        sys.stdout = sys.stderr = self.stream
+
+    def lines(self) -> list[str]:
+        """What stands there at the end; fails if a line did not fit."""
+        self.stream.close()
+        self._reader.join(10)
+        os.close(self._master)
+        rows, column = [""], 0
+        for part in self.sent.replace("\x1b[K", "\0"):
+            if part == "\r":
+                column = 0
+            elif part == "\n":
+                rows.append("")
+            elif part == "\0":
+                rows[-1] = rows[-1][:column]
+            else:
+                rows[-1] = rows[-1][:column].ljust(column) + part + rows[-1][column + 1 :]
+                column += 1
+                assert column <= COLUMNS, f"broken by the terminal: {rows[-1]}"
+        return [row.rstrip() for row in rows]
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Screen]:
+    monkeypatch.setattr(progress, "SECONDS_ON_TERMINAL", 0.0)
+    shown, before = Screen(), (sys.stdout, sys.stderr)
+    yield shown
+    sys.stdout, sys.stderr = before
+    shown.stream.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (3599.7, "1 h 00 min"),
+        (3 * 3600 + 299, "3 h 05 min"),
+        (50 * 3600, "50 h 00 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_status_line_is_cut_renewed_and_wiped(screen: Screen) -> None:
+    screen.take()
+    line = StatusLine(screen.stream, 10, print)
+    line.show("long " * 30)
+    line.show("short")
+    say("a line of its own")
+    line.show("x" * 79)
+    line.wipe()
+    assert screen.lines() == ["a line of its own", ""]
+    assert "short" in screen.sent
+
+
+def test_an_error_takes_the_place_of_a_status_line(screen: Screen) -> None:
+    screen.take()
+    StatusLine(screen.stream, 10, print).show("step 3")
+    assert fail(ConfigError("What.", remedy="How.")) == 2
+    assert screen.lines() == ["ConfigError: What. How.", ""]
+
+
+def test_lines_are_broken_between_words_and_a_path_is_not(screen: Screen) -> None:
+    screen.take()
+    say("  stored in /a-" + "b" * 65 + " with more words than fit\nshort")
+    assert screen.lines() == [
+        "  stored in /a-" + "b" * 65,
+        "      with more words than fit",
+        "short",
+        "",
+    ]
+
+
+def test_a_log_has_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "word " * 30 + "end"
+    say(long)
+    StatusLine(sys.stdout, 10, say).show(long)
+    assert capsys.readouterr().out == f"{long}\n{long}\n"
+
+
+def test_whitening_a_table(screen: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clean, "PRODUCT_ENTRIES", 1 << 18)
+    screen.take()
+    rows = torch.randn(6000, 100).tolist()
+    words = "\n".join(f"w{i} {' '.join(f'{x:.4f}' for x in row)}" for i, row in enumerate(rows))
+    (tmp_path / f"{'vectors' * 9}.txt").write_text(f"6000 100\n{words}\n")
+    source = str(tmp_path / f"{'vectors' * 9}.txt")
+    code = main(
+        ["tables", source, "--output", str(tmp_path / "t"), "--name", "v", "--normalise", "whiten"]
+    )
+    lines = screen.lines()
+    assert code == 0, lines
+    assert (tmp_path / "t" / "v" / "table.json").exists()
+    for work in ("reading", "covariance", "whitening", "hashing"):
+        assert f"  {work}: " in screen.sent
+    assert not [line for line in lines if " a second" in line], "nothing is left of a status line"
+
+
+def test_preparing(screen: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen.take()
+    (tmp_path / "in.txt").write_text("\n".join(f"u{u} a b c d e{u % 3}" for u in range(40)))
+    monkeypatch.setattr(database, "_SECONDS_BETWEEN_LINES", 0.01)
+    command = ["prepare", "in.txt", "out", "--format", "sequences", "--user-core", "1"]
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--item-core", "1"]) == 0
+    shown = screen.lines()
+    start = next(i for i, line in enumerate(shown) if line.startswith("leave_one_out"))
+    assert "no leak; 0 users train only;" in " ".join(" ".join(shown[start : start + 4]).split())
+
+
+def test_training(screen: Screen, tmp_path: Path) -> None:
+    screen.take()
+    config = tiny_config(tmp_path, training__epochs=2, training__consensus_epochs=1)
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert train.main(["--config", str(tmp_path / "c.yaml")]) == 0
+    shown = screen.lines()
+    assert "at most" in screen.sent, "there was a status line"
+    assert not [line for line in shown if "at most" in line], "nothing is left of it"
+    assert any(line.startswith("  train epoch 2/2  validation HR@10") for line in shown)
+
+
+def test_the_line_of_a_large_run(screen: Screen, tmp_path: Path) -> None:
+    screen.take()
+    tracker = Tracker(tmp_path, active=True, stage="consensus", step=0)
+    tracker.progress(123_456, 12_345_678, 8192, 12.3456)
+    tracker.close()
+    assert screen.lines() == [""]
+    assert "consensus step 123456/12345678  loss 12.3456" in screen.sent
+
+
+def test_the_same_in_a_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: Iterator[float] = iter([0.0, 3600.0, 3601.0, 3700.0])
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: next(times))
+    tracker = Tracker(tmp_path, active=True, stage="train", step=0)
+    for step in (1000, 1001, 1100):
+        tracker.progress(step, 3000, 64, 0.5)
+    tracker.close()
+    assert capsys.readouterr().out == (
+        "  train step 1000/3000  loss 0.5000  18 sequences/s  at most 2 h 00 min left\n"
+        "  train step 1100/3000  loss 0.5000  19 sequences/s  at most 1 h 47 min left\n"
+    )
