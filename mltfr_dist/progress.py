@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
@@ -44,3 +45,12 @@ def follow(
     finally:
         if on_terminal and said > began:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that fits: seconds below two minutes, hours above 120 minutes."""
+    if seconds < 120:
+        return f"{math.ceil(seconds)} s"
+    if seconds <= 120 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

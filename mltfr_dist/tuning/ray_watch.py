@@ -1,0 +1,75 @@
+"""Ray's daemons die: the sweep says so in one line, and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import psutil
+import ray
+
+from mltfr_dist.errors import EXIT_LOST, LostRankError, fail
+
+DAEMONS = ("raylet", "gcs_server")
+WATCH_SECONDS = 0.1
+
+
+@contextmanager
+def ray_watched() -> Iterator[None]:
+    """Meanwhile end this process, and what it has started, once a daemon of its Ray on this machine is gone.
+
+    Ray itself would go on for up to a minute, print its whole state, and fail every trial that is left.
+    """
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(daemons(), over), name="ray-watch", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watch.join()
+
+
+def daemons() -> list[psutil.Process]:
+    """The daemons on this machine of the Ray that this process is connected to."""
+    session = ray._private.worker._global_node.get_session_dir_path()
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.name() in DAEMONS and any(session in word for word in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def _watch(watched: list[psutil.Process], over: threading.Event) -> None:
+    names = {process.pid: process.name() for process in watched}
+    while not over.wait(WATCH_SECONDS):
+        for process in watched:
+            if not _lives(process):
+                _end(f"Ray's {names[process.pid]} (process {process.pid})")
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _end(what: str) -> None:
+    family = psutil.Process().children(recursive=True)
+    sys.stdout.flush()
+    fail(
+        LostRankError(
+            f"{what} was killed or has crashed, and with it the trials that ran.",
+            remedy="Start the same command again and it goes on from their last checkpoints.",
+        )
+    )
+    for process in family:
+        with suppress(psutil.Error):
+            process.send_signal(signal.SIGKILL)
+    os._exit(EXIT_LOST)
