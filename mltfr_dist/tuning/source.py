@@ -10,8 +10,7 @@ from mltfr_dist.files import with_packaged
 from mltfr_dist.resolve import merge_values, parse_override, resolve_config
 from mltfr_dist.schema import validate
 from mltfr_dist.training.run_folder import read_yaml
-from mltfr_dist.tuning.space import SweepConfig, nested, typed_choices, with_values
-from mltfr_dist.tuning.trials import BASE
+from mltfr_dist.tuning.space import SweepConfig, nested, typed_choices
 
 
 def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
@@ -55,14 +54,6 @@ def base_config(sweep: SweepConfig) -> RunConfig:
         mltfr = mltfr.model_copy(update={"placement": "mmap"})
     training = base.training.model_copy(update={"threads": threads})
     return base.model_copy(update={"baselines": (), "training": training, "mltfr": mltfr})
-
-
-def as_begun(folder: Path, base: RunConfig) -> RunConfig:
-    """With the threads that the sweep in ``folder`` began with, where there is one: they are part of its trials' runs."""
-    if not (folder / BASE).exists():
-        return base
-    threads = read_yaml(folder / BASE)["training"]["threads"]
-    return with_values(base, {"training.threads": threads})
 
 
 def dump_sweep(sweep: SweepConfig) -> str:

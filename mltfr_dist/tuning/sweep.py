@@ -13,17 +13,25 @@ from threading import Thread
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.files import write_atomically
-from mltfr_dist.training.run_folder import dump_config
+from mltfr_dist.training.run_folder import dump_config, read_yaml
 from mltfr_dist.tuning.checks import check_folder, check_inputs, check_machine, check_space
 from mltfr_dist.tuning.environment import LOOPBACK, set_environment
 from mltfr_dist.tuning.plan import planned
-from mltfr_dist.tuning.source import as_begun, base_config, dump_sweep, resolved_config
+from mltfr_dist.tuning.source import base_config, dump_sweep, resolved_config
 from mltfr_dist.tuning.space import Domain, SweepConfig, with_values
 from mltfr_dist.tuning.trials import BASE, SWEEP, load_trials
 
 LOCK = "lock"
 FINAL = "final"
 """In a sweep's folder: by trial, the runs of the chosen configuration, laid out as a sweep."""
+
+
+def as_begun(folder: Path, base: RunConfig) -> RunConfig:
+    """With the threads that the sweep in ``folder`` began with, where there is one: they are part of its trials' runs."""
+    if not (folder / BASE).exists():
+        return base
+    threads = read_yaml(folder / BASE)["training"]["threads"]
+    return with_values(base, {"training.threads": threads})
 
 
 def run_sweep(
