@@ -20,6 +20,7 @@ from mltfr_dist.errors import StoppedError
 from mltfr_dist.tuning.cluster import Cluster
 from mltfr_dist.tuning.hparams import write_all
 from mltfr_dist.tuning.plan import known_trials, make_space, space_lines
+from mltfr_dist.tuning.ray_watch import is_full, no_room
 from mltfr_dist.tuning.schedulers import make_scheduler
 from mltfr_dist.tuning.search import Space, suggest
 from mltfr_dist.tuning.space import SweepConfig, Values
@@ -68,7 +69,14 @@ def run_trials(
     setting = TrialSetting(sweep, base, folder, Path.cwd(), read_test)
     with stop_signals(folder / STOP) as take_signals:
         progress = Progress(setting, space, cluster.concurrent(sweep), missing, take_signals)
-        make_tuner(setting, trials, progress).fit()
+        try:
+            make_tuner(setting, trials, progress).fit()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise no_room("what is finished stays.") from None
+    if progress.no_room:
+        raise no_room("running trials have saved.")
     if (folder / STOP).exists():
         raise StoppedError(
             f"A signal asked the sweep `{sweep.name}` to stop; its running trials have saved.",

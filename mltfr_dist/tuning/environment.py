@@ -14,6 +14,7 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run writes its own TensorBoard page
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # Tune's state is never read: the trials' folders are the truth
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # driver.py has its own
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }

@@ -1,18 +1,24 @@
-"""Ray's daemons die: the sweep says so in one line, and ends."""
+"""Ray's daemons die, or its folder is full: the sweep says so in one line, and ends."""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import ray
 
-from mltfr_dist.errors import EXIT_LOST, LostRankError, fail
+from mltfr_dist.errors import EXIT_LOST, LostRankError, StoppedError, fail
+
+LOW = 8 * 2**20
+"""Bytes free in Ray's folder below which a sweep stops: without room Ray starts no process, and waits for it for ever."""
 
 DAEMONS = ("raylet", "gcs_server")
 WATCH_SECONDS = 0.1
@@ -34,9 +40,32 @@ def ray_watched() -> Iterator[None]:
         watch.join()
 
 
+def session_folder() -> Path:
+    """Where the Ray that this process is connected to keeps its files on this machine."""
+    return Path(ray._private.worker._global_node.get_session_dir_path())
+
+
+def room_is_low() -> bool:
+    """Whether Ray's folder is all but full."""
+    return shutil.disk_usage(session_folder()).free < LOW
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write found no room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def no_room(saved: str) -> StoppedError:
+    """The error that ends a sweep without room."""
+    return StoppedError(
+        f"There is no room left in {session_folder()}, where Ray keeps its files; {saved}",
+        remedy="Make room there, or set TMPDIR to a folder with room; then start the same command again and it goes on.",
+    )
+
+
 def daemons() -> list[psutil.Process]:
     """The daemons on this machine of the Ray that this process is connected to."""
-    session = ray._private.worker._global_node.get_session_dir_path()
+    session = str(session_folder())
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):

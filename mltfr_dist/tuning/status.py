@@ -13,6 +13,7 @@ from ray.tune.experiment import Trial as RayTrial
 
 from mltfr_dist.progress import duration
 from mltfr_dist.tuning.hparams import write_hparams
+from mltfr_dist.tuning.ray_watch import room_is_low
 from mltfr_dist.tuning.schedulers import most_epochs
 from mltfr_dist.tuning.search import Space
 from mltfr_dist.tuning.space import shown
@@ -56,6 +57,7 @@ class Progress(Callback):  # type: ignore[misc]
         self.began = self.said = time.monotonic()
         self.running: dict[int, Running] = {}
         self.seconds: list[float] = []
+        self.no_room = False
         self.epochs = most_epochs(setting.base)
 
     def setup(
@@ -129,6 +131,10 @@ class Progress(Callback):  # type: ignore[misc]
 
     def on_step_end(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
         """Called by Tune all the time."""
+        if not self.no_room and room_is_low():
+            self.no_room = True
+            print("  Ray's folder is full: running trials save, then the sweep ends", flush=True)
+            (self.setting.folder / STOP).touch()
         if time.monotonic() - self.said > STATUS_SECONDS:
             self._status()
 
