@@ -23,7 +23,7 @@ from mltfr_dist.errors import ConfigError
 from mltfr_dist.progress import duration
 from mltfr_dist.tuning.checks import check_inputs, check_resources
 from mltfr_dist.tuning.own_ray import start_own_ray
-from mltfr_dist.tuning.ray_watch import ray_watched
+from mltfr_dist.tuning.ray_watch import quieten, ray_watched
 from mltfr_dist.tuning.space import SweepConfig
 
 JOIN_SECONDS = 300.0
@@ -63,6 +63,7 @@ def ray_cluster(
     Raises:
         ConfigError: No cluster of so many nodes comes up at ``address``, or it cannot hold a trial.
     """
+    quieten()
     if address is None:
         start_own_ray()
     else:

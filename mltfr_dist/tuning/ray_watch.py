@@ -40,6 +40,11 @@ def ray_watched() -> Iterator[None]:
         watch.join()
 
 
+def quieten() -> None:
+    """Keep Ray's own messages to its logs: of a daemon that dies another publishes the whole state, to be printed here."""
+    ray._private.worker.print_to_stdstream = lambda *_given, **_more: None
+
+
 def session_folder() -> Path:
     """Where the Ray that this process is connected to keeps its files on this machine."""
     return Path(ray._private.worker._global_node.get_session_dir_path())
