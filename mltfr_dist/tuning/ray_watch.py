@@ -20,7 +20,6 @@ from mltfr_dist.errors import EXIT_LOST, LostRankError, StoppedError, fail
 LOW = 8 * 2**20
 """Bytes free in Ray's folder below which a sweep stops: without room Ray starts no process, and waits for it for ever."""
 
-DAEMONS = ("raylet", "gcs_server")
 WATCH_SECONDS = 0.1
 
 
@@ -69,12 +68,14 @@ def no_room(saved: str) -> StoppedError:
 
 
 def daemons() -> list[psutil.Process]:
-    """The daemons on this machine of the Ray that this process is connected to."""
-    session = str(session_folder())
+    """The daemons on this machine of the Ray that this process is connected to: its raylet, and GCS where it is here."""
+    socket = str(ray._private.worker._global_node.raylet_socket_name)
+    marks = {"raylet": socket, "gcs_server": str(session_folder())}
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.name() in DAEMONS and any(session in word for word in process.cmdline()):
+            mark = marks.get(process.name())
+            if mark is not None and any(mark in word for word in process.cmdline()):
                 found.append(process)
     return found
 

@@ -61,7 +61,7 @@ def refused(path: Path, *options: str, **variables: str) -> str:
 
 
 @contextmanager
-def head(folder: Path, token: str = "", code: str = "") -> Iterator[str]:
+def head(folder: Path, token: str = "", code: str = "pass") -> Iterator[str]:
     """A cluster of one node at an address of this machine, with a token; ``code`` runs before it starts."""
     port = free_port()
     (folder / "head-token").write_text(token or "a" * 64)
@@ -70,7 +70,7 @@ def head(folder: Path, token: str = "", code: str = "") -> Iterator[str]:
     ports = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
     options = ["start", "--head", f"--port={port}", "--block", "--num-cpus=1", *ports]
     options += ["--disable-usage-stats", "--include-dashboard=false"]
-    main = f"import sys, ray; {code}; from ray.scripts.scripts import main; main({options!r})"
+    main = f"import sys, ray; {code}; from ray.scripts.scripts import cli; cli({options!r})"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = clean_environment(**more)
     command = [sys.executable, "-c", main]
