@@ -70,12 +70,15 @@ def no_room(saved: str) -> StoppedError:
 def daemons() -> list[psutil.Process]:
     """The daemons on this machine of the Ray that this process is connected to: its raylet, and GCS where it is here."""
     socket = str(ray._private.worker._global_node.raylet_socket_name)
-    marks = {"raylet": socket, "gcs_server": str(session_folder())}
+    marks = {
+        "raylet": f"--raylet_socket_name={socket}",
+        "gcs_server": f"--log_dir={session_folder()}/logs",
+    }
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             mark = marks.get(process.name())
-            if mark is not None and any(mark in word for word in process.cmdline()):
+            if mark is not None and mark in process.cmdline():
                 found.append(process)
     return found
 
