@@ -181,7 +181,7 @@ def refusal(address: str) -> str:
         raise ConfigError(
             f"What listens at {address} does not answer as a Ray cluster within "
             f"{PROBE_SECONDS:.0f} s.",
-            rule="--address is that of a cluster's head, which `ray start --head` prints.",
+            rule="--address is that of a cluster's head, which `ray start` prints there.",
             remedy="Give that, or leave --address out for a Ray on this machine.",
         )
     lines = [line for line in text.splitlines() if line.strip()] or [f"exit code {code}"]
