@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,9 @@ def run_trials(
     with stop_signals(folder / STOP) as take_signals:
         progress = Progress(setting, space, cluster.concurrent(sweep), missing, take_signals)
         try:
-            make_tuner(setting, trials, progress).fit()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Consider boosting PBT")  # by reuse_actors
+                make_tuner(setting, trials, progress).fit()
         except OSError as error:
             if not is_full(error):
                 raise
@@ -101,7 +104,8 @@ def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -
             scheduler=make_scheduler(sweep, setting.base, trials),
             # Of a population, those that pause must not count: its slots are those of its resources.
             max_concurrent_trials=None if population else progress.concurrent,
-            reuse_actors=True,  # the next trial's process need not start and import
+            # A watcher takes the next trial and need not start; one whose trial only pauses does not.
+            reuse_actors=not population,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=TuneRunConfig(
