@@ -144,9 +144,10 @@ PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, log
 
 
 def refusal(address: str) -> str:
-    """Why this process cannot connect to what listens at ``address``, where waiting may help; empty: it can.
+    """Why this process cannot connect to what listens at ``address``, where waiting may help; else empty.
 
-    Asked in a process of its own, for what Ray cannot connect to it tries for minutes, and then ends the process.
+    Asked in a process of its own: Ray tries for minutes what it cannot connect to, and then ends
+    the process.
 
     Raises:
         ConfigError: Waiting does not help.

@@ -104,7 +104,7 @@ def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -
             scheduler=make_scheduler(sweep, setting.base, trials),
             # Of a population, those that pause must not count: its slots are those of its resources.
             max_concurrent_trials=None if population else progress.concurrent,
-            # A watcher takes the next trial and need not start; one whose trial only pauses does not.
+            # A watcher takes the next trial and need not start, but not where trials pause.
             reuse_actors=not population,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),

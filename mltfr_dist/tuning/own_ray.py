@@ -65,9 +65,10 @@ def start_own_ray() -> None:
 def few_daemons() -> Iterator[None]:
     """While Ray starts: only the daemons that a sweep needs, in a session of their own.
 
-    In our session they would end at once with a SIGTERM to the whole group (timeout, systemd, a container's stop), and the sweep
-    could not let its trials save. They still die with the sweep: the kernel sees to that. Dashboard, autoscaler and the
-    collector of logs have nothing to do here, and each takes seconds of a processor to start.
+    In our session they would end at once with a SIGTERM to the whole group (timeout, systemd, a
+    container's stop), and the sweep could not let its trials save. They still die with the sweep:
+    the kernel sees to that. Dashboard, autoscaler and the collector of logs have nothing to do
+    here, and each takes seconds of a processor to start.
     """
 
     def none(*_given: object, **_more: object) -> None:

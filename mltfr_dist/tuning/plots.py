@@ -103,7 +103,7 @@ def parallel_coordinates(
 def effects(
     sweep: SweepConfig, grouped: Mapping[str, Mapping[str, Sequence[Trial]]], epoch: int, path: Path
 ) -> None:
-    """One panel a field: each trial's objective after ``epoch`` epochs over its value, and the mean of each value.
+    """One panel a field: each trial's objective after ``epoch`` epochs over its value, and means.
 
     Of a range the mean is that of a third of its trials, which lie one after another.
     """
@@ -136,14 +136,15 @@ def effects(
 
 
 def is_listed(domain: Domain) -> bool:
-    """Whether a field's values stand side by side, each with its name; a range's lie where they are."""
+    """Whether a field's values stand side by side, by name; a range's lie where they are."""
     return domain.options() is not None
 
 
 def positions(domain: Domain, place: int, trials: Sequence[tuple[int, Any]]) -> list[float]:
-    """Where points lie along a field's axis: numbers where they are, or else a slope would show that nothing has.
+    """Where points lie along a field's axis: numbers where they are, or else slopes would show.
 
-    Names are spread about their place, by the trial's number in steps of the golden ratio: evenly, and whatever their order.
+    Names are spread about their place, by the trial's number in steps of the golden ratio: evenly,
+    and whatever their order.
 
     Args:
         domain: The field's values.

@@ -18,16 +18,16 @@ import ray
 from mltfr_dist.errors import EXIT_LOST, LostRankError, StoppedError, fail
 
 LOW = 8 * 2**20
-"""Bytes free in Ray's folder below which a sweep stops: without room Ray starts no process, and waits for it for ever."""
+"""Bytes free in Ray's folder below which a sweep stops: Ray would wait for ever for processes."""
 
 WATCH_SECONDS = 0.1
 
 
 @contextmanager
 def ray_watched() -> Iterator[None]:
-    """Meanwhile end this process, and what it has started, once a daemon of its Ray on this machine is gone.
+    """Meanwhile end this process, and what it has started, once a daemon of its Ray is gone.
 
-    Ray itself would go on for up to a minute, print its whole state, and fail every trial that is left.
+    Ray itself would go on for up to a minute, print its whole state, and fail every trial.
     """
     over = threading.Event()
     watch = threading.Thread(target=_watch, args=(daemons(), over), name="ray-watch", daemon=True)
@@ -40,7 +40,7 @@ def ray_watched() -> Iterator[None]:
 
 
 def quieten() -> None:
-    """Keep Ray's own messages to its logs: of a daemon that dies another publishes the whole state, to be printed here."""
+    """Keep Ray's messages to its logs: of a dead daemon it would print the whole state here."""
     ray._private.worker.print_to_stdstream = lambda *_given, **_more: None
 
 
@@ -63,12 +63,13 @@ def no_room(saved: str) -> StoppedError:
     """The error that ends a sweep without room."""
     return StoppedError(
         f"There is no room left in {session_folder()}, where Ray keeps its files; {saved}",
-        remedy="Make room there, or set TMPDIR to a folder with room; then start the same command again and it goes on.",
+        remedy="Make room there, or set TMPDIR to a folder with room; then start the same command "
+        "again and it goes on.",
     )
 
 
 def daemons() -> list[psutil.Process]:
-    """The daemons on this machine of the Ray that this process is connected to: its raylet, and GCS where it is here."""
+    """Daemons on this machine of this process's Ray: its raylet, and GCS where it is here."""
     socket = str(ray._private.worker._global_node.raylet_socket_name)
     marks = {
         "raylet": f"--raylet_socket_name={socket}",

@@ -1,4 +1,4 @@
-"""What a sweep says of itself: how its trials begin and end, how far it is, and how long it will take."""
+"""What a sweep says of itself: how its trials begin and end, and how far it is."""
 
 from __future__ import annotations
 
@@ -199,8 +199,8 @@ def seconds_left(
 ) -> float | None:
     """Seconds until the last trial is over; None as long as nothing is known of their pace.
 
-    A trial that waits takes what those that are over took, stopped ones included, or else what those that run will; it starts
-    where a slot is free first.
+    A trial that waits takes what those that are over took, stopped ones included, or else what
+    those that run will; it starts where a slot is free first.
 
     Args:
         now: Of the clock of ``running``.

@@ -1,7 +1,7 @@
 """A trial's workers: Ray Train as far as a sweep needs it.
 
-Each process that Ray starts imports PyTorch, which takes as long as a small trial's training; so none is started that our runs
-have no use for.
+Each process that Ray starts imports PyTorch, which takes as long as a small trial's training; so
+none is started that our runs have no use for.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 
 
 class Nobody:
-    """In place of Ray Train's process at which ranks meet when they report: ours report by metrics.jsonl."""
+    """In place of Ray Train's process at which ranks meet to report: ours write files."""
 
     @classmethod
     def options(cls, **_given: Any) -> type[Nobody]:
@@ -78,7 +78,7 @@ class Nobody:
 
 
 class FixedSize(FixedScalingPolicy):  # type: ignore[misc]
-    """So many workers, without word to Ray's autoscaler: that would start a process, and wait for it."""
+    """So many workers, without Ray's autoscaler: that would start a process and wait for it."""
 
     def _send_resource_request(self) -> None:
         pass
@@ -91,7 +91,7 @@ class FixedSize(FixedScalingPolicy):  # type: ignore[misc]
 
 
 class Group(WorkerGroup):  # type: ignore[misc]
-    """Workers that may be processes which Ray has started in advance: those it has only for the environment that all inherit."""
+    """Workers that may be processes started in advance: Ray has these for one environment."""
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:

@@ -61,10 +61,10 @@ def refused(path: Path, *options: str, **variables: str) -> str:
 
 
 @contextmanager
-def head(folder: Path, token: str = "", code: str = "pass") -> Iterator[str]:
-    """A cluster of one node at an address of this machine, with a token; ``code`` runs before it starts."""
+def head(folder: Path, code: str = "pass") -> Iterator[str]:
+    """A cluster of one node on this machine, with a token; ``code`` runs before it starts."""
     port = free_port()
-    (folder / "head-token").write_text(token or "a" * 64)
+    (folder / "head-token").write_text("a" * 64)
     (folder / "head-token").chmod(0o600)
     more = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "head-token")}
     ports = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
