@@ -23,7 +23,8 @@ START_RAY = """
 from mltfr_dist.tuning.environment import LOOPBACK, set_environment
 set_environment(LOOPBACK)
 import ray
-ray.init(address="local", include_dashboard=False, log_to_driver=False)
+from mltfr_dist.tuning.own_ray import start_own_ray
+start_own_ray()
 ray.shutdown()
 """
 

@@ -146,9 +146,12 @@ def command_train(options: argparse.Namespace) -> None:
 
 def command_sweep(options: argparse.Namespace) -> None:
     """Search a space of configurations by trials that Ray Tune runs; interrupted, the same command goes on."""
-    from mltfr_dist.tuning.sweep import load_sweep, plan_sweep, run_sweep
+    from mltfr_dist.tuning.source import load_sweep
 
     sweep = load_sweep(Path(options.space), options.overrides)
+    print(f"sweep `{sweep.name}`: space and inputs are checked ...", flush=True)
+    from mltfr_dist.tuning.sweep import plan_sweep, run_sweep  # PyTorch: seconds
+
     if options.dry_run:
         print(plan_sweep(sweep))
         return

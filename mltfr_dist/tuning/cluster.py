@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
+import re
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import ray
-from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError
+from mltfr_dist.progress import duration
 from mltfr_dist.tuning.checks import check_inputs, check_resources
+from mltfr_dist.tuning.own_ray import start_own_ray
+from mltfr_dist.tuning.ray_watch import quieten, ray_watched
 from mltfr_dist.tuning.space import SweepConfig
-
-MOST_FOLDER_CHARACTERS = 40
-"""Of Ray's folder: a socket's whole name, with Ray's own 64 characters behind it, may have 107."""
 
 JOIN_SECONDS = 300.0
 """How long a cluster may take to come up."""
+
+PROBE_SECONDS = 90.0
+"""How long a first connection to a cluster may take."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def ray_cluster(
     Raises:
         ConfigError: No cluster of so many nodes comes up at ``address``, or it cannot hold a trial.
     """
+    quieten()
     if address is None:
         start_own_ray()
     else:
@@ -71,83 +75,40 @@ def ray_cluster(
         cluster = Cluster(ray.cluster_resources())
         check_resources(sweep, cluster.resources)
         verify_on_nodes(sweep, base)
-        yield cluster
+        with ray_watched():
+            yield cluster
     finally:
         ray.shutdown()
-
-
-def start_own_ray() -> None:
-    """Start Ray on this machine, in a session of its own: a signal to the sweep's group is for the sweep to take.
-
-    Raises:
-        ConfigError: It does not start.
-    """
-    folder = ray_folder()
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # else Ray would keep one in the home folder
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # Ray's own daemons would end at once with a SIGTERM to the whole group (timeout, systemd, a container's stop), and the
-    # sweep could not let its trials save. They still die with the sweep: the kernel sees to that.
-    popen = services.ConsolePopen
-    services.ConsolePopen = partial(popen, start_new_session=True)
-    try:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(folder),
-        )
-    except (
-        Exception
-    ) as error:  # Ray raises what it likes: OSError, RuntimeError, ValueError, its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
-        raise ConfigError(
-            f"Ray does not start on this machine: {reason.rstrip('.')}.",
-            rule=f"It needs room in {folder} and in /dev/shm.",
-            remedy="Set TMPDIR to a folder with room, or give the address of a cluster by --address HOST:PORT.",
-        ) from None
-    finally:
-        services.ConsolePopen = popen
-
-
-def ray_folder() -> Path:
-    """Where Ray keeps its files: the usual temporary folder, or a short one where that makes its sockets' names too long.
-
-    Raises:
-        ConfigError: None of them can be written.
-    """
-    usual = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
-    for folder in (usual, Path("/tmp/ray"), Path(f"/tmp/ray-{os.getuid()}"), Path("/dev/shm/ray")):
-        parent = folder if folder.exists() else folder.parent
-        if len(str(folder)) <= MOST_FOLDER_CHARACTERS and os.access(parent, os.W_OK | os.X_OK):
-            if folder != usual:
-                print(f"Ray keeps its files in {folder}: {usual} is too long or not writable.")
-            return folder
-    raise ConfigError(
-        f"Ray has no folder for its files: {usual} and /tmp are too long or not writable.",
-        rule=f"A folder of at most {MOST_FOLDER_CHARACTERS} characters, for the names of sockets are short.",
-        remedy="Set TMPDIR to such a folder.",
-    )
 
 
 def join(address: str, nodes: int) -> None:
     """Connect to a cluster, once it has its nodes.
 
     Raises:
-        ConfigError: It has not within :data:`JOIN_SECONDS`.
+        ConfigError: It refuses us, or has not its nodes within :data:`JOIN_SECONDS`.
     """
-    deadline, there = time.monotonic() + JOIN_SECONDS, 0
-    while time.monotonic() < deadline:
-        if not ray.is_initialized() and answers(address):  # Ray itself would try for minutes
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    began, there, last = time.monotonic(), 0, ""
+    said = began
+    while time.monotonic() - began < JOIN_SECONDS:
+        if not ray.is_initialized() and answers(address):
+            last = refusal(address)
+            if not last:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         if ray.is_initialized():
             there = sum(node["Alive"] for node in ray.nodes())
             if there >= nodes:
                 return
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            print(
+                f"  the Ray cluster at {address} has {there} of {nodes} nodes, waiting for up to "
+                f"{duration(JOIN_SECONDS - (said - began))}",
+                flush=True,
+            )
         time.sleep(1)
     raise ConfigError(
-        f"The Ray cluster at {address} has {there} of {nodes} nodes after {JOIN_SECONDS:.0f} s.",
+        f"The Ray cluster at {address} has {there} of {nodes} nodes after {JOIN_SECONDS:.0f} s"
+        f"{f' ({last})' if last else ''}.",
         rule="A sweep begins once every node is there.",
         remedy="See the log of each node's `ray start` (slurm/sweep.sbatch: ray-NODE.log), or leave --address out for one on "
         "this machine.",
@@ -158,10 +119,10 @@ def answers(address: str) -> bool:
     """Whether anything listens at ``host:port``.
 
     Raises:
-        ConfigError: The address is none.
+        ConfigError: The address is none, or its host is not known.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(
             f"--address {address} is not understood.",
             rule="It is HOST:PORT.",
@@ -170,8 +131,72 @@ def answers(address: str) -> bool:
     try:
         with socket.create_connection((host, int(port)), timeout=5):
             return True
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"--address {address}: there is no host {host} ({error.strerror}).",
+            remedy="Give the head's address.",
+        ) from None
     except OSError:
         return False
+
+
+PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level=40)"
+
+
+def refusal(address: str) -> str:
+    """Why this process cannot connect to what listens at ``address``, where waiting may help; else empty.
+
+    Asked in a process of its own: Ray tries for minutes what it cannot connect to, and then ends
+    the process.
+
+    Raises:
+        ConfigError: Waiting does not help.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        command = [sys.executable, "-c", PROBE, address]
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+        deadline, text = time.monotonic() + PROBE_SECONDS, ""
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.2)
+                text = Path(f"/proc/self/fd/{output.fileno()}").read_text(errors="replace")
+                if "Unauthenticated" in text:
+                    raise wrong_token(address)
+        finally:
+            process.kill()
+            code = process.wait()
+        text = Path(f"/proc/self/fd/{output.fileno()}").read_text(errors="replace")
+    if code == 0:
+        return ""
+    if "Unauthenticated" in text:
+        raise wrong_token(address)
+    if "ersion mismatch" in text:
+        here = f"Ray {ray.__version__}, Python {sys.version.split()[0]}"
+        theirs = [line.strip() for line in text.splitlines() if re.match(r" +(Ray|Python): ", line)]
+        raise ConfigError(
+            f"The Ray cluster at {address} runs {', '.join(theirs[:2])}; here is {here}.",
+            rule="A sweep and its cluster run the same releases of Ray and Python.",
+            remedy="Start the cluster and the sweep from the same environment.",
+        )
+    if time.monotonic() > deadline:
+        raise ConfigError(
+            f"What listens at {address} does not answer as a Ray cluster within "
+            f"{PROBE_SECONDS:.0f} s.",
+            rule="--address is that of a cluster's head, which `ray start` prints there.",
+            remedy="Give that, or leave --address out for a Ray on this machine.",
+        )
+    lines = [line for line in text.splitlines() if line.strip()] or [f"exit code {code}"]
+    return lines[-1].strip()[:200]
+
+
+def wrong_token(address: str) -> ConfigError:
+    """The error for a cluster with a token that is not ours."""
+    return ConfigError(
+        f"The Ray cluster at {address} wants another token.",
+        rule="Only processes that hold a cluster's token may speak to it.",
+        remedy="Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that the cluster was "
+        "started with.",
+    )
 
 
 def verify_on_nodes(sweep: SweepConfig, base: RunConfig) -> None:

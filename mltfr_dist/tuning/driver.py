@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,20 +12,21 @@ from types import FrameType
 from typing import Any
 
 from ray import tune
-from ray.tune import Callback, FailureConfig, Stopper, TuneConfig, Tuner
+from ray.tune import FailureConfig, Stopper, TuneConfig, Tuner
 from ray.tune import RunConfig as TuneRunConfig
-from ray.tune.experiment import Trial as RayTrial
 from ray.tune.search import Searcher
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import StoppedError
 from mltfr_dist.tuning.cluster import Cluster
-from mltfr_dist.tuning.hparams import write_all, write_hparams
+from mltfr_dist.tuning.hparams import write_all
 from mltfr_dist.tuning.plan import known_trials, make_space, space_lines
-from mltfr_dist.tuning.schedulers import make_scheduler, most_epochs
+from mltfr_dist.tuning.ray_watch import is_full, no_room
+from mltfr_dist.tuning.schedulers import make_scheduler
 from mltfr_dist.tuning.search import Space, suggest
-from mltfr_dist.tuning.space import SweepConfig, Values, shown
-from mltfr_dist.tuning.trial import EPOCH, NUMBER, OBJECTIVE, STOP, SweepTrial, TrialSetting
+from mltfr_dist.tuning.space import SweepConfig, Values
+from mltfr_dist.tuning.status import Progress
+from mltfr_dist.tuning.trial import NUMBER, OBJECTIVE, STOP, SweepTrial, TrialSetting
 from mltfr_dist.tuning.trials import Record, Trial, load_trial, load_trials, next_number
 
 HEAD = "node:__internal_head__"
@@ -36,9 +37,6 @@ TRIAL_RESOURCES = {HEAD: 0.0001}
 
 Were it a CPU, as many watchers as there are CPUs could start and wait for workers that have none left.
 """
-
-STATUS_SECONDS = 30.0
-"""Seconds between two lines that say how far the sweep is, where no trial ends."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -72,7 +70,16 @@ def run_trials(
     setting = TrialSetting(sweep, base, folder, Path.cwd(), read_test)
     with stop_signals(folder / STOP) as take_signals:
         progress = Progress(setting, space, cluster.concurrent(sweep), missing, take_signals)
-        make_tuner(setting, trials, progress).fit()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Consider boosting PBT")  # by reuse_actors
+                make_tuner(setting, trials, progress).fit()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise no_room("what is finished stays.") from None
+    if progress.no_room:
+        raise no_room("running trials have saved.")
     if (folder / STOP).exists():
         raise StoppedError(
             f"A signal asked the sweep `{sweep.name}` to stop; its running trials have saved.",
@@ -97,7 +104,8 @@ def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -
             scheduler=make_scheduler(sweep, setting.base, trials),
             # Of a population, those that pause must not count: its slots are those of its resources.
             max_concurrent_trials=None if population else progress.concurrent,
-            reuse_actors=False,  # a trial that is stopped would train on until its process gets another
+            # A watcher takes the next trial and need not start, but not where trials pause.
+            reuse_actors=not population,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=TuneRunConfig(
@@ -222,111 +230,3 @@ def stop_signals(flag: Path) -> Iterator[Callable[[], None]]:
         yield take
     finally:
         restore()
-
-
-class Progress(Callback):  # type: ignore[misc]
-    """Notes how trials end, and says how far the sweep is."""
-
-    def __init__(
-        self,
-        setting: TrialSetting,
-        space: Space,
-        concurrent: int,
-        missing: int,
-        take_signals: Callable[[], None],
-    ) -> None:
-        self.setting, self.space, self.concurrent = setting, space, concurrent
-        self.missing, self.take_signals = missing, take_signals
-        self.started: dict[int, float] = {}
-        self.seconds: list[float] = []
-        self.said = time.monotonic()
-
-    def setup(
-        self,
-        stop: Any = None,
-        num_samples: int | None = None,
-        total_num_samples: int | None = None,
-        **info: Any,
-    ) -> None:
-        """Called by Tune before the first trial."""
-        self.take_signals()
-        sweep = self.setting.sweep
-        print(
-            f"sweep `{sweep.name}`: {self.missing} of {self.space.num_trials} trials to do, {self.concurrent} at a time, "
-            f"up to {most_epochs(self.setting.base)} epochs each; tensorboard --logdir {self.setting.folder}",
-            flush=True,
-        )
-
-    def on_trial_start(
-        self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
-    ) -> None:
-        """Called by Tune."""
-        number = trial.config[NUMBER]
-        ours = load_trial(self.setting.folder, number)
-        behind = ours.validations()
-        going_on = f", going on after epoch {behind[-1].epoch}" if behind else ""
-        self.started.setdefault(number, time.monotonic())
-        print(f"  trial {ours.name}  {shown(ours.values)}{going_on}", flush=True)
-
-    def on_trial_recover(
-        self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
-    ) -> None:
-        """Called by Tune where a trial failed and is started again."""
-        ours = load_trial(self.setting.folder, trial.config[NUMBER])
-        print(f"  trial {ours.name}  failed and is started again: {ours.reason}", flush=True)
-
-    def on_trial_error(
-        self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
-    ) -> None:
-        """Called by Tune where a trial failed for good."""
-        ours = load_trial(self.setting.folder, trial.config[NUMBER])
-        self._over(ours.end("failed", ours.reason), f"failed: {ours.reason}")
-
-    def on_trial_complete(
-        self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
-    ) -> None:
-        """Called by Tune where a trial is over, is stopped early, or stops with the sweep."""
-        ours = load_trial(self.setting.folder, trial.config[NUMBER])
-        if ours.state == "unfinished":
-            if (self.setting.folder / STOP).exists():
-                return
-            ours = ours.end(
-                "stopped", f"{self.setting.sweep.scheduler} after epoch {trial.last_result[EPOCH]}"
-            )
-        ended = ours.record.ended
-        verb = "failed: " if ended and ended.state == "failed" else "stopped by "
-        self._over(ours, "finished" if ended is None else verb + ended.reason)
-
-    def on_step_end(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
-        """Called by Tune all the time."""
-        if time.monotonic() - self.said > STATUS_SECONDS:
-            self._status()
-
-    def _over(self, trial: Trial, how: str) -> None:
-        self.seconds.append(time.monotonic() - self.started.get(trial.number, time.monotonic()))
-        sweep = self.setting.sweep
-        best = trial.best(sweep.metric_name)
-        if not self.setting.read_test:
-            write_hparams(trial)
-        value = "" if best is None else f"  {sweep.metric} {best:.4f}"
-        print(f"  trial {trial.name}  {how}{value}  ({self.seconds[-1]:.0f} s)", flush=True)
-        self._status()
-
-    def _status(self) -> None:
-        self.said = time.monotonic()
-        sweep, over = self.setting.sweep, len(self.seconds)
-        values = {
-            t.name: t.best(sweep.metric_name)
-            for t in load_trials(self.setting.folder)
-            if t.state != "failed"
-        }
-        best = max(
-            ((value, name) for name, value in values.items() if value is not None), default=None
-        )
-        text = f"  {over}/{self.missing} trials over" + (
-            f", best {sweep.metric} {best[0]:.4f} (trial {best[1]})" if best else ""
-        )
-        if over:
-            left = (self.missing - over) * sum(self.seconds) / over / self.concurrent
-            text += f", about {left / 60:.0f} min left"
-        print(text, flush=True)

@@ -11,9 +11,11 @@ ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process a trial; Slurm's signal and a lost node are seen without it
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a trial's end is seen that much later at most, instead of 2 s
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # why trials fail, the sweep says itself
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run writes its own TensorBoard page
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # Tune's state is never read
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # driver.py has its own
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }

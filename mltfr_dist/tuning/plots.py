@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mltfr_dist.tuning.space import Domain, SweepConfig, short, shown_value
 from mltfr_dist.tuning.trials import Trial
+
+PALETTE = colormaps["viridis_r"]
+"""From the worst value (0, pale) to the best (1, dark)."""
+
+BEST: dict[str, Any] = {"color": "#d62728", "linewidth": 3}
+LABEL: dict[str, Any] = {
+    "fontsize": 8,
+    "va": "center",
+    "zorder": 4,
+    "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+}
+MEAN: dict[str, Any] = {"color": "#d62728"}
+
+GOLDEN = (5**0.5 - 1) / 2
 
 
 def height(domain: Domain, value: object) -> float:
@@ -40,16 +56,17 @@ def parallel_coordinates(
     axes = figure.add_subplot()
     values = [value for value, _ in ranked]
     low, high = min(values), max(values)
-    for value, trial in reversed(ranked):
+    for rank, (value, trial) in reversed(list(enumerate(ranked))):
         shade = (value - low) / (high - low) if high > low else 1.0
         heights = [height(sweep.search[key], trial.values[key]) for key in keys]
-        style = "--" if trial.state == "stopped" else "-"
+        look = BEST if rank == 0 else {"color": PALETTE(0.85 * shade), **others(len(ranked))}
         axes.plot(
             [*range(len(keys)), len(keys)],
             [*heights, shade],
-            style,
-            color=colour(shade),
-            linewidth=1 + 2 * shade,
+            "--" if trial.state == "stopped" else "-",
+            label=f"best: trial {trial.name}, {value:.4f}" if rank == 0 else None,
+            zorder=2 + shade,
+            **look,
         )
     for place, key in enumerate(keys):
         axes.axvline(place, color="0.7", zorder=0)
@@ -59,8 +76,7 @@ def parallel_coordinates(
                 (place, at),
                 xytext=(4, 0),
                 textcoords="offset points",
-                fontsize=8,
-                va="center",
+                **LABEL,
             )
     axes.axvline(len(keys), color="0.7", zorder=0)
     for at in (0.0, 0.5, 1.0):
@@ -70,8 +86,7 @@ def parallel_coordinates(
             (len(keys), at),
             xytext=(4, 0),
             textcoords="offset points",
-            fontsize=8,
-            va="center",
+            **LABEL,
         )
     axes.set_xticks(range(len(keys) + 1), [*(short(key) for key in keys), sweep.metric])
     axes.set_yticks([])
@@ -80,6 +95,7 @@ def parallel_coordinates(
     for side in axes.spines.values():
         side.set_visible(False)
     axes.set_title(f"{sweep.name}: one line a trial, dashed where stopped early")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -87,7 +103,10 @@ def parallel_coordinates(
 def effects(
     sweep: SweepConfig, grouped: Mapping[str, Mapping[str, Sequence[Trial]]], epoch: int, path: Path
 ) -> None:
-    """One panel a field: each trial's objective after ``epoch`` epochs over its value, and the mean of each value."""
+    """One panel a field: each trial's objective after ``epoch`` epochs over its value, and means.
+
+    Of a range the mean is that of a third of its trials, which lie one after another.
+    """
     figure = Figure(figsize=(max(5.0, 3.4 * len(grouped)), 4))
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(grouped), sharey=True, squeeze=False)[0]
@@ -97,19 +116,48 @@ def effects(
                 max(v.metrics[sweep.metric_name] for v in t.validations() if v.epoch <= epoch)
                 for t in some
             ]
-            spread = np.linspace(-0.12, 0.12, len(points)) if len(points) > 1 else [0.0]
-            panel.plot([place + s for s in spread], points, "o", color=colour(0.4), alpha=0.7)
-            panel.plot(
-                [place - 0.25, place + 0.25], [np.mean(points)] * 2, color=colour(1.0), linewidth=2
-            )
-        panel.set_xticks(range(len(parts)), list(parts), rotation=30, ha="right", fontsize=8)
+            at = positions(sweep.search[key], place, [(t.number, t.values[key]) for t in some])
+            panel.plot(at, points, "o", color=PALETTE(0.4), alpha=0.5, markersize=4, mew=0)
+            ends = [place - 0.3, place + 0.3] if is_listed(sweep.search[key]) else [at[0], at[-1]]
+            panel.plot(ends, [np.mean(points)] * 2, linewidth=2.5, **MEAN)
+        if is_listed(sweep.search[key]):
+            panel.set_xticks(range(len(parts)), list(parts), rotation=30, ha="right", fontsize=8)
+        else:
+            panel.tick_params(axis="x", labelsize=8)
+            if sweep.search[key].log_uniform:
+                panel.set_xscale("log")
         panel.set_title(short(key))
         panel.grid(axis="y", color="0.9")
     panels[0].set_ylabel(f"{sweep.metric} after {epoch} epochs")
+    panels[-1].plot([], [], linewidth=2.5, label="mean", **MEAN)
+    panels[-1].legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
-def colour(shade: float) -> tuple[float, float, float]:
-    """From grey (0) to blue (1)."""
-    return (0.75 - 0.63 * shade, 0.75 - 0.28 * shade, 0.75 - 0.04 * shade)
+def is_listed(domain: Domain) -> bool:
+    """Whether a field's values stand side by side, by name; a range's lie where they are."""
+    return domain.options() is not None
+
+
+def positions(domain: Domain, place: int, trials: Sequence[tuple[int, Any]]) -> list[float]:
+    """Where points lie along a field's axis: numbers where they are, or else slopes would show.
+
+    Names are spread about their place, by the trial's number in steps of the golden ratio: evenly,
+    and whatever their order.
+
+    Args:
+        domain: The field's values.
+        place: Of the value, where they are listed.
+        trials: Number of each trial, and its value.
+    """
+    if not is_listed(domain):
+        return [float(value) for _, value in trials]
+    if all(isinstance(value, int | float) for _, value in trials):
+        return [float(place)] * len(trials)
+    return [place + 0.36 * ((number * GOLDEN) % 1 - 0.5) for number, _ in trials]
+
+
+def others(count: int) -> dict[str, float]:
+    """Lines of the trials that are not the best: the more there are, the paler."""
+    return {"linewidth": 1.2 if count < 30 else 0.7, "alpha": min(0.8, max(0.25, 20 / count))}

@@ -6,68 +6,24 @@ import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.config.io import dump_yaml
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.files import with_packaged, write_atomically
-from mltfr_dist.resolve import merge_values, parse_override, resolve_config
-from mltfr_dist.schema import validate
+from mltfr_dist.files import write_atomically
 from mltfr_dist.training.run_folder import dump_config, read_yaml
-from mltfr_dist.tuning import report
 from mltfr_dist.tuning.checks import check_folder, check_inputs, check_machine, check_space
 from mltfr_dist.tuning.environment import LOOPBACK, set_environment
 from mltfr_dist.tuning.plan import planned
-from mltfr_dist.tuning.space import Domain, SweepConfig, nested, typed_choices, with_values
+from mltfr_dist.tuning.source import base_config, dump_sweep, resolved_config
+from mltfr_dist.tuning.space import Domain, SweepConfig, with_values
 from mltfr_dist.tuning.trials import BASE, SWEEP, load_trials
 
 LOCK = "lock"
 FINAL = "final"
 """In a sweep's folder: by trial, the runs of the chosen configuration, laid out as a sweep."""
-
-
-def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
-    """A sweep's file: one that is there, or else one of that name in the package.
-
-    Raises:
-        ConfigError: Not valid.
-    """
-    values = read_yaml(with_packaged(path))
-    for override in overrides:
-        values = merge_values(values, parse_override(override))
-    source = ", ".join([str(path), *(f"`{override}`" for override in overrides)])
-    return typed_choices(validate(SweepConfig, values, source=source))
-
-
-def resolved_config(sweep: SweepConfig) -> RunConfig:
-    """The configuration that the sweep's file names.
-
-    Raises:
-        ConfigError: Not valid.
-    """
-    base = resolve_config(sweep.preset, sweep.config, [])
-    source = f"`overrides` of the sweep `{sweep.name}`"
-    return validate(
-        RunConfig,
-        merge_values(base.model_dump(mode="json"), nested(sweep.overrides)),
-        source=source,
-    )
-
-
-def base_config(sweep: SweepConfig) -> RunConfig:
-    """The same as trials start from it: no baselines, and tables mapped, so that a node holds them once.
-
-    Raises:
-        ConfigError: Not valid.
-    """
-    base = resolved_config(sweep)
-    threads = base.training.threads or max(1, int(sweep.resources_per_trial.cpus))
-    mltfr = base.mltfr
-    if mltfr.enabled and mltfr.placement == "auto" and not mltfr.train_tables:
-        mltfr = mltfr.model_copy(update={"placement": "mmap"})
-    training = base.training.model_copy(update={"threads": threads})
-    return base.model_copy(update={"baselines": (), "training": training, "mltfr": mltfr})
 
 
 def as_begun(folder: Path, base: RunConfig) -> RunConfig:
@@ -107,12 +63,14 @@ def run_sweep(
     check_inputs(sweep, base)  # last, for it reads files of any size
     print(f"sweep `{sweep.name}`: inputs are sound, Ray starts ...", flush=True)
     set_environment(LOOPBACK if address is None else {})
-    from mltfr_dist.tuning.cluster import (
-        ray_cluster,
-    )  # imports Ray, which reads its environment then
-    from mltfr_dist.tuning.driver import run_trials
+    from mltfr_dist.tuning.cluster import ray_cluster  # imports Ray, which reads its environment
 
+    imports = Thread(target=import_rest, name="imports")
+    imports.start()  # while Ray's daemons start
     with ray_cluster(sweep, base, address, nodes) as cluster, claimed(sweep, base):
+        from mltfr_dist.tuning import report
+        from mltfr_dist.tuning.driver import run_trials
+
         folder = sweep.folder.resolve()
         for trial in load_trials(folder) if retry_failed else ():
             if trial.state == "failed":
@@ -125,6 +83,12 @@ def run_sweep(
             final_base = with_values(base, best.values)
             run_trials(final_sweep(sweep), final_base, final_folder, cluster, read_test=True)
         return report.write(sweep, load_trials(folder), load_trials(final_folder))
+
+
+def import_rest() -> None:
+    """Import what a sweep needs once Ray runs."""
+    for module in ("driver", "report"):
+        import_module(f"mltfr_dist.tuning.{module}")
 
 
 def plan_sweep(sweep: SweepConfig) -> str:
@@ -161,7 +125,13 @@ def claimed(sweep: SweepConfig, base: RunConfig) -> Iterator[None]:
         ConfigError: Another process runs this sweep.
     """
     folder = sweep.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be made: {error.strerror}.",
+            remedy="Set sweeps_dir to a folder that can be written.",
+        ) from None
     with lock_folder(folder):
         write_atomically(folder / SWEEP, dump_sweep(sweep))
         write_atomically(folder / BASE, dump_config(base))
@@ -184,8 +154,3 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 f"Another process runs the sweep in {folder}.", remedy="Wait for it, or end it."
             ) from None
         yield
-
-
-def dump_sweep(sweep: SweepConfig) -> str:
-    """The complete sweep as YAML; it loads back to an equal one."""
-    return dump_yaml(sweep.model_dump(mode="json"))

@@ -6,7 +6,6 @@ sees is what the run recorded; a trial that is started again goes on from the ru
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import os
 import shutil
@@ -20,13 +19,10 @@ from typing import Any
 
 from ray import tune
 from ray.exceptions import RayActorError
-from ray.train import Result, ScalingConfig, get_context
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.controller import TrainController
+from ray.train import get_context
+from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
-from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, MltfrError, OtherRankError
@@ -35,7 +31,8 @@ from mltfr_dist.schema import validate
 from mltfr_dist.training.inputs import INPUTS
 from mltfr_dist.training.run_folder import CHECKPOINTS, CONFIG, dump_config
 from mltfr_dist.tuning.environment import set_environment
-from mltfr_dist.tuning.space import SweepConfig, TrialResources, with_values
+from mltfr_dist.tuning.space import SweepConfig, with_values
+from mltfr_dist.tuning.train_group import KeepGroup, Trainer, release, scaling
 from mltfr_dist.tuning.trials import DIED, METRICS, TRIALS, Trial, Validation, load_trial
 
 EPOCH, OBJECTIVE, NUMBER = "epoch", "objective", "trial"
@@ -75,22 +72,44 @@ class TrialSetting:
         return config.model_copy(update={"name": trial.name, "runs_dir": trial.folder.parent})
 
 
+class Attempt(threading.Thread):
+    """The training of a trial, in a thread of the process that watches it."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(name="train", daemon=True)
+        self.trainer = trainer
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Train, and keep what was raised."""
+        try:
+            self.trainer.fit()
+        except BaseException as error:
+            self.error = error
+
+
 class SweepTrial(tune.Trainable):  # type: ignore[misc]
-    """Runs one trial; a step is a validation."""
+    """Runs one trial, or several in turn; a step is a validation."""
 
     def setup(self, config: dict[str, Any], setting: TrialSetting) -> None:
         """Called by Tune in a new process."""
         os.chdir(setting.directory)
         set_environment()  # a cluster that was there before the sweep does not have it
-        self.setting, self.values = (
-            setting,
-            {key: value for key, value in config.items() if key != NUMBER},
-        )
-        self.record = load_trial(setting.folder, config[NUMBER])
-        self.group = setting.folder / TRIALS / f"{config[NUMBER]:04d}.group"
+        self.setting = setting
+        self._take(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Called by Tune where the process gets another trial, which saves the start of one."""
+        self.cleanup()
+        self._take(new_config)
+        return True
+
+    def _take(self, config: dict[str, Any]) -> None:
+        self.values = {key: value for key, value in config.items() if key != NUMBER}
+        self.record = load_trial(self.setting.folder, config[NUMBER])
+        self.group = self.setting.folder / TRIALS / f"{config[NUMBER]:04d}.group"
         self.seen = len(self.record.validations())
-        self.error: BaseException | None = None
-        self.thread: threading.Thread | None = None
+        self.attempt: Attempt | None = None
         release(self.group)  # of an attempt that was lost with its node
         self.record.failure.unlink(missing_ok=True)
 
@@ -100,21 +119,20 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         Raises:
             RuntimeError: The run failed; in its own words.
         """
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._train, name="train", daemon=True)
-            self.thread.start()
+        if self.attempt is None:
+            self.attempt = Attempt(self._trainer())
+            self.attempt.start()
         while True:
-            running = (
-                self.thread.is_alive()
-            )  # before reading: what a thread that has ended wrote is there
+            # Asked before reading: what a thread that has ended wrote is there.
+            running = self.attempt.is_alive()
             found = self.record.validations()
             if len(found) > self.seen:
                 self.seen += 1
                 return self._result(found[: self.seen])
             if not running:
-                if self.error is None:
+                if self.attempt.error is None:
                     return self._result(found) | {"done": True}
-                reason, cause = describe(self.error), root_cause(self.error)
+                reason, cause = describe(self.attempt.error), root_cause(self.attempt.error)
                 write_atomically(self.record.failure, reason + "\n")
                 if not can_pass(cause):
                     self.record = self.record.end("failed", reason)
@@ -158,21 +176,15 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         """End the workers: where the sweep stops, once they have saved; where the trial alone does, at once."""
-        if self.thread is not None and (self.setting.folder / STOP).exists():
-            self.thread.join(STOP_SECONDS)
+        if self.attempt is not None and (self.setting.folder / STOP).exists():
+            self.attempt.join(STOP_SECONDS)
         release(self.group)
 
     def _result(self, validations: list[Validation]) -> dict[str, Any]:
         name = self.setting.sweep.metric_name
         return {EPOCH: validations[-1].epoch, OBJECTIVE: max(v.metrics[name] for v in validations)}
 
-    def _train(self) -> None:
-        try:
-            self._trainer().fit()
-        except BaseException as error:
-            self.error = error
-
-    def _trainer(self) -> TorchTrainer:
+    def _trainer(self) -> Trainer:
         resources, config = self.setting.sweep.resources_per_trial, self.setting.config(self.record)
         given = {
             "config": config.model_dump(mode="json"),
@@ -192,60 +204,6 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
                 callbacks=[KeepGroup(self.group)],
             ),
         )
-
-
-def scaling(resources: TrialResources) -> ScalingConfig:
-    """A trial's workers for Ray Train."""
-    per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-    return ScalingConfig(
-        num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=per_worker
-    )
-
-
-NOT_NEEDED = ("PlacementGroupCleanerCallback", "DatasetsCallback")
-"""What Ray Train starts for each run, each with a process of its own: see :class:`Trainer`; and Ray's own data sets."""
-
-
-class Trainer(TorchTrainer):  # type: ignore[misc]
-    """Ray Train's trainer without its own watch over placement groups, and without a process of its own.
-
-    Ray Train reserves a trial's workers in a placement group that outlives the trial: Ray frees it when the whole sweep ends.
-    A detached actor of Ray Train's should free it sooner, but asks the dashboard whether the trial is alive, and where there
-    is no dashboard waits for ever. Each trial that was stopped early then kept its CPUs, and the next stayed pending until
-    the sweep was restored. Here the trial frees its own (:func:`release`).
-
-    Ray Train watches the workers from one more process, which imports PyTorch again before they start. The process of
-    :class:`SweepTrial` does nothing but wait, and does it as well.
-    """
-
-    def _initialize_and_run_controller(self, **given: Any) -> Result:
-        controller = TrainController(**given)
-        asyncio.run(controller.run())
-        return controller.get_result()
-
-    def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        return [
-            c for c in super()._create_default_callbacks() if type(c).__name__ not in NOT_NEEDED
-        ]
-
-
-class KeepGroup(WorkerGroupCallback):  # type: ignore[misc]
-    """Notes the placement group of a trial's workers in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        """Called by Ray Train once the workers are there."""
-        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
-        write_atomically(self.path, group.id.hex())
-
-
-def release(path: Path) -> None:
-    """Free the placement group that ``path`` names, and with it the workers; nothing where there is none."""
-    if path.exists():
-        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(path.read_text()))))
-        path.unlink()
 
 
 def train_worker(given: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from mltfr_dist.distributed.engine import read_deepspeed_file
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.files import with_packaged
 from mltfr_dist.tables.store import load_table
-from mltfr_dist.tuning.sweep import load_sweep
+from mltfr_dist.tuning.source import load_sweep
 
 
 @pytest.mark.parametrize(

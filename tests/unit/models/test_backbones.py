@@ -250,10 +250,11 @@ def test_dropout_acts_in_training_only(name: str) -> None:
     fresh = backbone_class(name)(
         BackboneConfig(name=name, hidden_dim=DIM, dropout=0.5), NUM_ITEMS, MAX_LEN
     )
+    whole = Recommender(fresh, None, LossConfig(), num_items=NUM_ITEMS)
     item_ids = padded([[1, 2, 3]])
-    assert not torch.equal(fresh(item_ids)[0], fresh(item_ids)[0])
-    fresh.eval()
-    assert torch.equal(fresh(item_ids)[0], fresh(item_ids)[0])
+    assert not torch.equal(whole.hidden(item_ids)[0], whole.hidden(item_ids)[0])
+    whole.eval()
+    assert torch.equal(whole.hidden(item_ids)[0], whole.hidden(item_ids)[0])
     assert isinstance(fresh, PositionalBackbone)
     assert fresh.item_embedding.weight[0].abs().sum() == 0
 

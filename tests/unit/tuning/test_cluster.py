@@ -6,13 +6,14 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.tuning import cluster
-from mltfr_dist.tuning.cluster import ray_folder
+from mltfr_dist.tuning.own_ray import MIN_FREE, ray_folder, unusable
 
 ROOT = Path(__file__).parents[3]
 
@@ -48,13 +49,45 @@ def test_rays_folder_is_short_enough_for_its_sockets(
     assert f"{long}/ray is too long" in capsys.readouterr().out
 
 
+def test_a_host_that_is_not_there_is_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"there is no host nowhere\.invalid"):
+        cluster.join("nowhere.invalid:6379", 1)
+
+
+def test_a_full_temporary_folder_is_told_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    place = Path(tempfile.mkdtemp(prefix="r-", dir="/tmp"))
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        place.rmdir()
+        pytest.skip("no file system can be mounted here")
+    try:
+        monkeypatch.setattr("tempfile.tempdir", str(place))
+        assert unusable(place / "ray") == "has 1 MiB free"
+        assert ray_folder() == Path("/tmp/ray")
+        assert f"{place}/ray has 1 MiB free" in capsys.readouterr().out
+        monkeypatch.setattr("mltfr_dist.tuning.own_ray.MIN_FREE", 1 << 60)
+        with pytest.raises(ConfigError, match="Ray has no folder for its files"):
+            ray_folder()
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+        place.rmdir()
+
+
+def test_a_folder_that_cannot_be_written_is_told() -> None:
+    assert unusable(Path("/proc/ray")).startswith("cannot be written")
+    assert MIN_FREE < 2**30
+
+
 def start_ray(**variables: str) -> str:
     """Start a real Ray in a process of its own; returns what that says."""
     code = (
         "from mltfr_dist.tuning.environment import LOOPBACK, set_environment\n"
         "set_environment(LOOPBACK)\n"
         "from mltfr_dist.errors import MltfrError\n"
-        "from mltfr_dist.tuning.cluster import start_own_ray\n"
+        "from mltfr_dist.tuning.own_ray import start_own_ray\n"
         "try:\n    start_own_ray()\n    print('started')\n"
         "except MltfrError as error:\n    print(error)\n"
     )

@@ -1,0 +1,114 @@
+"""Ray's daemons die, or its folder is full: the sweep says so in one line, and ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import ray
+
+from mltfr_dist.errors import EXIT_LOST, LostRankError, StoppedError, fail
+
+LOW = 8 * 2**20
+"""Bytes free in Ray's folder below which a sweep stops: Ray would wait for ever for processes."""
+
+WATCH_SECONDS = 0.1
+
+
+@contextmanager
+def ray_watched() -> Iterator[None]:
+    """Meanwhile end this process, and what it has started, once a daemon of its Ray is gone.
+
+    Ray itself would go on for up to a minute, print its whole state, and fail every trial.
+    """
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(daemons(), over), name="ray-watch", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watch.join()
+
+
+def quieten() -> None:
+    """Keep Ray's messages to its logs: of a dead daemon it would print the whole state here."""
+    ray._private.worker.print_to_stdstream = lambda *_given, **_more: None
+
+
+def session_folder() -> Path:
+    """Where the Ray that this process is connected to keeps its files on this machine."""
+    return Path(ray._private.worker._global_node.get_session_dir_path())
+
+
+def room_is_low() -> bool:
+    """Whether Ray's folder is all but full."""
+    return shutil.disk_usage(session_folder()).free < LOW
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write found no room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def no_room(saved: str) -> StoppedError:
+    """The error that ends a sweep without room."""
+    return StoppedError(
+        f"There is no room left in {session_folder()}, where Ray keeps its files; {saved}",
+        remedy="Make room there, or set TMPDIR to a folder with room; then start the same command "
+        "again and it goes on.",
+    )
+
+
+def daemons() -> list[psutil.Process]:
+    """Daemons on this machine of this process's Ray: its raylet, and GCS where it is here."""
+    socket = str(ray._private.worker._global_node.raylet_socket_name)
+    marks = {
+        "raylet": f"--raylet_socket_name={socket}",
+        "gcs_server": f"--log_dir={session_folder()}/logs",
+    }
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            mark = marks.get(process.name())
+            if mark is not None and mark in process.cmdline():
+                found.append(process)
+    return found
+
+
+def _watch(watched: list[psutil.Process], over: threading.Event) -> None:
+    names = {process.pid: process.name() for process in watched}
+    while not over.wait(WATCH_SECONDS):
+        for process in watched:
+            if not _lives(process):
+                _end(f"Ray's {names[process.pid]} (process {process.pid})")
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _end(what: str) -> None:
+    family = psutil.Process().children(recursive=True)
+    sys.stdout.flush()
+    fail(
+        LostRankError(
+            f"{what} was killed or has crashed, and with it the trials that ran.",
+            remedy="Start the same command again and it goes on from their last checkpoints.",
+        )
+    )
+    for process in family:
+        with suppress(psutil.Error):
+            process.send_signal(signal.SIGKILL)
+    os._exit(EXIT_LOST)
