@@ -39,6 +39,11 @@ def code_sha256() -> str:
     return digest.hexdigest()
 
 
+def packaged_names(pattern: str) -> list[str]:
+    """Names, without their ending, of the package's files that fit a pattern such as `ds_configs/*.json`."""
+    return sorted(path.stem for path in Path(__file__).parent.glob(pattern))
+
+
 def with_packaged(path: Path) -> Path:
     """``path`` where something is there, or else the file of that name in the package.
 

@@ -15,6 +15,7 @@ from mltfr_dist.config import (
     PrepareResources,
     TableConfig,
 )
+from mltfr_dist.files import packaged_names
 from mltfr_dist.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -102,11 +103,17 @@ def _add_tables(commands: Commands) -> None:
 
 def _add_train(commands: Commands) -> None:
     train = commands.add_parser(
-        "train", help="train in one process (several: `deepspeed train.py`)"
+        "train",
+        help="train in one process (several: `torchrun -m mltfr_dist.train`)",
+        description=COMMANDS["train"].__doc__,
     )
     train.add_argument("--preset", help=f"one of {', '.join(PRESETS)}")
     train.add_argument("--config", help="YAML file; its keys go over the preset's")
     train.add_argument("--resume", choices=("auto", "never"), default="auto")
+    train.add_argument(
+        "--print-config", action="store_true", help="print the complete configuration and stop"
+    )
+    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers pass it
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
 
 
@@ -118,7 +125,11 @@ def _add_sweep(commands: Commands) -> None:
         epilog=sweep_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sweep.add_argument("space", help="YAML file, such as tuning/spaces/demo.yaml")
+    sweep.add_argument(
+        "space",
+        help="YAML file, or one that comes with the program: "
+        + ", ".join(packaged_names("tuning/spaces/*.yaml")),
+    )
     sweep.add_argument(
         "--address",
         help="Ray cluster, host:port (default: one on this machine, for the sweep alone)",

@@ -29,7 +29,7 @@ COMPARED = 32
 """Histories, of all lengths, that are scored by both models before an export is published."""
 
 
-def export(run: Path, folder: Path) -> ExportInfo:
+def export(run: str | Path, folder: str | Path) -> ExportInfo:
     """Write the chosen model of a finished run to ``folder``, with its token tables' rows and raw item ids.
 
     Raises:
@@ -37,6 +37,7 @@ def export(run: Path, folder: Path) -> ExportInfo:
         CheckpointError: No run, an unfinished one, a damaged checkpoint, or an export that does not
             score as the run.
     """
+    folder = Path(folder)
     if folder.exists():
         raise ConfigError(
             f"{folder} exists.",
