@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mltfr_dist import __version__
 from mltfr_dist.cli.commands import COMMANDS, SETS
+from mltfr_dist.cli.completion import add_completion
 from mltfr_dist.cli.fields import FormatAction, add_section, sweep_epilog
 from mltfr_dist.config import (
     PrepareConfig,
@@ -202,6 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Multi-LLM token filtering and routing for sequential recommendation.",
     )
     parser.add_argument("--version", action="version", version=__version__)
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         _add_prepare,

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from mltfr_dist import __version__
 from mltfr_dist.errors import CheckpointError, ConfigError, MltfrError
@@ -22,7 +21,7 @@ from mltfr_dist.exported import (
     load_exported,
     ranked,
 )
-from mltfr_dist.files import file_sha256
+from mltfr_dist.files import file_sha256, save_tensors
 from mltfr_dist.training.inference import LoadedRun, load_run
 
 COMPARED = 32
@@ -70,12 +69,11 @@ def publish(loaded: LoadedRun, folder: Path) -> ExportInfo:
 def write_files(loaded: LoadedRun, folder: Path) -> ExportInfo:
     """All files but ``config.json``, which is what this returns."""
     config, model, inputs = loaded.config, loaded.model, loaded.inputs
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / MODEL)
+    save_tensors(model.state_dict(), folder / MODEL)
     if inputs.tables:
-        rows = {table.name: table.rows.contiguous() for table in inputs.tables}
-        save_file(rows, folder / TABLES)
+        save_tensors({table.name: table.rows for table in inputs.tables}, folder / TABLES)
     if inputs.item_features is not None:
-        save_file({FEATURES: inputs.item_features.contiguous()}, folder / ITEM_TOKENS)
+        save_tensors({FEATURES: inputs.item_features}, folder / ITEM_TOKENS)
     (folder / ITEMS).write_text(json.dumps(loaded.items.ids) + "\n")
     return ExportInfo(
         mltfr_dist=__version__,

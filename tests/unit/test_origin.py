@@ -6,19 +6,30 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from support import read_lines, tiny_config, write_data, write_table
 
 from mltfr_dist.cli import main as mltfr
+from mltfr_dist.data.inspect import inspect
+from mltfr_dist.data.manifest import load_manifest, read_manifest, verify_folder
+from mltfr_dist.data.prepare import prepare
 from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.exported import load_exported, read_info
 from mltfr_dist.resolve import resolve_config
+from mltfr_dist.tables.build import build_tables
+from mltfr_dist.tables.inspect import inspect_table
+from mltfr_dist.tables.store import load_table, save_table
+from mltfr_dist.training.export import export
 from mltfr_dist.training.fit import fit
-from mltfr_dist.training.inference import load_run
+from mltfr_dist.training.inference import evaluate_run, load_run
+from mltfr_dist.training.matrix import summary
 from mltfr_dist.training.origin import ORIGIN, origins
-from mltfr_dist.training.run_folder import CONFIG, RESULT, dump_config, load_config
+from mltfr_dist.training.run_folder import CONFIG, RESULT, dump_config, load_config, load_result
+from mltfr_dist.tuning.folders import folder_report
 from mltfr_dist.tuning.sweep import (
     base_config,
     claimed,
@@ -163,6 +174,47 @@ def test_another_setting_from_another_folder_is_recorded_so_that_it_holds_everyw
     assert origins(project / RUN)[0] == Path.cwd()
     with pytest.raises(ConfigError, match=r"training\.seed is 0 there and 1 here"):
         fit(resolve_config(None, project / RUN / CONFIG, ["training.seed=1"]))
+
+
+# --- what is written, and who may read it
+
+
+def test_every_file_may_be_read_as_any_new_one(made: Path, tmp_path: Path) -> None:
+    """Data, tables, run, checkpoints and export."""
+    assert mltfr(["export", str(made / RUN), str(tmp_path / "model")]) == 0
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    files = [path for top in (made, tmp_path) for path in top.rglob("*") if path.is_file()]
+    assert len(files) > 30
+    assert {"model.safetensors", "table.safetensors", "manifest.json"} <= {p.name for p in files}
+    other = {str(path): oct(path.stat().st_mode) for path in files if path.stat().st_mode != usual}
+    assert not other
+
+
+def test_public_functions_take_texts_for_paths(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made)
+    assert load_manifest("data") == verify_folder("data") == read_manifest("data")
+    assert load_table("tables/first").name == "first"
+    assert "40" in inspect("data", None)
+    assert "first" in inspect_table("tables/first")
+    assert load_config(str(RUN)).name == "mine"
+    assert load_result(str(RUN)) is not None
+    assert folder_report(str(RUN)).startswith("#")
+    model = str(tmp_path / "model")
+    export(str(RUN), model)
+    assert load_exported(model).info == read_info(model)
+    assert load_exported(model).scores([["i1"]]).shape == (1, 41)
+    assert evaluate_run(str(RUN), "valid")
+    for function in (
+        *(load_manifest, verify_folder, read_manifest, load_table, save_table, build_tables),
+        *(prepare, inspect, inspect_table, load_result, load_config, load_run, evaluate_run),
+        *(export, load_exported, read_info, folder_report, summary, load_sweep, resolve_config),
+    ):
+        for parameter in signature(function).parameters.values():
+            text = str(parameter.annotation)
+            assert "Path" not in text or "str" in text, f"{function.__name__}({parameter})"
 
 
 # --- sweeps
