@@ -21,8 +21,8 @@ SHELLS = ("bash", "zsh", "fish")
 # A word that begins like a key of the configuration gets `key=` without a blank behind it.
 _BASH = """\
 _mltfr() {{
-    local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD-1]}} cmd= word words= keys=
-    for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
+    local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[$((COMP_CWORD - 1))]}} cmd= word words= keys=
+    for word in "${{COMP_WORDS[@]:1:$((COMP_CWORD - 1))}}"; do
         if [[ $word != -* ]]; then cmd=$word; break; fi
     done
     case "$cmd $prev" in

@@ -95,7 +95,13 @@ def test_other_shells_take_the_script(scripts: Path, shell: str) -> None:
     if shell == "fish":
         program = f"source {scripts / shell}; complete -C 'mltfr train --preset sm'"
     else:
-        program = f"autoload -U +X compinit && compinit -u; source {scripts / shell}; echo smoke"
+        program = f"""
+            autoload -U +X compinit && compinit -u -D; source {scripts / shell}
+            () {{  # as bashcompinit calls it; zsh then leaves out what does not begin as typed
+                emulate -L sh; setopt kshglob noshglob braceexpand
+                COMP_WORDS=(mltfr train --preset sm) COMP_CWORD=3
+                _mltfr; echo "${{COMPREPLY[@]}}"
+            }}"""
     done = subprocess.run([shell, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "smoke" in done.stdout
