@@ -114,7 +114,10 @@ def paper() -> RunConfig:
 
 
 def smoke() -> RunConfig:
-    """The demo in miniature: seconds, to see that an installation works. Its figures mean nothing."""
+    """The demo in miniature: one epoch of each stage, to see that an installation works. Its figures mean nothing.
+
+    `make quick`; half a minute on 2 CPU cores.
+    """
     full = demo()
     return full.model_copy(
         update={
