@@ -14,7 +14,7 @@ from mltfr_dist.config.io import load_yaml
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.presets import PRESETS, preset
 from mltfr_dist.schema import validate
-from mltfr_dist.training.origin import ORIGIN, located
+from mltfr_dist.training.origin import ORIGIN, check_located, located
 from mltfr_dist.training.run_folder import CONFIG, read_yaml
 
 
@@ -25,6 +25,7 @@ def resolve_config(
 
     Raises:
         ConfigError: Nothing given, an override without `=`, or a configuration that is not valid.
+        DataError: The file is a run's, and what it reads is not found.
     """
     if preset_name is None and file is None:
         raise ConfigError(
@@ -39,7 +40,10 @@ def resolve_config(
     for override in overrides:
         values = merge_values(values, parse_override(override))
         sources.append(f"`{override}`")
-    return validate(RunConfig, values, source=", ".join(sources))
+    config = validate(RunConfig, values, source=", ".join(sources))
+    if file is not None:
+        check_located(config.model_dump(mode="json"), Path(file).parent)
+    return config
 
 
 def read_configuration(file: Path) -> dict[str, Any]:
@@ -48,7 +52,7 @@ def read_configuration(file: Path) -> dict[str, Any]:
     A run's own file stands for that run, wherever its folder now lies.
 
     Raises:
-        MltfrError: It cannot be read, or an input is not found.
+        ConfigError: It cannot be read.
     """
     values, folder = read_yaml(file), file.parent
     if not (folder / ORIGIN).exists():

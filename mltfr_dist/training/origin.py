@@ -47,16 +47,20 @@ def origins(folder: Path) -> list[Path]:
 
 
 def located(values: Values, folder: Path) -> Values:
-    """The configuration of what lies in ``folder``, its inputs named as they are found from the working folder.
+    """The configuration of what lies in ``folder``, its paths as they are found from the working folder."""
+    begins = origins(folder)
+    return _with_paths(values, lambda path: _locate(path, begins))
+
+
+def check_located(values: Values, folder: Path) -> None:
+    """Whether what the :func:`located` configuration of ``folder`` reads was found.
 
     Raises:
-        DataError: Data or a table that it reads is at none of the places.
+        DataError: Data or a table is at none of the places; only where there are several, for else
+            whoever reads it says so.
     """
     begins = origins(folder)
-    if begins == [Path.cwd()]:
-        return values
-    found = _with_paths(values, lambda path: _locate(path, begins))
-    for path in _inputs(found):
+    for path in _inputs(values) if len(begins) > 1 else ():
         if not Path(path).is_absolute() and not Path(path).exists():
             places = ", nor ".join(str(begin / path) for begin in begins)
             raise DataError(
@@ -65,7 +69,6 @@ def located(values: Values, folder: Path) -> Values:
                 f"{ORIGIN} says, or else where a command is typed.",
                 remedy="Put it back at one of these places.",
             )
-    return found
 
 
 def as_stored(given: Values, stored: Values, folder: Path) -> Values:
@@ -109,7 +112,5 @@ def _paths(values: Values) -> list[str]:
 
 def _inputs(values: Values) -> Iterator[str]:
     """Paths of what a run cannot do without."""
-    if path := values.get("data", {}).get("path"):
-        yield path
-    mltfr = values.get("mltfr", {})
-    yield from mltfr.get("tables", ()) if mltfr.get("enabled", True) else ()
+    yield values["data"]["path"]
+    yield from values["mltfr"]["tables"] if values["mltfr"]["enabled"] else ()

@@ -15,7 +15,7 @@ from mltfr_dist.distributed.lock import LOCK
 from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import Section, validate
-from mltfr_dist.training.origin import as_stored, located, record_origin
+from mltfr_dist.training.origin import as_stored, check_located, located, record_origin
 
 CONFIG, RESULT, REPORT, CHECKPOINTS = "config.yaml", "result.json", "report.md", "checkpoints"
 
@@ -98,7 +98,10 @@ def load_config(folder: str | Path, *, locate: bool = False) -> RunConfig:
             remedy="Name a run folder that `train.py` wrote, such as runs/demo.",
         )
     values = read_yaml(path)
-    return validate(RunConfig, located(values, folder) if locate else values, source=str(path))
+    config = validate(RunConfig, located(values, folder) if locate else values, source=str(path))
+    if locate:
+        check_located(config.model_dump(mode="json"), folder)
+    return config
 
 
 def load_result(folder: str | Path) -> Result | None:

@@ -132,6 +132,10 @@ def test_what_is_nowhere_is_named_with_every_place(made: Path, project: Path) ->
     try:
         with pytest.raises(DataError) as caught:
             load_run(project / RUN)
+        with pytest.raises(DataError, match="is not at"):
+            resolve_config(None, project / RUN / CONFIG, [])
+        other = ["name=other", f"mltfr.tables=[{project / 'tables/first'}]"]
+        assert resolve_config(None, project / RUN / CONFIG, other).name == "other"
         for place in (project, made, Path.cwd()):
             assert str(place / "tables/second") in caught.value.what
         Path("tables").mkdir()
@@ -250,6 +254,14 @@ def test_a_sweep_goes_on_where_it_was_begun(
     assert "0.002" in printed
     assert Path.cwd() == project
     assert list((project.parent / "b").iterdir()) == []
+
+
+def test_what_a_sweep_chose_is_trained_where_the_command_is_typed(sweep: Path) -> None:
+    """Its inputs are those of the sweep, its run is a new one here."""
+    shutil.copy(sweep / "base.yaml", sweep / "best.yaml")
+    config = resolve_config(None, sweep / "best.yaml", [])
+    assert config.data.path == sweep.parents[2] / "data"
+    assert config.runs_dir == Path("runs")
 
 
 def test_a_sweep_that_was_moved_alone_is_refused(sweep: Path) -> None:
