@@ -88,7 +88,7 @@ def go_where_begun(space: Path) -> Path:
         f"{folder} was moved: the sweep `{sweep.name}` is not at {places}.",
         rule="A sweep's paths begin where it was started, and its folder can be moved only with "
         "all that it reads.",
-        remedy=f"Move it back to {begins[-1] / sweep.folder}.",
+        remedy="Move it back to one of these places.",
     )
 
 
