@@ -161,7 +161,7 @@ for name in llama2 smollm2 minilm; do mltfr tables ./$name --name $name; done
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_readme_typed_in_its_order(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     for name in ("train.py", "tuning", "slurm", "ds_configs", "Makefile"):
@@ -187,7 +187,7 @@ def test_readme_typed_in_its_order(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=1400,
+        timeout=2900,
     )
     last = int(re.findall(r"^@@ (\d+)$", done.stdout, re.MULTILINE)[-1])
     assert done.returncode == 0, f"{commands()[last].typed}\n{done.stdout[-6000:]}"

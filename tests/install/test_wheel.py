@@ -17,7 +17,7 @@ from support import REPOSITORY, clean_environment, write_data, write_table
 
 from mltfr_dist.training.run_folder import load_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(3000)]
 
 TINY = """
 training: {epochs: 1, consensus_epochs: 1, threads: 1}
@@ -52,7 +52,7 @@ def run(*command: str | Path, folder: Path, **more: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=1400,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-6000:]}"
     return done.stdout
