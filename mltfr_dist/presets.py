@@ -116,7 +116,7 @@ def paper() -> RunConfig:
 def smoke() -> RunConfig:
     """The demo in miniature: one epoch of each stage, to see that an installation works. Its figures mean nothing.
 
-    `make quick`; half a minute on 2 CPU cores.
+    `make quick`; under a minute on 2 CPU cores.
     """
     full = demo()
     return full.model_copy(
