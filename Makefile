@@ -1,4 +1,5 @@
-# make demo: train MLTFR on real data.  make test: run the tests.  Each sets everything up first.
+# make quick: a first model in minutes.  make demo: train MLTFR on real data, and compare.  make test: run the tests.
+# Each sets everything up first.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,12 +17,30 @@ endif
 # A free port for each launch, so that two runs on one machine do not meet.
 PORT = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
-.PHONY: demo sweep-demo test integration lint bench clean help
+.PHONY: quick demo sweep-demo test integration lint bench clean help
+
+# What is typed next; a recipe runs in a shell of its own and cannot activate anything for the one it was typed in.
+define NEXT
+
+Type next, here:
+  source $(VENV)/bin/activate              # once a shell: then mltfr, deepspeed, torchrun and tensorboard are found
+  tensorboard --logdir runs                # and open http://localhost:6006: losses, validation, gates, kept tokens
+endef
+export NEXT
+
+quick: $(BIN)/.ready data/.demo-ready  ## a trained model, what it recommends, and what to type next, in two minutes
+	@rm -rf runs/smoke
+	@echo "deepspeed train.py --preset smoke"
+	@$(LAUNCH) --master_port $(PORT) train.py --preset smoke
+	@echo; echo "mltfr recommend runs/smoke --history 50,172,181 --k 5 --explain"
+	@$(BIN)/mltfr recommend runs/smoke --history 50,172,181 --k 5 --explain
+	@echo "$$NEXT"; echo "  make demo                                # the same at length, beside its baselines"
 
 demo: $(BIN)/.ready data/.demo-ready  ## train MLTFR and its baselines on MovieLens-100K with three real token tables
 	@if [ -f runs/demo/report.md ]; then echo "runs/demo is finished: starting it anew"; rm -rf runs/demo; fi
 	@echo "deepspeed train.py --preset demo"
 	@$(LAUNCH) --master_port $(PORT) train.py --preset demo
+	@echo "$$NEXT"; echo "  mltfr recommend runs/demo --history 50,172,181 --k 5 --explain"
 
 sweep-demo: $(BIN)/.ready data/.demo-ready  ## search filter ratio, tables and lambda on the same data: 12 trials by Ray Tune
 	@$(if $(filter 0,$(GPUS)),DS_ACCELERATOR=cpu OMP_NUM_THREADS=1) $(BIN)/mltfr sweep tuning/spaces/demo.yaml

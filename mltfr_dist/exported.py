@@ -1,6 +1,6 @@
 """Exported models: a folder that torch and this package's models read, without DeepSpeed, the data or the token tables' folders.
 
-    exported = load_exported(Path("model"))
+    exported = load_exported("model")
     exported.scores([["i1", "i7"]])  # [1, num_items + 1], column = place in exported.item_ids
 
 Shapes: B histories, L positions.
@@ -97,12 +97,13 @@ def ranked(model: Recommender, item_ids: Tensor) -> Tensor:
     return scores
 
 
-def load_exported(folder: Path) -> Exported:
+def load_exported(folder: str | Path) -> Exported:
     """Read what `mltfr export` wrote; the model is in evaluation mode, on the CPU.
 
     Raises:
         CheckpointError: Missing, damaged, or of another schema version.
     """
+    folder = Path(folder)
     info = read_info(folder)
     for name, digest in info.sha256.items():
         if not (folder / name).exists() or file_sha256(folder / name) != digest:
@@ -120,13 +121,13 @@ def load_exported(folder: Path) -> Exported:
     return Exported(info, model.eval(), item_ids)
 
 
-def read_info(folder: Path) -> ExportInfo:
+def read_info(folder: str | Path) -> ExportInfo:
     """``config.json`` of an exported model.
 
     Raises:
         CheckpointError: Missing, damaged, or of another schema version.
     """
-    path = folder / CONFIG
+    path = Path(folder) / CONFIG
     try:
         content: Any = json.loads(path.read_text())
         version = content.get("schema_version") if isinstance(content, dict) else None

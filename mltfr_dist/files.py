@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK_BYTES, READ_BYTES = 1 << 26, 1 << 20
 
@@ -39,6 +42,11 @@ def code_sha256() -> str:
     return digest.hexdigest()
 
 
+def packaged_names(pattern: str) -> list[str]:
+    """Names, without their ending, of the package's files that fit a pattern such as `ds_configs/*.json`."""
+    return sorted(path.stem for path in Path(__file__).parent.glob(pattern))
+
+
 def with_packaged(path: Path) -> Path:
     """``path`` where something is there, or else the file of that name in the package.
 
@@ -66,3 +74,13 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".partial-{path.name}")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read as any new file: the library by itself writes for the owner alone."""
+    from safetensors.torch import save_file  # imports torch: not for --help
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+    path.chmod(mode)

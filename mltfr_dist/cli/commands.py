@@ -136,19 +136,22 @@ def command_tables(options: argparse.Namespace) -> None:
 
 def command_train(options: argparse.Namespace) -> None:
     """The same as `python train.py`."""
+    config = resolve_config(options.preset, options.config, options.overrides)
+    if options.print_config:
+        from mltfr_dist.training.run_folder import dump_config
+
+        print(dump_config(config), end="")
+        return
     from mltfr_dist.training.fit import fit
 
-    fit(
-        resolve_config(options.preset, options.config, options.overrides),
-        resume=options.resume == "auto",
-    )
+    fit(config, resume=options.resume == "auto")
 
 
 def command_sweep(options: argparse.Namespace) -> None:
     """Search a space of configurations by trials that Ray Tune runs; interrupted, the same command goes on."""
-    from mltfr_dist.tuning.source import load_sweep
+    from mltfr_dist.tuning.source import go_where_begun, load_sweep
 
-    sweep = load_sweep(Path(options.space), options.overrides)
+    sweep = load_sweep(go_where_begun(Path(options.space)), options.overrides)
     print(f"sweep `{sweep.name}`: space and inputs are checked ...", flush=True)
     from mltfr_dist.tuning.sweep import plan_sweep, run_sweep  # PyTorch: seconds
 

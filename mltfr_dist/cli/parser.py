@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mltfr_dist import __version__
 from mltfr_dist.cli.commands import COMMANDS, SETS
+from mltfr_dist.cli.completion import add_completion
 from mltfr_dist.cli.fields import FormatAction, add_section
 from mltfr_dist.cli.help import Parser, add_config_help, sweep_help
 from mltfr_dist.config import (
@@ -16,6 +17,7 @@ from mltfr_dist.config import (
     PrepareResources,
     TableConfig,
 )
+from mltfr_dist.files import packaged_names
 from mltfr_dist.invocation import command
 from mltfr_dist.presets import PRESETS
 
@@ -104,12 +106,18 @@ def _add_tables(commands: Commands) -> None:
 
 def _add_train(commands: Commands) -> None:
     train = commands.add_parser(
-        "train", help="train in one process (several: `deepspeed train.py`)", add_help=False
+        "train",
+        help="train in one process (several: `torchrun -m mltfr_dist.train`)",
+        add_help=False,
     )
     add_config_help(train)
     train.add_argument("--preset", help=f"one of {', '.join(PRESETS)}")
     train.add_argument("--config", help="YAML file; its keys go over the preset's")
     train.add_argument("--resume", choices=("auto", "never"), default="auto")
+    train.add_argument(
+        "--print-config", action="store_true", help="print the complete configuration and stop"
+    )
+    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers pass it
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
 
 
@@ -120,7 +128,11 @@ def _add_sweep(commands: Commands) -> None:
         description=COMMANDS["sweep"].__doc__,
     )
     sweep.appendix = sweep_help
-    sweep.add_argument("space", help="YAML file, such as tuning/spaces/demo.yaml")
+    sweep.add_argument(
+        "space",
+        help="YAML file, or one that comes with the program: "
+        + ", ".join(packaged_names("tuning/spaces/*.yaml")),
+    )
     sweep.add_argument(
         "--address",
         help="Ray cluster, host:port (default: one on this machine, for the sweep alone)",
@@ -193,6 +205,7 @@ def build_parser() -> Parser:
         description="Multi-LLM token filtering and routing for sequential recommendation.",
     )
     parser.add_argument("--version", action="version", version=__version__)
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         _add_prepare,

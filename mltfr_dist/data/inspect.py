@@ -190,8 +190,10 @@ def write_board(folder: Path, facts: Facts, plots: list[Path], text: str) -> Non
         writer.add_histogram("data/log10_item_counts", np.log10(facts.counts[facts.counts > 0]))
 
 
-def inspect(folder: Path, output: Path | None) -> str:
+def inspect(folder: str | Path, output: str | Path | None) -> str:
     """The table of a prepared folder; with ``output``, plots and a TensorBoard page go there."""
+    folder = Path(folder)
+    output = None if output is None else Path(output)
     facts = gather(folder)
     text = table(folder, facts)
     if output is not None:

@@ -61,7 +61,7 @@ _REMEDY = (
 )
 
 
-def load_manifest(folder: Path, *, left_out: Collection[str] = ()) -> Manifest:
+def load_manifest(folder: str | Path, *, left_out: Collection[str] = ()) -> Manifest:
     """:func:`read_manifest`, and a fast look whether its files are there and as large as it says.
 
     Of shards that is the size in bytes, of the maps of users and items the number of rows.
@@ -74,6 +74,7 @@ def load_manifest(folder: Path, *, left_out: Collection[str] = ()) -> Manifest:
         DataError: as read_manifest, a file missing or of another size, or shards left out that
             there are not.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     unknown = set(left_out) - {shard.file for shard in all_shards(manifest)}
     if unknown:
@@ -91,12 +92,13 @@ def load_manifest(folder: Path, *, left_out: Collection[str] = ()) -> Manifest:
     return manifest
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str | Path) -> Manifest:
     """Read `manifest.json` and look at nothing else.
 
     Raises:
         DataError: there is none, it is malformed, or of another schema version.
     """
+    folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise DataError(
@@ -181,12 +183,13 @@ def verify_maps(folder: Path, manifest: Manifest) -> None:
         check_hash(folder / name, file_sha256(folder / name), expected)
 
 
-def verify_folder(folder: Path, *, left_out: Collection[str] = ()) -> Manifest:
+def verify_folder(folder: str | Path, *, left_out: Collection[str] = ()) -> Manifest:
     """:func:`load_manifest`, and every listed file read through and compared with its sha256.
 
     Raises:
         DataError: as load_manifest, and for a file whose content has changed.
     """
+    folder = Path(folder)
     manifest = load_manifest(folder, left_out=left_out)
     verify_maps(folder, manifest)
     for shard in all_shards(manifest):

@@ -57,7 +57,7 @@ def prepare(
     config: PrepareConfig,
     *,
     resources: PrepareResources = PrepareResources(),  # noqa: B008, immutable
-    packages_dir: Path | None = None,
+    packages_dir: str | Path | None = None,
     log: Log = say,
 ) -> Manifest:
     """Prepare ``source`` into the folder ``output``: complete, or not there at all.
@@ -139,7 +139,7 @@ def _prepare_remotely(
     url: str,
     config: PrepareConfig,
     resources: PrepareResources,
-    packages_dir: Path | None,
+    packages_dir: str | Path | None,
     log: Log,
 ) -> Manifest:
     """Prepare on this machine, then copy to ``url``, the manifest last."""
@@ -168,7 +168,7 @@ def _resolve(
     places: Sequence[str],
     output: Path,
     config: PrepareConfig,
-    packages_dir: Path | None,
+    packages_dir: str | Path | None,
     workspace: Workspace,
 ) -> tuple[Source, PrepareConfig]:
     """The files to read, and the configuration with a named set's columns and titles filled in."""
@@ -222,7 +222,7 @@ def _gathered(
 
 
 def _named(
-    name: str, config: PrepareConfig, packages_dir: Path | None
+    name: str, config: PrepareConfig, packages_dir: str | Path | None
 ) -> tuple[Source, PrepareConfig]:
     """A named set knows its files: a format or column set for another file would only break it."""
     found = sources.named_source(name, packages_dir)

@@ -38,7 +38,7 @@ class NamedSource:
     """Values for the column fields of :class:`PrepareConfig`."""
 
 
-def named_source(name: str, packages_dir: Path | None) -> NamedSource:
+def named_source(name: str, packages_dir: str | Path | None) -> NamedSource:
     """Find a named set inside an unpacked PyPI package. The package is never imported.
 
     Args:
@@ -53,7 +53,7 @@ def named_source(name: str, packages_dir: Path | None) -> NamedSource:
             f"`{name}` is not a named set.", remedy=f"The named sets are: {', '.join(NAMED_SETS)}."
         )
     if packages_dir is not None:
-        package = packages_dir / "recbole"
+        package = Path(packages_dir) / "recbole"
     else:
         spec = importlib.util.find_spec(
             "recbole"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mltfr_dist.distributed.engine import Engine
@@ -32,7 +32,7 @@ from mltfr_dist.distributed.state import (
 )
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.errors import CheckpointError, DamagedError
-from mltfr_dist.files import file_sha256
+from mltfr_dist.files import file_sha256, save_tensors
 from mltfr_dist.schema import Section
 
 SCHEMA_VERSION = 3
@@ -161,7 +161,7 @@ def _write(
     partial.mkdir(parents=True)
     hashes = {}
     for name, state in tensors.items():
-        save_file({key: t.contiguous() for key, t in state.items()}, partial / name)
+        save_tensors(state, partial / name)
         goes_on()
         hashes[name] = file_sha256(partial / name, goes_on)
     header = Header(schema_version=SCHEMA_VERSION, progress=progress, sha256=hashes)

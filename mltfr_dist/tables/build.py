@@ -28,11 +28,11 @@ Log = Callable[[str], None]
 
 def build_tables(
     sources: Sequence[str],
-    output: Path,
+    output: str | Path,
     config: TableConfig,
     *,
     name: str | None = None,
-    packages: Path | None = None,
+    packages: str | Path | None = None,
     log: Log = say,
 ) -> list[TableInfo]:
     """Extract, clean and store token tables; all are found and checked before the first is read.
@@ -52,6 +52,8 @@ def build_tables(
         DataError: a source that cannot be read with certainty, a different table of this name,
             or no place to write to.
     """
+    output = Path(output)
+    packages = None if packages is None else Path(packages)
     for option, value in (("--name", name), ("--vocabulary", config.vocabulary)):
         if value is not None and len(sources) > 1:
             raise ConfigError(

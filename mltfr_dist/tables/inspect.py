@@ -18,12 +18,13 @@ from mltfr_dist.tables.store import TokenTable, load_table
 NUM_SAMPLES, NUM_NEIGHBOURS, NUM_NEAR = 12, 10, 8
 
 
-def inspect_table(folder: Path, word: str | None = None) -> str:
+def inspect_table(folder: str | Path, word: str | None = None) -> str:
     """The table as text; with ``word``, the tokens nearest to each of its spellings.
 
     Raises:
         DataError: the table is missing or damaged, or the word is none of its tokens.
     """
+    folder = Path(folder)
     table = load_table(folder)
     rows = [] if word is None else rows_of_word(table, word)
     lines = [str(folder), *(f"  {name:<14}{value}" for name, value in facts(table)), ""]

@@ -152,7 +152,7 @@ def new_table(
 
 
 def save_table(
-    output: Path, rows: torch.Tensor, vocabulary: Sequence[str], **described: Any
+    output: str | Path, rows: torch.Tensor, vocabulary: Sequence[str], **described: Any
 ) -> TableInfo:
     """Write a token table that lies in memory to ``output / name``: all of it or nothing.
 
@@ -167,6 +167,7 @@ def save_table(
     Raises:
         DataError: a different table of this name is there, or rows and vocabulary disagree.
     """
+    output = Path(output)
     if len(vocabulary) != len(rows):
         raise DataError(
             f"{len(rows)} rows but {len(vocabulary)} tokens.", remedy="Give every row its token."
@@ -215,7 +216,7 @@ def _publish(partial: Path, folder: Path, info: TableInfo) -> None:
     check_free(folder, {key: value for key, value in dict(info).items() if key not in PROOF})
 
 
-def load_table(folder: Path, *, verify: bool = True) -> TokenTable:
+def load_table(folder: str | Path, *, verify: bool = True) -> TokenTable:
     """Open a table written by :func:`save_table`.
 
     Args:
@@ -225,6 +226,7 @@ def load_table(folder: Path, *, verify: bool = True) -> TokenTable:
     Raises:
         DataError: missing, of another schema version, damaged, or not what its header says.
     """
+    folder = Path(folder)
     info = read_info(folder)
     path = folder / TABLE_FILE
     if not path.is_file():

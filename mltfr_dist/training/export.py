@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from mltfr_dist import __version__
 from mltfr_dist.errors import CheckpointError, ConfigError, MltfrError
@@ -22,7 +21,7 @@ from mltfr_dist.exported import (
     load_exported,
     ranked,
 )
-from mltfr_dist.files import file_sha256
+from mltfr_dist.files import file_sha256, save_tensors
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.training.inference import LoadedRun, load_run
 from mltfr_dist.training.inputs import model_spec
@@ -31,7 +30,7 @@ COMPARED = 32
 """Histories, of all lengths, that are scored by both models before an export is published."""
 
 
-def export(run: Path, folder: Path) -> ExportInfo:
+def export(run: str | Path, folder: str | Path) -> ExportInfo:
     """Write the chosen model of a finished run to ``folder``, with its token tables' rows and raw item ids.
 
     Raises:
@@ -39,6 +38,7 @@ def export(run: Path, folder: Path) -> ExportInfo:
         CheckpointError: No run, an unfinished one, a damaged checkpoint, or an export that does not
             score as the run.
     """
+    folder = Path(folder)
     if folder.exists():
         raise ConfigError(
             f"{folder} exists.",
@@ -71,12 +71,11 @@ def publish(loaded: LoadedRun, folder: Path) -> ExportInfo:
 def write_files(loaded: LoadedRun, folder: Path) -> ExportInfo:
     """All files but ``config.json``, which is what this returns."""
     config, model, inputs = loaded.config, loaded.model, loaded.inputs
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / MODEL)
+    save_tensors(model.state_dict(), folder / MODEL)
     if inputs.tables:
-        rows = {table.name: table.rows.contiguous() for table in inputs.tables}
-        save_file(rows, folder / TABLES)
+        save_tensors({table.name: table.rows for table in inputs.tables}, folder / TABLES)
     if inputs.item_features is not None:
-        save_file({FEATURES: inputs.item_features.contiguous()}, folder / ITEM_TOKENS)
+        save_tensors({FEATURES: inputs.item_features}, folder / ITEM_TOKENS)
     (folder / ITEMS).write_text(json.dumps(loaded.items.ids) + "\n")
     return ExportInfo(
         mltfr_dist=__version__,

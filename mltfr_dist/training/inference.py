@@ -52,13 +52,14 @@ class LoadedRun:
     device: torch.device
 
 
-def load_run(folder: Path, ranks: Ranks | None = None) -> LoadedRun:
+def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
     """Load the chosen model of a finished run; on several ranks all must call (None: one process).
 
     Raises:
         CheckpointError: No run, an unfinished one, or inputs that changed since.
         DataError: Its data or tables are missing or damaged.
     """
+    folder = Path(folder)
     ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found = ranks.main_works(lambda _: finished(folder))
     texts = send_text(json.dumps([part.model_dump_json() for part in found or ()]), ranks)
@@ -94,7 +95,7 @@ def finished(folder: Path) -> tuple[RunConfig, Result]:
     Raises:
         CheckpointError: No run, or an unfinished one.
     """
-    config, result = load_config(folder), load_result(folder)
+    config, result = load_config(folder, locate=True), load_result(folder)
     if result is None:
         raise CheckpointError(
             f"The run {folder} is not finished.", remedy=f"Go on with it: {command(folder)}."
@@ -102,7 +103,7 @@ def finished(folder: Path) -> tuple[RunConfig, Result]:
     return config, result
 
 
-def evaluate_run(folder: Path, split: str, ranks: Ranks | None = None) -> dict[str, float]:
+def evaluate_run(folder: str | Path, split: str, ranks: Ranks | None = None) -> dict[str, float]:
     """The metrics of a run's chosen model on a split, as the run reported them. All must call.
 
     Args:

@@ -140,7 +140,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
-def summary(paths: Sequence[Path]) -> str:
+def summary(paths: Sequence[str | Path]) -> str:
     """Mean and interval over seeds per variant, differences paired by seed, and means by slice of users.
 
     Args:
@@ -150,7 +150,7 @@ def summary(paths: Sequence[Path]) -> str:
         DataError: No matrix there, an empty one, or a run that stands in two of them.
     """
     rows: list[Row] = []
-    for path in paths:
+    for path in map(Path, paths):
         found = read_rows(path)
         if not found:
             raise DataError(

@@ -15,6 +15,7 @@ from mltfr_dist.distributed.lock import LOCK
 from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import Section, validate
+from mltfr_dist.training.origin import as_stored, check_located, located, record_origin
 
 CONFIG, RESULT, REPORT, CHECKPOINTS = "config.yaml", "result.json", "report.md", "checkpoints"
 
@@ -78,28 +79,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_config(folder: Path) -> RunConfig:
+def load_config(folder: str | Path, *, locate: bool = False) -> RunConfig:
     """The configuration of a run.
+
+    Args:
+        folder: Of the run.
+        locate: Whether its inputs are named as they are found from the working folder (origin.py).
 
     Raises:
         CheckpointError: The folder holds no run.
+        DataError: An input is not found.
     """
+    folder = Path(folder)
     path = folder / CONFIG
     if not path.exists():
         raise CheckpointError(
             f"{folder} holds no run: there is no {CONFIG}.",
             remedy="Name a run's folder, such as runs/demo.",
         )
-    return validate(RunConfig, read_yaml(path), source=str(path))
+    values = read_yaml(path)
+    config = validate(RunConfig, located(values, folder) if locate else values, source=str(path))
+    if locate:
+        check_located(config.model_dump(mode="json"), folder)
+    return config
 
 
-def load_result(folder: Path) -> Result | None:
+def load_result(folder: str | Path) -> Result | None:
     """The outcome of a finished run; None while it is not finished.
 
     Raises:
         CheckpointError: The file is damaged.
     """
-    path = folder / RESULT
+    path = Path(folder) / RESULT
     if not path.exists():
         return None
     try:
@@ -151,9 +162,8 @@ def check_claim(folder: Path, config: RunConfig, *, resume: bool) -> list[str]:
         ConfigError: It holds another run, or this one and ``resume`` is off.
     """
     if (folder / CONFIG).exists():
-        differences = differing_fields(
-            load_config(folder).model_dump(mode="json"), config.model_dump(mode="json")
-        )
+        stored, given = load_config(folder).model_dump(mode="json"), config.model_dump(mode="json")
+        differences = differing_fields(stored, as_stored(given, stored, folder))
         refused = [text for text in differences if _key(text) not in CHANGEABLE]
         if refused:
             raise ConfigError(
@@ -188,10 +198,15 @@ def claim(folder: Path, config: RunConfig, *, resume: bool) -> list[str]:
         ConfigError: See :func:`check_claim`. Nothing is changed.
     """
     changed = check_claim(folder, config, resume=resume)
+    if has_run(folder):
+        stored, given = load_config(folder).model_dump(mode="json"), config.model_dump(mode="json")
+        if given != stored and as_stored(given, stored, folder) == stored:
+            return changed  # the same, seen from another folder
     text = dump_config(config)
     if not (folder / CONFIG).exists() or (folder / CONFIG).read_text() != text:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / CONFIG, text)
+    record_origin(folder)
     return changed
 
 

@@ -18,8 +18,9 @@ from mltfr_dist.invocation import command
 from mltfr_dist.schema import field_paths, nearest_key, validate
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import differing_fields, leaf_values, read_yaml
+from mltfr_dist.tuning.source import SWEEP
 from mltfr_dist.tuning.space import SweepConfig, with_values
-from mltfr_dist.tuning.trials import BASE, MRR, SWEEP
+from mltfr_dist.tuning.trials import BASE, MRR
 
 SET_BY_THE_SWEEP = ("name", "runs_dir", "baselines")
 """Fields that a sweep sets itself."""

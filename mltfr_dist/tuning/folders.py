@@ -7,16 +7,18 @@ from pathlib import Path
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.invocation import train_command
 from mltfr_dist.training.run_folder import CONFIG, REPORT, Result, load_config, load_result
-from mltfr_dist.tuning.trials import METRICS, SWEEP, TRIALS, load_trials, read_validations
+from mltfr_dist.tuning.source import SWEEP
+from mltfr_dist.tuning.trials import METRICS, TRIALS, load_trials, read_validations
 
 
-def folder_report(folder: Path) -> str:
+def folder_report(folder: str | Path) -> str:
     """What a folder of results says.
 
     Raises:
         ConfigError: It is not finished; the remedy is the command that goes on with it.
         CheckpointError: It holds neither a run nor a sweep.
     """
+    folder = Path(folder)
     if (folder / REPORT).exists():
         return (folder / REPORT).read_text()
     if (folder / SWEEP).exists():

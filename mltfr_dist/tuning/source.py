@@ -2,28 +2,84 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.config.io import dump_yaml
-from mltfr_dist.files import with_packaged
+from mltfr_dist.errors import ConfigError
+from mltfr_dist.files import packaged_names, with_packaged
 from mltfr_dist.resolve import merge_values, parse_override, resolve_config
-from mltfr_dist.schema import validate
+from mltfr_dist.schema import nearest_key, validate
+from mltfr_dist.training.origin import ORIGIN, origins
 from mltfr_dist.training.run_folder import read_yaml
 from mltfr_dist.tuning.space import SweepConfig, nested, typed_choices
 
+SWEEP = "sweep.yaml"
+"""In a sweep's folder, the complete sweep."""
+SPACES = Path("tuning/spaces")
+"""Folder of the ready-made spaces, in the repository and in the package."""
 
-def load_sweep(path: Path, overrides: list[str]) -> SweepConfig:
+
+def load_sweep(path: str | Path, overrides: Sequence[str]) -> SweepConfig:
     """A sweep's file: one that is there, or else one of that name in the package.
 
     Raises:
         ConfigError: Not valid.
     """
-    values = read_yaml(with_packaged(path))
+    values = read_yaml(space_file(Path(path)))
     for override in overrides:
         values = merge_values(values, parse_override(override))
     source = ", ".join([str(path), *(f"`{override}`" for override in overrides)])
     return typed_choices(validate(SweepConfig, values, source=source))
+
+
+def space_file(path: Path) -> Path:
+    """The file of a space: ``path``, or where it is a bare name and no file, the ready-made space of that name.
+
+    Raises:
+        ConfigError: A bare name that is neither.
+    """
+    if path.is_file() or path.suffix or path.name != str(path):
+        return with_packaged(path)
+    names = packaged_names(f"{SPACES}/*.yaml")
+    if path.name not in names:
+        near = nearest_key(path.name, names)
+        raise ConfigError(
+            f"There is no file and no ready-made space `{path}`"
+            + (f"; the nearest is `{near}`." if near else "."),
+            remedy=f"Give a YAML file, or one of {', '.join(names)}.",
+        )
+    return with_packaged(SPACES / f"{path.name}.yaml")
+
+
+def go_where_begun(space: Path) -> Path:
+    """Where ``space`` is the `sweep.yaml` of a sweep's folder: work in the folder in which that was started.
+
+    All that a sweep names, its own folder included, is relative to it. Returns ``space``, absolute.
+
+    Raises:
+        ConfigError: From nowhere that is known does the sweep's file lead to its folder: it was moved.
+    """
+    folder = space.absolute().parent
+    if space.name != SWEEP or not (folder / ORIGIN).exists():
+        return space
+    begins = [begin for begin in origins(folder) if begin.is_dir()]
+    sweep = validate(SweepConfig, read_yaml(space), source=str(space))
+    for begin in begins:
+        if (begin / sweep.folder).resolve() == folder.resolve():
+            if begin != Path.cwd():
+                print(f"working in {begin}, where the sweep `{sweep.name}` was started", flush=True)
+                os.chdir(begin)
+            return folder / SWEEP
+    places = ", nor ".join(str(begin / sweep.folder) for begin in begins)
+    raise ConfigError(
+        f"{folder} was moved: the sweep `{sweep.name}` is not at {places}.",
+        rule="A sweep's paths begin where it was started, and its folder can be moved only with "
+        "all that it reads.",
+        remedy="Move it back to one of these places.",
+    )
 
 
 def resolved_config(sweep: SweepConfig) -> RunConfig:

@@ -13,13 +13,14 @@ from threading import Thread
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.files import write_atomically
+from mltfr_dist.training.origin import record_origin
 from mltfr_dist.training.run_folder import dump_config, read_yaml
 from mltfr_dist.tuning.checks import check_folder, check_inputs, check_machine, check_space
 from mltfr_dist.tuning.environment import LOOPBACK, set_environment
 from mltfr_dist.tuning.plan import planned
-from mltfr_dist.tuning.source import base_config, dump_sweep, resolved_config
+from mltfr_dist.tuning.source import SWEEP, base_config, dump_sweep, resolved_config
 from mltfr_dist.tuning.space import Domain, SweepConfig, with_values
-from mltfr_dist.tuning.trials import BASE, SWEEP, load_trials
+from mltfr_dist.tuning.trials import BASE, load_trials
 
 LOCK = "lock"
 FINAL = "final"
@@ -135,6 +136,7 @@ def claimed(sweep: SweepConfig, base: RunConfig) -> Iterator[None]:
     with lock_folder(folder):
         write_atomically(folder / SWEEP, dump_sweep(sweep))
         write_atomically(folder / BASE, dump_config(base))
+        record_origin(folder)
         shutil.rmtree(folder / "ray", ignore_errors=True)
         yield
 

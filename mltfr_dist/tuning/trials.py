@@ -20,7 +20,7 @@ from mltfr_dist.training.run_folder import load_result
 from mltfr_dist.training.tracking import STAGES
 from mltfr_dist.tuning.space import Values
 
-SWEEP, BASE = "sweep.yaml", "base.yaml"
+BASE = "base.yaml"
 """In a sweep's folder: the sweep, and what its trials start from."""
 
 TRIALS, METRICS = "trials", "metrics.jsonl"

@@ -48,6 +48,17 @@ def test_options_stand_between_overrides(
     assert options.overrides == [a for a in arguments if "=" in a and not a.startswith("-")]
 
 
+def test_mltfr_train_takes_what_train_py_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--local_rank` too: `deepspeed --module mltfr_dist.train` passes it."""
+    printed = []
+    for command in (train.main, lambda rest: main(["train", *rest])):
+        assert command(["--local_rank=0", "--preset", "smoke", "a=1", "--print-config"]) == 2
+        assert command(["--local_rank=0", "--preset", "smoke", "name=x", "--print-config"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert yaml.safe_load(printed[0])["name"] == "x"
+
+
 def test_options_stand_between_the_overrides_of_a_sweep() -> None:
     arguments = ["sweep", "--nodes", "2", "space.yaml", "a=1", "--address", "h:1", "b=-2"]
     options = parse_intermixed(build_parser(), arguments)

@@ -1,11 +1,14 @@
-"""Hashes of files, read in blocks."""
+"""Hashes of files, read in blocks, and the rights of those that are written."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mltfr_dist import files
 
@@ -23,3 +26,14 @@ def test_a_hash_tells_after_each_block_that_it_goes_on(
         == hashlib.sha256(content).hexdigest()
     )
     assert len(told) == blocks
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_tensors_are_as_readable_as_any_new_file(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        files.save_tensors({"t": torch.arange(6).view(2, 3).T}, tmp_path / "t.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "t.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert torch.equal(load_file(tmp_path / "t.safetensors")["t"], torch.arange(6).view(2, 3).T)

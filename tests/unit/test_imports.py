@@ -34,6 +34,8 @@ LAYERS = {
     "resolve": 4,
     "tuning": 5,
     "cli": 6,
+    "train": 7,
+    "__main__": 7,
 }
 """Room or file to layer: a file imports from its own layer or lower ones, as the tests below say."""
 

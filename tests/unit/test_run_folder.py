@@ -12,6 +12,7 @@ from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.presets import preset
 from mltfr_dist.schema import validate
+from mltfr_dist.training.origin import ORIGIN
 from mltfr_dist.training.run_folder import (
     CHANGEABLE,
     CONFIG,
@@ -45,7 +46,7 @@ def test_a_new_run_writes_its_configuration(tmp_path: Path, existing: bool) -> N
     if existing:
         folder.mkdir(parents=True)
     claim(folder, preset("demo"), resume=True)
-    assert list(contents(folder)) == [CONFIG]
+    assert list(contents(folder)) == [CONFIG, ORIGIN]
     assert load_config(folder) == preset("demo")
 
 
