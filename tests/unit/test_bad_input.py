@@ -189,11 +189,12 @@ def test_checkpoint_of_another_schema_version(
     run = folder / "runs" / "tiny"
     (run / "result.json").unlink()
     header = next((run / "checkpoints").glob("train-step*/state.json"))
-    header.write_text(header.read_text().replace('"schema_version": 2', '"schema_version": 99'))
+    content = json.loads(header.read_text())
+    header.write_text(json.dumps(content | {"schema_version": 99}))
     config = run / "config.yaml"
     message = refused(folder, capsys, lambda: train.main(["--config", str(config)]))
     assert "99" in message
-    assert "version 2" in message
+    assert f"version {content['schema_version']}" in message
 
 
 def test_changed_inputs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +287,7 @@ def test_batch_that_cannot_be_divided(folder: Path, capsys: pytest.CaptureFixtur
 
 
 def test_more_ranks_than_sequences(tmp_path: Path) -> None:
-    """Two real ranks, one training sequence: one message, from one rank."""
+    """Two real ranks, one training sequence: one message, from one rank, which the launcher ends with once more."""
     (tmp_path / "in.txt").write_text("u a b c d e\n")
     options = ["--format", "sequences", "--user-core", "1", "--item-core", "1"]
     assert mltfr(["prepare", str(tmp_path / "in.txt"), str(tmp_path / "single"), *options]) == 0
@@ -295,7 +296,7 @@ def test_more_ranks_than_sequences(tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as failure:
         run_ranks(2, Path(train.__file__), "--config", str(path))
     output = str(failure.value)
-    assert output.count("There are 2 ranks and 1 training sequences") == 1
+    assert output.count("There are 2 ranks and 1 training sequences") == 2
     assert "exitcode  : 2" in output
     assert not (tmp_path / "runs").exists()
 
@@ -381,7 +382,10 @@ def test_a_finished_run_is_only_reported(folder: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     assert train.main(["--config", str(run / "config.yaml")]) == 0
     assert "finished before" in capsys.readouterr().out
-    assert {k: v for k, v in contents(run).items() if k != "report.md"} == before
+    changing = ("report.md", "origin.json")  # this copy lies elsewhere than the run that was copied
+    assert {k: v for k, v in contents(run).items() if k not in changing} == {
+        k: v for k, v in before.items() if k not in changing
+    }
 
 
 # --- data that was changed after training --------------------------------------------------------------------------

@@ -316,7 +316,7 @@ def test_the_remedy_of_a_finished_run_without_its_checkpoint_works(
     assert message.count("cannot be used") == 1
     assert f"delete {config.folder / 'result.json'}" in message
     (config.folder / "result.json").unlink()
-    command = message.partition("`python train.py ")[2].partition("`")[0].split()
+    command = message.partition("`mltfr train ")[2].partition("`")[0].split()
     assert train.main(command) == 0
     assert "holds the same weights" in capsys.readouterr().out
     assert mltfr(["evaluate", str(config.folder)]) == 0

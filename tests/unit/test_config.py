@@ -131,7 +131,7 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
             "mltfr.filter.strategy=best",
             "mltfr.filter.strategy",
             "'best'",
-            "'user_guided', 'random_tokens', 'direct'",
+            "strategies are user_guided, random_tokens, direct",
         ),
         ("mltfr.filter.top_k=1", "mltfr.filter", "top_k", "at least 2 with soft weights"),
         ("mltfr.filter.noise_steps=5", "mltfr.filter", "noise_steps", "give noise above 0"),

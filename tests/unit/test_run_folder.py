@@ -144,7 +144,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path, resume: bool
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no config\.yaml") as caught:
         load_config(tmp_path)
-    assert "train.py" in caught.value.remedy
+    assert "Name a run's folder" in caught.value.remedy
 
 
 def test_a_stored_configuration_of_another_version_is_an_error_that_names_the_file(

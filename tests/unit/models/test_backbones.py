@@ -195,7 +195,7 @@ def test_in_fp32_a_user_is_the_same_in_any_batch(name: str) -> None:
 
 @every
 def test_mltfr_joins_after_the_first_block_only(name: str) -> None:
-    model, item_ids = recommender(name), padded([[1, 2, 3], [4]])
+    model, item_ids = recommender.__wrapped__(name, False), padded([[1, 2, 3], [4]])
     backbone, seen = model.backbone, []
 
     def mltfr(x: Tensor, valid_mask: Tensor, ids: Tensor) -> tuple[Tensor, None]:
@@ -401,16 +401,15 @@ def test_explanations_are_made_where_ranking_reads() -> None:
 
 def test_cl4srec_ranks_as_sasrec_does() -> None:
     """The views are a matter of training: with the same weights, the scores are SASRec's."""
-    contrasting, plain = (
-        recommender("cl4srec").backbone,
-        backbone_class("sasrec")(BackboneConfig(hidden_dim=DIM), NUM_ITEMS, MAX_LEN),
-    )
-    state = contrasting.state_dict()
+    contrasting = recommender("cl4srec")
+    plain = backbone_class("sasrec")(BackboneConfig(hidden_dim=DIM), NUM_ITEMS, MAX_LEN)
+    state = contrasting.backbone.state_dict()
     plain.double().eval().load_state_dict(
         state | {"item_embedding.weight": state["item_embedding.weight"][: NUM_ITEMS + 1]}
     )
     item_ids = padded([[1, 2, 3], [4]])
-    torch.testing.assert_close(contrasting(item_ids)[0], plain(item_ids)[0])
+    found = Recommender(plain, None, LossConfig(), num_items=NUM_ITEMS).hidden(item_ids)[0]
+    torch.testing.assert_close(contrasting.hidden(item_ids)[0], found)
 
 
 # --- losses through the whole recommender ------------------------------------------------------------------------

@@ -41,10 +41,10 @@ def test_a_backbone_and_a_trial_show_their_result(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_names_what_goes_on_with_it(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", finished=False)
-    with pytest.raises(ConfigError, match=r"0 epochs.*train\.py --config \S+/run/config\.yaml`"):
+    with pytest.raises(ConfigError, match=r"0 epochs.*mltfr train --config \S+/run/config\.yaml`"):
         folder_report(run)
     backbone = make_run(run / "backbone", finished=False)
-    with pytest.raises(ConfigError, match=r"train\.py --config \S+/run/config\.yaml`"):
+    with pytest.raises(ConfigError, match=r"mltfr train --config \S+/run/config\.yaml`"):
         folder_report(backbone)
 
 
