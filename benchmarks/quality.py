@@ -29,7 +29,7 @@ from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.errors import ConfigError, MltfrError, fail
 from mltfr_dist.repairs import REPAIRS, as_published, without
 from mltfr_dist.resolve import resolve_config
-from mltfr_dist.schema import changed, nearest_key
+from mltfr_dist.schema import changed, or_nearest
 from mltfr_dist.tables.store import load_table
 from mltfr_dist.training.compare import BASELINES, baseline_result
 from mltfr_dist.training.inputs import load_inputs, model_spec
@@ -184,9 +184,8 @@ def variant(name: str) -> Variant:
         ConfigError: There is none.
     """
     if name not in VARIANTS:
-        near = nearest_key(name, list(VARIANTS))
         raise ConfigError(
-            f"There is no variant `{name}`" + (f"; the nearest is `{near}`." if near else "."),
+            f"There is no variant `{name}`{or_nearest(name, list(VARIANTS))}.",
             remedy=f"Variants: {', '.join(VARIANTS)}.",
         )
     return VARIANTS[name]

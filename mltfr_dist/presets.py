@@ -18,7 +18,7 @@ from mltfr_dist.config import (
 )
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.repairs import as_published
-from mltfr_dist.schema import changed, nearest_key
+from mltfr_dist.schema import changed, or_nearest
 
 PREPARATIONS = {
     Path("data/ml-100k"): "`make demo` prepares it, as does `mltfr prepare ml-100k data/ml-100k "
@@ -138,9 +138,8 @@ def preset(name: str) -> RunConfig:
         ConfigError: There is none; the nearest is named.
     """
     if name not in PRESETS:
-        near = nearest_key(name, list(PRESETS))
         raise ConfigError(
-            f"There is no preset `{name}`" + (f"; the nearest is `{near}`." if near else "."),
+            f"There is no preset `{name}`{or_nearest(name, list(PRESETS))}.",
             remedy=f"Presets: {', '.join(PRESETS)}.",
         )
     return PRESETS[name]()

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.schema import changed, nearest_key
+from mltfr_dist.schema import changed, or_nearest
 
 Scope = Literal["method", "backbone", "protocol"]
 
@@ -199,9 +199,8 @@ def without(config: RunConfig, name: str) -> RunConfig:
         ConfigError: No repair has that name; the nearest is named.
     """
     if name not in REPAIRS:
-        near = nearest_key(name, list(REPAIRS))
         raise ConfigError(
-            f"There is no repair `{name}`" + (f"; the nearest is `{near}`." if near else "."),
+            f"There is no repair `{name}`{or_nearest(name, list(REPAIRS))}.",
             remedy=f"Repairs: {', '.join(REPAIRS)}.",
         )
     return changed(config, REPAIRS[name].published, source=f"the variant without {name}")

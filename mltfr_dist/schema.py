@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -168,3 +168,9 @@ def nearest_key(path: str, valid: list[str]) -> str | None:
         leaf, [key.rpartition(".")[2] for key in valid], n=1, cutoff=0.6
     )
     return next((key for key in valid if by_leaf and key.rpartition(".")[2] == by_leaf[0]), None)
+
+
+def or_nearest(name: str, valid: Sequence[str]) -> str:
+    """What follows a name that is none of ``valid``: `; the nearest is ...`, or nothing."""
+    near = nearest_key(name, list(valid))
+    return f"; the nearest is `{near}`" if near else ""

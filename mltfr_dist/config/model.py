@@ -18,7 +18,7 @@ from mltfr_dist.schema import (
     Positive,
     Probability,
     Section,
-    nearest_key,
+    or_nearest,
 )
 from mltfr_dist.selectors import SELECTORS
 
@@ -27,18 +27,14 @@ TableContent = Literal["real", "random", "shuffled"]
 
 def _known_backbone(name: str) -> str:
     if name not in BACKBONES:
-        near = nearest_key(name, list(BACKBONES))
-        raise ValueError(
-            f"backbones are {', '.join(BACKBONES)}" + (f"; the nearest is {near}" if near else "")
-        )
+        raise ValueError(f"backbones are {', '.join(BACKBONES)}{or_nearest(name, list(BACKBONES))}")
     return name
 
 
 def _known_strategy(name: str) -> str:
     if name not in SELECTORS:
-        near = nearest_key(name, list(SELECTORS))
         raise ValueError(
-            f"strategies are {', '.join(SELECTORS)}" + (f"; the nearest is {near}" if near else "")
+            f"strategies are {', '.join(SELECTORS)}{or_nearest(name, list(SELECTORS))}"
         )
     return name
 

@@ -26,7 +26,7 @@ from mltfr_dist.errors import ConfigError
 from mltfr_dist.files import code_sha256, with_packaged
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
-from mltfr_dist.schema import nearest_key
+from mltfr_dist.schema import or_nearest
 
 FILE_KEYS = ("zero_optimization", "zero_force_ds_cpu_optimizer", "aio")
 """What a DeepSpeed file may hold."""
@@ -70,10 +70,9 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
                 remedy=f"Remove it there and set `{RUN_KEYS[key]}` in the run's configuration.",
             )
         if key not in FILE_KEYS:
-            near = nearest_key(key, list(FILE_KEYS))
             raise ConfigError(
                 f"`{key}` in {path} is not a key of a sharding file"
-                + (f"; the nearest is `{near}`." if near else "."),
+                f"{or_nearest(key, list(FILE_KEYS))}.",
                 rule="DeepSpeed would ignore it without a word.",
                 remedy=f"Remove or correct it; valid keys: {', '.join(FILE_KEYS)}.",
             )
@@ -89,10 +88,8 @@ def _check_keys(values: dict[str, Any], model: type[BaseModel], where: str, path
     fields = {(field.alias or name): field for name, field in model.model_fields.items()}
     for key, value in values.items():
         if key not in fields:
-            near = nearest_key(key, list(fields))
             raise ConfigError(
-                f"`{where}.{key}` in {path} is not a DeepSpeed key"
-                + (f"; the nearest is `{near}`." if near else "."),
+                f"`{where}.{key}` in {path} is not a DeepSpeed key{or_nearest(key, list(fields))}.",
                 rule="DeepSpeed would ignore it without a word.",
                 remedy="Remove or correct it.",
             )

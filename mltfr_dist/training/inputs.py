@@ -27,7 +27,7 @@ from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors import selector_class
 from mltfr_dist.presets import PREPARATIONS
-from mltfr_dist.schema import changed, nearest_key
+from mltfr_dist.schema import changed, or_nearest
 from mltfr_dist.spec import ModelSpec
 from mltfr_dist.tables.content import with_content
 from mltfr_dist.tables.seeds import seed_tables
@@ -182,10 +182,8 @@ def consensus_tables(config: MLTFRConfig, tables: Sequence[TokenTable]) -> list[
     names = [table.name for table in tables]
     for name in config.consensus.group:
         if name not in names:
-            near = nearest_key(name, names)
             raise ConfigError(
-                f"mltfr.consensus.group names `{name}`, which is no table of the run"
-                + (f"; the nearest is `{near}`." if near else "."),
+                f"mltfr.consensus.group names `{name}`, which is no table of the run{or_nearest(name, names)}.",
                 remedy=f"Tables: {', '.join(names)}.",
             )
     places = [names.index(name) for name in config.consensus.group or names]

@@ -15,7 +15,7 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.data.manifest import verify_folder
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.invocation import command
-from mltfr_dist.schema import field_paths, nearest_key, validate
+from mltfr_dist.schema import field_paths, or_nearest, validate
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import differing_fields, leaf_values, read_yaml
 from mltfr_dist.tuning.source import SWEEP
@@ -44,10 +44,9 @@ def check_space(sweep: SweepConfig, base: RunConfig) -> None:
     leaves = leaf_values(base)
     for key, domain in sweep.search.items():
         if key not in leaves:
-            near = nearest_key(key, [path for path in field_paths(RunConfig) if path in leaves])
+            fields = [path for path in field_paths(RunConfig) if path in leaves]
             raise ConfigError(
-                f"The searched key `{key}` is not a field of a run"
-                + (f"; the nearest is `{near}`." if near else "."),
+                f"The searched key `{key}` is not a field of a run{or_nearest(key, fields)}.",
                 remedy=f"Correct it; `{command('train')} --help all` lists every field.",
             )
         if key in SET_BY_THE_SWEEP:

@@ -11,7 +11,7 @@ from mltfr_dist.config.io import dump_yaml
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.files import packaged_names, with_packaged
 from mltfr_dist.resolve import merge_values, parse_override, resolve_config
-from mltfr_dist.schema import nearest_key, validate
+from mltfr_dist.schema import or_nearest, validate
 from mltfr_dist.training.origin import ORIGIN, origins
 from mltfr_dist.training.run_folder import read_yaml
 from mltfr_dist.tuning.space import SweepConfig, nested, typed_choices
@@ -45,10 +45,8 @@ def space_file(path: Path) -> Path:
         return with_packaged(path)
     names = packaged_names(f"{SPACES}/*.yaml")
     if path.name not in names:
-        near = nearest_key(path.name, names)
         raise ConfigError(
-            f"There is no file and no ready-made space `{path}`"
-            + (f"; the nearest is `{near}`." if near else "."),
+            f"There is no file and no ready-made space `{path}`{or_nearest(path.name, names)}.",
             remedy=f"Give a YAML file, or one of {', '.join(names)}.",
         )
     return with_packaged(SPACES / f"{path.name}.yaml")

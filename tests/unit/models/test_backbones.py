@@ -107,7 +107,7 @@ def test_the_registry_leads_to_a_backbone_that_cites_its_paper(name: str) -> Non
 def test_an_unknown_backbone_names_the_valid_ones() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"`backbone.name`: backbones are sasrec, .*; the nearest is sasrec .*'sasrek'",
+        match=r"`backbone.name`: backbones are sasrec, .*; the nearest is `sasrec` .*'sasrek'",
     ) as caught:
         validate(
             RunConfig,

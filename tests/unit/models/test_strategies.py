@@ -297,7 +297,7 @@ def test_an_unknown_strategy_names_the_valid_ones(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
         match="strategies are user_guided, random_tokens, direct, learned_prototypes, seed_words; "
-        "the nearest is random_tokens",
+        "the nearest is `random_tokens`",
     ):
         tiny_config(tmp_path, mltfr__filter={"strategy": "random"})
 
