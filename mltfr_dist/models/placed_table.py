@@ -52,10 +52,25 @@ class WholeTable(PlacedTable):
         raise NotImplementedError
 
 
-class ReplicatedTable(WholeTable):
-    """In the memory of this process, on the model's device."""
+class OwnTable(WholeTable):
+    """A table whose rows this process holds, searched without asking anybody."""
 
     rows: Tensor
+    """[V, D_m], wherever they are."""
+
+    def search(
+        self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
+    ) -> Tensor:
+        """[G, K] numbers of the rows of highest score for each query [G, D], best first."""
+        return search_rows(query, self.rows, project, num_kept, noise)[1]
+
+    def relevance(self, query: Tensor, project: Project) -> Tensor:
+        """[V] largest cosine of each row with any of the queries [G, D]."""
+        return row_relevance(query, self.rows, project)
+
+
+class ReplicatedTable(OwnTable):
+    """In the memory of this process, on the model's device."""
 
     def __init__(self, rows: Tensor, *, trained: bool = False) -> None:
         """Args: rows: [V, D_m]; trained: make them a parameter."""
@@ -75,23 +90,13 @@ class ReplicatedTable(WholeTable):
         """Rows ``row_ids`` [n] -> [n, D_m]."""
         return self.rows.index_select(0, row_ids)
 
-    def search(
-        self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
-    ) -> Tensor:
-        """[G, K] numbers of the rows of highest score for each query [G, D], best first."""
-        return search_rows(query, self.rows, project, num_kept, noise)[1]
-
-    def relevance(self, query: Tensor, project: Project) -> Tensor:
-        """[V] largest cosine of each row with any of the queries [G, D]."""
-        return row_relevance(query, self.rows, project)
-
     def cast(self, dtype: torch.dtype) -> None:
         """Bring frozen rows to ``dtype``."""
         if not self.trained:
             self.rows = self.rows.to(dtype)
 
 
-class MappedTable(WholeTable):
+class MappedTable(OwnTable):
     """Read from its file where it is used: all processes of a node share the pages of one physical copy."""
 
     like: Tensor
@@ -111,16 +116,6 @@ class MappedTable(WholeTable):
     def take(self, row_ids: Tensor) -> Tensor:
         """Rows ``row_ids`` [n] -> [n, D_m]."""
         return self.rows.index_select(0, row_ids.cpu()).to(self.like)
-
-    def search(
-        self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
-    ) -> Tensor:
-        """[G, K] numbers of the rows of highest score for each query [G, D], best first."""
-        return search_rows(query, self.rows, project, num_kept, noise)[1]
-
-    def relevance(self, query: Tensor, project: Project) -> Tensor:
-        """[V] largest cosine of each row with any of the queries [G, D]."""
-        return row_relevance(query, self.rows, project)
 
     def cast(self, dtype: torch.dtype) -> None:
         """Note the format; rows are brought to it where they are used."""
