@@ -216,6 +216,7 @@ def meeting_place(host: str, environment: dict[str, str]) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_the_interface_that_is_named_and_not_the_one_of_the_hosts_name(
     two_networks: tuple[str, str], tmp_path: Path
 ) -> None:

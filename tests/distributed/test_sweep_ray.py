@@ -161,6 +161,7 @@ def small_disk(size: str) -> Iterator[Path]:
         place.rmdir()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_temporary_folder_that_fills_up_loses_nothing(tmp_path: Path) -> None:
     path = a_space(tmp_path, 40)

@@ -54,6 +54,7 @@ def test_every_backbone_and_loss_is_the_same_at_any_division(folder: Path) -> No
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_prefixes_are_the_same_at_any_division(folder: Path) -> None:
     one, two = findings(WORKER, "padded", folder, 1), findings(WORKER, "padded", folder, 2)
     for name in ("fmlp", "bsarec", "linrec", "sasrec", "cl4srec"):

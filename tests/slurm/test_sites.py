@@ -160,15 +160,17 @@ def test_one_task_of_an_array_is_signalled_and_then_all_cancelled(
     assert "requeued" not in slurm.log(ids[1 - shared])
 
 
+@pytest.mark.slow
 def test_the_signal_before_the_time_limit_comes_in_a_validation(
     slurm: Slurm,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     """It is heeded within a batch; the requeued job validates from the start, to the same digits."""
-    write_data(tmp_path, num_users=8000, longest=11)  # no history is cut in two
+    write_data(tmp_path, num_users=4000, longest=11)  # no history is cut in two
     write_table(tmp_path / "tables", "first", num_rows=90, dim=12, seed=1)
     write_table(tmp_path / "tables", "second", num_rows=70, dim=20, seed=2)
     settings: dict[str, Any] = {
+        "mltfr__enabled": False,
         "training__epochs": 1,
         "training__global_batch_size": 1024,
         "evaluation__batch_size": 1,
