@@ -6,16 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import REPOSITORY, missing_for_slurm, run_ranks, write_data, write_table
+from support import REPOSITORY, missing_for_slurm
 from test_slurm import Slurm, inputs, num_lines, slurm, written  # noqa: F401  # fixtures
-
-from mltfr_dist.config import RunConfig
-from mltfr_dist.training.run_folder import load_result
 
 pytestmark = [
     pytest.mark.integration,
@@ -158,54 +154,3 @@ def test_one_task_of_an_array_is_signalled_and_then_all_cancelled(
     slurm.wait("it is gone", lambda: not slurm.command("squeue", "--noheader"))
     assert processes(path) == ""
     assert "requeued" not in slurm.log(ids[1 - shared])
-
-
-@pytest.mark.slow
-def test_the_signal_before_the_time_limit_comes_in_a_validation(
-    slurm: Slurm,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    """It is heeded within a batch; the requeued job validates from the start, to the same digits."""
-    write_data(tmp_path, num_users=4000, longest=11)  # no history is cut in two
-    write_table(tmp_path / "tables", "first", num_rows=90, dim=12, seed=1)
-    write_table(tmp_path / "tables", "second", num_rows=70, dim=20, seed=2)
-    settings: dict[str, Any] = {
-        "mltfr__enabled": False,
-        "training__epochs": 1,
-        "training__global_batch_size": 1024,
-        "evaluation__batch_size": 1,
-        "backbone__dropout": 0.0,
-    }
-    config, path = written(tmp_path, "validated", **settings)
-    steps = steps_of_an_epoch(config)
-    job = slurm.train(path, "--cpus-per-task=2")
-    slurm.wait("the epoch is over", lambda: num_updates(config) == steps)
-    began = time.monotonic()
-    slurm.command("scancel", "--batch", "--signal=USR1", job)  # what `--signal=B:USR1@10` sends
-    slurm.wait("it is requeued", lambda: "requeued" in slurm.log(job), 10)
-    print(f"saved and requeued within {time.monotonic() - began:.1f} s")
-    said = slurm.rank_log(job, "start0")
-    assert "in the midst of ranking the valid split" in said
-    slurm.wait("it ends", lambda: load_result(config.folder) is not None)
-    slurm.wait("it is gone", lambda: not slurm.command("squeue", "--noheader"))
-    assert processes(path) == ""
-
-    whole, path = written(tmp_path, "undisturbed", **settings)
-    run_ranks(2, REPOSITORY / "train.py", "--config", str(path))
-    found, expected = load_result(config.folder), load_result(whole.folder)
-    assert found is not None
-    assert expected is not None
-    assert (found.valid, found.test) == (expected.valid, expected.test)
-
-
-def num_updates(config: RunConfig) -> int:
-    metrics = config.folder / "metrics.jsonl"
-    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []  # whole ones
-    return sum(json.loads(line)["kind"] == "step" for line in lines)
-
-
-def steps_of_an_epoch(config: RunConfig) -> int:
-    from mltfr_dist.data.manifest import load_manifest
-
-    sequences = load_manifest(config.data.path).splits["train"].num_sequences
-    return -(-sequences // config.training.global_batch_size)
