@@ -96,7 +96,9 @@ class UserGuided(Selector):
         if self.shortlist is not None:
             rows, row_ids = self.shortlist.candidates(table), self.shortlist.row_ids
             return self.select(query, rows, row_ids, self.noise(keys, row_ids))
-        noise = self.noise(keys, torch.arange(table.num_rows, device=query.device))
+        noise = None
+        if self.config.noise:
+            noise = self.noise(keys, torch.arange(table.num_rows, device=query.device))
         with torch.no_grad():
             found = table.search(query, self.project, self.num_kept, noise)  # [G, K]
         row_ids, kept = torch.unique(found, return_inverse=True)
