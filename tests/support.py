@@ -22,7 +22,7 @@ from mltfr_dist.config import (
     RunConfig,
     TableConfig,
 )
-from mltfr_dist.data.prepare import prepare
+from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.recommender import Recommender

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mltfr_dist.data.batch import SequenceBatch, lengths
-from mltfr_dist.data.stream import StepBatches
+from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.models.consensus import State

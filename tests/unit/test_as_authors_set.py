@@ -12,8 +12,9 @@ from support import REPOSITORY, new_mltfr, tiny_config
 from torch.nn import functional as F
 
 from mltfr_dist.config import BackboneConfig, RunConfig
-from mltfr_dist.data.shards import load_manifest, read_shard
-from mltfr_dist.data.stream import Part, TrainStream
+from mltfr_dist.data.shards.manifest import load_manifest
+from mltfr_dist.data.shards.reader import read_shard
+from mltfr_dist.data.stream.training import BatchLayout, TrainStream
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.sasrec_original import OriginalBlock, OriginalSASRec
@@ -52,7 +53,7 @@ def test_training_on_all_but_the_last_item(tmp_path: Path) -> None:
     config = tiny_config(
         tmp_path, data__train_on="train_and_valid", evaluation__select_on="test", data__max_len=20
     )
-    stream: TrainStream = train_stream(config, Part(0, 1, 32, 32))
+    stream: TrainStream = train_stream(config, BatchLayout(0, 1, 32, 32))
     manifest = load_manifest(config.data.path)
     expected = set()
     for info in manifest.splits["valid"].shards:  # a history and its validation target
