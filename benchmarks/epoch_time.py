@@ -46,7 +46,7 @@ def config_for(options: argparse.Namespace, variant: str) -> RunConfig:
 def seconds(engine: Engine, config: RunConfig, epoch: int, max_steps: int) -> tuple[float, int]:
     """Wall time of an epoch's updates (at most ``max_steps``), data included."""
     started, done = time.perf_counter(), 0
-    for step, batches in enumerate(train_stream(config, engine.part).epoch(epoch)):
+    for step, batches in enumerate(train_stream(config, engine.layout).epoch(epoch)):
         if step == max_steps:
             break
         engine.update(batches, step)

@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace) -> None:
     model = build_model(config, load_inputs(config, verify=False), ranks, with_consensus=False)
     engine = Engine(model, config, ranks, batch_layout(config, ranks), 1)
     started, times = 0.0, []
-    stream = train_stream(config, engine.part)
+    stream = train_stream(config, engine.layout)
     for step, batches in enumerate(
         islice(chain.from_iterable(map(stream.epoch, count())), options.steps + 2)
     ):

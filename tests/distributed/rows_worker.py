@@ -147,7 +147,7 @@ def gradients(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     for name, stage, micro in (("zero1", 1, None), ("zero3", 3, None), ("accumulated", 2, 4)):
         config = sparse(folder, stage)
         engine = make_engine(config, ranks, micro)
-        batches = next(train_stream(config, engine.part).epoch(0))
+        batches = next(train_stream(config, engine.layout).epoch(0))
         whole = next(train_stream(config, BatchLayout(0, 1, 32, 32)).epoch(0))
         plain = build_model(
             no_dropout(folder, stage, **SAMPLED), load_inputs(config), with_consensus=False

@@ -47,7 +47,7 @@ def no_dropout(folder: Path, stage: int, **changes: object) -> RunConfig:
 
 def steps(engine: Engine, config: RunConfig, ranks: Ranks, start: int, end: int) -> list[float]:
     """Losses of steps start..end-1."""
-    stream = train_stream(config, engine.part)
+    stream = train_stream(config, engine.layout)
     per_epoch = stream.steps_per_epoch
     losses = []
     for step in range(start, end):
@@ -249,7 +249,7 @@ def fisher(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         )
     for stage in (1, 3):
         engine = make_engine(no_dropout(folder, stage), ranks)
-        stream = train_stream(config, engine.part)
+        stream = train_stream(config, engine.layout)
         batches = (b for step in islice(stream.epoch(0), 2) for b in step.micro_batches)
         found[f"zero{stage}"] = flat(fisher_diagonals(engine.module, batches, ranks, 50))
         before = whole_parameters(engine)
