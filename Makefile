@@ -17,7 +17,7 @@ endif
 # A free port for each launch, so that two runs on one machine do not meet.
 PORT = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
-.PHONY: quick demo sweep-demo test integration lint bench gpu-check clean help
+.PHONY: quick demo sweep-demo test integration lint docs bench gpu-check clean help
 
 # What is typed next; a recipe runs in a shell of its own and cannot activate anything for the one it was typed in.
 define NEXT
@@ -55,6 +55,9 @@ lint: $(BIN)/.ready  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(BIN)/.ready  ## the documentation as a site in .site/html, with a reference from the docstrings; a warning is an error
+	$(BIN)/python docs/build.py
 
 bench: $(BIN)/.ready data/.demo-ready  ## measure what an epoch costs, as ratios within one run
 	$(BIN)/python benchmarks/epoch_time.py --data data/ml-100k --tables data/tables
