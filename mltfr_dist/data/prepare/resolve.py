@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,12 +21,13 @@ def resolve(
     config: PrepareConfig,
     packages_dir: str | Path | None,
     workspace: Workspace,
+    frames: Mapping[str, object] = {},
 ) -> tuple[Source, PrepareConfig]:
     """The files to read, and the configuration with a named set's columns and titles filled in."""
     if len(places) == 1 and places[0] in sources.NAMED_SETS:
         return _named(places[0], config, packages_dir)
     try:
-        return _gathered(places, output, config, workspace)
+        return _gathered(places, output, config, workspace, frames)
     except DataError:
         shutil.rmtree(workspace.fetched, ignore_errors=True)
         with suppress(OSError):  # it holds more
@@ -35,7 +36,11 @@ def resolve(
 
 
 def _gathered(
-    places: Sequence[str], output: Path, config: PrepareConfig, workspace: Workspace
+    places: Sequence[str],
+    output: Path,
+    config: PrepareConfig,
+    workspace: Workspace,
+    frames: Mapping[str, object],
 ) -> tuple[Source, PrepareConfig]:
     """The files of ``places``, all of one format, and the configuration with that format."""
     found = gather(
@@ -46,6 +51,7 @@ def _gathered(
         output=output,
         copies=workspace.fetched,
         log=workspace.log,
+        frames=frames,
     )
     formats = {sources.detect_format(file.as_input(), config.format) for file in found.files}
     if len(formats) > 1:
