@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from mltfr_dist.config import PrepareConfig
@@ -12,7 +10,7 @@ from mltfr_dist.data.prepare.workspace import Workspace
 from mltfr_dist.data.sources import read as sources
 from mltfr_dist.data.sources.gather import Source, gather
 from mltfr_dist.data.sources.inputs import given_file
-from mltfr_dist.errors import DataError
+from mltfr_dist.errors import ConfigError, DataError
 
 
 def resolve(
@@ -28,10 +26,8 @@ def resolve(
         return _named(places[0], config, packages_dir)
     try:
         return _gathered(places, output, config, workspace, frames)
-    except DataError:
-        shutil.rmtree(workspace.fetched, ignore_errors=True)
-        with suppress(OSError):  # it holds more
-            workspace.temporary.rmdir()
+    except (ConfigError, DataError):
+        workspace.drop_fetched()
         raise
 
 

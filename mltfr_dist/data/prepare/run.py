@@ -31,7 +31,7 @@ from mltfr_dist.data.shards.manifest import (
 )
 from mltfr_dist.data.sources import remote
 from mltfr_dist.data.sources.gather import Source
-from mltfr_dist.errors import DataError
+from mltfr_dist.errors import ConfigError, DataError, MltfrError
 from mltfr_dist.progress import say
 
 
@@ -79,7 +79,7 @@ def prepare(
             workspace.check_places()
         found, config = resolve(places, output, config, packages_dir, workspace, frames)
         info, recorded = found.info(), _recorded(config)
-        if _is_reusable(output, info, recorded):
+        if _is_reusable(workspace, info, recorded):
             manifest = verify_folder(output)
             workspace.remove()
             log(
@@ -109,11 +109,11 @@ def _prepared(
     info: SourceInfo,
 ) -> Manifest:
     """:func:`run_steps` on the workspace's database; where the input is bad, nothing of it stays."""
-    bad_input: DataError | None = None
+    bad_input: MltfrError | None = None
     with workspace.database() as connection:
         try:
             return run_steps(connection, found, workspace, config, recorded, info)
-        except DataError as error:
+        except (ConfigError, DataError) as error:
             if is_full(error):
                 raise
             bad_input = error
@@ -163,15 +163,20 @@ def _recorded(config: PrepareConfig) -> PrepareConfig:
     return config.model_copy(update={"titles": Path(config.titles.name) if config.titles else None})
 
 
-def _is_reusable(output: Path, info: SourceInfo, recorded: PrepareConfig) -> bool:
-    """Whether ``output`` holds this data; False if there is none.
+def _is_reusable(workspace: Workspace, info: SourceInfo, recorded: PrepareConfig) -> bool:
+    """Whether the output holds this data; False if there is none.
 
     Raises:
-        DataError: it holds something else, which is never overwritten.
+        DataError: it holds something else, which is never overwritten; no copies stay.
     """
+    output = workspace.output
     if not holds_data(output):
         return False
-    _refuse_other(load_manifest(output), str(output), info, recorded)
+    try:
+        _refuse_other(load_manifest(output), str(output), info, recorded)
+    except DataError:
+        workspace.drop_fetched()
+        raise
     return True
 
 
