@@ -46,9 +46,7 @@ class ItemMap:
         """
         raw_ids = _as_texts(history)
         if not raw_ids:
-            raise DataError(
-                "The history is empty.", remedy="Give at least one item: --history ID,ID,..."
-            )
+            raise DataError("The history is empty.", remedy="Give at least one item id.")
         numbers = {raw: index for index, raw in enumerate(self.ids) if index}
         unknown = [raw for raw in raw_ids if raw not in numbers]
         if unknown:
@@ -128,7 +126,7 @@ class Ranker:
             raise DataError(
                 f"k is {k!r}; there are {num_items} items.",
                 rule="k lies in 1..number of items.",
-                remedy="Change --k.",
+                remedy="Give another k.",
             )
         scores = self.scores([history])[0]
         if not keep_seen:
