@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import REPOSITORY, clean_environment, tiny_config, write_data
+from support import REPOSITORY, clean_environment, run_ranks, tiny_config, write_data
 
 import mltfr_dist
 from mltfr_dist import (
@@ -33,6 +33,7 @@ from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.errors import CheckpointError, ConfigError, DataError, MltfrError, StoppedError
 from mltfr_dist.library.words import as_call
 from mltfr_dist.presets import PRESETS
+from mltfr_dist.schema import changed
 from mltfr_dist.training.fit import fit as train
 from mltfr_dist.training.run_folder import dump_config
 
@@ -309,6 +310,57 @@ def test_a_run_and_its_export_are_used_alike(fitted: Any, tmp_path: Path) -> Non
     assert run.evaluate() == fitted.test
     assert run.evaluate("valid") == fitted.valid
     assert fitted.load().recommend(["i1"], 3) == everything[:3]
+
+
+WITHOUT_DEEPSPEED = """
+import importlib.abc, sys
+
+class Refused(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("deepspeed", "duckdb", "pandas", "ray"):
+            raise ImportError(f"{name} is refused here")
+
+sys.meta_path.insert(0, Refused())
+from mltfr_dist import load_exported
+print(*(found.item_id for found in load_exported(sys.argv[1]).recommend(["i1", "i2"], 5)))
+"""
+
+
+def test_an_export_needs_little(fitted: Any, tmp_path: Path) -> None:
+    export(fitted.folder, tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DEEPSPEED, str(tmp_path / "model")],
+        env=clean_environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    best = load_run(fitted.folder).recommend(["i1", "i2"], 5)
+    assert done.stdout.split() == [found.item_id for found in best]
+
+
+ON_RANKS = """
+import sys
+from mltfr_dist import fit
+for name in ("first", "second"):
+    run = fit(sys.argv[1], {"name": name})
+    print(f"{name} {run.test}")
+"""
+
+
+def test_every_rank_of_a_launched_script_calls_it(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "train_mine.py").write_text(ON_RANKS)
+    overrides = {"runs_dir": tmp_path / "runs", "name": "second"}
+    (tmp_path / "mine.yaml").write_text(
+        dump_config(changed(config, {"runs_dir": str(tmp_path / "runs")}, source="a test"))
+    )
+    out = run_ranks(2, tmp_path / "train_mine.py", str(tmp_path / "mine.yaml"))
+    lines = [line for line in out.splitlines() if line.startswith(("first {", "second {"))]
+    assert len(lines) == 4
+    assert len({line.partition(" ")[2] for line in lines}) == 1, "equal on both ranks, and runs"
+    assert str(load_run(tmp_path / "runs" / "second").evaluate()) in lines[-1]
+    assert fit(config, overrides).results[-1].world_size == 2, "finished: only reported"
 
 
 def test_ids_that_are_numbers(tmp_path: Path) -> None:
