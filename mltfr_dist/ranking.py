@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,6 +35,11 @@ class ItemMap:
     listed_in: str
     """File that lists the ids, for messages."""
 
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Raw id to 1..num_items."""
+        return {raw: index for index, raw in enumerate(self.ids) if index}
+
     def name(self, item: int) -> str:
         """Title where there is one, raw id otherwise."""
         return self.titles[item] or self.ids[item]
@@ -47,10 +53,9 @@ class ItemMap:
         raw_ids = _as_texts(history)
         if not raw_ids:
             raise DataError("The history is empty.", remedy="Give at least one item id.")
-        numbers = {raw: index for index, raw in enumerate(self.ids) if index}
-        unknown = [raw for raw in raw_ids if raw not in numbers]
+        unknown = [raw for raw in raw_ids if raw not in self.numbers]
         if unknown:
-            near = nearest_key(unknown[0], list(numbers))
+            near = nearest_key(unknown[0], list(self.numbers))
             raise DataError(
                 f"Unknown item id{'s' if len(unknown) > 1 else ''} "
                 + ", ".join(unknown[:ECHOED_ITEMS])
@@ -60,7 +65,7 @@ class ItemMap:
                 f"({self.listed_in} lists them).",
                 remedy="Leave them out or correct them.",
             )
-        return [numbers[raw] for raw in raw_ids]
+        return [self.numbers[raw] for raw in raw_ids]
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Ranker:
             histories: Raw item ids, oldest first; the last ``max_len`` of each are read.
 
         Returns:
-            [B, num_items + 1], column = index in ``item_ids``; -inf in column 0.
+            [B, num_items + 1] on the CPU, column = index in ``item_ids``; -inf in column 0.
 
         Raises:
             DataError: No histories, an empty one, or an id that the model does not know.
@@ -105,7 +110,7 @@ class Ranker:
         item_ids = torch.full((len(recent), max(map(len, recent))), PADDING_IDX)  # [B, L]
         for row, numbers in zip(item_ids, recent, strict=True):
             row[: len(numbers)] = torch.tensor(numbers)
-        return ranked(self.model, item_ids)
+        return ranked(self.model, item_ids).cpu()
 
     def recommend(
         self, history: Sequence[ItemId], k: int = 10, *, keep_seen: bool = False

@@ -34,9 +34,10 @@ def process_as_it_was() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: not one of Python's, which cannot be set again
+                signal.signal(number, handler)
         if not launched:
-            _leave_group()
+            leave_group()
             _restore(environment)
         torch.set_num_threads(threads)
 
@@ -47,7 +48,7 @@ def _restore(environment: dict[str, str]) -> None:
     os.environ.update(environment)
 
 
-def _leave_group() -> None:
+def leave_group() -> None:
     """End the group of this one process, and let DeepSpeed forget it: it would use it again."""
     if not dist.is_initialized():
         return

@@ -29,6 +29,7 @@ from mltfr_dist import (
     prepare,
     preset,
 )
+from mltfr_dist.distributed.guest import leave_group
 from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.errors import CheckpointError, ConfigError, DataError, MltfrError, StoppedError
 from mltfr_dist.library.words import as_call
@@ -134,12 +135,7 @@ def state() -> dict[str, object]:
 @pytest.fixture
 def own_process() -> Iterator[None]:
     """No process group of tests before."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-        import deepspeed
-
-        deepspeed.comm.comm.cdb = None
-        deepspeed.utils.groups._WORLD_GROUP = None
+    leave_group()
     yield
     stop_ranks()
 
