@@ -87,9 +87,12 @@ def parse_override(text: str) -> dict[str, Any]:
             remedy="Add the `=`.",
         )
     try:
-        nested: Any = load_yaml(value)
+        return nested(key, load_yaml(value))
     except yaml.YAMLError:
-        nested = value
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    return nested  # type: ignore[no-any-return]
+        return nested(key, value)
+
+
+def nested(key: str, value: object) -> dict[str, Any]:
+    """`a.b` and a value to ``{"a": {"b": value}}``."""
+    first, _, rest = key.partition(".")
+    return {first: nested(rest, value) if rest else value}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from mltfr_dist.cli.fields import section_from
@@ -23,6 +22,7 @@ SETS = Path("data/sets")
 def command_prepare(options: argparse.Namespace) -> None:
     """Interactions to shards."""
     from mltfr_dist.data.prepare.run import prepare
+    from mltfr_dist.data.sources.fetch import known_set
 
     config, resources = (
         section_from(PrepareConfig, options),
@@ -32,34 +32,10 @@ def command_prepare(options: argparse.Namespace) -> None:
         raise ConfigError(
             "The output is a folder, and cannot be standard output.", remedy="Name a folder."
         )
-    sources, config = _known_set(options, config)
+    sources, config = known_set(
+        options.sources, config, download=options.download, folder=options.sets
+    )
     prepare(sources, options.output, config, resources=resources, packages_dir=options.packages)
-
-
-def _known_set(
-    options: argparse.Namespace, config: PrepareConfig
-) -> tuple[Sequence[str], PrepareConfig]:
-    """What to prepare: a public set's files and format in place of its name."""
-    from mltfr_dist.data.sources.fetch import use_set
-    from mltfr_dist.data.sources.public_sets import PUBLIC_SETS
-    from mltfr_dist.data.sources.read import NAMED_SETS
-
-    name = options.sources[0]
-    is_set = len(options.sources) == 1 and name in PUBLIC_SETS
-    if is_set and Path(name).exists():
-        raise ConfigError(
-            f"`{name}` is a public set, and a path here.",
-            remedy=f"Give `./{name}` for the path, or work in another folder for the set.",
-        )
-    if options.download and not is_set:
-        raise ConfigError(
-            f"--download is given for {', '.join(options.sources)}, which is no public set.",
-            remedy=f"The public sets are: {', '.join(PUBLIC_SETS)}.",
-        )
-    if not is_set or (name in NAMED_SETS and not options.download):
-        return options.sources, config
-    path, config = use_set(name, options.sets, config, download=options.download)
-    return [path], config
 
 
 def command_fetch(options: argparse.Namespace) -> None:

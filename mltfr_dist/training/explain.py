@@ -14,7 +14,7 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.tables.store import TokenTable
 from mltfr_dist.training.inputs import Inputs, ranking_stream
-from mltfr_dist.training.items import ItemMap
+from mltfr_dist.training.items import load_items
 from mltfr_dist.training.markdown import code, plain
 
 SAMPLE_USERS = 5
@@ -76,7 +76,7 @@ class TokenSample:
         (batch,) = islice(ranking_stream(config, "valid", alone), 1)
         item_ids = batch.item_ids[:SAMPLE_USERS].to(ranks.device)
         item_ids = item_ids[(item_ids != PADDING_IDX).any(1)]
-        names, last_items = ItemMap.load(config), []
+        names, last_items = load_items(config), []
         for history, length in zip(item_ids.tolist(), lengths(item_ids).tolist(), strict=True):
             shown = history[max(0, length - SHOWN_ITEMS) : length]
             last_items.append("; ".join(names.name(item) for item in shown))

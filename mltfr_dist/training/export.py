@@ -17,12 +17,13 @@ from mltfr_dist.exported import (
     ITEMS,
     MODEL,
     TABLES,
+    TITLES,
     ExportInfo,
     load_exported,
-    ranked,
 )
 from mltfr_dist.files import file_sha256, save_tensors
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.ranking import ranked
 from mltfr_dist.training.inference import LoadedRun, load_run
 from mltfr_dist.training.inputs import model_spec
 
@@ -77,6 +78,8 @@ def write_files(loaded: LoadedRun, folder: Path) -> ExportInfo:
     if inputs.item_features is not None:
         save_tensors({FEATURES: inputs.item_features}, folder / ITEM_TOKENS)
     (folder / ITEMS).write_text(json.dumps(loaded.items.ids) + "\n")
+    if any(loaded.items.titles):
+        (folder / TITLES).write_text(json.dumps(loaded.items.titles) + "\n")
     return ExportInfo(
         mltfr_dist=__version__,
         spec=model_spec(config, inputs, with_consensus=has_consensus(model)).model_copy(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -47,7 +47,12 @@ from mltfr_dist.training.stages import fit_model
 
 
 def fit(
-    config: RunConfig, *, resume: bool = True, verify: bool = True, read_test: bool = True
+    config: RunConfig,
+    *,
+    resume: bool = True,
+    verify: bool = True,
+    read_test: bool = True,
+    watch: bool = True,
 ) -> list[Result]:
     """Train and compare as ``config`` says; all ranks must call.
 
@@ -60,6 +65,7 @@ def fit(
         verify: Whether data and tables are compared with their recorded hashes; False where the caller has done so.
         read_test: False leaves the test split unread and report.md unwritten, as a trial of a sweep does; the same run
             started again with True reads it then.
+        watch: Whether a hang ends this process; a program that only uses this one may not want to.
 
     Returns:
         Outcomes in the report's order, the configured model last.
@@ -67,7 +73,8 @@ def fit(
     Raises:
         MltfrError: Bad input, or the run was asked to stop, or lost a rank.
     """
-    with watched(expected_rank(), config.training.hang_seconds), lost_ranks_told():
+    watchdog = watched(expected_rank(), config.training.hang_seconds) if watch else nullcontext()
+    with watchdog, lost_ranks_told():
         ranks = start_ranks(config.training.threads)
         watch_neighbours(ranks)
         with stop_signals():

@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import Ranks, start_ranks
 from mltfr_dist.distributed.sending import send_text
-from mltfr_dist.errors import CheckpointError, DamagedError, DataError
+from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError
 from mltfr_dist.invocation import train_command
-from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.schema import nearest_key
-from mltfr_dist.training.evaluate import evaluate, mask_seen
+from mltfr_dist.ranking import Ranker
+from mltfr_dist.training.evaluate import evaluate
 from mltfr_dist.training.explain import TableView, explain
 from mltfr_dist.training.inputs import (
     Inputs,
@@ -26,7 +24,7 @@ from mltfr_dist.training.inputs import (
     load_model,
     ranking_stream,
 )
-from mltfr_dist.training.items import ItemMap
+from mltfr_dist.training.items import load_items
 from mltfr_dist.training.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -38,18 +36,29 @@ from mltfr_dist.training.run_folder import (
 from mltfr_dist.training.tracking import STAGES
 
 ECHOED_ITEMS = 10
-"""Items of a history, or unknown ids, that a text names."""
+"""Items of a history that a text names."""
+
+SPLITS = ("valid", "test")
 
 
 @dataclass(frozen=True)
-class LoadedRun:
+class LoadedRun(Ranker):
     """A finished run, its chosen model in memory."""
 
     config: RunConfig
     inputs: Inputs
-    model: Recommender
-    items: ItemMap
     device: torch.device
+
+    def evaluate(self, split: str = "test") -> dict[str, float]:
+        """The metrics of the chosen model on a split, as the run reported them; in one process.
+
+        Args:
+            split: "valid" or "test".
+
+        Raises:
+            ConfigError: Another split.
+        """
+        return evaluate_model(self, split, Ranks(0, 1, self.device))
 
 
 def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
@@ -81,7 +90,7 @@ def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
             f"{command(folder)}: it then chooses the best of the checkpoints that are left, and "
             "says which.",
         ) from None
-    return LoadedRun(config, inputs, model, ItemMap.load(config), ranks.device)
+    return LoadedRun(model, load_items(config), config.data.max_len, config, inputs, ranks.device)
 
 
 def command(folder: Path) -> str:
@@ -112,84 +121,30 @@ def evaluate_run(folder: str | Path, split: str, ranks: Ranks | None = None) -> 
         ranks: All processes; None: those that a launcher started, or this one alone.
     """
     ranks = ranks or start_ranks()
-    run = load_run(folder, ranks)
+    return evaluate_model(load_run(folder, ranks), split, ranks)
+
+
+def evaluate_model(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]:
+    """The metrics of a run's chosen model. All ranks must call.
+
+    Raises:
+        ConfigError: There is no such split.
+    """
+    if split not in SPLITS:
+        raise ConfigError(
+            f"There is no split `{split}` to evaluate on.", remedy=f"Give {' or '.join(SPLITS)}."
+        )
     return evaluate(
         run.model, ranking_stream(run.config, split, ranks), run.config.evaluation, ranks
     )
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """One recommended item."""
-
-    item_id: str
-    title: str | None
-    score: float
-
-
-def recommend(
-    run: LoadedRun, history: Sequence[str], *, k: int, keep_seen: bool = False
-) -> list[Recommendation]:
-    """The ``k`` items of highest score after a history.
-
-    Args:
-        run: From :func:`load_run`.
-        history: Raw item ids, oldest first.
-        k: Items to return.
-        keep_seen: Whether items of the history may come again.
-
-    Raises:
-        DataError: An id that the run's data does not hold, an empty history, or a ``k`` out of range.
-    """
-    item_ids = encode_history(run, history)
-    num_items = run.inputs.manifest.num_items
-    if not 1 <= k <= num_items:
-        raise DataError(
-            f"k is {k}; there are {num_items} items.",
-            rule="k lies in 1..number of items.",
-            remedy="Change --k.",
-        )
-    seen = torch.zeros(0, dtype=torch.int64) if keep_seen else torch.tensor(item_ids)
-    recent = torch.tensor([item_ids[-run.config.data.max_len :]])
-    batch = RankingBatch(
-        recent, torch.zeros(1, dtype=torch.int64), torch.zeros_like(seen), seen
-    ).to(run.device)
-    with torch.no_grad():
-        scores = mask_seen(run.model(batch), batch)[0]
-    best = scores.topk(min(k, int(torch.isfinite(scores).sum())))
-    return [
-        Recommendation(run.items.ids[item], run.items.titles[item], score)
-        for item, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
-
-
-def encode_history(run: LoadedRun, history: Sequence[str]) -> list[int]:
-    """Raw item ids to 1..num_items."""
-    numbers = {raw: index for index, raw in enumerate(run.items.ids) if index}
-    if not history:
-        raise DataError(
-            "The history is empty.", remedy="Give at least one item: --history ID,ID,..."
-        )
-    unknown = [raw for raw in history if raw not in numbers]
-    if unknown:
-        near = nearest_key(unknown[0], list(numbers))
-        raise DataError(
-            f"Unknown item id{'s' if len(unknown) > 1 else ''} "
-            + ", ".join(unknown[:ECHOED_ITEMS])
-            + (f" and {len(unknown) - ECHOED_ITEMS} more" * (len(unknown) > ECHOED_ITEMS))
-            + (f"; the nearest is {near}." if near else "."),
-            rule=f"Ids are those of the raw data that preparation kept ({run.config.data.path}/items.parquet lists them).",
-            remedy="Leave them out or correct them.",
-        )
-    return [numbers[raw] for raw in history]
 
 
 def recommendation_text(
     run: LoadedRun, history: Sequence[str], *, k: int, explain: bool, keep_seen: bool
 ) -> str:
     """What `mltfr recommend` prints."""
-    found = recommend(run, history, k=k, keep_seen=keep_seen)
-    lines = [history_line(run, encode_history(run, history)), ""]
+    found = run.recommend(history, k, keep_seen=keep_seen)
+    lines = [history_line(run, run.items.encode(history)), ""]
     if found:
         lines.append(f"{'rank':>4}  {'score':>8}  {'item':<10}  title")
     for rank, item in enumerate(found, 1):
@@ -221,9 +176,7 @@ def explanation_lines(run: LoadedRun, history: Sequence[str]) -> list[str]:
     """Kept tokens per table and gate weights for a history."""
     if run.model.mltfr is None:
         return ["This run is a bare backbone: no token tables."]
-    item_ids = torch.tensor(
-        [encode_history(run, history)[-run.config.data.max_len :]], device=run.device
-    )
+    item_ids = torch.tensor([run.items.encode(history)[-run.max_len :]], device=run.device)
     views: list[TableView] = explain_views(run, item_ids)
     lines = [
         "What the token filter keeps for this history, and how much the router listens to each table:"

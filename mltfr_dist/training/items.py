@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,35 +11,25 @@ import torch
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.shards.manifest import ITEMS_NAME, read_manifest, read_map
 from mltfr_dist.errors import ConfigError
+from mltfr_dist.ranking import ItemMap
 from mltfr_dist.tables.store import TokenTable
 from mltfr_dist.tables.titles import title_features
 
 
-@dataclass(frozen=True)
-class ItemMap:
-    """Raw ids and titles of items 1..num_items; index 0 is padding."""
+def load_items(config: RunConfig) -> ItemMap:
+    """The items of a run's prepared data.
 
-    ids: list[str]
-    titles: list[str | None]
-
-    @classmethod
-    def load(cls, config: RunConfig) -> ItemMap:
-        """From the prepared data.
-
-        Raises:
-            DataError: `items.parquet` is not what the manifest says.
-        """
-        folder = config.data.path
-        columns = read_map(folder, read_manifest(folder), ITEMS_NAME).to_pydict()
-        order = np.argsort(columns["item_index"])
-        return cls(
-            ["", *(columns["item_id"][i] for i in order)],
-            [None, *(columns["title"][i] for i in order)],
-        )
-
-    def name(self, item: int) -> str:
-        """Title where there is one, raw id otherwise."""
-        return self.titles[item] or self.ids[item]
+    Raises:
+        DataError: `items.parquet` is not what the manifest says.
+    """
+    folder = config.data.path
+    columns = read_map(folder, read_manifest(folder), ITEMS_NAME).to_pydict()
+    order = np.argsort(columns["item_index"])
+    return ItemMap(
+        ["", *(columns["item_id"][i] for i in order)],
+        [None, *(columns["title"][i] for i in order)],
+        f"{folder}/{ITEMS_NAME}",
+    )
 
 
 def item_features(config: RunConfig, tables: Sequence[TokenTable]) -> torch.Tensor | None:
@@ -51,7 +40,7 @@ def item_features(config: RunConfig, tables: Sequence[TokenTable]) -> torch.Tens
     """
     if not config.mltfr.enabled or config.mltfr.item_tokens.source == "none":
         return None
-    titles = ItemMap.load(config).titles
+    titles = load_items(config).titles
     if not any(titles):
         raise ConfigError(
             f"mltfr.item_tokens.source=titles, but the prepared data {config.data.path} has no item titles.",

@@ -15,15 +15,18 @@ from support import clean_environment, tiny_config
 from test_effects import CHANGES, WITH
 
 from mltfr_dist.cli import main as mltfr
+from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.errors import EXIT_BAD_INPUT, CheckpointError, DamagedError, DataError
-from mltfr_dist.exported import load_exported, ranked
+from mltfr_dist.exported import load_exported
+from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.ranking import ranked
 from mltfr_dist.training.export import publish
 from mltfr_dist.training.fit import fit
-from mltfr_dist.training.inference import LoadedRun, encode_history, load_run
-from mltfr_dist.training.inputs import build_model, load_inputs
-from mltfr_dist.training.items import ItemMap
+from mltfr_dist.training.inference import LoadedRun, load_run
+from mltfr_dist.training.inputs import Inputs, build_model, load_inputs
+from mltfr_dist.training.items import load_items
 
 HISTORIES = [["i1", "i2", "i3"], ["i9"], [f"i{n}" for n in range(15)]]
 """Of other lengths; the last is longer than the model reads."""
@@ -121,7 +124,7 @@ def test_scores_are_the_same(
     none = torch.zeros(0, dtype=torch.int64)
     expected = []
     for history in HISTORIES:
-        recent = torch.tensor([encode_history(run, history)[-config.data.max_len :]])
+        recent = torch.tensor([run.items.encode(history)[-config.data.max_len :]])
         with torch.no_grad():
             expected.append(
                 run.model(RankingBatch(recent, torch.zeros(1, dtype=torch.int64), none, none))[0]
@@ -163,6 +166,11 @@ ARMS = {
 """Every configuration that test_effects tries, and some more."""
 
 
+def as_loaded(config: RunConfig, inputs: Inputs, model: Recommender) -> LoadedRun:
+    items, cpu = load_items(config), torch.device("cpu")
+    return LoadedRun(model, items, config.data.max_len, config, inputs, cpu)
+
+
 @pytest.mark.parametrize("enabled", [True, False], ids=["mltfr", "bare"])
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_configuration_scores_the_same_to_the_bit(
@@ -183,7 +191,7 @@ def test_every_configuration_scores_the_same_to_the_bit(
     model.load_state_dict(state)
     for _ in range(5):
         model.after_update(None)
-    loaded = LoadedRun(config, inputs, model.eval(), ItemMap.load(config), torch.device("cpu"))
+    loaded = as_loaded(config, inputs, model.eval())
     publish(loaded, tmp_path / "model")
     exported = load_exported(tmp_path / "model")
     item_ids = torch.tensor([[1, 2, 3, 4, 5], [7, 0, 0, 0, 0], [40, 39, 40, 0, 0]])
@@ -195,9 +203,7 @@ def test_every_configuration_scores_the_same_to_the_bit(
 def test_an_export_that_scores_otherwise_is_not_published(folder: Path, tmp_path: Path) -> None:
     config = tiny_config(folder)
     model = build_model(config, load_inputs(config), with_consensus=True).eval()
-    loaded = LoadedRun(
-        config, load_inputs(config), model, ItemMap.load(config), torch.device("cpu")
-    )
+    loaded = as_loaded(config, load_inputs(config), model)
     rows = loaded.inputs.tables[0].rows
     model.get_submodule("mltfr.tables.0").rows = rows + 1  # not those that are written
     with pytest.raises(CheckpointError, match="scores otherwise"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mltfr_dist.config import PrepareConfig
@@ -12,7 +10,7 @@ from mltfr_dist.data.prepare.workspace import Workspace
 from mltfr_dist.data.sources import read as sources
 from mltfr_dist.data.sources.gather import Source, gather
 from mltfr_dist.data.sources.inputs import given_file
-from mltfr_dist.errors import DataError
+from mltfr_dist.errors import ConfigError, DataError
 
 
 def resolve(
@@ -21,21 +19,24 @@ def resolve(
     config: PrepareConfig,
     packages_dir: str | Path | None,
     workspace: Workspace,
+    frames: Mapping[str, object] = {},
 ) -> tuple[Source, PrepareConfig]:
     """The files to read, and the configuration with a named set's columns and titles filled in."""
     if len(places) == 1 and places[0] in sources.NAMED_SETS:
         return _named(places[0], config, packages_dir)
     try:
-        return _gathered(places, output, config, workspace)
-    except DataError:
-        shutil.rmtree(workspace.fetched, ignore_errors=True)
-        with suppress(OSError):  # it holds more
-            workspace.temporary.rmdir()
+        return _gathered(places, output, config, workspace, frames)
+    except (ConfigError, DataError):
+        workspace.drop_fetched()
         raise
 
 
 def _gathered(
-    places: Sequence[str], output: Path, config: PrepareConfig, workspace: Workspace
+    places: Sequence[str],
+    output: Path,
+    config: PrepareConfig,
+    workspace: Workspace,
+    frames: Mapping[str, object],
 ) -> tuple[Source, PrepareConfig]:
     """The files of ``places``, all of one format, and the configuration with that format."""
     found = gather(
@@ -46,6 +47,7 @@ def _gathered(
         output=output,
         copies=workspace.fetched,
         log=workspace.log,
+        frames=frames,
     )
     formats = {sources.detect_format(file.as_input(), config.format) for file in found.files}
     if len(formats) > 1:

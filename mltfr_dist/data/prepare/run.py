@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mltfr_dist import __version__
@@ -31,7 +31,7 @@ from mltfr_dist.data.shards.manifest import (
 )
 from mltfr_dist.data.sources import remote
 from mltfr_dist.data.sources.gather import Source
-from mltfr_dist.errors import DataError
+from mltfr_dist.errors import ConfigError, DataError, MltfrError
 from mltfr_dist.progress import say
 
 
@@ -42,6 +42,7 @@ def prepare(
     *,
     resources: PrepareResources = PrepareResources(),  # noqa: B008, immutable
     packages_dir: str | Path | None = None,
+    frames: Mapping[str, object] = {},
     log: Log = say,
 ) -> Manifest:
     """Prepare ``source`` into the folder ``output``: complete, or not there at all.
@@ -56,6 +57,8 @@ def prepare(
         config: what to keep and how to split.
         resources: memory, threads and the folder for temporary files.
         packages_dir: where named sets' packages were unpacked; None: where this Python finds them.
+        frames: tables in memory, by the names that stand for them in ``source`` and
+            ``config.titles``; see :mod:`mltfr_dist.data.sources.frames`.
         log: takes each line of the report.
 
     Returns:
@@ -65,18 +68,18 @@ def prepare(
         DataError: the source or the output folder cannot be used, or nothing is left to train on.
     """
     if remote.is_url(str(output)):
-        return _prepare_remotely(source, str(output), config, resources, packages_dir, log)
+        return _prepare_remotely(source, str(output), config, resources, packages_dir, frames, log)
     output = Path(output)
     check_name(output)
     places = [source] if isinstance(source, str) else list(source)
     workspace = Workspace(output, resources, log, source=places)
     with workspace.errors():
         if not holds_data(output):
-            check_apart(places, output, resources)
+            check_apart([p for p in places if p not in frames], output, resources)
             workspace.check_places()
-        found, config = resolve(places, output, config, packages_dir, workspace)
+        found, config = resolve(places, output, config, packages_dir, workspace, frames)
         info, recorded = found.info(), _recorded(config)
-        if _is_reusable(output, info, recorded):
+        if _is_reusable(workspace, info, recorded):
             manifest = verify_folder(output)
             workspace.remove()
             log(
@@ -106,11 +109,11 @@ def _prepared(
     info: SourceInfo,
 ) -> Manifest:
     """:func:`run_steps` on the workspace's database; where the input is bad, nothing of it stays."""
-    bad_input: DataError | None = None
+    bad_input: MltfrError | None = None
     with workspace.database() as connection:
         try:
             return run_steps(connection, found, workspace, config, recorded, info)
-        except DataError as error:
+        except (ConfigError, DataError) as error:
             if is_full(error):
                 raise
             bad_input = error
@@ -124,6 +127,7 @@ def _prepare_remotely(
     config: PrepareConfig,
     resources: PrepareResources,
     packages_dir: str | Path | None,
+    frames: Mapping[str, object],
     log: Log,
 ) -> Manifest:
     """Prepare on this machine, then copy to ``url``, the manifest last."""
@@ -134,13 +138,19 @@ def _prepare_remotely(
         manifest = parse_manifest(content, url)
         places = [source] if isinstance(source, str) else list(source)
         workspace = Workspace(local, resources, log, source=places)
-        found, config = resolve(places, local, config, packages_dir, workspace)
+        found, config = resolve(places, local, config, packages_dir, workspace, frames)
         _refuse_other(manifest, url, found.info(), _recorded(config))
         workspace.remove()
         log(f"{url} already holds this data, from the same source and configuration.")
         return manifest
     manifest = prepare(
-        source, local, config, resources=resources, packages_dir=packages_dir, log=log
+        source,
+        local,
+        config,
+        resources=resources,
+        packages_dir=packages_dir,
+        frames=frames,
+        log=log,
     )
     remote.upload(local, url)
     shutil.rmtree(local)
@@ -153,15 +163,20 @@ def _recorded(config: PrepareConfig) -> PrepareConfig:
     return config.model_copy(update={"titles": Path(config.titles.name) if config.titles else None})
 
 
-def _is_reusable(output: Path, info: SourceInfo, recorded: PrepareConfig) -> bool:
-    """Whether ``output`` holds this data; False if there is none.
+def _is_reusable(workspace: Workspace, info: SourceInfo, recorded: PrepareConfig) -> bool:
+    """Whether the output holds this data; False if there is none.
 
     Raises:
-        DataError: it holds something else, which is never overwritten.
+        DataError: it holds something else, which is never overwritten; no copies stay.
     """
+    output = workspace.output
     if not holds_data(output):
         return False
-    _refuse_other(load_manifest(output), str(output), info, recorded)
+    try:
+        _refuse_other(load_manifest(output), str(output), info, recorded)
+    except DataError:
+        workspace.drop_fetched()
+        raise
     return True
 
 

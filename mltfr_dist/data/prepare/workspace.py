@@ -68,7 +68,7 @@ class Workspace:
             key = f"{place.name[:40]}-{_digest(str(place))}.partial"
             self.temporary = resources.temp_dir.resolve() / key
         self.fetched = self.temporary / f"fetched-{_digest(json.dumps(list(source)))}"
-        """Where copies of remote sources go."""
+        """Where copies of remote sources and frames go."""
         self._work = self.temporary
         self._digest = ""
         parents = {*self.folder.parents, *self.temporary.parents}
@@ -171,6 +171,12 @@ class Workspace:
         files = sorted(self.out.iterdir(), key=lambda path: path.name == MANIFEST_NAME)
         for path in files:
             path.replace(self.output / path.name)
+
+    def drop_fetched(self) -> None:
+        """Delete copies of remote sources and frames, and nothing else."""
+        shutil.rmtree(self.fetched, ignore_errors=True)
+        with suppress(OSError):  # it holds more
+            self.temporary.rmdir()
 
     def remove(self) -> None:
         """Delete everything."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.sources.download import Log, download
 from mltfr_dist.data.sources.public_sets import PUBLIC_SETS, PublicSet
-from mltfr_dist.errors import DataError
+from mltfr_dist.data.sources.read import NAMED_SETS
+from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.files import file_sha256, write_atomically
 from mltfr_dist.progress import say
 
@@ -72,6 +74,38 @@ def fetch_set(name: str, folder: Path, *, log: Log = say, allow_loopback: bool =
         log(f"{target}: {target.stat().st_size:,} bytes, {_how(found)}.")
     log(f"Prepare it: `mltfr prepare {_path(target, found)} OUTPUT{_options(found)}`")
     return target
+
+
+def known_set(
+    sources: Sequence[str],
+    config: PrepareConfig,
+    *,
+    download: bool,
+    folder: Path,
+    log: Log = say,
+) -> tuple[Sequence[str], PrepareConfig]:
+    """What to prepare: a public set's files and format in place of its name, others as they are.
+
+    Raises:
+        ConfigError: the name is that of a path, too, or ``download`` is set for what is no set.
+        DataError: as :func:`use_set`.
+    """
+    name = sources[0] if sources else ""
+    is_set = len(sources) == 1 and name in PUBLIC_SETS
+    if is_set and Path(name).exists():
+        raise ConfigError(
+            f"`{name}` is a public set, and a path here.",
+            remedy=f"Give `./{name}` for the path, or work in another folder for the set.",
+        )
+    if download and not is_set:
+        raise ConfigError(
+            f"--download is given for {', '.join(sources)}, which is no public set.",
+            remedy=f"The public sets are: {', '.join(PUBLIC_SETS)}.",
+        )
+    if not is_set or (name in NAMED_SETS and not download):
+        return sources, config
+    path, config = use_set(name, folder, config, download=download, log=log)
+    return [path], config
 
 
 def use_set(

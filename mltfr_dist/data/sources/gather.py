@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,9 +12,11 @@ from pathlib import Path
 from mltfr_dist.data.shards.manifest import SourceInfo
 from mltfr_dist.data.sources import remote
 from mltfr_dist.data.sources.find import files_in, find_files
+from mltfr_dist.data.sources.frames import write_frame
 from mltfr_dist.data.sources.identity import Identity, identify
 from mltfr_dist.data.sources.inputs import (
     STANDARD_INPUT,
+    Content,
     Given,
     InputFile,
     is_stream,
@@ -49,21 +51,24 @@ class Source:
         return {path: identify(path, name) for path, name in paths.items()}
 
     def info(self) -> SourceInfo:
-        """Sizes and hashes of the files as given: compressed, if they are."""
-        paths = list(dict.fromkeys(file.path for file in self.files))
-        found = [self.identities[path] for path in paths]
+        """Sizes and hashes of the files as given (compressed, if they are), and of frames."""
+        found = list({file.path: self._content(file) for file in self.files}.values())
         # What folder names give is data, too, and so are the members that were chosen.
         more = [f"{key}={value}" for file in self.files for key, value in file.partitions.items()]
         more += [file.member for file in self.files if file.member is not None]
-        hashes = [*(identity.sha256 for identity in found), *more]
+        hashes = [*(content.sha256 for content in found), *more]
         titles = self.titles
         return SourceInfo(
             file=self.label,
-            bytes=sum(identity.bytes for identity in found),
+            bytes=sum(content.bytes for content in found),
             sha256=hashes[0] if len(hashes) == 1 else _joint_hash(hashes),
             titles_file=Path(titles.name).name if titles else None,
-            titles_sha256=self.identities[titles.path].sha256 if titles else None,
+            titles_sha256=self._content(titles).sha256 if titles else None,
         )
+
+    def _content(self, file: Given) -> Content:
+        identity = self.identities[file.path]
+        return file.content or Content(identity.bytes, identity.sha256)
 
     @contextmanager
     def plain(
@@ -101,6 +106,7 @@ def gather(
     output: Path,
     copies: Path,
     log: Log,
+    frames: Mapping[str, object] = {},
 ) -> Source:
     """Find all files of ``places``; what comes from elsewhere, or can be read once only, is copied.
 
@@ -110,8 +116,9 @@ def gather(
         format: as the user named it, or `auto`.
         partitions: whether folder names `key=value` are columns.
         output: where prepared data goes.
-        copies: folder for copies of URLs and streams.
+        copies: folder for copies of URLs, streams and frames.
         log: told of what is left out or decided.
+        frames: the tables in memory among ``places`` and ``titles``, by their names there.
 
     Raises:
         DataError: nothing is there, a file is there twice, or it cannot be read.
@@ -123,7 +130,7 @@ def gather(
             rule="An empty name would mean the folder you are in.",
             remedy="Name the source; `.` is this folder.",
         )
-    streams = [place for place in wanted if is_stream(place)]
+    streams = [place for place in wanted if place not in frames and is_stream(place)]
     for place in streams:
         if streams.count(place) > 1:
             raise DataError(
@@ -132,7 +139,9 @@ def gather(
             )
     found: dict[str, list[Given]] = {}
     for place in wanted:
-        if remote.is_url(place):
+        if place in frames:
+            found[place] = [write_frame(frames[place], place, copies)]
+        elif remote.is_url(place):
             copied = remote.fetch(place, copies)
             found[place] = [given for path, name in copied for given in files_in(path, name)]
         elif place not in streams:

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from mltfr_dist.errors import DataError
@@ -42,6 +43,13 @@ class InputFile:
     """Columns that the names of its folders give (`--partitions`), the same value in each row."""
 
 
+class Content(NamedTuple):
+    """Size and hash of what a file was made of."""
+
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Given:
     """A file as the user has it: perhaps compressed, perhaps a member of an archive."""
@@ -54,6 +62,8 @@ class Given:
     """Of :data:`COMPRESSIONS`, the outer one first."""
     ending: str = ""
     partitions: Mapping[str, str] = field(default_factory=dict)
+    content: Content | None = None
+    """Of a frame that was written into this file; None: the file is what the user has."""
 
     def as_input(self, path: Path | None = None) -> InputFile:
         """The file that is read for this one: ``path``, or its own."""
