@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from mltfr_dist.errors import ConfigError
@@ -41,6 +41,17 @@ class Section(BaseModel):
             ):
                 raise ValueError(f"{name} must not be true or false (given: {value})")
         return values
+
+
+def known(registry: Collection[str], kind: str) -> AfterValidator:
+    """A field's validator: its name must be one of ``registry``, which holds ``kind``, such as "backbones"."""
+
+    def check(name: str) -> str:
+        if name not in registry:
+            raise ValueError(f"{kind} are {', '.join(registry)}{or_nearest(name, registry)}")
+        return name
+
+    return AfterValidator(check)
 
 
 class Options(Section):
@@ -170,7 +181,7 @@ def nearest_key(path: str, valid: list[str]) -> str | None:
     return next((key for key in valid if by_leaf and key.rpartition(".")[2] == by_leaf[0]), None)
 
 
-def or_nearest(name: str, valid: Sequence[str]) -> str:
+def or_nearest(name: str, valid: Collection[str]) -> str:
     """What follows a name that is none of ``valid``: `; the nearest is ...`, or nothing."""
     near = nearest_key(name, list(valid))
     return f"; the nearest is `{near}`" if near else ""

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mltfr_dist.config.model import BackboneConfig, LossConfig, MLTFRConfig
-from mltfr_dist.schema import Count, NonNegative, Positive, Probability, Section
+from mltfr_dist.optimizers import OPTIMIZERS
+from mltfr_dist.schema import Count, NonNegative, Positive, Probability, Section, known
 
 
 class DataConfig(Section):
@@ -72,14 +73,23 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: Annotated[str, known(OPTIMIZERS, "optimizers")] = Field(
+        "adamw",
+        description="; ".join(f"{name}: {entry.what}" for name, entry in OPTIMIZERS.items()) + ".",
+    )
     learning_rate: Positive = Field(1e-3, description="Peak learning rate.")
     betas: tuple[Probability, Probability] = Field(
-        (0.9, 0.98), description="Decay of the first and second moment."
+        (0.9, 0.98), description="adamw, adam: decay of the first and second moment."
+    )
+    momentum: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.9, description="sgd: share of the last step that is taken again."
     )
     weight_decay: NonNegative = Field(
-        0.0, description="Decoupled weight decay of matrices (never of biases, norms, embeddings)."
+        0.0,
+        description="Weight decay of matrices (never of biases, norms, embeddings): adamw: decoupled; "
+        "others: added to the gradient.",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="Steps over which the learning rate rises from 0."
@@ -94,7 +104,8 @@ class OptimizerConfig(Section):
     item_gradients: Literal["dense", "sparse"] = Field(
         "dense",
         description="dense: an update moves, and exchanges the gradient of, every row of the item table; sparse: of the rows "
-        "that its batch touches alone, by lazy Adam (other numbers than AdamW's). sparse needs a loss that samples items.",
+        "that its batch touches alone, by lazy Adam, for adam and adamw (other numbers than theirs). "
+        "sparse needs a loss that samples items.",
     )
 
 
@@ -216,7 +227,9 @@ class RunConfig(Section):
     backbone: BackboneConfig = Field(BackboneConfig(), description="The sequential recommender.")
     mltfr: MLTFRConfig = Field(description="Token filtering and routing.")
     loss: LossConfig = Field(LossConfig(), description="The training loss.")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and its schedule.")
+    optimizer: OptimizerConfig = Field(
+        OptimizerConfig(), description="The optimizer and its schedule."
+    )
     training: TrainingConfig = Field(TrainingConfig(), description="Epochs, batches, precision.")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Full ranking.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is saved, and when.")
@@ -235,6 +248,17 @@ class RunConfig(Section):
             raise ValueError(
                 "optimizer.item_gradients sparse with loss.name cross_entropy, which scores every item, so that every row has a "
                 "gradient: give loss.name sampled_softmax, bce or gbce, or item_gradients dense"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_rows(self) -> RunConfig:
+        name = self.optimizer.name
+        if self.optimizer.item_gradients == "sparse" and not OPTIMIZERS[name].by_rows:
+            serves = " or ".join(name for name, entry in OPTIMIZERS.items() if entry.by_rows)
+            raise ValueError(
+                f"optimizer.item_gradients sparse steps rows by lazy Adam, and optimizer.name is {name}: "
+                f"give optimizer.name {serves}, or item_gradients dense"
             )
         return self
 

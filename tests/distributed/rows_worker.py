@@ -20,10 +20,11 @@ from worker import STEPS, make_engine, no_dropout, resumed, saved_and_resumed, s
 
 from mltfr_dist.config import OptimizerConfig, RunConfig
 from mltfr_dist.data.stream.training import BatchLayout
-from mltfr_dist.distributed.engine import Engine, parameter_groups
+from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.ranks import Ranks, leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.row_adam import RowAdam
 from mltfr_dist.models.item_rows import ItemRows
+from mltfr_dist.optim import parameter_groups
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
 from mltfr_dist.training.loop import reduce_outputs
 
@@ -147,7 +148,7 @@ def gradients(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     for name, stage, micro in (("zero1", 1, None), ("zero3", 3, None), ("accumulated", 2, 4)):
         config = sparse(folder, stage)
         engine = make_engine(config, ranks, micro)
-        batches = next(train_stream(config, engine.part).epoch(0))
+        batches = next(train_stream(config, engine.layout).epoch(0))
         whole = next(train_stream(config, BatchLayout(0, 1, 32, 32)).epoch(0))
         plain = build_model(
             no_dropout(folder, stage, **SAMPLED), load_inputs(config), with_consensus=False

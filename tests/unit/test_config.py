@@ -80,6 +80,9 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
         ),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "nan", "finite"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1", "1.0", "less than 1"),
+        ("optimizer.name=adamm", "optimizer.name", "'adamm'", "the nearest is `adam`"),
+        ("optimizer.name=lamb", "optimizer.name", "'lamb'", "optimizers are adamw, adam, sgd"),
+        ("optimizer.momentum=1", "optimizer.momentum", "1", "less than 1"),
         (
             "loss.name=hinge",
             "loss.name",
@@ -180,6 +183,12 @@ def test_sparse_item_gradients_need_a_loss_that_samples() -> None:
     message = refused("optimizer.item_gradients=sparse").what
     assert "loss.name cross_entropy, which scores every item" in message
     assert "sampled_softmax, bce or gbce" in message
+
+
+def test_sparse_item_gradients_need_an_optimizer_that_steps_rows() -> None:
+    sparse = ("optimizer.item_gradients=sparse", "loss.name=bce")
+    message = refused(*sparse, "optimizer.name=sgd").what
+    assert "optimizer.name is sgd: give optimizer.name adamw or adam, or item_gradients" in message
 
 
 def test_all_problems_are_named_at_once() -> None:

@@ -87,7 +87,9 @@ CHANGES: dict[str, Any] = {
     "loss.contrast_temperature": 0.3,
     "loss.contrast_group": 8,
     "optimizer.learning_rate": 0.01,
+    "optimizer.name": "adam",
     "optimizer.betas": [0.5, 0.9],
+    "optimizer.momentum": 0.5,
     "optimizer.weight_decay": 0.5,
     "optimizer.warmup_steps": 3,
     "optimizer.schedule": "cosine",
@@ -145,6 +147,8 @@ WITH: dict[str, dict[str, Any]] = {
     "loss.contrast_temperature": {"backbone.name": "cl4srec"},
     "loss.contrast_group": {"backbone.name": "cl4srec"},
     "optimizer.item_gradients": {"loss.name": "sampled_softmax", "loss.num_negatives": 8},
+    "optimizer.name": {"optimizer.weight_decay": 0.5},
+    "optimizer.momentum": {"optimizer.name": "sgd"},
     "training.patience": {"training.epochs": 6, "optimizer.learning_rate": 1e-9},
     "checkpoint.keep_last": {"checkpoint.every_steps": 3},
 }

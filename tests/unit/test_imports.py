@@ -18,6 +18,7 @@ LAYERS = {
     "errors": 0,
     "backbones": 0,
     "selectors": 0,
+    "optimizers": 0,
     "files": 0,
     "invocation": 0,
     "numerics": 0,
@@ -25,7 +26,7 @@ LAYERS = {
     "schema": 1,
     "config": 1,
     "repairs": 1,
-    **dict.fromkeys(("presets", "data", "tables", "models", "losses", "metrics"), 2),
+    **dict.fromkeys(("presets", "data", "tables", "models", "losses", "metrics", "optim"), 2),
     "published": 2,
     "spec": 3,
     "exported": 3,
@@ -39,7 +40,7 @@ LAYERS = {
 }
 """Room or file to layer: a file imports from its own layer or lower ones, as the tests below say."""
 
-LEAVES = {"presets", "tables", "losses", "metrics"}
+LEAVES = {"presets", "tables", "losses", "metrics", "optim"}
 """Rooms of layer 2 that use none of the others there; models may use data.batch and losses."""
 
 
