@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 
 from mltfr_dist.config import OptimizerConfig
 from mltfr_dist.optimizers import OPTIMIZERS
+from mltfr_dist.registry import load
 
 Groups = list[dict[str, Any]]
 """Parameters with the options of their own, as torch's optimizers take them."""
@@ -25,8 +25,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool) -
         config: The name, and the options.
         fused: Whether one GPU kernel may step many tensors, where the optimizer has one.
     """
-    module, _, function = OPTIMIZERS[config.name].path.partition(":")
-    build = getattr(import_module(f"mltfr_dist.{module}"), function)
+    build = load(OPTIMIZERS[config.name].path, "mltfr_dist")
     optimizer: Optimizer = build(parameter_groups(model, config.weight_decay), config, fused)
     return optimizer
 

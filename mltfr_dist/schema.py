@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -43,15 +44,24 @@ class Section(BaseModel):
         return values
 
 
-def known(registry: Collection[str], kind: str) -> AfterValidator:
-    """A field's validator: its name must be one of ``registry``, which holds ``kind``, such as "backbones"."""
+@dataclass(frozen=True)
+class Known:
+    """A name must be one of ``names``, which are of a ``kind`` such as "backbones"."""
 
-    def check(name: str) -> str:
-        if name not in registry:
-            raise ValueError(f"{kind} are {', '.join(registry)}{or_nearest(name, registry)}")
+    names: Collection[str]
+    kind: str
+
+    def __call__(self, name: str) -> str:
+        """The name as it is."""
+        if name not in self.names:
+            listed = ", ".join(self.names)
+            raise ValueError(f"{self.kind} are {listed}{or_nearest(name, self.names)}")
         return name
 
-    return AfterValidator(check)
+
+def known(registry: Collection[str], kind: str) -> AfterValidator:
+    """The validator of a field that takes a name of ``registry``: see :class:`Known`."""
+    return AfterValidator(Known(registry, kind))
 
 
 class Options(Section):

@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mltfr_dist.config.model import BackboneConfig, LossConfig, MLTFRConfig
+from mltfr_dist.losses import LOSSES
+from mltfr_dist.metrics import METRICS, metric_names
 from mltfr_dist.optimizers import OPTIMIZERS
-from mltfr_dist.schema import Count, NonNegative, Positive, Probability, Section, known
+from mltfr_dist.schema import Count, NonNegative, Positive, Probability, Section, known, or_nearest
 
 
 class DataConfig(Section):
@@ -161,8 +163,13 @@ class EvaluationConfig(Section):
         "valid",
         description="Split that picks the checkpoint; test (published) makes the figures too high.",
     )
-    select_by: Annotated[str, Field(pattern=r"^(HR|NDCG)@[1-9][0-9]*$")] = Field(
-        "NDCG@10", description="Metric that picks the checkpoint, at one of the cutoffs."
+    select_by: str = Field(
+        "NDCG@10",
+        description="Metric that picks the checkpoint, at one of the cutoffs: "
+        + "; ".join(
+            f"{name}{'@K' * metric.at_cutoffs}: {metric.what}" for name, metric in METRICS.items()
+        )
+        + ".",
     )
     filter_seen: bool = Field(
         True, description="Items of the history are no candidates (the target always is)."
@@ -179,11 +186,17 @@ class EvaluationConfig(Section):
                 "cutoffs must hold 10, for every report shows HR@10 and NDCG@10 "
                 f"(given: {self.cutoffs})"
             )
-        if int(self.select_by.partition("@")[2]) not in self.cutoffs:
+        measured, (name, _, k) = metric_names(self.cutoffs), self.select_by.partition("@")
+        if self.select_by in measured:
+            return self
+        if k.isdecimal() and name in METRICS and METRICS[name].at_cutoffs:
             raise ValueError(
                 f"select_by {self.select_by} is at none of the cutoffs {self.cutoffs}: add it there"
             )
-        return self
+        raise ValueError(
+            f"select_by {self.select_by} is not measured{or_nearest(self.select_by, measured)}; "
+            f"metrics are {', '.join(measured)}"
+        )
 
 
 class CheckpointConfig(Section):
@@ -244,10 +257,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _touches_few_items(self) -> RunConfig:
-        if self.optimizer.item_gradients == "sparse" and self.loss.name == "cross_entropy":
+        loss = self.loss.name
+        if self.optimizer.item_gradients == "sparse" and LOSSES[loss].negatives == "none":
+            *others, last = (name for name, entry in LOSSES.items() if entry.negatives != "none")
             raise ValueError(
-                "optimizer.item_gradients sparse with loss.name cross_entropy, which scores every item, so that every row has a "
-                "gradient: give loss.name sampled_softmax, bce or gbce, or item_gradients dense"
+                f"optimizer.item_gradients sparse with loss.name {loss}, which scores every item, so that every row has a "
+                f"gradient: give loss.name {', '.join(others)} or {last}, or item_gradients dense"
             )
         return self
 

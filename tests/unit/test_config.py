@@ -80,6 +80,8 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
         ),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "nan", "finite"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1", "1.0", "less than 1"),
+        ("mltfr.router.name=softmx", "mltfr.router.name", "'softmx'", "the nearest is `softmax`"),
+        ("loss.name=gbca", "loss.name", "'gbca'", "the nearest is `gbce`"),
         ("optimizer.name=adamm", "optimizer.name", "'adamm'", "the nearest is `adam`"),
         ("optimizer.name=lamb", "optimizer.name", "'lamb'", "optimizers are adamw, adam, sgd"),
         ("optimizer.momentum=1", "optimizer.momentum", "1", "less than 1"),
@@ -87,7 +89,7 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
             "loss.name=hinge",
             "loss.name",
             "'hinge'",
-            "'cross_entropy', 'sampled_softmax', 'bce' or 'gbce'",
+            "losses are cross_entropy, sampled_softmax, bce, gbce",
         ),
         ("backbone.name=gru4rec", "backbone.name", "'gru4rec'", "backbones are sasrec, esasrec"),
         (

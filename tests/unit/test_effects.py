@@ -63,6 +63,7 @@ CHANGES: dict[str, Any] = {
     "mltfr.expert.head_dim": 8,
     "mltfr.expert.dropout": 0.7,
     "mltfr.router.balance_weight": 3.0,
+    "mltfr.router.name": "sigmoid",
     "mltfr.router.top_k": 2,
     "mltfr.router.null_expert": True,
     "mltfr.router.expert_dropout": 0.4,
