@@ -16,6 +16,7 @@ from mltfr_dist.config import (
 )
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.resolve import resolve_config
+from mltfr_dist.schema import or_nearest
 
 SETS = Path("data/sets")
 
@@ -53,7 +54,8 @@ def _known_set(
         )
     if options.download and not is_set:
         raise ConfigError(
-            f"--download is given for {', '.join(options.sources)}, which is no public set.",
+            f"--download is given for {', '.join(options.sources)}, which is no public set"
+            f"{or_nearest(name, PUBLIC_SETS)}.",
             remedy=f"The public sets are: {', '.join(PUBLIC_SETS)}.",
         )
     if not is_set or (name in NAMED_SETS and not options.download):

@@ -16,7 +16,7 @@ from mltfr_dist.distributed.sending import send_text
 from mltfr_dist.errors import CheckpointError, DamagedError, DataError
 from mltfr_dist.invocation import train_command
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.schema import nearest_key
+from mltfr_dist.schema import or_nearest
 from mltfr_dist.training.evaluate import evaluate, mask_seen
 from mltfr_dist.training.explain import TableView, explain
 from mltfr_dist.training.inputs import (
@@ -172,12 +172,11 @@ def encode_history(run: LoadedRun, history: Sequence[str]) -> list[int]:
         )
     unknown = [raw for raw in history if raw not in numbers]
     if unknown:
-        near = nearest_key(unknown[0], list(numbers))
         raise DataError(
             f"Unknown item id{'s' if len(unknown) > 1 else ''} "
             + ", ".join(unknown[:ECHOED_ITEMS])
             + (f" and {len(unknown) - ECHOED_ITEMS} more" * (len(unknown) > ECHOED_ITEMS))
-            + (f"; the nearest is {near}." if near else "."),
+            + f"{or_nearest(unknown[0], numbers)}.",
             rule=f"Ids are those of the raw data that preparation kept ({run.config.data.path}/items.parquet lists them).",
             remedy="Leave them out or correct them.",
         )

@@ -12,6 +12,7 @@ from mltfr_dist.data.sources.public_sets import PUBLIC_SETS, PublicSet
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256, write_atomically
 from mltfr_dist.progress import say
+from mltfr_dist.schema import or_nearest
 
 RECORD = "fetched.json"
 """In a set's folder: address, size and sha256 of what was fetched."""
@@ -104,7 +105,8 @@ def use_set(
 def _set(name: str) -> PublicSet:
     if name not in PUBLIC_SETS:
         raise DataError(
-            f"There is no public set `{name}`.", remedy=f"There are: {', '.join(PUBLIC_SETS)}."
+            f"There is no public set `{name}`{or_nearest(name, PUBLIC_SETS)}.",
+            remedy=f"There are: {', '.join(PUBLIC_SETS)}.",
         )
     return PUBLIC_SETS[name]
 
