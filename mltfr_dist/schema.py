@@ -124,7 +124,8 @@ def changed(config: SectionT, fields: Mapping[str, Any], *, source: str) -> Sect
     Raises:
         ConfigError: The result is not valid.
     """
-    values = config.model_dump(mode="json")
+    # Of options, which ones were given counts, and not only their values.
+    values = config.model_dump(mode="json", exclude_unset=isinstance(config, Options))
     for path, value in fields.items():
         *sections, name = path.split(".")
         section = values
@@ -132,6 +133,18 @@ def changed(config: SectionT, fields: Mapping[str, Any], *, source: str) -> Sect
             section = section[part]
         section[name] = value
     return validate(type(config), values, source=source)
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys to nested mappings: ``{"a.b": 1}`` to ``{"a": {"b": 1}}``."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, leaf = key.split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    return found
 
 
 def _topic(model: type[Section], paths: list[str]) -> str:

@@ -16,7 +16,7 @@ from mltfr_dist.data.shards.manifest import verify_folder
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.invocation import command
 from mltfr_dist.metrics import metric_names
-from mltfr_dist.schema import field_paths, or_nearest, validate
+from mltfr_dist.schema import changed, field_paths, or_nearest, validate
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import differing_fields, leaf_values, read_yaml
 from mltfr_dist.tuning.source import SWEEP
@@ -130,10 +130,8 @@ def with_all_tables(sweep: SweepConfig, base: RunConfig) -> RunConfig:
         Path(table) for option in (domain.options() if domain else None) or [] for table in option
     ]
     tables = tuple(dict.fromkeys([*base.mltfr.tables, *searched]))
-    consensus = base.mltfr.consensus.model_copy(update={"group": ()})
-    return base.model_copy(
-        update={"mltfr": base.mltfr.model_copy(update={"tables": tables, "consensus": consensus})}
-    )
+    fields = {"mltfr.tables": tables, "mltfr.consensus.group": ()}
+    return changed(base, fields, source="the sweep")
 
 
 def check_machine(sweep: SweepConfig) -> None:

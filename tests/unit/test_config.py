@@ -15,7 +15,7 @@ from mltfr_dist.config import FilterConfig, PrepareConfig, RunConfig, TableConfi
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.presets import PRESETS, preset
 from mltfr_dist.resolve import merge_values, parse_override, resolve_config
-from mltfr_dist.schema import Section, field_paths, nearest_key, validate
+from mltfr_dist.schema import Section, changed, field_paths, nearest_key, validate
 from mltfr_dist.training.run_folder import dump_config
 
 MINIMAL = {"data": {"path": "d"}, "mltfr": {"enabled": False}}
@@ -468,3 +468,13 @@ def test_every_section_field_is_an_option(capsys: pytest.CaptureFixture[str]) ->
         shown = capsys.readouterr().out
         assert all("--" + name.replace("_", "-") in shown for name in model.model_fields)
     assert callable(add_section)
+
+
+def test_a_changed_configuration_is_validated_and_keeps_which_options_were_given() -> None:
+    given = validate(PrepareConfig, {"user_column": "user_id"}, source="test")
+    made = changed(given, {"format": "tsv"}, source="test")
+    assert made.model_fields_set == {"user_column", "format"}
+    config = validate(RunConfig, MINIMAL, source="test")
+    assert changed(config, {"training.epochs": 3}, source="test").training.epochs == 3
+    with pytest.raises(ConfigError, match=r"from the sweep is not valid: `training.epochs`"):
+        changed(config, {"training.epochs": -3}, source="the sweep")

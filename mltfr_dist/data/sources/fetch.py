@@ -12,7 +12,7 @@ from mltfr_dist.data.sources.public_sets import PUBLIC_SETS, PublicSet
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256, write_atomically
 from mltfr_dist.progress import say
-from mltfr_dist.schema import or_nearest
+from mltfr_dist.schema import changed, or_nearest
 
 RECORD = "fetched.json"
 """In a set's folder: address, size and sha256 of what was fetched."""
@@ -99,7 +99,7 @@ def use_set(
     missing = {k: v for k, v in found.options.items() if k not in config.model_fields_set}
     if missing:
         log(f"{name}: prepared with{_options(found, missing)}")
-    return _path(target, found), config.model_copy(update=missing)
+    return _path(target, found), changed(config, missing, source=f"the public set {name}")
 
 
 def _set(name: str) -> PublicSet:
