@@ -1,4 +1,4 @@
-"""The registry of losses: one line for each, from which the configuration, the batches and the help follow."""
+"""The registry of losses: configuration, batches and help follow from a line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Entry(NamedTuple):
     """Where a loss is found and what it is."""
 
     path: str
-    """``module:function`` under ``mltfr_dist.models``: takes :class:`Scored`, gives the weighted sum."""
+    """``module:function`` under ``mltfr_dist.models``: :class:`Scored` -> the weighted sum."""
     what: str
     negatives: Literal["none", "per_position", "shared"] = "none"
     """What batches draw for it, ``loss.num_negatives`` of them: none, for it scores all items;

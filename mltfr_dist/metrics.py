@@ -1,4 +1,4 @@
-"""Full-ranking metrics: the registry, one line for each, and sums over users, so that ranks reduce by adding.
+"""Full-ranking metrics, one line each, and their sums over users: ranks reduce by adding.
 
 Shapes: B users, I items. With one target a user HR@K equals Recall@K, and the ideal DCG is 1.
 """
@@ -21,7 +21,7 @@ class Metric(NamedTuple):
     """Ranks [B] from 1 (float64) and K -> the metric of each user [B]."""
     what: str
     at_cutoffs: bool = True
-    """Whether it is taken at each K of `evaluation.cutoffs`, as NAME@K; else it is NAME, and K is 0."""
+    """Whether it is NAME@K for each K of `evaluation.cutoffs`; else it is NAME, and K is 0."""
 
 
 METRICS: dict[str, Metric] = {
@@ -45,7 +45,7 @@ def is_metric(full_name: str) -> bool:
 
 
 def metric_sums(ranks: Tensor, cutoffs: Sequence[int]) -> dict[str, float]:
-    """Sums over users of each of :func:`metric_names`; divide by the number of users for the metric.
+    """Sums over users of each of :func:`metric_names`; over the number of users, the metric.
 
     Args:
         ranks: [B] ranks from :func:`target_ranks`.

@@ -1,4 +1,4 @@
-"""The learning rate, the groups of parameters, and what builds the optimizers that `optimizers.py` names."""
+"""Learning rate, groups of parameters, and what builds the optimizers of `optimizers.py`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of step number ``step`` (from 0): a function, so there is no scheduler state to lose."""
+    """Learning rate of step number ``step`` (from 0): a function, so no state can be lost."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

@@ -1,4 +1,4 @@
-"""The registry of optimizers: one line for each, from which the configuration, training, checkpoints and the help follow."""
+"""The registry of optimizers: configuration, training, checkpoints and help follow from a line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of routers: one line for each, from which the configuration, the models and the help text follow."""
+"""The registry of routers: configuration, models and help follow from a line."""
 
 from __future__ import annotations
 

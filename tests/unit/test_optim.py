@@ -24,7 +24,7 @@ def model() -> nn.Module:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_registry_names_the_whole_state(name: str) -> None:
-    """What is registered is what the optimizer keeps in tensors of the parameter's shape, zero at the start."""
+    """What is registered is what the optimizer keeps in tensors of the parameter's shape."""
     trained = model()
     optimizer = build_optimizer(trained, OptimizerConfig(name=name, weight_decay=0.1), fused=False)
     trained(torch.tensor([1, 2])).sum().backward()

@@ -9,7 +9,7 @@ class Entry(NamedTuple):
     """Where a format's reader is found and what it is."""
 
     path: str
-    """``module:function`` beside this file: (folder, layout, the tensor's name or None) -> source."""
+    """``module:function`` beside this file: (folder, layout, tensor's name or None) -> source."""
     what: str
     in_folders: bool = True
     """Whether a folder's file of this ending is its model; else the file itself must be given."""

@@ -1,4 +1,4 @@
-"""From a file or a folder to the embedding of a language model, by the format that its ending says."""
+"""From a file or folder to a language model's embedding, by the format that its ending says."""
 
 from __future__ import annotations
 
