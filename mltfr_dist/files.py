@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +70,18 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what then takes the place of ``path`` in one step: a reader sees the old file or the new."""
+    partial = path.with_name(f".partial-{path.name}")
+    yield partial
+    partial.rename(path)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write or replace a small file in one step: a reader sees the old text or the new, never a part."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -1,17 +1,61 @@
-"""Full-ranking metrics: pure functions that return sums, so that ranks reduce by adding.
+"""Full-ranking metrics, one line each, and their sums over users: ranks reduce by adding.
 
-Shapes: B users, I items.
+Shapes: B users, I items. With one target a user HR@K equals Recall@K, and the ideal DCG is 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Ties = Literal["pessimistic", "mean", "optimistic"]
+
+
+class Metric(NamedTuple):
+    """What a user's metric is, of the rank of the target."""
+
+    value: Callable[[Tensor, int], Tensor]
+    """Ranks [B] from 1 (float64) and K -> the metric of each user [B]."""
+    what: str
+    at_cutoffs: bool = True
+    """Whether it is NAME@K for each K of `evaluation.cutoffs`; else it is NAME, and K is 0."""
+
+
+METRICS: dict[str, Metric] = {
+    "HR": Metric(lambda ranks, k: (ranks <= k).double(), "whether the target is in the first K"),
+    "NDCG": Metric(
+        lambda ranks, k: (ranks <= k).double() / (ranks + 1).log2(), "1 / log2(rank + 1) within K"
+    ),
+    "MRR": Metric(lambda ranks, k: 1 / ranks, "1 / rank", at_cutoffs=False),
+}
+
+
+def metric_names(cutoffs: Sequence[int]) -> list[str]:
+    """What is measured at ``cutoffs``: HR@5, NDCG@5, ..., MRR."""
+    at = [f"{name}@{k}" for k in cutoffs for name, metric in METRICS.items() if metric.at_cutoffs]
+    return at + [name for name, metric in METRICS.items() if not metric.at_cutoffs]
+
+
+def is_metric(full_name: str) -> bool:
+    """Whether ``full_name`` is a metric's, at any K."""
+    return full_name.partition("@")[0] in METRICS
+
+
+def metric_sums(ranks: Tensor, cutoffs: Sequence[int]) -> dict[str, float]:
+    """Sums over users of each of :func:`metric_names`; over the number of users, the metric.
+
+    Args:
+        ranks: [B] ranks from :func:`target_ranks`.
+        cutoffs: The K.
+    """
+    sums = {}
+    for full_name in metric_names(cutoffs):
+        name, _, k = full_name.partition("@")
+        sums[full_name] = float(METRICS[name].value(ranks, int(k or 0)).sum())
+    return sums
 
 
 def target_ranks(scores: Tensor, target_ids: Tensor, ties: Ties) -> Tensor:
@@ -29,35 +73,10 @@ def target_ranks(scores: Tensor, target_ids: Tensor, ties: Ties) -> Tensor:
         ValueError: A score is NaN, or a target's score is not finite: no rank can be stated.
     """
     target_scores = scores.gather(1, target_ids[:, None])  # [B, 1]
-    if torch.isnan(scores).any() or not torch.isfinite(target_scores).all():
+    if scores.isnan().any() or not target_scores.isfinite().all():
         raise ValueError(
             "scores hold NaN, or a target without a finite score: the model has diverged"
         )
     better = (scores > target_scores).sum(1).double()
     equal = (scores == target_scores).sum(1).double() - 1  # without the target itself
-    return (
-        better
-        + 1
-        + {"pessimistic": equal, "mean": equal / 2, "optimistic": torch.zeros_like(equal)}[ties]
-    )
-
-
-def metric_sums(ranks: Tensor, cutoffs: Sequence[int]) -> dict[str, float]:
-    """Sums over users of HR@K, NDCG@K and MRR.
-
-    With one target a user, HR@K equals Recall@K, and the ideal DCG is 1, so NDCG@K = 1 / log2(rank + 1) within K.
-
-    Args:
-        ranks: [B] ranks from :func:`target_ranks`.
-        cutoffs: The K.
-
-    Returns:
-        Metric name to sum; divide by the number of users for the metric.
-    """
-    sums: dict[str, float] = {}
-    for k in cutoffs:
-        hit = (ranks <= k).double()
-        sums[f"HR@{k}"] = float(hit.sum())
-        sums[f"NDCG@{k}"] = float((hit / torch.log2(ranks + 1)).sum())
-    sums["MRR"] = float((1 / ranks).sum())
-    return sums
+    return better + 1 + equal * {"pessimistic": 1.0, "mean": 0.5, "optimistic": 0.0}[ties]

@@ -13,7 +13,7 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.config.io import load_yaml
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.presets import PRESETS, preset
-from mltfr_dist.schema import validate
+from mltfr_dist.schema import nested, validate
 from mltfr_dist.training.origin import ORIGIN, check_located, located
 from mltfr_dist.training.run_folder import CONFIG, read_yaml
 
@@ -87,12 +87,6 @@ def parse_override(text: str) -> dict[str, Any]:
             remedy="Add the `=`.",
         )
     try:
-        return nested(key, load_yaml(value))
+        return nested({key: load_yaml(value)})
     except yaml.YAMLError:
-        return nested(key, value)
-
-
-def nested(key: str, value: object) -> dict[str, Any]:
-    """`a.b` and a value to ``{"a": {"b": value}}``."""
-    first, _, rest = key.partition(".")
-    return {first: nested(rest, value) if rest else value}
+        return nested({key: value})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from mltfr_dist.errors import ConfigError
@@ -41,6 +42,26 @@ class Section(BaseModel):
             ):
                 raise ValueError(f"{name} must not be true or false (given: {value})")
         return values
+
+
+@dataclass(frozen=True)
+class Known:
+    """A name must be one of ``names``, which are of a ``kind`` such as "backbones"."""
+
+    names: Collection[str]
+    kind: str
+
+    def __call__(self, name: str) -> str:
+        """The name as it is."""
+        if name not in self.names:
+            listed = ", ".join(self.names)
+            raise ValueError(f"{self.kind} are {listed}{or_nearest(name, self.names)}")
+        return name
+
+
+def known(registry: Collection[str], kind: str) -> AfterValidator:
+    """The validator of a field that takes a name of ``registry``: see :class:`Known`."""
+    return AfterValidator(Known(registry, kind))
 
 
 class Options(Section):
@@ -103,7 +124,8 @@ def changed(config: SectionT, fields: Mapping[str, Any], *, source: str) -> Sect
     Raises:
         ConfigError: The result is not valid.
     """
-    values = config.model_dump(mode="json")
+    # Of options, which ones were given counts, and not only their values.
+    values = config.model_dump(mode="json", exclude_unset=isinstance(config, Options))
     for path, value in fields.items():
         *sections, name = path.split(".")
         section = values
@@ -111,6 +133,18 @@ def changed(config: SectionT, fields: Mapping[str, Any], *, source: str) -> Sect
             section = section[part]
         section[name] = value
     return validate(type(config), values, source=source)
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys to nested mappings: ``{"a.b": 1}`` to ``{"a": {"b": 1}}``."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, leaf = key.split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    return found
 
 
 def _topic(model: type[Section], paths: list[str]) -> str:
@@ -170,7 +204,7 @@ def nearest_key(path: str, valid: list[str]) -> str | None:
     return next((key for key in valid if by_leaf and key.rpartition(".")[2] == by_leaf[0]), None)
 
 
-def or_nearest(name: str, valid: Sequence[str]) -> str:
+def or_nearest(name: str, valid: Collection[str]) -> str:
     """What follows a name that is none of ``valid``: `; the nearest is ...`, or nothing."""
     near = nearest_key(name, list(valid))
     return f"; the nearest is `{near}`" if near else ""

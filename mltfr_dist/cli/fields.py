@@ -12,12 +12,14 @@ from typing import Any, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mltfr_dist.schema import Section, validate
+from mltfr_dist.schema import Known, Section, validate
 
 
 def type_text(field: FieldInfo) -> str:
     """A field's type as a user writes it, with its bounds."""
-    choices = _choices(field.annotation)
+    rules = (getattr(m, "func", None) for m in field.metadata)
+    names = [name for rule in rules if isinstance(rule, Known) for name in rule.names]
+    choices = names or _choices(field.annotation)
     if choices:
         return " | ".join(choices)
     bounds = [

@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from mltfr_dist.backbones import BACKBONES
+from mltfr_dist.losses import LOSSES
+from mltfr_dist.routers import ROUTERS
 from mltfr_dist.schema import (
     Count,
     Fraction,
@@ -18,31 +20,17 @@ from mltfr_dist.schema import (
     Positive,
     Probability,
     Section,
-    or_nearest,
+    known,
 )
 from mltfr_dist.selectors import SELECTORS
 
 TableContent = Literal["real", "random", "shuffled"]
 
 
-def _known_backbone(name: str) -> str:
-    if name not in BACKBONES:
-        raise ValueError(f"backbones are {', '.join(BACKBONES)}{or_nearest(name, list(BACKBONES))}")
-    return name
-
-
-def _known_strategy(name: str) -> str:
-    if name not in SELECTORS:
-        raise ValueError(
-            f"strategies are {', '.join(SELECTORS)}{or_nearest(name, list(SELECTORS))}"
-        )
-    return name
-
-
 class BackboneConfig(Section):
     """The sequential recommender that MLTFR adds to."""
 
-    name: Annotated[str, AfterValidator(_known_backbone)] = Field(
+    name: Annotated[str, known(BACKBONES, "backbones")] = Field(
         "sasrec",
         description="; ".join(f"{name}: {entry.paper}" for name, entry in BACKBONES.items()) + ".",
     )
@@ -110,7 +98,7 @@ class BackboneConfig(Section):
 class FilterConfig(Section):
     """Which rows of a token table an expert reads."""
 
-    strategy: Annotated[str, AfterValidator(_known_strategy)] = Field(
+    strategy: Annotated[str, known(SELECTORS, "strategies")] = Field(
         "user_guided",
         description="; ".join(f"{name}: {entry.what}" for name, entry in SELECTORS.items()) + ".",
     )
@@ -235,6 +223,10 @@ class ExpertConfig(Section):
 class RouterConfig(Section):
     """The gate that mixes the experts."""
 
+    name: Annotated[str, known(ROUTERS, "routers")] = Field(
+        "softmax",
+        description="; ".join(f"{name}: {entry.what}" for name, entry in ROUTERS.items()) + ".",
+    )
     top_k: Annotated[int, Field(ge=2)] | None = Field(
         None,
         description="Experts that a position is routed to, the best by gate; at least 2, for the weight of a single one carries "
@@ -257,6 +249,10 @@ class RouterConfig(Section):
 
     @model_validator(mode="after")
     def _published_gate_is_dense(self) -> RouterConfig:
+        if self.double_softmax and self.name != "softmax":
+            raise ValueError(
+                f"double_softmax is a second softmax after name softmax, and name is {self.name}: leave one out"
+            )
         if self.double_softmax and (self.top_k is not None or self.expert_dropout):
             raise ValueError(
                 "double_softmax needs a dense gate: a second softmax gives weight to what top_k or expert_dropout left out"
@@ -399,10 +395,9 @@ class MLTFRConfig(Section):
 class LossConfig(Section):
     """The training loss, over real positions only."""
 
-    name: Literal["cross_entropy", "sampled_softmax", "bce", "gbce"] = Field(
+    name: Annotated[str, known(LOSSES, "losses")] = Field(
         "cross_entropy",
-        description="cross_entropy: softmax over all items; sampled_softmax: over the target and sampled items, logQ-corrected; "
-        "bce: binary, against sampled negatives; gbce: bce with a tempered positive (Petrov and Macdonald 2023).",
+        description="; ".join(f"{name}: {entry.what}" for name, entry in LOSSES.items()) + ".",
     )
     num_negatives: Count = Field(
         1,

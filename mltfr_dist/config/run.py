@@ -8,7 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mltfr_dist.config.model import BackboneConfig, LossConfig, MLTFRConfig
-from mltfr_dist.schema import Count, NonNegative, Positive, Probability, Section
+from mltfr_dist.losses import LOSSES
+from mltfr_dist.metrics import METRICS, metric_names
+from mltfr_dist.optimizers import OPTIMIZERS
+from mltfr_dist.schema import Count, NonNegative, Positive, Probability, Section, known, or_nearest
 
 
 class DataConfig(Section):
@@ -72,14 +75,23 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: Annotated[str, known(OPTIMIZERS, "optimizers")] = Field(
+        "adamw",
+        description="; ".join(f"{name}: {entry.what}" for name, entry in OPTIMIZERS.items()) + ".",
+    )
     learning_rate: Positive = Field(1e-3, description="Peak learning rate.")
     betas: tuple[Probability, Probability] = Field(
-        (0.9, 0.98), description="Decay of the first and second moment."
+        (0.9, 0.98), description="adamw, adam: decay of the first and second moment."
+    )
+    momentum: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.9, description="sgd: share of the last step that is taken again."
     )
     weight_decay: NonNegative = Field(
-        0.0, description="Decoupled weight decay of matrices (never of biases, norms, embeddings)."
+        0.0,
+        description="Weight decay of matrices (never of biases, norms, embeddings): adamw: decoupled; "
+        "others: added to the gradient.",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="Steps over which the learning rate rises from 0."
@@ -94,7 +106,8 @@ class OptimizerConfig(Section):
     item_gradients: Literal["dense", "sparse"] = Field(
         "dense",
         description="dense: an update moves, and exchanges the gradient of, every row of the item table; sparse: of the rows "
-        "that its batch touches alone, by lazy Adam (other numbers than AdamW's). sparse needs a loss that samples items.",
+        "that its batch touches alone, by lazy Adam, for adam and adamw (other numbers than theirs). "
+        "sparse needs a loss that samples items.",
     )
 
 
@@ -150,8 +163,13 @@ class EvaluationConfig(Section):
         "valid",
         description="Split that picks the checkpoint; test (published) makes the figures too high.",
     )
-    select_by: Annotated[str, Field(pattern=r"^(HR|NDCG)@[1-9][0-9]*$")] = Field(
-        "NDCG@10", description="Metric that picks the checkpoint, at one of the cutoffs."
+    select_by: str = Field(
+        "NDCG@10",
+        description="Metric that picks the checkpoint, at one of the cutoffs: "
+        + "; ".join(
+            f"{name}{'@K' * metric.at_cutoffs}: {metric.what}" for name, metric in METRICS.items()
+        )
+        + ".",
     )
     filter_seen: bool = Field(
         True, description="Items of the history are no candidates (the target always is)."
@@ -168,11 +186,17 @@ class EvaluationConfig(Section):
                 "cutoffs must hold 10, for every report shows HR@10 and NDCG@10 "
                 f"(given: {self.cutoffs})"
             )
-        if int(self.select_by.partition("@")[2]) not in self.cutoffs:
+        measured, (name, _, k) = metric_names(self.cutoffs), self.select_by.partition("@")
+        if self.select_by in measured:
+            return self
+        if k.isdecimal() and name in METRICS and METRICS[name].at_cutoffs:
             raise ValueError(
                 f"select_by {self.select_by} is at none of the cutoffs {self.cutoffs}: add it there"
             )
-        return self
+        raise ValueError(
+            f"select_by {self.select_by} is not measured{or_nearest(self.select_by, measured)}; "
+            f"metrics are {', '.join(measured)}"
+        )
 
 
 class CheckpointConfig(Section):
@@ -216,7 +240,9 @@ class RunConfig(Section):
     backbone: BackboneConfig = Field(BackboneConfig(), description="The sequential recommender.")
     mltfr: MLTFRConfig = Field(description="Token filtering and routing.")
     loss: LossConfig = Field(LossConfig(), description="The training loss.")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW and its schedule.")
+    optimizer: OptimizerConfig = Field(
+        OptimizerConfig(), description="The optimizer and its schedule."
+    )
     training: TrainingConfig = Field(TrainingConfig(), description="Epochs, batches, precision.")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Full ranking.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is saved, and when.")
@@ -231,10 +257,23 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _touches_few_items(self) -> RunConfig:
-        if self.optimizer.item_gradients == "sparse" and self.loss.name == "cross_entropy":
+        loss = self.loss.name
+        if self.optimizer.item_gradients == "sparse" and LOSSES[loss].negatives == "none":
+            *others, last = (name for name, entry in LOSSES.items() if entry.negatives != "none")
             raise ValueError(
-                "optimizer.item_gradients sparse with loss.name cross_entropy, which scores every item, so that every row has a "
-                "gradient: give loss.name sampled_softmax, bce or gbce, or item_gradients dense"
+                f"optimizer.item_gradients sparse with loss.name {loss}, which scores every item, so that every row has a "
+                f"gradient: give loss.name {', '.join(others)} or {last}, or item_gradients dense"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_rows(self) -> RunConfig:
+        name = self.optimizer.name
+        if self.optimizer.item_gradients == "sparse" and not OPTIMIZERS[name].by_rows:
+            serves = " or ".join(name for name, entry in OPTIMIZERS.items() if entry.by_rows)
+            raise ValueError(
+                f"optimizer.item_gradients sparse steps rows by lazy Adam, and optimizer.name is {name}: "
+                f"give optimizer.name {serves}, or item_gradients dense"
             )
         return self
 

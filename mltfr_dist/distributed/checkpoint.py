@@ -24,10 +24,10 @@ from mltfr_dist.distributed.lock import check_held
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.sending import send_tensors, send_text
 from mltfr_dist.distributed.state import (
-    begin_moments,
+    begin_optimizer_state,
     restore_masters,
-    restore_moments,
-    whole_moments,
+    restore_optimizer_state,
+    whole_optimizer_state,
     whole_parameters,
 )
 from mltfr_dist.distributed.watchdog import beat
@@ -38,7 +38,7 @@ from mltfr_dist.schema import Section
 SCHEMA_VERSION = 3
 HEADER = "state.json"
 PARTIAL = ".partial-"
-MODEL, MOMENTS = "model.safetensors", "optimizer.safetensors"
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 PASSED_OVER = "Start the run's command again: it passes over what is damaged."
 NOT_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 CHECKED_ELEMENTS = 1 << 24
@@ -94,9 +94,9 @@ def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bo
     """
     tensors = {MODEL: whole_parameters(engine)}
     if with_optimizer:
-        if progress.step == progress.skipped_steps:  # no update yet, so Adam has no moments
-            begin_moments(engine)
-        tensors[MOMENTS] = whole_moments(engine)
+        if progress.step == progress.skipped_steps:  # no update yet, so the optimizer has no state
+            begin_optimizer_state(engine)
+        tensors[OPTIMIZER] = whole_optimizer_state(engine)
     damaged = nonfinite(tensors, engine.ranks)
     if damaged:
         raise engine.ranks.one_speaks(
@@ -279,8 +279,8 @@ def restore_optimizer(folder: Path, engine: Engine) -> None:
     """Bring a fresh engine, whose module was loaded from ``folder``, to the checkpoint's state. All ranks must call."""
     restore_masters(engine, read_for_all(folder, engine.ranks))
     progress = progress_for_all(folder, engine.ranks)
-    moments = read_for_all(folder, engine.ranks, MOMENTS)
-    restore_moments(engine, moments, progress.step - progress.skipped_steps)
+    state = read_for_all(folder, engine.ranks, OPTIMIZER)
+    restore_optimizer_state(engine, state, progress.step - progress.skipped_steps)
 
 
 def step_folder(folder: Path, progress: Progress) -> Path:

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
 
-from mltfr_dist.config import OptimizerConfig, RunConfig
+from mltfr_dist.config import RunConfig
 from mltfr_dist.data.stream.training import BatchLayout, StepBatches
 from mltfr_dist.distributed.clipping import JointNorm
 from mltfr_dist.distributed.health import NORM, Health, Verdict
@@ -26,6 +25,8 @@ from mltfr_dist.errors import ConfigError
 from mltfr_dist.files import code_sha256, with_packaged
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
+from mltfr_dist.optim import build_optimizer, learning_rate
+from mltfr_dist.optimizers import OPTIMIZERS
 from mltfr_dist.schema import or_nearest
 
 FILE_KEYS = ("zero_optimization", "zero_force_ds_cpu_optimizer", "aio")
@@ -120,6 +121,13 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout) -> dict[str, Any]:
             rule="DeepSpeed's stage 0 keeps no faithful fp32 master in bf16: losses drift from those of stages 1 to 3.",
             remedy="Use deepspeed=ds_configs/zero1.json.",
         )
+    name = config.optimizer.name
+    if stage > 0 and not OPTIMIZERS[name].elementwise:
+        raise ConfigError(
+            f"optimizer.name={name} with ZeRO stage {stage} ({config.deepspeed}).",
+            rule=f"ZeRO hands an optimizer flat pieces of the parameters, and {name} looks at their shapes.",
+            remedy="Use deepspeed=ds_configs/zero0.json, or optimizer.name=adamw.",
+        )
     return content | {
         "train_batch_size": layout.global_batch_size,
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
@@ -175,12 +183,8 @@ class Engine:
         offloads = "offload_optimizer" in ds_config.get("zero_optimization", {})
         if offloads:
             ds_config.setdefault("zero_force_ds_cpu_optimizer", False)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.optimizer.weight_decay),
-            lr=config.optimizer.learning_rate,
-            betas=config.optimizer.betas,
-            fused=ranks.device.type == "cuda" and not offloads,
-        )
+        fused = ranks.device.type == "cuda" and not offloads
+        optimizer = build_optimizer(model, config.optimizer, fused=fused)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config
         )
@@ -197,6 +201,11 @@ class Engine:
     def module(self) -> Recommender:
         """The model itself."""
         return self.deepspeed.module  # type: ignore[no-any-return]
+
+    @property
+    def optimizer_state(self) -> tuple[str, ...]:
+        """Names of the tensors that the optimizer keeps for each parameter."""
+        return OPTIMIZERS[self.config.optimizer.name].state
 
     @property
     def verdict(self) -> Verdict:
@@ -267,31 +276,6 @@ class Engine:
     def destroy(self) -> None:
         """Free what DeepSpeed holds, so that another engine can follow in the same process."""
         self.deepspeed.destroy()
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with decay; biases, norms, embeddings and temperatures without."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-
-    def decays(p: Tensor) -> bool:
-        return p.ndim > 1 and id(p) not in embeddings
-
-    groups = [
-        {"params": [p for p in trained if decays(p)], "weight_decay": weight_decay},
-        {"params": [p for p in trained if not decays(p)], "weight_decay": 0.0},
-    ]
-    return [g for g in groups if g["params"]]
-
-
-def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of step number ``step`` (from 0): a function, so there is no scheduler state to lose."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def versions() -> dict[str, str]:

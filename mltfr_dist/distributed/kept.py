@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mltfr_dist.distributed.checkpoint import (
     HEADER,
     MODEL,
-    MOMENTS,
+    OPTIMIZER,
     PARTIAL,
     Progress,
     read_header,
@@ -65,7 +65,7 @@ def latest_intact(folder: Path, stage: str, warn: Warn, goes_on: GoesOn = beat) 
     for path in reversed(_complete(folder, f"{stage}-step")):
         try:
             verify(path, MODEL, goes_on)
-            verify(path, MOMENTS, goes_on)
+            verify(path, OPTIMIZER, goes_on)
         except DamagedError as error:
             warn(f"  warning: skipping the checkpoint {path.name}: {error.what}")
         else:

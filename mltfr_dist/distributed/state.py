@@ -8,9 +8,6 @@ from torch import Tensor, nn
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.models.item_rows import ItemRows
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state per parameter."""
-
 State = dict[str, Tensor]
 
 
@@ -40,22 +37,22 @@ def persistent_buffers(module: nn.Module) -> State:
     }
 
 
-def whole_moments(engine: Engine) -> State:
-    """Adam's moments, as ``name/exp_avg`` and ``name/exp_avg_sq``, on the CPU of every rank. All ranks must call.
+def whole_optimizer_state(engine: Engine) -> State:
+    """What the optimizer keeps, as ``parameter/entry``, on the CPU of every rank. All ranks must call.
 
     Those of a table that is stepped by rows are whole on rank 0 alone.
     """
-    link_moments(engine)
-    moments = {
+    link_optimizer_state(engine)
+    state = {
         f"{name}/{key}": _whole(engine, p, key)
         for name, p in trained_parameters(engine)
-        for key in MOMENTS
+        for key in engine.optimizer_state
     }
     rows = engine.row_adam
     return (
-        moments
+        state
         if rows is None
-        else moments | {f"{rows.name}/{key}": rows.whole(key) for key in MOMENTS}
+        else state | {f"{rows.name}/{key}": rows.whole(key) for key in rows.moments}
     )
 
 
@@ -83,7 +80,7 @@ def _whole(engine: Engine, parameter: nn.Parameter, key: str | None) -> Tensor:
 
 
 def _set_whole(engine: Engine, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-    """Set this rank's part of a parameter's fp32 master, or of one of its moments, from the whole."""
+    """Set this rank's part of a parameter's fp32 master, or of its optimizer state, from the whole."""
     from deepspeed import utils
 
     value = value.to(engine.ranks.device)
@@ -117,34 +114,34 @@ def restore_masters(engine: Engine, parameters: State) -> None:
 
 
 @torch.no_grad()
-def restore_moments(engine: Engine, moments: State, num_updates: int) -> None:
-    """Set Adam's moments and its number of updates. All ranks must call."""
-    begin_moments(engine, num_updates)
-    link_moments(engine)
+def restore_optimizer_state(engine: Engine, state: State, num_updates: int) -> None:
+    """Set what the optimizer keeps and its number of updates. All ranks must call."""
+    begin_optimizer_state(engine, num_updates)
+    link_optimizer_state(engine)
     for name, p in trained_parameters(engine):
-        for key in MOMENTS:
-            _set_whole(engine, p, key, moments[f"{name}/{key}"])
-    if engine.row_adam is not None:
-        for key in MOMENTS:
-            engine.row_adam.restore(key, moments[f"{engine.row_adam.name}/{key}"])
+        for key in engine.optimizer_state:
+            _set_whole(engine, p, key, state[f"{name}/{key}"])
+    if (rows := engine.row_adam) is not None:
+        for key in rows.moments:
+            rows.restore(key, state[f"{rows.name}/{key}"])
 
 
-def begin_moments(engine: Engine, num_updates: int = 0) -> None:
-    """Set Adam's moments to zero, as before the first update."""
+def begin_optimizer_state(engine: Engine, num_updates: int = 0) -> None:
+    """Set what the optimizer keeps to zero, as before the first update."""
     inner = engine.optimizer if engine.zero_stage == 0 else engine.optimizer.optimizer
     for part in _optimizer_tensors(engine):
         on_device = inner.defaults.get("fused") or inner.defaults.get("capturable")
-        inner.state[part] = {key: torch.zeros_like(part) for key in MOMENTS} | {
+        inner.state[part] = {key: torch.zeros_like(part) for key in engine.optimizer_state} | {
             "step": torch.tensor(float(num_updates), device=part.device if on_device else "cpu")
         }
     if engine.row_adam is not None:
         engine.row_adam.begin(num_updates)
 
 
-def link_moments(engine: Engine) -> None:
-    """Tell stages 1 and 2 which part of the flat moments is whose.
+def link_optimizer_state(engine: Engine) -> None:
+    """Tell stages 1 and 2 which part of the flat optimizer state is whose.
 
-    DeepSpeed 0.19 does so once, after the first parameter group's first step: the other groups have no moments yet and
+    DeepSpeed 0.19 does so once, after the first parameter group's first step: the other groups have no state yet and
     are never linked.
     """
     from deepspeed.utils import lazy_init_hp_params_optimizer_state

@@ -13,8 +13,8 @@ from mltfr_dist.errors import ConfigError
 from mltfr_dist.library.words import path_text, words_of_a_call
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.presets import preset as named_preset
-from mltfr_dist.resolve import merge_values, nested, read_configuration
-from mltfr_dist.schema import Section, or_nearest, validate
+from mltfr_dist.resolve import merge_values, read_configuration
+from mltfr_dist.schema import Section, nested, or_nearest, validate
 from mltfr_dist.training.origin import check_located
 from mltfr_dist.training.run_folder import CONFIG, REPORT, Result
 
@@ -196,5 +196,5 @@ def _nested(given: Overrides) -> dict[str, Any]:
         if isinstance(value, Section):
             value = value.model_dump(mode="json")
         plain = _nested(value) if isinstance(value, Mapping) else value
-        found = merge_values(found, nested(str(key), plain))
+        found = merge_values(found, nested({str(key): plain}))
     return found

@@ -5,7 +5,6 @@ Shapes: B users, L positions, N real positions (no padding), D hidden size.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.item_tokens import ItemVectors
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.transformer import init_weights
+from mltfr_dist.registry import load
 
 
 class Backbone(nn.Module):
@@ -117,6 +117,5 @@ class PositionalBackbone(Backbone):
 
 def backbone_class(name: str) -> type[Backbone]:
     """The class that the registry names."""
-    module, _, class_name = BACKBONES[name].path.partition(":")
-    found: type[Backbone] = getattr(import_module(f"mltfr_dist.models.{module}"), class_name)
+    found: type[Backbone] = load(BACKBONES[name].path, "mltfr_dist.models")
     return found

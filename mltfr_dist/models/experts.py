@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from mltfr_dist.config import ExpertConfig, RouterConfig
 from mltfr_dist.models.transformer import init_weights
 from mltfr_dist.numerics import at_least_fp32
+from mltfr_dist.registry import load
+from mltfr_dist.routers import ROUTERS
 
 
 class Memory(NamedTuple):
@@ -187,6 +189,10 @@ class Router(nn.Module):
         if self.config.top_k is not None:
             last_kept = logits.topk(self.config.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < last_kept, -torch.inf)
+        return self.normalised(logits)
+
+    def normalised(self, logits: Tensor) -> Tensor:
+        """[G, n, E], -inf for what is left out -> weights that sum to 1, zero for what is left out."""
         return torch.softmax(logits, dim=-1)
 
     def _dropped(self, logits: Tensor) -> Tensor:
@@ -212,3 +218,18 @@ class Router(nn.Module):
     def update_load(self, mean_gate_weights: Tensor) -> None:
         """Take in one step's mean gate weights [E] over the global batch."""
         self.load.lerp_(mean_gate_weights.to(self.load), 1 - self.LOAD_DECAY)
+
+
+class SigmoidRouter(Router):
+    """Gate whose experts do not compete before they are added up (DeepSeek-V3, arXiv 2412.19437, eq. 13 to 15)."""
+
+    def normalised(self, logits: Tensor) -> Tensor:
+        """[G, n, E], -inf for what is left out -> weights that sum to 1, zero for what is left out."""
+        affinity = torch.sigmoid(logits)
+        return affinity / affinity.sum(-1, keepdim=True).clamp(min=torch.finfo(affinity.dtype).tiny)
+
+
+def router_class(name: str) -> type[Router]:
+    """The class that the registry names."""
+    found: type[Router] = load(ROUTERS[name].path, "mltfr_dist.models")
+    return found

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from mltfr_dist.config import ExpertConfig, MLTFRConfig
 from mltfr_dist.models.consensus import State, freeze
-from mltfr_dist.models.experts import ExpertCore, Experts, Memory, Router, shared_experts
+from mltfr_dist.models.experts import (
+    ExpertCore,
+    Experts,
+    Memory,
+    Router,
+    router_class,
+    shared_experts,
+)
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
 from mltfr_dist.models.routing import Routing
@@ -28,7 +35,8 @@ class Parts(NamedTuple):
     selector: type[Selector] | None = None
     """None: that of the strategy."""
     experts: Callable[[ExpertConfig, int, Sequence[int]], Experts] = shared_experts
-    router: type[Router] = Router
+    router: type[Router] | None = None
+    """None: that of its name."""
     shared: Callable[[Memory], Memory] = lambda memory: memory
     """An expert's memory, seen by the whole batch."""
     of_consensus: Callable[[list[Memory]], list[Memory]] = lambda memories: memories
@@ -57,7 +65,8 @@ class MLTFR(nn.Module):
         )
         widths = [t.dim for t in tables for _ in range(self.per_table)]  # of the experts' tables
         self.adapters, self.cores = self.parts.experts(config.expert, hidden_dim, widths)
-        self.router = self.parts.router(config.router, hidden_dim, self.num_experts)
+        router = self.parts.router or router_class(config.router.name)
+        self.router = router(config.router, hidden_dim, self.num_experts)
         self.consensus: ExpertCore | None = None
         self.consensus_members: list[int] = []
 

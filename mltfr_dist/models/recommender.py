@@ -14,20 +14,14 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import LossConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
-from mltfr_dist.losses import (
-    Negatives,
-    binary_cross_entropy,
-    contrastive,
-    full_cross_entropy,
-    generalised_binary_cross_entropy,
-    sampled_softmax,
-)
 from mltfr_dist.models.backbone import Backbone
 from mltfr_dist.models.explain import Explanation, explain
 from mltfr_dist.models.item_rows import ItemRows
+from mltfr_dist.models.losses import contrastive, loss_sum
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.routing import Routing, RoutingSums, routing_sums
+from mltfr_dist.models.scored import Scored
 from mltfr_dist.models.selectors import Reduce
 from mltfr_dist.numerics import at_least_fp32
 
@@ -114,8 +108,8 @@ class Recommender(nn.Module):
         if self.backbone.attended_width is not None:
             batch, weights = self._widened_batch(batch), self.widened(weights)
         hidden, packing, routing = self.hidden(batch.item_ids)
-        loss_sum = self._loss(hidden, batch, packing, packing.pack(weights))
-        terms = {"loss": Term(loss_sum, "targets", 1.0)}
+        total = self._loss(hidden, batch, packing, packing.pack(weights))
+        terms = {"loss": Term(total, "targets", 1.0)}
         if routing is not None and self.mltfr is not None:
             router = self.mltfr.router
             weight = router.config.balance_weight
@@ -142,28 +136,19 @@ class Recommender(nn.Module):
         targets = packing.pack(batch.target_ids)
         scored = (targets != PADDING_IDX).nonzero()[:, 0]
         hidden, targets, weights = (t.index_select(0, scored) for t in (hidden, targets, weights))
-        embedding = self.backbone.item_embedding
-        if self.loss_config.name == "cross_entropy":
-            item_vectors = embedding.weight[1 : self.num_items + 1]  # [I, D], no padding, no mask
-            return full_cross_entropy(hidden, item_vectors, targets, weights)
-        if self.loss_config.name == "sampled_softmax":
-            assert batch.shared_negative_ids is not None
-            assert batch.shared_log_probability is not None
-            ids = batch.shared_negative_ids
-            negatives = Negatives(ids, embedding(ids), batch.shared_log_probability)
-            return sampled_softmax(hidden, targets, embedding(targets), negatives, weights)
-        assert batch.negative_ids is not None
-        negative_vectors = embedding(packing.pack(batch.negative_ids).index_select(0, scored))
-        if self.loss_config.name == "bce":
-            return binary_cross_entropy(hidden, embedding(targets), negative_vectors, weights)
-        calibration = self.loss_config.calibration
-        return generalised_binary_cross_entropy(
-            hidden,
-            embedding(targets),
-            negative_vectors,
-            weights,
-            num_items=self.num_items,
-            calibration=calibration,
+        drawn, shared = batch.negative_ids, batch.shared_negative_ids
+        log_probability = batch.shared_log_probability
+        return loss_sum(
+            Scored(
+                hidden,
+                targets,
+                weights,
+                self.backbone.item_embedding,
+                self.num_items,
+                self.loss_config,
+                None if drawn is None else packing.pack(drawn).index_select(0, scored),
+                None if shared is None or log_probability is None else (shared, log_probability),
+            )
         )
 
     def _contrast(self, batch: SequenceBatch) -> Tensor:

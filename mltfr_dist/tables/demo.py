@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mltfr_dist.config import TableConfig
 from mltfr_dist.errors import DataError
+from mltfr_dist.schema import changed
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def demo_source(
             f"--packages {target}.",
         )
     if demo.vocabulary and config.vocabulary is None:
-        config = config.model_copy(update={"vocabulary": folder / demo.vocabulary})
+        config = changed(config, {"vocabulary": folder / demo.vocabulary}, source="the demo table")
     return str(folder / demo.source), config, demo.licence
 
 

@@ -11,11 +11,12 @@ from huggingface_hub import HfApi, hf_hub_download
 from mltfr_dist.errors import DataError
 from mltfr_dist.tables import choose
 from mltfr_dist.tables.checkpoints import from_gguf, layout
+from mltfr_dist.tables.checkpoints.formats import FORMATS
 from mltfr_dist.tables.checkpoints.from_safetensors import needed_tensors
 from mltfr_dist.tables.checkpoints.source import read_settings
 
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
-_FILE_ENDINGS = (".safetensors", ".gguf", ".vec", ".txt", *layout.PICKLE_ENDINGS)
+_FILE_ENDINGS = (*FORMATS, *layout.PICKLE_ENDINGS)
 
 
 def parse_hub_id(source: str) -> tuple[str, str | None] | None:

@@ -14,7 +14,7 @@ from mltfr_dist.config import EvaluationConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.watchdog import beat
-from mltfr_dist.metrics import metric_sums, target_ranks
+from mltfr_dist.metrics import metric_names, metric_sums, target_ranks
 
 ALL = "all"
 Members = Callable[[RankingBatch], Tensor]
@@ -54,7 +54,7 @@ def evaluate_slices(
     Returns:
         "all" and each slice's name to its metrics; a slice's also hold ``users``, their number.
     """
-    names = list(metric_sums(torch.ones(0), config.cutoffs))
+    names = metric_names(config.cutoffs)
     totals = torch.zeros(1 + len(slice_names), len(names) + 1, dtype=torch.float64)
     for batch in stream:
         beat()

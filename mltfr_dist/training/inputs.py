@@ -30,6 +30,7 @@ from mltfr_dist.distributed.placement import place_tables
 from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.errors import CheckpointError, ConfigError, DataError
 from mltfr_dist.files import file_sha256, write_atomically
+from mltfr_dist.losses import LOSSES
 from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors import selector_class
@@ -367,10 +368,11 @@ def train_stream(config: RunConfig, layout: BatchLayout) -> TrainStream:
 def objective(config: RunConfig) -> Objective:
     """What batches must hold for the backbone and the loss."""
     backbone, loss, kind = config.backbone, config.loss, backbone_class(config.backbone.name)
+    negatives = LOSSES[loss.name].negatives
     return Objective(
-        num_negatives=loss.num_negatives if loss.name in ("bce", "gbce") else 0,
+        num_negatives=loss.num_negatives if negatives == "per_position" else 0,
         unseen_negatives=loss.negatives == "unseen",
-        num_shared_negatives=loss.num_negatives if loss.name == "sampled_softmax" else 0,
+        num_shared_negatives=loss.num_negatives if negatives == "shared" else 0,
         proposal=loss.proposal,
         cloze_ratio=backbone.mask_ratio if kind.objective == "cloze" else None,
         views=ViewRatios(backbone.crop_ratio, backbone.mask_ratio, backbone.reorder_ratio)

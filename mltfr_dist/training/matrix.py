@@ -22,6 +22,7 @@ from scipy import stats
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.files import replacing
 from mltfr_dist.training.compare import BASELINES
 from mltfr_dist.training.run_folder import Result
 
@@ -107,9 +108,8 @@ def append_row(path: Path, row: Row) -> None:
     if path.exists():
         table = pa.concat_tables([pq.read_table(path), table], promote_options="default")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    pq.write_table(table, partial)
-    partial.rename(path)
+    with replacing(path) as partial:
+        pq.write_table(table, partial)
 
 
 def is_done(rows: Sequence[Row], variant: str, config: RunConfig) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.files import write_atomically
 from mltfr_dist.progress import StatusLine, duration, say
 from mltfr_dist.training.board import Board, configuration
 from mltfr_dist.training.services import Service, open_services
@@ -160,9 +161,7 @@ def drop_later_lines(path: Path, stage: str, step: int) -> None:
         order = STAGES.index(line["stage"]) - STAGES.index(stage)
         if line["kind"] != "test" and (order < 0 or (order == 0 and line["step"] <= step)):
             kept.append(text + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.rename(path)
+    write_atomically(path, "".join(kept))
 
 
 def seed_all(*keys: int) -> None:

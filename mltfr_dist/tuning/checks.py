@@ -15,12 +15,13 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.data.shards.manifest import verify_folder
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.invocation import command
-from mltfr_dist.schema import field_paths, or_nearest, validate
+from mltfr_dist.metrics import metric_names
+from mltfr_dist.schema import changed, field_paths, or_nearest, validate
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import differing_fields, leaf_values, read_yaml
 from mltfr_dist.tuning.source import SWEEP
 from mltfr_dist.tuning.space import SweepConfig, with_values
-from mltfr_dist.tuning.trials import BASE, MRR
+from mltfr_dist.tuning.trials import BASE
 
 SET_BY_THE_SWEEP = ("name", "runs_dir", "baselines")
 """Fields that a sweep sets itself."""
@@ -91,8 +92,7 @@ def check_metric(sweep: SweepConfig, base: RunConfig) -> None:
     Raises:
         ConfigError: It is none, or of the test split.
     """
-    reported = [f"valid/{name}@{k}" for k in base.evaluation.cutoffs for name in ("HR", "NDCG")]
-    reported.append(f"valid/{MRR}")
+    reported = [f"valid/{name}" for name in metric_names(base.evaluation.cutoffs)]
     if base.evaluation.select_on != "valid":
         raise ConfigError(
             f"evaluation.select_on is {base.evaluation.select_on}.",
@@ -107,8 +107,8 @@ def check_metric(sweep: SweepConfig, base: RunConfig) -> None:
         )
     if sweep.metric not in reported:
         raise ConfigError(
-            f"metric `{sweep.metric}` is never reported.",
-            rule="Trials report MRR, HR@K and NDCG@K of validation, K from evaluation.cutoffs.",
+            f"metric `{sweep.metric}` is never reported{or_nearest(sweep.metric, reported)}.",
+            rule="Trials report the metrics of validation, at the K of evaluation.cutoffs.",
             remedy=f"Use one of {', '.join(reported)}.",
         )
 
@@ -130,10 +130,8 @@ def with_all_tables(sweep: SweepConfig, base: RunConfig) -> RunConfig:
         Path(table) for option in (domain.options() if domain else None) or [] for table in option
     ]
     tables = tuple(dict.fromkeys([*base.mltfr.tables, *searched]))
-    consensus = base.mltfr.consensus.model_copy(update={"group": ()})
-    return base.model_copy(
-        update={"mltfr": base.mltfr.model_copy(update={"tables": tables, "consensus": consensus})}
-    )
+    fields = {"mltfr.tables": tables, "mltfr.consensus.group": ()}
+    return changed(base, fields, source="the sweep")
 
 
 def check_machine(sweep: SweepConfig) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import MltfrError
 from mltfr_dist.files import write_atomically
+from mltfr_dist.schema import changed
 from mltfr_dist.training.matrix import interval
 from mltfr_dist.training.matrix import shown as mean_and_interval
 from mltfr_dist.training.run_folder import dump_config, load_result
@@ -50,11 +51,8 @@ def choose(sweep: SweepConfig, trials: Sequence[Trial]) -> Trial:
 def write_best(sweep: SweepConfig, resolved: RunConfig, best: Trial) -> None:
     """best.yaml: the chosen configuration, complete, as train.py runs it, without what trials need (threads, no baselines)."""
     config = with_values(resolved, best.values)
-    name = f"{sweep.name}-best"
-    write_atomically(
-        sweep.folder / BEST,
-        dump_config(config.model_copy(update={"name": name, "runs_dir": sweep.folder})),
-    )
+    place = {"name": f"{sweep.name}-best", "runs_dir": sweep.folder}
+    write_atomically(sweep.folder / BEST, dump_config(changed(config, place, source="the sweep")))
 
 
 def common_epoch(trials: Sequence[Trial]) -> int:

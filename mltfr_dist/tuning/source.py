@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.config.io import dump_yaml
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.files import packaged_names, with_packaged
 from mltfr_dist.resolve import merge_values, parse_override, resolve_config
-from mltfr_dist.schema import or_nearest, validate
+from mltfr_dist.schema import changed, nested, or_nearest, validate
 from mltfr_dist.training.origin import ORIGIN, origins
 from mltfr_dist.training.run_folder import read_yaml
-from mltfr_dist.tuning.space import SweepConfig, nested, typed_choices
+from mltfr_dist.tuning.space import SweepConfig, typed_choices
 
 SWEEP = "sweep.yaml"
 """In a sweep's folder, the complete sweep."""
@@ -103,11 +104,11 @@ def base_config(sweep: SweepConfig) -> RunConfig:
     """
     base = resolved_config(sweep)
     threads = base.training.threads or max(1, int(sweep.resources_per_trial.cpus))
+    fields: dict[str, Any] = {"baselines": (), "training.threads": threads}
     mltfr = base.mltfr
     if mltfr.enabled and mltfr.placement == "auto" and not mltfr.train_tables:
-        mltfr = mltfr.model_copy(update={"placement": "mmap"})
-    training = base.training.model_copy(update={"threads": threads})
-    return base.model_copy(update={"baselines": (), "training": training, "mltfr": mltfr})
+        fields["mltfr.placement"] = "mmap"
+    return changed(base, fields, source="the sweep")
 
 
 def dump_sweep(sweep: SweepConfig) -> str:

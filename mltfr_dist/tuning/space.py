@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.schema import Count, NonNegative, Positive, Section, field_at, validate
+from mltfr_dist.schema import Count, NonNegative, Positive, Section, field_at, nested, validate
 from mltfr_dist.training.run_folder import leaf_values
 
 Values = dict[str, Any]
@@ -271,18 +271,6 @@ def shown_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "+".join(Path(str(one)).name for one in value) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys to nested mappings."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        *sections, leaf = key.split(".")
-        place = found
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = value
-    return found
 
 
 def with_values(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:

@@ -27,7 +27,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, MltfrError, OtherRankError
 from mltfr_dist.files import write_atomically
-from mltfr_dist.schema import validate
+from mltfr_dist.schema import changed, validate
 from mltfr_dist.training.inputs import INPUTS
 from mltfr_dist.training.run_folder import CHECKPOINTS, CONFIG, dump_config
 from mltfr_dist.tuning.environment import set_environment
@@ -69,7 +69,8 @@ class TrialSetting:
     def config(self, trial: Trial) -> RunConfig:
         """The run's configuration."""
         config = with_values(self.base, trial.values)
-        return config.model_copy(update={"name": trial.name, "runs_dir": trial.folder.parent})
+        place = {"name": trial.name, "runs_dir": trial.folder.parent}
+        return changed(config, place, source="the sweep")
 
 
 class Attempt(threading.Thread):

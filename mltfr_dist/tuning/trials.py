@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from mltfr_dist.errors import CheckpointError
 from mltfr_dist.files import write_atomically
+from mltfr_dist.metrics import is_metric
 from mltfr_dist.schema import Section
 from mltfr_dist.training.run_folder import load_result
 from mltfr_dist.training.tracking import STAGES
@@ -24,7 +25,6 @@ BASE = "base.yaml"
 """In a sweep's folder: the sweep, and what its trials start from."""
 
 TRIALS, METRICS = "trials", "metrics.jsonl"
-MRR = "MRR"
 VALID = '{"kind": "valid"'
 """How a validation's line begins (training/tracking.py)."""
 
@@ -186,8 +186,6 @@ def read_validations(path: Path) -> list[Validation]:
             stage, base = line["stage"], epoch
         epoch = base + line["epoch"]
         found.append(
-            Validation(
-                epoch, {name: value for name, value in line.items() if "@" in name or name == MRR}
-            )
+            Validation(epoch, {name: value for name, value in line.items() if is_metric(name)})
         )
     return found

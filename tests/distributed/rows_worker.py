@@ -20,10 +20,11 @@ from worker import STEPS, make_engine, no_dropout, resumed, saved_and_resumed, s
 
 from mltfr_dist.config import OptimizerConfig, RunConfig
 from mltfr_dist.data.stream.training import BatchLayout
-from mltfr_dist.distributed.engine import Engine, parameter_groups
+from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.ranks import Ranks, leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.row_adam import RowAdam
 from mltfr_dist.models.item_rows import ItemRows
+from mltfr_dist.optim import parameter_groups
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
 from mltfr_dist.training.loop import reduce_outputs
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 from support import REPOSITORY, findings, relative_difference, tiny_config
 
 from mltfr_dist.backbones import BACKBONES
+from mltfr_dist.optimizers import OPTIMIZERS
 
 WORKER = Path(__file__).parent / "worker.py"
 
@@ -119,6 +121,24 @@ def test_every_deepspeed_file_trains_alike_and_offloaded_states_resume(folder: P
             assert (
                 relative_difference(found[f"{name} uninterrupted"], found[f"{name} resumed"]) < 1e-6
             ), name
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(600)
+def test_every_optimizer_trains_alike_under_deepspeed_and_resumes(folder: Path) -> None:
+    one, two = findings(WORKER, "optimizers", folder, 1), findings(WORKER, "optimizers", folder, 2)
+    files = ("zero0", "zero1", "zero2_offload", "zero3")
+    references = {name: one[f"{name} zero0 uninterrupted"] for name in OPTIMIZERS}
+    for name, reference in references.items():
+        assert reference[-1] < reference[0], f"{name} has learned nothing"
+        for found in (one, two):
+            for file in files:
+                losses = found[f"{name} {file} uninterrupted"]
+                assert relative_difference(reference, losses) < 1e-5, f"{name} {file}"
+                resumed = found[f"{name} {file} resumed"]
+                assert relative_difference(losses, resumed) < 1e-6, f"{name} {file} resumed"
+    for name, other in combinations(references, 2):
+        assert relative_difference(references[name], references[other]) > 1e-4, f"{name} {other}"
 
 
 def test_each_deepspeed_file_is_documented() -> None:

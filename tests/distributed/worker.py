@@ -26,6 +26,7 @@ from mltfr_dist.distributed.fisher import batch_mean_squares, fisher_diagonals
 from mltfr_dist.distributed.ranks import Ranks, leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.state import whole_parameters
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.optimizers import OPTIMIZERS
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
 from mltfr_dist.training.loop import reduce_outputs
 
@@ -278,6 +279,18 @@ def offloaded(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     return found
 
 
+def optimizers(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Per optimizer and some files of ds_configs/: uninterrupted and resumed losses."""
+    found = {}
+    for name in OPTIMIZERS:
+        for file in ("zero0", "zero1", "zero2_offload", "zero3"):
+            path = REPOSITORY / "ds_configs" / f"{file}.json"
+            config = no_dropout(folder, 0, deepspeed=str(path), optimizer__name=name)
+            place = folder / f"optimizers-{ranks.world_size}-{name}-{file}"
+            found |= saved_and_resumed(f"{name} {file}", config, ranks, place)
+    return found
+
+
 SEARCHES: dict[str, dict[str, object]] = {
     "shortlist": {},
     "exact": {"mltfr__filter__shortlist_size": None},
@@ -368,7 +381,7 @@ if __name__ == "__main__":
     task, folder, output = sys.argv[1:]
     all_ranks = start_ranks(1)
     tasks = [losses, saved, elsewhere, fisher, backbones, placements, placed_training, offloaded]
-    tasks += [padded]
+    tasks += [padded, optimizers]
     result = {one.__name__: one for one in tasks}[task](Path(folder), all_ranks)
     if all_ranks.is_main:
         Path(output).write_text(json.dumps(result))

@@ -18,7 +18,7 @@ from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import (
     HEADER,
     MODEL,
-    MOMENTS,
+    OPTIMIZER,
     Progress,
     read,
     read_header,
@@ -61,7 +61,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "damage"),
-    [(MODEL, flip), (MOMENTS, truncate), (MOMENTS, Path.unlink), (HEADER, truncate)],
+    [(MODEL, flip), (OPTIMIZER, truncate), (OPTIMIZER, Path.unlink), (HEADER, truncate)],
     ids=["bit flipped", "cut off", "missing", "header cut off"],
 )
 def test_a_damaged_checkpoint_is_passed_over(
@@ -106,7 +106,7 @@ def put(folder: Path, step: int, best: tuple[tuple[int, float], ...]) -> Progres
     progress = Progress(stage="train", step=step, epoch=step, best=best)
     write(
         step_folder(folder, progress),
-        {MODEL: {"w": torch.ones(2)}, MOMENTS: {"w": torch.ones(2)}},
+        {MODEL: {"w": torch.ones(2)}, OPTIMIZER: {"w": torch.ones(2)}},
         progress,
     )
     for epoch, _ in best:

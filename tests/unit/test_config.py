@@ -15,7 +15,7 @@ from mltfr_dist.config import FilterConfig, PrepareConfig, RunConfig, TableConfi
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.presets import PRESETS, preset
 from mltfr_dist.resolve import merge_values, parse_override, resolve_config
-from mltfr_dist.schema import Section, field_paths, nearest_key, validate
+from mltfr_dist.schema import Section, changed, field_paths, nearest_key, validate
 from mltfr_dist.training.run_folder import dump_config
 
 MINIMAL = {"data": {"path": "d"}, "mltfr": {"enabled": False}}
@@ -80,11 +80,16 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
         ),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "nan", "finite"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1", "1.0", "less than 1"),
+        ("mltfr.router.name=softmx", "mltfr.router.name", "'softmx'", "the nearest is `softmax`"),
+        ("loss.name=gbca", "loss.name", "'gbca'", "the nearest is `gbce`"),
+        ("optimizer.name=adamm", "optimizer.name", "'adamm'", "the nearest is `adam`"),
+        ("optimizer.name=lamb", "optimizer.name", "'lamb'", "optimizers are adamw, adam, sgd"),
+        ("optimizer.momentum=1", "optimizer.momentum", "1", "less than 1"),
         (
             "loss.name=hinge",
             "loss.name",
             "'hinge'",
-            "'cross_entropy', 'sampled_softmax', 'bce' or 'gbce'",
+            "losses are cross_entropy, sampled_softmax, bce, gbce",
         ),
         ("backbone.name=gru4rec", "backbone.name", "'gru4rec'", "backbones are sasrec, esasrec"),
         (
@@ -180,6 +185,12 @@ def test_sparse_item_gradients_need_a_loss_that_samples() -> None:
     message = refused("optimizer.item_gradients=sparse").what
     assert "loss.name cross_entropy, which scores every item" in message
     assert "sampled_softmax, bce or gbce" in message
+
+
+def test_sparse_item_gradients_need_an_optimizer_that_steps_rows() -> None:
+    sparse = ("optimizer.item_gradients=sparse", "loss.name=bce")
+    message = refused(*sparse, "optimizer.name=sgd").what
+    assert "optimizer.name is sgd: give optimizer.name adamw or adam, or item_gradients" in message
 
 
 def test_all_problems_are_named_at_once() -> None:
@@ -457,3 +468,13 @@ def test_every_section_field_is_an_option(capsys: pytest.CaptureFixture[str]) ->
         shown = capsys.readouterr().out
         assert all("--" + name.replace("_", "-") in shown for name in model.model_fields)
     assert callable(add_section)
+
+
+def test_a_changed_configuration_is_validated_and_keeps_which_options_were_given() -> None:
+    given = validate(PrepareConfig, {"user_column": "user_id"}, source="test")
+    made = changed(given, {"format": "tsv"}, source="test")
+    assert made.model_fields_set == {"user_column", "format"}
+    config = validate(RunConfig, MINIMAL, source="test")
+    assert changed(config, {"training.epochs": 3}, source="test").training.epochs == 3
+    with pytest.raises(ConfigError, match=r"from the sweep is not valid: `training.epochs`"):
+        changed(config, {"training.epochs": -3}, source="the sweep")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mltfr_dist import losses
 from mltfr_dist.data.stream.negatives import sample_shared
-from mltfr_dist.losses import (
+from mltfr_dist.models import losses
+from mltfr_dist.models.losses import (
     Negatives,
     binary_cross_entropy,
     contrastive,

@@ -11,6 +11,7 @@ from mltfr_dist.data.sources import read as sources
 from mltfr_dist.data.sources.gather import Source, gather
 from mltfr_dist.data.sources.inputs import given_file
 from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.schema import changed
 
 
 def resolve(
@@ -56,7 +57,7 @@ def _gathered(
             rule="All files of a source have one format.",
             remedy="Give a pattern that matches only the interactions.",
         )
-    config = config.model_copy(update={"format": formats.pop()})
+    config = changed(config, {"format": formats.pop()}, source="the files")
     if not sources.has_time(config) and config.split == "global_temporal":
         raise DataError(
             f"{found.label} is read as {config.format}, which has no time.",
@@ -90,4 +91,6 @@ def _named(
         (given_file(found.interactions, str(found.interactions)),),
         given_file(titles, str(titles)) if titles else None,
     )
-    return source, config.model_copy(update={"format": "tsv", "titles": titles, **columns})
+    return source, changed(
+        config, {"format": "tsv", "titles": titles, **columns}, source="the named set"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import itertools
 import re
 from collections import Counter
@@ -27,6 +26,7 @@ from mltfr_dist.data.sources.readers import (
     value_sql,
 )
 from mltfr_dist.errors import DataError
+from mltfr_dist.schema import or_nearest
 
 _NUMBER = r"[+-]?[0-9]+([.,][0-9]+)?([eE][+-]?[0-9]+)?"
 _DATE = r"[0-9]{1,4}[-/.][0-9]{1,2}[-/.][0-9]{1,4}([T ].*)?"
@@ -158,11 +158,9 @@ def column_index(file: InputFile, name: str, header: list[str], *, titles: bool 
             )
         if times:
             return names.index(name)
-    near = difflib.get_close_matches(name, header, n=1, cutoff=0.4)
     shown = ", ".join(f"`{column[:40]}`" for column in header[:30])
     raise DataError(
-        f"{file.name} has no column `{name}`; its columns are {shown}"
-        + (f", the nearest is `{near[0]}`." if near else "."),
+        f"{file.name} has no column `{name}`; its columns are {shown}{or_nearest(name, header)}.",
         remedy=_column_remedy(header, titles),
     )
 

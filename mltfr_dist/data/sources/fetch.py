@@ -14,6 +14,7 @@ from mltfr_dist.data.sources.read import NAMED_SETS
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.files import file_sha256, write_atomically
 from mltfr_dist.progress import say
+from mltfr_dist.schema import changed, or_nearest
 
 RECORD = "fetched.json"
 """In a set's folder: address, size and sha256 of what was fetched."""
@@ -132,13 +133,14 @@ def use_set(
     missing = {k: v for k, v in found.options.items() if k not in config.model_fields_set}
     if missing:
         log(f"{name}: prepared with{_options(found, missing)}")
-    return _path(target, found), config.model_copy(update=missing)
+    return _path(target, found), changed(config, missing, source=f"the public set {name}")
 
 
 def _set(name: str) -> PublicSet:
     if name not in PUBLIC_SETS:
         raise DataError(
-            f"There is no public set `{name}`.", remedy=f"There are: {', '.join(PUBLIC_SETS)}."
+            f"There is no public set `{name}`{or_nearest(name, PUBLIC_SETS)}.",
+            remedy=f"There are: {', '.join(PUBLIC_SETS)}.",
         )
     return PUBLIC_SETS[name]
 

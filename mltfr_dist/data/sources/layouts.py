@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 
 import pyarrow as pa
@@ -13,6 +12,7 @@ from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.sources.formats import FORMATS, GENERAL, NAMED, Format
 from mltfr_dist.data.sources.inputs import InputFile
 from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.schema import or_nearest
 
 _HEAD_BYTES = 262_144
 _HEAD_LINES = 20
@@ -93,9 +93,8 @@ def check_name(name: str) -> None:
     """
     if name == "auto" or name in FORMATS:
         return
-    near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.4)
     raise ConfigError(
-        f"There is no format `{name}`" + (f"; the nearest is `{near[0]}`." if near else "."),
+        f"There is no format `{name}`{or_nearest(name, FORMATS)}.",
         remedy="`mltfr prepare --format help` lists the formats.",
     )
 

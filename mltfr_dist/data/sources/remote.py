@@ -12,6 +12,7 @@ import fsspec
 from mltfr_dist.data.shards.manifest import MANIFEST_NAME
 from mltfr_dist.data.sources.find import is_mark
 from mltfr_dist.errors import DataError
+from mltfr_dist.files import replacing
 
 PROTOCOLS = (
     "file",
@@ -74,11 +75,10 @@ def fetch(url: str, folder: Path) -> list[tuple[Path, str]]:
             copy = folder / f"{hashlib.sha256(state.encode()).hexdigest()[:16]}-{tail[-80:]}"
             if not copy.is_file() or copy.stat().st_size != size:
                 folder.mkdir(parents=True, exist_ok=True)
-                partial = copy.with_name(f"partial-{copy.name}")
-                system.get_file(address, str(partial))
-                if size is not None and partial.stat().st_size != size:
-                    raise OSError(f"{address} did not arrive whole")
-                partial.rename(copy)
+                with replacing(copy) as partial:
+                    system.get_file(address, str(partial))
+                    if size is not None and partial.stat().st_size != size:
+                        raise OSError(f"{address} did not arrive whole")
             copies.append((copy, system.unstrip_protocol(address)))
     except (OSError, ImportError, ValueError) as error:
         raise _failed("read", url, error) from None

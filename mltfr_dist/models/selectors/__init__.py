@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from mltfr_dist.models.selectors.base import Reduce, Selection, Selector
+from mltfr_dist.registry import load
 from mltfr_dist.selectors import SELECTORS
 
 __all__ = ["Reduce", "Selection", "Selector", "selector_class"]
@@ -12,8 +11,5 @@ __all__ = ["Reduce", "Selection", "Selector", "selector_class"]
 
 def selector_class(name: str) -> type[Selector]:
     """The class that the registry names."""
-    module, _, class_name = SELECTORS[name].path.partition(":")
-    found: type[Selector] = getattr(
-        import_module(f"mltfr_dist.models.selectors.{module}"), class_name
-    )
+    found: type[Selector] = load(SELECTORS[name].path, "mltfr_dist.models.selectors")
     return found

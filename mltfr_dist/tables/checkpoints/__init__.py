@@ -3,7 +3,7 @@
 ``formats.py`` is the registry of formats; ``layout.py`` says which files of a folder are the model.
 """
 
-from mltfr_dist.tables.checkpoints.formats import open_embedding
+from mltfr_dist.tables.checkpoints.opening import open_embedding
 from mltfr_dist.tables.checkpoints.source import EmbeddingSource
 
 __all__ = ["EmbeddingSource", "open_embedding"]

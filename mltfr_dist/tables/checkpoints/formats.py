@@ -1,77 +1,23 @@
-"""The registry of formats: a line for each kind of file."""
+"""The registry of language models' formats: a line for each ending of a weight file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from typing import NamedTuple
 
-from mltfr_dist.errors import DataError
-from mltfr_dist.tables.checkpoints.from_gguf import open_gguf
-from mltfr_dist.tables.checkpoints.from_safetensors import open_safetensors
-from mltfr_dist.tables.checkpoints.from_text import open_word_vectors, refuse_binary_vectors
-from mltfr_dist.tables.checkpoints.layout import (
-    PICKLE_ENDINGS,
-    Layout,
-    find_layout,
-    local_names,
-    model_folder,
-    no_weights,
-)
-from mltfr_dist.tables.checkpoints.source import EmbeddingSource, refuse_pointer
 
-Open = Callable[[Path, Layout, str | None], EmbeddingSource]
+class Entry(NamedTuple):
+    """Where a format's reader is found and what it is."""
 
-FORMATS: dict[str, Open] = {
-    ".safetensors": open_safetensors,
-    ".gguf": open_gguf,
-    ".vec": open_word_vectors,
-    ".txt": open_word_vectors,
+    path: str
+    """``module:function`` beside this file: (folder, layout, tensor's name or None) -> source."""
+    what: str
+    in_folders: bool = True
+    """Whether a folder's file of this ending is its model; else the file itself must be given."""
+
+
+FORMATS: dict[str, Entry] = {
+    ".safetensors": Entry("from_safetensors:open_safetensors", "Hugging Face checkpoints"),
+    ".gguf": Entry("from_gguf:open_gguf", "llama.cpp's files"),
+    ".vec": Entry("from_text:open_word_vectors", "word vectors"),
+    ".txt": Entry("from_text:open_word_vectors", "word vectors", in_folders=False),
 }
-"""Ending of the weight files to what opens them: (folder, layout, the tensor's name or None)."""
-
-
-def open_embedding(path: Path, tensor: str | None = None) -> EmbeddingSource:
-    """Find the input embedding in a weight file or a checkpoint's folder.
-
-    Args:
-        path: the file (see :data:`FORMATS`) or the folder.
-        tensor: the tensor's name; found when None.
-
-    Raises:
-        DataError: nothing readable there, or no tensor that is certainly the embedding.
-    """
-    try:
-        return _open(path, tensor)
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or path} cannot be read: {error.strerror or error}.",
-            remedy="Check that you may read it, and that its disk is there.",
-        ) from None
-
-
-def _open(path: Path, tensor: str | None) -> EmbeddingSource:
-    if path.is_dir():
-        names = local_names(path)
-        if below := model_folder(names, lambda name: path / name):
-            return _open(path / below, tensor)
-        for name in names:
-            if "/" not in name and name.endswith(PICKLE_ENDINGS):
-                refuse_binary_vectors(path / name)
-        layout = find_layout(names, str(path))
-        return FORMATS[layout.ending](path, layout, tensor)
-    if not path.is_file():
-        raise DataError(
-            f"The checkpoint {path} does not exist.",
-            remedy="Give a file, a folder or a Hugging Face id (owner/name).",
-        )
-    refuse_pointer(path)
-    if opener := FORMATS.get(path.suffix.lower()):
-        return opener(path.parent, Layout((path.name,)), tensor)
-    if path.suffix in PICKLE_ENDINGS:
-        refuse_binary_vectors(path)
-        raise no_weights([path.name], str(path.parent))
-    raise DataError(
-        f"{path} is no .safetensors and no .gguf file.",
-        rule=f"Readable are {', '.join(FORMATS)}, told by the ending.",
-        remedy="Give a checkpoint's folder or file; unpack archives first.",
-    )

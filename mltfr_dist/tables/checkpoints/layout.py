@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mltfr_dist.errors import DataError
+from mltfr_dist.tables.checkpoints.formats import FORMATS
 from mltfr_dist.tables.checkpoints.source import read_json
 from mltfr_dist.tables.choose import ADAPTER_CONFIG
 
@@ -17,9 +18,9 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILE = "model.safetensors"
 MODULES_FILE = "modules.json"
 PICKLE_ENDINGS = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
-VECTOR_ENDING = ".vec"
 _OTHER_ENDINGS = (".h5", ".onnx", ".msgpack", ".ot", ".npz", ".mlmodel", ".tflite")
-_READABLE = (".safetensors", ".gguf", VECTOR_ENDING)
+_READABLE = tuple(ending for ending, entry in FORMATS.items() if entry.in_folders)
+_FURTHER = tuple(ending for ending in _READABLE if ending not in (".safetensors", ".gguf"))
 _NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 """Names of the files of a model that is stored in parts."""
@@ -109,11 +110,13 @@ def find_layout(names: Collection[str], where: str, choice: str = "") -> Layout:
         return Layout(tuple(models), None, adapter, tuple(n for n in ggufs if n not in models))
     if adapter and adapter.endswith(".safetensors"):
         return Layout((adapter,), None, adapter)
-    vectors = [name for name in top if name.endswith(VECTOR_ENDING)]
-    if len(vectors) > 1:
-        raise _several("files of word vectors", vectors, where, choice)
-    if vectors:
-        return Layout((vectors[0],))
+    further = [name for name in top if name.endswith(_FURTHER)]
+    if len(further) > 1:
+        raise _several(
+            f"files of {FORMATS[PurePosixPath(further[0]).suffix].what}", further, where, choice
+        )
+    if further:
+        return Layout((further[0],))
     raise no_weights(names, where, choice)
 
 

@@ -27,6 +27,7 @@ from mltfr_dist.config import (
 )
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.errors import ConfigError
+from mltfr_dist.losses import LOSSES
 from mltfr_dist.models.backbone import Backbone, PositionalBackbone, backbone_class
 from mltfr_dist.models.bert4rec import BERT4Rec
 from mltfr_dist.models.bsarec import low_pass_matrix
@@ -413,6 +414,16 @@ def test_cl4srec_ranks_as_sasrec_does() -> None:
 
 
 # --- losses through the whole recommender ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].negatives != "none"])
+def test_a_loss_whose_batch_holds_no_negatives_says_what_its_line_lacks(name: str) -> None:
+    model = recommender.__wrapped__("sasrec")
+    model.loss_config = LossConfig(name=name)
+    batch = SequenceBatch(torch.tensor([[1, 2]]), torch.tensor([[2, 3]]), torch.arange(1))
+    with pytest.raises(ConfigError, match=f"loss.name={name} reads negatives") as caught:
+        model(batch)
+    assert f'Give the line of `{name}` negatives="{LOSSES[name].negatives}"' in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["sampled_softmax", "gbce"])

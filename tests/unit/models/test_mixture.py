@@ -8,11 +8,12 @@ from support import new_mltfr
 from torch import Tensor
 
 from mltfr_dist.config import ConsensusConfig, ExpertConfig, FilterConfig, MLTFRConfig, RouterConfig
-from mltfr_dist.models.experts import ExpertCore, Memory, Router
+from mltfr_dist.models.experts import ExpertCore, Memory, Router, router_class
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.routing import routing_sums
 from mltfr_dist.published.experts import mean_memory, pooled
 from mltfr_dist.published.selecting import WeightedSelection
+from mltfr_dist.routers import ROUTERS
 
 DIM, NAMES = 8, ("one", "two", "three")
 SHAPES = ((40, 6), (30, 10), (20, 5))
@@ -61,6 +62,26 @@ def gates(mltfr: MLTFR) -> Tensor:
     weights = mltfr.router(embeddings())
     assert isinstance(weights, Tensor)
     return weights
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("fields", [{}, {"top_k": 2}, {"null_expert": True, "expert_dropout": 0.7}])
+def test_every_router_gives_weights_that_sum_to_one(name: str, fields: dict[str, object]) -> None:
+    mltfr = make(router={"name": name} | fields)
+    assert type(mltfr.router) is router_class(name)
+    weights = gates(mltfr.train())
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5))
+    assert (weights >= 0).all()
+    if "top_k" in fields:
+        assert ((weights > 0).sum(-1) == 2).all()
+
+
+def test_the_sigmoid_gate_is_each_affinity_over_their_sum() -> None:
+    mltfr = make(router={"name": "sigmoid"})
+    affinity = torch.sigmoid(mltfr.router.linear(embeddings()))
+    expected = affinity / affinity.sum(-1, keepdim=True)
+    torch.testing.assert_close(gates(mltfr), expected)
+    assert (expected - gates(make())).abs().max() > 1e-3
 
 
 def test_experts_of_a_table_share_its_filter_and_start_apart_by_their_adapters_only() -> None:

@@ -25,10 +25,10 @@ from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.data.stream.training import BatchLayout
 from mltfr_dist.distributed.fisher import batch_mean_squares
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.losses import binary_cross_entropy
 from mltfr_dist.models.consensus import merge
 from mltfr_dist.models.draws import GumbelNoise, gumbel, history_keys
 from mltfr_dist.models.experts import ExpertCore
+from mltfr_dist.models.losses import binary_cross_entropy
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.routing import Routing
