@@ -17,7 +17,7 @@ from torch import Tensor
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.errors import DataError
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.schema import nearest_key
+from mltfr_dist.schema import or_nearest
 
 ECHOED_ITEMS = 10
 """Unknown ids that an error names."""
@@ -55,12 +55,11 @@ class ItemMap:
             raise DataError("The history is empty.", remedy="Give at least one item id.")
         unknown = [raw for raw in raw_ids if raw not in self.numbers]
         if unknown:
-            near = nearest_key(unknown[0], list(self.numbers))
             raise DataError(
                 f"Unknown item id{'s' if len(unknown) > 1 else ''} "
                 + ", ".join(unknown[:ECHOED_ITEMS])
                 + (f" and {len(unknown) - ECHOED_ITEMS} more" * (len(unknown) > ECHOED_ITEMS))
-                + (f"; the nearest is {near}." if near else "."),
+                + f"{or_nearest(unknown[0], self.numbers)}.",
                 rule="Ids are those of the raw data that preparation kept "
                 f"({self.listed_in} lists them).",
                 remedy="Leave them out or correct them.",

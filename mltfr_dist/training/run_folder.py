@@ -93,8 +93,9 @@ def load_config(folder: str | Path, *, locate: bool = False) -> RunConfig:
     folder = Path(folder)
     path = folder / CONFIG
     if not path.exists():
+        missing = f"there is no {CONFIG}" if folder.exists() else "there is no such folder"
         raise CheckpointError(
-            f"{folder} holds no run: there is no {CONFIG}.",
+            f"{folder} holds no run: {missing}.",
             remedy="Name a run's folder, such as runs/demo.",
         )
     values = read_yaml(path)

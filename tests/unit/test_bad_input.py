@@ -120,7 +120,9 @@ def test_recommend_and_evaluate_on_no_run(folder: Path, capsys: pytest.CaptureFi
         ["recommend", str(folder), "--history", "i1"],
         ["evaluate", str(folder / "nowhere")],
     ):
-        assert "holds no run" in refused(folder, capsys, lambda command=command: mltfr(command))
+        message = refused(folder, capsys, lambda command=command: mltfr(command))
+        assert "holds no run" in message
+    assert "there is no such folder" in message
 
 
 def test_damaged_shard(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
