@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parse_intermixed(parser, arguments)
     from mltfr_dist.distributed.last_word import record_traceback
-    from mltfr_dist.distributed.ranks import say_why, stop_ranks  # imports torch: not for --help
+    from mltfr_dist.distributed.meeting import say_why, stop_ranks  # imports torch: not for --help
 
     try:
         config = resolve_config(options.preset, options.config, options.overrides)
@@ -63,6 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    from mltfr_dist.distributed.ranks import leave
+    from mltfr_dist.distributed.meeting import leave
 
     leave(code)

@@ -18,7 +18,8 @@ import torch
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.engine import Engine, batch_layout
-from mltfr_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
+from mltfr_dist.distributed.meeting import start_ranks, stop_ranks
+from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import peak_memory_bytes
 from mltfr_dist.schema import validate
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream

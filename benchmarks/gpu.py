@@ -37,7 +37,8 @@ from mltfr_dist.config import PrepareConfig, RunConfig
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.distributed.engine import Engine, batch_layout
-from mltfr_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
+from mltfr_dist.distributed.meeting import start_ranks, stop_ranks
+from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import MatrixWork, matrix_peak
 from mltfr_dist.schema import validate
 from mltfr_dist.training.evaluate import evaluate

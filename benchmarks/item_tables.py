@@ -31,7 +31,7 @@ from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.data.stream.negatives import sample_shared
 from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.distributed.engine import Engine, batch_layout
-from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.resources import peak_memory_bytes
 from mltfr_dist.schema import validate
 from mltfr_dist.spec import ModelSpec

@@ -33,7 +33,7 @@ from support import REPOSITORY, clean_environment, torchrun
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.engine import Engine, batch_layout
-from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.schema import validate
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
 

@@ -28,7 +28,7 @@ from support import REPOSITORY, clean_environment, tiny_config, torchrun, write_
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.engine import Engine, batch_layout
-from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.table_shards import Exchange, RowSharded
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_on_ranks(options: argparse.Namespace) -> int:
     """A command that a launcher may start several times: one rank speaks, for all."""
     from mltfr_dist.distributed.last_word import record_traceback
-    from mltfr_dist.distributed.ranks import has_met, leave, say_why, stop_ranks
+    from mltfr_dist.distributed.meeting import has_met, leave, say_why, stop_ranks
 
     code = 0
     try:

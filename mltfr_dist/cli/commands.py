@@ -146,7 +146,7 @@ def command_sweep(options: argparse.Namespace) -> None:
 def command_evaluate(options: argparse.Namespace) -> None:
     """A run's numbers again, from its best checkpoint; of several ranks one prints."""
     from mltfr_dist.distributed.launch import expected_rank
-    from mltfr_dist.distributed.ranks import lost_ranks_told, start_ranks
+    from mltfr_dist.distributed.meeting import lost_ranks_told, start_ranks
     from mltfr_dist.distributed.watchdog import watched
     from mltfr_dist.training.inference import evaluate_run
 

@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         remedy = f"`{self.prog} --help` lists what can be given."
         if not is_rank():
             self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n{remedy}\n")
-        from mltfr_dist.distributed.ranks import say_why
+        from mltfr_dist.distributed.meeting import say_why
 
         self.exit(say_why(ConfigError(f"{self.prog}: {message}.", remedy=remedy)))
 

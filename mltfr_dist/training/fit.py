@@ -16,8 +16,9 @@ from mltfr_dist.distributed.engine import batch_layout, deepspeed_config, versio
 from mltfr_dist.distributed.health import watch_neighbours
 from mltfr_dist.distributed.launch import expected_rank
 from mltfr_dist.distributed.lock import Lock, acquire
+from mltfr_dist.distributed.meeting import lost_ranks_told, start_ranks
 from mltfr_dist.distributed.placement import check_placement
-from mltfr_dist.distributed.ranks import Ranks, lost_ranks_told, start_ranks
+from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.signals import stop_signals
 from mltfr_dist.distributed.watchdog import watched
 from mltfr_dist.errors import ConfigError, DamagedError, StoppedError

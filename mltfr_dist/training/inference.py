@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed.ranks import Ranks, start_ranks
+from mltfr_dist.distributed.meeting import start_ranks
+from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.sending import send_text
 from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError
 from mltfr_dist.invocation import train_command

@@ -17,6 +17,6 @@ if __name__ == "__main__":
     if other and folder != "-":
         os.chdir(folder)
     import train
-    from mltfr_dist.distributed.ranks import leave
+    from mltfr_dist.distributed.meeting import leave
 
     leave(train.main(["--config", config, *(overrides if other else [])]))

@@ -29,7 +29,8 @@ from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.fisher import fisher_diagonals
-from mltfr_dist.distributed.ranks import Ranks, leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.state import whole_parameters
 from mltfr_dist.distributed.watchdog import beat, watched
 from mltfr_dist.errors import ConfigError, MltfrError

@@ -21,7 +21,8 @@ from worker import STEPS, make_engine, no_dropout, resumed, saved_and_resumed, s
 from mltfr_dist.config import OptimizerConfig, RunConfig
 from mltfr_dist.data.stream.training import BatchLayout
 from mltfr_dist.distributed.engine import Engine
-from mltfr_dist.distributed.ranks import Ranks, leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.row_adam import RowAdam
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.optim import parameter_groups

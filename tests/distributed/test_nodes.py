@@ -194,13 +194,13 @@ def two_networks(hosts: tuple[str, str]) -> Iterator[tuple[str, str]]:
 
 
 MEET = """
-from mltfr_dist.distributed import ranks
+from mltfr_dist.distributed import meeting
 from mltfr_dist.errors import MltfrError
-ranks.RENDEZVOUS_SECONDS = 15
+meeting.RENDEZVOUS_SECONDS = 15
 try:
-    met = ranks.start_ranks()
+    met = meeting.start_ranks()
 except MltfrError as error:
-    ranks.leave(ranks.say_why(error))
+    meeting.leave(meeting.say_why(error))
 met.barrier()
 print(f"met {met.world_size}")
 ranks.leave()

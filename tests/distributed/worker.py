@@ -23,7 +23,8 @@ from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.fisher import batch_mean_squares, fisher_diagonals
-from mltfr_dist.distributed.ranks import Ranks, leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.state import whole_parameters
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.optimizers import OPTIMIZERS

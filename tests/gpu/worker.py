@@ -18,7 +18,7 @@ from cases import CASES
 from support import read_lines, tiny_config
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.repairs import as_published
 from mltfr_dist.schema import changed
 from mltfr_dist.training.fit import fit

@@ -22,7 +22,7 @@ pytestmark = [
 PROBE = """
 import json, os, sys
 import torch
-from mltfr_dist.distributed.ranks import leave, start_ranks
+from mltfr_dist.distributed.meeting import leave, start_ranks
 ranks = start_ranks()
 names = ("LOCAL_RANK", "LOCAL_SIZE", "CUDA_VISIBLE_DEVICES", "UCX_NET_DEVICES", "WRAPPED")
 print("PROBE", json.dumps({name: os.environ.get(name) for name in names} | {

@@ -27,7 +27,7 @@ from mltfr_dist.distributed.checkpoint import (
     write,
 )
 from mltfr_dist.distributed.kept import best_intact, latest, latest_intact, prune
-from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.errors import CheckpointError, DamagedError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.training.fit import fit

@@ -24,7 +24,7 @@ from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.shards.manifest import read_manifest
 from mltfr_dist.data.sources import formats, public_sets
 from mltfr_dist.data.sources.fetch import sets_text
-from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.tables.checkpoints import formats as checkpoint_formats
 from mltfr_dist.tables.checkpoints import open_embedding
 from mltfr_dist.training.fit import fit

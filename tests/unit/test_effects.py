@@ -10,7 +10,7 @@ import pytest
 from support import REPOSITORY, read_lines, tiny_config
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.schema import Section, field_paths
 from mltfr_dist.training.fit import fit
 
@@ -245,7 +245,7 @@ def test_the_same_run_leaves_the_same_trace(folder: Path) -> None:
 def test_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from mltfr_dist.distributed.ranks import start_ranks
+    from mltfr_dist.distributed.meeting import start_ranks
 
     before = torch.get_num_threads()
     start_ranks(2)

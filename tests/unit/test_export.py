@@ -17,7 +17,7 @@ from test_effects import CHANGES, WITH
 from mltfr_dist.cli import main as mltfr
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
-from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.errors import EXIT_BAD_INPUT, CheckpointError, DamagedError, DataError
 from mltfr_dist.exported import load_exported
 from mltfr_dist.models.recommender import Recommender

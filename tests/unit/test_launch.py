@@ -169,7 +169,7 @@ def test_tasks_of_nodes(text: str, counts: list[int]) -> None:
 CORES = """
 import os, sys
 os.sched_setaffinity(0, {int(core) for core in os.environ["CORES"].split(",")})
-from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 import torch
 start_ranks()
 print("threads", torch.get_num_threads(), flush=True)

@@ -30,7 +30,7 @@ from mltfr_dist import (
     preset,
 )
 from mltfr_dist.distributed.guest import leave_group
-from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.errors import CheckpointError, ConfigError, DataError, MltfrError, StoppedError
 from mltfr_dist.library.words import as_call
 from mltfr_dist.presets import PRESETS

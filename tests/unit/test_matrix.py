@@ -12,7 +12,8 @@ from support import REPOSITORY, tiny_config
 from benchmarks import quality
 from mltfr_dist.cli import main as mltfr
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed.ranks import ALONE, SINGLE_PROCESS
+from mltfr_dist.distributed.meeting import SINGLE_PROCESS
+from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.training.compare import baseline_result
 from mltfr_dist.training.fit import compare

@@ -16,7 +16,7 @@ from mltfr_dist.cli import main as mltfr
 from mltfr_dist.data.inspect.report import inspect
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.shards.manifest import load_manifest, read_manifest, verify_folder
-from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.exported import load_exported, read_info
 from mltfr_dist.resolve import resolve_config

@@ -10,7 +10,7 @@ import pytest
 from support import read_lines, tiny_config
 
 from mltfr_dist.distributed.checkpoint import read_header
-from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.training.fit import fit
 from mltfr_dist.training.inference import evaluate_run
 from mltfr_dist.training.run_folder import CHECKPOINTS

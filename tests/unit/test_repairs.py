@@ -13,7 +13,7 @@ from support import REPOSITORY, tiny_config
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed import checkpoint
-from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.presets import preset
 from mltfr_dist.repairs import REPAIRS, as_published, taken_away, without

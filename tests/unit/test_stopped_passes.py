@@ -12,7 +12,7 @@ from support import REPOSITORY, read_lines, relative_difference, tiny_config
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.kept import latest
-from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.distributed.signals import STOP_SIGNALS, request_stop
 from mltfr_dist.errors import ConfigError, StoppedError
 from mltfr_dist.schema import changed

@@ -11,7 +11,8 @@ from support import tiny_config
 from torch import nn
 
 from mltfr_dist.config import OptimizerConfig
-from mltfr_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
+from mltfr_dist.distributed.meeting import start_ranks, stop_ranks
+from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.row_adam import RowAdam
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.training.inputs import build_model, load_inputs
