@@ -26,7 +26,7 @@ from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.schema import Section
 from mltfr_dist.spec import ModelSpec
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 CONFIG, MODEL, TABLES, ITEM_TOKENS, ITEMS = (
     "config.json",
     "model.safetensors",

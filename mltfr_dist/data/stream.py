@@ -90,6 +90,7 @@ class TrainStream:
         seed: int,
         objective: Objective = NEXT_ITEM,
         manifest: Manifest | None = None,
+        split: str = "train",
     ) -> None:
         self.folder, self.config, self.part, self.seed, self.objective = (
             folder,
@@ -100,7 +101,7 @@ class TrainStream:
         )
         self.manifest = manifest or load_manifest(folder, left_out=config.left_out)
         self._patience = Patience(config.read_attempts, config.read_timeout)
-        self.split = self.manifest.splits["train" if config.train_on == "train" else "valid"]
+        self.split = self.manifest.splits[split]
         if self.split.num_sequences < part.world_size:
             raise ConfigError(
                 f"There are {part.world_size} ranks and {self.split.num_sequences} training sequences in {folder}.",

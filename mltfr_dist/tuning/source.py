@@ -104,7 +104,7 @@ def base_config(sweep: SweepConfig) -> RunConfig:
     base = resolved_config(sweep)
     threads = base.training.threads or max(1, int(sweep.resources_per_trial.cpus))
     mltfr = base.mltfr
-    if mltfr.enabled and mltfr.placement == "auto" and not mltfr.train_tables:
+    if mltfr.enabled and mltfr.placement == "auto" and not base.published.trained_tables:
         mltfr = mltfr.model_copy(update={"placement": "mmap"})
     training = base.training.model_copy(update={"threads": threads})
     return base.model_copy(update={"baselines": (), "training": training, "mltfr": mltfr})

@@ -96,7 +96,7 @@ def test_a_table_that_differs_between_nodes(tmp_path: Path) -> None:
         ),
         (("training.global_batch_size=1",), "1 is below the number of ranks, 2"),
         (
-            ("backbone.name=cl4srec", "loss.contrast_group=3"),
+            ("backbone.name=cl4srec", "backbone.cl4srec.contrast_group=3"),
             "contrast_group is 3, but a micro-batch holds 16 sequences",
         ),
     ],

@@ -47,7 +47,7 @@ def test_equals_a_loop_over_samples(tmp_path: Path) -> None:
 def test_a_sample_counts_by_its_scored_positions_and_by_the_recommendation_loss(
     tmp_path: Path, name: str
 ) -> None:
-    config = tiny_config(tmp_path, backbone__name=name, loss__contrast_group=4)
+    config = tiny_config(tmp_path, backbone__name=name, backbone__cl4srec__contrast_group=4)
     model = build_model(config, load_inputs(config), with_consensus=False)
     batch = next(train_stream(config, Part(0, 1, 16, 16)).epoch(0)).micro_batches[0]
     found = fisher_diagonals(model, [batch], ONE, 16)[0]["value.weight"]

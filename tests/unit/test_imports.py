@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
     "errors": 0,
-    "backbones": 0,
+    "backbones": 1,
     "selectors": 0,
     "files": 0,
     "invocation": 0,
