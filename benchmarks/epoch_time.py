@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed.engine import Engine, make_part
+from mltfr_dist.distributed.engine import Engine, batch_layout
 from mltfr_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
 from mltfr_dist.distributed.resources import peak_memory_bytes
 from mltfr_dist.schema import validate
@@ -46,7 +46,7 @@ def config_for(options: argparse.Namespace, variant: str) -> RunConfig:
 def seconds(engine: Engine, config: RunConfig, epoch: int, max_steps: int) -> tuple[float, int]:
     """Wall time of an epoch's updates (at most ``max_steps``), data included."""
     started, done = time.perf_counter(), 0
-    for step, batches in enumerate(train_stream(config, engine.part).epoch(epoch)):
+    for step, batches in enumerate(train_stream(config, engine.layout).epoch(epoch)):
         if step == max_steps:
             break
         engine.update(batches, step)
@@ -80,7 +80,9 @@ def main() -> None:
     engines = {}
     for name, config in configs.items():
         model = build_model(config, load_inputs(config), with_consensus=False)
-        engines[name] = Engine(model.to(ranks.device), config, ranks, make_part(config, ranks), 1)
+        engines[name] = Engine(
+            model.to(ranks.device), config, ranks, batch_layout(config, ranks), 1
+        )
         seconds(engines[name], config, 0, 2)  # warm up
     best: dict[str, float] = {}
     steps = 0

@@ -28,9 +28,9 @@ from support import REPOSITORY, clean_environment, torchrun
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
-from mltfr_dist.data.negatives import sample_shared
-from mltfr_dist.data.stream import StepBatches
-from mltfr_dist.distributed.engine import Engine, make_part
+from mltfr_dist.data.stream.negatives import sample_shared
+from mltfr_dist.data.stream.training import StepBatches
+from mltfr_dist.distributed.engine import Engine, batch_layout
 from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.resources import peak_memory_bytes
 from mltfr_dist.schema import validate
@@ -89,7 +89,7 @@ def measure(options: argparse.Namespace) -> None:
         sparse_items=options.gradients == "sparse",
     )
     model = spec.build({})
-    engine = Engine(model, config, ranks, make_part(config, ranks), 1)
+    engine = Engine(model, config, ranks, batch_layout(config, ranks), 1)
     times = []
     for step in range(options.steps + 2):
         batches = random_step(options, step, ranks.rank, ranks.world_size)

@@ -26,7 +26,7 @@ import torch
 from mltfr_dist import repairs
 from mltfr_dist.config import RunConfig
 from mltfr_dist.config.published import CONSENSUS, MLTFR, PER_USER, USER_GUIDED, without
-from mltfr_dist.data.manifest import load_manifest
+from mltfr_dist.data.shards.manifest import load_manifest
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.errors import ConfigError, MltfrError, fail
 from mltfr_dist.repairs import REPAIRS, as_published

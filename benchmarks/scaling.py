@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from support import REPOSITORY, clean_environment, torchrun
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed.engine import Engine, make_part
+from mltfr_dist.distributed.engine import Engine, batch_layout
 from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
 from mltfr_dist.schema import validate
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
@@ -85,9 +85,9 @@ def measure(options: argparse.Namespace) -> None:
         source="the benchmark",
     )
     model = build_model(config, load_inputs(config, verify=False), ranks, with_consensus=False)
-    engine = Engine(model, config, ranks, make_part(config, ranks), 1)
+    engine = Engine(model, config, ranks, batch_layout(config, ranks), 1)
     started, times = 0.0, []
-    stream = train_stream(config, engine.part)
+    stream = train_stream(config, engine.layout)
     for step, batches in enumerate(
         islice(chain.from_iterable(map(stream.epoch, count())), options.steps + 2)
     ):

@@ -33,9 +33,18 @@ import torch
 import webdataset
 
 from mltfr_dist.config import DataConfig, PrepareConfig
-from mltfr_dist.data.manifest import MANIFEST_NAME, Manifest, PrepareReport, SourceInfo, SplitInfo
-from mltfr_dist.data.shards import PackedSequences, SplitWriter, load_manifest, read_shard
-from mltfr_dist.data.stream import Part, TrainStream
+from mltfr_dist.data.shards.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    PrepareReport,
+    SourceInfo,
+    SplitInfo,
+    load_manifest,
+)
+from mltfr_dist.data.shards.packed import PackedSequences
+from mltfr_dist.data.shards.reader import read_shard
+from mltfr_dist.data.shards.writer import SplitWriter
+from mltfr_dist.data.stream.training import BatchLayout, TrainStream
 
 NUM_ITEMS = 60_000
 COMMON_BATCH = 1024
@@ -82,7 +91,9 @@ def write_data(folder: Path, num_sequences: int, length: int) -> None:
 def ours(folder: Path, batch_size: int, workers: int) -> Iterator[int]:
     """Sequences of each batch of an epoch."""
     config = DataConfig(path=folder, max_len=50, num_workers=workers)
-    for step in TrainStream(folder, config, Part(0, 1, batch_size, batch_size), seed=0).epoch(0):
+    for step in TrainStream(
+        folder, config, BatchLayout(0, 1, batch_size, batch_size), seed=0
+    ).epoch(0):
         yield step.num_sequences
 
 
@@ -155,7 +166,7 @@ def resume(folder: Path, num_sequences: int, batch_size: int) -> None:
     process = psutil.Process()
     started, read = time.perf_counter(), process.io_counters().read_chars
     stream = TrainStream(
-        folder, DataConfig(path=folder), Part(0, 1, batch_size, batch_size), seed=0
+        folder, DataConfig(path=folder), BatchLayout(0, 1, batch_size, batch_size), seed=0
     )
     middle = stream.steps_per_epoch // 2
     next(stream.epoch(0, middle))
@@ -183,7 +194,10 @@ def wait_share(folder: Path, batch_size: int, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     waited = worked = 0.0
     batches = islice(
-        TrainStream(folder, config.data, Part(0, 1, batch_size, batch_size), seed=0).epoch(0), steps
+        TrainStream(folder, config.data, BatchLayout(0, 1, batch_size, batch_size), seed=0).epoch(
+            0
+        ),
+        steps,
     )
     while True:
         started = time.process_time()

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from support import REPOSITORY, clean_environment, tiny_config, torchrun, write_data, write_table
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed.engine import Engine, make_part
+from mltfr_dist.distributed.engine import Engine, batch_layout
 from mltfr_dist.distributed.ranks import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.table_shards import Exchange, RowSharded
 from mltfr_dist.models.mltfr import MLTFR
@@ -77,19 +77,19 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     """One rank's part: train some steps and write what they took."""
     ranks = start_ranks(1)
     config = config_for(folder, options, options.placement)
-    part = make_part(config, ranks)
+    layout = batch_layout(config, ranks)
     inputs = load_inputs(config, verify=False)
     forget_peak()
     before = memory()
     model = build_model(config, inputs, ranks, with_consensus=False)
     loaded = memory()
-    engine = Engine(model, config, ranks, part, 1)
+    engine = Engine(model, config, ranks, layout, 1)
     mltfr = engine.module.mltfr
     assert mltfr is not None
     exchange = next(
         (t.exchange for t in mltfr.tables if isinstance(t, RowSharded)), Exchange(ranks)
     )
-    times, stream = [], train_stream(config, part)
+    times, stream = [], train_stream(config, layout)
     for step, batches in enumerate(stream.epoch(0)):
         if step == 0:
             engine.module.before_update(0, batches.micro_batches, ranks)

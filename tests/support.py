@@ -23,7 +23,7 @@ from mltfr_dist.config import (
     RunConfig,
     TableConfig,
 )
-from mltfr_dist.data.prepare import prepare
+from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.published.parts import published_parts, published_table

@@ -22,7 +22,7 @@ SETS = Path("data/sets")
 
 def command_prepare(options: argparse.Namespace) -> None:
     """Interactions to shards."""
-    from mltfr_dist.data.prepare import prepare
+    from mltfr_dist.data.prepare.run import prepare
 
     config, resources = (
         section_from(PrepareConfig, options),
@@ -40,9 +40,9 @@ def _known_set(
     options: argparse.Namespace, config: PrepareConfig
 ) -> tuple[Sequence[str], PrepareConfig]:
     """What to prepare: a public set's files and format in place of its name."""
-    from mltfr_dist.data.fetch import use_set
-    from mltfr_dist.data.public_sets import PUBLIC_SETS
-    from mltfr_dist.data.sources import NAMED_SETS
+    from mltfr_dist.data.sources.fetch import use_set
+    from mltfr_dist.data.sources.public_sets import PUBLIC_SETS
+    from mltfr_dist.data.sources.read import NAMED_SETS
 
     name = options.sources[0]
     is_set = len(options.sources) == 1 and name in PUBLIC_SETS
@@ -64,7 +64,7 @@ def _known_set(
 
 def command_fetch(options: argparse.Namespace) -> None:
     """Public sets by name, from where their owners offer them; what was cut off goes on."""
-    from mltfr_dist.data.fetch import fetch_set, sets_text
+    from mltfr_dist.data.sources.fetch import fetch_set, sets_text
 
     if not options.names:
         print(sets_text())
@@ -85,7 +85,7 @@ def command_inspect(options: argparse.Namespace) -> None:
         _refuse(options.output, "--output", "plots prepared data", f"{folder} is a token table")
         print(inspect_table(folder, options.neighbours))
     elif (folder / "manifest.json").exists():
-        from mltfr_dist.data.inspect import inspect
+        from mltfr_dist.data.inspect.report import inspect
 
         words = "looks up a word in a token table"
         _refuse(options.neighbours, "--neighbours", words, f"{folder} is prepared data")

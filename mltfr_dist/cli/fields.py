@@ -89,7 +89,7 @@ class FormatAction(argparse.Action):
     ) -> None:
         """Keep the name, or print the list and exit."""
         if values == "help":
-            from mltfr_dist.data.layouts import format_help
+            from mltfr_dist.data.sources.layouts import format_help
 
             print(format_help(), end="")
             parser.exit()

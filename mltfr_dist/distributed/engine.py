@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mltfr_dist.config import OptimizerConfig, RunConfig
-from mltfr_dist.data.stream import Part, StepBatches
+from mltfr_dist.data.stream.training import BatchLayout, StepBatches
 from mltfr_dist.distributed.clipping import JointNorm
 from mltfr_dist.distributed.health import NORM, Health, Verdict
 from mltfr_dist.distributed.ranks import Ranks
@@ -110,7 +110,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [a for a in options if isinstance(a, type) and issubclass(a, BaseModel)]
 
 
-def deepspeed_config(config: RunConfig, part: Part) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, layout: BatchLayout) -> dict[str, Any]:
     """The complete DeepSpeed configuration: the file's sharding with the run's numbers."""
     content = read_deepspeed_file(config.deepspeed)
     stage = content.get("zero_optimization", {}).get("stage", 0)
@@ -121,9 +121,9 @@ def deepspeed_config(config: RunConfig, part: Part) -> dict[str, Any]:
             remedy="Use deepspeed=ds_configs/zero1.json.",
         )
     return content | {
-        "train_batch_size": part.global_batch_size,
-        "train_micro_batch_size_per_gpu": part.micro_batch_size,
-        "gradient_accumulation_steps": part.grad_accum_steps,
+        "train_batch_size": layout.global_batch_size,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.grad_accum_steps,
         "gradient_clipping": config.optimizer.max_grad_norm or 0.0,
         "bf16": {"enabled": config.training.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
@@ -131,7 +131,7 @@ def deepspeed_config(config: RunConfig, part: Part) -> dict[str, Any]:
     }
 
 
-def make_part(config: RunConfig, ranks: Ranks) -> Part:
+def batch_layout(config: RunConfig, ranks: Ranks) -> BatchLayout:
     """How the global batch is divided.
 
     Raises:
@@ -145,19 +145,24 @@ def make_part(config: RunConfig, ranks: Ranks) -> Part:
             remedy="Raise training.global_batch_size or start fewer ranks.",
         )
     micro = config.training.micro_batch_size or size // ranks.world_size
-    return Part(ranks.rank, ranks.world_size, size, micro)
+    return BatchLayout(ranks.rank, ranks.world_size, size, micro)
 
 
 class Engine:
     """A model under DeepSpeed with its optimizer."""
 
     def __init__(
-        self, model: Recommender, config: RunConfig, ranks: Ranks, part: Part, total_steps: int
+        self,
+        model: Recommender,
+        config: RunConfig,
+        ranks: Ranks,
+        layout: BatchLayout,
+        total_steps: int,
     ) -> None:
         import deepspeed
 
-        self.config, self.ranks, self.part, self.total_steps = config, ranks, part, total_steps
-        ds_config = deepspeed_config(config, part)
+        self.config, self.ranks, self.layout, self.total_steps = config, ranks, layout, total_steps
+        ds_config = deepspeed_config(config, layout)
         tables = [
             (f"{name}.weight", m) for name, m in model.named_modules() if isinstance(m, ItemRows)
         ]
@@ -208,7 +213,7 @@ class Engine:
             step: Steps taken before this one in the stage: sets the learning rate.
         """
         # DeepSpeed averages over ranks and micro-batches; we want sums over the one global denominator.
-        shares = self.part.world_size * self.part.grad_accum_steps
+        shares = self.layout.world_size * self.layout.grad_accum_steps
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optimizer, step, self.total_steps)
         outputs = []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from mltfr_dist.config import ExpertConfig
-from mltfr_dist.data.stream import StepBatches
+from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.models.consensus import State, check_mergeable
 from mltfr_dist.models.experts import ExpertCore
 from mltfr_dist.models.recommender import Recommender, TrainingOutput

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mltfr_dist.config import PublishedConfig
-from mltfr_dist.data.stream import StepBatches
+from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.models.consensus import State, merge
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors import Reduce

@@ -14,8 +14,10 @@ from scipy import sparse
 from torch import Tensor
 
 from mltfr_dist.data.batch import RankingBatch
-from mltfr_dist.data.shards import Manifest, PackedSequences, read_shard
-from mltfr_dist.data.short_parts import one_item_parts
+from mltfr_dist.data.shards.manifest import Manifest
+from mltfr_dist.data.shards.packed import PackedSequences
+from mltfr_dist.data.shards.reader import read_shard
+from mltfr_dist.data.shards.short_parts import one_item_parts
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.training.evaluate import Scorer
 

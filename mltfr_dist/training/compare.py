@@ -6,7 +6,7 @@ import time
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
-from mltfr_dist.data.manifest import Manifest
+from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.training import baselines

@@ -11,9 +11,9 @@ import torch
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.config.published import MLTFR, without
-from mltfr_dist.data.manifest import verify_folder
+from mltfr_dist.data.shards.manifest import verify_folder
 from mltfr_dist.distributed import checkpoint
-from mltfr_dist.distributed.engine import deepspeed_config, make_part, versions
+from mltfr_dist.distributed.engine import batch_layout, deepspeed_config, versions
 from mltfr_dist.distributed.health import watch_neighbours
 from mltfr_dist.distributed.launch import expected_rank
 from mltfr_dist.distributed.lock import Lock, acquire
@@ -92,11 +92,11 @@ def check_all(config: RunConfig, ranks: Ranks, *, verify: bool) -> Inputs:
 
     def check() -> Inputs:
         inputs = load_inputs(config, verify=verify and ranks.is_first_of_node)
-        part = make_part(config, ranks)
-        zero_stage = deepspeed_config(config, part).get("zero_optimization", {}).get("stage", 0)
-        check_division(config.published, part.world_size, part.grad_accum_steps, zero_stage)
+        layout = batch_layout(config, ranks)
+        zero_stage = deepspeed_config(config, layout).get("zero_optimization", {}).get("stage", 0)
+        check_division(config.published, layout.world_size, layout.grad_accum_steps, zero_stage)
         check_placement(config, inputs.tables, ranks, zero_stage)
-        train_stream(config, part)
+        train_stream(config, layout)
         if ranks.is_main:
             check_services(config)
         if verify and ranks.is_main:

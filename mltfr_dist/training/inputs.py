@@ -11,13 +11,20 @@ from pathlib import Path
 import torch
 
 from mltfr_dist.config import FilterConfig, RunConfig
-from mltfr_dist.data.augment import ViewRatios
-from mltfr_dist.data.collate import Objective
-from mltfr_dist.data.manifest import MANIFEST_NAME, all_shards, read_manifest, verify_maps
-from mltfr_dist.data.quarantine import find_bad_shards, loss_report
-from mltfr_dist.data.reading import Patience
-from mltfr_dist.data.shards import Manifest, load_manifest
-from mltfr_dist.data.stream import Part, RankingStream, TrainStream
+from mltfr_dist.data.shards.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    all_shards,
+    load_manifest,
+    read_manifest,
+    verify_maps,
+)
+from mltfr_dist.data.shards.quarantine import find_bad_shards, loss_report
+from mltfr_dist.data.shards.retry import RetryPolicy
+from mltfr_dist.data.stream.augment import ViewRatios
+from mltfr_dist.data.stream.collate import Objective
+from mltfr_dist.data.stream.ranking import RankingStream
+from mltfr_dist.data.stream.training import BatchLayout, TrainStream
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.placement import place_tables
 from mltfr_dist.distributed.ranks import ALONE, Ranks
@@ -111,7 +118,7 @@ def leave_out_bad_shards(config: RunConfig, ranks: Ranks) -> RunConfig:
     try:
         manifest = read_manifest(folder)
         bad = find_bad_shards(
-            folder, manifest, Patience(config.data.read_attempts, config.data.read_timeout)
+            folder, manifest, RetryPolicy(config.data.read_attempts, config.data.read_timeout)
         )
         files = [shard.file for shard in all_shards(manifest)]
         vector = torch.tensor(
@@ -316,12 +323,12 @@ def ranking_stream(config: RunConfig, split: str, ranks: Ranks) -> RankingStream
     )
 
 
-def train_stream(config: RunConfig, part: Part) -> TrainStream:
+def train_stream(config: RunConfig, layout: BatchLayout) -> TrainStream:
     """This rank's share of the training sequences."""
     return TrainStream(
         config.data.path,
         config.data,
-        part,
+        layout,
         seed=config.training.seed,
         objective=objective(config),
         split="valid" if config.published.train_on_validation else "train",

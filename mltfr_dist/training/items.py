@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.data.manifest import ITEMS_NAME, read_manifest, read_map
+from mltfr_dist.data.shards.manifest import ITEMS_NAME, read_manifest, read_map
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.tables.store import TokenTable
 from mltfr_dist.tables.titles import title_features

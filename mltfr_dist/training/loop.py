@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
-from mltfr_dist.data.stream import StepBatches, TrainStream
+from mltfr_dist.data.stream.training import StepBatches, TrainStream
 from mltfr_dist.distributed.checkpoint import Progress, save, step_folder, validated_folder
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.kept import latest, prune

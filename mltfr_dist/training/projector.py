@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.data.manifest import ITEMS_NAME, read_manifest, read_map
+from mltfr_dist.data.shards.manifest import ITEMS_NAME, read_manifest, read_map
 from mltfr_dist.files import write_atomically
 from mltfr_dist.models.recommender import Recommender
 

@@ -10,8 +10,8 @@ import torch
 
 from mltfr_dist import __version__
 from mltfr_dist.config import RunConfig
-from mltfr_dist.data.manifest import Manifest
-from mltfr_dist.data.short_parts import recorded_counts
+from mltfr_dist.data.shards.manifest import Manifest
+from mltfr_dist.data.shards.short_parts import recorded_counts
 from mltfr_dist.distributed.placement import placement_text
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.files import with_packaged, write_atomically

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
-from mltfr_dist.data.shards import Manifest, read_shard
-from mltfr_dist.data.short_parts import one_item_parts
+from mltfr_dist.data.shards.manifest import Manifest
+from mltfr_dist.data.shards.reader import read_shard
+from mltfr_dist.data.shards.short_parts import one_item_parts
 
 
 @dataclass(frozen=True)

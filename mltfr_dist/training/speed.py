@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from mltfr_dist.data.stream import StepBatches
+from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.resources import MatrixWork, matrix_peak
 

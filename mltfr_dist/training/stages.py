@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.data.stream import StepBatches
+from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.distributed import checkpoint, kept
 from mltfr_dist.distributed.checkpoint import Progress
-from mltfr_dist.distributed.engine import Engine, make_part
+from mltfr_dist.distributed.engine import Engine, batch_layout
 from mltfr_dist.distributed.fisher import fisher_diagonals
 from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.kept import Choice
@@ -139,14 +139,14 @@ def run_stage(
         )
     if done:
         return progress
-    part = make_part(config, ranks)
-    stream = train_stream(config, part)
+    layout = batch_layout(config, ranks)
+    stream = train_stream(config, layout)
     model = build_model(config, inputs, ranks, with_consensus=name == CONSENSUS)
     if last:
         model.load_state_dict(checkpoint.read_for_all(last, ranks))
     elif before is not None and merged is not None:
         start_from_stage_one(model, config, before, merged, ranks)
-    engine = Engine(model.to(ranks.device), config, ranks, part, epochs * stream.steps_per_epoch)
+    engine = Engine(model.to(ranks.device), config, ranks, layout, epochs * stream.steps_per_epoch)
     if last:
         checkpoint.restore_optimizer(last, engine)
     base = before.step if before else 0
@@ -245,12 +245,12 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
         checkpoint.step_folder(place.parent, before),
     )
     model = load_model(config, inputs, source, ranks, with_consensus=False)
-    part = make_part(config, ranks)
-    stream = train_stream(config, part)
+    layout = batch_layout(config, ranks)
+    stream = train_stream(config, layout)
     samples = min(config.mltfr.consensus.fisher_sequences, stream.split.num_sequences)
     steps = islice(
         UntilStopped(stream.epoch(0), ranks, "the Fisher pass"),
-        -(-samples // part.global_batch_size),
+        -(-samples // layout.global_batch_size),
     )
     fishers = procedure.fisher(model, steps, ranks, samples)
     assert model.mltfr is not None

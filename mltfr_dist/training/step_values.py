@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mltfr_dist.data.stream import StepBatches
+from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.state import whole_parameter

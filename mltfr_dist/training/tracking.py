@@ -167,6 +167,6 @@ def drop_later_lines(path: Path, stage: str, step: int) -> None:
 
 def seed_all(*keys: int) -> None:
     """Seed torch from integer keys (seed, stage, step, rank): random state is a function, never saved."""
-    from mltfr_dist.data.negatives import hash_u64
+    from mltfr_dist.data.stream.negatives import hash_u64
 
     torch.manual_seed(int(hash_u64(*keys) >> 1))

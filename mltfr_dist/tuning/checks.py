@@ -13,7 +13,7 @@ import torch
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.config.former import places
-from mltfr_dist.data.manifest import verify_folder
+from mltfr_dist.data.shards.manifest import verify_folder
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.invocation import command
 from mltfr_dist.schema import field_paths, or_nearest, validate

@@ -24,7 +24,7 @@ from worker import no_dropout, resumed_from, steps
 import train
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import SequenceBatch
-from mltfr_dist.data.stream import Part
+from mltfr_dist.data.stream.training import BatchLayout
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine
@@ -66,7 +66,7 @@ def poisoned_engine(config: RunConfig, ranks: Ranks, micro: int, place: dict[str
     else:
         embedding.weight.register_hook(poison_gradient)
     model.register_forward_hook(poison_loss)
-    return Engine(model, config, ranks, Part(ranks.rank, ranks.world_size, 32, micro), STEPS)
+    return Engine(model, config, ranks, BatchLayout(ranks.rank, ranks.world_size, 32, micro), STEPS)
 
 
 def skipped(folder: Path, output: Path) -> None:
@@ -145,9 +145,9 @@ def slow(folder: Path, output: Path) -> None:
     config = no_dropout(folder, 1)
     model = build_model(config, load_inputs(config), with_consensus=False)
     (batch,) = next(
-        train_stream(config, Part(ranks.rank, ranks.world_size, 32, 32 // ranks.world_size)).epoch(
-            0
-        )
+        train_stream(
+            config, BatchLayout(ranks.rank, ranks.world_size, 32, 32 // ranks.world_size)
+        ).epoch(0)
     ).micro_batches
     said = []
 

@@ -19,7 +19,7 @@ from support import REPOSITORY
 from worker import STEPS, make_engine, no_dropout, resumed, saved_and_resumed, steps
 
 from mltfr_dist.config import OptimizerConfig, RunConfig
-from mltfr_dist.data.stream import Part
+from mltfr_dist.data.stream.training import BatchLayout
 from mltfr_dist.distributed.engine import Engine, parameter_groups
 from mltfr_dist.distributed.ranks import Ranks, leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.row_adam import RowAdam
@@ -119,7 +119,7 @@ def reference(config: RunConfig, ranks: Ranks) -> list[float]:
         torch.optim.AdamW(groups, **options),
         torch.optim.SparseAdam([embedding.weight], **options),
     ]
-    stream = train_stream(config, Part(0, 1, 32, 32))
+    stream = train_stream(config, BatchLayout(0, 1, 32, 32))
     found = []
     for step in range(STEPS):
         batches = next(stream.epoch(step // stream.steps_per_epoch, step % stream.steps_per_epoch))
@@ -151,8 +151,8 @@ def gradients(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     for name, stage, micro in (("zero1", 1, None), ("zero3", 3, None), ("accumulated", 2, 4)):
         config = sparse(folder, stage)
         engine = make_engine(config, ranks, micro)
-        batches = next(train_stream(config, engine.part).epoch(0))
-        whole = next(train_stream(config, Part(0, 1, 32, 32)).epoch(0))
+        batches = next(train_stream(config, engine.layout).epoch(0))
+        whole = next(train_stream(config, BatchLayout(0, 1, 32, 32)).epoch(0))
         plain = build_model(
             no_dropout(folder, stage, **SAMPLED), load_inputs(config), with_consensus=False
         )

@@ -18,7 +18,7 @@ from support import REPOSITORY, tiny_config
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import SequenceBatch
-from mltfr_dist.data.stream import Part
+from mltfr_dist.data.stream.training import BatchLayout
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine
@@ -48,7 +48,7 @@ def no_dropout(folder: Path, stage: int, **changes: object) -> RunConfig:
 
 def steps(engine: Engine, config: RunConfig, ranks: Ranks, start: int, end: int) -> list[float]:
     """Losses of steps start..end-1."""
-    stream = train_stream(config, engine.part)
+    stream = train_stream(config, engine.layout)
     per_epoch = stream.steps_per_epoch
     losses = []
     for step in range(start, end):
@@ -63,7 +63,9 @@ def steps(engine: Engine, config: RunConfig, ranks: Ranks, start: int, end: int)
 
 def make_engine(config: RunConfig, ranks: Ranks, micro_batch_size: int | None = None) -> Engine:
     size = config.training.global_batch_size
-    part = Part(ranks.rank, ranks.world_size, size, micro_batch_size or size // ranks.world_size)
+    part = BatchLayout(
+        ranks.rank, ranks.world_size, size, micro_batch_size or size // ranks.world_size
+    )
     model = build_model(config, load_inputs(config), ranks, with_consensus=False)
     return Engine(model, config, ranks, part, STEPS)
 
@@ -226,7 +228,7 @@ def resumed(config: RunConfig, ranks: Ranks, place: Path) -> list[float]:
 
 def resumed_from(config: RunConfig, ranks: Ranks, place: Path, start: int, end: int) -> list[float]:
     """Losses of steps start..end-1 in a new engine that goes on from the checkpoint ``place``."""
-    part = Part(ranks.rank, ranks.world_size, 32, 32 // ranks.world_size)
+    part = BatchLayout(ranks.rank, ranks.world_size, 32, 32 // ranks.world_size)
     model = build_model(config, load_inputs(config), with_consensus=False)
     model.load_state_dict(checkpoint.read(place))
     engine = Engine(model, config, ranks, part, STEPS)
@@ -244,20 +246,20 @@ def fisher(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     model = build_model(config, inputs, with_consensus=False)
     for size in (8, 32):
         stream = train_stream(
-            config, Part(ranks.rank, ranks.world_size, size, size // ranks.world_size)
+            config, BatchLayout(ranks.rank, ranks.world_size, size, size // ranks.world_size)
         )
         batches = (
             b for step in islice(stream.epoch(0), -(-50 // size)) for b in step.micro_batches
         )
         found[f"batch {size}"] = flat(fisher_diagonals(model, batches, ranks, 50))
     for micro in (4, 16 // ranks.world_size):
-        stream = train_stream(config, Part(ranks.rank, ranks.world_size, 32, micro))
+        stream = train_stream(config, BatchLayout(ranks.rank, ranks.world_size, 32, micro))
         found[f"batch mean {micro}"] = flat(
             batch_mean_squares(model, islice(stream.epoch(0), 2), ranks)
         )
     for stage in (1, 3):
         engine = make_engine(no_dropout(folder, stage), ranks)
-        stream = train_stream(config, engine.part)
+        stream = train_stream(config, engine.layout)
         batches = (b for step in islice(stream.epoch(0), 2) for b in step.micro_batches)
         found[f"zero{stage}"] = flat(fisher_diagonals(engine.module, batches, ranks, 50))
         before = whole_parameters(engine)
@@ -311,7 +313,7 @@ def placements(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
             config = no_dropout(folder, 1, mltfr__placement=placement, **changes)
             model = build_model(config, load_inputs(config), ranks, with_consensus=False)
             stream = train_stream(
-                config, Part(ranks.rank, ranks.world_size, 24, 24 // ranks.world_size)
+                config, BatchLayout(ranks.rank, ranks.world_size, 24, 24 // ranks.world_size)
             )
             (batch,) = next(stream.epoch(0)).micro_batches
             nothing = batch._replace(

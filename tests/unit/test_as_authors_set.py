@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import BackboneConfig, MLTFRConfig, PublishedConfig, RunConfig
 from mltfr_dist.config.published import NEEDS
-from mltfr_dist.data.shards import load_manifest, read_shard
-from mltfr_dist.data.stream import Part, TrainStream
+from mltfr_dist.data.shards.manifest import load_manifest
+from mltfr_dist.data.shards.reader import read_shard
+from mltfr_dist.data.stream.training import BatchLayout, TrainStream
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.sasrec_original import OriginalBlock, OriginalSASRec
@@ -55,7 +56,7 @@ def test_training_on_all_but_the_last_item(tmp_path: Path) -> None:
         published__pick_on_test=True,
         data__max_len=20,
     )
-    stream: TrainStream = train_stream(config, Part(0, 1, 32, 32))
+    stream: TrainStream = train_stream(config, BatchLayout(0, 1, 32, 32))
     manifest = load_manifest(config.data.path)
     expected = set()
     for info in manifest.splits["valid"].shards:  # a history and its validation target

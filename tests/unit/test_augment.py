@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mltfr_dist.data.augment import Draws, ViewRatios, augmented_views, cloze_mask
-from mltfr_dist.data.negatives import log_probability, sample_shared
+from mltfr_dist.data.stream.augment import Draws, ViewRatios, augmented_views, cloze_mask
+from mltfr_dist.data.stream.negatives import log_probability, sample_shared
 
 MASK = 51
 HISTORIES = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=12), min_size=1, max_size=6)

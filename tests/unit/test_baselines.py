@@ -17,8 +17,8 @@ from support import clean_environment
 
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.batch import RankingBatch
-from mltfr_dist.data.prepare import prepare
-from mltfr_dist.data.shards import PackedSequences
+from mltfr_dist.data.prepare.run import prepare
+from mltfr_dist.data.shards.packed import PackedSequences
 from mltfr_dist.training import baselines
 from mltfr_dist.training.baselines import item_knn, popularity, training_sequences
 
@@ -176,7 +176,7 @@ def packed_wide(sequences: list[np.ndarray]) -> PackedSequences:
 
 MEMORY = """
 import resource, numpy as np
-from mltfr_dist.data.shards import PackedSequences
+from mltfr_dist.data.shards.packed import PackedSequences
 from mltfr_dist.training import baselines
 from mltfr_dist.training.baselines import item_knn
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
-from mltfr_dist.data.manifest import read_manifest, read_map
+from mltfr_dist.data.shards.manifest import read_manifest, read_map
 from mltfr_dist.distributed.ranks import ALONE, stop_ranks
 from mltfr_dist.distributed.resources import MatrixWork, Stopwatch, matrix_peak, memory_gib
 from mltfr_dist.errors import ConfigError

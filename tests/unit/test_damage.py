@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from support import REPOSITORY, run_ranks, tiny_config, write_data
 
 from mltfr_dist.config import DataConfig
-from mltfr_dist.data.manifest import Manifest, load_manifest, read_manifest, verify_folder
-from mltfr_dist.data.quarantine import find_bad_shards, loss_report
-from mltfr_dist.data.reading import Patience, read_patiently
-from mltfr_dist.data.shards import _from_npy, read_shard
-from mltfr_dist.data.stream import Part, TrainStream
+from mltfr_dist.data.shards.manifest import Manifest, load_manifest, read_manifest, verify_folder
+from mltfr_dist.data.shards.quarantine import find_bad_shards, loss_report
+from mltfr_dist.data.shards.reader import _from_npy, read_shard
+from mltfr_dist.data.shards.retry import RetryPolicy, read_with_retries
+from mltfr_dist.data.stream.training import BatchLayout, TrainStream
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.training.run_folder import dump_config
 
-QUICK = Patience(1, 60.0)
+QUICK = RetryPolicy(1, 60.0)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def samples(folder: Path, **data: object) -> list[tuple[int, ...]]:
     """Every training sequence that a stream delivers."""
     config = DataConfig(path=folder, max_len=64, read_attempts=1, **data)
     found = []
-    for step in TrainStream(folder, config, Part(0, 1, 8, 8), seed=0).epoch(0):
+    for step in TrainStream(folder, config, BatchLayout(0, 1, 8, 8), seed=0).epoch(0):
         for batch in step.micro_batches:
             for items, targets in zip(
                 batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True
@@ -271,13 +271,13 @@ def test_a_failing_read_is_repeated_with_growing_pauses(
 
     monkeypatch.setattr(Path, "read_bytes", flaky)
     monkeypatch.setattr(time, "sleep", pauses.append)
-    assert read_patiently(path, Patience(4, 10.0)) == b"content"
+    assert read_with_retries(path, RetryPolicy(4, 10.0)) == b"content"
     assert pauses == [0.5, 1.0, 2.0]
     pauses.clear()
     with pytest.raises(
         DataError, match="could not be read in 3 attempts: Input/output error"
     ) as caught:
-        read_patiently(path, Patience(3, 10.0))
+        read_with_retries(path, RetryPolicy(3, 10.0))
     assert "read_attempts" in caught.value.remedy
 
 
@@ -288,7 +288,7 @@ def test_a_reader_that_hangs_is_given_up(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"could not be read in 2 attempts: no answer within 0\.1 s"
     ):
-        read_patiently(tmp_path / "hangs", Patience(2, 0.1))
+        read_with_retries(tmp_path / "hangs", RetryPolicy(2, 0.1))
     assert time.monotonic() - started < 10
     os.close(os.open(tmp_path / "hangs", os.O_WRONLY | os.O_NONBLOCK))  # let the readers go
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mltfr_dist.config import EvaluationConfig, PrepareConfig
 from mltfr_dist.data.batch import RankingBatch
-from mltfr_dist.data.prepare import prepare
-from mltfr_dist.data.stream import RankingStream
+from mltfr_dist.data.prepare.run import prepare
+from mltfr_dist.data.stream.ranking import RankingStream
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.training.evaluate import evaluate, mask_seen
 

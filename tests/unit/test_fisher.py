@@ -10,7 +10,7 @@ from support import tiny_config
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import PADDING_IDX, SequenceBatch
-from mltfr_dist.data.stream import Part
+from mltfr_dist.data.stream.training import BatchLayout
 from mltfr_dist.distributed.fisher import fisher_diagonals
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.models.recommender import Recommender
@@ -22,7 +22,7 @@ ONE = Ranks(0, 1, torch.device("cpu"))
 def setup(folder: Path) -> tuple[RunConfig, Recommender, SequenceBatch]:
     config = tiny_config(folder)
     model = build_model(config, load_inputs(config), with_consensus=False)
-    batch = next(train_stream(config, Part(0, 1, 16, 16)).epoch(0)).micro_batches[0]
+    batch = next(train_stream(config, BatchLayout(0, 1, 16, 16)).epoch(0)).micro_batches[0]
     return config, model, batch
 
 
@@ -49,7 +49,7 @@ def test_a_sample_counts_by_its_scored_positions_and_by_the_recommendation_loss(
 ) -> None:
     config = tiny_config(tmp_path, backbone__name=name, backbone__cl4srec__contrast_group=4)
     model = build_model(config, load_inputs(config), with_consensus=False)
-    batch = next(train_stream(config, Part(0, 1, 16, 16)).epoch(0)).micro_batches[0]
+    batch = next(train_stream(config, BatchLayout(0, 1, 16, 16)).epoch(0)).micro_batches[0]
     found = fisher_diagonals(model, [batch], ONE, 16)[0]["value.weight"]
     model.eval()
     weight = model.mltfr.cores[0].value.weight
@@ -74,7 +74,7 @@ def test_is_not_the_square_of_the_mean_gradient(tmp_path: Path) -> None:
 
 def test_samples_beyond_the_number_asked_for_do_not_count(tmp_path: Path) -> None:
     config, model, _ = setup(tmp_path)
-    stream = train_stream(config, Part(0, 1, 16, 16))
+    stream = train_stream(config, BatchLayout(0, 1, 16, 16))
     few = fisher_diagonals(model, [next(stream.epoch(0)).micro_batches[0]], ONE, 10)
     many = fisher_diagonals(
         model, [b for step in stream.epoch(0) for b in step.micro_batches], ONE, 10

@@ -94,6 +94,24 @@ def test_imports_run_one_way(path: Path) -> None:
             )
 
 
+DATA_ROOMS = {
+    "batch": set(),
+    "shards": set(),
+    "stream": {"batch", "shards"},
+    "sources": {"shards"},
+    "prepare": {"sources", "shards"},
+    "inspect": {"shards"},
+}
+"""Room of `data` to the rooms there that it may use."""
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "data").rglob("*.py")), ids=name)
+def test_the_rooms_of_data_use_each_other_one_way(path: Path) -> None:
+    here = path.relative_to(PACKAGE / "data").parts[0].removesuffix(".py")
+    used = {i.split(".")[1] for i in own(path) if i.startswith("data.")} - {here}
+    assert not used or used <= DATA_ROOMS[here]
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "models").rglob("*.py")), ids=name)
 def test_models_know_of_data_only_the_batch(path: Path) -> None:
     for imported in own(path):

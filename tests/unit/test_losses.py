@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mltfr_dist import losses
-from mltfr_dist.data.negatives import sample_shared
+from mltfr_dist.data.stream.negatives import sample_shared
 from mltfr_dist.losses import (
     Negatives,
     binary_cross_entropy,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mltfr_dist.data.negatives import hash_u64, sample_negatives
+from mltfr_dist.data.stream.negatives import hash_u64, sample_negatives
 from mltfr_dist.errors import DataError
 
 

@@ -13,9 +13,9 @@ import pytest
 from support import read_lines, tiny_config, write_data, write_table
 
 from mltfr_dist.cli import main as mltfr
-from mltfr_dist.data.inspect import inspect
-from mltfr_dist.data.manifest import load_manifest, read_manifest, verify_folder
-from mltfr_dist.data.prepare import prepare
+from mltfr_dist.data.inspect.report import inspect
+from mltfr_dist.data.prepare.run import prepare
+from mltfr_dist.data.shards.manifest import load_manifest, read_manifest, verify_folder
 from mltfr_dist.distributed.ranks import stop_ranks
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.exported import load_exported, read_info

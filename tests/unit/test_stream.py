@@ -16,13 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mltfr_dist.config import DataConfig, PrepareConfig
-from mltfr_dist.data.augment import ViewRatios
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
-from mltfr_dist.data.collate import Objective
-from mltfr_dist.data.order import EpochOrder
-from mltfr_dist.data.prepare import prepare
-from mltfr_dist.data.shards import PackedSequences, load_manifest, read_blocks, read_shard
-from mltfr_dist.data.stream import Part, RankingStream, StepBatches, TrainStream
+from mltfr_dist.data.prepare.run import prepare
+from mltfr_dist.data.shards.manifest import load_manifest
+from mltfr_dist.data.shards.packed import PackedSequences
+from mltfr_dist.data.shards.reader import read_blocks, read_shard
+from mltfr_dist.data.stream.augment import ViewRatios
+from mltfr_dist.data.stream.collate import Objective
+from mltfr_dist.data.stream.order import EpochOrder
+from mltfr_dist.data.stream.ranking import RankingStream
+from mltfr_dist.data.stream.training import BatchLayout, StepBatches, TrainStream
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.models.packing import Packing
 
@@ -81,7 +84,7 @@ def stream(
     objective: Objective | None = None,
     **data: object,
 ) -> TrainStream:
-    part = Part(rank, world, size, micro or size // world)
+    part = BatchLayout(rank, world, size, micro or size // world)
     config = DataConfig(path=folder, max_len=max_len, shuffle_shards=window, **data)
     return TrainStream(
         folder,
@@ -272,7 +275,7 @@ def test_resuming_at_window_boundaries(folder: Path, size: int) -> None:
 def test_resuming_reads_no_shard_that_is_not_needed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mltfr_dist.data import stream as module
+    from mltfr_dist.data.stream import training as module
 
     read: list[str] = []
     monkeypatch.setattr(
@@ -348,7 +351,7 @@ def test_a_batch_that_cannot_be_divided_is_an_error(size: int, world: int, micro
     with pytest.raises(
         ConfigError, match=f"training.global_batch_size {size} cannot be dealt out to {world} ranks"
     ) as caught:
-        Part(0, world, size, micro)
+        BatchLayout(0, world, size, micro)
     assert "multiple of world_size x micro_batch_size" in caught.value.rule
     assert "training.micro_batch_size" in caught.value.remedy
 

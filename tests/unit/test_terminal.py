@@ -20,7 +20,7 @@ from support import tiny_config
 import train
 from mltfr_dist import progress
 from mltfr_dist.cli import main
-from mltfr_dist.data import database
+from mltfr_dist.data.prepare import database
 from mltfr_dist.errors import ConfigError, fail
 from mltfr_dist.progress import StatusLine, duration, say
 from mltfr_dist.tables import clean

@@ -15,10 +15,10 @@ import pytest
 
 from mltfr_dist.cli import main
 from mltfr_dist.config import PrepareConfig
-from mltfr_dist.data import download as module
-from mltfr_dist.data import fetch, public_sets
-from mltfr_dist.data.fetch import RECORD, fetch_set, sets_text, use_set
-from mltfr_dist.data.public_sets import PUBLIC_SETS, PublicSet
+from mltfr_dist.data.sources import download as module
+from mltfr_dist.data.sources import fetch, public_sets
+from mltfr_dist.data.sources.fetch import RECORD, fetch_set, sets_text, use_set
+from mltfr_dist.data.sources.public_sets import PUBLIC_SETS, PublicSet
 from mltfr_dist.errors import DataError
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.training.inputs import load_inputs

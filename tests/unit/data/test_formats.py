@@ -12,11 +12,11 @@ import pytest
 
 from mltfr_dist.cli import main
 from mltfr_dist.config import PrepareConfig
-from mltfr_dist.data.formats import FORMATS, GENERAL, NAMED
-from mltfr_dist.data.inputs import InputFile
-from mltfr_dist.data.layouts import layout, recognise
-from mltfr_dist.data.prepare import prepare
-from mltfr_dist.data.sources import load_interactions
+from mltfr_dist.data.prepare.run import prepare
+from mltfr_dist.data.sources.formats import FORMATS, GENERAL, NAMED
+from mltfr_dist.data.sources.inputs import InputFile
+from mltfr_dist.data.sources.layouts import layout, recognise
+from mltfr_dist.data.sources.read import load_interactions
 from mltfr_dist.errors import ConfigError, DataError
 
 SAMPLES = Path(__file__).parents[2] / "samples"

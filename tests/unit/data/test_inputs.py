@@ -20,12 +20,12 @@ import pytest
 
 from mltfr_dist.cli import main
 from mltfr_dist.config import PrepareConfig, PrepareResources
-from mltfr_dist.data import sources
-from mltfr_dist.data.find import files_in
-from mltfr_dist.data.identity import TextMarks
-from mltfr_dist.data.manifest import Manifest, load_manifest
-from mltfr_dist.data.plain import plain_files
-from mltfr_dist.data.prepare import prepare
+from mltfr_dist.data.prepare.run import prepare
+from mltfr_dist.data.shards.manifest import Manifest, load_manifest
+from mltfr_dist.data.sources import read as sources
+from mltfr_dist.data.sources.find import files_in
+from mltfr_dist.data.sources.identity import TextMarks
+from mltfr_dist.data.sources.plain import plain_files
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
 
@@ -467,7 +467,7 @@ def test_an_interrupted_preparation_goes_on_and_leaves_no_copies(tmp_path, expec
     path.write_bytes(PACKED["a.csv.gz"])
     for step in ("sources.load_titles", "k_core"):  # while reading, and behind it
         with monkeypatch.context() as patch:
-            patch.setattr(f"mltfr_dist.data.prepare.{step}", interrupted)
+            patch.setattr(f"mltfr_dist.data.prepare.pipeline.{step}", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 prepare(str(path), tmp_path / "out", ALL, log=quiet)
         assert not list(tmp_path.rglob("*.unpacked"))
@@ -586,7 +586,7 @@ def test_utf_16_is_converted_where_it_says_so(tmp_path, expected, encoding):
 def test_line_ends_across_the_blocks_of_reading(tmp_path, monkeypatch, expected):
     for size in (1, 3):
         for module in ("plain.BLOCK_BYTES", "identity._BLOCK_BYTES", "unpack.BLOCK_BYTES"):
-            monkeypatch.setattr(f"mltfr_dist.data.{module}", size)
+            monkeypatch.setattr(f"mltfr_dist.data.sources.{module}", size)
         path = tmp_path / "a.csv"
         path.write_bytes(CSV.replace("\n", "\r\n", 20).encode())
         log: list[str] = []

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mltfr_dist.cli import main as mltfr
 from mltfr_dist.config import PrepareConfig
-from mltfr_dist.data.inspect import gather, moment
-from mltfr_dist.data.prepare import prepare
+from mltfr_dist.data.inspect.report import gather, moment
+from mltfr_dist.data.prepare.run import prepare
 
 ROWS = [("ann", item) for item in "xyxzw"] + [("bob", item) for item in "yxyz"]
 

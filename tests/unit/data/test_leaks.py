@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from mltfr_dist.config import PrepareConfig
-from mltfr_dist.data import leaks
-from mltfr_dist.data import prepare as module
-from mltfr_dist.data.manifest import SplitInfo
-from mltfr_dist.data.prepare import prepare
-from mltfr_dist.data.shards import PackedSequences, SplitWriter, read_shard
-from mltfr_dist.data.workspace import Workspace
+from mltfr_dist.data.prepare import leaks
+from mltfr_dist.data.prepare import pipeline as module
+from mltfr_dist.data.prepare.run import prepare
+from mltfr_dist.data.prepare.workspace import Workspace
+from mltfr_dist.data.shards.manifest import SplitInfo
+from mltfr_dist.data.shards.packed import PackedSequences
+from mltfr_dist.data.shards.reader import read_shard
+from mltfr_dist.data.shards.writer import SplitWriter
 from mltfr_dist.errors import DataError
 
 SIZES = {"sequences_per_block": 8, "sequences_per_shard": 40}

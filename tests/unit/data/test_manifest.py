@@ -15,10 +15,10 @@ from support import write_data
 
 from mltfr_dist.cli import main as mltfr
 from mltfr_dist.config import PrepareConfig
-from mltfr_dist.data.manifest import ITEMS_NAME, load_manifest, read_manifest, read_map
-from mltfr_dist.data.manifest_schema import checksum_of
-from mltfr_dist.data.prepare import prepare
-from mltfr_dist.data.shards import read_shard
+from mltfr_dist.data.prepare.run import prepare
+from mltfr_dist.data.shards.manifest import ITEMS_NAME, load_manifest, read_manifest, read_map
+from mltfr_dist.data.shards.manifest_schema import checksum_of
+from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.errors import DataError
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from mltfr_dist.cli import build_parser, main, section_from
 from mltfr_dist.config import PrepareConfig
-from mltfr_dist.data.inputs import InputFile
-from mltfr_dist.data.sources import load_interactions, load_titles
+from mltfr_dist.data.sources.inputs import InputFile
+from mltfr_dist.data.sources.read import load_interactions, load_titles
 from mltfr_dist.errors import ConfigError, DataError
 
 HEADER = "user_id,item_id,timestamp\n"

@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mltfr_dist.config import PrepareConfig
-from mltfr_dist.data.manifest import CoreRound, Manifest
-from mltfr_dist.data.prepare import prepare
-from mltfr_dist.data.shards import PackedSequences, load_manifest, read_shard
-from mltfr_dist.data.steps import drop_duplicates, k_core
+from mltfr_dist.data.prepare.run import prepare
+from mltfr_dist.data.prepare.steps import drop_duplicates, k_core
+from mltfr_dist.data.shards.manifest import CoreRound, Manifest, load_manifest
+from mltfr_dist.data.shards.packed import PackedSequences
+from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.errors import DataError
 
 ALL = {"user_core": 1, "item_core": 1}

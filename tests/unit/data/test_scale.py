@@ -15,11 +15,11 @@ import pytest
 from support import REPOSITORY, clean_environment
 
 from mltfr_dist.config import PrepareConfig, PrepareResources
-from mltfr_dist.data import prepare as module
-from mltfr_dist.data.manifest import load_manifest
-from mltfr_dist.data.prepare import prepare
-from mltfr_dist.data.remote import is_url
-from mltfr_dist.data.workspace import Workspace
+from mltfr_dist.data.prepare import pipeline as module
+from mltfr_dist.data.prepare.run import prepare
+from mltfr_dist.data.prepare.workspace import Workspace
+from mltfr_dist.data.shards.manifest import load_manifest
+from mltfr_dist.data.sources.remote import is_url
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.schema import validate
 

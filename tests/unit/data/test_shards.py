@@ -16,14 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mltfr_dist.config import PrepareConfig
-from mltfr_dist.data.manifest import Manifest, PrepareReport, ShardInfo, SourceInfo, SplitInfo
-from mltfr_dist.data.shards import (
-    PackedSequences,
-    SplitWriter,
+from mltfr_dist.data.shards.manifest import (
+    Manifest,
+    PrepareReport,
+    ShardInfo,
+    SourceInfo,
+    SplitInfo,
     load_manifest,
-    read_shard,
     verify_folder,
 )
+from mltfr_dist.data.shards.packed import PackedSequences
+from mltfr_dist.data.shards.reader import read_shard
+from mltfr_dist.data.shards.writer import SplitWriter
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
 

@@ -15,9 +15,9 @@ from support import tiny_config
 
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.batch import RankingBatch
-from mltfr_dist.data.manifest import load_manifest
-from mltfr_dist.data.prepare import prepare
-from mltfr_dist.data.short_parts import one_item_parts
+from mltfr_dist.data.prepare.run import prepare
+from mltfr_dist.data.shards.manifest import load_manifest
+from mltfr_dist.data.shards.short_parts import one_item_parts
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.files import file_sha256
 from mltfr_dist.training.baselines import popularity, training_sequences

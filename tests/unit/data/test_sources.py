@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mltfr_dist.config import PrepareConfig
-from mltfr_dist.data.inputs import InputFile
-from mltfr_dist.data.sources import detect_format, load_interactions, load_titles, named_source
+from mltfr_dist.data.sources.inputs import InputFile
+from mltfr_dist.data.sources.read import detect_format, load_interactions, load_titles, named_source
 from mltfr_dist.errors import DataError
 
 ROWS = [(1, "u1", "a", Decimal(10)), (2, "u2", "b", Decimal(11)), (3, "u1", "b", Decimal("12.5"))]

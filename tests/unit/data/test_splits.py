@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mltfr_dist.data.splits import LeakError, check_no_leak, find_cuts, make_prefixes, time_text
+from mltfr_dist.data.prepare.splits import (
+    LeakError,
+    check_no_leak,
+    find_cuts,
+    make_prefixes,
+    time_text,
+)
 from mltfr_dist.errors import DataError
 
 FRACTIONS = {"valid_fraction": 0.1, "test_fraction": 0.1}

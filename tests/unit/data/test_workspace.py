@@ -18,9 +18,9 @@ import pytest
 
 from mltfr_dist.cli import main as mltfr
 from mltfr_dist.config import PrepareConfig, PrepareResources
-from mltfr_dist.data import prepare as module
-from mltfr_dist.data.disk import check_space
-from mltfr_dist.data.prepare import prepare
+from mltfr_dist.data.prepare import pipeline as module
+from mltfr_dist.data.prepare.disk import check_space
+from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.errors import DataError
 
 CONFIG = PrepareConfig(user_core=2, item_core=2, sequences_per_block=32, sequences_per_shard=100)

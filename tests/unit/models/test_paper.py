@@ -23,7 +23,7 @@ from mltfr_dist.config import (
     RunConfig,
 )
 from mltfr_dist.data.batch import SequenceBatch
-from mltfr_dist.data.stream import Part
+from mltfr_dist.data.stream.training import BatchLayout
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.losses import binary_cross_entropy
 from mltfr_dist.models.consensus import merge
@@ -238,7 +238,7 @@ def test_fisher_and_merge_equal_the_statement(tmp_path: Path) -> None:
     model = build_model(config, inputs, with_consensus=False).double()
     assert model.mltfr is not None
     cores = [core for core in model.mltfr.cores if isinstance(core, ExpertCore)]
-    part = Part(0, 1, 16, 16)
+    part = BatchLayout(0, 1, 16, 16)
 
     def steps() -> Iterable[object]:
         return islice(train_stream(config, part).epoch(0), 2)
@@ -284,7 +284,7 @@ def procedure(
         optimizer = torch.optim.Adam(model.parameters(), config.optimizer.learning_rate)
         batches = [
             step.micro_batches[0]
-            for step in islice(train_stream(config, Part(0, 1, 16, 16)).epoch(0), STEPS)
+            for step in islice(train_stream(config, BatchLayout(0, 1, 16, 16)).epoch(0), STEPS)
         ]
         losses = []
         for batch in batches:
@@ -306,7 +306,7 @@ def procedure(
                 )
                 merged = published.merge(cores, fishers)
             else:
-                steps = islice(train_stream(config, Part(0, 1, 16, 16)).epoch(0), STEPS)
+                steps = islice(train_stream(config, BatchLayout(0, 1, 16, 16)).epoch(0), STEPS)
                 every = batch_mean_squares(model, steps, ONE)
                 fishers = [every[m] for m in GROUP]
                 merged = merge_unnormalised(cores, fishers)

@@ -1,0 +1,1 @@
+"""Raw interactions to prepared shards, out of core and restartable."""

@@ -1,0 +1,91 @@
+"""What the user typed -> the files to read, and the configuration completed from them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from mltfr_dist.config import PrepareConfig
+from mltfr_dist.data.prepare.workspace import Workspace
+from mltfr_dist.data.sources import read as sources
+from mltfr_dist.data.sources.gather import Source, gather
+from mltfr_dist.data.sources.inputs import given_file
+from mltfr_dist.errors import DataError
+
+
+def resolve(
+    places: Sequence[str],
+    output: Path,
+    config: PrepareConfig,
+    packages_dir: str | Path | None,
+    workspace: Workspace,
+) -> tuple[Source, PrepareConfig]:
+    """The files to read, and the configuration with a named set's columns and titles filled in."""
+    if len(places) == 1 and places[0] in sources.NAMED_SETS:
+        return _named(places[0], config, packages_dir)
+    try:
+        return _gathered(places, output, config, workspace)
+    except DataError:
+        shutil.rmtree(workspace.fetched, ignore_errors=True)
+        with suppress(OSError):  # it holds more
+            workspace.temporary.rmdir()
+        raise
+
+
+def _gathered(
+    places: Sequence[str], output: Path, config: PrepareConfig, workspace: Workspace
+) -> tuple[Source, PrepareConfig]:
+    """The files of ``places``, all of one format, and the configuration with that format."""
+    found = gather(
+        places,
+        config.titles,
+        format=config.format,
+        partitions=config.partitions,
+        output=output,
+        copies=workspace.fetched,
+        log=workspace.log,
+    )
+    formats = {sources.detect_format(file.as_input(), config.format) for file in found.files}
+    if len(formats) > 1:
+        raise DataError(
+            f"{found.label} matches files of several formats: {', '.join(sorted(formats))}.",
+            rule="All files of a source have one format.",
+            remedy="Give a pattern that matches only the interactions.",
+        )
+    config = config.model_copy(update={"format": formats.pop()})
+    if not sources.has_time(config) and config.split == "global_temporal":
+        raise DataError(
+            f"{found.label} is read as {config.format}, which has no time.",
+            rule="global_temporal cuts all users at two points in time.",
+            remedy="Use `--split leave_one_out`, or a file with a time column.",
+        )
+    if config.format == "sequences" and len(found.files) > 1:
+        raise DataError(
+            f"{found.label} matches {len(found.files)} files of sequence text.",
+            rule="Sequence text has one line a user, and so one file.",
+            remedy="Join the files.",
+        )
+    if found.titles is not None:
+        sources.detect_format(found.titles.as_input())
+    return found, config
+
+
+def _named(
+    name: str, config: PrepareConfig, packages_dir: str | Path | None
+) -> tuple[Source, PrepareConfig]:
+    """A named set knows its files: a format or column set for another file would only break it."""
+    found = sources.named_source(name, packages_dir)
+    titles = found.titles if config.titles is None else config.titles
+    columns = {
+        key: value
+        for key, value in found.columns.items()
+        if config.titles is None or not key.startswith("titles_")
+    }
+    source = Source(
+        found.interactions.name,
+        (given_file(found.interactions, str(found.interactions)),),
+        given_file(titles, str(titles)) if titles else None,
+    )
+    return source, config.model_copy(update={"format": "tsv", "titles": titles, **columns})

@@ -1,0 +1,1 @@
+"""Prepared shards: what they hold, how they are written, verified and read, and their manifest."""

@@ -1,0 +1,1 @@
+"""Raw interactions as users have them: found, unpacked, understood and read."""

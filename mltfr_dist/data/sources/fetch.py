@@ -1,0 +1,162 @@
+"""`mltfr fetch`: public sets by name, from where their owners offer them, verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from mltfr_dist.config import PrepareConfig
+from mltfr_dist.data.sources.download import Log, download
+from mltfr_dist.data.sources.public_sets import PUBLIC_SETS, PublicSet
+from mltfr_dist.errors import DataError
+from mltfr_dist.files import file_sha256, write_atomically
+from mltfr_dist.progress import say
+
+RECORD = "fetched.json"
+"""In a set's folder: address, size and sha256 of what was fetched."""
+
+
+def sets_text() -> str:
+    """The sets, a line each."""
+    lines = ["set                  checksum  what it is"]
+    for name, found in PUBLIC_SETS.items():
+        known = "known" if found.checksum else "first"
+        about = found.about if found.url else f"{found.about} (by hand: `mltfr fetch {name}`)"
+        lines.append(f"{name:<20} {known:<9} {about}")
+    lines.append(
+        "checksum: known beforehand, or recorded by the first fetch and compared from then on."
+    )
+    return "\n".join(lines)
+
+
+def fetch_set(name: str, folder: Path, *, log: Log = say, allow_loopback: bool = False) -> Path:
+    """Fetch a public set into ``folder/name``, unless it is there; its terms are shown first.
+
+    Args:
+        name: one of :data:`PUBLIC_SETS`.
+        folder: of all sets.
+        log: takes lines for the user.
+        allow_loopback: see :func:`download`.
+
+    Returns:
+        the file, verified.
+
+    Raises:
+        DataError: there is no such set, it cannot be had, or is not what it was.
+    """
+    found = _set(name)
+    log(f"{name}: {found.about}.")
+    log(f"Terms: {found.terms}")
+    if not found.url:
+        raise DataError(
+            f"The set `{name}` cannot be fetched by a program.",
+            rule=found.terms,
+            remedy=f"Then `mltfr prepare FILE OUTPUT{_options(found)}`.",
+        )
+    target = folder / name / found.file
+    if target.is_file():
+        _verify(target, target, found)
+        log(f"{target} is here already, and verified.")
+    else:
+        log(f"From {found.url}")
+        fetched = download(
+            found.url,
+            target,
+            has_checksum=bool(found.checksum),
+            log=log,
+            allow_loopback=allow_loopback,
+        )
+        _verify(fetched, target, found)
+        fetched.rename(target)
+        log(f"{target}: {target.stat().st_size:,} bytes, {_how(found)}.")
+    log(f"Prepare it: `mltfr prepare {_path(target, found)} OUTPUT{_options(found)}`")
+    return target
+
+
+def use_set(
+    name: str, folder: Path, config: PrepareConfig, *, download: bool = False, log: Log = say
+) -> tuple[str, PrepareConfig]:
+    """The path to prepare of a public set, and the configuration with what it needs filled in.
+
+    Raises:
+        DataError: it is not there and may not be fetched, or as :func:`fetch_set`.
+    """
+    found = _set(name)
+    target = folder / name / found.file
+    if download or not found.url:
+        fetch_set(name, folder, log=log)
+    elif not target.is_file():
+        raise DataError(
+            f"The public set `{name}` is not here ({target}).",
+            rule=found.terms,
+            remedy="Add --download to fetch it, or `mltfr fetch` it first on a machine with a "
+            "network.",
+        )
+    else:
+        _verify(target, target, found)
+    missing = {k: v for k, v in found.options.items() if k not in config.model_fields_set}
+    if missing:
+        log(f"{name}: prepared with{_options(found, missing)}")
+    return _path(target, found), config.model_copy(update=missing)
+
+
+def _set(name: str) -> PublicSet:
+    if name not in PUBLIC_SETS:
+        raise DataError(
+            f"There is no public set `{name}`.", remedy=f"There are: {', '.join(PUBLIC_SETS)}."
+        )
+    return PUBLIC_SETS[name]
+
+
+def _path(target: Path, found: PublicSet) -> str:
+    return f"{target}/{found.member}" if found.member else str(target)
+
+
+def _options(found: PublicSet, chosen: dict[str, object] | None = None) -> str:
+    """Its options as they are typed, each after a blank."""
+    values = found.options if chosen is None else chosen
+    return "".join(f" --{key.replace('_', '-')} {value}" for key, value in values.items())
+
+
+def _how(found: PublicSet) -> str:
+    return (
+        f"as its known {found.checksum.partition(':')[0]} says"
+        if found.checksum
+        else f"no checksum of it is known: its sha256 is recorded in {RECORD}, for later fetches"
+    )
+
+
+def _verify(path: Path, target: Path, found: PublicSet) -> None:
+    """Compare a file with the checksum that is known, and with what was fetched before.
+
+    Raises:
+        DataError: it is something else; a new one is kept apart.
+    """
+    record_path = target.with_name(RECORD)
+    sha256 = file_sha256(path)
+    wanted = {found.checksum} - {""}
+    if record_path.is_file():
+        record = json.loads(record_path.read_text())
+        wanted |= {f"sha256:{record['sha256']}"} if record["url"] == found.url else set()
+    have = {f"sha256:{sha256}", *(f"md5:{_md5(path)}" for w in wanted if w.startswith("md5:"))}
+    if not wanted <= have:
+        kept = path
+        if path != target:
+            kept = target.with_name(f"{target.name}.rejected")
+            path.rename(kept)
+        other = ", ".join(sorted(wanted - have))
+        raise DataError(
+            f"What is at {kept} is not the set that is known: its sha256 is {sha256}, but {other} "
+            "was expected.",
+            rule="A set is used only as it is known, or as it was first fetched.",
+            remedy="Fetch again, without that file; if its owners have changed the set, look at "
+            f"it, and prepare it by its path{'' if found.checksum else f', or remove {record_path}'}.",
+        )
+    values = {"url": found.url, "bytes": path.stat().st_size, "sha256": sha256}
+    write_atomically(record_path, json.dumps(values, indent=2) + "\n")
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

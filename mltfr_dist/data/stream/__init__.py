@@ -1,0 +1,1 @@
+"""Shards to batches: exact, the same at any division over ranks, resumable."""
