@@ -35,6 +35,7 @@ from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors import selector_class
 from mltfr_dist.presets import PREPARATIONS
 from mltfr_dist.published.checks import check_group
+from mltfr_dist.published.negatives import published_negatives
 from mltfr_dist.schema import changed, or_nearest
 from mltfr_dist.spec import ModelSpec
 from mltfr_dist.tables.content import with_content
@@ -341,7 +342,7 @@ def objective(config: RunConfig) -> Objective:
     views = backbone.cl4srec
     return Objective(
         num_negatives=loss.num_negatives if loss.name in ("bce", "gbce") else 0,
-        unseen_negatives=not config.published.negatives_outside_inputs,
+        negative_rule=published_negatives(config.published),
         num_shared_negatives=loss.num_negatives if loss.name == "sampled_softmax" else 0,
         proposal=loss.proposal,
         cloze_ratio=backbone.bert4rec.mask_ratio if kind.objective == "cloze" else None,
