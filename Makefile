@@ -17,7 +17,7 @@ endif
 # A free port for each launch, so that two runs on one machine do not meet.
 PORT = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
-.PHONY: quick demo sweep-demo test integration lint bench clean help
+.PHONY: quick demo sweep-demo test integration lint bench gpu-check clean help
 
 # What is typed next; a recipe runs in a shell of its own and cannot activate anything for the one it was typed in.
 define NEXT
@@ -58,6 +58,9 @@ lint: $(BIN)/.ready  ## ruff and mypy --strict
 
 bench: $(BIN)/.ready data/.demo-ready  ## measure what an epoch costs, as ratios within one run
 	$(BIN)/python benchmarks/epoch_time.py --data data/ml-100k --tables data/tables
+
+gpu-check: $(BIN)/.ready  ## on a machine with a GPU: its numbers against the CPU's, then what a step costs there
+	$(BIN)/python benchmarks/gpu.py
 
 clean:  ## delete the environment and the demo's data; runs stay
 	rm -rf $(VENV) .demo data/ml-100k data/tables data/.demo-ready .mypy_cache .ruff_cache .pytest_cache .hypothesis

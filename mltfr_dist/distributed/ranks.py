@@ -262,9 +262,15 @@ def _init_process_group(backend: str, *, launched: bool) -> None:
     if launched:
         _meet(backend)
     else:
-        dist.init_process_group(
-            backend, store=HashStore(), rank=0, world_size=1
-        )  # no port to collide on
+        dist.init_process_group(  # no port to collide on
+            backend, store=HashStore(), rank=0, world_size=1, device_id=_own_gpu()
+        )
+
+
+def _own_gpu() -> torch.device | None:
+    """The GPU that NCCL binds this process to; unsaid, it would be guessed at the first barrier."""
+    on_gpu = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
 
 
 def _meet(backend: str) -> None:
@@ -281,7 +287,12 @@ def _meet(backend: str) -> None:
         _meeting.append(store)
         within = timedelta(seconds=RENDEZVOUS_SECONDS)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=within
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=within,
+            device_id=_own_gpu(),
         )
         _set_pg_timeout(COLLECTIVE_TIMEOUT)  # from here on the watchdog judges
     except (dist.DistError, ValueError, RuntimeError) as error:

@@ -1,0 +1,65 @@
+"""Train cases one after the other in this process, and write what each said and how it ended as JSON.
+
+python worker.py FOLDER OUTPUT PRECISION CASE...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from cases import CASES
+from support import read_lines, tiny_config
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed.ranks import stop_ranks
+from mltfr_dist.repairs import as_published
+from mltfr_dist.schema import changed
+from mltfr_dist.training.fit import fit
+
+DEVICE = "gpu" if torch.cuda.is_available() else "cpu"
+
+PLAIN = {"backbone__dropout": 0.0, "mltfr__expert__dropout": 0.0}
+"""A CPU and a GPU draw dropout differently."""
+
+
+def case(folder: Path, name: str, precision: str) -> RunConfig:
+    changes: dict[str, Any] = {
+        "name": name.replace(" ", "-").replace(",", ""),
+        "runs_dir": str(folder / f"{DEVICE}-{precision}"),
+        "training__precision": precision,
+        "training__epochs": 4,
+    }
+    changes |= PLAIN | CASES.get(name, {})
+    config = tiny_config(folder, **changes)
+    if name == "published":
+        config = as_published(config)
+        fields = {"mltfr.consensus.group": ["first"], "evaluation.select_on": "valid"}
+        config = changed(config, fields | {"data.train_on": "train"}, source="a test")
+    return config
+
+
+def trained(config: RunConfig) -> dict[str, Any]:
+    try:
+        result = fit(config)[-1]
+    except Exception:
+        return {"error": traceback.format_exc()}
+    lines = read_lines(config.folder / "metrics.jsonl")
+    return {"lines": lines, "test": result.test, "valid": result.valid}
+
+
+def main() -> None:
+    folder, output, precision, *names = sys.argv[1:]
+    found = {name: trained(case(Path(folder), name, precision)) for name in names}
+    Path(output).write_text(json.dumps(found))
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main()
