@@ -23,11 +23,13 @@ from typing import Any
 
 import torch
 
+from mltfr_dist import repairs
 from mltfr_dist.config import RunConfig
+from mltfr_dist.config.published import CONSENSUS, MLTFR, PER_USER, USER_GUIDED, without
 from mltfr_dist.data.shards.manifest import load_manifest
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.errors import ConfigError, MltfrError, fail
-from mltfr_dist.repairs import REPAIRS, as_published, without
+from mltfr_dist.repairs import REPAIRS, as_published
 from mltfr_dist.resolve import resolve_config
 from mltfr_dist.schema import changed, or_nearest
 from mltfr_dist.tables.store import load_table
@@ -57,7 +59,7 @@ def one_stage(config: RunConfig) -> RunConfig:
 
 def bare(base: RunConfig) -> RunConfig:
     """The backbone alone."""
-    return vary(one_stage(base), {"mltfr.enabled": False})
+    return vary(one_stage(base), without(MLTFR) | {"mltfr.enabled": False})
 
 
 def bare_equal_parameters(base: RunConfig) -> RunConfig:
@@ -95,12 +97,13 @@ def paper(base: RunConfig) -> RunConfig:
 
 def paper_frozen_tables(base: RunConfig) -> RunConfig:
     """As published but for the tables, which stay frozen, as its description (not its code) has it; much cheaper."""
-    return vary(paper(base), {"mltfr.train_tables": False})
+    return vary(paper(base), {"published.trained_tables": False})
 
 
 def without_repair(base: RunConfig, name: str) -> RunConfig:
     """One repair taken away, of MLTFR or of the backbone."""
-    return without(vary(base, group_of_one_width(base)) if name == "shared_core" else base, name)
+    base = vary(base, group_of_one_width(base)) if name == "shared_core" else base
+    return repairs.without(base, name)
 
 
 def repaired(base: RunConfig) -> RunConfig:
@@ -120,12 +123,13 @@ def shuffled_tables(base: RunConfig) -> RunConfig:
 
 def random_tokens(base: RunConfig) -> RunConfig:
     """As many tokens of the real tables, drawn for each history by a hash of it."""
-    return vary(base, {"mltfr.filter.strategy": "random_tokens"})
+    return vary(base, without(USER_GUIDED) | {"mltfr.filter.strategy": "random_tokens"})
 
 
 def learned_prototypes(base: RunConfig) -> RunConfig:
     """Rows that a perceptron makes of each table, the same for every user."""
-    return vary(base, {"mltfr.filter.strategy": "learned_prototypes"})
+    fields = without(USER_GUIDED, PER_USER) | {"mltfr.filter.strategy": "learned_prototypes"}
+    return vary(base, fields)
 
 
 def one_table(base: RunConfig) -> RunConfig:
@@ -135,7 +139,7 @@ def one_table(base: RunConfig) -> RunConfig:
 
 def consensus_off(base: RunConfig) -> RunConfig:
     """One stage of as many epochs, and so without the fresh optimizer that stage 2 also brings."""
-    return vary(one_stage(base), {"mltfr.consensus.enabled": False})
+    return vary(one_stage(base), without(CONSENSUS) | {"mltfr.consensus.enabled": False})
 
 
 def consensus_zero(base: RunConfig) -> RunConfig:

@@ -2,6 +2,7 @@
 
 Each run is made twice by the same command, once with the code of ``--since`` and once with that of this
 checkout, and their metrics.jsonl are compared line by line. All runs but `smoke` use small random inputs.
+Options are given in today's words; a commit from before `published.*` gets them in its own.
 
     python benchmarks/same_numbers.py --since main~20
     python benchmarks/same_numbers.py --since main~20 --data data/ml-100k --tables data/tables
@@ -27,6 +28,8 @@ from mltfr_dist.backbones import BACKBONES
 
 NEGATIVES = ("loss.name=sampled_softmax", "loss.num_negatives=8")
 PUBLISHED = ("--preset", "paper", "mltfr.consensus.group=[first]", "loss.num_negatives=1")
+MASKS = ("published.attending_padding=true", "published.read_before_mask=true")
+WHOLE = ("loss.name=bce", "published.whole_sequence_filter=true")
 OTHER_EXPERTS = (
     "mltfr.expert.per_table=2",
     "mltfr.router.top_k=2",
@@ -46,11 +49,48 @@ class Run:
     ranks: int = 1
 
 
+FORMERLY = {
+    **{
+        f"backbone.name={name}_original": (f"backbone.name={name}", "backbone.filter_scope=padded")
+        for name in ("fmlp", "bsarec", "linrec")
+    },
+    MASKS[0]: ("backbone.padding=attended",),
+    MASKS[1]: ("backbone.read_at=before_mask",),
+    WHOLE[1]: ("backbone.filter_scope=sequence",),
+    "published.double_softmax=true": ("mltfr.router.double_softmax=true",),
+    "published.whole_history_query=true": ("mltfr.filter.query=history",),
+    "published.negatives_outside_inputs=false": ("loss.negatives=unseen",),
+}
+"""Options of today, and what said the same before there was `published.*`."""
+
+
+def backbone(name: str) -> tuple[str, ...]:
+    """Options of a run of that backbone."""
+    samples = "prefixes" if BACKBONES[name].reads_future else "histories"
+    return (f"backbone.name={name}", f"data.samples={samples}")
+
+
 RUNS = (
-    *(Run(name, (f"backbone.name={name}",)) for name in BACKBONES),
-    *(Run(f"bare {name}", (f"backbone.name={name}", "mltfr.enabled=false")) for name in BACKBONES),
+    *(Run(name, backbone(name)) for name in BACKBONES),
+    *(Run(f"bare {name}", (*backbone(name), "mltfr.enabled=false")) for name in BACKBONES),
     Run("published", PUBLISHED),
-    Run("published bert4rec", (*PUBLISHED, "backbone.name=bert4rec", "loss.name=cross_entropy")),
+    Run(
+        "published bert4rec",
+        (
+            *PUBLISHED,
+            "backbone.name=bert4rec",
+            "loss.name=cross_entropy",
+            "published.negatives_outside_inputs=false",
+            *MASKS,
+        ),
+    ),
+    Run("published bert4rec, shortlist", ("backbone.name=bert4rec", *MASKS)),
+    Run("published fmlp", ("backbone.name=fmlp", *WHOLE)),
+    Run("published bsarec", ("backbone.name=bsarec", *WHOLE)),
+    Run(
+        "published gate and query",
+        ("published.double_softmax=true", "published.whole_history_query=true"),
+    ),
     Run("other experts", OTHER_EXPERTS),
     Run("sparse items", (*NEGATIVES, "optimizer.item_gradients=sparse")),
     Run("two ranks, tables by rows", ("mltfr.placement=rows",), ranks=2),
@@ -88,6 +128,13 @@ def started_from(options: tuple[str, ...]) -> list[str]:
     return [*preset, "mltfr.filter.top_k=4", "mltfr.filter.shortlist_refresh_steps=4", *others]
 
 
+def in_words_of(checkout: Path, options: list[str]) -> list[str]:
+    """``options`` as the code in ``checkout`` knows them."""
+    if (checkout / "mltfr_dist" / "config" / "published.py").exists():
+        return options
+    return [word for option in options for word in FORMERLY.get(option, (option,))]
+
+
 def train(run: Run, checkout: Path, options: list[str], folder: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl of ``run`` by the code in ``checkout``."""
     command = (
@@ -97,7 +144,7 @@ def train(run: Run, checkout: Path, options: list[str], folder: Path) -> list[di
     )
     more = ["training.log_every_steps=1", "training.threads=1", f"runs_dir={folder}", "name=it"]
     done = subprocess.run(
-        [*command, *options, *more],
+        [*command, *in_words_of(checkout, options), *more],
         cwd=checkout,
         env=clean_environment(PYTHONPATH=str(checkout)),
         capture_output=True,

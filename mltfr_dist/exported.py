@@ -21,7 +21,7 @@ from mltfr_dist.ranking import ItemMap, Ranker
 from mltfr_dist.schema import Section
 from mltfr_dist.spec import ModelSpec
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 CONFIG, MODEL, TABLES, ITEM_TOKENS, ITEMS, TITLES = (
     "config.json",
     "model.safetensors",

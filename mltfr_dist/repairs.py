@@ -1,40 +1,21 @@
-"""What the published procedure does, what is done here instead, and the configuration field that switches each.
+"""What the published procedure does, what is done here instead, and the switches that bring each defect back.
 
-One entry a defect of docs/method.md. The default of every field is the repaired value; :func:`as_published` gives the
-published form, and :func:`without` takes a single repair away.
+One entry a defect of docs/method.md. All switches are off; :func:`as_published` gives the published
+form, and :func:`without` takes a single repair away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.config.published import MLTFR, NOISE, USER_GUIDED, Need, lacking
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.schema import changed, or_nearest
+from mltfr_dist.schema import changed, or_nearest, value_at
 
 Scope = Literal["method", "backbone", "protocol"]
-
-
-def _has_mltfr(config: RunConfig) -> bool:
-    return config.mltfr.enabled
-
-
-def _filters(config: RunConfig) -> bool:
-    return config.mltfr.enabled and config.mltfr.filter.strategy == "user_guided"
-
-
-def _differs_by_user(config: RunConfig) -> bool:
-    strategy = config.mltfr.filter.strategy
-    return config.mltfr.enabled and strategy in ("user_guided", "random_tokens")
-
-
-def _has_consensus(config: RunConfig) -> bool:
-    return config.mltfr.enabled and config.mltfr.consensus.enabled
-
-
-def _is_bert4rec(config: RunConfig) -> bool:
-    return config.backbone.name == "bert4rec"
 
 
 class Repair(NamedTuple):
@@ -44,117 +25,48 @@ class Repair(NamedTuple):
     """Its number in docs/method.md."""
     scope: Scope
     """method: MLTFR itself; backbone: the model it is added to; protocol: training and evaluation of any model."""
-    published: dict[str, Any]
-    """Dotted field to the published value."""
-    applies: Callable[[RunConfig], bool]
-    """Whether a run has what is repaired; in one that has not, the fields do nothing."""
+    switches: tuple[str, ...]
+    """Fields of `published` that bring the defect back."""
+    values: Mapping[str, Any] = MappingProxyType({})
+    """What is set beside them, dotted field to value; the defect itself where it has no switch."""
+    needs: tuple[Need, ...] = ()
+    """What a run must have for values alone to be a defect; each switch has its own."""
 
 
 REPAIRS: dict[str, Repair] = {
     "soft_weights": Repair(
         "D1",
         "method",
-        {
-            "mltfr.filter.weights": "straight_through",
-            "mltfr.filter.top_k": 1,
-            "mltfr.filter.filter_ratio": None,
-        },
-        _filters,
+        ("straight_through",),
+        {"mltfr.filter.top_k": 1, "mltfr.filter.filter_ratio": None},
     ),
     "sharp_scores": Repair(
         "D2",
         "method",
+        (),
         {
             "mltfr.filter.temperature": 0.5,
             "mltfr.filter.learn_temperature": False,
             "mltfr.filter.noise": 1.0,
         },
-        _filters,
+        needs=(MLTFR, USER_GUIDED),
     ),
     "quiet_evaluation": Repair(
-        "D3",
-        "method",
-        {"mltfr.filter.noise": 1.0, "mltfr.filter.noise_in_evaluation": True},
-        _filters,
+        "D3", "method", ("noise_in_evaluation",), {"mltfr.filter.noise": 1.0}
     ),
-    "user_memory": Repair(
-        "D4",
-        "method",
-        {"mltfr.filter.memory": "batch"},
-        _differs_by_user,
-    ),
-    "causal_query": Repair(
-        "D5",
-        "method",
-        {"mltfr.filter.query": "history"},
-        _differs_by_user,
-    ),
-    "causal_filter": Repair(
-        "D6",
-        "backbone",
-        {"backbone.filter_scope": "sequence"},
-        lambda config: config.backbone.name in ("fmlp", "bsarec"),
-    ),
-    "frozen_tables": Repair(
-        "D7",
-        "method",
-        {"mltfr.train_tables": True},
-        _has_mltfr,
-    ),
-    "read_the_mask": Repair(
-        "D8",
-        "backbone",
-        {"backbone.read_at": "before_mask"},
-        _is_bert4rec,
-    ),
-    "masked_padding": Repair(
-        "D9",
-        "backbone",
-        {"backbone.padding": "attended"},
-        _is_bert4rec,
-    ),
-    "single_softmax": Repair(
-        "D10",
-        "method",
-        {"mltfr.router.double_softmax": True},
-        _has_mltfr,
-    ),
-    "going_on": Repair(
-        "D10b",
-        "method",
-        {"mltfr.consensus.random_in_stage_one": True, "mltfr.consensus.fresh_start": True},
-        _has_consensus,
-    ),
-    "per_sample_fisher": Repair(
-        "D12",
-        "method",
-        {"mltfr.consensus.fisher": "batch_mean"},
-        _has_consensus,
-    ),
-    "normalised_fisher": Repair(
-        "D13",
-        "method",
-        {"mltfr.consensus.normalise_fisher": False},
-        _has_consensus,
-    ),
-    "shared_core": Repair(
-        "D14",
-        "method",
-        {"mltfr.expert.form": "paper"},
-        _has_mltfr,
-    ),
-    "validation_picks": Repair(
-        "D17",
-        "protocol",
-        {"evaluation.select_on": "test"},
-        lambda config: True,
-    ),
-    "unseen_negatives": Repair(
-        "D18",
-        "protocol",
-        {"loss.negatives": "outside_inputs"},
-        lambda config: config.loss.name in ("bce", "gbce"),
-    ),
+    "user_memory": Repair("D4", "method", ("pooled_memory",)),
+    "causal_query": Repair("D5", "method", ("whole_history_query",)),
+    "causal_filter": Repair("D6", "backbone", ("whole_sequence_filter",)),
+    "frozen_tables": Repair("D7", "method", ("trained_tables",)),
+    "read_the_mask": Repair("D8", "backbone", ("read_before_mask",)),
+    "masked_padding": Repair("D9", "backbone", ("attending_padding",)),
+    "single_softmax": Repair("D10", "method", ("double_softmax",)),
+    "going_on": Repair("D10b", "method", ("random_consensus", "fresh_start")),
+    "per_sample_fisher": Repair("D12", "method", ("batch_mean_fisher",)),
+    "normalised_fisher": Repair("D13", "method", ("unnormalised_fisher",)),
+    "shared_core": Repair("D14", "method", ("unaligned_experts",)),
+    "validation_picks": Repair("D17", "protocol", ("pick_on_test",)),
+    "unseen_negatives": Repair("D18", "protocol", ("negatives_outside_inputs",)),
 }
 """Every repair by name."""
 
@@ -162,12 +74,12 @@ ALSO_PUBLISHED: dict[Scope, dict[str, Any]] = {
     "method": {
         "mltfr.router.balance_weight": 0.0,
         "mltfr.filter.shortlist_size": None,
-        "mltfr.consensus.dropout": False,
-        "mltfr.consensus.fisher_at": "last",
         "mltfr.consensus.fisher_sequences": 1 << 62,
+        "published.consensus_without_dropout": True,
+        "published.fisher_at_last_epoch": True,
     },
     "protocol": {
-        "data.train_on": "train_and_valid",
+        "published.train_on_validation": True,
         "evaluation.select_by": "HR@20",
         "evaluation.filter_seen": False,
     },
@@ -175,49 +87,60 @@ ALSO_PUBLISHED: dict[Scope, dict[str, Any]] = {
 """What else the authors set, each a choice and no defect of MLTFR."""
 
 
+def applies(config: RunConfig, name: str) -> bool:
+    """Whether a run has what a repair repairs."""
+    repair = REPAIRS[name]
+    missing = {given for switch in repair.switches for given in lacking(config, switch)}
+    return missing <= {NOISE.given} and all(need.is_met(config) for need in repair.needs)
+
+
 def as_published(
     config: RunConfig, *, scopes: Iterable[Scope] = ("method", "backbone", "protocol")
 ) -> RunConfig:
-    """``config`` with every repair of ``scopes`` taken away.
+    """``config`` with every repair of ``scopes`` that applies to it taken away.
 
-    The gate has one softmax, as in the published SASRec variant; `router.double_softmax` is that of the others. The
+    The gate has one softmax, as in the published SASRec variant; `published.double_softmax` is that of the others. The
     published consensus merges tables of one width: give them in `mltfr.consensus.group`.
     """
-    fields: dict[str, Any] = {}
-    for scope in set(scopes):
-        fields |= ALSO_PUBLISHED.get(scope, {})
+    wanted = set(scopes)
     for name, repair in REPAIRS.items():
-        if repair.scope in set(scopes) and name != "single_softmax":
-            fields |= repair.published
-    return changed(config, fields, source="the published form")
+        if repair.scope in wanted and name != "single_softmax" and applies(config, name):
+            config = without(config, name)
+    for scope in sorted(wanted & ALSO_PUBLISHED.keys()):
+        fields = {
+            path: value
+            for path, value in ALSO_PUBLISHED[scope].items()
+            if not path.startswith("published.") or not lacking(config, path.partition(".")[2])
+        }
+        config = changed(config, fields, source="the published form")
+    return config
 
 
 def without(config: RunConfig, name: str) -> RunConfig:
     """``config`` with one repair taken away.
 
     Raises:
-        ConfigError: No repair has that name; the nearest is named.
+        ConfigError: No repair has that name (the nearest is named), or the run has not what it repairs.
     """
     if name not in REPAIRS:
         raise ConfigError(
             f"There is no repair `{name}`{or_nearest(name, list(REPAIRS))}.",
             remedy=f"Repairs: {', '.join(REPAIRS)}.",
         )
-    return changed(config, REPAIRS[name].published, source=f"the variant without {name}")
+    switches = {f"published.{switch}": True for switch in REPAIRS[name].switches}
+    return changed(
+        config, {**REPAIRS[name].values, **switches}, source=f"the variant without {name}"
+    )
 
 
 def taken_away(config: RunConfig) -> list[str]:
-    """Names of the repairs that ``config`` does without, of those that apply to it."""
+    """Names of the repairs that ``config`` does without: their switches are on."""
 
-    def value(path: str) -> Any:
-        place: Any = config
-        for name in path.split("."):
-            place = getattr(place, name)
-        return place
+    def is_taken_away(repair: Repair) -> bool:
+        if repair.switches:
+            return any(getattr(config.published, switch) for switch in repair.switches)
+        return all(need.is_met(config) for need in repair.needs) and all(
+            value_at(config, path) == value for path, value in repair.values.items()
+        )
 
-    return [
-        name
-        for name, repair in REPAIRS.items()
-        if repair.applies(config)
-        and all(value(path) == wanted for path, wanted in repair.published.items())
-    ]
+    return [name for name, repair in REPAIRS.items() if is_taken_away(repair)]

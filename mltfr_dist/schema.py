@@ -26,6 +26,11 @@ class Section(BaseModel):
     listed_by: ClassVar[str] = "train"
     """The command whose help lists every field with its default and unit."""
 
+    @classmethod
+    def moved(cls, fields: Mapping[str, Any]) -> list[str]:
+        """What is said of ``fields`` of older releases, dotted key to value; of others nothing."""
+        return []
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
     )
@@ -86,10 +91,13 @@ def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> S
         return model.model_validate(values)
     except ValidationError as error:
         problems, wrong = [], []
+        former = _former(model, error)
         for item in error.errors():
             path = ".".join(str(part) for part in item["loc"]) or "(whole configuration)"
             if issubclass(model, Options) and path in model.model_fields:
                 path = model.option(path)
+            if path in former:
+                continue
             if item["type"] == "extra_forbidden":
                 near = nearest_key(path, field_paths(model))
                 wrong.append(near or path)
@@ -106,11 +114,29 @@ def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> S
                 )
                 wrong.append(path)
                 problems.append(f"`{path}`: {item['msg'].removeprefix('Value error, ')}{given}")
+        problems += model.moved(former)
         raise ConfigError(
             f"The configuration from {source} is not valid: {'; '.join(problems)}.",
-            remedy=f"Correct it; `{command(model.listed_by)} --help{_topic(model, wrong)}` lists the "
+            remedy=f"Correct it{KEPT if former else ''}; `{command(model.listed_by)} --help{_topic(model, wrong)}` lists the "
             "fields with their defaults and units.",
         ) from None
+
+
+KEPT = (
+    ", without the switches of what the run has not (a run that was begun goes on once its "
+    "config.yaml says so: its numbers stay the same)"
+)
+"""What is said where fields have moved."""
+
+
+def _former(model: type[Section], error: ValidationError) -> dict[str, Any]:
+    """Fields of older releases that ``error`` refuses, dotted key to value."""
+    unknown = {
+        ".".join(str(part) for part in item["loc"]): item["input"]
+        for item in error.errors()
+        if item["type"] == "extra_forbidden"
+    }
+    return {path: value for path, value in unknown.items() if model.moved({path: value})}
 
 
 def changed(config: SectionT, fields: Mapping[str, Any], *, source: str) -> SectionT:
@@ -170,6 +196,14 @@ def field_paths(model: type[Section], prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             paths += field_paths(field.annotation, f"{prefix}{name}.")
     return paths
+
+
+def value_at(config: Section, path: str) -> Any:
+    """The value of a dotted key."""
+    found: Any = config
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def field_at(model: type[Section], path: str) -> FieldInfo | None:

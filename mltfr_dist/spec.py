@@ -9,14 +9,13 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from mltfr_dist.config import BackboneConfig, LossConfig, MLTFRConfig
-from mltfr_dist.models.backbone import backbone_class
+from mltfr_dist.config import BackboneConfig, LossConfig, MLTFRConfig, PublishedConfig
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.item_tokens import ItemVectors
 from mltfr_dist.models.mltfr import MLTFR
-from mltfr_dist.models.placed_table import PlacedTable, ReplicatedTable
+from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.published.parts import published_parts
+from mltfr_dist.published.parts import published_backbone, published_parts, published_table
 from mltfr_dist.schema import Section
 
 
@@ -26,6 +25,7 @@ class ModelSpec(Section):
     backbone: BackboneConfig
     mltfr: MLTFRConfig
     loss: LossConfig
+    published: PublishedConfig
     num_items: int
     """Items are 1..num_items."""
     max_len: int
@@ -46,7 +46,8 @@ class ModelSpec(Section):
             tables: Token tables by name: rows [V_m, D_m], or placed otherwise.
             item_features: [num_items + 1, C] what the tables give each item, where item tokens are on.
         """
-        backbone = backbone_class(self.backbone.name)(self.backbone, self.num_items, self.max_len)
+        kind = published_backbone(self.backbone.name, self.published)
+        backbone = kind(self.backbone, self.num_items, self.max_len)
         mltfr = self._mltfr([tables[name] for name in self.tables]) if self.mltfr.enabled else None
         if self.sparse_items:
             assert isinstance(backbone.item_embedding, nn.Embedding)
@@ -54,14 +55,13 @@ class ModelSpec(Section):
         if item_features is not None:
             assert isinstance(backbone.item_embedding, nn.Embedding | ItemRows)
             backbone.item_embedding = ItemVectors(backbone.item_embedding, item_features)
-        if mltfr is not None and self.has_consensus:
+        if mltfr is not None and (self.has_consensus or self.published.random_consensus):
             group = self.mltfr.consensus.group or self.tables
             mltfr.add_consensus(tables=[self.tables.index(name) for name in group])
         return Recommender(backbone, mltfr, self.loss, num_items=self.num_items)
 
     def _mltfr(self, tables: list[Tensor | PlacedTable]) -> MLTFR:
-        trained = self.mltfr.train_tables
-        placed = [
-            ReplicatedTable(t, trained=trained) if isinstance(t, Tensor) else t for t in tables
-        ]
-        return MLTFR(self.mltfr, self.backbone.hidden_dim, placed, published_parts(self.mltfr))
+        hold = published_table(self.published)
+        placed = [hold(t) if isinstance(t, Tensor) else t for t in tables]
+        parts = published_parts(self.mltfr, self.published)
+        return MLTFR(self.mltfr, self.backbone.hidden_dim, placed, parts)

@@ -19,14 +19,14 @@ from mltfr_dist.config import (
     LossConfig,
     MLTFRConfig,
     PrepareConfig,
+    PublishedConfig,
     RunConfig,
     TableConfig,
 )
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.models.mltfr import MLTFR
-from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.published.parts import published_parts
+from mltfr_dist.published.parts import published_parts, published_table
 from mltfr_dist.schema import validate
 from mltfr_dist.spec import ModelSpec
 from mltfr_dist.tables.store import save_table
@@ -229,6 +229,7 @@ def new_model(
     table_rows: Sequence[torch.Tensor],
     item_features: torch.Tensor | None = None,
     has_consensus: bool = False,
+    published: PublishedConfig | None = None,
 ) -> Recommender:
     """A freshly initialised model over tables in memory."""
     names = tuple(str(m) for m in range(len(table_rows)))
@@ -236,6 +237,7 @@ def new_model(
         backbone=backbone,
         mltfr=mltfr,
         loss=loss,
+        published=published or PublishedConfig(),
         num_items=num_items,
         max_len=max_len,
         tables=names,
@@ -244,7 +246,13 @@ def new_model(
     return spec.build(dict(zip(names, table_rows, strict=True)), item_features)
 
 
-def new_mltfr(config: MLTFRConfig, hidden_dim: int, table_rows: Sequence[torch.Tensor]) -> MLTFR:
+def new_mltfr(
+    config: MLTFRConfig,
+    hidden_dim: int,
+    table_rows: Sequence[torch.Tensor],
+    published: PublishedConfig | None = None,
+) -> MLTFR:
     """MLTFR alone, over tables in memory."""
-    tables = [ReplicatedTable(rows, trained=config.train_tables) for rows in table_rows]
-    return MLTFR(config, hidden_dim, tables, published_parts(config))
+    defects = published or PublishedConfig()
+    tables = [published_table(defects)(rows) for rows in table_rows]
+    return MLTFR(config, hidden_dim, tables, published_parts(config, defects))

@@ -4,21 +4,22 @@ A run's complete configuration is stored in its folder and runs again. Unknown k
 :func:`mltfr_dist.schema.validate`), never ignored.
 """
 
-from mltfr_dist.config.model import (
-    BackboneConfig,
+from mltfr_dist.config.backbone import BackboneConfig
+from mltfr_dist.config.data import DataConfig
+from mltfr_dist.config.filter import FilterConfig
+from mltfr_dist.config.loss import LossConfig
+from mltfr_dist.config.mltfr import (
     ConsensusConfig,
     ExpertConfig,
-    FilterConfig,
     ItemTokensConfig,
-    LossConfig,
     MLTFRConfig,
     RouterConfig,
     TableContent,
 )
 from mltfr_dist.config.preparation import PrepareConfig, PrepareResources, TableConfig
+from mltfr_dist.config.published import PublishedConfig
 from mltfr_dist.config.run import (
     CheckpointConfig,
-    DataConfig,
     EvaluationConfig,
     OptimizerConfig,
     RunConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "OptimizerConfig",
     "PrepareConfig",
     "PrepareResources",
+    "PublishedConfig",
     "RouterConfig",
     "RunConfig",
     "TableConfig",

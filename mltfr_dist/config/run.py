@@ -2,76 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mltfr_dist.config.model import BackboneConfig, LossConfig, MLTFRConfig
+from mltfr_dist.backbones import BACKBONES
+from mltfr_dist.config.backbone import BackboneConfig
+from mltfr_dist.config.data import DataConfig
+from mltfr_dist.config.former import moved
+from mltfr_dist.config.loss import LossConfig
+from mltfr_dist.config.mltfr import MLTFRConfig
+from mltfr_dist.config.published import PublishedConfig, check_published
 from mltfr_dist.losses import LOSSES
 from mltfr_dist.metrics import METRICS, metric_names
 from mltfr_dist.optimizers import OPTIMIZERS
 from mltfr_dist.schema import Count, NonNegative, Positive, Probability, Section, known, or_nearest
-
-
-class DataConfig(Section):
-    """What is trained on."""
-
-    path: Path = Field(description="Folder written by `mltfr prepare` (it holds manifest.json).")
-    max_len: Count = Field(
-        50, description="Items of a history that the model sees, the most recent ones."
-    )
-    shuffle_shards: Count = Field(
-        8,
-        description="Shards whose sequences are shuffled together; the order of shards is shuffled too.",
-    )
-    train_on: Literal["train", "train_and_valid"] = Field(
-        "train",
-        description="train: what lies before the validation targets; train_and_valid: each user's "
-        "validation target too (published; needs evaluation.select_on=test, for nothing is left to "
-        "validate on).",
-    )
-    long_histories: Literal["truncate", "windows"] = Field(
-        "truncate",
-        description="Training histories longer than max_len. truncate: only their most recent items; "
-        "windows: cut into pieces of max_len positions, each a sample of its own, so that every item is a target.",
-    )
-    samples: Literal["histories", "prefixes"] = Field(
-        "histories",
-        description="histories: one sample a history, scored at every position; prefixes: one a "
-        "target, the up to max_len items before it, scored at its last position alone (as "
-        "FMLP-Rec, BSARec and LinRec train). Samples are what a batch counts.",
-    )
-    length_pool: Count = Field(
-        1,
-        description="Global batches whose samples are sorted by length together, so that a batch holds histories of like "
-        "length; the order of the batches is shuffled. 1: batches as they are drawn.",
-    )
-    last_batch: Literal["pad", "drop"] = Field(
-        "pad",
-        description="The last batch of an epoch where it is not full. pad: filled with rows of weight zero; "
-        "drop: left out (other samples each epoch).",
-    )
-    num_workers: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description="Processes of a rank that make batches ahead of training; 0: made in turn by the rank itself.",
-    )
-    on_bad_shard: Literal["stop", "quarantine"] = Field(
-        "stop",
-        description="A shard that is missing or damaged. stop: an error; quarantine: every rank reads all shards when the run "
-        "starts, and what any rank finds bad goes to left_out.",
-    )
-    left_out: tuple[str, ...] = Field(
-        (),
-        description="Shard files that are not read, of any split. Part of the run: it goes on only without the same ones.",
-    )
-    read_attempts: Count = Field(
-        4,
-        description="Times that a shard is read, 0.5 s, 1 s, 2 s, ... apart, before it is given up.",
-    )
-    read_timeout: Positive = Field(
-        300.0, description="Seconds after which one attempt to read a shard has failed."
-    )
+from mltfr_dist.selectors import SELECTORS
 
 
 class OptimizerConfig(Section):
@@ -159,10 +107,6 @@ class EvaluationConfig(Section):
         (5, 10, 20), description="K of HR@K and NDCG@K; 10 must be among them."
     )
     batch_size: Count = Field(256, description="Users ranked at a time.")
-    select_on: Literal["valid", "test"] = Field(
-        "valid",
-        description="Split that picks the checkpoint; test (published) makes the figures too high.",
-    )
     select_by: str = Field(
         "NDCG@10",
         description="Metric that picks the checkpoint, at one of the cutoffs: "
@@ -240,6 +184,9 @@ class RunConfig(Section):
     backbone: BackboneConfig = Field(BackboneConfig(), description="The sequential recommender.")
     mltfr: MLTFRConfig = Field(description="Token filtering and routing.")
     loss: LossConfig = Field(LossConfig(), description="The training loss.")
+    published: PublishedConfig = Field(
+        PublishedConfig(), description="Defects of the published method; all are off."
+    )
     optimizer: OptimizerConfig = Field(
         OptimizerConfig(), description="The optimizer and its schedule."
     )
@@ -278,26 +225,71 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _keeps_what_selects_unseen(self) -> RunConfig:
-        if self.data.train_on == "train_and_valid" and self.evaluation.select_on == "valid":
+    def _has_what_is_defect(self) -> RunConfig:
+        check_published(self)
+        return self
+
+    @model_validator(mode="after")
+    def _trains_its_filter(self) -> RunConfig:
+        chosen = self.mltfr.filter
+        learns = chosen.strategy == "user_guided" and not self.published.straight_through
+        if learns and chosen.top_k == 1:
             raise ValueError(
-                "data.train_on train_and_valid trains on the validation targets, and "
-                "evaluation.select_on valid picks the checkpoint by them: give data.train_on train "
-                "or evaluation.select_on test"
+                "mltfr.filter.top_k must be at least 2: the weight of a single token carries no "
+                "gradient (published.straight_through=true has that defect)"
             )
         return self
 
     @model_validator(mode="after")
     def _shows_no_future(self) -> RunConfig:
-        if self.backbone.filter_scope == "padded" and self.data.samples == "histories":
+        if BACKBONES[self.backbone.name].reads_future and self.data.samples == "histories":
             raise ValueError(
-                "backbone.filter_scope padded with data.samples histories, which scores every "
-                "position, of which each would read the future: give data.samples prefixes, or "
-                "filter_scope prefix"
+                f"backbone.name {self.backbone.name} with data.samples histories, which scores "
+                "every position, of which each would read the future: give data.samples prefixes, "
+                "or the causal form of the backbone"
             )
         return self
+
+    @model_validator(mode="after")
+    def _places_tables(self) -> RunConfig:
+        placement, reason = self.mltfr.placement, self.needs_whole_tables
+        if self.mltfr.enabled and placement == "rows" and reason:
+            raise ValueError(
+                f"mltfr.placement rows divides tables, but {reason} needs whole ones: give auto, "
+                "mmap or replicated"
+            )
+        if self.published.trained_tables and placement in ("mmap", "zero3"):
+            raise ValueError(
+                f"mltfr.placement {placement} holds frozen tables, but published.trained_tables is "
+                "true: give auto or replicated"
+            )
+        return self
+
+    @property
+    def needs_whole_tables(self) -> str | None:
+        """Why a rank needs all rows of a table at once; None where it does not."""
+        content, chosen = self.mltfr.table_content, self.mltfr.filter
+        if self.published.trained_tables:
+            return "published.trained_tables=true"
+        if content != "real":
+            return f"mltfr.table_content={content} (made whole at load)"
+        if SELECTORS[chosen.strategy].needs_whole_table:
+            return f"mltfr.filter.strategy={chosen.strategy}"
+        if self.published.straight_through and chosen.shortlist_size is None:
+            return "published.straight_through=true over whole tables (shortlist_size=null)"
+        return None
+
+    @property
+    def picks_on(self) -> Literal["valid", "test"]:
+        """The split that picks the checkpoint."""
+        return "test" if self.published.pick_on_test else "valid"
 
     @property
     def folder(self) -> Path:
         """The run's own folder."""
         return self.runs_dir / self.name
+
+    @classmethod
+    def moved(cls, fields: Mapping[str, Any]) -> list[str]:
+        """What stands in the place of fields of older releases."""
+        return moved(fields)

@@ -8,8 +8,6 @@ ZeRO's reduction never runs.
 
 A sample is one training sequence; its loss is the mean over its scored positions (the
 recommendation loss alone, without a contrast of views).
-
-The published estimate, the square of a batch's mean gradient, is :func:`batch_mean_squares`.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ import torch
 from torch import Tensor
 
 from mltfr_dist.data.batch import SequenceBatch, lengths
-from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.models.consensus import State
@@ -69,45 +66,6 @@ def fisher_diagonals(
     return [{name: ranks.sum(state[name]) / num_samples for name in names} for state in sums]
 
 
-def batch_mean_squares(
-    model: Recommender, steps: Iterable[StepBatches], ranks: Ranks
-) -> list[State]:
-    """The published estimate: mean over global batches of the squared gradient of the batch's mean loss.
-
-    The batch is the global one: ranks and micro-batches add their gradients before the square.
-
-    Args:
-        model: The trained model, whole on every rank; evaluated without dropout.
-        steps: This rank's share of each global batch.
-        ranks: All processes; every one must call, with as many steps.
-
-    Returns:
-        Per expert, parameter name to mean square, the same on every rank.
-    """
-    assert isinstance(model.mltfr, MLTFR)
-    cores = [dict(core.named_parameters()) for core in model.mltfr.cores]
-    parameters = [p for core in cores for p in core.values()]
-    sums = [torch.zeros_like(p) for p in parameters]
-    was_training, count = model.training, 0
-    model.eval()
-    for step in steps:
-        totals = [torch.zeros_like(p) for p in parameters]
-        for batch in step.micro_batches:
-            beat()
-            output = model(batch.to(ranks.device)._replace(view_ids=None))
-            assert isinstance(output, TrainingOutput)
-            for total, gradient in zip(
-                totals, torch.autograd.grad(output.terms["loss"].sum, parameters), strict=True
-            ):
-                total += gradient
-        for square, total in zip(sums, totals, strict=True):
-            square += (ranks.sum(total) / step.num_targets).square()
-        count += 1
-    model.train(was_training)
-    means = iter([square / count for square in sums])
-    return [{name: next(means) for name in core} for core in cores]
-
-
 def _batch_squares(
     model: Recommender,
     mltfr: MLTFR,
@@ -127,7 +85,7 @@ def _batch_squares(
     gradients = torch.autograd.grad(
         output.terms["loss"].sum, [tap.outputs for core_taps in taps for tap in core_taps]
     )
-    valid_mask = model.backbone.pack(model.widened(batch.item_ids)).read.valid_mask
+    valid_mask = model.backbone.pack(batch.item_ids).read.valid_mask
     sample_of_block = mltfr.blocks(valid_mask[..., None].float(), valid_mask).users  # [G]
     remaining = iter(gradients)
     return [

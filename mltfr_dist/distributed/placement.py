@@ -7,25 +7,26 @@ from typing import Literal
 
 import torch
 
-from mltfr_dist.config import MLTFRConfig
+from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.table_shards import Exchange, RowSharded, ZeroTable, row_bounds
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.models.placed_table import MappedTable, PlacedTable, ReplicatedTable
+from mltfr_dist.models.placed_table import MappedTable, PlacedTable
+from mltfr_dist.published.parts import published_table
 from mltfr_dist.tables.store import TokenTable, read_rows
 
 Placement = Literal["rows", "mmap", "replicated", "zero3"]
 
 
-def resolve_placement(config: MLTFRConfig, ranks: Ranks) -> Placement:
+def resolve_placement(config: RunConfig, ranks: Ranks) -> Placement:
     """The placement that a run gets: `auto` is `rows` above one rank, wherever no rank needs a whole table."""
-    if config.placement != "auto":
-        return config.placement
+    if config.mltfr.placement != "auto":
+        return config.mltfr.placement
     return "replicated" if ranks.world_size == 1 or config.needs_whole_tables else "rows"
 
 
 def check_placement(
-    config: MLTFRConfig, tables: Sequence[TokenTable], ranks: Ranks, zero_stage: int
+    config: RunConfig, tables: Sequence[TokenTable], ranks: Ranks, zero_stage: int
 ) -> None:
     """Whether the placement goes together with the run.
 
@@ -33,7 +34,7 @@ def check_placement(
         ConfigError: ZeRO-3 tables at another stage, or fewer rows than ranks.
     """
     placement = resolve_placement(config, ranks)
-    if not config.enabled:
+    if not config.mltfr.enabled:
         return
     if placement == "zero3" and zero_stage != 3:
         raise ConfigError(
@@ -52,7 +53,7 @@ def check_placement(
 
 
 def place_tables(
-    config: MLTFRConfig, tables: Sequence[TokenTable], ranks: Ranks
+    config: RunConfig, tables: Sequence[TokenTable], ranks: Ranks
 ) -> list[PlacedTable]:
     """The tables as the model uses them, still on the host; of divided ones only this rank's rows are read."""
     placement = resolve_placement(config, ranks)
@@ -69,7 +70,8 @@ def place_tables(
         return [MappedTable(table.rows) for table in tables]
     if placement == "zero3":
         return [ZeroTable(_own_rows(table)) for table in tables]
-    return [ReplicatedTable(_own_rows(table), trained=config.train_tables) for table in tables]
+    hold = published_table(config.published)
+    return [hold(_own_rows(table)) for table in tables]
 
 
 def _own_rows(table: TokenTable) -> torch.Tensor:
@@ -78,7 +80,7 @@ def _own_rows(table: TokenTable) -> torch.Tensor:
     return read_rows(table, 0, len(table.rows)) if is_stored else table.rows
 
 
-def placement_text(config: MLTFRConfig, ranks: Ranks) -> str:
+def placement_text(config: RunConfig, ranks: Ranks) -> str:
     """What the opening lines say."""
     placement = resolve_placement(config, ranks)
     texts = {
@@ -87,7 +89,6 @@ def placement_text(config: MLTFRConfig, ranks: Ranks) -> str:
         "replicated": "each rank holds every row",
         "zero3": "divided by ZeRO-3, gathered at each use",
     }
-    because = (
-        config.needs_whole_tables if config.placement == "auto" and ranks.world_size > 1 else None
-    )
+    chosen = config.mltfr.placement == "auto" and ranks.world_size > 1
+    because = config.needs_whole_tables if chosen else None
     return f"{placement}: {texts[placement]}" + (f", because {because}" if because else "")

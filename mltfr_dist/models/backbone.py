@@ -31,10 +31,7 @@ class Backbone(nn.Module):
     """next_item: causal, each position predicts what follows; cloze: bidirectional, masked positions predict themselves."""
 
     contrasts_views: ClassVar[bool] = False
-    """Whether the loss also contrasts augmented views of each history."""
-
-    attended_width: int | None = None
-    """Where padding acts as items (a published defect): positions that every history is padded to."""
+    """Whether the loss also contrasts augmented views of each history: see :meth:`contrast`."""
 
     item_embedding: nn.Embedding | ItemRows | ItemVectors
     blocks: nn.ModuleList
@@ -59,9 +56,22 @@ class Backbone(nn.Module):
         """Histories [B, L] -> what is read to rank their next item, at whose last real position it is scored."""
         return item_ids
 
+    def contrast(self, first: Tensor, second: Tensor, present: Tensor) -> tuple[Tensor, float]:
+        """The contrastive term over two views of each history, and its weight in the loss.
+
+        Args:
+            first: [B, D] states of the first views at their last positions.
+            second: [B, D] of the second views.
+            present: [B] bool, False for a row that only fills the batch.
+
+        Returns:
+            Scalar, the sum over present histories, and the weight.
+        """
+        raise NotImplementedError
+
     def pack(self, item_ids: Tensor) -> Packing:
         """The positions that blocks compute on; those of :attr:`Packing.read` are read by MLTFR and scored."""
-        return Packing(item_ids, keep_padding=self.attended_width is not None)
+        return Packing(item_ids)
 
     def inputs(self, item_ids: Tensor) -> Tensor:
         """Item ids [B, L] -> input embeddings [B, L, D], zero at padding: what MLTFR reads."""

@@ -3,8 +3,6 @@
 Training masks a share of a sequence's items and scores those positions alone; ranking appends a mask and reads the
 state at it. Padding is no key, wherever it stands.
 
-``backbone.padding=attended`` and ``backbone.read_at=before_mask`` bring back what the published code does instead.
-
 Departures from the paper: pre-norm blocks; no dropout on attention weights; no bias per item on the
 scores; where no position is drawn, the last is masked (the paper adds copies of each sequence with
 the last item masked). The position table has one place more than max_len, for the mask behind a
@@ -20,7 +18,6 @@ from torch.nn import functional as F
 from mltfr_dist.config import BackboneConfig
 from mltfr_dist.data.batch import lengths
 from mltfr_dist.models.backbone import PositionalBackbone
-from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.transformer import SelfAttention, TransformerBlock, init_weights
 
 
@@ -33,10 +30,6 @@ class BERT4Rec(PositionalBackbone):
 
     def __init__(self, config: BackboneConfig, num_items: int, max_len: int) -> None:
         super().__init__(config, num_items, max_len)
-        self.attended_width = (
-            max_len + self.num_special_positions if config.padding == "attended" else None
-        )
-        self.read_before_mask_up_to = max_len if config.read_at == "before_mask" else 0
         self.projection = nn.Sequential(nn.Linear(config.hidden_dim, config.hidden_dim), nn.GELU())
         self.projection_norm = nn.LayerNorm(config.hidden_dim)
         self.projection.apply(init_weights)
@@ -50,13 +43,6 @@ class BERT4Rec(PositionalBackbone):
         """Histories [B, L] -> [B, L + 1] with a mask behind each one's last item."""
         ends = lengths(item_ids)[:, None]
         return F.pad(item_ids, (0, 1)).scatter(1, ends, torch.full_like(ends, self.num_items + 1))
-
-    def last(self, hidden: Tensor, packing: Packing) -> Tensor:
-        """The state at the mask (published: before it, unless the history is full)."""
-        at_mask, before = packing.last(hidden), packing.last(hidden, back=1)
-        return torch.where(
-            packing.num_items[:, None] <= self.read_before_mask_up_to, before, at_mask
-        )
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Final norm and the paper's projection, [N, D]."""

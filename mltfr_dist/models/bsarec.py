@@ -9,16 +9,9 @@ Departure: the loss is taken at every place, and low(x)_t is the low-pass of the
 t, read at the last of them. It is a fixed lower-triangular matrix. For a history of L items or more
 this is what the published filter gives at the last place; for a shorter one it is not, for there is
 no padding in the transform (for 10 to 20 items of 50 the two correlate by about .5). Prefixes of
-fewer than 2 c - 1 items are all low. ``backbone.low_frequencies`` counts components: 3 is the
+fewer than 2 c - 1 items are all low. ``backbone.bsarec.low_frequencies`` counts components: 3 is the
 released code's `c` of 5 (it keeps c // 2 + 1). No dropout on attention weights, a norm behind
 the last block, and positions that count from the oldest item.
-
-``backbone.filter_scope=sequence`` filters the whole sequence of max_len places, padding (behind the
-history, not in front) as zeros, and still takes the loss at every place: the defect, not the paper.
-
-``backbone.filter_scope=padded`` is the published model, with dropout on attention weights (of
-`backbone.dropout`, where theirs is a value of its own), read and trained at the last place of the
-sequence that is padded in front (`padded.py` says what differs). Their loss is `cross_entropy`.
 """
 
 from __future__ import annotations
@@ -27,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig
+from mltfr_dist.models.backbone import PositionalBackbone
 from mltfr_dist.models.packing import Packing
-from mltfr_dist.models.padded import PaddedBackbone
 from mltfr_dist.models.transformer import SelfAttention
-from mltfr_dist.numerics import at_least_fp32
 
 
 def low_pass_matrix(max_len: int, num_frequencies: int) -> Tensor:
@@ -43,26 +35,16 @@ def low_pass_matrix(max_len: int, num_frequencies: int) -> Tensor:
     return matrix.float()
 
 
-def whole_low_pass_matrix(max_len: int, num_frequencies: int) -> Tensor:
-    """[L, L] that low-passes a whole sequence: published, and not causal."""
-    spectrum = torch.fft.rfft(torch.eye(max_len, dtype=torch.float64), dim=0)
-    spectrum[num_frequencies:] = 0
-    matrix: Tensor = torch.fft.irfft(spectrum, n=max_len, dim=0)
-    return matrix.float()
-
-
 class FrequencyFilter(nn.Module):
     """Split into low and high frequencies, the high ones rescaled."""
 
     low_pass: Tensor
     """[max_len, max_len]."""
 
-    def __init__(
-        self, hidden_dim: int, max_len: int, num_frequencies: int, *, causal: bool
-    ) -> None:
+    def __init__(self, hidden_dim: int, low_pass: Tensor) -> None:
+        """Args: hidden_dim: D; low_pass: [max_len, max_len] what low-passes a sequence."""
         super().__init__()
-        matrix = low_pass_matrix if causal else whole_low_pass_matrix
-        self.register_buffer("low_pass", matrix(max_len, num_frequencies), persistent=False)
+        self.register_buffer("low_pass", low_pass, persistent=False)
         self.beta = nn.Parameter(torch.randn(hidden_dim))
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
@@ -73,37 +55,18 @@ class FrequencyFilter(nn.Module):
         return low + self.beta.square() * (x - low)
 
 
-class WholeFrequencyFilter(nn.Module):
-    """The published filter: the split of whole sequences of one length."""
-
-    def __init__(self, hidden_dim: int, num_frequencies: int) -> None:
-        super().__init__()
-        self.num_frequencies = num_frequencies
-        self.beta = nn.Parameter(torch.randn(hidden_dim))
-
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """[N, D] -> [N, D]."""
-        padded = at_least_fp32(packing.unpack(x))  # [B, W, D]
-        lowest = torch.fft.rfft(padded, dim=1)[:, : self.num_frequencies]
-        low = packing.pack(torch.fft.irfft(lowest, n=padded.shape[1], dim=1)).to(x.dtype)
-        return low + self.beta.square() * (x - low)
-
-
 class BSARecBlock(nn.Module):
     """Frequency filter and causal self-attention side by side, then a feed-forward; post-norm, as published."""
 
-    def __init__(self, config: BackboneConfig, max_len: int) -> None:
+    def __init__(
+        self, config: BackboneConfig, frequency_filter: nn.Module, weight_dropout: float = 0.0
+    ) -> None:
+        """Args: config: sizes; frequency_filter: (x [N, D], packing) -> [N, D]; weight_dropout: on attention weights."""
         super().__init__()
         dim = config.hidden_dim
-        self.inductive_bias = config.inductive_bias
-        scope, count = config.filter_scope, config.low_frequencies
-        self.filter = (
-            WholeFrequencyFilter(dim, count)
-            if scope == "padded"
-            else FrequencyFilter(dim, max_len, count, causal=scope == "prefix")
-        )
+        self.inductive_bias = config.bsarec.inductive_bias
+        self.filter = frequency_filter
         self.filter_norm = nn.LayerNorm(dim)
-        weight_dropout = config.dropout if scope == "padded" else 0.0
         self.attention = SelfAttention(dim, config.num_heads, weight_dropout=weight_dropout)
         self.attention_norm = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(
@@ -120,9 +83,14 @@ class BSARecBlock(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))  # type: ignore[no-any-return]
 
 
-class BSARec(PaddedBackbone):
+class BSARec(PositionalBackbone):
     """Beyond self-attention."""
 
     def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:
         """Filter beside attention."""
-        return BSARecBlock(config, max_len)
+        low_pass = self.low_pass(max_len, config.bsarec.low_frequencies)
+        return BSARecBlock(config, FrequencyFilter(config.hidden_dim, low_pass))
+
+    def low_pass(self, max_len: int, num_frequencies: int) -> Tensor:
+        """[max_len, max_len] what low-passes a sequence."""
+        return low_pass_matrix(max_len, num_frequencies)

@@ -11,13 +11,10 @@ from torch import Tensor, nn
 NEGLIGIBLE = 1e-10
 """A summed, trace-normalised Fisher below this share of its mean carries no information."""
 
-PUBLISHED_EPS = 1e-12
-"""Added to the sum of Fisher values as published: where that sum is small, it shrinks the parameters."""
-
 State = dict[str, Tensor]
 
 
-def merge(cores: list[State], fishers: list[State], *, normalise: bool = True) -> State:
+def merge(cores: list[State], fishers: list[State]) -> State:
     """Fisher-weighted mean of experts of equal shape.
 
     Each expert's Fisher is first divided by its own mean, for its scale follows the gate and not the knowledge; where no
@@ -26,10 +23,28 @@ def merge(cores: list[State], fishers: list[State], *, normalise: bool = True) -
     Args:
         cores: One state per expert, parameter name to tensor.
         fishers: One per expert, the same names and shapes: mean squared gradients, >= 0.
-        normalise: False merges as published: sum F theta / (sum F + 1e-12).
 
     Returns:
         Parameter name to merged tensor, in the cores' format. Equal cores merge to themselves.
+
+    Raises:
+        ValueError: See :func:`check_mergeable`.
+    """
+    check_mergeable(cores, fishers)
+    weights = [divided_by_mean(fisher) for fisher in fishers]
+    merged: State = {}
+    for name, first in cores[0].items():
+        values = torch.stack([core[name].double() for core in cores])
+        weight = torch.stack([w[name].double() for w in weights])
+        total, weighted = weight.sum(0), (values * weight).sum(0)
+        informed = total > NEGLIGIBLE
+        mean = torch.where(informed, weighted / torch.where(informed, total, 1.0), values.mean(0))
+        merged[name] = mean.to(first.dtype)
+    return merged
+
+
+def check_mergeable(cores: list[State], fishers: list[State]) -> None:
+    """Whether experts can be averaged.
 
     Raises:
         ValueError: No expert, names or shapes differ, or a Fisher value is not finite.
@@ -45,21 +60,6 @@ def merge(cores: list[State], fishers: list[State], *, normalise: bool = True) -
         )
     if not all(bool(torch.isfinite(t).all()) for fisher in fishers for t in fisher.values()):
         raise ValueError("a Fisher value is not finite: the experts it comes from have diverged")
-    weights = [divided_by_mean(fisher) if normalise else fisher for fisher in fishers]
-    merged: State = {}
-    for name, first in cores[0].items():
-        values = torch.stack([core[name].double() for core in cores])
-        weight = torch.stack([w[name].double() for w in weights])
-        total, weighted = weight.sum(0), (values * weight).sum(0)
-        if normalise:
-            informed = total > NEGLIGIBLE
-            mean = torch.where(
-                informed, weighted / torch.where(informed, total, 1.0), values.mean(0)
-            )
-        else:
-            mean = weighted / (total + PUBLISHED_EPS)
-        merged[name] = mean.to(first.dtype)
-    return merged
 
 
 def divided_by_mean(fisher: State) -> State:

@@ -2,21 +2,14 @@
 
 Published: multiply the Fourier transform over the whole sequence by a learned complex weight, which is a circular
 convolution with a kernel as long as the sequence: every position reads every other. Their own loss
-is taken at the last position alone, one sample a prefix; MLTFR's authors take it at every position,
-which then reads the future (docs/method.md).
+is taken at the last position alone, one sample a prefix: `fmlp_original.py`.
 
 Departures: the loss is taken at every position; the kernel itself is learned, one of max_len taps a
 channel (as many real numbers as the complex weight has), and convolved linearly, through a
 zero-padded transform, so that position t reads positions <= t. Taps start at N(0, .02), so that the
 filter's gain at a frequency starts at .14 for 50 places, where the published weight starts at .028.
-Positions count from the oldest item. ``backbone.filter_scope=sequence`` wraps the convolution
-around, as MLTFR's authors have it. Blocks stay as published: post-norm, a feed-forward of inner
+Positions count from the oldest item. Blocks stay as published: post-norm, a feed-forward of inner
 size 4 D with GELU; a norm follows the last one.
-
-``backbone.filter_scope=padded`` is the published model: a complex weight N(0, .02) in each part for
-each frequency of the sequence that is padded in front, read and trained at its last position
-(`padded.py` says what differs). Their loss is `bce`, with one negative outside the prefix and its
-target; ours are outside the user's whole history.
 """
 
 from __future__ import annotations
@@ -25,57 +18,40 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig
+from mltfr_dist.models.backbone import PositionalBackbone
 from mltfr_dist.models.packing import Packing
-from mltfr_dist.models.padded import PaddedBackbone
 from mltfr_dist.numerics import at_least_fp32
 
 
 class SequenceFilter(nn.Module):
-    """A learned convolution of each channel, causal unless it is circular, by FFT: L log L products in place of L squared."""
-
-    def __init__(self, hidden_dim: int, max_len: int, *, causal: bool) -> None:
-        super().__init__()
-        self.causal = causal
-        self.kernel = nn.Parameter(0.02 * torch.randn(max_len, hidden_dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]: y_t = sum over s <= t of kernel_(t - s) x_s, or over all s, modulo max_len."""
-        length = x.shape[1]
-        # Twice the length leaves room for the whole linear convolution: nothing wraps around.
-        size, kernel = (
-            (2 * length, self.kernel[:length]) if self.causal else (len(self.kernel), self.kernel)
-        )
-        spectrum = torch.fft.rfft(at_least_fp32(x), n=size, dim=1)
-        response = torch.fft.rfft(at_least_fp32(kernel), n=size, dim=0)
-        filtered: Tensor = torch.fft.irfft(spectrum * response, n=size, dim=1)[:, :length]
-        return filtered.to(x.dtype)
-
-
-class SpectralFilter(nn.Module):
-    """The published filter: a complex weight for each frequency of the sequence and channel."""
+    """A learned causal convolution of each channel, by FFT: L log L products in place of L squared."""
 
     def __init__(self, hidden_dim: int, max_len: int) -> None:
         super().__init__()
-        self.complex_weight = nn.Parameter(0.02 * torch.randn(max_len // 2 + 1, hidden_dim, 2))
+        self.kernel = nn.Parameter(0.02 * torch.randn(max_len, hidden_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, W, D] -> [B, W, D], W = max_len."""
-        spectrum = torch.fft.rfft(at_least_fp32(x), dim=1)
-        response = torch.view_as_complex(at_least_fp32(self.complex_weight))
-        filtered: Tensor = torch.fft.irfft(spectrum * response, n=x.shape[1], dim=1)
-        return filtered.to(x.dtype)
+        """[B, L, D] -> [B, L, D]: y_t = sum over s <= t of kernel_(t - s) x_s."""
+        length = x.shape[1]
+        # Twice the length leaves room for the whole linear convolution: nothing wraps around.
+        return convolved(x, self.kernel[:length], 2 * length)
+
+
+def convolved(x: Tensor, kernel: Tensor, size: int) -> Tensor:
+    """The circular convolution, modulo ``size``, of x [B, L, D] with a kernel [K, D]: its first L places [B, L, D]."""
+    spectrum = torch.fft.rfft(at_least_fp32(x), n=size, dim=1)
+    response = torch.fft.rfft(at_least_fp32(kernel), n=size, dim=0)
+    filtered: Tensor = torch.fft.irfft(spectrum * response, n=size, dim=1)[:, : x.shape[1]]
+    return filtered.to(x.dtype)
 
 
 class FilterBlock(nn.Module):
     """Filter and feed-forward, each with a residual and a norm behind it."""
 
-    def __init__(self, hidden_dim: int, max_len: int, dropout: float, *, scope: str) -> None:
+    def __init__(self, hidden_dim: int, dropout: float, sequence_filter: nn.Module) -> None:
+        """Args: hidden_dim: D; dropout: behind both; sequence_filter: [B, L, D] -> [B, L, D]."""
         super().__init__()
-        self.filter = (
-            SpectralFilter(hidden_dim, max_len)
-            if scope == "padded"
-            else SequenceFilter(hidden_dim, max_len, causal=scope == "prefix")
-        )
+        self.filter = sequence_filter
         self.filter_norm = nn.LayerNorm(hidden_dim)
         self.feed_forward = nn.Sequential(
             nn.Linear(hidden_dim, 4 * hidden_dim), nn.GELU(), nn.Linear(4 * hidden_dim, hidden_dim)
@@ -90,9 +66,13 @@ class FilterBlock(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))  # type: ignore[no-any-return]
 
 
-class FMLPRec(PaddedBackbone):
+class FMLPRec(PositionalBackbone):
     """Filter-enhanced MLP."""
 
     def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:
         """A filter block."""
-        return FilterBlock(config.hidden_dim, max_len, config.dropout, scope=config.filter_scope)
+        return FilterBlock(config.hidden_dim, config.dropout, self.make_filter(config, max_len))
+
+    def make_filter(self, config: BackboneConfig, max_len: int) -> nn.Module:
+        """What mixes the positions of a block, [B, L, D] -> [B, L, D]."""
+        return SequenceFilter(config.hidden_dim, max_len)

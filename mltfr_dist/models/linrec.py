@@ -7,28 +7,21 @@ Position t uses the sums over positions <= t, for K^T V and for the norm of K's 
 of the prefix that ends at t, read at its last position. Its norm is sqrt(1 + sum of squares): over a single position the
 bare norm would leave only each key's sign, a jump at 0 whose gradient blows rounding errors up.
 
-The released code is not what the paper states, and not this: it scales each key to length 1 over
-its own features (not each column over the positions) and divides the result by sqrt(d). It reads
-the whole sequence, the padding behind a history too, in RecBole's SASRec: post-norm blocks with
-GELU, one sample a prefix (of any part of a history: `data.long_histories=windows`), the loss at its
-last item alone. ``backbone.filter_scope=padded`` is that (`padded.py` says what differs; their
-feed-forward has an inner size of 256, 2 D with their D of 128, and ours of 4 D).
+The released code is not what the paper states, and not this: `linrec_original.py`.
 
 Shapes: B users, L positions, C positions of a chunk, H heads, d = D / H.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mltfr_dist.config import BackboneConfig
+from mltfr_dist.models.backbone import PositionalBackbone
 from mltfr_dist.models.packing import Packing
-from mltfr_dist.models.padded import PaddedBackbone
-from mltfr_dist.models.transformer import PostNormBlock, TransformerBlock
+from mltfr_dist.models.transformer import TransformerBlock
 from mltfr_dist.numerics import at_least_fp32
 
 CHUNK = 64
@@ -58,20 +51,6 @@ class CausalLinearAttention(nn.Module):
         return self.out(packing.pack(mixed.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
-class WholeLinearAttention(CausalLinearAttention):
-    """The released form: the whole sequence, queries and keys of length 1, divided by sqrt(d)."""
-
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """[N, D] -> [N, D]."""
-        head_dim = x.shape[-1] // self.num_heads
-        qkv = packing.unpack(self.qkv(x).view(len(x), 3, self.num_heads, head_dim))
-        query, key, value = at_least_fp32(qkv).permute(2, 0, 3, 1, 4)  # each [B, H, L, d]
-        query, key = F.normalize(F.elu(query), dim=-1), F.normalize(F.elu(key), dim=-1)
-        mixed = query @ (key.transpose(2, 3) @ value) / math.sqrt(head_dim)
-        mixed = mixed.to(x.dtype).transpose(1, 2).flatten(2)
-        return self.out(packing.pack(mixed))  # type: ignore[no-any-return]
-
-
 def causal_product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """y_t = sum over s <= t of (q_t . k_s) v_s, for [B, H, L, d] each, chunk by chunk."""
     state = query.new_zeros(*query.shape[:2], key.shape[-1], value.shape[-1])  # [B, H, d, d]
@@ -82,14 +61,10 @@ def causal_product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.cat(mixed, dim=2)
 
 
-class LinRec(PaddedBackbone):
-    """SASRec with L2-normalised linear attention, causal unless it is padded."""
-
-    pads_in_front = False
+class LinRec(PositionalBackbone):
+    """SASRec with L2-normalised linear attention."""
 
     def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:
         """The transformer block with linear attention in place of softmax attention."""
-        sizes = (config.hidden_dim, config.num_heads)
-        if config.filter_scope == "padded":
-            return PostNormBlock(config.hidden_dim, config.dropout, WholeLinearAttention(*sizes))
-        return TransformerBlock(config.hidden_dim, config.dropout, CausalLinearAttention(*sizes))
+        attention = CausalLinearAttention(config.hidden_dim, config.num_heads)
+        return TransformerBlock(config.hidden_dim, config.dropout, attention)

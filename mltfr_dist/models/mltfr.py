@@ -41,6 +41,7 @@ class Parts(NamedTuple):
     """An expert's memory, seen by the whole batch."""
     of_consensus: Callable[[list[Memory]], list[Memory]] = lambda memories: memories
     """What the consensus expert attends to, of its members' memories."""
+    consensus: type[ExpertCore] = ExpertCore
 
 
 class MLTFR(nn.Module):
@@ -100,7 +101,7 @@ class MLTFR(nn.Module):
         """Add the consensus expert, frozen.
 
         Args:
-            merged: Its parameters; None: a fresh initialisation, to be loaded from a checkpoint (or, published, kept).
+            merged: Its parameters; None: a fresh initialisation.
             tables: Whose experts it merges, and whose memories it reads; None: all.
         """
         self.consensus_members = self.experts_of(
@@ -108,10 +109,9 @@ class MLTFR(nn.Module):
         )
         core = self.cores[self.consensus_members[0]]
         assert isinstance(core, ExpertCore)
-        consensus = ExpertCore(self.config.expert, self.hidden_dim, core.key.in_features)
+        width = core.key.in_features
+        consensus = self.parts.consensus(self.config.expert, self.hidden_dim, width)
         self.consensus = consensus.train(self.training)
-        if not self.config.consensus.dropout:
-            self.consensus.attention_dropout.p = self.consensus.output_dropout.p = 0.0
         freeze(self.consensus)
         if merged is not None:
             self.consensus.load_state_dict(merged)

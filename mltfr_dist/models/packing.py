@@ -15,10 +15,15 @@ from mltfr_dist.data.batch import PADDING_IDX
 class Packing:
     """The way between a padded batch [B, L, ...] and its real positions [N, ...], row by row."""
 
-    def __init__(self, item_ids: Tensor, *, keep_padding: bool = False) -> None:
-        """Args: item_ids: [B, L], padding behind the real positions; keep_padding: take padding for real positions too."""
+    def __init__(self, item_ids: Tensor, counted: Tensor | None = None) -> None:
+        """Pack the positions that are computed on.
+
+        Args:
+            item_ids: [B, L], padding behind the real positions.
+            counted: [B, L] bool, what is computed on; None: the real positions.
+        """
         real = item_ids != PADDING_IDX
-        self.valid_mask = torch.ones_like(real) if keep_padding else real
+        self.valid_mask = real if counted is None else counted
         self.batch_shape = item_ids.shape
         self._places = self.valid_mask.flatten().nonzero()[:, 0]  # [N]
         counts = self.valid_mask.sum(1)
@@ -75,7 +80,7 @@ class Padded(Packing):
         if in_front:  # a stable sort: padding first, items in their order
             order = (item_ids != PADDING_IDX).to(torch.uint8).sort(dim=1, stable=True).indices
             item_ids = item_ids.gather(1, order)
-        super().__init__(item_ids, keep_padding=True)
+        super().__init__(item_ids, torch.ones_like(item_ids, dtype=torch.bool))
         self._real = (item_ids != PADDING_IDX).flatten().nonzero()[:, 0]
 
     @property

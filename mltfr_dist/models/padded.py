@@ -1,6 +1,6 @@
 """Backbones as their authors' code has them: whole sequences of max_len, read at the last item.
 
-``backbone.filter_scope=padded``. Every history is padded to max_len, padding is computed on as
+The three `*_original` backbones that read the future. Every history is padded to max_len, padding is computed on as
 items are, positions count along the padded sequence, and no norm follows the last block. Each
 position reads later ones, so only the last may be trained (``data.samples=prefixes``). MLTFR sees
 the real positions alone, as elsewhere: what it adds is zero at padding.
@@ -28,22 +28,19 @@ EPS = 1e-12
 
 
 class PaddedBackbone(PositionalBackbone):
-    """A stack whose blocks read whole sequences with ``filter_scope=padded``, and only then."""
+    """A stack whose blocks read whole sequences."""
 
     pads_in_front: ClassVar[bool] = True
     """Where padding goes."""
 
     def __init__(self, config: BackboneConfig, num_items: int, max_len: int) -> None:
         super().__init__(config, num_items, max_len)
-        self.width = max_len if config.filter_scope == "padded" else None
-        if self.width is not None:
-            self.output_norm = nn.Identity()
-            for module in self.modules():
-                if isinstance(module, nn.LayerNorm):
-                    module.eps = EPS
+        self.width = max_len
+        self.output_norm = nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = EPS
 
     def pack(self, item_ids: Tensor) -> Packing:
         """Whole sequences, padding included."""
-        if self.width is None:
-            return super().pack(item_ids)
         return Padded(item_ids, self.width, in_front=self.pads_in_front)

@@ -1,7 +1,6 @@
 """Token tables as the model uses them: what it asks of one, and tables that this process can read as a whole.
 
-Tables whose rows are divided over the ranks are in `distributed/table_shards.py`. None is part of the state, but those
-that are trained (published, D7).
+Tables whose rows are divided over the ranks are in `distributed/table_shards.py`. None is part of the state.
 
 Shapes: V x D_m the table, G queries, D hidden size, K kept rows.
 """
@@ -72,15 +71,11 @@ class OwnTable(WholeTable):
 class ReplicatedTable(OwnTable):
     """In the memory of this process, on the model's device."""
 
-    def __init__(self, rows: Tensor, *, trained: bool = False) -> None:
-        """Args: rows: [V, D_m]; trained: make them a parameter."""
+    def __init__(self, rows: Tensor) -> None:
+        """Args: rows: [V, D_m]."""
         super().__init__()
         self.num_rows, self.dim = rows.shape
-        self.trained = trained
-        if trained:
-            self.rows = nn.Parameter(rows.clone())
-        else:
-            self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("rows", rows, persistent=False)
 
     def whole(self) -> Tensor:
         """[V, D_m]."""
@@ -91,9 +86,8 @@ class ReplicatedTable(OwnTable):
         return self.rows.index_select(0, row_ids)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Bring frozen rows to ``dtype``."""
-        if not self.trained:
-            self.rows = self.rows.to(dtype)
+        """Bring the rows to ``dtype``."""
+        self.rows = self.rows.to(dtype)
 
 
 class MappedTable(OwnTable):

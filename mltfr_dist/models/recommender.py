@@ -10,14 +10,13 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mltfr_dist.config import LossConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
 from mltfr_dist.models.backbone import Backbone
 from mltfr_dist.models.explain import Explanation, explain
 from mltfr_dist.models.item_rows import ItemRows
-from mltfr_dist.models.losses import contrastive, loss_sum
+from mltfr_dist.models.losses import loss_sum
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.routing import Routing, RoutingSums, routing_sums
@@ -79,7 +78,7 @@ class Recommender(nn.Module):
         hidden, routing = first(inputs, layout), None
         if self.mltfr is not None:
             x = real.unpack(layout.real(inputs))  # [B, L, D]
-            added, routing = self.mltfr(x, real.valid_mask, item_ids)
+            added, routing = self.mltfr(x, real.valid_mask, real.item_ids)
             hidden = hidden + layout.spread(real.pack(added))
         for block in further:
             hidden = block(hidden, layout)
@@ -99,14 +98,10 @@ class Recommender(nn.Module):
             id, padding -inf).
         """
         if isinstance(batch, RankingBatch):
-            hidden, packing, _ = self.hidden(
-                self.widened(self.backbone.for_ranking(batch.item_ids))
-            )
+            hidden, packing, _ = self.hidden(self.backbone.for_ranking(batch.item_ids))
             return self._scores(self.backbone.last(hidden, packing))
         if weights is None:
             weights = torch.ones_like(batch.target_ids, dtype=torch.float32)
-        if self.backbone.attended_width is not None:
-            batch, weights = self._widened_batch(batch), self.widened(weights)
         hidden, packing, routing = self.hidden(batch.item_ids)
         total = self._loss(hidden, batch, packing, packing.pack(weights))
         terms = {"loss": Term(total, "targets", 1.0)}
@@ -115,19 +110,9 @@ class Recommender(nn.Module):
             weight = router.config.balance_weight
             terms["balance_loss"] = Term(router.balance_loss(routing.gate), "positions", weight)
         if batch.view_ids is not None:
-            weight = self.loss_config.contrast_weight
-            terms["contrast_loss"] = Term(self._contrast(batch), "sequences", weight)
+            total, weight = self._contrast(batch)
+            terms["contrast_loss"] = Term(total, "sequences", weight)
         return TrainingOutput(terms, None if routing is None else routing_sums(routing))
-
-    def widened(self, t: Tensor) -> Tensor:
-        """[B, L, ...] -> [B, W, ...] where padding acts as items, with W their width; as it is elsewhere."""
-        missing = max(0, (self.backbone.attended_width or 0) - t.shape[1])
-        return F.pad(t, (0, 0) * (t.ndim - 2) + (0, missing))
-
-    def _widened_batch(self, batch: SequenceBatch) -> SequenceBatch:
-        negatives = None if batch.negative_ids is None else self.widened(batch.negative_ids)
-        ids, targets = self.widened(batch.item_ids), self.widened(batch.target_ids)
-        return batch._replace(item_ids=ids, target_ids=targets, negative_ids=negatives)
 
     def _loss(
         self, hidden: Tensor, batch: SequenceBatch, packing: Packing, weights: Tensor
@@ -151,18 +136,12 @@ class Recommender(nn.Module):
             )
         )
 
-    def _contrast(self, batch: SequenceBatch) -> Tensor:
-        """The contrastive term over the two views of each history, each read at its last position."""
+    def _contrast(self, batch: SequenceBatch) -> tuple[Tensor, float]:
+        """The contrastive term over the two views of each history, each read at its last position, and its weight."""
         assert batch.view_ids is not None
         hidden, packing, _ = self.hidden(batch.view_ids.flatten(0, 1))  # one pass: [2 B, L]
         first, second = packing.last(hidden).view(len(batch.view_ids), 2, -1).unbind(1)
-        return contrastive(
-            first,
-            second,
-            batch.sample_ids >= 0,
-            group_size=self.loss_config.contrast_group,
-            temperature=self.loss_config.contrast_temperature,
-        )
+        return self.backbone.contrast(first, second, batch.sample_ids >= 0)
 
     def _scores(self, final: Tensor) -> Tensor:
         item_vectors = self.backbone.item_embedding.weight[: self.num_items + 1].to(final.dtype)
@@ -195,7 +174,8 @@ class Recommender(nn.Module):
         device, inputs = self.backbone.item_embedding.weight.device, []
         for batch in batches:
             item_ids = batch.item_ids.to(device)
-            inputs.append((self.backbone.inputs(item_ids), item_ids != PADDING_IDX))
+            read = self.backbone.pack(item_ids).read.item_ids
+            inputs.append((self.backbone.inputs(item_ids), read != PADDING_IDX))
         recall = self.mltfr.refresh(inputs, reduce)
         self.train(was_training)
         return recall
@@ -213,6 +193,6 @@ class Recommender(nn.Module):
     def explain(self, item_ids: Tensor) -> list[Explanation]:
         """Kept tokens and gate weights at the last position of each history [B, L]."""
         assert self.mltfr is not None
-        read = self.widened(self.backbone.for_ranking(item_ids))
-        valid_mask = self.backbone.pack(read).read.valid_mask
-        return explain(self.mltfr, self.backbone.inputs(read), valid_mask, read)
+        ranked = self.backbone.for_ranking(item_ids)
+        read = self.backbone.pack(ranked).read
+        return explain(self.mltfr, self.backbone.inputs(ranked), read.valid_mask, read.item_ids)

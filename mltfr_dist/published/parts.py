@@ -1,25 +1,67 @@
-"""Which parts of MLTFR are the published ones."""
+"""Which parts of a model are the published ones."""
 
 from __future__ import annotations
 
-from mltfr_dist.config import MLTFRConfig
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mltfr_dist.config import MLTFRConfig, PublishedConfig
+from mltfr_dist.models.backbone import Backbone, backbone_class
 from mltfr_dist.models.mltfr import Parts
+from mltfr_dist.models.placed_table import PlacedTable, ReplicatedTable
+from mltfr_dist.models.selectors import Selector, selector_class
+from mltfr_dist.published.consensus import CoreWithoutDropout
 from mltfr_dist.published.experts import DoubleSoftmax, mean_memory, own_row_experts, pooled
+from mltfr_dist.published.filters import CircularFMLPRec, WholeSequenceBSARec
+from mltfr_dist.published.masks import AttendsToPadding, ReadsBeforeMask
+from mltfr_dist.published.mixing import with_defects
 from mltfr_dist.published.queries import WholeHistory
-from mltfr_dist.published.selecting import StraightThrough
+from mltfr_dist.published.selecting import NoiseInEvaluation, StraightThrough
+from mltfr_dist.published.tables import TrainedTable
+
+WHOLE_SEQUENCE: dict[str, type[Backbone]] = {
+    "fmlp": CircularFMLPRec,
+    "bsarec": WholeSequenceBSARec,
+}
 
 
-def published_parts(config: MLTFRConfig) -> Parts:
-    """The parts that ``config`` asks for; each defect is there by itself."""
+def published_backbone(name: str, published: PublishedConfig) -> type[Backbone]:
+    """The backbone of that name, with its defects."""
+    defects: list[type[Backbone]] = []
+    if published.whole_sequence_filter:
+        defects.append(WHOLE_SEQUENCE[name])
+    if published.read_before_mask:
+        defects.append(ReadsBeforeMask)
+    if published.attending_padding:
+        defects.append(AttendsToPadding)
+    return with_defects(backbone_class(name), defects)
+
+
+def published_parts(config: MLTFRConfig, published: PublishedConfig) -> Parts:
+    """MLTFR's parts; each defect is there by itself."""
     parts = Parts()
-    if config.filter.query == "history":
+    if published.whole_history_query:
         parts = parts._replace(blocks=WholeHistory)
-    if config.filter.strategy == "user_guided" and config.filter.weights == "straight_through":
-        parts = parts._replace(selector=StraightThrough)
-    if config.filter.memory == "batch":
+    selectors: list[type[Selector]] = []
+    if published.noise_in_evaluation:
+        selectors.append(NoiseInEvaluation)
+    if published.straight_through:
+        selectors.append(StraightThrough)
+    if selectors:
+        repaired = selector_class(config.filter.strategy)
+        parts = parts._replace(selector=with_defects(repaired, selectors))
+    if published.pooled_memory:
         parts = parts._replace(shared=pooled)
-    if config.expert.form == "paper":
+    if published.unaligned_experts:
         parts = parts._replace(experts=own_row_experts, of_consensus=mean_memory)
-    if config.router.double_softmax:
+    if published.double_softmax:
         parts = parts._replace(router=DoubleSoftmax)
+    if published.consensus_without_dropout:
+        parts = parts._replace(consensus=CoreWithoutDropout)
     return parts
+
+
+def published_table(published: PublishedConfig) -> Callable[[Tensor], PlacedTable]:
+    """What holds a table's rows [V, D_m] in this process."""
+    return TrainedTable if published.trained_tables else ReplicatedTable

@@ -1,4 +1,4 @@
-"""D1: straight-through weights of the kept tokens, normalised.
+"""D1 and D3: straight-through weights of the kept tokens, normalised, and noise in evaluation.
 
 Shapes: G queries, S candidate rows, V x D_m the table, K kept tokens, E width of an expert's memory.
 """
@@ -98,3 +98,12 @@ class StraightThrough(UserGuided):
         kept = search(unit_query, self.project(rows), 1, noise)
         ones = unit_query.new_ones(kept.shape)
         return WeightedSelection(rows, row_ids, kept, torch.zeros_like(ones), ones)
+
+
+class NoiseInEvaluation(UserGuided):
+    """Draws noise outside training too."""
+
+    @property
+    def draws_noise(self) -> bool:
+        """Always."""
+        return True

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.config.published import MLTFR, without
 from mltfr_dist.data.shards.manifest import verify_folder
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.engine import batch_layout, deepspeed_config, versions
@@ -24,12 +25,12 @@ from mltfr_dist.distributed.watchdog import watched
 from mltfr_dist.errors import ConfigError, DamagedError, StoppedError
 from mltfr_dist.files import file_sha256, with_packaged
 from mltfr_dist.progress import say
+from mltfr_dist.published.checks import check_division
 from mltfr_dist.schema import changed
 from mltfr_dist.training import report
 from mltfr_dist.training.compare import baseline_result
 from mltfr_dist.training.inputs import (
     Inputs,
-    check_division,
     leave_out_bad_shards,
     load_inputs,
     record_inputs,
@@ -101,8 +102,8 @@ def check_all(config: RunConfig, ranks: Ranks, *, verify: bool) -> Inputs:
         inputs = load_inputs(config, verify=verify and ranks.is_first_of_node)
         layout = batch_layout(config, ranks)
         zero_stage = deepspeed_config(config, layout).get("zero_optimization", {}).get("stage", 0)
-        check_division(config.mltfr, layout, zero_stage)
-        check_placement(config.mltfr, inputs.tables, ranks, zero_stage)
+        check_division(config.published, layout.world_size, layout.grad_accum_steps, zero_stage)
+        check_placement(config, inputs.tables, ranks, zero_stage)
         train_stream(config, layout)
         if ranks.is_main:
             check_services(config)
@@ -250,6 +251,7 @@ def bare_config(config: RunConfig) -> RunConfig:
     fields = {
         "name": "backbone",
         "runs_dir": config.folder,
+        **without(MLTFR),
         "mltfr.enabled": False,
         "training.epochs": epochs,
         "baselines": (),

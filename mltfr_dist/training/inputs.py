@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mltfr_dist.config import FilterConfig, MLTFRConfig, RunConfig
+from mltfr_dist.config import FilterConfig, RunConfig
 from mltfr_dist.data.shards.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -35,6 +35,8 @@ from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors import selector_class
 from mltfr_dist.presets import PREPARATIONS
+from mltfr_dist.published.checks import check_group
+from mltfr_dist.published.negatives import published_negatives
 from mltfr_dist.schema import changed, or_nearest
 from mltfr_dist.spec import ModelSpec
 from mltfr_dist.tables.content import with_content
@@ -99,7 +101,7 @@ def load_inputs(config: RunConfig, *, verify: bool = True) -> Inputs:
     features = item_features(config, tables)
     if config.mltfr.filter.strategy == "seed_words" and tables:
         tables = seed_tables(tables, config.mltfr.filter)
-    check_tables(config.mltfr, tables)
+    check_tables(config, tables)
     hashes = {"data": file_sha256(config.data.path / MANIFEST_NAME)} | {
         table.name: table.sha256 for table in tables
     }
@@ -137,7 +139,7 @@ def leave_out_bad_shards(config: RunConfig, ranks: Ranks) -> RunConfig:
     return changed(config, {"data.left_out": sorted(left_out)}, source="data.on_bad_shard")
 
 
-def check_tables(config: MLTFRConfig, tables: Sequence[TokenTable]) -> None:
+def check_tables(config: RunConfig, tables: Sequence[TokenTable]) -> None:
     """Whether a run can work with these tables, by their names and sizes.
 
     Raises:
@@ -151,7 +153,7 @@ def check_tables(config: MLTFRConfig, tables: Sequence[TokenTable]) -> None:
                 rule="Experts are told apart by their table's name.",
                 remedy="List each table once in mltfr.tables.",
             )
-        check_filter(config.filter, table)
+        check_filter(config.mltfr.filter, table)
     if tables:
         consensus_tables(config, tables)
 
@@ -181,56 +183,28 @@ def check_filter(config: FilterConfig, table: TokenTable) -> None:
         )
 
 
-def consensus_tables(config: MLTFRConfig, tables: Sequence[TokenTable]) -> list[int]:
+def consensus_tables(config: RunConfig, tables: Sequence[TokenTable]) -> list[int]:
     """Places of the tables whose experts are merged.
 
     Raises:
         ConfigError: A name that is no table's, or experts of unequal shape.
     """
-    names = [table.name for table in tables]
-    for name in config.consensus.group:
+    names, mltfr = [table.name for table in tables], config.mltfr
+    for name in mltfr.consensus.group:
         if name not in names:
             raise ConfigError(
                 f"mltfr.consensus.group names `{name}`, which is no table of the run{or_nearest(name, names)}.",
                 remedy=f"Tables: {', '.join(names)}.",
             )
-    places = [names.index(name) for name in config.consensus.group or names]
-    selector = selector_class(config.filter.strategy)
+    places = [names.index(name) for name in mltfr.consensus.group or names]
+    selector = selector_class(mltfr.filter.strategy)
     shapes = {
-        names[m]: (tables[m].rows.shape[1], selector.rows_kept(config.filter, len(tables[m].rows)))
+        names[m]: (tables[m].rows.shape[1], selector.rows_kept(mltfr.filter, len(tables[m].rows)))
         for m in places
     }
-    if config.consensus.enabled and config.expert.form == "paper" and len(set(shapes.values())) > 1:
-        listed = ", ".join(
-            f"{name} {width} wide, {kept} kept" for name, (width, kept) in shapes.items()
-        )
-        raise ConfigError(
-            f"The consensus group cannot be merged with mltfr.expert.form=paper: {listed}.",
-            rule="In this form experts read a table's own rows, so a group's tables must be equally wide and keep equally many.",
-            remedy="Give tables of one width in mltfr.consensus.group, or use mltfr.expert.form=core, which merges any.",
-        )
+    if mltfr.consensus.enabled:
+        check_group(config.published, shapes)
     return places
-
-
-def check_division(config: MLTFRConfig, layout: BatchLayout, zero_stage: int) -> None:
-    """Refuse what has no meaning once a batch is divided, or a model sharded.
-
-    Raises:
-        ConfigError: A memory of the whole batch over several ranks or micro-batches, or trained tables under ZeRO-3.
-    """
-    shares = layout.world_size * layout.grad_accum_steps
-    if config.enabled and config.filter.memory == "batch" and shares > 1:
-        raise ConfigError(
-            f"mltfr.filter.memory=batch on {layout.world_size} rank(s) with {layout.grad_accum_steps} micro-batch(es) a step.",
-            rule="What the whole batch keeps is not known where it is divided.",
-            remedy="Use one rank and training.micro_batch_size=null, or mltfr.filter.memory=user.",
-        )
-    if config.enabled and config.train_tables and zero_stage == 3:
-        raise ConfigError(
-            "mltfr.train_tables=true under ZeRO stage 3.",
-            rule="Trained tables are also read outside the forward pass, where stage 3 has them in parts.",
-            remedy="Use deepspeed=ds_configs/zero1.json, or leave tables as they are.",
-        )
 
 
 def record_inputs(folder: Path, inputs: Inputs) -> None:
@@ -286,12 +260,8 @@ def build_model(
 ) -> Recommender:
     """A freshly initialised model, the same on every rank; its tables are where the configuration places them."""
     seed_all(config.training.seed, INITIALISATION)
-    consensus = config.mltfr.consensus
-    random_in_stage_one = (
-        config.mltfr.enabled and consensus.enabled and consensus.random_in_stage_one
-    )
-    spec = model_spec(config, inputs, with_consensus=with_consensus or random_in_stage_one)
-    placed = place_tables(config.mltfr, inputs.tables, ranks)
+    spec = model_spec(config, inputs, with_consensus=with_consensus)
+    placed = place_tables(config, inputs.tables, ranks)
     return spec.build(dict(zip(inputs.table_names, placed, strict=True)), inputs.item_features)
 
 
@@ -301,6 +271,7 @@ def model_spec(config: RunConfig, inputs: Inputs, *, with_consensus: bool) -> Mo
         backbone=config.backbone,
         mltfr=config.mltfr,
         loss=config.loss,
+        published=config.published,
         num_items=inputs.manifest.num_items,
         max_len=config.data.max_len,
         tables=inputs.table_names,
@@ -362,21 +333,23 @@ def train_stream(config: RunConfig, layout: BatchLayout) -> TrainStream:
         layout,
         seed=config.training.seed,
         objective=objective(config),
+        split="valid" if config.published.train_on_validation else "train",
     )
 
 
 def objective(config: RunConfig) -> Objective:
     """What batches must hold for the backbone and the loss."""
     backbone, loss, kind = config.backbone, config.loss, backbone_class(config.backbone.name)
+    views = backbone.cl4srec
     negatives = LOSSES[loss.name].negatives
     return Objective(
         num_negatives=loss.num_negatives if negatives == "per_position" else 0,
-        unseen_negatives=loss.negatives == "unseen",
+        negative_rule=published_negatives(config.published),
         num_shared_negatives=loss.num_negatives if negatives == "shared" else 0,
         proposal=loss.proposal,
-        cloze_ratio=backbone.mask_ratio if kind.objective == "cloze" else None,
-        views=ViewRatios(backbone.crop_ratio, backbone.mask_ratio, backbone.reorder_ratio)
+        cloze_ratio=backbone.bert4rec.mask_ratio if kind.objective == "cloze" else None,
+        views=ViewRatios(views.crop_ratio, views.mask_ratio, views.reorder_ratio)
         if kind.contrasts_views
         else None,
-        group_size=loss.contrast_group if kind.contrasts_views else 1,
+        group_size=views.contrast_group if kind.contrasts_views else 1,
     )

@@ -216,7 +216,7 @@ def validate(stage: Stage, progress: Progress) -> Progress:
     if progress.epoch in dict(progress.best):
         place = validated_folder(stage.checkpoints, stage.name, progress.epoch)
         save(place, stage.engine, progress, with_optimizer=False)
-    split = stage.config.evaluation.select_on
+    split = stage.config.picks_on
     kind = split if split == "valid" else "picked_on_test"
     stage.tracker.log(kind, progress.step, metrics, epoch=progress.epoch)
     stage.tracker.board({f"{kind}/loss": loss}, progress.step)

@@ -58,7 +58,7 @@ def opening(config: RunConfig, inputs: Inputs, ranks: Ranks) -> str:
         for t in inputs.tables
     ]
     if inputs.tables:
-        lines.append(f"  tables  {placement_text(config.mltfr, ranks)}")
+        lines.append(f"  tables  {placement_text(config, ranks)}")
     if missing := taken_away(config):
         lines.append(f"  repairs taken away: {', '.join(missing)}")
     lines += [f"  note    {GROUNDED}"] * is_grounded(config)
@@ -102,7 +102,7 @@ def closing(config: RunConfig, results: list[Result]) -> str:
         ),
     ]
     rule = f"seen items {'left out' if config.evaluation.filter_seen else 'kept'}, ties {config.evaluation.ties}"
-    lines += ["", f"Full ranking of every item, {rule}; {PICKED[config.evaluation.select_on]}."]
+    lines += ["", f"Full ranking of every item, {rule}; {PICKED[config.picks_on]}."]
     lines += [GROUNDED] * is_grounded(config)
     lines.append(
         f"One seed ({config.training.seed}): differences of this size need several to mean anything."
@@ -173,7 +173,7 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
         + (", except those of the user's own history" if config.evaluation.filter_seen else "")
         + f"; among equal scores the target's rank is {config.evaluation.ties}.",
         f"- Split `{manifest.prepare.split}`; {manifest.splits['test'].num_sequences:,} test users; "
-        f"{PICKED[config.evaluation.select_on]} (by {config.evaluation.select_by}).",
+        f"{PICKED[config.picks_on]} (by {config.evaluation.select_by}).",
         *repairs_line(config),
         f"- The chosen model: stage `{final.stage}`, epoch {final.epoch}, {final.parameters:,} trained parameters.",
         *[f"- **{GROUNDED}**"] * is_grounded(config),

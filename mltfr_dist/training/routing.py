@@ -29,9 +29,7 @@ def measure_routing(
     names = model.mltfr.gate_names(table_names)
     totals = torch.zeros(2 * len(names) + 1, dtype=torch.float64, device=ranks.device)
     for batch in stream:
-        _, _, routing = model.hidden(
-            model.widened(model.backbone.for_ranking(batch.item_ids.to(ranks.device)))
-        )
+        _, _, routing = model.hidden(model.backbone.for_ranking(batch.item_ids.to(ranks.device)))
         assert routing is not None
         sums = routing_sums(routing)
         totals += torch.cat([sums.gate, sums.top, sums.entropy]).double()

@@ -5,26 +5,31 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
 import torch
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.distributed import checkpoint, kept
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine, batch_layout
-from mltfr_dist.distributed.fisher import batch_mean_squares, fisher_diagonals
+from mltfr_dist.distributed.fisher import fisher_diagonals
 from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.kept import Choice
 from mltfr_dist.distributed.lock import check_held
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import peak_memory_bytes
 from mltfr_dist.distributed.sending import send_text
+from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.errors import DamagedError
 from mltfr_dist.files import write_atomically
-from mltfr_dist.models.consensus import State, merge
+from mltfr_dist.models.consensus import State
+from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.selectors import Reduce
+from mltfr_dist.published.procedure import Procedure, published_procedure
 from mltfr_dist.training.compare import metrics_by_slice, ranked
 from mltfr_dist.training.evaluate import ALL, evaluate
 from mltfr_dist.training.explain import TokenSample
@@ -152,7 +157,7 @@ def run_stage(
         step=progress.step if last else None,
         base_step=base,
     )
-    valid = ranked(config, config.evaluation.select_on, ranks)
+    valid = ranked(config, config.picks_on, ranks)
     speed = Speed(engine, active=ranks.is_main)
     sample = TokenSample.load(config, inputs, ranks)
     tracker.open_with(config)
@@ -209,17 +214,21 @@ def steps_behind(folder: Path, ranks: Ranks) -> int:
 def start_from_stage_one(
     model: torch.nn.Module, config: RunConfig, before: Progress, merged: State, ranks: Ranks
 ) -> None:
-    """Put stage 1's best weights (unless a fresh start is asked for) and the consensus expert into ``model``."""
+    """Put stage 1's best weights and the consensus expert into ``model``."""
     state = model.state_dict()
     updates = {  # of the run, which has gone on since its best weights
         name: torch.full_like(t, before.step)
         for name, t in state.items()
         if name.endswith(".updates")
     }
-    if not config.mltfr.consensus.fresh_start:
+
+    def best() -> State:
         folder = config.folder / CHECKPOINTS
-        best = best_for_all(folder, {TRAIN: before}, ranks)
-        state |= checkpoint.read_for_all(folder / best.name, ranks)
+        return checkpoint.read_for_all(
+            folder / best_for_all(folder, {TRAIN: before}, ranks).name, ranks
+        )
+
+    state = between_stages(config, ranks).second_start(state, best)
     consensus = {f"mltfr.consensus.{name}": t for name, t in merged.items()}
     model.load_state_dict(state | updates | consensus)
 
@@ -230,10 +239,11 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
     if ranks.from_main("whole" if ranks.main_works(lambda _: is_made(place, ranks)) else ""):
         return checkpoint.read_for_all(place, ranks, CORE)
     started = time.monotonic()
-    if config.mltfr.consensus.fisher_at == "last":
-        source = checkpoint.step_folder(place.parent, before)
-    else:
-        source = place.parent / best_for_all(place.parent, {TRAIN: before}, ranks).name
+    procedure = between_stages(config, ranks)
+    source = procedure.merged_from(
+        lambda: place.parent / best_for_all(place.parent, {TRAIN: before}, ranks).name,
+        checkpoint.step_folder(place.parent, before),
+    )
     model = load_model(config, inputs, source, ranks, with_consensus=False)
     layout = batch_layout(config, ranks)
     stream = train_stream(config, layout)
@@ -242,21 +252,15 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
         UntilStopped(stream.epoch(0), ranks, "the Fisher pass"),
         -(-samples // layout.global_batch_size),
     )
-    if config.mltfr.consensus.fisher == "per_sample":
-        fishers = fisher_diagonals(
-            model, (batch for step in steps for batch in step.micro_batches), ranks, samples
-        )
-    else:
-        fishers = batch_mean_squares(model, steps, ranks)
+    fishers = procedure.fisher(model, steps, ranks, samples)
     assert model.mltfr is not None
     cores: list[State] = [core.state_dict() for core in model.mltfr.cores]
-    members = model.mltfr.experts_of(consensus_tables(config.mltfr, inputs.tables))
+    members = model.mltfr.experts_of(consensus_tables(config, inputs.tables))
 
     def make(goes_on: Callable[[], object]) -> None:
-        merged = merge(
+        merged = procedure.merge(
             [{name: t.cpu() for name, t in cores[e].items()} for e in members],
             [{name: t.cpu() for name, t in fishers[e].items()} for e in members],
-            normalise=config.mltfr.consensus.normalise_fisher,
         )
         fisher_state = {
             f"{e}.{name}": t.cpu() for e, f in enumerate(fishers) for name, t in f.items()
@@ -269,6 +273,18 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
         f"{time.monotonic() - started:.0f} s"
     )
     return checkpoint.read_for_all(place, ranks, CORE)
+
+
+def between_stages(config: RunConfig, ranks: Ranks) -> Procedure:
+    """What is done between the stages; its calls are for all ranks."""
+
+    def per_sample(
+        model: Recommender, steps: Iterable[StepBatches], reduce: Reduce, num_samples: int
+    ) -> list[State]:
+        batches = (batch for step in steps for batch in step.micro_batches)
+        return fisher_diagonals(model, batches, ranks, num_samples)
+
+    return published_procedure(config.published, Procedure(per_sample), beat)
 
 
 def is_made(place: Path, ranks: Ranks) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.config.former import places
 from mltfr_dist.data.shards.manifest import verify_folder
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.invocation import command
@@ -26,7 +27,7 @@ from mltfr_dist.tuning.trials import BASE
 SET_BY_THE_SWEEP = ("name", "runs_dir", "baselines")
 """Fields that a sweep sets itself."""
 
-WHAT_IS_MEASURED = ("evaluation.", "data.path", "data.left_out")
+WHAT_IS_MEASURED = ("evaluation.", "published.pick_on_test", "data.path", "data.left_out")
 """Fields whose values make objectives of trials that cannot be compared, or of the test split."""
 
 MOST_COMBINATIONS = 256
@@ -46,8 +47,10 @@ def check_space(sweep: SweepConfig, base: RunConfig) -> None:
     for key, domain in sweep.search.items():
         if key not in leaves:
             fields = [path for path in field_paths(RunConfig) if path in leaves]
+            now = " or ".join(f"`{place}`" for place in places(key))
+            near = f"; in its place there is {now}" if now else or_nearest(key, fields)
             raise ConfigError(
-                f"The searched key `{key}` is not a field of a run{or_nearest(key, fields)}.",
+                f"The searched key `{key}` is not a field of a run{near}.",
                 remedy=f"Correct it; `{command('train')} --help all` lists every field.",
             )
         if key in SET_BY_THE_SWEEP:
@@ -93,11 +96,11 @@ def check_metric(sweep: SweepConfig, base: RunConfig) -> None:
         ConfigError: It is none, or of the test split.
     """
     reported = [f"valid/{name}" for name in metric_names(base.evaluation.cutoffs)]
-    if base.evaluation.select_on != "valid":
+    if base.published.pick_on_test:
         raise ConfigError(
-            f"evaluation.select_on is {base.evaluation.select_on}.",
+            "published.pick_on_test is true.",
             rule="A sweep picks on validation, hundreds of times; the test split is read once, at the end.",
-            remedy="Set evaluation.select_on=valid.",
+            remedy="Set published.pick_on_test=false.",
         )
     if re.match(r"test\b", sweep.metric):
         raise ConfigError(

@@ -28,7 +28,7 @@ def make_space(sweep: SweepConfig, base: RunConfig) -> Space:
             for path in config.mltfr.tables:
                 if path not in stored:
                     stored[path] = load_table(path, verify=False)
-            check_tables(config.mltfr, [stored[path] for path in config.mltfr.tables])
+            check_tables(config, [stored[path] for path in config.mltfr.tables])
 
     return Space(
         sweep,

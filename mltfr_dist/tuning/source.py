@@ -106,7 +106,7 @@ def base_config(sweep: SweepConfig) -> RunConfig:
     threads = base.training.threads or max(1, int(sweep.resources_per_trial.cpus))
     fields: dict[str, Any] = {"baselines": (), "training.threads": threads}
     mltfr = base.mltfr
-    if mltfr.enabled and mltfr.placement == "auto" and not mltfr.train_tables:
+    if mltfr.enabled and mltfr.placement == "auto" and not base.published.trained_tables:
         fields["mltfr.placement"] = "mmap"
     return changed(base, fields, source="the sweep")
 

@@ -20,7 +20,7 @@ Values = dict[str, Any]
 
 CHANGEABLE = (
     "optimizer.",
-    "loss.contrast_weight",
+    "backbone.cl4srec.contrast_weight",
     "mltfr.router.balance_weight",
     "mltfr.consensus.weight",
 )

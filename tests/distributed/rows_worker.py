@@ -55,14 +55,18 @@ VARIANTS: dict[str, tuple[int, int | None, dict[str, object]]] = {
     "bce": (
         1,
         None,
-        {"loss__name": "bce", "loss__num_negatives": 2, "loss__negatives": "outside_inputs"},
+        {
+            "loss__name": "bce",
+            "loss__num_negatives": 2,
+            "published__negatives_outside_inputs": True,
+        },
     ),
     "gbce bert4rec": (
         3,
         8,
         {"loss__name": "gbce", "loss__num_negatives": 3, "backbone__name": "bert4rec"},
     ),
-    "cl4srec": (2, 4, {"backbone__name": "cl4srec", "loss__contrast_group": 4}),
+    "cl4srec": (2, 4, {"backbone__name": "cl4srec", "backbone__cl4srec__contrast_group": 4}),
     "titles": (3, 8, {"mltfr__item_tokens__source": "titles"}),
     "bf16 zero3": (3, None, {"training__precision": "bf16"}),
 }

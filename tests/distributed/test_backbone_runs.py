@@ -11,9 +11,9 @@ from mltfr_dist.cli import main as mltfr
 from mltfr_dist.training.run_folder import dump_config
 
 RUNS = {
-    "bert4rec": {"backbone__mask_ratio": 0.5},
+    "bert4rec": {"backbone__bert4rec__mask_ratio": 0.5},
     "cl4srec": {
-        "loss__contrast_group": 8,
+        "backbone__cl4srec__contrast_group": 8,
         "loss__name": "sampled_softmax",
         "loss__num_negatives": 16,
     },

@@ -96,7 +96,7 @@ def test_a_table_that_differs_between_nodes(tmp_path: Path) -> None:
         ),
         (("training.global_batch_size=1",), "1 is below the number of ranks, 2"),
         (
-            ("backbone.name=cl4srec", "loss.contrast_group=3"),
+            ("backbone.name=cl4srec", "backbone.cl4srec.contrast_group=3"),
             "contrast_group is 3, but a micro-batch holds 16 sequences",
         ),
     ],
@@ -143,10 +143,10 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 
 SLOW_TO_SPEAK = """
 import sys, time, train
-from mltfr_dist.distributed import ranks
-fail = ranks.fail
-ranks.fail = lambda error: (time.sleep(4), fail(error))[1]
-ranks.leave(train.main(sys.argv[1:]))
+from mltfr_dist.distributed import meeting
+fail = meeting.fail
+meeting.fail = lambda error: (time.sleep(4), fail(error))[1]
+meeting.leave(train.main(sys.argv[1:]))
 """
 
 

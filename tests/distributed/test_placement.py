@@ -19,6 +19,7 @@ from mltfr_dist.distributed.placement import (
 from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.distributed.table_shards import row_bounds
 from mltfr_dist.errors import ConfigError
+from mltfr_dist.schema import changed
 from mltfr_dist.tables.store import load_table, read_rows
 from mltfr_dist.training.inference import evaluate_run
 from mltfr_dist.training.inputs import load_inputs
@@ -121,7 +122,7 @@ def test_a_replicated_table_is_a_copy_and_a_mapped_one_is_none(folder: Path) -> 
     tables = load_inputs(config).tables
     for placement, copied in (("replicated", True), ("mmap", False)):
         placed = place_tables(
-            config.mltfr.model_copy(update={"placement": placement}), tables, ALONE
+            changed(config, {"mltfr.placement": placement}, source="a test"), tables, ALONE
         )
         assert all(
             (p.whole().data_ptr() != t.rows.data_ptr()) == copied
@@ -130,11 +131,11 @@ def test_a_replicated_table_is_a_copy_and_a_mapped_one_is_none(folder: Path) -> 
 
 
 NEEDS_WHOLE = {
-    "train_tables": {"mltfr__train_tables": True},
+    "trained_tables": {"published__trained_tables": True},
     "table_content": {"mltfr__table_content": "random"},
     "strategy": {"mltfr__filter__strategy": "learned_prototypes"},
     "straight_through": {
-        "mltfr__filter__weights": "straight_through",
+        "published__straight_through": True,
         "mltfr__filter__shortlist_size": None,
     },
 }
@@ -144,9 +145,9 @@ NEEDS_WHOLE = {
 def test_rows_are_refused_where_a_whole_table_is_needed_and_auto_says_so(
     folder: Path, name: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"placement rows divides tables, but mltfr\.\S*{name}"):
+    with pytest.raises(ConfigError, match=rf"placement rows divides tables, but \S*{name}"):
         tiny_config(folder, mltfr__placement="rows", **NEEDS_WHOLE[name])
-    config = tiny_config(folder, **NEEDS_WHOLE[name]).mltfr
+    config = tiny_config(folder, **NEEDS_WHOLE[name])
     ranks = Ranks(1, 4, ALONE.device)
     assert resolve_placement(config, ranks) == "replicated"
     assert name in placement_text(config, ranks)
@@ -154,13 +155,13 @@ def test_rows_are_refused_where_a_whole_table_is_needed_and_auto_says_so(
 
 def test_auto_is_rows_above_one_rank(folder: Path) -> None:
     config: RunConfig = tiny_config(folder)
-    assert resolve_placement(config.mltfr, ALONE) == "replicated"
-    assert resolve_placement(config.mltfr, Ranks(0, 2, ALONE.device)) == "rows"
+    assert resolve_placement(config, ALONE) == "replicated"
+    assert resolve_placement(config, Ranks(0, 2, ALONE.device)) == "rows"
 
 
 def test_placements_that_cannot_be(folder: Path) -> None:
     tables = load_inputs(tiny_config(folder)).tables
-    zero3, rows = (tiny_config(folder, mltfr__placement=p).mltfr for p in ("zero3", "rows"))
+    zero3, rows = (tiny_config(folder, mltfr__placement=p) for p in ("zero3", "rows"))
     with pytest.raises(ConfigError, match=r"placement=zero3 at ZeRO stage 1\. .*zero3\.json"):
         check_placement(zero3, tables, ALONE, 1)
     with pytest.raises(ConfigError, match=r"`second` has 70 rows.*over 71"):
@@ -169,4 +170,4 @@ def test_placements_that_cannot_be(folder: Path) -> None:
     check_placement(rows, tables, Ranks(0, 70, ALONE.device), 1)
     for placement in ("mmap", "zero3"):
         with pytest.raises(ConfigError, match="holds frozen tables"):
-            tiny_config(folder, mltfr__placement=placement, mltfr__train_tables=True)
+            tiny_config(folder, mltfr__placement=placement, published__trained_tables=True)

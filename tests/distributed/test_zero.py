@@ -42,8 +42,9 @@ def test_losses_are_the_same_at_any_stage_and_world_size(folder: Path) -> None:
 def test_every_backbone_and_loss_is_the_same_at_any_division(folder: Path) -> None:
     """Masks, views and shared negatives are drawn alike whatever the ranks and micro-batches."""
     one, two = findings(WORKER, "backbones", folder, 1), findings(WORKER, "backbones", folder, 2)
-    assert len(one) == 2 * len(BACKBONES)
-    for name in BACKBONES:
+    names = [name for name, entry in BACKBONES.items() if not entry.reads_future]
+    assert len(one) == 2 * len(names)
+    for name in names:
         reference = one[f"{name} whole"]
         assert reference[-1] < reference[0], (
             f"{name} has learned nothing, so equality would say little"
@@ -59,7 +60,7 @@ def test_every_backbone_and_loss_is_the_same_at_any_division(folder: Path) -> No
 @pytest.mark.slow
 def test_prefixes_are_the_same_at_any_division(folder: Path) -> None:
     one, two = findings(WORKER, "padded", folder, 1), findings(WORKER, "padded", folder, 2)
-    for name in ("fmlp", "bsarec", "linrec", "sasrec", "cl4srec"):
+    for name in ("fmlp_original", "bsarec_original", "linrec_original", "sasrec", "cl4srec"):
         reference = one[f"{name} whole"]
         assert sum(reference[-3:]) < sum(reference[:3]), f"{name} has learned nothing"
         for found in (one, two):

@@ -22,12 +22,13 @@ from mltfr_dist.data.stream.training import BatchLayout
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine
-from mltfr_dist.distributed.fisher import batch_mean_squares, fisher_diagonals
+from mltfr_dist.distributed.fisher import fisher_diagonals
 from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.state import whole_parameters
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.optimizers import OPTIMIZERS
+from mltfr_dist.published.consensus import batch_mean_squares
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
 from mltfr_dist.training.loop import reduce_outputs
 
@@ -93,9 +94,9 @@ def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 
 
 PUBLISHED_EXPERTS: dict[str, object] = {
-    "mltfr__expert__form": "paper",
+    "published__unaligned_experts": True,
     "mltfr__consensus__group": ["second"],
-    "mltfr__consensus__random_in_stage_one": True,
+    "published__random_consensus": True,
     "mltfr__consensus__learn_weight": True,
 }
 VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
@@ -118,9 +119,12 @@ VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
     ),
     "fmlp": (3, {"loss__name": "gbce", "loss__num_negatives": 3, **PUBLISHED_EXPERTS}),
     "bsarec": (0, {"mltfr__filter__noise": 0.2}),
-    "bert4rec": (3, {"backbone__mask_ratio": 0.4}),
-    "cl4srec": (3, {"loss__contrast_group": 4, "loss__contrast_weight": 1.0}),
-    "sasrec_original": (3, {"loss__name": "bce", "loss__negatives": "outside_inputs"}),
+    "bert4rec": (3, {"backbone__bert4rec__mask_ratio": 0.4}),
+    "cl4srec": (
+        3,
+        {"backbone__cl4srec__contrast_group": 4, "backbone__cl4srec__contrast_weight": 1.0},
+    ),
+    "sasrec_original": (3, {"loss__name": "bce", "published__negatives_outside_inputs": True}),
 }
 """ZeRO stage and settings of each backbone; MLTFR's options are spread over them."""
 
@@ -138,12 +142,16 @@ def backbones(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 
 
 PADDED: dict[str, tuple[int, dict[str, object]]] = {
-    "fmlp": (
+    "fmlp_original": (
         3,
-        {"loss__name": "bce", "loss__num_negatives": 2, "loss__negatives": "outside_inputs"},
+        {
+            "loss__name": "bce",
+            "loss__num_negatives": 2,
+            "published__negatives_outside_inputs": True,
+        },
     ),
-    "bsarec": (2, {"mltfr__filter__noise": 0.2}),
-    "linrec": (
+    "bsarec_original": (2, {"mltfr__filter__noise": 0.2}),
+    "linrec_original": (
         3,
         {
             "loss__name": "sampled_softmax",
@@ -154,7 +162,10 @@ PADDED: dict[str, tuple[int, dict[str, object]]] = {
         },
     ),
     "sasrec": (3, {"loss__name": "gbce", "mltfr__enabled": False}),
-    "cl4srec": (1, {"loss__contrast_group": 4, "loss__contrast_weight": 1.0}),
+    "cl4srec": (
+        1,
+        {"backbone__cl4srec__contrast_group": 4, "backbone__cl4srec__contrast_weight": 1.0},
+    ),
 }
 """ZeRO stage and settings of backbones that are trained on prefixes; the first three padded."""
 
@@ -163,8 +174,7 @@ def padded(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Losses on prefixes, in whole batches (at ZeRO 1), in micro-batches, and these resumed."""
     found = {}
     for name, (stage, changes) in PADDED.items():
-        scope = "padded" if name in ("fmlp", "bsarec", "linrec") else "prefix"
-        changes = {"backbone__filter_scope": scope, "data__samples": "prefixes"} | changes
+        changes = {"data__samples": "prefixes"} | changes
         config = no_dropout(folder, 1, backbone__name=name, **changes)
         engine = make_engine(config, ranks)
         found[f"{name} whole"] = steps(engine, config, ranks, 0, HALF)
@@ -299,7 +309,7 @@ SEARCHES: dict[str, dict[str, object]] = {
     "random": {"mltfr__filter__strategy": "random_tokens"},
     "paper form": {
         "mltfr__filter__shortlist_size": None,
-        "mltfr__expert__form": "paper",
+        "published__unaligned_experts": True,
         "mltfr__consensus__enabled": False,
     },
 }

@@ -15,9 +15,14 @@ def zero(name: str) -> dict[str, Any]:
     return {"deepspeed": str(REPOSITORY / "ds_configs" / f"{name}.json")}
 
 
+def backbone(name: str) -> dict[str, Any]:
+    samples = "prefixes" if BACKBONES[name].reads_future else "histories"
+    return {"backbone__name": name, "data__samples": samples}
+
+
 CASES: dict[str, dict[str, Any]] = {
-    **{name: {"backbone__name": name} for name in BACKBONES},
-    **{f"bare {name}": {"backbone__name": name, "mltfr__enabled": False} for name in BACKBONES},
+    **{name: backbone(name) for name in BACKBONES},
+    **{f"bare {name}": backbone(name) | {"mltfr__enabled": False} for name in BACKBONES},
     "exact search": {"mltfr__filter__shortlist_size": None},
     "filter ratio": {"mltfr__filter__top_k": None, "mltfr__filter__filter_ratio": 0.2},
     "random tokens": {"mltfr__filter__strategy": "random_tokens"},

@@ -40,8 +40,9 @@ def case(folder: Path, name: str, precision: str) -> RunConfig:
     config = tiny_config(folder, **changes)
     if name == "published":
         config = as_published(config)
-        fields = {"mltfr.consensus.group": ["first"], "evaluation.select_on": "valid"}
-        config = changed(config, fields | {"data.train_on": "train"}, source="a test")
+        protocol = ("pick_on_test", "train_on_validation")
+        fields = {f"published.{switch}": False for switch in protocol}
+        config = changed(config, fields | {"mltfr.consensus.group": ["first"]}, source="a test")
     return config
 
 

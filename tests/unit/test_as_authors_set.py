@@ -11,7 +11,8 @@ import torch
 from support import REPOSITORY, new_mltfr, tiny_config
 from torch.nn import functional as F
 
-from mltfr_dist.config import BackboneConfig, RunConfig
+from mltfr_dist.config import BackboneConfig, MLTFRConfig, PublishedConfig, RunConfig
+from mltfr_dist.config.published import NEEDS
 from mltfr_dist.data.shards.manifest import load_manifest
 from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.data.stream.training import BatchLayout, TrainStream
@@ -40,18 +41,20 @@ def test_preset_paper_has_what_the_authors_set_and_the_documentation_says_so() -
     assert config.backbone == BackboneConfig(
         name="sasrec_original",
         num_heads=8,
-        filter_scope="sequence",
-        padding="attended",
-        read_at="before_mask",
     )
     assert config.optimizer.betas == (0.9, 0.999)
-    assert (config.loss.name, config.loss.negatives) == ("bce", "outside_inputs")
+    assert config.loss.name == "bce"
+    of_others = {"whole_sequence_filter", "read_before_mask", "attending_padding", "double_softmax"}
+    assert set(config.published.on()) == set(NEEDS) - of_others
     assert config.mltfr.consensus.weight == 0.01
 
 
 def test_training_on_all_but_the_last_item(tmp_path: Path) -> None:
     config = tiny_config(
-        tmp_path, data__train_on="train_and_valid", evaluation__select_on="test", data__max_len=20
+        tmp_path,
+        published__train_on_validation=True,
+        published__pick_on_test=True,
+        data__max_len=20,
     )
     stream: TrainStream = train_stream(config, BatchLayout(0, 1, 32, 32))
     manifest = load_manifest(config.data.path)
@@ -72,7 +75,7 @@ def test_training_on_all_but_the_last_item(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__train_on": "train_and_valid"}, "evaluation.select_on test"),
+        ({"published__train_on_validation": True}, "needs published.pick_on_test=true"),
         ({"evaluation__select_by": "NDCG@7"}, "add it there"),
         ({"evaluation__select_by": "MAP@10"}, "select_by"),
     ],
@@ -85,10 +88,9 @@ def test_what_cannot_go_together(tmp_path: Path, changes: dict[str, Any], messag
 def test_the_consensus_expert_without_dropout() -> None:
     tables = [torch.randn(20, 6)]
     for has_dropout in (True, False):
-        fields = {"tables": ["a"], "consensus": {"dropout": has_dropout}}
-        config = RunConfig.model_validate({"data": {"path": "x"}, "mltfr": fields}).mltfr
+        published = PublishedConfig(consensus_without_dropout=not has_dropout)
         torch.manual_seed(0)
-        mltfr = new_mltfr(config, 8, tables).train()
+        mltfr = new_mltfr(MLTFRConfig(tables=("a",)), 8, tables, published).train()
         mltfr.add_consensus()
         assert mltfr.consensus is not None
         dropped = (mltfr.consensus.attention_dropout, mltfr.consensus.output_dropout)

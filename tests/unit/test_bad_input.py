@@ -234,17 +234,17 @@ def test_filter_that_keeps_more_than_there_is(
             {"mltfr__consensus__group": ["frist"]},
             "names `frist`, which is no table of the run; the nearest is `first`",
         ),
-        ({"mltfr__expert__form": "paper"}, "first 12 wide, 4 kept, second 20 wide, 4 kept"),
+        ({"published__unaligned_experts": True}, "first 12 wide, 4 kept, second 20 wide, 4 kept"),
         (
-            {"mltfr__filter__memory": "batch", "training__micro_batch_size": 8},
+            {"published__pooled_memory": True, "training__micro_batch_size": 8},
             "with 4 micro-batch(es) a step",
         ),
         (
             {
-                "mltfr__train_tables": True,
+                "published__trained_tables": True,
                 "deepspeed": str(REPOSITORY / "ds_configs" / "zero3.json"),
             },
-            "mltfr.train_tables=true under ZeRO stage 3",
+            "published.trained_tables=true under ZeRO stage 3",
         ),
     ],
 )

@@ -93,15 +93,31 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
         ),
         ("backbone.name=gru4rec", "backbone.name", "'gru4rec'", "backbones are sasrec, esasrec"),
         (
-            "backbone.low_frequencies=0",
-            "backbone.low_frequencies",
+            "backbone.bsarec.low_frequencies=0",
+            "backbone.bsarec.low_frequencies",
             "0",
             "greater than or equal to 1",
         ),
-        ("backbone.inductive_bias=2", "backbone.inductive_bias", "2", "less than or equal to 1"),
-        ("backbone.mask_ratio=0", "backbone.mask_ratio", "0", "greater than 0"),
+        (
+            "backbone.bsarec.inductive_bias=2",
+            "backbone.bsarec.inductive_bias",
+            "2",
+            "less than or equal to 1",
+        ),
+        ("backbone.bert4rec.mask_ratio=0", "backbone.bert4rec.mask_ratio", "0", "greater than 0"),
         ("loss.calibration=1.1", "loss.calibration", "1.1", "less than or equal to 1"),
-        ("loss.contrast_group=1", "loss.contrast_group", "1", "greater than or equal to 2"),
+        (
+            "backbone.cl4srec.contrast_group=1",
+            "backbone.cl4srec.contrast_group",
+            "1",
+            "greater than or equal to 2",
+        ),
+        (
+            "backbone.bsarec.low_frequencies=2",
+            "backbone",
+            "bsarec.low_frequencies",
+            "a setting of bsarec and bsarec_original, and name is sasrec",
+        ),
         ("loss.proposal=zipf", "loss.proposal", "'zipf'", "'uniform' or 'log_uniform'"),
         ("mltfr.enabled=perhaps", "mltfr.enabled", "'perhaps'", "valid boolean"),
         ("training=5", "training", "5", "TrainingConfig"),
@@ -138,7 +154,12 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
             "'best'",
             "strategies are user_guided, random_tokens, direct",
         ),
-        ("mltfr.filter.top_k=1", "mltfr.filter", "top_k", "at least 2 with soft weights"),
+        (
+            "mltfr.filter.top_k=1",
+            "(whole configuration)",
+            "mltfr.filter.top_k",
+            "at least 2: the weight of a single token carries no gradient",
+        ),
         ("mltfr.filter.noise_steps=5", "mltfr.filter", "noise_steps", "give noise above 0"),
         ("mltfr.router.top_k=1", "mltfr.router.top_k", "1", "greater than or equal to 2"),
         (
@@ -149,12 +170,6 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
         ),
         ("mltfr.router.expert_dropout=1", "mltfr.router.expert_dropout", "1", "less than 1"),
         ("mltfr.expert.per_table=0", "mltfr.expert.per_table", "0", "greater than or equal to 1"),
-        (
-            "mltfr.router={double_softmax: true, top_k: 2}",
-            "mltfr.router",
-            "double_softmax",
-            "needs a dense gate",
-        ),
     ],
 )
 def test_a_message_has_path_value_rule_and_remedy(

@@ -10,6 +10,7 @@ import pytest
 from support import REPOSITORY, read_lines, tiny_config
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.config.published import NEEDS
 from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.schema import Section, field_paths
 from mltfr_dist.training.fit import fit
@@ -17,7 +18,6 @@ from mltfr_dist.training.fit import fit
 CHANGES: dict[str, Any] = {
     "data.max_len": 5,
     "data.shuffle_shards": 1,
-    "data.train_on": "train_and_valid",
     "data.long_histories": "windows",
     "data.samples": "prefixes",
     "data.length_pool": 2,
@@ -28,23 +28,20 @@ CHANGES: dict[str, Any] = {
     "backbone.num_heads": 4,
     "backbone.dropout": 0.6,
     "backbone.name": "linrec",
-    "backbone.mask_ratio": 0.9,
-    "backbone.crop_ratio": 0.3,
-    "backbone.reorder_ratio": 0.9,
-    "backbone.low_frequencies": 2,
-    "backbone.inductive_bias": 0.1,
-    "backbone.filter_scope": "sequence",
-    "backbone.padding": "attended",
-    "backbone.read_at": "before_mask",
+    "backbone.bert4rec.mask_ratio": 0.9,
+    "backbone.bsarec.low_frequencies": 2,
+    "backbone.bsarec.inductive_bias": 0.1,
+    "backbone.cl4srec.crop_ratio": 0.3,
+    "backbone.cl4srec.mask_ratio": 0.9,
+    "backbone.cl4srec.reorder_ratio": 0.9,
+    "backbone.cl4srec.contrast_weight": 2.0,
+    "backbone.cl4srec.contrast_temperature": 0.3,
+    "backbone.cl4srec.contrast_group": 8,
     "mltfr.enabled": False,
     "mltfr.table_content": "random",
     "mltfr.filter.strategy": "random_tokens",
-    "mltfr.filter.query": "history",
-    "mltfr.filter.weights": "straight_through",
-    "mltfr.filter.memory": "batch",
     "mltfr.filter.noise": 0.5,
     "mltfr.filter.noise_steps": 2,
-    "mltfr.filter.noise_in_evaluation": True,
     "mltfr.filter.num_prototypes": 5,
     "mltfr.filter.seed_words": ["first-7", "second-7"],
     "mltfr.filter.seed_neighbours": 3,
@@ -55,9 +52,7 @@ CHANGES: dict[str, Any] = {
     "mltfr.filter.query_every": 1,
     "mltfr.filter.shortlist_size": 5,
     "mltfr.filter.shortlist_refresh_steps": 1,
-    "mltfr.train_tables": True,
     "mltfr.expert.per_table": 2,
-    "mltfr.expert.form": "paper",
     "mltfr.item_tokens.source": "titles",
     "mltfr.expert.num_heads": 4,
     "mltfr.expert.head_dim": 8,
@@ -67,26 +62,15 @@ CHANGES: dict[str, Any] = {
     "mltfr.router.top_k": 2,
     "mltfr.router.null_expert": True,
     "mltfr.router.expert_dropout": 0.4,
-    "mltfr.router.double_softmax": True,
     "mltfr.consensus.enabled": False,
     "mltfr.consensus.group": ["second"],
     "mltfr.consensus.learn_weight": True,
-    "mltfr.consensus.fisher": "batch_mean",
-    "mltfr.consensus.normalise_fisher": False,
-    "mltfr.consensus.random_in_stage_one": True,
     "mltfr.consensus.weight": 2.0,
-    "mltfr.consensus.dropout": False,
-    "mltfr.consensus.fisher_at": "last",
     "mltfr.consensus.fisher_sequences": 3,
-    "mltfr.consensus.fresh_start": True,
     "loss.name": "bce",
     "loss.num_negatives": 4,
-    "loss.negatives": "outside_inputs",
     "loss.proposal": "log_uniform",
     "loss.calibration": 0.1,
-    "loss.contrast_weight": 2.0,
-    "loss.contrast_temperature": 0.3,
-    "loss.contrast_group": 8,
     "optimizer.learning_rate": 0.01,
     "optimizer.name": "adam",
     "optimizer.betas": [0.5, 0.9],
@@ -104,7 +88,6 @@ CHANGES: dict[str, Any] = {
     "training.patience": 1,
     "training.log_every_steps": 3,
     "evaluation.cutoffs": [10],
-    "evaluation.select_on": "test",
     "evaluation.filter_seen": False,
     "evaluation.every_epochs": 2,
     "checkpoint.every_steps": 3,
@@ -112,6 +95,7 @@ CHANGES: dict[str, Any] = {
     "checkpoint.keep_best": 2,
     "deepspeed": str(REPOSITORY / "ds_configs" / "zero3.json"),
     "baselines": ["popularity"],
+    **{f"published.{name}": True for name in NEEDS},
 }
 """What each field is changed to."""
 
@@ -126,27 +110,24 @@ WITH: dict[str, dict[str, Any]] = {
     "mltfr.filter.seed_words": SEED_WORDS,
     "mltfr.filter.seed_neighbours": SEED_WORDS,
     "mltfr.filter.noise_steps": {"mltfr.filter.noise": 0.5},
-    "mltfr.filter.noise_in_evaluation": {"mltfr.filter.noise": 0.5},
-    "mltfr.expert.form": {"mltfr.consensus.group": ["first"]},
-    "mltfr.consensus.fisher_at": {"optimizer.learning_rate": 0.3, "training.epochs": 3},
     "mltfr.router.top_k": {"mltfr.expert.per_table": 2},
-    "backbone.filter_scope": {"backbone.name": "bsarec"},
-    "backbone.padding": {"backbone.name": "bert4rec"},
-    "backbone.read_at": {"backbone.name": "bert4rec"},
-    "backbone.mask_ratio": {"backbone.name": "bert4rec"},
-    "backbone.crop_ratio": {"backbone.name": "cl4srec"},
-    "backbone.reorder_ratio": {"backbone.name": "cl4srec"},
-    "backbone.low_frequencies": {"backbone.name": "bsarec"},
-    "backbone.inductive_bias": {"backbone.name": "bsarec"},
-    "data.train_on": {"evaluation.select_on": "test"},
+    **{
+        path: {"backbone.name": path.split(".")[1]}
+        for path in CHANGES
+        if path.startswith(("backbone.bert4rec", "backbone.bsarec", "backbone.cl4srec"))
+    },
+    "published.noise_in_evaluation": {"mltfr.filter.noise": 0.5},
+    "published.whole_sequence_filter": {"backbone.name": "bsarec"},
+    "published.read_before_mask": {"backbone.name": "bert4rec"},
+    "published.attending_padding": {"backbone.name": "bert4rec"},
+    "published.unaligned_experts": {"mltfr.consensus.group": ["first"]},
+    "published.fisher_at_last_epoch": {"optimizer.learning_rate": 0.3, "training.epochs": 3},
+    "published.train_on_validation": {"published.pick_on_test": True},
+    "published.negatives_outside_inputs": {"loss.name": "bce"},
     "data.long_histories": {"data.max_len": 5},
     "loss.num_negatives": {"loss.name": "bce"},
-    "loss.negatives": {"loss.name": "bce"},
     "loss.proposal": {"loss.name": "sampled_softmax", "loss.num_negatives": 8},
     "loss.calibration": {"loss.name": "gbce", "loss.num_negatives": 2},
-    "loss.contrast_weight": {"backbone.name": "cl4srec"},
-    "loss.contrast_temperature": {"backbone.name": "cl4srec"},
-    "loss.contrast_group": {"backbone.name": "cl4srec"},
     "optimizer.item_gradients": {"loss.name": "sampled_softmax", "loss.num_negatives": 8},
     "optimizer.name": {"optimizer.weight_decay": 0.5},
     "optimizer.momentum": {"optimizer.name": "sgd"},
@@ -234,7 +215,7 @@ def test_field_has_an_effect(folder: Path, field: str) -> None:
 @pytest.mark.parametrize("name", ["fmlp", "bsarec", "linrec"])
 def test_the_padded_form_has_an_effect(folder: Path, name: str) -> None:
     base = {"backbone.name": name, "data.samples": "prefixes", "mltfr.enabled": False}
-    padded = base | {"backbone.filter_scope": "padded"}
+    padded = base | {"backbone.name": f"{name}_original"}
     assert trace(folder, f"prefixes-{name}", base) != trace(folder, f"padded-{name}", padded)
 
 

@@ -47,7 +47,8 @@ def test_equals_a_loop_over_samples(tmp_path: Path) -> None:
 def test_a_sample_counts_by_its_scored_positions_and_by_the_recommendation_loss(
     tmp_path: Path, name: str
 ) -> None:
-    config = tiny_config(tmp_path, backbone__name=name, loss__contrast_group=4)
+    own = {"backbone__cl4srec__contrast_group": 4} if name == "cl4srec" else {}
+    config = tiny_config(tmp_path, backbone__name=name, **own)
     model = build_model(config, load_inputs(config), with_consensus=False)
     batch = next(train_stream(config, BatchLayout(0, 1, 16, 16)).epoch(0)).micro_batches[0]
     found = fisher_diagonals(model, [batch], ONE, 16)[0]["value.weight"]

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
     "errors": 0,
-    "backbones": 0,
+    "backbones": 1,
     "selectors": 0,
     "optimizers": 0,
     "losses": 0,

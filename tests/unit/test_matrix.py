@@ -12,6 +12,7 @@ from support import REPOSITORY, tiny_config
 from benchmarks import quality
 from mltfr_dist.cli import main as mltfr
 from mltfr_dist.config import RunConfig
+from mltfr_dist.config.published import MLTFR, NEEDS
 from mltfr_dist.distributed.meeting import SINGLE_PROCESS
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.errors import ConfigError, DataError
@@ -191,31 +192,20 @@ def test_what_is_no_matrix(tmp_path: Path, content: str | None) -> None:
         (
             "paper",
             {
-                "mltfr.filter.query",
-                "mltfr.filter.weights",
-                "mltfr.filter.memory",
                 "mltfr.filter.noise",
-                "mltfr.filter.noise_in_evaluation",
                 "mltfr.filter.top_k",
                 "mltfr.filter.temperature",
                 "mltfr.filter.learn_temperature",
                 "mltfr.filter.shortlist_size",
-                "mltfr.train_tables",
-                "mltfr.expert.form",
                 "mltfr.router.balance_weight",
                 "mltfr.consensus.group",
-                "mltfr.consensus.dropout",
-                "mltfr.consensus.fisher_at",
                 "mltfr.consensus.fisher_sequences",
-                "mltfr.consensus.fisher",
-                "mltfr.consensus.normalise_fisher",
-                "mltfr.consensus.random_in_stage_one",
-                "mltfr.consensus.fresh_start",
-            },
+                *(f"published.{name}" for name, needs in NEEDS.items() if MLTFR in needs),
+            }
+            - {"published.double_softmax"},
         ),
-        ("without_user_memory", {"mltfr.filter.memory"}),
-        ("without_shared_core", {"mltfr.expert.form", "mltfr.consensus.group"}),
-        ("without_causal_filter", {"backbone.filter_scope"}),
+        ("without_user_memory", {"published.pooled_memory"}),
+        ("without_shared_core", {"published.unaligned_experts", "mltfr.consensus.group"}),
         ("grounded", {"mltfr.item_tokens.source"}),
         ("grounded_random", {"mltfr.item_tokens.source", "mltfr.table_content"}),
     ],

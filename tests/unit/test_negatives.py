@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mltfr_dist.data.stream.negatives import hash_u64, sample_negatives
 from mltfr_dist.errors import DataError
+from mltfr_dist.published.negatives import OutsideInputs
 
 
 def sample(
@@ -58,22 +59,22 @@ def test_a_longer_batch_draws_the_same_at_the_positions_they_share() -> None:
 @given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=6))
 def test_published_negatives_are_outside_the_inputs_and_differ(inputs: list[list[int]]) -> None:
     ids = [3 * i for i in range(len(inputs))]
-    drawn = sample(inputs, ids, distinct=True)
+    drawn = sample(inputs, ids, rule=OutsideInputs())
     for items, row in zip(inputs, drawn, strict=True):
         real = row[: len(items)].ravel().tolist()
         assert not {0, *items} & set(real)
         assert len(set(real)) == len(real) == 3 * len(items)
         assert (row[len(items) :] == 0).all()
     for i, items in enumerate(inputs):  # alone, and beside a longer sample
-        alone = sample([items], [ids[i]], length=9, distinct=True)[0]
+        alone = sample([items], [ids[i]], length=9, rule=OutsideInputs())[0]
         assert np.array_equal(alone[:6], drawn[i])
 
 
 def test_published_negatives_hold_the_target_where_nothing_else_is_left() -> None:
-    drawn = sample([[1, 2, 3]], [0], length=3, count=1, num_items=6, distinct=True)
+    drawn = sample([[1, 2, 3]], [0], length=3, count=1, num_items=6, rule=OutsideInputs())
     assert sorted(drawn.ravel().tolist()) == [4, 5, 6]
     with pytest.raises(DataError, match="history of 3 of 5 items") as caught:
-        sample([[1, 2, 3]], [0], length=3, count=1, num_items=5, distinct=True)
+        sample([[1, 2, 3]], [0], length=3, count=1, num_items=5, rule=OutsideInputs())
     assert "the inputs of a sample" in caught.value.rule
 
 

@@ -17,7 +17,7 @@ from mltfr_dist.training.run_folder import CHECKPOINTS
 
 NOISY = {
     "mltfr__filter__noise": 1.0,
-    "mltfr__filter__noise_in_evaluation": True,
+    "published__noise_in_evaluation": True,
     "mltfr__filter__temperature": 0.5,
 }
 RUNS: dict[str, dict[str, Any]] = {
@@ -25,12 +25,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "fading": NOISY | {"mltfr__filter__noise_steps": 100},
     "published": NOISY
     | {
-        "mltfr__filter__weights": "straight_through",
+        "published__straight_through": True,
         "mltfr__filter__top_k": 1,
-        "mltfr__filter__memory": "batch",
-        "mltfr__filter__query": "history",
-        "mltfr__consensus__random_in_stage_one": True,
-        "evaluation__select_on": "test",
+        "published__pooled_memory": True,
+        "published__whole_history_query": True,
+        "published__random_consensus": True,
+        "published__pick_on_test": True,
         "evaluation__select_by": "HR@5",
     },
     "stage 2 that only gets worse": NOISY
@@ -49,7 +49,7 @@ def test_the_result_is_what_picked_and_is_repeated(folder: Path, name: str) -> N
     start = {"training__epochs": 2, "training__consensus_epochs": 2}
     config = tiny_config(folder, **start | RUNS[name] | {"name": name.replace(" ", "-")})
     (result,) = fit(config)
-    split = config.evaluation.select_on
+    split = config.picks_on
     kind = "valid" if split == "valid" else "picked_on_test"
     (picked,) = [
         line

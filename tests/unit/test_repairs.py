@@ -11,13 +11,22 @@ import pytest
 import torch
 from support import REPOSITORY, tiny_config
 
-from mltfr_dist.config import RunConfig
+from mltfr_dist.config import PublishedConfig, RunConfig
+from mltfr_dist.config.published import NEEDS
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.presets import preset
-from mltfr_dist.repairs import REPAIRS, as_published, taken_away, without
-from mltfr_dist.schema import changed, field_paths
+from mltfr_dist.repairs import (
+    ALSO_PUBLISHED,
+    REPAIRS,
+    applies,
+    as_published,
+    taken_away,
+    without,
+)
+from mltfr_dist.resolve import merge_values
+from mltfr_dist.schema import changed, field_paths, validate, value_at
 from mltfr_dist.training.fit import fit
 from mltfr_dist.training.inputs import build_model, load_inputs
 from mltfr_dist.training.stages import CORE, FISHER
@@ -48,32 +57,85 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     stop_ranks()
 
 
-def value(config: RunConfig, path: str) -> Any:
-    place: Any = config
-    for name in path.split("."):
-        place = getattr(place, name)
-    return place
-
-
 def test_every_defect_has_its_entry_and_its_line_in_the_documentation() -> None:
     assert [repair.defect for repair in REPAIRS.values()] == DEFECTS
     text = (REPOSITORY / "docs" / "method.md").read_text()
     for name, repair in REPAIRS.items():
         (line,) = [row for row in text.splitlines() if row.startswith(f"| {repair.defect} |")]
         assert f"`{name}`" in line
-        assert all(f"{path.rpartition('.')[2]}=" in line for path in repair.published), line
-        assert set(repair.published) <= set(field_paths(RunConfig))
+        fields = {*repair.values, *(f"published.{switch}" for switch in repair.switches)}
+        assert all(path.rpartition(".")[2] in line for path in fields), line
+        assert fields <= set(field_paths(RunConfig))
 
 
 def test_the_defaults_are_repaired(folder: Path) -> None:
     config = tiny_config(folder)
     assert taken_away(config) == []
+    assert config.published.on() == []
     for name, repair in REPAIRS.items():
+        if not applies(config, name):
+            with pytest.raises(ConfigError, match=rf"published\.{repair.switches[0]}=true needs"):
+                without(config, name)
+            continue
         lacking = without(config, name)
-        assert all(value(lacking, path) == wanted for path, wanted in repair.published.items())
-        assert taken_away(lacking) == [name] * repair.applies(lacking)
+        assert lacking.published.on() == list(repair.switches)
+        assert all(value_at(lacking, path) == wanted for path, wanted in repair.values.items())
+        assert taken_away(lacking) == [name]
 
 
+def test_every_switch_belongs_to_a_repair_or_to_what_else_was_set() -> None:
+    of_repairs = [switch for repair in REPAIRS.values() for switch in repair.switches]
+    others = [path for fields in ALSO_PUBLISHED.values() for path in fields]
+    others = [path.partition(".")[2] for path in others if path.startswith("published.")]
+    assert sorted(of_repairs + others) == sorted(PublishedConfig.model_fields) == sorted(NEEDS)
+
+
+BERT4REC = {"backbone": {"name": "bert4rec"}}
+REFUSED = [
+    ("straight_through", {"mltfr": {"filter": {"strategy": "direct"}}}, "strategy=user_guided"),
+    ("noise_in_evaluation", {}, "mltfr.filter.noise above 0"),
+    ("pooled_memory", {"mltfr": {"filter": {"strategy": "direct"}}}, "or random_tokens"),
+    ("whole_history_query", {"mltfr": {"enabled": False}}, "mltfr.enabled=true"),
+    ("whole_sequence_filter", BERT4REC, "backbone.name=fmlp or bsarec"),
+    ("trained_tables", {"mltfr": {"enabled": False}}, "mltfr.enabled=true"),
+    ("read_before_mask", {}, "backbone.name=bert4rec"),
+    ("attending_padding", {}, "backbone.name=bert4rec"),
+    ("double_softmax", {"mltfr": {"router": {"expert_dropout": 0.1}}}, "a dense gate"),
+    ("random_consensus", {"mltfr": {"consensus": {"enabled": False}}}, "consensus.enabled=true"),
+    ("fresh_start", {"mltfr": {"consensus": {"enabled": False}}}, "consensus.enabled=true"),
+    ("batch_mean_fisher", {"mltfr": {"consensus": {"enabled": False}}}, "consensus.enabled=true"),
+    ("unnormalised_fisher", {"mltfr": {"enabled": False}}, "mltfr.enabled=true"),
+    ("unaligned_experts", {"mltfr": {"enabled": False}}, "mltfr.enabled=true"),
+    (
+        "consensus_without_dropout",
+        {"mltfr": {"consensus": {"enabled": False}}},
+        "consensus.enabled=true",
+    ),
+    ("fisher_at_last_epoch", {"mltfr": {"enabled": False}}, "mltfr.enabled=true"),
+    ("train_on_validation", {}, "published.pick_on_test=true"),
+    ("negatives_outside_inputs", {}, "loss.name=bce or gbce"),
+]
+
+
+@pytest.mark.parametrize(("defect", "given", "needed"), REFUSED, ids=[r[0] for r in REFUSED])
+def test_a_defect_of_what_the_run_has_not_is_refused(
+    folder: Path, defect: str, given: dict[str, Any], needed: str
+) -> None:
+    plain = merge_values(tiny_config(folder).model_dump(mode="json"), given)
+    validate(RunConfig, plain, source="a test")
+    with pytest.raises(ConfigError) as caught:
+        validate(RunConfig, merge_values(plain, {"published": {defect: True}}), source="a test")
+    assert f"published.{defect}=true needs " in caught.value.what
+    assert needed in caught.value.what
+    assert f"give that too, or leave published.{defect} out" in caught.value.what
+
+
+def test_every_need_is_refused() -> None:
+    assert {defect for defect, _, _ in REFUSED} == {name for name, needs in NEEDS.items() if needs}
+
+
+PLAIN = {"mltfr.filter.top_k": 16} | {f"published.{name}": False for name in NEEDS}
+"""What makes a run of preset `paper` one without switches."""
 NOT_OF_SASREC = {"causal_filter", "read_the_mask", "masked_padding"}
 
 
@@ -111,8 +173,8 @@ NOT_OF_SASREC = {"causal_filter", "read_the_mask", "masked_padding"}
 def test_a_run_is_said_to_lack_only_what_it_could_have(
     changes: dict[str, Any], named: set[str]
 ) -> None:
-    config = changed(preset("paper"), changes, source="a test")
-    assert set(taken_away(config)) == named
+    base = changed(preset("paper"), PLAIN | changes, source="a test")
+    assert set(taken_away(as_published(base))) == named
 
 
 def test_an_unknown_repair_names_the_nearest() -> None:
@@ -182,7 +244,7 @@ def test_double_softmax_is_reported(folder: Path) -> None:
     config = tiny_config(
         folder,
         name="doubled",
-        mltfr__router__double_softmax=True,
+        published__double_softmax=True,
         training__epochs=1,
         training__consensus_epochs=1,
     )

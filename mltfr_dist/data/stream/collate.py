@@ -17,7 +17,13 @@ from mltfr_dist.config import DataConfig
 from mltfr_dist.data.batch import PADDING_IDX, SequenceBatch
 from mltfr_dist.data.shards.packed import IntArray, PackedSequences
 from mltfr_dist.data.stream.augment import Draws, ViewRatios, augmented_views, cloze_mask
-from mltfr_dist.data.stream.negatives import Proposal, sample_negatives, sample_shared
+from mltfr_dist.data.stream.negatives import (
+    UNSEEN,
+    NegativeRule,
+    Proposal,
+    sample_negatives,
+    sample_shared,
+)
 from mltfr_dist.data.stream.order import num_pieces
 from mltfr_dist.errors import ConfigError
 
@@ -28,8 +34,8 @@ class Objective:
 
     num_negatives: int = 0
     """Negatives of each position."""
-    unseen_negatives: bool = True
-    """Whether they lie outside the user's history; if not, they may be any id, padding included (published)."""
+    negative_rule: NegativeRule = UNSEEN
+    """Which items these may be."""
     num_shared_negatives: int = 0
     """Negatives that all positions of a global batch share."""
     proposal: Proposal = "uniform"
@@ -204,9 +210,8 @@ class Collator:
             return None
         drawn = np.zeros((self.num_rows, length, count), dtype=np.int64)
         if len(sample_ids):
-            starts, ends = samples.history_starts, samples.history_ends
-            if not self.objective.unseen_negatives:
-                starts, ends = samples.starts, samples.starts + samples.lengths - 1  # the inputs
+            rule = self.objective.negative_rule
+            starts, ends = rule.excluded(*samples[1:])
             excluded = [samples.items[a:b] for a, b in zip(starts, ends)]
             keys = {"num_items": self.num_items, "seed": self.seed, "epoch": step.epoch}
             drawn[: len(sample_ids)] = sample_negatives(
@@ -215,7 +220,7 @@ class Collator:
                 length,
                 count,
                 **keys,
-                distinct=not self.objective.unseen_negatives,
+                rule=rule,
             )
         return torch.from_numpy(drawn)
 

@@ -6,7 +6,8 @@ the same negatives at any world size, in any batch and after any resume.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from mltfr_dist.data.shards.packed import IntArray
 from mltfr_dist.errors import DataError
 
+BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 Proposal = Literal["uniform", "log_uniform"]
 MAX_ATTEMPTS = 100
@@ -67,6 +69,38 @@ def sample_shared(
     return ids, log_probability(ids, proposal, num_items)
 
 
+@dataclass(frozen=True)
+class NegativeRule:
+    """Which items a sample's negatives may be: those outside its user's whole history."""
+
+    stated: ClassVar[str] = "A negative must lie outside the user's history."
+    """In words, for messages."""
+
+    def excluded(
+        self, starts: IntArray, ends: IntArray, history_starts: IntArray, history_ends: IntArray
+    ) -> tuple[IntArray, IntArray]:
+        """Where, among all items, those that are not drawn begin and end, of each sample [n].
+
+        Args:
+            starts: Where the sample itself begins.
+            ends: Where it ends; its last item is only ever a target.
+            history_starts: Where its user's history begins.
+            history_ends: Where that ends.
+        """
+        return history_starts, history_ends
+
+    def wanted(self, sizes: IntArray, num_positions: int) -> BoolArray:
+        """[B, L] which positions are drawn for, of samples with [B] ``sizes`` excluded items; 0 stands at the others."""
+        return np.ones((len(sizes), num_positions), dtype=bool)
+
+    def refused(self, negatives: IntArray) -> BoolArray:
+        """[B, L * N] which draws are drawn again, beside those that are excluded."""
+        return np.zeros(negatives.shape, dtype=bool)
+
+
+UNSEEN = NegativeRule()
+
+
 def sample_negatives(
     excluded: list[npt.NDArray[np.integer]],
     sample_ids: IntArray,
@@ -76,21 +110,19 @@ def sample_negatives(
     num_items: int,
     seed: int,
     epoch: int,
-    distinct: bool = False,
+    rule: NegativeRule = UNSEEN,
 ) -> IntArray:
     """Draw ``num_negatives`` items for every position of every sample.
 
     Args:
-        excluded: B arrays of item ids that are not drawn: each user's *full* training history, or,
-            where ``distinct``, a sample's inputs, one a position.
+        excluded: B arrays of item ids that are not drawn, as ``rule`` says: each user's *full* training history.
         sample_ids: [B] key of each sample.
         length: L, positions to draw for.
         num_negatives: N, draws a position.
         num_items: Items are 1..num_items.
         seed: Seed of the run.
         epoch: Epoch, so that each one has new negatives.
-        distinct: Whether a sample's draws differ from each other, too; only positions that have an
-            input are drawn for, and 0 stands at the others.
+        rule: What else is refused, and for which positions is drawn.
 
     Returns:
         [B, L, N] item ids, none of them excluded in their row.
@@ -104,35 +136,21 @@ def sample_negatives(
     owners = np.repeat(np.arange(len(excluded)), sizes)
     taken = np.unique(owners * (num_items + 1) + np.concatenate(excluded).astype(np.int64))
     row_base = (np.arange(len(excluded)) * (num_items + 1))[:, None]
-    wanted = np.ones((len(excluded), places.shape[1]), dtype=bool)
-    if distinct:
-        wanted = places < (sizes * num_negatives)[:, None]
+    wanted = np.repeat(rule.wanted(sizes, length), num_negatives, axis=1)  # [B, L * N]
     negatives, pending = np.zeros(wanted.shape, dtype=np.int64), wanted
     for attempt in range(MAX_ATTEMPTS):
         words = hash_u64(seed, epoch, rows, places.astype(np.uint64), attempt)
         draws = (words % np.uint64(num_items)).astype(np.int64) + 1
         negatives = np.where(pending, draws, negatives)
         pending = np.isin(negatives + row_base, taken) & wanted
-        if distinct:
-            pending |= _repeats(negatives) & wanted
+        pending |= rule.refused(negatives) & wanted
         if not pending.any():
             return negatives.reshape(len(excluded), length, num_negatives)
     crowded = int(np.argmax(pending.any(axis=1)))
-    history = "the inputs of a sample" if distinct else "the user's history"
     raise DataError(
         f"No negative item was found in {MAX_ATTEMPTS} draws for a history of "
         f"{len(excluded[crowded])} of {num_items} items.",
-        rule=f"A negative must lie outside {history}"
-        + (", and its negatives must differ." if distinct else "."),
+        rule=rule.stated,
         remedy="Use loss.name=cross_entropy, or prepare with a greater `--item-core`, so that "
         "histories do not hold nearly every item.",
     )
-
-
-def _repeats(values: IntArray) -> npt.NDArray[np.bool_]:
-    """[B, P] whether an earlier place of the row has the same value."""
-    order = np.argsort(values, axis=1, kind="stable")
-    in_order = np.take_along_axis(values, order, axis=1)
-    repeats = np.zeros(values.shape, dtype=bool)
-    np.put_along_axis(repeats, order[:, 1:], in_order[:, 1:] == in_order[:, :-1], axis=1)
-    return repeats

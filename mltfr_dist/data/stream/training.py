@@ -91,6 +91,7 @@ class TrainStream:
         seed: int,
         objective: Objective = NEXT_ITEM,
         manifest: Manifest | None = None,
+        split: str = "train",
     ) -> None:
         self.folder, self.config, self.layout, self.seed, self.objective = (
             folder,
@@ -101,7 +102,7 @@ class TrainStream:
         )
         self.manifest = manifest or load_manifest(folder, left_out=config.left_out)
         self._retries = RetryPolicy(config.read_attempts, config.read_timeout)
-        self.split = self.manifest.splits["train" if config.train_on == "train" else "valid"]
+        self.split = self.manifest.splits[split]
         if self.split.num_sequences < layout.world_size:
             raise ConfigError(
                 f"There are {layout.world_size} ranks and {self.split.num_sequences} training sequences in {folder}.",

@@ -87,6 +87,11 @@ class UserGuided(Selector):
         """tau_s, [1]."""
         return self.log_temperature.exp()
 
+    @property
+    def draws_noise(self) -> bool:
+        """Whether noise, where there is any, joins the scores now."""
+        return self.training
+
     def project(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Table rows [S, D_m] -> unit vectors in the user space [S, D], computed in ``dtype``."""
         return F.normalize(self.projection(rows, dtype), dim=-1)
@@ -126,7 +131,7 @@ class UserGuided(Selector):
 
     def noise(self, keys: Tensor | None, row_ids: Tensor) -> GumbelNoise | None:
         """Keyed by (seed, step, user, table); the user is known by the history, for the model has no user ids."""
-        if not self.config.noise or not (self.training or self.config.noise_in_evaluation):
+        if not self.config.noise or not self.draws_noise:
             return None
         updates = int(self.updates)
         scale = self.config.noise_scale(updates)

@@ -38,7 +38,7 @@ def make(
     made = new_model(
         BackboneConfig(name=backbone, hidden_dim=DIM),
         mltfr,
-        loss or LossConfig(contrast_group=2),
+        loss or LossConfig(),
         num_items=NUM_ITEMS,
         max_len=4,
         table_rows=[torch.randn(9, 6)],

@@ -7,7 +7,14 @@ import torch
 from support import new_mltfr
 from torch import Tensor
 
-from mltfr_dist.config import ConsensusConfig, ExpertConfig, FilterConfig, MLTFRConfig, RouterConfig
+from mltfr_dist.config import (
+    ConsensusConfig,
+    ExpertConfig,
+    FilterConfig,
+    MLTFRConfig,
+    PublishedConfig,
+    RouterConfig,
+)
 from mltfr_dist.models.experts import ExpertCore, Memory, Router, router_class
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.routing import routing_sums
@@ -27,6 +34,7 @@ def make(
     router: dict[str, object] | None = None,
     consensus: dict[str, object] | None = None,
     filter_fields: dict[str, object] | None = None,
+    published: PublishedConfig | None = None,
 ) -> MLTFR:
     torch.manual_seed(0)
     config = MLTFRConfig(
@@ -38,7 +46,7 @@ def make(
         router=RouterConfig(**(router or {})),
         consensus=ConsensusConfig(**(consensus or {})),
     )
-    made = new_mltfr(config, DIM, [torch.randn(*shape) for shape in SHAPES])
+    made = new_mltfr(config, DIM, [torch.randn(*shape) for shape in SHAPES], published)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "temperature" not in name:
@@ -154,7 +162,7 @@ def test_expert_dropout_leaves_out_whole_experts_in_training_only_and_never_all(
 
 
 def test_a_second_softmax_confines_the_gate() -> None:
-    once, twice = make(), make(router={"double_softmax": True})
+    once, twice = make(), make(published=PublishedConfig(double_softmax=True))
     torch.testing.assert_close(gates(twice), torch.softmax(gates(once), -1))
     assert float(gates(twice).detach().max()) < 1 / (1 + 2 / torch.e) + 1e-6
 

@@ -18,12 +18,12 @@ from mltfr_dist.config import (
     ExpertConfig,
     FilterConfig,
     MLTFRConfig,
+    PublishedConfig,
     RouterConfig,
     RunConfig,
 )
 from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.data.stream.training import BatchLayout
-from mltfr_dist.distributed.fisher import batch_mean_squares
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.models.consensus import merge
 from mltfr_dist.models.draws import GumbelNoise, gumbel, history_keys
@@ -33,6 +33,8 @@ from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.routing import Routing
 from mltfr_dist.models.selectors.user_guided import UserGuided
+from mltfr_dist.published.consensus import batch_mean_squares, merge_unnormalised
+from mltfr_dist.published.experts import DoubleSoftmax
 from mltfr_dist.published.selecting import straight_through
 from mltfr_dist.repairs import as_published
 from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
@@ -52,22 +54,28 @@ def make(top_k: int, *, double_softmax: bool = False, consensus: bool = False) -
     config = MLTFRConfig(
         tables=("a", "b", "c"),
         filter=FilterConfig(
-            query="history",
-            weights="straight_through",
-            memory="batch",
             noise=1.0,
-            noise_in_evaluation=True,
             top_k=top_k,
             temperature=0.5,
             learn_temperature=False,
             shortlist_size=None,
         ),
-        expert=ExpertConfig(form="paper", num_heads=4, head_dim=3),
-        router=RouterConfig(double_softmax=double_softmax, balance_weight=0),
+        expert=ExpertConfig(num_heads=4, head_dim=3),
+        router=RouterConfig(balance_weight=0),
         consensus=ConsensusConfig(weight=LAMBDA),
     )
     made = new_mltfr(
-        config, DIM, [torch.randn(rows, width) for rows, width in zip(ROWS, WIDTHS, strict=True)]
+        config,
+        DIM,
+        [torch.randn(rows, width) for rows, width in zip(ROWS, WIDTHS, strict=True)],
+        PublishedConfig(
+            whole_history_query=True,
+            straight_through=True,
+            pooled_memory=True,
+            noise_in_evaluation=True,
+            unaligned_experts=True,
+            double_softmax=double_softmax,
+        ),
     )
     with torch.no_grad():
         for parameter in made.parameters():
@@ -121,7 +129,7 @@ def stated(mltfr: MLTFR, x: Tensor, ids: Tensor) -> Tensor:
                 x, memories[m], dict(core.named_parameters()), expert.num_heads, expert.head_dim
             )
         )
-    linear, times = mltfr.router.linear, 2 if mltfr.config.router.double_softmax else 1
+    linear, times = mltfr.router.linear, 2 if isinstance(mltfr.router, DoubleSoftmax) else 1
     consensus = None
     if mltfr.consensus is not None:
         shared = published.consensus_memory([memories[m] for m in mltfr.consensus_members])
@@ -251,7 +259,7 @@ def test_fisher_and_merge_equal_the_statement(tmp_path: Path) -> None:
     group = [{name: torch.randn(4, 3, dtype=torch.float64)} for name in ("w",) * 3]
     fishers = [{"w": torch.rand(4, 3, dtype=torch.float64) * 1e-11} for _ in range(3)]
     torch.testing.assert_close(
-        merge(group, fishers, normalise=False)["w"], published.merge(group, fishers)["w"], **EXACT
+        merge_unnormalised(group, fishers)["w"], published.merge(group, fishers)["w"], **EXACT
     )
     assert not torch.allclose(merge(group, fishers)["w"], published.merge(group, fishers)["w"])
 
@@ -301,7 +309,7 @@ def procedure(
                 steps = islice(train_stream(config, BatchLayout(0, 1, 16, 16)).epoch(0), STEPS)
                 every = batch_mean_squares(model, steps, ONE)
                 fishers = [every[m] for m in GROUP]
-                merged = merge(cores, fishers, normalise=False)
+                merged = merge_unnormalised(cores, fishers)
             found |= {
                 f"fisher {m} {name}": t
                 for m, f in zip(GROUP, fishers, strict=True)

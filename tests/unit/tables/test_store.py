@@ -108,7 +108,7 @@ def test_rows_and_tokens_must_agree(tmp_path: Path) -> None:
 PLACE = """
 import sys
 from pathlib import Path
-from mltfr_dist.config import MLTFRConfig
+from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.placement import place_tables
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.tables.store import load_table
@@ -118,7 +118,7 @@ def peak():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 folders = [Path(name) for name in sys.argv[2:]]
-config = MLTFRConfig(tables=folders, placement=sys.argv[1])
+config = RunConfig(data={"path": "d"}, mltfr={"tables": folders, "placement": sys.argv[1]})
 before = peak()
 tables = [load_table(folder) for folder in folders]
 placed = place_tables(config, tables, ALONE)

@@ -91,8 +91,8 @@ def test_a_domain_that_is_none_is_refused(
         ({"optimizer": {"choices": [1]}}, "`optimizer` is not a field of a run"),
         ({"name": {"choices": ["a"]}}, "`name` cannot be searched"),
         (
-            {"evaluation.select_on": {"choices": ["valid", "test"]}},
-            "`evaluation.select_on` cannot be searched",
+            {"published.pick_on_test": {"choices": [False, True]}},
+            "`published.pick_on_test` cannot be searched",
         ),
         ({"data.path": {"choices": ["data/a", "data/b"]}}, "`data.path` cannot be searched"),
         ({"mltfr.expert.per_table": {"uniform": [1, 4]}}, "mltfr.expert.per_table"),
@@ -137,8 +137,8 @@ def test_an_objective_that_trials_do_not_report_is_refused(
 
 
 def test_picking_on_the_test_split_is_refused(base_file: Path) -> None:
-    sweep = sweep_of(base_file, overrides={"evaluation.select_on": "test"})
-    with pytest.raises(ConfigError, match="select_on"):
+    sweep = sweep_of(base_file, overrides={"published.pick_on_test": True})
+    with pytest.raises(ConfigError, match="pick_on_test is true"):
         check_space(sweep, base_config(sweep))
 
 
