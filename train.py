@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(dump_config(config) if is_first() else "", end="")
             return 0
-        from mltfr_dist.training.fit import fit
+        from mltfr_dist.training.running.fit import fit
 
         fit(config, resume=options.resume == "auto")
     except MltfrError as error:

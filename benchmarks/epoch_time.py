@@ -22,7 +22,9 @@ from mltfr_dist.distributed.meeting import start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import peak_memory_bytes
 from mltfr_dist.schema import validate
-from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.streams import train_stream
 
 
 def config_for(options: argparse.Namespace, variant: str) -> RunConfig:

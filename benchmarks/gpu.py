@@ -41,10 +41,12 @@ from mltfr_dist.distributed.meeting import start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import MatrixWork, matrix_peak
 from mltfr_dist.schema import validate
-from mltfr_dist.training.evaluate import evaluate
-from mltfr_dist.training.inputs import build_model, load_inputs, ranking_stream, train_stream
-from mltfr_dist.training.step_values import reduce_outputs
-from mltfr_dist.training.tracking import seed_all
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.evaluating.evaluate import evaluate
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.running.step_values import reduce_outputs
+from mltfr_dist.training.seeds import seed_all
+from mltfr_dist.training.streams import ranking_stream, train_stream
 
 TABLES = {
     "llama": (32_000, 4096),

@@ -33,9 +33,10 @@ from mltfr_dist.repairs import REPAIRS, as_published
 from mltfr_dist.resolve import resolve_config
 from mltfr_dist.schema import changed, or_nearest
 from mltfr_dist.tables.store import load_table
-from mltfr_dist.training.compare import BASELINES, baseline_result
-from mltfr_dist.training.inputs import load_inputs, model_spec
-from mltfr_dist.training.matrix import append_row, is_done, make_row, read_rows
+from mltfr_dist.training.build import model_spec
+from mltfr_dist.training.evaluating.compare import BASELINES, baseline_result
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.reporting.matrix import append_row, is_done, make_row, read_rows
 from mltfr_dist.training.run_folder import CONFIG, Result, claim, load_result
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -35,7 +35,9 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.engine import Engine, batch_layout
 from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.schema import validate
-from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.streams import train_stream
 
 RECEIVED: dict[str, Callable[[int, int], float]] = {
     "all_reduce": lambda size, n: 2 * size * (n - 1) / n,

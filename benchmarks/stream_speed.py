@@ -182,7 +182,8 @@ def wait_share(folder: Path, batch_size: int, steps: int) -> None:
     """Share of an epoch of bare SASRec that passes in the stream."""
     from mltfr_dist.config import RunConfig
     from mltfr_dist.schema import validate
-    from mltfr_dist.training.inputs import build_model, load_inputs
+    from mltfr_dist.training.build import build_model
+    from mltfr_dist.training.inputs import load_inputs
 
     values = {
         "data": {"path": str(folder)},

@@ -31,7 +31,9 @@ from mltfr_dist.distributed.engine import Engine, batch_layout
 from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.table_shards import Exchange, RowSharded
 from mltfr_dist.models.mltfr import MLTFR
-from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.streams import train_stream
 
 PLACEMENTS = ("replicated", "rows", "mmap", "zero3")
 MIB = 1 << 20

@@ -1,6 +1,6 @@
 """A trained model in use: scores of all items after a history, and the best of them.
 
-A finished run (training/inference.py) and an exported model (exported.py) are both a
+A finished run (training/using/inference.py) and an exported model (exported.py) are both a
 :class:`Ranker`. Shapes: B histories, L positions.
 """
 

@@ -118,7 +118,7 @@ def command_train(options: argparse.Namespace) -> None:
 
         print(dump_config(config), end="")
         return
-    from mltfr_dist.training.fit import fit
+    from mltfr_dist.training.running.fit import fit
 
     fit(config, resume=options.resume == "auto")
 
@@ -148,7 +148,7 @@ def command_evaluate(options: argparse.Namespace) -> None:
     from mltfr_dist.distributed.launch import expected_rank
     from mltfr_dist.distributed.meeting import lost_ranks_told, start_ranks
     from mltfr_dist.distributed.watchdog import watched
-    from mltfr_dist.training.inference import evaluate_run
+    from mltfr_dist.training.using.inference import evaluate_run
 
     with watched(expected_rank(), TrainingConfig().hang_seconds), lost_ranks_told():
         ranks = start_ranks()
@@ -158,7 +158,7 @@ def command_evaluate(options: argparse.Namespace) -> None:
 
 def command_recommend(options: argparse.Namespace) -> None:
     """The best items after a history."""
-    from mltfr_dist.training.inference import load_run, recommendation_text
+    from mltfr_dist.training.using.inference import load_run, recommendation_text
 
     history = [part.strip() for part in options.history.split(",") if part.strip()]
     loaded = load_run(Path(options.run))
@@ -171,7 +171,7 @@ def command_recommend(options: argparse.Namespace) -> None:
 
 def command_export(options: argparse.Namespace) -> None:
     """The chosen model of a finished run, in safetensors, to be used without DeepSpeed, the data or the tables' folders."""
-    from mltfr_dist.training.export import export
+    from mltfr_dist.training.using.export import export
 
     info = export(Path(options.run), Path(options.output))
     spec = info.spec
@@ -183,7 +183,7 @@ def command_export(options: argparse.Namespace) -> None:
 
 def command_report(options: argparse.Namespace) -> None:
     """The report of a run, a sweep or a trial; for matrices of runs (.parquet) means, intervals, paired differences, slices."""
-    from mltfr_dist.training.matrix import summary
+    from mltfr_dist.training.reporting.matrix import summary
     from mltfr_dist.tuning.folders import folder_report
 
     paths = [Path(run) for run in options.runs]

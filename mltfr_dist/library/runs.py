@@ -20,7 +20,7 @@ from mltfr_dist.training.run_folder import CONFIG, REPORT, Result
 
 if TYPE_CHECKING:  # these import torch
     from mltfr_dist.exported import Exported, ExportInfo
-    from mltfr_dist.training.inference import LoadedRun
+    from mltfr_dist.training.using.inference import LoadedRun
 
 StrPath = str | os.PathLike[str]
 Overrides = Mapping[str, Any]
@@ -101,7 +101,7 @@ def fit(
     with words_of_a_call():
         chosen = _changed(_configuration(config), overrides)
         from mltfr_dist.distributed.guest import process_as_it_was, was_launched
-        from mltfr_dist.training.fit import fit as train
+        from mltfr_dist.training.running.fit import fit as train
 
         with process_as_it_was():
             results = train(chosen, resume=resume, watch=was_launched())
@@ -115,7 +115,7 @@ def load_run(folder: StrPath) -> LoadedRun:
         CheckpointError: No run, an unfinished one, or inputs that changed since.
         DataError: Its data or tables are missing or damaged.
     """
-    from mltfr_dist.training.inference import load_run as load
+    from mltfr_dist.training.using.inference import load_run as load
 
     with words_of_a_call():
         return load(path_text(folder, "folder"))
@@ -128,7 +128,7 @@ def export(run: StrPath, folder: StrPath) -> ExportInfo:
         ConfigError: ``folder`` exists.
         CheckpointError: No run, an unfinished one, or a damaged checkpoint.
     """
-    from mltfr_dist.training.export import export as write
+    from mltfr_dist.training.using.export import export as write
 
     with words_of_a_call():
         return write(path_text(run, "run"), path_text(folder, "folder"))

@@ -17,6 +17,9 @@ from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import Section, validate
 from mltfr_dist.training.origin import as_stored, check_located, located, record_origin
 
+STAGES = ("train", "consensus")
+"""Stages of a run in order: the bare model or stage 1, then stage 2."""
+
 CONFIG, RESULT, REPORT, CHECKPOINTS = "config.yaml", "result.json", "report.md", "checkpoints"
 
 
@@ -39,9 +42,9 @@ class Result(Section):
     epochs: int = 0
     """Epochs trained, over all stages."""
     test_slices: dict[str, dict[str, float]] = Field({})
-    """Test metrics by slice of users (training/slices.py), and each slice's number of ``users``."""
+    """Test metrics by slice of users (training/evaluating/slices.py), and each slice's number of ``users``."""
     routing: dict[str, float] = Field({})
-    """Of the chosen model's gate on the validation split (training/routing.py); empty without MLTFR."""
+    """Of the chosen model's gate on the validation split (training/evaluating/routing.py); empty without MLTFR."""
     parameters: int = 0
     """Trained parameters."""
     peak_memory_bytes: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mltfr_dist.training.hparams import SESSION, write_session
+from mltfr_dist.training.reporting.hparams import SESSION, write_session
 from mltfr_dist.tuning.space import shown_value
 from mltfr_dist.tuning.trials import Trial
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.tables.store import TokenTable, load_table
-from mltfr_dist.training.inputs import check_tables
+from mltfr_dist.training.checks import check_tables
 from mltfr_dist.training.run_folder import leaf_values
 from mltfr_dist.tuning.search import STARTUP_TRIALS, Known, Space, suggest
 from mltfr_dist.tuning.space import SweepConfig, Values, base_values, shown, with_values

@@ -11,8 +11,8 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import MltfrError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import changed
-from mltfr_dist.training.matrix import interval
-from mltfr_dist.training.matrix import shown as mean_and_interval
+from mltfr_dist.training.reporting.matrix import interval
+from mltfr_dist.training.reporting.matrix import shown as mean_and_interval
 from mltfr_dist.training.run_folder import dump_config, load_result
 from mltfr_dist.tuning import plots
 from mltfr_dist.tuning.space import SweepConfig, short, shown_value, with_values

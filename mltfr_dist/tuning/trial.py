@@ -209,7 +209,7 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
 
 def train_worker(given: dict[str, Any]) -> None:
     """One rank of a trial: the run that train.py would make."""
-    from mltfr_dist.training.fit import fit
+    from mltfr_dist.training.running.fit import fit
 
     os.chdir(given["directory"])
     config = validate(RunConfig, given["config"], source="the sweep")

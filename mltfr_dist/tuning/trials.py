@@ -17,8 +17,7 @@ from mltfr_dist.errors import CheckpointError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.metrics import is_metric
 from mltfr_dist.schema import Section
-from mltfr_dist.training.run_folder import load_result
-from mltfr_dist.training.tracking import STAGES
+from mltfr_dist.training.run_folder import STAGES, load_result
 from mltfr_dist.tuning.space import Values
 
 BASE = "base.yaml"
@@ -26,7 +25,7 @@ BASE = "base.yaml"
 
 TRIALS, METRICS = "trials", "metrics.jsonl"
 VALID = '{"kind": "valid"'
-"""How a validation's line begins (training/tracking.py)."""
+"""How a validation's line begins (training/reporting/tracking.py)."""
 
 DIED = "its process has died (out of memory, or its node was lost)"
 

@@ -36,8 +36,10 @@ from mltfr_dist.distributed.watchdog import beat, watched
 from mltfr_dist.errors import ConfigError, MltfrError
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.training import loop, stages
-from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.running import loop, stages
+from mltfr_dist.training.streams import train_stream
 
 POISONED = "backbone.item_embedding.weight"
 NAN_STEP, INF_STEP, STEPS = 2, 4, 8

@@ -26,8 +26,10 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.row_adam import RowAdam
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.optim import parameter_groups
-from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
-from mltfr_dist.training.loop import reduce_outputs
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.running.loop import reduce_outputs
+from mltfr_dist.training.streams import train_stream
 
 SAMPLED = {"loss__name": "sampled_softmax", "loss__num_negatives": 8}
 

@@ -21,9 +21,9 @@ from mltfr_dist.distributed.table_shards import row_bounds
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.schema import changed
 from mltfr_dist.tables.store import load_table, read_rows
-from mltfr_dist.training.inference import evaluate_run
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import dump_config, load_result
+from mltfr_dist.training.using.inference import evaluate_run
 
 WORKER = Path(__file__).parent / "worker.py"
 

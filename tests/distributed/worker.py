@@ -29,8 +29,10 @@ from mltfr_dist.distributed.state import whole_parameters
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.optimizers import OPTIMIZERS
 from mltfr_dist.published.consensus import batch_mean_squares
-from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
-from mltfr_dist.training.loop import reduce_outputs
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.running.loop import reduce_outputs
+from mltfr_dist.training.streams import train_stream
 
 STEPS = 20
 HALF = 10

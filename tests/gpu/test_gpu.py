@@ -18,8 +18,8 @@ from cases import BF16, CASES
 from support import REPOSITORY, clean_environment, read_lines, tiny_config
 
 from mltfr_dist.exported import load_exported
-from mltfr_dist.training.inference import load_run
 from mltfr_dist.training.run_folder import dump_config, load_result
+from mltfr_dist.training.using.inference import load_run
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,7 +21,7 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.repairs import as_published
 from mltfr_dist.schema import changed
-from mltfr_dist.training.fit import fit
+from mltfr_dist.training.running.fit import fit
 
 DEVICE = "gpu" if torch.cuda.is_available() else "cpu"
 

@@ -21,7 +21,7 @@ from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.sasrec_original import OriginalBlock, OriginalSASRec
 from mltfr_dist.presets import preset
 from mltfr_dist.repairs import ALSO_PUBLISHED
-from mltfr_dist.training.inputs import train_stream
+from mltfr_dist.training.streams import train_stream
 
 
 def value(config: RunConfig, path: str) -> Any:

@@ -19,8 +19,8 @@ from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.shards.packed import PackedSequences
-from mltfr_dist.training import baselines
-from mltfr_dist.training.baselines import item_knn, popularity, training_sequences
+from mltfr_dist.training.evaluating import baselines
+from mltfr_dist.training.evaluating.baselines import item_knn, popularity, training_sequences
 
 NUM_ITEMS = 9
 SEQUENCES = st.lists(
@@ -177,8 +177,8 @@ def packed_wide(sequences: list[np.ndarray]) -> PackedSequences:
 MEMORY = """
 import resource, numpy as np
 from mltfr_dist.data.shards.packed import PackedSequences
-from mltfr_dist.training import baselines
-from mltfr_dist.training.baselines import item_knn
+from mltfr_dist.training.evaluating import baselines
+from mltfr_dist.training.evaluating.baselines import item_knn
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 n = 5000
 train = PackedSequences(np.arange(1, n + 1), np.array([0, n]), np.zeros(1, np.int64))

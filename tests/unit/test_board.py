@@ -36,16 +36,16 @@ from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.distributed.resources import MatrixWork, Stopwatch, matrix_peak, memory_gib
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.routing import Routing, routing_sums
-from mltfr_dist.training import services
-from mltfr_dist.training.evaluate import MeanLoss
-from mltfr_dist.training.fit import fit
-from mltfr_dist.training.hparams import SESSION, write_session
-from mltfr_dist.training.markdown import block, code, plain
-from mltfr_dist.training.outcome import show_outcome
-from mltfr_dist.training.projector import field
+from mltfr_dist.training.evaluating.evaluate import MeanLoss
+from mltfr_dist.training.reporting import services
+from mltfr_dist.training.reporting.hparams import SESSION, write_session
+from mltfr_dist.training.reporting.markdown import block, code, plain
+from mltfr_dist.training.reporting.outcome import show_outcome
+from mltfr_dist.training.reporting.projector import field
+from mltfr_dist.training.reporting.services import Service, check_services
+from mltfr_dist.training.reporting.tracking import Tracker
 from mltfr_dist.training.run_folder import load_result
-from mltfr_dist.training.services import Service, check_services
-from mltfr_dist.training.tracking import Tracker
+from mltfr_dist.training.running.fit import fit
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ from mltfr_dist.distributed.kept import best_intact, latest, latest_intact, prun
 from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.errors import CheckpointError, DamagedError
 from mltfr_dist.files import write_atomically
-from mltfr_dist.training.fit import fit
 from mltfr_dist.training.run_folder import load_result
+from mltfr_dist.training.running.fit import fit
 
 
 @pytest.fixture(scope="module")

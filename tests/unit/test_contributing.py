@@ -27,7 +27,7 @@ from mltfr_dist.data.sources.fetch import sets_text
 from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.tables.checkpoints import formats as checkpoint_formats
 from mltfr_dist.tables.checkpoints import open_embedding
-from mltfr_dist.training.fit import fit
+from mltfr_dist.training.running.fit import fit
 
 TEXT = (REPOSITORY / "CONTRIBUTING.md").read_text()
 

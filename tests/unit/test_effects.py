@@ -13,7 +13,7 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.config.published import NEEDS
 from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.schema import Section, field_paths
-from mltfr_dist.training.fit import fit
+from mltfr_dist.training.running.fit import fit
 
 CHANGES: dict[str, Any] = {
     "data.max_len": 5,

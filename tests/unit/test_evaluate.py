@@ -14,7 +14,7 @@ from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.stream.ranking import RankingStream
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.training.evaluate import evaluate, mask_seen
+from mltfr_dist.training.evaluating.evaluate import evaluate, mask_seen
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NO = -math.inf

@@ -23,11 +23,12 @@ from mltfr_dist.errors import EXIT_BAD_INPUT, CheckpointError, DamagedError, Dat
 from mltfr_dist.exported import load_exported
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.ranking import ranked
-from mltfr_dist.training.export import publish
-from mltfr_dist.training.fit import fit
-from mltfr_dist.training.inference import LoadedRun, load_run
-from mltfr_dist.training.inputs import Inputs, build_model, load_inputs
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.inputs import Inputs, load_inputs
 from mltfr_dist.training.items import load_items
+from mltfr_dist.training.running.fit import fit
+from mltfr_dist.training.using.export import publish
+from mltfr_dist.training.using.inference import LoadedRun, load_run
 
 HISTORIES = [["i1", "i2", "i3"], ["i9"], [f"i{n}" for n in range(15)]]
 """Of other lengths; the last is longer than the model reads."""

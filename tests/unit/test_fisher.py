@@ -14,7 +14,9 @@ from mltfr_dist.data.stream.training import BatchLayout
 from mltfr_dist.distributed.fisher import fisher_diagonals
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.streams import train_stream
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 

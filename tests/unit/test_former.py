@@ -16,8 +16,8 @@ from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.resolve import merge_values, resolve_config
 from mltfr_dist.schema import field_paths
-from mltfr_dist.training.fit import fit
 from mltfr_dist.training.run_folder import CONFIG, load_config
+from mltfr_dist.training.running.fit import fit
 from mltfr_dist.tuning.checks import check_space
 from mltfr_dist.tuning.space import SweepConfig, nested
 

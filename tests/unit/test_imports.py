@@ -119,22 +119,35 @@ def test_the_package_by_itself_imports_nothing() -> None:
     assert set(done.stdout.split()) <= {"mltfr_dist", *sys.stdlib_module_names}
 
 
-DATA_ROOMS = {
-    "batch": set(),
-    "shards": set(),
-    "stream": {"batch", "shards"},
-    "sources": {"shards"},
-    "prepare": {"sources", "shards"},
-    "inspect": {"shards"},
+ROOMS_WITHIN: dict[str, dict[str, set[str]]] = {
+    "data": {
+        "batch": set(),
+        "shards": set(),
+        "stream": {"batch", "shards"},
+        "sources": {"shards"},
+        "prepare": {"sources", "shards"},
+        "inspect": {"shards"},
+    },
+    "training": {
+        "evaluating": set(),
+        "reporting": {"evaluating"},
+        "using": {"evaluating", "reporting"},
+        "running": {"evaluating", "reporting", "using"},
+    },
 }
-"""Room of `data` to the rooms there that it may use."""
+"""Folder to its rooms, each with those of the others that it may use; `training` has files for all of them beside."""
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "data").rglob("*.py")), ids=name)
-def test_the_rooms_of_data_use_each_other_one_way(path: Path) -> None:
-    here = path.relative_to(PACKAGE / "data").parts[0].removesuffix(".py")
-    used = {i.split(".")[1] for i in own(path) if i.startswith("data.")} - {here}
-    assert not used or used <= DATA_ROOMS[here]
+@pytest.mark.parametrize(
+    "path",
+    [path for folder in ROOMS_WITHIN for path in sorted((PACKAGE / folder).rglob("*.py"))],
+    ids=name,
+)
+def test_rooms_within_a_folder_use_each_other_one_way(path: Path) -> None:
+    folder, here = path.relative_to(PACKAGE).parts[:2]
+    rooms, here = ROOMS_WITHIN[folder], here.removesuffix(".py")
+    used = {i.split(".")[1] for i in own(path) if i.startswith(f"{folder}.")} & {*rooms} - {here}
+    assert used <= rooms.get(here, set())
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "models").rglob("*.py")), ids=name)

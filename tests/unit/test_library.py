@@ -35,8 +35,8 @@ from mltfr_dist.errors import CheckpointError, ConfigError, DataError, MltfrErro
 from mltfr_dist.library.words import as_call
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.schema import changed
-from mltfr_dist.training.fit import fit as train
 from mltfr_dist.training.run_folder import dump_config
+from mltfr_dist.training.running.fit import fit as train
 
 BRIEF = {"training.epochs": 1, "training.consensus_epochs": 1}
 

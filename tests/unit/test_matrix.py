@@ -16,10 +16,9 @@ from mltfr_dist.config.published import MLTFR, NEEDS
 from mltfr_dist.distributed.meeting import SINGLE_PROCESS
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.errors import ConfigError, DataError
-from mltfr_dist.training.compare import baseline_result
-from mltfr_dist.training.fit import compare
+from mltfr_dist.training.evaluating.compare import baseline_result
 from mltfr_dist.training.inputs import load_inputs
-from mltfr_dist.training.matrix import (
+from mltfr_dist.training.reporting.matrix import (
     append_row,
     config_sha256,
     interval,
@@ -29,6 +28,7 @@ from mltfr_dist.training.matrix import (
     summary,
 )
 from mltfr_dist.training.run_folder import differing_fields
+from mltfr_dist.training.running.fit import compare
 
 
 def row(variant: str, seed: int, value: float) -> dict[str, object]:

@@ -23,12 +23,12 @@ from mltfr_dist.resolve import resolve_config
 from mltfr_dist.tables.build import build_tables
 from mltfr_dist.tables.inspect import inspect_table
 from mltfr_dist.tables.store import load_table, save_table
-from mltfr_dist.training.export import export
-from mltfr_dist.training.fit import fit
-from mltfr_dist.training.inference import evaluate_run, load_run
-from mltfr_dist.training.matrix import summary
 from mltfr_dist.training.origin import ORIGIN, origins
+from mltfr_dist.training.reporting.matrix import summary
 from mltfr_dist.training.run_folder import CONFIG, RESULT, dump_config, load_config, load_result
+from mltfr_dist.training.running.fit import fit
+from mltfr_dist.training.using.export import export
+from mltfr_dist.training.using.inference import evaluate_run, load_run
 from mltfr_dist.tuning.folders import folder_report
 from mltfr_dist.tuning.source import base_config, go_where_begun, load_sweep, space_file
 from mltfr_dist.tuning.sweep import claimed

@@ -11,9 +11,9 @@ from support import read_lines, tiny_config
 
 from mltfr_dist.distributed.checkpoint import read_header
 from mltfr_dist.distributed.meeting import stop_ranks
-from mltfr_dist.training.fit import fit
-from mltfr_dist.training.inference import evaluate_run
 from mltfr_dist.training.run_folder import CHECKPOINTS
+from mltfr_dist.training.running.fit import fit
+from mltfr_dist.training.using.inference import evaluate_run
 
 NOISY = {
     "mltfr__filter__noise": 1.0,

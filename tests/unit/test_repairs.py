@@ -27,9 +27,10 @@ from mltfr_dist.repairs import (
 )
 from mltfr_dist.resolve import merge_values
 from mltfr_dist.schema import changed, field_paths, validate, value_at
-from mltfr_dist.training.fit import fit
-from mltfr_dist.training.inputs import build_model, load_inputs
-from mltfr_dist.training.stages import CORE, FISHER
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.running.fit import fit
+from mltfr_dist.training.running.stages import CORE, FISHER
 
 DEFECTS = [
     "D1",

@@ -13,6 +13,7 @@ from mltfr_dist.files import write_atomically
 from mltfr_dist.presets import preset
 from mltfr_dist.schema import validate
 from mltfr_dist.training.origin import ORIGIN
+from mltfr_dist.training.reporting.tracking import Tracker, drop_later_lines
 from mltfr_dist.training.run_folder import (
     CHANGEABLE,
     CONFIG,
@@ -24,7 +25,7 @@ from mltfr_dist.training.run_folder import (
     load_config,
     load_result,
 )
-from mltfr_dist.training.tracking import Tracker, drop_later_lines, seed_all
+from mltfr_dist.training.seeds import seed_all
 
 
 def changed(**training: int) -> RunConfig:

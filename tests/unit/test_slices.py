@@ -11,10 +11,11 @@ from support import tiny_config
 from mltfr_dist.config import EvaluationConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.training.baselines import training_sequences
-from mltfr_dist.training.evaluate import ALL, evaluate, evaluate_slices
-from mltfr_dist.training.inputs import load_inputs, ranking_stream
-from mltfr_dist.training.slices import Slices, training_slices
+from mltfr_dist.training.evaluating.baselines import training_sequences
+from mltfr_dist.training.evaluating.evaluate import ALL, evaluate, evaluate_slices
+from mltfr_dist.training.evaluating.slices import Slices, training_slices
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.streams import ranking_stream
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -16,9 +16,10 @@ from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.distributed.signals import STOP_SIGNALS, request_stop
 from mltfr_dist.errors import ConfigError, StoppedError
 from mltfr_dist.schema import changed
-from mltfr_dist.training import baselines, compare, loop, stages
-from mltfr_dist.training.fit import fit
+from mltfr_dist.training.evaluating import baselines, compare
 from mltfr_dist.training.run_folder import load_config, load_result
+from mltfr_dist.training.running import loop, stages
+from mltfr_dist.training.running.fit import fit
 
 T = TypeVar("T")
 

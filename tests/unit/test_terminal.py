@@ -24,9 +24,9 @@ from mltfr_dist.data.prepare import database
 from mltfr_dist.errors import ConfigError, fail
 from mltfr_dist.progress import StatusLine, duration, say
 from mltfr_dist.tables import clean
-from mltfr_dist.training import tracking
+from mltfr_dist.training.reporting import tracking
+from mltfr_dist.training.reporting.tracking import Tracker
 from mltfr_dist.training.run_folder import dump_config
-from mltfr_dist.training.tracking import Tracker
 
 COLUMNS = 80
 

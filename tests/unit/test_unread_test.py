@@ -9,9 +9,9 @@ import pytest
 from support import read_lines, tiny_config
 
 from mltfr_dist.distributed.meeting import stop_ranks
-from mltfr_dist.training import compare
-from mltfr_dist.training.fit import fit
+from mltfr_dist.training.evaluating import compare
 from mltfr_dist.training.run_folder import REPORT, load_result
+from mltfr_dist.training.running.fit import fit
 
 
 @pytest.fixture(autouse=True)

@@ -20,10 +20,10 @@ from mltfr_dist.data.shards.manifest import load_manifest
 from mltfr_dist.data.shards.short_parts import one_item_parts
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.files import file_sha256
-from mltfr_dist.training.baselines import popularity, training_sequences
+from mltfr_dist.training.evaluating.baselines import popularity, training_sequences
+from mltfr_dist.training.evaluating.slices import training_slices
 from mltfr_dist.training.inputs import load_inputs
-from mltfr_dist.training.report import opening
-from mltfr_dist.training.slices import training_slices
+from mltfr_dist.training.reporting.report import opening
 
 SPLITS = ("leave_one_out", "global_temporal")
 

@@ -15,7 +15,8 @@ from mltfr_dist.distributed.meeting import start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.row_adam import RowAdam
 from mltfr_dist.models.item_rows import ItemRows
-from mltfr_dist.training.inputs import build_model, load_inputs
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.inputs import load_inputs
 
 
 def embedding(sparse: bool = False) -> nn.Embedding:

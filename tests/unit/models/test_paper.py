@@ -37,7 +37,9 @@ from mltfr_dist.published.consensus import batch_mean_squares, merge_unnormalise
 from mltfr_dist.published.experts import DoubleSoftmax
 from mltfr_dist.published.selecting import straight_through
 from mltfr_dist.repairs import as_published
-from mltfr_dist.training.inputs import build_model, load_inputs, train_stream
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.streams import train_stream
 from mltfr_dist.tuning.space import with_values
 
 DIM, LAMBDA, STEPS = 8, 0.3, 4

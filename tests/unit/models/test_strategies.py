@@ -33,11 +33,13 @@ from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors.others import Prototypes, RandomTokens
 from mltfr_dist.selectors import SELECTORS, Entry
 from mltfr_dist.tables.store import load_table
-from mltfr_dist.training.evaluate import evaluate
-from mltfr_dist.training.explain import explain
-from mltfr_dist.training.inference import load_run
-from mltfr_dist.training.inputs import build_model, load_inputs, ranking_stream
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.evaluating.evaluate import evaluate
+from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import dump_config, load_result
+from mltfr_dist.training.streams import ranking_stream
+from mltfr_dist.training.using.explain import explain
+from mltfr_dist.training.using.inference import load_run
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 NUM_ITEMS, MAX_LEN, DIM = 30, 10, 16

@@ -10,8 +10,9 @@ from support import tiny_config, write_table
 
 from mltfr_dist.tables.content import with_content
 from mltfr_dist.tables.store import TokenTable, load_table, table_hash
-from mltfr_dist.training.explain import explain
-from mltfr_dist.training.inputs import build_model, load_inputs
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.using.explain import explain
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import CheckpointError, MltfrError
 from mltfr_dist.schema import validate
-from mltfr_dist.training.hparams import SESSION
+from mltfr_dist.training.reporting.hparams import SESSION
 from mltfr_dist.training.run_folder import RESULT, Result
 from mltfr_dist.tuning import report
 from mltfr_dist.tuning.hparams import write_all

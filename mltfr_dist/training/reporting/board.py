@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.training.markdown import block
+from mltfr_dist.training.reporting.markdown import block
 from mltfr_dist.training.run_folder import dump_config
 
 FOLDER = "tb"

@@ -16,8 +16,8 @@ from mltfr_dist.distributed.placement import placement_text
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.files import with_packaged, write_atomically
 from mltfr_dist.repairs import REPAIRS, taken_away
+from mltfr_dist.training.evaluating.routing import TOP_SHARE, WEIGHT
 from mltfr_dist.training.inputs import Inputs
-from mltfr_dist.training.routing import TOP_SHARE, WEIGHT
 from mltfr_dist.training.run_folder import REPORT, Result
 
 SHOWN = ("HR@10", "NDCG@10")

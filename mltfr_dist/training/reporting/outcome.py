@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.training.hparams import write_session
-from mltfr_dist.training.projector import write_projector
+from mltfr_dist.training.reporting.hparams import write_session
+from mltfr_dist.training.reporting.projector import write_projector
+from mltfr_dist.training.reporting.services import open_services
 from mltfr_dist.training.run_folder import Result, leaf_values
-from mltfr_dist.training.services import open_services
 
 
 def show_outcome(config: RunConfig, model: Recommender, result: Result, stage: str) -> None:

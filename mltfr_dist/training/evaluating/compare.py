@@ -9,11 +9,11 @@ from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.training import baselines
-from mltfr_dist.training.evaluate import ALL, Scorer, evaluate, evaluate_slices
-from mltfr_dist.training.inputs import ranking_stream
+from mltfr_dist.training.evaluating import baselines
+from mltfr_dist.training.evaluating.evaluate import ALL, Scorer, evaluate, evaluate_slices
+from mltfr_dist.training.evaluating.slices import training_slices
 from mltfr_dist.training.run_folder import Result
-from mltfr_dist.training.slices import training_slices
+from mltfr_dist.training.streams import ranking_stream
 
 
 def ranked(config: RunConfig, split: str, ranks: Ranks, by: str = "") -> UntilStopped[RankingBatch]:

@@ -24,8 +24,8 @@ from mltfr_dist.exported import (
 from mltfr_dist.files import file_sha256, save_tensors
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.ranking import ranked
-from mltfr_dist.training.inference import LoadedRun, load_run
-from mltfr_dist.training.inputs import model_spec
+from mltfr_dist.training.build import model_spec
+from mltfr_dist.training.using.inference import LoadedRun, load_run
 
 COMPARED = 32
 """Histories, of all lengths, that are scored by both models before an export is published."""

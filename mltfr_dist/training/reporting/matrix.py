@@ -23,7 +23,7 @@ from scipy import stats
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.files import replacing
-from mltfr_dist.training.compare import BASELINES
+from mltfr_dist.training.evaluating.compare import BASELINES
 from mltfr_dist.training.run_folder import Result
 
 NO_BACKBONE = "none"

@@ -30,22 +30,19 @@ from mltfr_dist.models.consensus import State
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors import Reduce
 from mltfr_dist.published.procedure import Procedure, published_procedure
-from mltfr_dist.training.compare import metrics_by_slice, ranked
-from mltfr_dist.training.evaluate import ALL, evaluate
-from mltfr_dist.training.explain import TokenSample
-from mltfr_dist.training.inputs import (
-    Inputs,
-    build_model,
-    consensus_tables,
-    load_model,
-    train_stream,
-)
-from mltfr_dist.training.loop import Stage, is_finished, train_stage
-from mltfr_dist.training.outcome import show_outcome
-from mltfr_dist.training.routing import measure_routing
-from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, Result, load_result
-from mltfr_dist.training.speed import Speed
-from mltfr_dist.training.tracking import STAGES, Tracker, write_test_line
+from mltfr_dist.training.build import build_model, load_model
+from mltfr_dist.training.checks import consensus_tables
+from mltfr_dist.training.evaluating.compare import metrics_by_slice, ranked
+from mltfr_dist.training.evaluating.evaluate import ALL, evaluate
+from mltfr_dist.training.evaluating.routing import measure_routing
+from mltfr_dist.training.inputs import Inputs
+from mltfr_dist.training.reporting.outcome import show_outcome
+from mltfr_dist.training.reporting.tracking import Tracker, write_test_line
+from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, STAGES, Result, load_result
+from mltfr_dist.training.running.loop import Stage, is_finished, train_stage
+from mltfr_dist.training.running.speed import Speed
+from mltfr_dist.training.streams import train_stream
+from mltfr_dist.training.using.explain import TokenSample
 
 TRAIN, CONSENSUS = STAGES
 FISHER_FOLDER, CORE, FISHER = "fisher", "core.safetensors", "fisher.safetensors"

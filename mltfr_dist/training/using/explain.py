@@ -13,9 +13,10 @@ from mltfr_dist.data.batch import PADDING_IDX, lengths
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.tables.store import TokenTable
-from mltfr_dist.training.inputs import Inputs, ranking_stream
+from mltfr_dist.training.inputs import Inputs
 from mltfr_dist.training.items import load_items
-from mltfr_dist.training.markdown import code, plain
+from mltfr_dist.training.reporting.markdown import code, plain
+from mltfr_dist.training.streams import ranking_stream
 
 SAMPLE_USERS = 5
 SHOWN_ITEMS = 5

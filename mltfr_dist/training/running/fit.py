@@ -27,15 +27,10 @@ from mltfr_dist.files import file_sha256, with_packaged
 from mltfr_dist.progress import say
 from mltfr_dist.published.checks import check_division
 from mltfr_dist.schema import changed
-from mltfr_dist.training import report
-from mltfr_dist.training.compare import baseline_result
-from mltfr_dist.training.inputs import (
-    Inputs,
-    leave_out_bad_shards,
-    load_inputs,
-    record_inputs,
-    train_stream,
-)
+from mltfr_dist.training.evaluating.compare import baseline_result
+from mltfr_dist.training.inputs import Inputs, leave_out_bad_shards, load_inputs, record_inputs
+from mltfr_dist.training.reporting import report
+from mltfr_dist.training.reporting.services import check_services
 from mltfr_dist.training.run_folder import (
     CHECKPOINTS,
     Result,
@@ -44,8 +39,8 @@ from mltfr_dist.training.run_folder import (
     has_run,
     leaf_values,
 )
-from mltfr_dist.training.services import check_services
-from mltfr_dist.training.stages import fit_model
+from mltfr_dist.training.running.stages import fit_model
+from mltfr_dist.training.streams import train_stream
 
 
 def fit(

@@ -8,19 +8,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mltfr_dist.config import RunConfig
 from mltfr_dist.files import write_atomically
 from mltfr_dist.progress import StatusLine, duration, say
-from mltfr_dist.training.board import Board, configuration
-from mltfr_dist.training.services import Service, open_services
+from mltfr_dist.training.reporting.board import Board, configuration
+from mltfr_dist.training.reporting.services import Service, open_services
+from mltfr_dist.training.run_folder import STAGES
 
 METRICS = "metrics.jsonl"
 """In a run's folder."""
 
-STAGES = ("train", "consensus")
-"""Stages of a run in order: the bare model or stage 1, then stage 2."""
 
 QUIET_SECONDS = 30.0
 """Seconds between two progress lines in a log file; a terminal gets one more often, in place."""
@@ -162,10 +159,3 @@ def drop_later_lines(path: Path, stage: str, step: int) -> None:
         if line["kind"] != "test" and (order < 0 or (order == 0 and line["step"] <= step)):
             kept.append(text + "\n")
     write_atomically(path, "".join(kept))
-
-
-def seed_all(*keys: int) -> None:
-    """Seed torch from integer keys (seed, stage, step, rank): random state is a function, never saved."""
-    from mltfr_dist.data.stream.negatives import hash_u64
-
-    torch.manual_seed(int(hash_u64(*keys) >> 1))

@@ -17,16 +17,18 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import memory_gib
 from mltfr_dist.distributed.watchdog import beat
 from mltfr_dist.errors import MltfrError, StoppedError
-from mltfr_dist.training.evaluate import MeanLoss, evaluate
-from mltfr_dist.training.explain import TokenSample
-from mltfr_dist.training.speed import Speed
-from mltfr_dist.training.step_values import (
+from mltfr_dist.training.evaluating.evaluate import MeanLoss, evaluate
+from mltfr_dist.training.reporting.tracking import Tracker
+from mltfr_dist.training.run_folder import STAGES
+from mltfr_dist.training.running.speed import Speed
+from mltfr_dist.training.running.step_values import (
     StepTotals,
     board_values,
     reduce_outputs,
     step_values,
 )
-from mltfr_dist.training.tracking import STAGES, Tracker, seed_all
+from mltfr_dist.training.seeds import seed_all
+from mltfr_dist.training.using.explain import TokenSample
 
 SPLIT_WORDS = {"valid": "validation", "test": "test (picked on)"}
 

@@ -16,25 +16,21 @@ from mltfr_dist.distributed.sending import send_text
 from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError
 from mltfr_dist.invocation import train_command
 from mltfr_dist.ranking import Ranker
-from mltfr_dist.training.evaluate import evaluate
-from mltfr_dist.training.explain import TableView, explain
-from mltfr_dist.training.inputs import (
-    Inputs,
-    check_recorded,
-    load_inputs,
-    load_model,
-    ranking_stream,
-)
+from mltfr_dist.training.build import load_model
+from mltfr_dist.training.evaluating.evaluate import evaluate
+from mltfr_dist.training.inputs import Inputs, check_recorded, load_inputs
 from mltfr_dist.training.items import load_items
 from mltfr_dist.training.run_folder import (
     CHECKPOINTS,
     CONFIG,
     RESULT,
+    STAGES,
     Result,
     load_config,
     load_result,
 )
-from mltfr_dist.training.tracking import STAGES
+from mltfr_dist.training.streams import ranking_stream
+from mltfr_dist.training.using.explain import TableView, explain
 
 ECHOED_ITEMS = 10
 """Items of a history that a text names."""

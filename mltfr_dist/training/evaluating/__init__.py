@@ -1,0 +1,1 @@
+"""Full ranking: metrics, slices of users, baselines, and whether one expert dominates."""

@@ -1,0 +1,1 @@
+"""A finished run at work: its numbers again, recommendations, explanations, exports."""
