@@ -30,7 +30,7 @@ from mltfr_dist.distributed.state import (
     whole_optimizer_state,
     whole_parameters,
 )
-from mltfr_dist.distributed.watchdog import beat
+from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import CheckpointError, DamagedError
 from mltfr_dist.files import file_sha256, save_tensors
 from mltfr_dist.schema import Section
@@ -99,7 +99,7 @@ def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bo
         tensors[OPTIMIZER] = whole_optimizer_state(engine)
     damaged = nonfinite(tensors, engine.ranks)
     if damaged:
-        raise engine.ranks.one_speaks(
+        raise engine.ranks.rank0_raises(
             CheckpointError(
                 f"Not saved at step {progress.step} of stage `{progress.stage}`: {', '.join(damaged)} "
                 f"{'is' if len(damaged) == 1 else 'are'} not finite.",
@@ -107,7 +107,7 @@ def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bo
                 remedy="Lower optimizer.learning_rate or set optimizer.max_grad_norm.",
             )
         )
-    engine.ranks.main_works(lambda goes_on: write(folder, tensors, progress, goes_on))
+    engine.ranks.on_rank0(lambda heartbeat: write(folder, tensors, progress, heartbeat))
 
 
 def nonfinite(tensors: dict[str, dict[str, Tensor]], ranks: Ranks) -> list[str]:
@@ -130,9 +130,9 @@ def write(
     folder: Path,
     tensors: dict[str, dict[str, Tensor]],
     progress: Progress,
-    goes_on: Callable[[], object] = lambda: None,
+    heartbeat: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write files of tensors with their header, atomically; ``goes_on`` is called again and again.
+    """Write files of tensors with their header, atomically; ``heartbeat`` is called again and again.
 
     Raises:
         CheckpointError: The disk does not take it, or another process has taken the folder over.
@@ -141,7 +141,7 @@ def write(
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(folder, partial, tensors, progress, goes_on)
+        _write(folder, partial, tensors, progress, heartbeat)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -156,19 +156,19 @@ def _write(
     partial: Path,
     tensors: dict[str, dict[str, Tensor]],
     progress: Progress,
-    goes_on: Callable[[], object],
+    heartbeat: Callable[[], object],
 ) -> None:
     partial.mkdir(parents=True)
     hashes = {}
     for name, state in tensors.items():
         save_tensors(state, partial / name)
-        goes_on()
-        hashes[name] = file_sha256(partial / name, goes_on)
+        heartbeat()
+        hashes[name] = file_sha256(partial / name, heartbeat)
     header = Header(schema_version=SCHEMA_VERSION, progress=progress, sha256=hashes)
     (partial / HEADER).write_text(header.model_dump_json(indent=2) + "\n")
     for file in partial.iterdir():
         _flush(file)
-        goes_on()
+        heartbeat()
     _flush(partial)
     if folder.exists():
         shutil.rmtree(folder)
@@ -212,14 +212,14 @@ def read_header(folder: Path) -> Header:
 
 
 def read(
-    folder: Path, name: str = MODEL, goes_on: Callable[[], object] = beat
+    folder: Path, name: str = MODEL, heartbeat: Callable[[], object] = heartbeat
 ) -> dict[str, Tensor]:
-    """Tensors of one file of a checkpoint, its hash verified; ``goes_on`` is called all along.
+    """Tensors of one file of a checkpoint, its hash verified; ``heartbeat`` is called all along.
 
     Raises:
         DamagedError: The file is missing or its content is not what was written.
     """
-    verify(folder, name, goes_on)
+    verify(folder, name, heartbeat)
     tensors: dict[str, Tensor] = load_file(folder / name)
     return tensors
 
@@ -230,7 +230,7 @@ def read_for_all(folder: Path, ranks: Ranks, name: str = MODEL) -> dict[str, Ten
     Raises:
         DamagedError: The file is missing or its content is not what was written.
     """
-    return send_tensors(ranks.main_works(lambda goes_on: read(folder, name, goes_on)), ranks)
+    return send_tensors(ranks.on_rank0(lambda heartbeat: read(folder, name, heartbeat)), ranks)
 
 
 def progress_for_all(folder: Path, ranks: Ranks) -> Progress:
@@ -239,21 +239,21 @@ def progress_for_all(folder: Path, ranks: Ranks) -> Progress:
     Raises:
         DamagedError: The header is missing or unreadable.
     """
-    header = ranks.main_works(lambda _: read_header(folder))
+    header = ranks.on_rank0(lambda _: read_header(folder))
     return Progress.model_validate_json(
         send_text(header.progress.model_dump_json() if header else None, ranks)
     )
 
 
-def verify(folder: Path, name: str, goes_on: Callable[[], object] = beat) -> None:
-    """Compare a file of a checkpoint with its recorded hash; ``goes_on`` is called again and again.
+def verify(folder: Path, name: str, heartbeat: Callable[[], object] = heartbeat) -> None:
+    """Compare a file of a checkpoint with its recorded hash; ``heartbeat`` is called again and again.
 
     Raises:
         DamagedError: The file is missing or its content is not what was written.
     """
     header, path = read_header(folder), folder / name
     try:
-        found = file_sha256(path, goes_on)
+        found = file_sha256(path, heartbeat)
     except NOT_A_FILE:
         found = "no file"
     except OSError as error:

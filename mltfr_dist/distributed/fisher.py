@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mltfr_dist.data.batch import SequenceBatch, lengths
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.distributed.watchdog import beat
+from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.models.consensus import State
 from mltfr_dist.models.experts import ExpertCore, Tap
 from mltfr_dist.models.mltfr import MLTFR
@@ -54,7 +54,7 @@ def fisher_diagonals(
     was_training = model.training
     model.eval()
     for batch in batches:
-        beat()
+        heartbeat()
         for state, squares in zip(
             sums,
             _batch_squares(model, mltfr, cores, batch.to(ranks.device), num_samples),

@@ -112,7 +112,7 @@ class UntilStopped(Generic[T]):
         """The batches.
 
         Raises:
-            StoppedError: On every rank; :meth:`Ranks.one_speaks` is left to the caller, who may
+            StoppedError: On every rank; :meth:`Ranks.rank0_raises` is left to the caller, who may
                 have something to save.
         """
         for batch in self.batches:

@@ -19,7 +19,7 @@ from mltfr_dist.distributed.checkpoint import (
     validated_folder,
     verify,
 )
-from mltfr_dist.distributed.watchdog import beat
+from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import CheckpointError, DamagedError
 
 Warn = Callable[[str], None]
@@ -50,22 +50,24 @@ def latest(folder: Path, stage: str) -> Path | None:
     return complete[-1] if complete else None
 
 
-def latest_intact(folder: Path, stage: str, warn: Warn, goes_on: GoesOn = beat) -> Path | None:
+def latest_intact(
+    folder: Path, stage: str, warn: Warn, heartbeat: GoesOn = heartbeat
+) -> Path | None:
     """Newest checkpoint of a stage whose files are what was written.
 
     Args:
         folder: Of all checkpoints.
         stage: "train" or "consensus".
         warn: Told of those that are damaged.
-        goes_on: Called again and again.
+        heartbeat: Called again and again.
 
     Raises:
         CheckpointError: One is of another schema version.
     """
     for path in reversed(_complete(folder, f"{stage}-step")):
         try:
-            verify(path, MODEL, goes_on)
-            verify(path, OPTIMIZER, goes_on)
+            verify(path, MODEL, heartbeat)
+            verify(path, OPTIMIZER, heartbeat)
         except DamagedError as error:
             warn(f"  warning: skipping the checkpoint {path.name}: {error.what}")
         else:
@@ -74,7 +76,7 @@ def latest_intact(folder: Path, stage: str, warn: Warn, goes_on: GoesOn = beat) 
 
 
 def best_intact(
-    folder: Path, outcomes: Mapping[str, Progress], warn: Warn, goes_on: GoesOn = beat
+    folder: Path, outcomes: Mapping[str, Progress], warn: Warn, heartbeat: GoesOn = heartbeat
 ) -> Choice:
     """The best validated weights, or where these are damaged or gone the next best, or the last.
 
@@ -82,7 +84,7 @@ def best_intact(
         folder: Of all checkpoints.
         outcomes: Stage to where it ended, in order; of equal validations the later stage's win.
         warn: Told what is chosen in place of better weights, and what both figures are.
-        goes_on: Called again and again.
+        heartbeat: Called again and again.
 
     Raises:
         CheckpointError: None is whole.
@@ -92,13 +94,13 @@ def best_intact(
     ranked.sort(key=lambda c: (-(c.value or 0.0), -stages.index(c.stage), c.epoch))
     for choice in ranked:
         for name in (choice.name, *_same_weights(folder, choice)):
-            if _is_whole(folder / name, goes_on):
+            if _is_whole(folder / name, heartbeat):
                 found = choice._replace(name=name)
                 if found != ranked[0]:
                     _tell(warn, ranked[0], found)
                 return found
     for stage in reversed(stages):
-        last = latest_intact(folder, stage, warn, goes_on)
+        last = latest_intact(folder, stage, warn, heartbeat)
         if last is not None:
             found = Choice(last.name, stage, read_header(last).progress.epoch, None)
             if ranked:
@@ -150,9 +152,9 @@ def _same_weights(folder: Path, choice: Choice) -> list[str]:
     return names
 
 
-def _is_whole(path: Path, goes_on: GoesOn) -> bool:
+def _is_whole(path: Path, heartbeat: GoesOn) -> bool:
     try:
-        verify(path, MODEL, goes_on)
+        verify(path, MODEL, heartbeat)
     except DamagedError:
         return False
     return True

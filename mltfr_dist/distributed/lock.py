@@ -128,21 +128,21 @@ def check_held() -> None:
 
 
 def acquire(
-    folder: Path, say: Callable[[str], None], goes_on: Callable[[], object] = lambda: None
+    folder: Path, say: Callable[[str], None], heartbeat: Callable[[], object] = lambda: None
 ) -> Lock:
     """Hold ``folder``, which is made if need be, until :meth:`Lock.release`.
 
     Args:
         folder: Of a run.
         say: Told what is waited for and taken over.
-        goes_on: Called again and again while that lasts.
+        heartbeat: Called again and again while that lasts.
 
     Raises:
         ConfigError: Another process holds it, or it cannot be written.
     """
     try:
         while True:
-            lock = _try(folder, say, goes_on)
+            lock = _try(folder, say, heartbeat)
             if lock is not None:
                 return lock
     except OSError as error:
@@ -152,11 +152,11 @@ def acquire(
         ) from error
 
 
-def _try(folder: Path, say: Callable[[str], None], goes_on: Callable[[], object]) -> Lock | None:
+def _try(folder: Path, say: Callable[[str], None], heartbeat: Callable[[], object]) -> Lock | None:
     """Wait for the newest holder's end, take the next number; None where another was faster."""
     (folder / LOCK).mkdir(parents=True, exist_ok=True)
     before = newest_number(folder)
-    left = wait_for_end(folder, before, say, goes_on) if before else None
+    left = wait_for_end(folder, before, say, heartbeat) if before else None
     own = own_process()
     holder = Holder(
         host=socket.gethostname(),
@@ -178,7 +178,7 @@ def _try(folder: Path, say: Callable[[str], None], goes_on: Callable[[], object]
 
 
 def wait_for_end(
-    folder: Path, number: int, say: Callable[[str], None], goes_on: Callable[[], object]
+    folder: Path, number: int, say: Callable[[str], None], heartbeat: Callable[[], object]
 ) -> str | None:
     """Return once a holder's process is gone.
 
@@ -208,7 +208,7 @@ def wait_for_end(
         if not here and now not in ("", text):
             break
         time.sleep(POLL_SECONDS)
-        goes_on()
+        heartbeat()
     else:
         if not here:
             say(f"  {folder} is taken over from {who}, which gave no sign of life")

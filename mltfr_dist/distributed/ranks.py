@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mltfr_dist.distributed.watchdog import beat
+from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import (
     ConfigError,
     MltfrError,
@@ -62,7 +62,7 @@ class Ranks:
         reduced = values.to(self.device, copy=True)
         if self.world_size > 1:
             dist.all_reduce(reduced, op=operation)
-        beat()
+        heartbeat()
         return reduced
 
     def gather(self, values: Tensor) -> Tensor:
@@ -73,19 +73,19 @@ class Ranks:
             dist.all_gather(gathered, own)
         else:
             gathered = [own]
-        beat()
+        heartbeat()
         return torch.stack(gathered)
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
             dist.barrier()
-        beat()
+        heartbeat()
 
-    def main_works(self, work: Callable[[Callable[[], object]], T]) -> T | None:
-        """Rank 0 does ``work(goes_on)``, the others wait; all must call.
+    def on_rank0(self, work: Callable[[Callable[[], object]], T]) -> T | None:
+        """Rank 0 does ``work(heartbeat)``, the others wait; all must call.
 
-        At each call of ``goes_on`` every rank notes progress: the work may take longer than `training.hang_seconds`, and yet
+        At each call of ``heartbeat`` every rank notes progress: the work may take longer than `training.hang_seconds`, and yet
         the run ends if rank 0 gets stuck in it.
 
         Returns:
@@ -135,10 +135,10 @@ class Ranks:
             return
         message = self.texts(f"{socket.gethostname()}: {type(error).__name__}: {error}")[first]
         if not self.is_main:
-            raise self.one_speaks(MltfrError(message, remedy=""))
+            raise self.rank0_raises(MltfrError(message, remedy=""))
         raise error or MltfrError(f"Rank {first} on {message}", remedy="")
 
-    def one_speaks(self, error: MltfrError) -> MltfrError:
+    def rank0_raises(self, error: MltfrError) -> MltfrError:
         """What a rank should raise where all ranks meet the same error: rank 0 the error, the others silence."""
         return (
             error
@@ -168,7 +168,7 @@ class Ranks:
             if differing
         ]
         places = [f"rank {r} ({hosts[r]})" for r in differs.any(1).nonzero()[:, 0].tolist()]
-        raise self.one_speaks(
+        raise self.rank0_raises(
             ConfigError(
                 f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not the same on {', '.join(places)} as on "
                 f"rank 0 ({hosts[0]}).",

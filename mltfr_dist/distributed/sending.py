@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.distributed.watchdog import beat
+from mltfr_dist.distributed.watchdog import heartbeat
 
 PIECE_BYTES = 1 << 26
 """Bytes sent at a time, so that a large table needs no second copy on the device."""
@@ -60,4 +60,4 @@ def _send(content: Tensor, ranks: Ranks) -> None:
         dist.broadcast(on_device, src=0)
         if not ranks.is_main:
             piece.copy_(on_device)
-        beat()
+        heartbeat()

@@ -37,10 +37,10 @@ STDERR = 2
 _current: Watchdog | None = None
 
 
-def beat(place: str | None = None) -> None:
+def heartbeat(place: str | None = None) -> None:
     """Tell the watchdog, where there is one, that this rank goes on; ``place`` is where it stands now."""
     if _current is not None:
-        _current.beat(place)
+        _current.heartbeat(place)
 
 
 @contextmanager
@@ -76,7 +76,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def beat(self, place: str | None = None) -> None:
+    def heartbeat(self, place: str | None = None) -> None:
         """Note progress."""
         if place is not None:
             self._place, self._limit = place, self.seconds

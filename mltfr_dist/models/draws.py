@@ -48,9 +48,9 @@ class GumbelNoise(NamedTuple):
         """[g, S], of some queries and all rows."""
         return self._values(self.keys[queries], self.row_ids)
 
-    def at(self, places: Tensor) -> Tensor:
-        """[G, K], of every query and its rows at ``places`` [G, K] of ``row_ids``."""
-        return self._values(self.keys, self.row_ids[places])
+    def at(self, indices: Tensor) -> Tensor:
+        """[G, K], of every query and its rows at ``indices`` [G, K] of ``row_ids``."""
+        return self._values(self.keys, self.row_ids[indices])
 
     def _values(self, keys: Tensor, row_ids: Tensor) -> Tensor:
         """Keys and rows are mixed in 64 bits, each pair in 32: a whole table for every user is drawn at each step."""

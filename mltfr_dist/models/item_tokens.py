@@ -37,9 +37,9 @@ class ItemVectors(nn.Module):
     def forward(self, item_ids: Tensor) -> Tensor:
         """Ids [...] -> vectors [..., D]; each distinct item is adapted once."""
         own = self.embedding(item_ids)
-        distinct, places = torch.unique(item_ids, return_inverse=True)
+        distinct, indices = torch.unique(item_ids, return_inverse=True)
         adapted = self.adapter(self.features[distinct].to(own.dtype))
-        return own + F.embedding(places, adapted)  # type: ignore[no-any-return]
+        return own + F.embedding(indices, adapted)  # type: ignore[no-any-return]
 
     @property
     def weight(self) -> Tensor:

@@ -44,7 +44,7 @@ def best(scores: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def search(
     unit_query: Tensor, unit_rows: Tensor, num_kept: int, noise: GumbelNoise | None = None
 ) -> Tensor:
-    """[G, K] places of the K largest products (plus noise) per query as computed, of equal ones the lower places."""
+    """[G, K] indices of the K largest products (plus noise) per query as computed, of equal ones the lower indices."""
 
     def top(count: int) -> tuple[Tensor, Tensor]:
         return _top(unit_query, unit_rows, count, noise)
@@ -53,7 +53,7 @@ def search(
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """[G, count] places of the largest of ``scores`` [G, S], best first; of equal ones the lower places."""
+    """[G, count] indices of the largest of ``scores`` [G, S], best first; of equal ones the lower indices."""
     return best(
         *_separated(lambda width: scores.topk(width, dim=1), scores.shape[1], count, 0.0), count
     )[1]
@@ -62,7 +62,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 def search_rows(
     query: Tensor, rows: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scores (fp32) and places [G, K] of the K rows of highest cosine (plus noise), in the order stated above.
+    """Scores (fp32) and indices [G, K] of the K rows of highest cosine (plus noise), in the order stated above.
 
     ``project`` is called twice, whatever there is to find: it may gather sharded parameters.
     """
@@ -72,45 +72,45 @@ def search_rows(
     def top(count: int) -> tuple[Tensor, Tensor]:
         return _top(unit_query, unit_rows, count, noise)
 
-    _, places = _separated(top, len(rows), num_kept, TOLERANCE[query.dtype])
-    present, places_present = torch.unique(places, return_inverse=True)
+    _, indices = _separated(top, len(rows), num_kept, TOLERANCE[query.dtype])
+    present, indices_present = torch.unique(indices, return_inverse=True)
     exact_rows = project(rows[present.to(rows.device)], torch.float64)  # [U, D]
     exact_query = F.normalize(query.double(), dim=-1)
-    chunk = max(1, CHUNK_ELEMENTS // (2 * exact_rows.shape[1] * places.shape[1]))
+    chunk = max(1, CHUNK_ELEMENTS // (2 * exact_rows.shape[1] * indices.shape[1]))
     parts = [
         torch.einsum("gd,gcd->gc", q, F.embedding(p, exact_rows))
         for q, p in zip(
-            torch.split(exact_query, chunk), torch.split(places_present, chunk), strict=True
+            torch.split(exact_query, chunk), torch.split(indices_present, chunk), strict=True
         )
     ]
     scores = torch.cat(parts)
     if noise is not None:
-        scores = scores + noise.at(places)
-    return best(scores.float(), places, num_kept)
+        scores = scores + noise.at(indices)
+    return best(scores.float(), indices, num_kept)
 
 
 def _separated(
     top: Callable[[int], tuple[Tensor, Tensor]], num_rows: int, num_kept: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Scores and places [G, C] of all rows that may be among the best K, where a difference may err by ``tolerance``.
+    """Scores and indices [G, C] of all rows that may be among the best K, where a difference may err by ``tolerance``.
 
-    ``top`` gives the [G, n] largest of the ``num_rows`` scores, and their places.
+    ``top`` gives the [G, n] largest of the ``num_rows`` scores, and their indices.
     """
     width = min(num_rows, num_kept + max(MARGIN, num_kept // 4))
     while True:
-        scores, places = top(width)
+        scores, indices = top(width)
         clear = scores[:, num_kept - 1] - scores[:, -1] > tolerance
         if width == num_rows or bool(clear.all()):
-            return scores, places
+            return scores, indices
         width = min(num_rows, 2 * width)
 
 
 def _top(
     unit_query: Tensor, unit_rows: Tensor, count: int, noise: GumbelNoise | None
 ) -> tuple[Tensor, Tensor]:
-    """[G, count] largest products (plus noise) and their places, in chunks of queries so that memory is bounded."""
+    """[G, count] largest products (plus noise) and their indices, in chunks of queries so that memory is bounded."""
     chunk = max(1, CHUNK_ELEMENTS // unit_rows.shape[0])
-    values, places = [], []
+    values, indices = [], []
     for start in range(
         0, max(1, len(unit_query)), chunk
     ):  # once where there is no query, for the shape
@@ -119,8 +119,8 @@ def _top(
             scores = scores + noise.part(slice(start, start + chunk)).to(scores.dtype)
         top = scores.topk(count, dim=1)
         values.append(top.values)
-        places.append(top.indices)
-    return torch.cat(values), torch.cat(places)
+        indices.append(top.indices)
+    return torch.cat(values), torch.cat(indices)
 
 
 def row_relevance(query: Tensor, rows: Tensor, project: Project) -> Tensor:

@@ -48,7 +48,7 @@ def batch_mean_squares(
     model: Recommender,
     steps: Iterable[StepBatches],
     reduce: Reduce,
-    beat: Callable[[], object] = lambda: None,
+    heartbeat: Callable[[], object] = lambda: None,
 ) -> list[State]:
     """The mean over global batches of the squared gradient of the batch's mean loss.
 
@@ -58,7 +58,7 @@ def batch_mean_squares(
         model: The trained model, whole on every rank; evaluated without dropout.
         steps: This rank's share of each global batch.
         reduce: Adds what ranks have found; every one must call, with as many steps.
-        beat: Called at each micro-batch.
+        heartbeat: Called at each micro-batch.
 
     Returns:
         Per expert, parameter name to mean square, the same on every rank.
@@ -73,7 +73,7 @@ def batch_mean_squares(
     for step in steps:
         totals = [torch.zeros_like(p) for p in parameters]
         for batch in step.micro_batches:
-            beat()
+            heartbeat()
             output = model(batch.to(device)._replace(view_ids=None))
             assert isinstance(output, TrainingOutput)
             for total, gradient in zip(

@@ -28,13 +28,15 @@ class Procedure(NamedTuple):
 
 
 def published_procedure(
-    published: PublishedConfig, repaired: Procedure, beat: Callable[[], object]
+    published: PublishedConfig, repaired: Procedure, heartbeat: Callable[[], object]
 ) -> Procedure:
-    """``repaired`` with its defects; ``beat`` is called as the work goes on."""
+    """``repaired`` with its defects; ``heartbeat`` is called as the work goes on."""
     procedure = repaired
     if published.batch_mean_fisher:
         procedure = procedure._replace(
-            fisher=lambda model, steps, reduce, _: batch_mean_squares(model, steps, reduce, beat)
+            fisher=lambda model, steps, reduce, _: batch_mean_squares(
+                model, steps, reduce, heartbeat
+            )
         )
     if published.unnormalised_fisher:
         procedure = procedure._replace(merge=merge_unnormalised)

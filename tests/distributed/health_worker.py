@@ -32,7 +32,7 @@ from mltfr_dist.distributed.fisher import fisher_diagonals
 from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.state import whole_parameters
-from mltfr_dist.distributed.watchdog import beat, watched
+from mltfr_dist.distributed.watchdog import heartbeat, watched
 from mltfr_dist.errors import ConfigError, MltfrError
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.recommender import Recommender
@@ -154,10 +154,10 @@ def slow(folder: Path, output: Path) -> None:
     ).micro_batches
     said = []
 
-    def work(goes_on: Callable[[], object]) -> str:
+    def work(heartbeat: Callable[[], object]) -> str:
         for _ in range(PARTS):
             time.sleep(PART_SECONDS)
-            goes_on()
+            heartbeat()
         return "done"
 
     def batches() -> Iterator[SequenceBatch]:
@@ -165,15 +165,15 @@ def slow(folder: Path, output: Path) -> None:
             time.sleep(PART_SECONDS)
             yield batch
 
-    def refuse(goes_on: Callable[[], object]) -> None:
+    def refuse(heartbeat: Callable[[], object]) -> None:
         raise ConfigError("refused", remedy="")
 
     with watched(ranks.rank, PATIENCE_SECONDS):
-        beat("a slow pass")
-        said.append(ranks.main_works(work) or "waited")
+        heartbeat("a slow pass")
+        said.append(ranks.on_rank0(work) or "waited")
         fisher_diagonals(model, batches(), ranks, 32)
         try:
-            ranks.main_works(refuse)
+            ranks.on_rank0(refuse)
         except MltfrError as error:
             said.append(type(error).__name__)
     (output.parent / f"slow-{ranks.rank}.json").write_text(json.dumps(said))

@@ -22,7 +22,7 @@ from mltfr_dist.distributed.processes import Seen, own_process
 watchdog.LINGER_SECONDS = 0.1
 seconds, neighbour = float(sys.argv[1]), [int(n) for n in sys.argv[2:]]
 with watchdog.watched(0, 2.0):
-    watchdog.beat("step 7")
+    watchdog.heartbeat("step 7")
     if neighbour:
         watchdog.watch_with({1: Seen(*neighbour)})
     print(own_process().born, flush=True)
@@ -30,7 +30,7 @@ with watchdog.watched(0, 2.0):
     while time.monotonic() < end:
         time.sleep(0.1)
         if seconds > 0:
-            watchdog.beat()
+            watchdog.heartbeat()
 print("done")
 """
 

@@ -18,7 +18,7 @@ from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.data.shards.packed import PackedSequences
 from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.data.shards.short_parts import one_item_parts
-from mltfr_dist.distributed.watchdog import beat
+from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.training.evaluating.evaluate import Scorer
 
 _PAIRS_AT_ONCE = 2_000_000
@@ -75,7 +75,7 @@ def item_knn(
     users_of = seen.T.tocsr()
     blocks = []
     for start, end in through(list(_blocks(users_of, seen))):
-        beat()
+        heartbeat()
         together = (users_of[start:end] @ seen).tocsr()
         blocks.append(_nearest(together, norms, start, num_neighbours, shrinkage))
     neighbours = sparse.vstack(blocks, format="csr")

@@ -13,7 +13,7 @@ from torch import Tensor
 from mltfr_dist.config import EvaluationConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.distributed.watchdog import beat
+from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.metrics import metric_names, metric_sums, target_ranks
 
 ALL = "all"
@@ -57,15 +57,15 @@ def evaluate_slices(
     names = metric_names(config.cutoffs)
     totals = torch.zeros(1 + len(slice_names), len(names) + 1, dtype=torch.float64)
     for batch in stream:
-        beat()
+        heartbeat()
         batch = batch.to(ranks.device)
         scores = mask_seen(score(batch), batch) if config.filter_seen else score(batch)
         present = batch.target_ids != PADDING_IDX
-        places = target_ranks(scores[present], batch.target_ids[present], config.ties)
-        groups = [torch.ones_like(places, dtype=torch.bool)]
+        target_rank = target_ranks(scores[present], batch.target_ids[present], config.ties)
+        groups = [torch.ones_like(target_rank, dtype=torch.bool)]
         groups += [] if members is None else list(members(batch)[present].unbind(1))
         for row, group in zip(totals, groups, strict=True):
-            sums = metric_sums(places[group], config.cutoffs)
+            sums = metric_sums(target_rank[group], config.cutoffs)
             row += torch.tensor([*sums.values(), float(group.sum())], dtype=torch.float64)
     totals = ranks.sum(totals).cpu()
     found = {}

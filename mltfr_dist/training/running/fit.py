@@ -82,7 +82,7 @@ def fit(
                 try:
                     return run(config, inputs, ranks, read_test=read_test)
                 except StoppedError as error:
-                    raise ranks.one_speaks(error) from None
+                    raise ranks.rank0_raises(error) from None
 
 
 def check_all(config: RunConfig, ranks: Ranks, *, verify: bool) -> Inputs:
@@ -127,9 +127,9 @@ def held_folder(config: RunConfig, inputs: Inputs, ranks: Ranks, *, resume: bool
     """
     check_place(config.folder, ranks)
 
-    def take(goes_on: Callable[[], object]) -> Lock:
+    def take(heartbeat: Callable[[], object]) -> Lock:
         check_claim(config.folder, config, resume=resume)
-        lock = acquire(config.folder, ranks.say, goes_on)
+        lock = acquire(config.folder, ranks.say, heartbeat)
         try:
             check_checkpoints(config.folder)
             if has_run(config.folder):
@@ -142,7 +142,7 @@ def held_folder(config: RunConfig, inputs: Inputs, ranks: Ranks, *, resume: bool
             raise
         return lock
 
-    lock = ranks.main_works(take)
+    lock = ranks.on_rank0(take)
     try:
         yield
     finally:
@@ -160,7 +160,7 @@ def check_place(folder: Path, ranks: Ranks) -> None:
     host = ranks.texts(socket.gethostname())
     if not sees[0] and any(sees):
         there = sees.index(1.0)
-        raise ranks.one_speaks(
+        raise ranks.rank0_raises(
             ConfigError(
                 f"Rank {there} on {host[there]} sees a run at {folder}, and rank 0 on {host[0]} "
                 "sees none.",

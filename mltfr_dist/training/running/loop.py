@@ -15,7 +15,7 @@ from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.kept import latest, prune
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import memory_gib
-from mltfr_dist.distributed.watchdog import beat
+from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import MltfrError, StoppedError
 from mltfr_dist.training.evaluating.evaluate import MeanLoss, evaluate
 from mltfr_dist.training.reporting.tracking import Tracker
@@ -110,7 +110,7 @@ def train_epoch(stage: Stage, progress: Progress) -> Progress:
                 "train_seconds": before + time.monotonic() - started,
             }
         )
-        beat(f"step {progress.step} of stage `{stage.name}`")
+        heartbeat(f"step {progress.step} of stage `{stage.name}`")
         if skipped:
             note_skipped(stage, progress, totals)
         else:
@@ -124,7 +124,7 @@ def train_epoch(stage: Stage, progress: Progress) -> Progress:
             save_checkpoint(stage, progress)
         if stop:
             what = f"A signal asked the run to stop; it did after step {progress.step} of stage `{stage.name}`."
-            raise stage.ranks.one_speaks(
+            raise stage.ranks.rank0_raises(
                 StoppedError(what, remedy="Start the same command again and it goes on.")
             )
     return progress.model_copy(update={"epoch": progress.epoch + 1, "step_in_epoch": 0})
@@ -171,7 +171,7 @@ def note_skipped(stage: Stage, progress: Progress, totals: StepTotals) -> None:
     )
     if row > limit:
         last = latest(stage.checkpoints, stage.name)
-        raise stage.ranks.one_speaks(
+        raise stage.ranks.rank0_raises(
             MltfrError(
                 f"The last {row} steps, up to {progress.step} of stage `{stage.name}`, had no finite loss and gradient; "
                 f"not finite: {names}.",
@@ -241,4 +241,4 @@ def save_checkpoint(stage: Stage, progress: Progress) -> None:
     stage.tracker.flush()
     save(step_folder(stage.checkpoints, progress), stage.engine, progress)
     keep_last = stage.config.checkpoint.keep_last
-    stage.ranks.main_works(lambda _: prune(stage.checkpoints, progress, keep_last))
+    stage.ranks.on_rank0(lambda _: prune(stage.checkpoints, progress, keep_last))

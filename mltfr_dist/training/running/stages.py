@@ -23,7 +23,7 @@ from mltfr_dist.distributed.lock import check_held
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import peak_memory_bytes
 from mltfr_dist.distributed.sending import send_text
-from mltfr_dist.distributed.watchdog import beat
+from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import DamagedError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.models.consensus import State
@@ -95,7 +95,7 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         peak_memory_bytes=int(memory.item()),
         world_size=ranks.world_size,
     )
-    ranks.main_works(lambda _: check_held())
+    ranks.on_rank0(lambda _: check_held())
     if ranks.is_main:
         if read_test:
             final = list(outcomes.values())[-1]
@@ -176,7 +176,7 @@ def result_for_all(folder: Path, ranks: Ranks) -> Result | None:
     Raises:
         CheckpointError: The file is damaged.
     """
-    found = ranks.main_works(lambda _: load_result(folder))
+    found = ranks.on_rank0(lambda _: load_result(folder))
     text = send_text(found.model_dump_json() if found else None, ranks)
     return Result.model_validate_json(text) if text else None
 
@@ -184,27 +184,29 @@ def result_for_all(folder: Path, ranks: Ranks) -> Result | None:
 def last_checkpoint(folder: Path, stage: str, ranks: Ranks) -> Path | None:
     """The checkpoint that a stage goes on from, the same on every rank; None where there is none."""
 
-    def find(goes_on: Callable[[], object]) -> Path | None:
+    def find(heartbeat: Callable[[], object]) -> Path | None:
         kept.remove_interrupted(folder, ranks.say)
-        found = kept.latest_intact(folder, stage, ranks.say, goes_on)
+        found = kept.latest_intact(folder, stage, ranks.say, heartbeat)
         if found is None and kept.latest(folder, stage) is not None:
             ranks.say(f"  warning: no checkpoint of stage `{stage}` is whole: it begins anew")
         return found
 
-    found = ranks.main_works(find)
+    found = ranks.on_rank0(find)
     name = ranks.from_main(found.name if found else "")
     return folder / name if name else None
 
 
 def best_for_all(folder: Path, outcomes: Mapping[str, Progress], ranks: Ranks) -> Choice:
     """The stages' best weights, or the best that are left, on every rank. All ranks must call."""
-    found = ranks.main_works(lambda goes_on: kept.best_intact(folder, outcomes, ranks.say, goes_on))
+    found = ranks.on_rank0(
+        lambda heartbeat: kept.best_intact(folder, outcomes, ranks.say, heartbeat)
+    )
     return Choice(*json.loads(ranks.from_main(json.dumps(found))))
 
 
 def steps_behind(folder: Path, ranks: Ranks) -> int:
     """Updates of its stage that a checkpoint has behind it; rank 0 reads it, and all ranks must call."""
-    step = ranks.main_works(lambda _: checkpoint.read_header(folder).progress.step)
+    step = ranks.on_rank0(lambda _: checkpoint.read_header(folder).progress.step)
     return int(ranks.from_main(str(step)))
 
 
@@ -233,7 +235,7 @@ def start_from_stage_one(
 def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Progress) -> State:
     """The consensus expert from stage 1's best experts, made once and kept."""
     place = config.folder / CHECKPOINTS / FISHER_FOLDER
-    if ranks.from_main("whole" if ranks.main_works(lambda _: is_made(place, ranks)) else ""):
+    if ranks.from_main("whole" if ranks.on_rank0(lambda _: is_made(place, ranks)) else ""):
         return checkpoint.read_for_all(place, ranks, CORE)
     started = time.monotonic()
     procedure = between_stages(config, ranks)
@@ -254,7 +256,7 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
     cores: list[State] = [core.state_dict() for core in model.mltfr.cores]
     members = model.mltfr.experts_of(consensus_tables(config, inputs.tables))
 
-    def make(goes_on: Callable[[], object]) -> None:
+    def make(heartbeat: Callable[[], object]) -> None:
         merged = procedure.merge(
             [{name: t.cpu() for name, t in cores[e].items()} for e in members],
             [{name: t.cpu() for name, t in fishers[e].items()} for e in members],
@@ -262,9 +264,9 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
         fisher_state = {
             f"{e}.{name}": t.cpu() for e, f in enumerate(fishers) for name, t in f.items()
         }
-        checkpoint.write(place, {CORE: merged, FISHER: fisher_state}, before, goes_on)
+        checkpoint.write(place, {CORE: merged, FISHER: fisher_state}, before, heartbeat)
 
-    ranks.main_works(make)
+    ranks.on_rank0(make)
     ranks.say(
         f"  Fisher information of {len(cores)} experts over {samples} sequences: "
         f"{time.monotonic() - started:.0f} s"
@@ -281,7 +283,7 @@ def between_stages(config: RunConfig, ranks: Ranks) -> Procedure:
         batches = (batch for step in steps for batch in step.micro_batches)
         return fisher_diagonals(model, batches, ranks, num_samples)
 
-    return published_procedure(config.published, Procedure(per_sample), beat)
+    return published_procedure(config.published, Procedure(per_sample), heartbeat)
 
 
 def is_made(place: Path, ranks: Ranks) -> bool:

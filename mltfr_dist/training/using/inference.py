@@ -67,7 +67,7 @@ def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
     """
     folder = Path(folder)
     ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    found = ranks.main_works(lambda _: finished(folder))
+    found = ranks.on_rank0(lambda _: finished(folder))
     texts = send_text(json.dumps([part.model_dump_json() for part in found or ()]), ranks)
     config_text, result_text = json.loads(texts)
     config, result = (
@@ -75,7 +75,7 @@ def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
         Result.model_validate_json(result_text),
     )
     inputs = ranks.jointly(lambda: load_inputs(config))
-    ranks.main_works(lambda _: check_recorded(folder, inputs))
+    ranks.on_rank0(lambda _: check_recorded(folder, inputs))
     place, stage = folder / CHECKPOINTS / result.checkpoint, result.stage
     try:
         model = load_model(config, inputs, place, ranks, with_consensus=stage == STAGES[1])
