@@ -126,7 +126,8 @@ def _overview(prog: str) -> str:
 
 def sweep_help() -> str:
     """Every field of a sweep's file, with its default, and of what `search` gives each key."""
-    from mltfr_dist.tuning.space import Domain, SweepConfig
+    from mltfr_dist.tuning.domain import Domain
+    from mltfr_dist.tuning.space import SweepConfig
 
     return (
         f"the file, and KEY=VALUE over it:\n{fields_text(SweepConfig)}\n\n"

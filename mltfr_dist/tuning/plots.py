@@ -11,7 +11,8 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mltfr_dist.tuning.space import Domain, SweepConfig, short, shown_value
+from mltfr_dist.tuning.domain import Domain
+from mltfr_dist.tuning.space import SweepConfig, short, shown_value
 from mltfr_dist.tuning.trials import Trial
 
 PALETTE = colormaps["viridis_r"]

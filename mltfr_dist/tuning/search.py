@@ -24,7 +24,8 @@ from optuna.distributions import (
 from optuna.exceptions import ExperimentalWarning
 
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.tuning.space import Domain, SweepConfig, Values, encoded
+from mltfr_dist.tuning.domain import Domain
+from mltfr_dist.tuning.space import SweepConfig, Values, encoded
 
 STARTUP_TRIALS = 8
 """Outcomes that TPE wants before it models them; until then it draws at random."""

@@ -16,10 +16,11 @@ from mltfr_dist.files import write_atomically
 from mltfr_dist.training.origin import record_origin
 from mltfr_dist.training.run_folder import dump_config, read_yaml
 from mltfr_dist.tuning.checks import check_folder, check_inputs, check_machine, check_space
+from mltfr_dist.tuning.domain import Domain
 from mltfr_dist.tuning.environment import LOOPBACK, set_environment
 from mltfr_dist.tuning.plan import planned
 from mltfr_dist.tuning.source import SWEEP, base_config, dump_sweep, resolved_config
-from mltfr_dist.tuning.space import Domain, SweepConfig, with_values
+from mltfr_dist.tuning.space import SweepConfig, with_values
 from mltfr_dist.tuning.trials import BASE, load_trials
 
 LOCK = "lock"

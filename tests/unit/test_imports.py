@@ -186,6 +186,15 @@ def test_distribution_stays_in_its_room(path: Path) -> None:
     assert not {a for a in attributes if a.startswith("torch.distributed")}
 
 
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_files_and_functions_stay_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
 def test_the_rule_finds_both_where_they_are() -> None:
     found = set().union(*(imports(path) for path in (PACKAGE / "distributed").glob("*.py")))
     assert any(i.startswith("torch.distributed") for i in found)

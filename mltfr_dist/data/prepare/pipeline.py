@@ -26,6 +26,7 @@ from mltfr_dist.data.shards.manifest import (
     Manifest,
     PrepareReport,
     SourceInfo,
+    SplitInfo,
 )
 from mltfr_dist.data.sources import read as sources
 from mltfr_dist.data.sources.gather import Source
@@ -63,10 +64,8 @@ def run_steps(
     unique = workspace.step(connection, "duplicates", deduplicate)
 
     def core() -> list[dict[str, Any]]:
-        return [
-            core_round.model_dump()
-            for core_round in k_core(connection, config.user_core, config.item_core, steps)
-        ]
+        found = k_core(connection, config.user_core, config.item_core, steps)
+        return [core_round.model_dump() for core_round in found]
 
     rounds = workspace.step(connection, "k-core", core)
 
@@ -78,23 +77,10 @@ def run_steps(
 
     kept, ties = workspace.step(connection, "order by time", order)
     report = workspace.step(connection, "split", lambda: _split(connection, config, kept, steps))
-    num_users = count_rows(connection, "SELECT count(*) FROM user_map")
-    num_items = count_rows(connection, "SELECT count(*) FROM item_map")
-    written = write_splits(connection, workspace, config, num_items=num_items, num_users=num_users)
-    files = write_maps(connection, workspace.out)
-    sizes = ", ".join(
-        f"{name} {split.num_sequences:,} in {len(split.shards)} shards"
-        for name, split in written.items()
-    )
-    steps.done("write", sum(split.num_items for split in written.values()), note=sizes)
     cut = Decimal(report["cut_times"][0]) if report["cut_times"] else None
-    compared = check_train_shards(
-        connection, workspace.out, written["train"].shards, num_items=num_items, cut=cut
-    )
-    steps.done("read back", compared, note="no leak in the training shards as written")
-    manifest = Manifest(
-        num_users=num_users,
-        num_items=num_items,
+    sizes, written, files = _write(connection, workspace, config, cut, steps)
+    return Manifest(
+        **sizes,
         num_interactions=kept,
         splits=written,
         source=info,
@@ -107,8 +93,31 @@ def run_steps(
             **report,
         ),
         files=files,
+    ).sealed()
+
+
+def _write(
+    connection: duckdb.DuckDBPyConnection,
+    workspace: Workspace,
+    config: PrepareConfig,
+    cut: Decimal | None,
+    steps: StepLog,
+) -> tuple[dict[str, int], dict[str, SplitInfo], dict[str, str]]:
+    """Shards and maps, read back; numbers of users and items, and the manifest's entries."""
+    num_users = count_rows(connection, "SELECT count(*) FROM user_map")
+    num_items = count_rows(connection, "SELECT count(*) FROM item_map")
+    written = write_splits(connection, workspace, config, num_items=num_items, num_users=num_users)
+    files = write_maps(connection, workspace.out)
+    sizes = ", ".join(
+        f"{name} {split.num_sequences:,} in {len(split.shards)} shards"
+        for name, split in written.items()
     )
-    return manifest.sealed()
+    steps.done("write", sum(split.num_items for split in written.values()), note=sizes)
+    compared = check_train_shards(
+        connection, workspace.out, written["train"].shards, num_items=num_items, cut=cut
+    )
+    steps.done("read back", compared, note="no leak in the training shards as written")
+    return {"num_users": num_users, "num_items": num_items}, written, files
 
 
 def _split(

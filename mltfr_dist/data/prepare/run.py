@@ -87,15 +87,7 @@ def prepare(
                 "verified and reused."
             )
             return manifest
-        plan = info.model_dump(mode="json") | recorded.model_dump(mode="json")
-        workspace.claim(
-            plan | {"schema_version": SCHEMA_VERSION, "program": __version__}, info.bytes
-        )
         manifest = _prepared(workspace, found, config, recorded, info)
-        (workspace.out / MANIFEST_NAME).write_text(
-            manifest.model_dump_json(indent=2) + "\n", encoding="utf-8"
-        )
-        workspace.publish()
         workspace.remove()
     log(f"Written to {output}.")
     return manifest
@@ -108,17 +100,25 @@ def _prepared(
     recorded: PrepareConfig,
     info: SourceInfo,
 ) -> Manifest:
-    """:func:`run_steps` on the workspace's database; where the input is bad, nothing of it stays."""
+    """:func:`run_steps` on the workspace's database, published; of bad input nothing stays."""
+    plan = info.model_dump(mode="json") | recorded.model_dump(mode="json")
+    workspace.claim(plan | {"schema_version": SCHEMA_VERSION, "program": __version__}, info.bytes)
     bad_input: MltfrError | None = None
     with workspace.database() as connection:
         try:
-            return run_steps(connection, found, workspace, config, recorded, info)
+            manifest = run_steps(connection, found, workspace, config, recorded, info)
         except (ConfigError, DataError) as error:
             if is_full(error):
                 raise
             bad_input = error
-    workspace.abandon()  # bad input stays bad: nothing to go on with
-    raise bad_input
+    if bad_input is not None:
+        workspace.abandon()  # bad input stays bad: nothing to go on with
+        raise bad_input
+    (workspace.out / MANIFEST_NAME).write_text(
+        manifest.model_dump_json(indent=2) + "\n", encoding="utf-8"
+    )
+    workspace.publish()
+    return manifest
 
 
 def _prepare_remotely(

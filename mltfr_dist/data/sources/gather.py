@@ -124,19 +124,7 @@ def gather(
         DataError: nothing is there, a file is there twice, or it cannot be read.
     """
     wanted = [*places, *([str(titles)] if titles else [])]
-    if not all(place.strip() for place in wanted):
-        raise DataError(
-            "The name of a source is empty.",
-            rule="An empty name would mean the folder you are in.",
-            remedy="Name the source; `.` is this folder.",
-        )
-    streams = [place for place in wanted if place not in frames and is_stream(place)]
-    for place in streams:
-        if streams.count(place) > 1:
-            raise DataError(
-                f"{place} is given twice, and can be read only once.",
-                remedy="Give each source once.",
-            )
+    streams = _streams(wanted, frames)
     found: dict[str, list[Given]] = {}
     for place in wanted:
         if place in frames:
@@ -161,6 +149,24 @@ def gather(
             f"{titles} holds {len(titled)} files.", remedy="Give the one with the titles."
         )
     return Source(_label(places), tuple(files), titled[0] if titled else None)
+
+
+def _streams(wanted: Sequence[str], frames: Mapping[str, object]) -> list[str]:
+    """Those of ``wanted`` that can be read only once, after a look at all names."""
+    if not all(place.strip() for place in wanted):
+        raise DataError(
+            "The name of a source is empty.",
+            rule="An empty name would mean the folder you are in.",
+            remedy="Name the source; `.` is this folder.",
+        )
+    streams = [place for place in wanted if place not in frames and is_stream(place)]
+    for place in streams:
+        if streams.count(place) > 1:
+            raise DataError(
+                f"{place} is given twice, and can be read only once.",
+                remedy="Give each source once.",
+            )
+    return streams
 
 
 def _label(places: Sequence[str]) -> str:

@@ -128,13 +128,7 @@ def run_stage(
     epochs = config.training.epochs if name == TRAIN else config.training.consensus_epochs
     last = last_checkpoint(folder, name, ranks)
     progress = checkpoint.progress_for_all(last, ranks) if last else Progress(stage=name)
-    done = last is not None and is_finished(config, progress, epochs)
-    if last:
-        over = ", where the stage is over" if done else ""
-        ranks.say(
-            f"  going on from {last.name} (epoch {progress.epoch}, step {progress.step}){over}"
-        )
-    if done:
+    if last and is_over(last, progress, config, epochs, ranks):
         return progress
     layout = batch_layout(config, ranks)
     stream = train_stream(config, layout)
@@ -168,6 +162,14 @@ def run_stage(
     del stage, engine, model
     gc.collect()
     return progress
+
+
+def is_over(last: Path, progress: Progress, config: RunConfig, epochs: int, ranks: Ranks) -> bool:
+    """Say where the stage goes on from; whether it is over there."""
+    done = is_finished(config, progress, epochs)
+    over = ", where the stage is over" if done else ""
+    ranks.say(f"  going on from {last.name} (epoch {progress.epoch}, step {progress.step}){over}")
+    return done
 
 
 def result_for_all(folder: Path, ranks: Ranks) -> Result | None:

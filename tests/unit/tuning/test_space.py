@@ -19,8 +19,9 @@ from mltfr_dist.tuning.checks import (
     check_resources,
     check_space,
 )
+from mltfr_dist.tuning.domain import Domain
 from mltfr_dist.tuning.source import base_config, load_sweep
-from mltfr_dist.tuning.space import Domain, SweepConfig, base_values, shown, with_values
+from mltfr_dist.tuning.space import SweepConfig, base_values, shown, with_values
 from mltfr_dist.tuning.sweep import claimed, plan_sweep
 
 
