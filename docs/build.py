@@ -8,6 +8,7 @@ error: a link that leads nowhere, a docstring that names a parameter that is not
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mltfr_dist"
 STAGING = ROOT / ".site" / "pages"
 """What mkdocs reads; named in mkdocs.yml."""
+
+SITE = ROOT / ".site" / "html"
+"""What it writes."""
 
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
 QUIET = {"NO_MKDOCS_2_WARNING": "1"}
@@ -60,11 +64,22 @@ def stage() -> None:
     write_reference(STAGING / "reference")
 
 
+def drop_roles() -> None:
+    """Docstrings say :class:`Name`, which Markdown would show as it stands."""
+    for page in (SITE / "reference").glob("*.html"):
+        page.write_text(
+            re.sub(r":(class|func|data|mod|meth|attr):(?=<code>)", "", page.read_text())
+        )
+
+
 def main() -> int:
     """Stage and build; returns mkdocs' exit code."""
     stage()
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | QUIET).returncode
+    code = subprocess.run(command, cwd=ROOT, env=os.environ | QUIET).returncode
+    if not code:
+        drop_roles()
+    return code
 
 
 if __name__ == "__main__":
