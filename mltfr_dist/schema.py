@@ -174,8 +174,8 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _topic(model: type[Section], paths: list[str]) -> str:
-    """What follows `--help` to list the fields around ``paths``; only that of a run takes it."""
-    if model.listed_by != Section.listed_by:
+    """What follows `--help` to list the fields around ``paths``, where the command takes it."""
+    if model.listed_by not in ("train", "sweep"):
         return ""
     sections = {_section_of(model, path) for path in paths}
     return f" {sections.pop()}" if len(sections) == 1 and "" not in sections else " all"

@@ -42,6 +42,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": Formatter, **options})
         self.appendix: Callable[[], str] = str
         """Makes what stands below the options in the help."""
+        self.topic: Callable[[str], str] = str
+        """What `--help TOPIC` says, where the parser takes topics."""
 
     def format_help(self) -> str:
         """The options, and what the appendix says."""
@@ -80,11 +82,12 @@ class _TopicHelp(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         """Print and exit."""
+        assert isinstance(parser, Parser)
         if not values:
             parser.print_help()
         else:
             try:
-                text = topic_text(RunConfig, str(values).partition("=")[0])
+                text = parser.topic(str(values).partition("=")[0])
             except ConfigError as error:
                 parser.error(str(error).rstrip("."))
             if is_first():
@@ -94,6 +97,18 @@ class _TopicHelp(argparse.Action):
 
 def add_config_help(parser: Parser) -> None:
     """Give a parser, made with ``add_help=False``, help on a run's configuration by section."""
+    _add_topics(parser, "mltfr.filter")
+    parser.topic = lambda topic: topic_text(RunConfig, topic)
+    parser.appendix = lambda: _overview(parser.prog)
+
+
+def add_sweep_help(parser: Parser) -> None:
+    """The same for a sweep's file."""
+    _add_topics(parser, "search")
+    parser.topic, parser.appendix = sweep_topic, lambda: _sweep_overview(parser.prog)
+
+
+def _add_topics(parser: Parser, example: str) -> None:
     parser.add_argument(
         "-h",
         "--help",
@@ -101,9 +116,8 @@ def add_config_help(parser: Parser) -> None:
         metavar="SECTION",
         action=_TopicHelp,
         default=argparse.SUPPRESS,
-        help="show this; of a section or key such as mltfr.filter the fields; of `all` every field",
+        help=f"show this; of a section or key such as {example} the fields; of `all` every field",
     )
-    parser.appendix = lambda: _overview(parser.prog)
 
 
 def _overview(prog: str) -> str:
@@ -124,15 +138,33 @@ def _overview(prog: str) -> str:
     )
 
 
-def sweep_help() -> str:
-    """Every field of a sweep's file, with its default, and of what `search` gives each key."""
+def sweep_topic(topic: str) -> str:
+    """Fields of a sweep's file: of a section, one, or all; `search` has a section for each key."""
     from mltfr_dist.tuning.domain import Domain
     from mltfr_dist.tuning.space import SweepConfig
 
+    text = topic_text(SweepConfig, topic)
+    if topic in ("search", EVERYTHING):
+        text += (
+            "\n\nsearch.KEY: the values of one field, exactly one of\n"
+            f"{fields_text(Domain, 'search.KEY.')}"
+        )
+    return text
+
+
+def _sweep_overview(prog: str) -> str:
+    from mltfr_dist.tuning.space import SweepConfig
+
+    fields = {
+        name: _sentence(field.description or "") for name, field in SweepConfig.model_fields.items()
+    }
+    more = (
+        f"`{prog} --help search` says what a field's values can be, `--help asha` lists the fields "
+        f"of that section, `--help {EVERYTHING}` those of all, with defaults and ranges."
+    )
     return (
-        f"the file, and KEY=VALUE over it:\n{fields_text(SweepConfig)}\n\n"
-        "search.KEY: the values of one field, exactly one of\n"
-        f"{fields_text(Domain, 'search.KEY.')}\n"
+        f"the file, and KEY=VALUE over it:\n{_table(fields)}\n\n"
+        f"{textwrap.fill(more, columns() - 2)}\n"
     )
 
 

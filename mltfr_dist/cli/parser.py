@@ -11,7 +11,7 @@ from mltfr_dist import __version__
 from mltfr_dist.cli.commands import COMMANDS, SETS
 from mltfr_dist.cli.completion import add_completion
 from mltfr_dist.cli.fields import FormatAction, add_section
-from mltfr_dist.cli.help import Parser, add_config_help, sweep_help
+from mltfr_dist.cli.help import Parser, add_config_help, add_sweep_help
 from mltfr_dist.config import (
     PrepareConfig,
     PrepareResources,
@@ -126,8 +126,9 @@ def _add_sweep(commands: Commands) -> None:
         "sweep",
         help="search a space of configurations",
         description=COMMANDS["sweep"].__doc__,
+        add_help=False,
     )
-    sweep.appendix = sweep_help
+    add_sweep_help(sweep)
     sweep.add_argument(
         "space",
         help="YAML file, or one that comes with the program: "

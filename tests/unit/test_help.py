@@ -245,3 +245,23 @@ def test_of_several_ranks_one_shows_the_help(
         assert shown(capsys, *arguments, program="train.py") == ""
     assert train.main(["--preset", "smoke", "--print-config"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_help_of_a_sweep_goes_by_section(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line a field, then the fields of a section, and what a searched field's values can be."""
+    shown = {}
+    for topic in ("", "asha", "search", "all"):
+        with pytest.raises(SystemExit) as ended:
+            main(["sweep", "--help", *([topic] if topic else [])])
+        assert ended.value.code == 0
+        shown[topic] = capsys.readouterr().out
+    assert "asha.grace_epochs" not in shown[""]
+    assert "--help search" in shown[""]
+    assert shown["asha"].startswith("asha: Early stopping.")
+    assert "pbt." not in shown["asha"]
+    assert "search.KEY.log_uniform" in shown["search"]
+    assert "search.KEY.log_uniform" in shown["all"]
+    assert "pbt.quantile" in shown["all"]
+    with pytest.raises(SystemExit):
+        main(["sweep", "--help", "abha"])
+    assert "the nearest is `asha`" in capsys.readouterr().err

@@ -111,9 +111,12 @@ class TrainStream:
             )
         if layout.micro_batch_size % objective.group_size:
             raise ConfigError(
-                f"backbone.cl4srec.contrast_group is {objective.group_size}, but a micro-batch holds {layout.micro_batch_size} sequences.",
-                rule="Sequences that are contrasted must sit in one micro-batch, or the loss would depend on the division.",
-                remedy="Choose backbone.cl4srec.contrast_group so that it divides training.micro_batch_size (or global_batch_size / ranks).",
+                f"backbone.cl4srec.contrast_group is {objective.group_size}, but a micro-batch "
+                f"holds {layout.micro_batch_size} sequences.",
+                rule="Sequences that are contrasted must sit in one micro-batch, or the loss would "
+                "depend on the division.",
+                remedy="Choose backbone.cl4srec.contrast_group so that it divides "
+                "training.micro_batch_size (or global_batch_size / ranks).",
             )
         shape = (config.max_len, self.manifest.num_items, seed, layout.micro_batch_size)
         self.collator = Collator(objective, *shape, last_only=config.samples == "prefixes")
