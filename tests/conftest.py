@@ -1,4 +1,6 @@
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # tests/support.py
@@ -6,8 +8,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # tests/support.py
 import pytest
 from support import missing_for_nodes, missing_for_slurm
 
+from mltfr_dist.distributed.meeting import SINGLE_PROCESS
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which tests this machine cannot run, even where they are not selected."""
     for reason in filter(None, (missing_for_slurm(), missing_for_nodes())):
         terminalreporter.write_line(f"tests that this machine skips: {reason}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_variables_of_ranks_stay() -> Iterator[None]:
+    """What a run in this process set is gone for the next file, whose tests may start processes."""
+    before = {name: os.environ.get(name) for name in SINGLE_PROCESS}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value

@@ -24,7 +24,8 @@ def was_launched() -> bool:
 def process_as_it_was() -> Iterator[None]:
     """Leave no process group, signal handler, variable or number of threads of a run behind.
 
-    A rank that a launcher started keeps its group and variables, for the launcher set them.
+    A rank that a launcher started keeps its group and variables, for the launcher set them; a group
+    that was there before stays.
     """
     launched, environment = was_launched(), dict(os.environ)
     threads = torch.get_num_threads()
@@ -38,6 +39,7 @@ def process_as_it_was() -> Iterator[None]:
                 signal.signal(number, handler)
         if not launched:
             leave_group()
+        if not launched or "MASTER_ADDR" not in environment:
             _restore(environment)
         torch.set_num_threads(threads)
 

@@ -373,7 +373,7 @@ def test_ids_that_are_numbers(tmp_path: Path) -> None:
 
 
 BAD_USES: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "unknown": (["i1", "i999"], {}, r"Unknown item id i999; the nearest is i9.*lists them"),
+    "unknown": (["i1", "i999"], {}, r"Unknown item id i999; the nearest is `i9`.*lists them"),
     "empty": ([], {}, "history is empty"),
     "a text": ("i1,i2", {}, "'i1,i2' is no list of ids"),
     "a number": (7, {}, "7 is no list of ids"),

@@ -141,7 +141,9 @@ def test_fields_of_a_command_are_named_as_options() -> None:
 def test_keys_exist_and_their_values_are_accepted() -> None:
     keys = {*field_paths(RunConfig), *field_paths(SweepConfig)}
     sections = {key.partition(".")[0] for key in keys if "." in key}
-    pattern = rf"(?<![\w./-])((?:{'|'.join(sorted(sections))})(?:\.[a-z_]+)+)(?:=([\w./-]+))?"
+    pattern = (
+        rf"(?<![\w./-])((?:{'|'.join(sorted(sections))})(?:\.[a-z][a-z0-9_]*)+)(?:=([\w./-]+))?"
+    )
     wrong = []
     for place, text in TEXTS:
         for key, value in re.findall(pattern, text):
