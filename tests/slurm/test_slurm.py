@@ -182,6 +182,7 @@ def test_a_preempted_job_goes_on_with_an_unbroken_trace(slurm: Slurm, inputs: Pa
     cancel_and_compare(slurm, job, config, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_deepspeeds_launcher_and_the_signal_before_the_time_limit(
     slurm: Slurm, inputs: Path
@@ -224,6 +225,7 @@ def test_an_array_of_runs_where_nothing_is_exported(slurm: Slurm, inputs: Path) 
         assert result.world_size == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_node_that_goes_down_in_the_midst(slurm: Slurm, inputs: Path) -> None:
     """Slurm itself puts the job back into the queue; it goes on once the node is there again."""

@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_sweep_on_two_nodes_is_signalled_and_goes_on(
     slurm: Slurm,  # noqa: F811

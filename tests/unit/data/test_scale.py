@@ -153,7 +153,10 @@ def test_finished_shards_stay_and_are_verified(
 
 @pytest.mark.integration
 @pytest.mark.parametrize("places", ["beside", "temp_dir", "in a folder that is there"])
-@pytest.mark.parametrize("moment", ["first shard", "0.3", "0.6", "0.9"])
+@pytest.mark.parametrize(
+    "moment",
+    ["first shard", "0.3", pytest.param("0.6", marks=pytest.mark.slow), "0.9"],
+)
 def test_a_killed_process_is_gone_on_with(
     source: Path, expected: dict[str, bytes], tmp_path: Path, moment: str, places: str
 ) -> None:
