@@ -23,6 +23,13 @@ EVERYTHING = "all"
 """What `--help` takes for every field."""
 
 
+def _fill(text: str, width: int, initial_indent: str = "", subsequent_indent: str = "") -> str:
+    """``text`` in lines of at most ``width``, broken between words and never at a hyphen."""
+    wrapper = textwrap.TextWrapper(width, initial_indent, subsequent_indent)
+    wrapper.break_on_hyphens = False
+    return wrapper.fill(text)
+
+
 def columns() -> int:
     """Columns that help may take: those of the terminal, or of COLUMNS, up to :data:`WIDEST`."""
     return min(WIDEST, shutil.get_terminal_size(fallback=(WIDEST, 24)).columns)
@@ -134,7 +141,7 @@ def _overview(prog: str) -> str:
     )
     return (
         f"presets:\n{_table(presets)}\n\nconfiguration, in YAML or as KEY=VALUE:\n"
-        f"{_table(sections)}\n\n{textwrap.fill(more, columns() - 2)}\n"
+        f"{_table(sections)}\n\n{_fill(more, columns() - 2)}\n"
     )
 
 
@@ -162,10 +169,7 @@ def _sweep_overview(prog: str) -> str:
         f"`{prog} --help search` says what a field's values can be, `--help asha` lists the fields "
         f"of that section, `--help {EVERYTHING}` those of all, with defaults and ranges."
     )
-    return (
-        f"the file, and KEY=VALUE over it:\n{_table(fields)}\n\n"
-        f"{textwrap.fill(more, columns() - 2)}\n"
-    )
+    return f"the file, and KEY=VALUE over it:\n{_table(fields)}\n\n{_fill(more, columns() - 2)}\n"
 
 
 def _sentence(text: str) -> str:
@@ -176,7 +180,7 @@ def _sentence(text: str) -> str:
 def _table(rows: dict[str, str]) -> str:
     widest = max(map(len, rows)) + 2
     return "\n".join(
-        textwrap.fill(
+        _fill(
             text,
             columns() - 2,
             initial_indent=f"  {name:<{widest}}",
@@ -215,7 +219,7 @@ def fields_text(model: type[Section], prefix: str = "") -> str:
         if inner is None:
             lines.append(_field_text(name, model, prefix))
         else:
-            heading = textwrap.fill(f"{prefix}{name}: {field.description}", columns() - 2)
+            heading = _fill(f"{prefix}{name}: {field.description}", columns() - 2)
             lines.append(f"\n{heading}\n{fields_text(inner, f'{prefix}{name}.')}")
     return "\n".join(lines)
 
@@ -228,6 +232,4 @@ def _field_text(path: str, model: type[Section], prefix: str = "") -> str:
 
 
 def _wrapped(text: str, first: int, further: int) -> str:
-    return textwrap.fill(
-        text, columns() - 2, initial_indent=" " * first, subsequent_indent=" " * further
-    )
+    return _fill(text, columns() - 2, initial_indent=" " * first, subsequent_indent=" " * further)

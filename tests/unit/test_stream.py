@@ -531,7 +531,7 @@ def test_a_group_that_does_not_fit_a_micro_batch_is_an_error(folder: Path) -> No
     ) as caught:
         stream(folder, 8, 0, 2, 4, objective=Objective(views=RATIOS, group_size=3))
     assert "one micro-batch" in caught.value.rule
-    assert "loss.contrast_group" in caught.value.remedy
+    assert "backbone.cl4srec.contrast_group" in caught.value.remedy
 
 
 # --- loader workers ----------------------------------------------------------------------------------------------
