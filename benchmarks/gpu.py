@@ -40,7 +40,7 @@ from mltfr_dist.distributed.engine import Engine, batch_layout
 from mltfr_dist.distributed.meeting import start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import MatrixWork, matrix_peak
-from mltfr_dist.schema import validate
+from mltfr_dist.schema import changed, validate
 from mltfr_dist.training.build import build_model
 from mltfr_dist.training.evaluating.evaluate import evaluate
 from mltfr_dist.training.inputs import load_inputs
@@ -157,13 +157,8 @@ def config_for(case: Case, inputs: Inputs) -> RunConfig:
         "training": {"global_batch_size": 256},
         "deepspeed": str(REPOSITORY / "ds_configs" / "zero1.json"),
     }
-    for key, value in case.changes.items():
-        *sections, leaf = key.split(".")
-        place = values
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = value
-    return validate(RunConfig, values, source="the benchmark")
+    base = validate(RunConfig, values, source="the benchmark")
+    return changed(base, case.changes, source="the benchmark")
 
 
 def train_step(engine: Engine, batches: StepBatches, step: int) -> None:
@@ -200,17 +195,12 @@ def waits(engine: Engine, batches: StepBatches) -> dict[str, int]:
             place = f"{where.filename.partition(PACKAGE)[2]}:{where.lineno}" if where else "torch"
             found[place] += 1
 
-    shown = warnings.showwarning
-    warnings.showwarning = note
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = note
-            torch.cuda.set_sync_debug_mode("warn")
-            train_step(engine, batches, 1)
-    finally:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        train_step(engine, batches, 1)
         torch.cuda.set_sync_debug_mode("default")
-        warnings.showwarning = shown
     return dict(found.most_common())
 
 

@@ -60,7 +60,9 @@ def stage() -> None:
     for name in PAGES:
         shutil.copy(ROOT / name, STAGING / name)
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, STAGING / name, ignore=shutil.ignore_patterns("*.py"))
+        shutil.copytree(
+            ROOT / name, STAGING / name, ignore=shutil.ignore_patterns("*.py", "mkdocs.yml")
+        )
     write_reference(STAGING / "reference")
 
 
@@ -76,6 +78,7 @@ def main() -> int:
     """Stage and build; returns mkdocs' exit code."""
     stage()
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    command += ["--config-file", str(ROOT / "docs" / "mkdocs.yml")]
     code = subprocess.run(command, cwd=ROOT, env=os.environ | QUIET).returncode
     if not code:
         drop_roles()

@@ -109,7 +109,7 @@ class Ranker:
         item_ids = torch.full((len(recent), max(map(len, recent))), PADDING_IDX)  # [B, L]
         for row, numbers in zip(item_ids, recent, strict=True):
             row[: len(numbers)] = torch.tensor(numbers)
-        return ranked(self.model, item_ids).cpu()
+        return score_histories(self.model, item_ids).cpu()
 
     def recommend(
         self, history: Sequence[ItemId], k: int = 10, *, keep_seen: bool = False
@@ -143,7 +143,7 @@ class Ranker:
 
 
 @torch.no_grad()
-def ranked(model: Recommender, item_ids: Tensor) -> Tensor:
+def score_histories(model: Recommender, item_ids: Tensor) -> Tensor:
     """Scores [B, num_items + 1] of every item after each history [B, L]; -inf in column 0."""
     none = torch.zeros(0, dtype=torch.int64)
     batch = RankingBatch(item_ids, torch.zeros(len(item_ids), dtype=torch.int64), none, none)

@@ -123,8 +123,8 @@ def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> S
 
 
 KEPT = (
-    ", without the switches of what the run has not (a run that was begun goes on once its "
-    "config.yaml says so: its numbers stay the same)"
+    " (leave out switches of what the run does not have; a run that was begun goes on once its "
+    "config.yaml is changed so, with the same numbers)"
 )
 """What is said where fields have moved."""
 

@@ -27,7 +27,8 @@ from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.published.parts import published_parts, published_table
-from mltfr_dist.schema import validate
+from mltfr_dist.resolve import merge_values
+from mltfr_dist.schema import nested, validate
 from mltfr_dist.spec import ModelSpec
 from mltfr_dist.tables.store import save_table
 
@@ -129,13 +130,8 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
         "evaluation": {"batch_size": 50},
         "deepspeed": str(REPOSITORY / "ds_configs" / "zero1.json"),
     }
-    for key, value in changes.items():
-        *sections, leaf = key.split("__")
-        place = values
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = value
-    return validate(RunConfig, values, source="a test")
+    given = nested({key.replace("__", "."): value for key, value in changes.items()})
+    return validate(RunConfig, merge_values(values, given), source="a test")
 
 
 def clean_environment(**more: str) -> dict[str, str]:

@@ -16,8 +16,6 @@ from mltfr_dist.config import (
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.resolve import resolve_config
 
-SETS = Path("data/sets")
-
 
 def command_prepare(options: argparse.Namespace) -> None:
     """Interactions to shards."""

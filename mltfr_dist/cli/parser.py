@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mltfr_dist import __version__
-from mltfr_dist.cli.commands import COMMANDS, SETS
+from mltfr_dist.cli.commands import COMMANDS
 from mltfr_dist.cli.completion import add_completion
 from mltfr_dist.cli.fields import FormatAction, add_section
 from mltfr_dist.cli.help import Parser, add_config_help, add_sweep_help
@@ -17,6 +17,7 @@ from mltfr_dist.config import (
     PrepareResources,
     TableConfig,
 )
+from mltfr_dist.data.sources.public_sets import SETS
 from mltfr_dist.files import packaged_names
 from mltfr_dist.invocation import command
 from mltfr_dist.presets import PRESETS

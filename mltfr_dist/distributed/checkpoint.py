@@ -288,11 +288,6 @@ def step_folder(folder: Path, progress: Progress) -> Path:
     return folder / f"{progress.stage}-step{progress.step:09d}"
 
 
-def best_folder(folder: Path, progress: Progress) -> Path:
-    """Place of the weights with the best validation so far."""
-    return validated_folder(folder, progress.stage, progress.best_epoch)
-
-
 def validated_folder(folder: Path, stage: str, epoch: int) -> Path:
     """Place of the weights after so many epochs, kept for their validation. Each epoch has its own: none is overwritten."""
     return folder / f"{stage}-best{epoch:05d}"

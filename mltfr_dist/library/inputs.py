@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mltfr_dist.config import PrepareConfig, PrepareResources, TableConfig
 from mltfr_dist.data.sources.fetch import known_set
 from mltfr_dist.data.sources.frames import is_frame
+from mltfr_dist.data.sources.public_sets import SETS
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.library.words import as_call, path_text, words_of_a_call
 from mltfr_dist.progress import say
@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # imports torch
     from mltfr_dist.data.shards.manifest import Manifest
 
 Log = Callable[[str], None]
-SETS = Path("data/sets")
 FRAME, TITLES_FRAME = "DataFrame", "DataFrame of titles"
 """What messages and the manifest call a table in memory."""
 

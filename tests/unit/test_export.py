@@ -22,7 +22,7 @@ from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.errors import EXIT_BAD_INPUT, CheckpointError, DamagedError, DataError
 from mltfr_dist.exported import load_exported
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.ranking import ranked
+from mltfr_dist.ranking import score_histories
 from mltfr_dist.training.build import build_model
 from mltfr_dist.training.inputs import Inputs, load_inputs
 from mltfr_dist.training.items import load_items
@@ -196,9 +196,9 @@ def test_every_configuration_scores_the_same_to_the_bit(
     publish(loaded, tmp_path / "model")
     exported = load_exported(tmp_path / "model")
     item_ids = torch.tensor([[1, 2, 3, 4, 5], [7, 0, 0, 0, 0], [40, 39, 40, 0, 0]])
-    scores = ranked(exported.model, item_ids)
+    scores = score_histories(exported.model, item_ids)
     assert scores[:, 1:].isfinite().all()
-    assert torch.equal(scores, ranked(model, item_ids))
+    assert torch.equal(scores, score_histories(model, item_ids))
 
 
 def test_an_export_that_scores_otherwise_is_not_published(folder: Path, tmp_path: Path) -> None:

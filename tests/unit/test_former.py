@@ -95,7 +95,7 @@ def test_a_run_goes_on_once_its_configuration_is_changed(tmp_path: Path) -> None
             fit(config)
         assert str(config.folder / CONFIG) in caught.value.what
         assert "`mltfr.filter.weights=straight_through` moved: " in caught.value.what
-        assert "goes on once its config.yaml says so" in caught.value.remedy
+        assert "goes on once its config.yaml is changed so" in caught.value.remedy
         # As the message says.
         changed = merge_values(stored, {"published": {"straight_through": True}})
         (config.folder / CONFIG).write_text(dump_yaml(changed))

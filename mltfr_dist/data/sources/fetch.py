@@ -100,7 +100,8 @@ def known_set(
         )
     if download and not is_set:
         raise ConfigError(
-            f"--download is given for {', '.join(sources)}, which is no public set.",
+            f"--download is given for {', '.join(sources)}, which is no public set"
+            f"{or_nearest(name, PUBLIC_SETS)}.",
             remedy=f"The public sets are: {', '.join(PUBLIC_SETS)}.",
         )
     if not is_set or (name in NAMED_SETS and not download):

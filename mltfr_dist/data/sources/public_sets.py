@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+
+SETS = Path("data/sets")
+"""Folder that sets are fetched into, unless another is named."""
 
 
 @dataclass(frozen=True)

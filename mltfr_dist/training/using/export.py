@@ -23,7 +23,7 @@ from mltfr_dist.exported import (
 )
 from mltfr_dist.files import file_sha256, save_tensors
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.ranking import ranked
+from mltfr_dist.ranking import score_histories
 from mltfr_dist.training.build import model_spec
 from mltfr_dist.training.using.inference import LoadedRun, load_run
 
@@ -108,7 +108,7 @@ def check_scores(loaded: LoadedRun, folder: Path) -> None:
     )
     lengths = torch.arange(1, COMPARED + 1) * info.spec.max_len // COMPARED
     item_ids *= torch.arange(info.spec.max_len) < lengths.clamp(min=1)[:, None]  # padding behind
-    differing = ranked(model, item_ids) != ranked(loaded.model, item_ids)
+    differing = score_histories(model, item_ids) != score_histories(loaded.model, item_ids)
     if differing.any():
         raise CheckpointError(
             f"The export gives {int(differing.sum())} of {differing.numel()} scores otherwise "
