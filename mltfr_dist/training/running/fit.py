@@ -15,6 +15,7 @@ from mltfr_dist.data.shards.manifest import verify_folder
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.engine import batch_layout, deepspeed_config, versions
 from mltfr_dist.distributed.health import watch_neighbours
+from mltfr_dist.distributed.item_placement import check_items_divide
 from mltfr_dist.distributed.launch import expected_rank
 from mltfr_dist.distributed.lock import Lock, acquire
 from mltfr_dist.distributed.meeting import lost_ranks_told, start_ranks
@@ -99,6 +100,7 @@ def check_all(config: RunConfig, ranks: Ranks, *, verify: bool) -> Inputs:
         zero_stage = deepspeed_config(config, layout).get("zero_optimization", {}).get("stage", 0)
         check_division(config.published, layout.world_size, layout.grad_accum_steps, zero_stage)
         check_placement(config, inputs.tables, ranks, zero_stage)
+        check_items_divide(config, inputs.manifest.num_items, ranks)
         train_stream(config, layout)
         if ranks.is_main:
             check_services(config)
