@@ -27,7 +27,7 @@ from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import DamagedError
 
 MODEL_ROWS, OPTIMIZER_ROWS = "model-rows", "optimizer-rows"
-PIECE_BYTES = 1 << 24
+PIECE_BYTES = 1 << 22
 """Bytes that are copied at a time."""
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64"}

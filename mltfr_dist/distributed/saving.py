@@ -45,7 +45,7 @@ from mltfr_dist.distributed.state import (
 from mltfr_dist.errors import CheckpointError, MltfrError
 from mltfr_dist.models.divided_rows import DividedRows, divided_rows
 
-CHECKED_ELEMENTS = 1 << 24
+CHECKED_ELEMENTS = 1 << 20
 """Numbers looked at together, so that a check needs no memory of a tensor's size."""
 
 
