@@ -89,7 +89,7 @@ class World:
 
 
 def make_world(
-    table: TokenTable, dial: float, seed: int, *, items: int = 1_500, users: int = 3_000
+    table: TokenTable, dial: float, seed: int, *, items: int = 2_500, users: int = 2_500
 ) -> World:
     """A world, the same for the same arguments.
 
@@ -292,8 +292,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--variants", nargs="+", default=ARMS, help=f"default: {', '.join(ARMS)}")
     add("--dials", type=float, nargs="+", default=DIALS)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    add("--items", type=int, default=1_500)
-    add("--users", type=int, default=3_000)
+    add("--items", type=int, default=2_500)
+    add("--users", type=int, default=2_500)
     add("--jobs", type=int, default=1, help="runs side by side, a thread each (default: 1)")
     add("--launcher", default=sys.executable, help="what starts train.py (default: this Python)")
     add("--set", nargs="+", metavar="KEY=VALUE", default=[], dest="overrides")
