@@ -265,7 +265,8 @@ def draw(curves: Sequence[dict[str, Any]], path: Path) -> None:
             halves = [v["half_width"] if key == "differences" else v[1] for _, v in points]
             axis.errorbar([d for d, _ in points], means, halves, capsize=3, marker="o", label=name)
         axis.set_xlabel("dial: share of steps that follow the tokens' geometry")
-        axis.legend(frameon=False, fontsize=8)
+        if axis.has_data():
+            axis.legend(frameon=False, fontsize=8)
     left.set_ylabel("test NDCG@10, mean and 95% interval over seeds")
     right.set_ylabel("paired difference")
     right.axhline(0, color="black", linewidth=0.8)
