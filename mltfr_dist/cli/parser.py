@@ -102,6 +102,20 @@ def _add_tables(commands: Commands) -> None:
     tables.add_argument(
         "--packages", type=Path, help="folder of unpacked packages that hold the demo tables"
     )
+    tables.add_argument(
+        "--inspect",
+        action="store_true",
+        help="the sources are stored tables: show what their geometry has to offer; nothing is built",
+    )
+    tables.add_argument(
+        "--words",
+        metavar="WORD",
+        nargs="+",
+        help="with --inspect: words whose nearest tokens are shown",
+    )
+    tables.add_argument(
+        "--pictures", type=Path, help="with --inspect: folder for a PNG and a TensorBoard page"
+    )
     add_section(tables, TableConfig)
 
 
