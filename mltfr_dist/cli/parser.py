@@ -175,6 +175,11 @@ def _add_evaluate(commands: Commands) -> None:
     )
     evaluate.add_argument("run", help="run folder, such as runs/demo")
     evaluate.add_argument("--split", choices=("valid", "test"), default="test")
+    evaluate.add_argument(
+        "--save-ranks",
+        action="store_true",
+        help="also write ranks.parquet into the run's folder, for `mltfr compare`",
+    )
 
 
 def _add_recommend(commands: Commands) -> None:
@@ -214,6 +219,40 @@ def _add_report(commands: Commands) -> None:
     )
 
 
+def _add_compare(commands: Commands) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="runs against each other, user by user",
+        description=COMMANDS["compare"].__doc__,
+    )
+    compare.add_argument(
+        "runs",
+        metavar="run",
+        nargs="+",
+        help="run folders, matrices of benchmarks/quality.py, or Parquet files with columns user, target and "
+        "rank; the first model is the reference, and runs that differ in their seed alone are one model",
+    )
+    compare.add_argument("--split", choices=("valid", "test"), default="test")
+    compare.add_argument(
+        "--metric", default="NDCG@10", help="metric that is tested, at any K (default: NDCG@10)"
+    )
+    compare.add_argument(
+        "--margin", type=float, help="also test equivalence: differences within +-MARGIN are none"
+    )
+    compare.add_argument(
+        "--difference",
+        type=float,
+        help="difference that the number of seeds is told for (default: the observed one)",
+    )
+    compare.add_argument(
+        "--resamples", type=int, default=10_000, help="of bootstrap and test (default: 10000)"
+    )
+    compare.add_argument("--seed", type=int, default=0, help="of the resampling (default: 0)")
+    compare.add_argument(
+        "--output", type=Path, help="folder for compare.md, compare.json and compare.png"
+    )
+
+
 def build_parser() -> Parser:
     """The whole command line."""
     parser = Parser(
@@ -234,6 +273,7 @@ def build_parser() -> Parser:
         _add_recommend,
         _add_export,
         _add_report,
+        _add_compare,
     ):
         add(commands)
     for name, added in commands.choices.items():
