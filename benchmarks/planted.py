@@ -27,8 +27,9 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -139,10 +140,11 @@ def walk(
     return np.array(path)
 
 
-def prepared(root: Path, name: str, world: World) -> Path:
+def prepared(root: Path, name: str, make: Callable[[], World]) -> Path:
     """The prepared data of a world, made unless it is there, by the command that a user would give."""
     data, raw = root / "data" / name, root / "raw" / name
     if not data.exists():
+        world = make()
         raw.mkdir(parents=True, exist_ok=True)
         walks, titles = raw / "walks.txt", raw / "titles.csv"
         lines = (" ".join(map(str, (user, *path))) for user, path in enumerate(world.walks))
@@ -176,8 +178,8 @@ def plan(options: argparse.Namespace) -> list[tuple[str, RunConfig]]:
     base = quality.vary(base, dict(item.split("=", 1) for item in options.overrides))
     runs = []
     for seed, dial in product(options.seeds, options.dials):
-        world = make_world(tables[0], dial, seed, items=options.items, users=options.users)
-        data = prepared(options.worlds, world_name(dial, seed), world)
+        make = partial(make_world, tables[0], dial, seed, items=options.items, users=options.users)
+        data = prepared(options.worlds, world_name(dial, seed), make)
         for name in options.variants:
             fields = {"data.path": str(data), "training.seed": seed}
             config = quality.variant(name)(quality.vary(base, fields))
