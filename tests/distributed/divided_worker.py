@@ -6,9 +6,12 @@ Usage: divided_worker.py TASK FOLDER OUTPUT
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -18,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from worker import make_engine, no_dropout, resumed_from, steps
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed import saving
-from mltfr_dist.distributed.checkpoint import Progress
+from mltfr_dist.distributed import checkpoint, saving
+from mltfr_dist.distributed.checkpoint import MODEL, Progress
 from mltfr_dist.distributed.item_division import RankDivision
 from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.errors import MltfrError, OtherRankError
 from mltfr_dist.models.divided_rows import DividedRows, divided_rows
 from mltfr_dist.models.losses import full_cross_entropy
 
@@ -117,7 +121,29 @@ def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
             saving.save(place, engine, Progress(stage="train", step=STEPS))
             found[f"{name} {placement} goes on"] = steps(engine, config, ranks, STEPS, 2 * STEPS)
             engine.destroy()
+    a_full_disk_on_one_rank(folder, ranks)
     return found | elsewhere(folder, ranks)
+
+
+def a_full_disk_on_one_rank(folder: Path, ranks: Ranks) -> None:
+    """All ranks say so, what was saved before stays, and the run can go on."""
+    place = folder / "full"
+    engine = make_engine(placed(folder, "rows", 1, SPARSE), ranks)
+    saving.save(place, engine, Progress(stage="train", step=1, skipped_steps=1))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if ranks.is_main else 500, hard))
+    expected = (MltfrError, "could not be written") if ranks.is_main else (OtherRankError, "")
+    with pytest.raises(expected[0], match=expected[1]):
+        saving.save(place, engine, Progress(stage="train", step=2, skipped_steps=2))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    ranks.barrier()
+    assert not list(folder.glob(".partial-*"))
+    assert checkpoint.read_header(place).progress.step == 1
+    checkpoint.verify_with_rows(place, MODEL)
+    saving.save(place, engine, Progress(stage="train", step=3, skipped_steps=3))
+    assert saving.progress_for_all(place, ranks).step == 3
+    engine.destroy()
 
 
 def elsewhere(folder: Path, ranks: Ranks) -> dict[str, list[float]]:

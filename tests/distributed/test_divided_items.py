@@ -27,6 +27,8 @@ from mltfr_dist.distributed.item_placement import check_items_divide, items_text
 from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.distributed.row_layout import RowLayout
 from mltfr_dist.errors import ConfigError, DamagedError
+from mltfr_dist.losses import LOSSES
+from mltfr_dist.optimizers import OPTIMIZERS
 from mltfr_dist.training.run_folder import dump_config, load_result
 from mltfr_dist.training.using.inference import evaluate_run
 
@@ -225,3 +227,22 @@ def test_shares_are_put_together_and_read_in_runs(tmp_path: Path) -> None:
     (tmp_path / "saved" / files[1]).unlink()
     with pytest.raises(DamagedError, match=files[1]):
         read_run(tmp_path / "saved", files, "table", RowLayout(9, 3), 3, run)
+
+
+def test_rows_are_refused_where_a_rank_needs_whole_items(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As optimizers and losses of a user's own may."""
+    lamb = OPTIMIZERS["adamw"]._replace(elementwise=False)
+    hinge = LOSSES["cross_entropy"]._replace(path="losses:hinge")
+    monkeypatch.setitem(OPTIMIZERS, "lamb", lamb)
+    monkeypatch.setitem(LOSSES, "hinge", hinge)
+    for changes, reason in (
+        ({"optimizer__name": "lamb"}, "optimizer.name lamb looks at the shape of the whole table"),
+        ({"loss__name": "hinge"}, "loss.name hinge reads all item vectors"),
+    ):
+        with pytest.raises(ConfigError, match=f"{reason}: give item_table.placement auto"):
+            tiny_config(folder, item_table__placement="rows", **changes)
+        config = tiny_config(folder, item_table__placement="auto", **changes)
+        assert resolve_items(config, THREE) == "replicated"
+        assert items_text(config, THREE).endswith(f"because {reason}")
