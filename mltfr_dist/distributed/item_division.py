@@ -22,6 +22,8 @@ from mltfr_dist.distributed.row_layout import RowLayout
 from mltfr_dist.distributed.table_shards import Exchange
 from mltfr_dist.models.divided_rows import Division
 from mltfr_dist.models.losses import chunk_rows
+from mltfr_dist.models.places import LogNormaliser, Places, count_better
+from mltfr_dist.models.tiles import Pairs
 from mltfr_dist.numerics import at_least_fp32
 
 
@@ -83,6 +85,39 @@ class RankDivision(Division):
             ids = self.layout.ids_between(first, end).to(scores.device)
             scores[:, ids] = of_ranks[rank, :, : end - first]
         return scores
+
+    def count_better(
+        self,
+        hidden: Tensor,
+        own: Tensor,
+        target_scores: Tensor,
+        exclude: Pairs,
+        num_items: int,
+        *,
+        normalise: bool,
+    ) -> tuple[Places, Tensor | None]:
+        """Places of this rank's users: every rank counts in its own rows for all users, and counts are added."""
+        counts, pairs = (self.exchange.counts(len(part)) for part in (hidden, exclude.rows))
+        start = list(accumulate(counts, initial=0))[self.ranks.rank]
+        every, targets = (self.exchange.gather(part, counts) for part in (hidden, target_scores))
+        rows = self.exchange.gather(exclude.rows + start, pairs)
+        left_out = Pairs(rows, self.exchange.gather(self.places(exclude.item_ids), pairs))
+        normaliser = LogNormaliser(every) if normalise else None
+        found = torch.zeros(2, len(every), dtype=torch.int64, device=every.device)
+        edges = [-1, *_no_items(self, num_items).tolist(), len(own)]
+        for before, end in pairwise(edges):  # of rows that are items
+            part, first = own[before + 1 : end], self.first + before + 1
+            better = count_better(
+                every, part, targets, exclude=left_out, first_id=first, normaliser=normaliser
+            )
+            found += torch.stack(better)
+        mine = slice(start, start + len(hidden))
+        places = Places(*self.reduce(found, dist.ReduceOp.SUM)[:, mine])
+        if normaliser is None:
+            return places, None
+        largest = self.reduce(normaliser.value.clone(), dist.ReduceOp.MAX)
+        total = self.reduce((normaliser.value - largest).exp(), dist.ReduceOp.SUM)
+        return places, (largest + total.log())[mine]
 
     def reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         """``values`` of all ranks as one, in place."""

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mltfr_dist.models.item_rows import ItemRows
+from mltfr_dist.models.places import Places
+from mltfr_dist.models.tiles import Pairs
 
 
 class Division:
@@ -47,6 +49,31 @@ class Division:
 
         Returns:
             Scalar, the weighted sum over this process's positions, in fp32 at least.
+        """
+        raise NotImplementedError
+
+    def count_better(
+        self,
+        hidden: Tensor,
+        own: Tensor,
+        target_scores: Tensor,
+        exclude: Pairs,
+        num_items: int,
+        *,
+        normalise: bool,
+    ) -> tuple[Places, Tensor | None]:
+        """What :func:`mltfr_dist.models.places.count_better` counts, in the rows of all processes.
+
+        Args:
+            hidden: [B, D] states of this process's users.
+            own: [O, D] output vectors of this process's rows.
+            target_scores: [B].
+            exclude: Pairs that do not count.
+            num_items: I.
+            normalise: Whether the logarithm of the sum of each user's exponentials is asked for.
+
+        Returns:
+            [B] places, and that logarithm [B] in float64 or None.
         """
         raise NotImplementedError
 

@@ -29,6 +29,8 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import MltfrError, OtherRankError
 from mltfr_dist.models.divided_rows import DividedRows, divided_rows
 from mltfr_dist.models.losses import full_cross_entropy
+from mltfr_dist.models.places import LogNormaliser, count_better
+from mltfr_dist.models.tiles import Pairs, exact_scores
 
 SAMPLED = {"loss__name": "sampled_softmax", "loss__num_negatives": 8}
 SPARSE = SAMPLED | {"optimizer__item_gradients": "sparse"}
@@ -195,6 +197,43 @@ def cross_entropy(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     return found
 
 
+def places(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Differences of counts and normalisers from those over whole items, ties included; one rank has no user."""
+    generator = torch.Generator().manual_seed(5)
+    embedding = nn.Embedding(NUM_ITEMS + 2, DIM, padding_idx=0)
+    distinct = torch.randn(NUM_ITEMS // 3, DIM, generator=generator)
+    weight = distinct[torch.arange(NUM_ITEMS + 2) % len(distinct)]
+    weight[-1] *= 100  # a mask, which would be best
+    embedding.weight.data.copy_(weight)
+    counts = [12 + 5 * rank for rank in range(ranks.world_size)]
+    counts[-1] *= ranks.world_size == 1
+    hidden = 3 * torch.randn(sum(counts), DIM, generator=generator)
+    targets = torch.randint(1, NUM_ITEMS + 1, (sum(counts),), generator=generator)
+    rows = torch.arange(sum(counts)).repeat(40)
+    seen = torch.randint(1, NUM_ITEMS + 1, (len(rows),), generator=generator)
+    exclude = Pairs(torch.cat([rows, rows[: len(hidden)]]), torch.cat([seen, targets]))
+    scores, whole = exact_scores(hidden, weight[targets]), LogNormaliser(hidden)
+    expected = count_better(
+        hidden, weight[1 : NUM_ITEMS + 1], scores, exclude=exclude, normaliser=whole
+    )
+    start, end = sum(counts[: ranks.rank]), sum(counts[: ranks.rank + 1])
+    mine = (exclude.rows >= start) & (exclude.rows < end)
+    division = RankDivision(NUM_ITEMS + 2, ranks)
+    found, value = division.count_better(
+        hidden[start:end],
+        weight[division.own_ids],
+        scores[start:end],
+        Pairs(exclude.rows[mine] - start, exclude.item_ids[mine]),
+        NUM_ITEMS,
+        normalise=True,
+    )
+    assert found.better.dtype == torch.int64
+    differences = [largest(a - b[start:end]) for a, b in zip(found, expected, strict=True)]
+    differences.append(largest(value - whole.value[start:end]))
+    everyone = ranks.max(torch.tensor(differences, dtype=torch.float64)).tolist()
+    return {"differences": everyone, "ties": [float(expected.equal.sum())]}
+
+
 def largest(values: torch.Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
@@ -202,7 +241,7 @@ def largest(values: torch.Tensor) -> float:
 if __name__ == "__main__":
     task, where, output = sys.argv[1:]
     all_ranks = start_ranks(1)
-    tasks = (losses, further, cross_entropy, saved, elsewhere)
+    tasks = (losses, further, cross_entropy, saved, elsewhere, places)
     result = {one.__name__: one for one in tasks}[task](Path(where), all_ranks)
     if all_ranks.is_main:
         Path(output).write_text(json.dumps(result))

@@ -67,6 +67,15 @@ def test_full_cross_entropy_over_divided_items_is_the_whole_one(
     assert max(to_hidden, to_rows) < 3e-6, "of the largest; float32 sums in another order"
 
 
+@pytest.mark.parametrize("num_ranks", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_places_of_targets_are_those_among_whole_items(folder: Path, num_ranks: int) -> None:
+    found = findings(WORKER, "places", folder, num_ranks)
+    better, equal, normaliser = found["differences"]
+    assert better == equal == 0, "to the bit"
+    assert normaliser < 1e-5
+    assert found["ties"][0] > 0, "equal scores were not put to the test"
+
+
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_losses_and_norms_are_those_of_a_replicated_table(folder: Path, num_ranks: int) -> None:
     compare_placements(findings(WORKER, "losses", folder, num_ranks), 4)
