@@ -10,11 +10,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mltfr_dist.models.tiles import UNIT, Pairs, Tile, Tiles
 
 OPEN_PAIRS = 1 << 16
 """Near-ties that are gathered before they are settled together."""
+RUN = 64
+"""Neighbouring numbers that are looked at together."""
 
 
 class Places(NamedTuple):
@@ -114,7 +117,7 @@ class _Counts:
         self.better[users] += num_above
         near = (may_be.sum(1) != num_above).nonzero()[:, 0]
         if len(near):
-            rows, columns = (may_be[near] != above[near]).nonzero().unbind(1)
+            rows, columns = _nonzero(may_be[near].sub_(above[near]))
             self._open.append((near[rows] + users.start, columns + tile.start))
             self._num_open += len(rows)
         if self._num_open > OPEN_PAIRS:
@@ -129,3 +132,12 @@ class _Counts:
         scores, targets = self._tiles.exact(rows, places), self._targets[rows]
         self.better.index_add_(0, rows, (scores > targets).double())
         self.equal.index_add_(0, rows, (scores == targets).double())
+
+
+def _nonzero(sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of what is not 0 in [n, T] numbers >= 0: by sums of runs, for few are."""
+    runs = F.pad(sparse.flatten(), (0, -sparse.numel() % RUN)).view(-1, RUN)
+    found = runs.sum(1).nonzero()[:, 0]
+    within = runs[found].nonzero()
+    places = found[within[:, 0]] * RUN + within[:, 1]
+    return places // sparse.shape[1], places % sparse.shape[1]

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from mltfr_dist.numerics import at_least_fp32
 
-CPU_ELEMENTS = 1 << 19
-"""Scores of a tile on a CPU: 2 MiB, which stay in its cache."""
+CPU_ELEMENTS = 1 << 20
+"""Scores of a tile on a CPU: 4 MiB, which stay in its cache."""
 GPU_ELEMENTS = 1 << 25
 """Scores of a tile on a GPU (128 MiB)."""
 USERS = 1024
