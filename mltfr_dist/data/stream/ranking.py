@@ -98,4 +98,5 @@ def ranking_batch(sequences: PackedSequences, max_len: int) -> RankingBatch:
         torch.from_numpy(targets),
         torch.from_numpy(rows[is_history]),
         torch.from_numpy(sequences.items[is_history].astype(np.int64)),
+        torch.from_numpy(sequences.users.astype(np.int64)),
     )

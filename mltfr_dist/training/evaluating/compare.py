@@ -10,7 +10,8 @@ from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.training.evaluating import baselines
-from mltfr_dist.training.evaluating.evaluate import ALL, Scorer, evaluate, evaluate_slices
+from mltfr_dist.training.evaluating.evaluate import ALL, evaluate, evaluate_slices
+from mltfr_dist.training.evaluating.placing import Placer
 from mltfr_dist.training.evaluating.slices import training_slices
 from mltfr_dist.training.run_folder import Result
 from mltfr_dist.training.streams import ranking_stream
@@ -32,16 +33,16 @@ def baseline_result(
     started = time.monotonic()
     train = baselines.training_sequences(config.data.path, manifest)
     if name == "item_knn":
-        scorer = baselines.item_knn(
+        place: Placer = baselines.item_knn(
             train,
             manifest.num_items,
             through=lambda blocks: UntilStopped(blocks, ranks, "fitting item_knn"),
         )
     else:
-        scorer = baselines.popularity(train, manifest.num_items)
+        place = baselines.Popularity(train, manifest.num_items)
     seconds = time.monotonic() - started
-    valid = evaluate(scorer, ranked(config, "valid", ranks, name), config.evaluation, ranks)
-    by_slice = metrics_by_slice(scorer, config, manifest, ranks, name) if read_test else {}
+    valid = evaluate(place, ranked(config, "valid", ranks, name), config.evaluation, ranks)
+    by_slice = metrics_by_slice(place, config, manifest, ranks, name) if read_test else {}
     return Result(
         name=name,
         valid=valid,
@@ -53,9 +54,9 @@ def baseline_result(
 
 
 def metrics_by_slice(
-    score: Scorer, config: RunConfig, manifest: Manifest, ranks: Ranks, by: str = ""
+    place: Placer, config: RunConfig, manifest: Manifest, ranks: Ranks, by: str = ""
 ) -> dict[str, dict[str, float]]:
     """Metrics of the test split, of all its users and by slice."""
     slices = training_slices(config, manifest)
     stream = ranked(config, "test", ranks, by)
-    return evaluate_slices(score, stream, config.evaluation, ranks, slices.NAMES, slices.members)
+    return evaluate_slices(place, stream, config.evaluation, ranks, slices.NAMES, slices.members)

@@ -18,6 +18,7 @@ from mltfr_dist.invocation import train_command
 from mltfr_dist.ranking import Ranker
 from mltfr_dist.training.build import load_model
 from mltfr_dist.training.evaluating.evaluate import evaluate
+from mltfr_dist.training.evaluating.placing import ByModel
 from mltfr_dist.training.inputs import Inputs, check_recorded, load_inputs
 from mltfr_dist.training.items import load_items
 from mltfr_dist.training.run_folder import (
@@ -131,9 +132,8 @@ def evaluate_model(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]
         raise ConfigError(
             f"There is no split `{split}` to evaluate on.", remedy=f"Give {' or '.join(SPLITS)}."
         )
-    return evaluate(
-        run.model, ranking_stream(run.config, split, ranks), run.config.evaluation, ranks
-    )
+    stream = ranking_stream(run.config, split, ranks)
+    return evaluate(ByModel(run.model), stream, run.config.evaluation, ranks)
 
 
 def recommendation_text(
