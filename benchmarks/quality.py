@@ -17,8 +17,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -257,6 +259,33 @@ def run(config: RunConfig, launcher: Sequence[str]) -> Result | None:
     return load_result(config.folder) if done.returncode == 0 else None
 
 
+def run_missing(
+    matrix: Path, runs: Sequence[tuple[str, RunConfig]], launcher: Sequence[str], jobs: int
+) -> bool:
+    """Run what ``matrix`` lacks, ``jobs`` side by side; whether all succeeded. After a failure none is begun."""
+    rows = read_rows(matrix)
+    missing = [(name, config) for name, config in runs if not is_done(rows, name, config)]
+    print(f"{len(missing)} runs to do, {len(rows)} rows in {matrix}", flush=True)
+    lock, failed, at = Lock(), Event(), commit()
+
+    def one(task: tuple[str, RunConfig]) -> None:
+        name, config = task
+        if failed.is_set():
+            return
+        result = run(config, launcher)
+        with lock:
+            if result is not None:
+                append_row(matrix, make_row(name, config, result, at))
+            else:
+                failed.set()
+                message = f"{config.folder} failed: the matrix stops here."
+                print(message, file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, missing))
+    return not failed.is_set()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -280,6 +309,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--launcher", default=sys.executable, help="what starts train.py (default: this Python)"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     parser.add_argument(
         "--preset",
         default=None,
@@ -306,25 +336,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.config,
             options.overrides,
         )
-        rows = read_rows(options.matrix)
-        runs = [
-            (name, config)
-            for name, config in plan(base, options)
-            if not is_done(rows, name, config)
-        ]
+        runs = plan(base, options)
         add_baselines(options.matrix, base, options)
-        print(f"{len(runs)} runs to do, {len(rows)} rows in {options.matrix}", flush=True)
-        for name, config in runs:
-            result = run(config, shlex.split(options.launcher))
-            if result is None:
-                print(
-                    f"{config.folder} failed: the matrix stops here.", file=sys.stderr, flush=True
-                )
-                return 1
-            append_row(options.matrix, make_row(name, config, result, commit()))
+        complete = run_missing(options.matrix, runs, shlex.split(options.launcher), options.jobs)
     except MltfrError as error:
         return fail(error)
-    return 0
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

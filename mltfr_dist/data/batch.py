@@ -56,8 +56,8 @@ class RankingBatch(NamedTuple):
     """[S] int64, row of each (user, item) pair of the *full* histories."""
     seen_items: Tensor
     """[S] int64, item of each of those pairs."""
-    user_ids: Tensor | None = None
-    """[B] int64, user_index of each row, where it matters whose it is."""
+    numbers: Tensor | None = None
+    """[B] int64, place of each row's user in the split, where it is one of a split."""
 
     def to(self, device: torch.device) -> RankingBatch:
         """The same batch on ``device``."""

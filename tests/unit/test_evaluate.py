@@ -52,13 +52,12 @@ def test_seen_items_and_the_target_itself_are_no_competitors() -> None:
     assert (pairs.rows.tolist(), pairs.item_ids.tolist()) == ([0, 1], [4, 2])
 
 
-def test_users_are_told_apart_and_keep_their_ranks() -> None:
-    named = BATCH._replace(user_ids=torch.tensor([7, 3, 9]))
+def test_ranks_come_in_the_order_of_the_split() -> None:
+    named = BATCH._replace(numbers=torch.tensor([7, 3, 9]))
     found = rank_users(
         placed(lambda _: SCORES), [named], config(), ALONE, lambda _: torch.eye(3).bool()
     )
-    assert found.user_ids.tolist() == [3, 7]
-    assert found.ranks.tolist() == [2, 2]
+    assert found.ranks.tolist() == [2, 2]  # of user 1, then of user 0
     assert found.members.tolist() == [[False, True, False], [True, False, False]]
 
 

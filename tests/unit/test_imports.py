@@ -28,6 +28,7 @@ LAYERS = {
     "invocation": 0,
     "numerics": 0,
     "progress": 0,
+    "statistics": 0,
     "schema": 1,
     "config": 1,
     "repairs": 1,
@@ -130,7 +131,8 @@ ROOMS_WITHIN: dict[str, dict[str, set[str]]] = {
     },
     "training": {
         "evaluating": set(),
-        "reporting": {"evaluating"},
+        "comparing": {"evaluating"},
+        "reporting": {"evaluating", "comparing"},
         "using": {"evaluating", "reporting"},
         "running": {"evaluating", "reporting", "using"},
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
@@ -10,9 +11,10 @@ from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.training.evaluating import baselines
-from mltfr_dist.training.evaluating.evaluate import ALL, evaluate, evaluate_slices
+from mltfr_dist.training.evaluating.evaluate import ALL, Keep, evaluate, evaluate_slices
 from mltfr_dist.training.evaluating.placing import Placer
 from mltfr_dist.training.evaluating.slices import training_slices
+from mltfr_dist.training.evaluating.user_ranks import UserRanks
 from mltfr_dist.training.run_folder import Result
 from mltfr_dist.training.streams import ranking_stream
 
@@ -27,9 +29,24 @@ BASELINES = ("popularity", "item_knn")
 
 
 def baseline_result(
-    name: str, config: RunConfig, manifest: Manifest, ranks: Ranks, *, read_test: bool
+    name: str,
+    config: RunConfig,
+    manifest: Manifest,
+    ranks: Ranks,
+    *,
+    read_test: bool,
+    ranks_file: Path | None = None,
 ) -> Result:
-    """Fit one of :data:`BASELINES` and rank with it; all ranks must call."""
+    """Fit one of :data:`BASELINES` and rank with it; all ranks must call.
+
+    Args:
+        name: The baseline.
+        config: The run.
+        manifest: Its prepared data.
+        ranks: All processes.
+        read_test: Whether the test split is read.
+        ranks_file: Where the ranks of users are written, if anywhere.
+    """
     started = time.monotonic()
     train = baselines.training_sequences(config.data.path, manifest)
     if name == "item_knn":
@@ -41,8 +58,9 @@ def baseline_result(
     else:
         place = baselines.Popularity(train, manifest.num_items)
     seconds = time.monotonic() - started
-    valid = evaluate(place, ranked(config, "valid", ranks, name), config.evaluation, ranks)
-    by_slice = metrics_by_slice(place, config, manifest, ranks, name) if read_test else {}
+    valid, by_slice = final_metrics(
+        place, config, manifest, ranks, read_test, ranks_file, baseline=name
+    )
     return Result(
         name=name,
         valid=valid,
@@ -53,10 +71,50 @@ def baseline_result(
     )
 
 
+def final_metrics(
+    place: Placer,
+    config: RunConfig,
+    manifest: Manifest,
+    ranks: Ranks,
+    read_test: bool,
+    ranks_file: Path | None,
+    baseline: str = "",
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Rank the validation split and, where it is read, the test split; all must call.
+
+    Args:
+        place: The chosen model, or a baseline.
+        config: The run.
+        manifest: Its prepared data.
+        ranks: All processes.
+        read_test: Whether the test split is read.
+        ranks_file: Where the ranks of users are written, if anywhere.
+        baseline: The baseline's name, where it is one.
+
+    Returns:
+        Metrics of the validation split, and :func:`metrics_by_slice`.
+    """
+    users, stream = UserRanks(), ranked(config, "valid", ranks, baseline)
+    valid = evaluate(place, stream, config.evaluation, ranks, users.of("valid"))
+    by_slice = {}
+    if read_test:
+        by_slice = metrics_by_slice(place, config, manifest, ranks, baseline, users.of("test"))
+    if ranks_file:
+        users.write(ranks_file, config, manifest, ranks, baseline=baseline)
+    return valid, by_slice
+
+
 def metrics_by_slice(
-    place: Placer, config: RunConfig, manifest: Manifest, ranks: Ranks, by: str = ""
+    place: Placer,
+    config: RunConfig,
+    manifest: Manifest,
+    ranks: Ranks,
+    by: str = "",
+    keep: Keep | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of the test split, of all its users and by slice."""
+    """Metrics of the test split, of all its users and by slice; ``keep`` takes the ranks."""
     slices = training_slices(config, manifest)
     stream = ranked(config, "test", ranks, by)
-    return evaluate_slices(place, stream, config.evaluation, ranks, slices.NAMES, slices.members)
+    return evaluate_slices(
+        place, stream, config.evaluation, ranks, slices.NAMES, slices.members, keep
+    )

@@ -21,19 +21,17 @@ from mltfr_dist.metrics import metric_sums, target_ranks
 from mltfr_dist.training.evaluating.placing import Placer, excluded
 
 ALL = "all"
-NOBODY = -1
-"""User of a row that does not say whose it is."""
 Members = Callable[[RankingBatch], Tensor]
 """A ranking batch -> [B, S] bool, which users belong to which of S slices."""
+Keep = Callable[[Tensor], object]
+"""Takes the ranks [U] of all users of a split, in its order, on every rank."""
 
 
-class UserRanks(NamedTuple):
+class Ranked(NamedTuple):
     """Where each user's target stands: all that metrics are made of, the same on every rank."""
 
-    user_ids: Tensor
-    """[U] int64, user_index of the prepared data, ascending."""
     ranks: Tensor
-    """[U] float64, 1 for the best; half-integral where ties count as their middle."""
+    """[U] float64 in the order of the split; 1 is the best, half-integral where ties count as their middle."""
     members: Tensor
     """[U, S] bool, which users belong to which slices."""
 
@@ -50,7 +48,7 @@ def rank_users(
     config: EvaluationConfig,
     ranks: Ranks,
     members: Members | None = None,
-) -> UserRanks:
+) -> Ranked:
     """Rank every user's target among all candidates; all ranks must call.
 
     Args:
@@ -64,29 +62,36 @@ def rank_users(
         All users of all ranks. Neither batches nor the number of ranks change their order or ranks
         (but for what they change of hidden states, in the last bits).
     """
-    users, found, groups = [], [], []
+    numbers, found, groups = [], [], []
     for batch in stream:
         heartbeat()
         batch = batch.to(ranks.device)
         places = place(batch, excluded(batch, filter_seen=config.filter_seen))
         present = batch.target_ids != PADDING_IDX
-        nobody = torch.full_like(batch.target_ids, NOBODY)
-        users.append((nobody if batch.user_ids is None else batch.user_ids)[present])
+        as_they_come = torch.zeros_like(batch.target_ids)
+        numbers.append((as_they_come if batch.numbers is None else batch.numbers)[present])
         found.append(target_ranks(places.better, places.equal, config.ties)[present])
         nothing = present.new_zeros(len(present), 0)
         groups.append((nothing if members is None else members(batch))[present])
-    user_ids, user_ranks, of_slices = (
-        _of_all_ranks(torch.cat(parts), ranks) for parts in (users, found, groups)
+    everyone, user_ranks, of_slices = (
+        _of_all_ranks(torch.cat(parts), ranks) for parts in (numbers, found, groups)
     )
-    order = user_ids.argsort(stable=True)
-    return UserRanks(user_ids[order], user_ranks[order], of_slices[order].bool())
+    order = everyone.argsort(stable=True)
+    return Ranked(user_ranks[order], of_slices[order].bool())
 
 
 def evaluate(
-    place: Placer, stream: Iterable[RankingBatch], config: EvaluationConfig, ranks: Ranks
+    place: Placer,
+    stream: Iterable[RankingBatch],
+    config: EvaluationConfig,
+    ranks: Ranks,
+    keep: Keep | None = None,
 ) -> dict[str, float]:
-    """:func:`rank_users`, as metrics: name to mean over users, the same on every rank."""
-    return rank_users(place, stream, config, ranks).metrics(config.cutoffs)
+    """:func:`rank_users`, as metrics: name to mean over users; ``keep`` takes the ranks."""
+    found = rank_users(place, stream, config, ranks)
+    if keep is not None:
+        keep(found.ranks)
+    return found.metrics(config.cutoffs)
 
 
 def evaluate_slices(
@@ -96,6 +101,7 @@ def evaluate_slices(
     ranks: Ranks,
     slice_names: Sequence[str],
     members: Members,
+    keep: Keep | None = None,
 ) -> dict[str, dict[str, float]]:
     """:func:`evaluate`, for all users and for slices of them, in one pass.
 
@@ -103,6 +109,8 @@ def evaluate_slices(
         "all" and each slice's name to its metrics; a slice's also hold ``users``, their number.
     """
     found = rank_users(place, stream, config, ranks, members)
+    if keep is not None:
+        keep(found.ranks)
     metrics = {ALL: found.metrics(config.cutoffs)}
     for number, name in enumerate(slice_names):
         size = float(found.members[:, number].sum())

@@ -17,13 +17,15 @@ from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError
 from mltfr_dist.invocation import train_command
 from mltfr_dist.ranking import Ranker
 from mltfr_dist.training.build import load_model
-from mltfr_dist.training.evaluating.evaluate import evaluate
+from mltfr_dist.training.evaluating.compare import final_metrics
+from mltfr_dist.training.evaluating.evaluate import ALL, evaluate
 from mltfr_dist.training.evaluating.placing import ByModel
 from mltfr_dist.training.inputs import Inputs, check_recorded, load_inputs
 from mltfr_dist.training.items import load_items
 from mltfr_dist.training.run_folder import (
     CHECKPOINTS,
     CONFIG,
+    RANKS,
     RESULT,
     STAGES,
     Result,
@@ -120,6 +122,29 @@ def evaluate_run(folder: str | Path, split: str, ranks: Ranks | None = None) -> 
     """
     ranks = ranks or start_ranks()
     return evaluate_model(load_run(folder, ranks), split, ranks)
+
+
+def save_ranks(folder: str | Path, split: str, ranks: Ranks) -> dict[str, float]:
+    """:func:`evaluate_run`, and `ranks.parquet` of both splits in the run's folder. All must call.
+
+    A run that left the test split unread leaves it unread here, too.
+
+    Raises:
+        ConfigError: ``split`` is the unread one.
+    """
+    folder = Path(folder)
+    run = load_run(folder, ranks)
+    result = ranks.on_rank0(lambda _: load_result(folder))
+    read_test = bool(ranks.from_main("read" if result and result.test else ""))
+    if split == "test" and not read_test:
+        raise ConfigError(
+            f"The run {folder} has left the test split unread.",
+            remedy="Give --split valid, or start the run itself again.",
+        )
+    valid, by_slice = final_metrics(
+        ByModel(run.model), run.config, run.inputs.manifest, ranks, read_test, folder / RANKS
+    )
+    return valid if split == "valid" else by_slice[ALL]
 
 
 def evaluate_model(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]:
