@@ -41,6 +41,7 @@ from mltfr_dist.models.divided_rows import DividedRows, divided_rows
 from mltfr_dist.schema import validate
 from mltfr_dist.spec import ModelSpec
 from mltfr_dist.training.evaluating.evaluate import evaluate
+from mltfr_dist.training.evaluating.placing import ByModel
 
 Found = dict[str, float]
 
@@ -142,7 +143,7 @@ def ranked(engine: Engine, options: argparse.Namespace) -> float:
         batches.append(RankingBatch(history, batch.target_ids[:size, -1], none, none))
     engine.deepspeed.eval()
     started = time.perf_counter()
-    evaluate(engine.module, batches, engine.config.evaluation, ranks)
+    evaluate(ByModel(engine.module), batches, engine.config.evaluation, ranks)
     return time.perf_counter() - started
 
 

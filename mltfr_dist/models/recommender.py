@@ -5,8 +5,8 @@ Shapes: B users, L positions, N real positions, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,23 +91,30 @@ class Recommender(nn.Module):
         return self.backbone.finish(layout.real(hidden)), real, routing
 
     def forward(
-        self, batch: SequenceBatch | RankingBatch, weights: Tensor | None = None
-    ) -> TrainingOutput | Tensor:
+        self,
+        batch: SequenceBatch | RankingBatch,
+        weights: Tensor | None = None,
+        read: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
         """Loss sums for a training batch, scores for a ranking batch.
 
         Args:
             batch: What to train on, or whose next item to rank.
             weights: [B, L] weight of each position in the loss; 1 where not given.
+            read: What to make of a ranking batch's states [B, D] and the vectors of items 1..I [I, D], whose products
+                are scores: in here, for under ZeRO-3 nobody has all vectors afterwards. Of a divided item table it
+                gets the vectors of this process's rows.
 
         Returns:
-            :class:`TrainingOutput`; for a :class:`RankingBatch` scores [B, num_items + 1] (fp32 at least; column = item
-            id, padding -inf).
+            :class:`TrainingOutput`; for a :class:`RankingBatch` what ``read`` makes of it, or scores [B, num_items + 1]
+            (fp32 at least; column = item id, padding -inf).
         """
         if isinstance(batch, RankingBatch):
             ranked = self.backbone.for_ranking(batch.item_ids)
-            self.look_up(ranked)
+            self.look_up(ranked, batch.target_ids)
             hidden, packing, _ = self.hidden(ranked)
-            return self._scores(self.backbone.last(hidden, packing))
+            final = self.backbone.last(hidden, packing)
+            return self._scores(final) if read is None else read(final, self._item_vectors())
         if weights is None:
             weights = torch.ones_like(batch.target_ids, dtype=torch.float32)
         self.look_up(batch.item_ids, batch.target_ids, batch.view_ids, *batch.sampled)
@@ -151,6 +158,13 @@ class Recommender(nn.Module):
         hidden, packing, _ = self.hidden(batch.view_ids.flatten(0, 1))  # one pass: [2 B, L]
         first, second = packing.last(hidden).view(len(batch.view_ids), 2, -1).unbind(1)
         return self.backbone.contrast(first, second, batch.sample_ids >= 0)
+
+    def _item_vectors(self) -> Tensor:
+        """[I, D] vectors of items 1..I; of a divided table [O, D] those of this process's rows."""
+        table = self.backbone.item_embedding
+        if division_of(table) is not None:
+            return own_vectors(table)
+        return table.weight[1 : self.num_items + 1]
 
     def _scores(self, final: Tensor) -> Tensor:
         table = self.backbone.item_embedding

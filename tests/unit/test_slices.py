@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tiny_config
+from support import placed, tiny_config
 
 from mltfr_dist.config import EvaluationConfig
 from mltfr_dist.data.batch import RankingBatch
@@ -47,12 +47,14 @@ def test_metrics_by_hand() -> None:
     batch = RankingBatch(torch.ones(3, 1).long(), torch.tensor([1, 2, 3]), none, none)
     member = torch.tensor([[True, False], [True, False], [False, True]])
     config = EvaluationConfig(cutoffs=(1, 10))
-    found = evaluate_slices(lambda _: scores, [batch], config, ALONE, ("a", "b"), lambda _: member)
+    found = evaluate_slices(
+        placed(lambda _: scores), [batch], config, ALONE, ("a", "b"), lambda _: member
+    )
     assert found["a"]["HR@1"] == 1 / 2
     assert found["a"]["MRR"] == pytest.approx(3 / 4)
     assert found["b"]["MRR"] == pytest.approx(1 / 3)
     assert (found["a"]["users"], found["b"]["users"]) == (2, 1)
-    assert found[ALL] == evaluate(lambda _: scores, [batch], config, ALONE)
+    assert found[ALL] == evaluate(placed(lambda _: scores), [batch], config, ALONE)
 
 
 def test_slices_of_real_data_partition_the_users_and_thirds_are_by_training_count(
@@ -78,11 +80,13 @@ def test_slices_of_real_data_partition_the_users_and_thirds_are_by_training_coun
     for rank in range(2):  # sums over ranks are sums over users
         stream = ranking_stream(config, "test", Ranks(rank, 2, torch.device("cpu")))
         parts.append(
-            evaluate_slices(by_id, stream, config.evaluation, ALONE, Slices.NAMES, slices.members)
+            evaluate_slices(
+                placed(by_id), stream, config.evaluation, ALONE, Slices.NAMES, slices.members
+            )
         )
     whole_stream = ranking_stream(config, "test", ALONE)
     whole = evaluate_slices(
-        by_id, whole_stream, config.evaluation, ALONE, Slices.NAMES, slices.members
+        placed(by_id), whole_stream, config.evaluation, ALONE, Slices.NAMES, slices.members
     )
     users = manifest.splits["test"].num_sequences
     for group in (Slices.NAMES[:3], Slices.NAMES[3:]):
