@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from mltfr_dist.data.batch import PADDING_IDX
 from mltfr_dist.models.draws import LARGEST, STEP, mix
 
-CHUNK_ELEMENTS = 1 << 20
-"""Numbers drawn at a time: about 40 MB."""
+CHUNK_ELEMENTS = 1 << 17
+"""Numbers drawn at a time: about 5 MB."""
 CELLS = 1 << 16
 """Cells of equal probability into which the normal distribution is cut; within one it is linear."""
 
