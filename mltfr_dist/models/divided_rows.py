@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.places import Places
 from mltfr_dist.models.tiles import Pairs
@@ -90,12 +91,12 @@ class DividedRows(ItemRows):
     _rows: Tensor
     """[U, D] these rows."""
 
-    def __init__(self, embedding: nn.Embedding, division: Division) -> None:
-        """Args: embedding: [R, D], whose initialised rows become the table; division: of R rows."""
+    def __init__(self, embedding: ItemEmbedding, division: Division) -> None:
+        """Args: embedding: [R, D], of which this process's rows are drawn; division: of R rows."""
         super().__init__(embedding)
         self.division = division
-        weight = embedding.weight.detach()
-        self.register_buffer("weight", weight[division.own_ids.to(weight.device)], persistent=False)
+        own = embedding.draws.rows(division.own_ids, self.embedding_dim)
+        self.register_buffer("weight", own.to(embedding.weight), persistent=False)
         self._own: list[Tensor] = []
         self._fetched, self._rows = None, self.weight[:0]
 

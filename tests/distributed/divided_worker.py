@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -28,6 +27,7 @@ from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import MltfrError, OtherRankError
 from mltfr_dist.models.divided_rows import DividedRows, divided_rows
+from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.losses import full_cross_entropy
 from mltfr_dist.models.places import LogNormaliser, count_better
 from mltfr_dist.models.tiles import Pairs, exact_scores
@@ -167,10 +167,8 @@ def cross_entropy(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     found = {}
     for dtype in (torch.float32, torch.float64):
         generator = torch.Generator().manual_seed(3)
-        embedding = nn.Embedding(NUM_ITEMS + 2, DIM, padding_idx=0, dtype=dtype)
         weight = torch.randn(NUM_ITEMS + 2, DIM, generator=generator, dtype=dtype)
         weight[0] = 0
-        embedding.weight.data.copy_(weight)
         counts = [40 + 7 * rank for rank in range(ranks.world_size)]
         counts[-1] *= ranks.world_size == 1
         hidden = (
@@ -182,8 +180,8 @@ def cross_entropy(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         expected = full_cross_entropy(hidden, whole[1 : NUM_ITEMS + 1], targets, weights)
         (expected / 7).backward()
         mine = slice(sum(counts[: ranks.rank]), sum(counts[: ranks.rank + 1]))
-        rows = DividedRows(embedding, RankDivision(NUM_ITEMS + 2, ranks))
-        rows.dtype = dtype
+        rows = DividedRows(ItemEmbedding(NUM_ITEMS + 2, DIM), RankDivision(NUM_ITEMS + 2, ranks))
+        rows.weight, rows.dtype = weight[rows.division.own_ids], dtype
         own, part = rows.own_vectors(), hidden[mine].detach().requires_grad_()
         given = rows.division.cross_entropy(part, own, targets[mine], weights[mine], NUM_ITEMS)
         (given / 7).backward()
@@ -200,11 +198,9 @@ def cross_entropy(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 def places(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Differences of counts and normalisers from those over whole items, ties included; one rank has no user."""
     generator = torch.Generator().manual_seed(5)
-    embedding = nn.Embedding(NUM_ITEMS + 2, DIM, padding_idx=0)
     distinct = torch.randn(NUM_ITEMS // 3, DIM, generator=generator)
     weight = distinct[torch.arange(NUM_ITEMS + 2) % len(distinct)]
     weight[-1] *= 100  # a mask, which would be best
-    embedding.weight.data.copy_(weight)
     counts = [12 + 5 * rank for rank in range(ranks.world_size)]
     counts[-1] *= ranks.world_size == 1
     hidden = 3 * torch.randn(sum(counts), DIM, generator=generator)

@@ -56,7 +56,9 @@ def test_every_row_has_one_place_and_popular_ones_are_spread(num_rows: int) -> N
         assert max(counts) < 1.1 * 2048 / 3
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_ranks", [pytest.param(n, marks=[pytest.mark.slow] * (n != 3)) for n in (2, 3, 4)]
+)
 def test_full_cross_entropy_over_divided_items_is_the_whole_one(
     folder: Path, num_ranks: int
 ) -> None:
@@ -99,17 +101,32 @@ def compare_placements(found: dict[str, list[float]], num_variants: int) -> None
         assert relative_difference(whole, found[f"{name} rows"]) < tolerance, name
 
 
-def test_checkpoints_go_on_at_other_world_sizes_and_placements(folder: Path) -> None:
-    found = findings(WORKER, "saved", folder, 2)
+@pytest.fixture(scope="module")
+def saved(folder: Path) -> dict[str, list[float]]:
+    return findings(WORKER, "saved", folder, 2)
+
+
+def test_checkpoints_go_on_exactly_with_either_placement(saved: dict[str, list[float]]) -> None:
     for name in ("sparse", "cross-entropy"):
-        expected = found[f"{name} replicated goes on"]
-        assert relative_difference(expected, found[f"{name} rows goes on"]) < 1e-6
-        assert found[f"{name} rows rows"] == found[f"{name} rows goes on"], "to the bit"
-    for resumed in (found, *(findings(WORKER, "elsewhere", folder, n) for n in (1, 3))):
-        for name in ("sparse", "cross-entropy"):
-            expected = found[f"{name} replicated goes on"]
-            for how in ("rows rows", "rows replicated", "replicated rows"):
-                assert relative_difference(expected, resumed[f"{name} {how}"]) < 1e-6, how
+        expected = saved[f"{name} replicated goes on"]
+        assert relative_difference(expected, saved[f"{name} rows goes on"]) < 1e-6
+        assert saved[f"{name} rows rows"] == saved[f"{name} rows goes on"], "to the bit"
+    resumed_alike(saved, saved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_checkpoints_go_on_at_other_world_sizes(
+    folder: Path, saved: dict[str, list[float]], num_ranks: int
+) -> None:
+    resumed_alike(saved, findings(WORKER, "elsewhere", folder, num_ranks))
+
+
+def resumed_alike(saved: dict[str, list[float]], resumed: dict[str, list[float]]) -> None:
+    for name in ("sparse", "cross-entropy"):
+        expected = saved[f"{name} replicated goes on"]
+        for how in ("rows rows", "rows replicated", "replicated rows"):
+            assert relative_difference(expected, resumed[f"{name} {how}"]) < 1e-6, how
 
 
 def run_config(folder: Path, placement: str) -> RunConfig:

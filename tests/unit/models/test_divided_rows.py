@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.models.divided_rows import DividedRows, Division, division_of, own_vectors
+from mltfr_dist.models.initial import ItemEmbedding, undrawn_items
 
 
 class Backwards(Division):
@@ -21,8 +22,8 @@ class Backwards(Division):
         return own[places].to(dtype)
 
 
-def made() -> tuple[DividedRows, nn.Embedding]:
-    embedding = nn.Embedding(9, 4, padding_idx=0)
+def made() -> tuple[DividedRows, ItemEmbedding]:
+    embedding = ItemEmbedding(9, 4)
     return DividedRows(embedding, Backwards()), embedding
 
 
@@ -72,3 +73,14 @@ def test_a_whole_table_is_loaded_in_this_process_s_order_and_rows_are_no_state()
     assert rows.weight.equal(whole.flip(0))
     assert division_of(nn.Sequential(rows)) is rows.division
     assert division_of(plain) is None
+
+
+def test_a_process_draws_its_rows_alone() -> None:
+    torch.manual_seed(3)
+    whole, after = ItemEmbedding(9, 4), torch.get_rng_state()
+    torch.manual_seed(3)
+    with undrawn_items():
+        left = ItemEmbedding(9, 4)
+    assert torch.equal(torch.get_rng_state(), after), "what is drawn next is the same"
+    left.weight.data.fill_(7.0)
+    assert DividedRows(left, Backwards()).weight.equal(whole.weight.detach().flip(0))
