@@ -13,6 +13,7 @@ asked for. Interrupted, the matrix goes on: finished rows are skipped, a started
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from mltfr_dist.training.build import model_spec
 from mltfr_dist.training.evaluating.compare import BASELINES, baseline_result
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.reporting.matrix import append_row, is_done, make_row, read_rows
-from mltfr_dist.training.run_folder import CONFIG, Result, claim, load_result
+from mltfr_dist.training.run_folder import CONFIG, RANKS, Result, claim, load_result
 
 ROOT = Path(__file__).resolve().parent.parent
 Variant = Callable[[RunConfig], RunConfig]
@@ -233,8 +234,16 @@ def add_baselines(matrix: Path, base: RunConfig, options: argparse.Namespace) ->
         for name in BASELINES:
             if not is_done(read_rows(matrix), name, config):
                 manifest = load_manifest(config.data.path, left_out=config.data.left_out)
-                result = baseline_result(name, config, manifest, ALONE, read_test=True)
-                append_row(matrix, make_row(name, config, result, commit()))
+                place = options.runs / f"{config.data.path.name}-{name}" / RANKS
+                result = baseline_result(
+                    name, config, manifest, ALONE, read_test=True, ranks_file=place
+                )
+                append_row(matrix, make_row(name, config, result, commit(), seen(place, matrix)))
+
+
+def seen(file: Path, matrix: Path) -> str:
+    """A file's place as seen from the matrix's folder, so that both can be moved together."""
+    return os.path.relpath(file, matrix.parent)
 
 
 def commit() -> str:
@@ -321,7 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{config.folder} failed: the matrix stops here.", file=sys.stderr, flush=True
                 )
                 return 1
-            append_row(options.matrix, make_row(name, config, result, commit()))
+            ranks = seen(config.folder / RANKS, options.matrix)
+            append_row(options.matrix, make_row(name, config, result, commit(), ranks))
     except MltfrError as error:
         return fail(error)
     return 0
