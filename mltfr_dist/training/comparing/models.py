@@ -27,7 +27,7 @@ class Model:
     ranks: Floats
     """[S, U], users in the order of the first file."""
     picked_on: str
-    """The split that picked the checkpoint; empty where there was none to pick."""
+    """Metric and split that picked the checkpoint; empty where there was none to pick."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,15 @@ def _model(group: Sequence[tuple[Measured, Floats]], label: str) -> Model:
         tuple(str(one.path) for one, _ in ordered),
         tuple(one.seed for one, _ in ordered),
         np.stack([ranks for _, ranks in ordered]),
-        ordered[0][0].about.get("picked_on", "") if ordered[0][0].seed is not None else "",
+        _picked(ordered[0][0]),
     )
+
+
+def _picked(run: Measured) -> str:
+    """How a run's checkpoint was chosen."""
+    if run.seed is None:
+        return ""
+    return f"{run.about.get('select_by', '?')} on {run.about.get('picked_on', '?')}"
 
 
 def _label(runs: Sequence[Measured]) -> str:
