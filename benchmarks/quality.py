@@ -2,7 +2,7 @@
 
 Every arm has the same loss, budget of epochs and stopping rule; it differs from the base configuration in what its
 function below changes, and in nothing else. Each run is a process of its own, by the command a user would give.
-Popularity and item_knn, which need no training, have a row for each data set, whatever variants are
+Baselines that need no training (`--baselines`) have a row for each data set, whatever variants are
 asked for. Interrupted, the matrix goes on: finished rows are skipped, a started run resumes.
 
     python benchmarks/quality.py matrix.parquet --data data/ml-100k --seeds 0 1 2 3 4
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from mltfr_dist import repairs
+from mltfr_dist.baselines import BASELINES
 from mltfr_dist.config import RunConfig
 from mltfr_dist.config.published import CONSENSUS, MLTFR, PER_USER, USER_GUIDED, without
 from mltfr_dist.data.shards.manifest import load_manifest
@@ -35,9 +36,9 @@ from mltfr_dist.resolve import resolve_config
 from mltfr_dist.schema import changed, or_nearest
 from mltfr_dist.tables.store import load_table
 from mltfr_dist.training.build import model_spec
-from mltfr_dist.training.evaluating.compare import BASELINES, baseline_result
+from mltfr_dist.training.evaluating.compare import baseline_result
 from mltfr_dist.training.inputs import load_inputs
-from mltfr_dist.training.reporting.matrix import append_row, is_done, make_row, read_rows
+from mltfr_dist.training.reporting.matrix import USUAL, append_row, is_done, make_row, read_rows
 from mltfr_dist.training.run_folder import CONFIG, RANKS, Result, claim, load_result
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,7 +232,7 @@ def add_baselines(matrix: Path, base: RunConfig, options: argparse.Namespace) ->
     """The rows of the baselines that ``matrix`` does not hold yet; minutes at most."""
     for data in options.data or [base.data.path]:
         config = vary(base, {"data.path": str(data)})
-        for name in BASELINES:
+        for name in options.baselines:
             if not is_done(read_rows(matrix), name, config):
                 manifest = load_manifest(config.data.path, left_out=config.data.left_out)
                 place = options.runs / f"{config.data.path.name}-{name}" / RANKS
@@ -281,6 +282,13 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=CONTROLS,
         help=f"any of {', '.join(VARIANTS)} (default: {', '.join(CONTROLS)})",
+    )
+    parser.add_argument(
+        "--baselines",
+        nargs="*",
+        choices=BASELINES,
+        default=USUAL,
+        help=f"without a training loop (default: {' '.join(USUAL)})",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument(

@@ -21,18 +21,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import stats
 
+from mltfr_dist.baselines import BASELINES
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.files import replacing
 from mltfr_dist.training.comparing.compare import Options
 from mltfr_dist.training.comparing.load import MATRIX_COLUMN
 from mltfr_dist.training.comparing.text import aligned
-from mltfr_dist.training.evaluating.compare import BASELINES
 from mltfr_dist.training.reporting.matrix_differences import COMPARED, Row, differences, table
 from mltfr_dist.training.run_folder import Result
 
 NO_BACKBONE = "none"
 KEY = ("dataset", "backbone", "variant", "seed")
+USUAL = ("popularity", "item_knn")
+"""Baselines that a matrix has unless others are asked for."""
 REFERENCES = ("bare", "random_tables")
 SHOWN = ("valid/NDCG@10", "test/NDCG@10", "test/HR@10")
 GATE = ("entropy", "largest_weight", "largest_top_share")
@@ -224,7 +226,7 @@ def group_lines(
     """What is said of one data set and backbone: the baselines' rows first, then the runs'."""
     here = [*baselines, *runs]
     lines = [f"{title}: mean +- 95% t-interval over seeds", "", *aligned(means(here)), ""]
-    missing = [name for name in BASELINES if name not in {row["variant"] for row in baselines}]
+    missing = [name for name in USUAL if name not in {row["variant"] for row in baselines}]
     if missing:
         what = " and ".join(missing)
         lines += [f"{what} are missing: benchmarks/quality.py, started again, adds their rows.", ""]
