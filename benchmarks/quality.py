@@ -18,8 +18,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -242,9 +244,12 @@ def add_baselines(matrix: Path, base: RunConfig, options: argparse.Namespace) ->
                 append_row(matrix, make_row(name, config, result, commit(), seen(place, matrix)))
 
 
-def seen(file: Path, matrix: Path) -> str:
-    """A file's place as seen from the matrix's folder, so that both can be moved together."""
-    return os.path.relpath(file, matrix.parent)
+def seen(file: Path, matrix: Path) -> str | None:
+    """A file's place as seen from the matrix's folder, so that both can be moved together.
+
+    None where it is not there: the run ended before runs kept the ranks of users.
+    """
+    return os.path.relpath(file, matrix.parent) if file.exists() else None
 
 
 def commit() -> str:
@@ -265,6 +270,34 @@ def run(config: RunConfig, launcher: Sequence[str]) -> Result | None:
     command = [*launcher, str(ROOT / "train.py"), "--config", str(config.folder / CONFIG)]
     done = subprocess.run(command, check=False)
     return load_result(config.folder) if done.returncode == 0 else None
+
+
+def run_missing(
+    matrix: Path, runs: Sequence[tuple[str, RunConfig]], launcher: Sequence[str], jobs: int
+) -> bool:
+    """Run what ``matrix`` lacks, ``jobs`` side by side; whether all succeeded. After a failure none is begun."""
+    rows = read_rows(matrix)
+    missing = [(name, config) for name, config in runs if not is_done(rows, name, config)]
+    print(f"{len(missing)} runs to do, {len(rows)} rows in {matrix}", flush=True)
+    lock, failed, at = Lock(), Event(), commit()
+
+    def one(task: tuple[str, RunConfig]) -> None:
+        name, config = task
+        if failed.is_set():
+            return
+        result = run(config, launcher)
+        with lock:
+            if result is not None:
+                ranks = seen(config.folder / RANKS, matrix)
+                append_row(matrix, make_row(name, config, result, at, ranks))
+            else:
+                failed.set()
+                message = f"{config.folder} failed: the matrix stops here."
+                print(message, file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, missing))
+    return not failed.is_set()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -297,6 +330,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--launcher", default=sys.executable, help="what starts train.py (default: this Python)"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     parser.add_argument(
         "--preset",
         default=None,
@@ -323,26 +357,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.config,
             options.overrides,
         )
-        rows = read_rows(options.matrix)
-        runs = [
-            (name, config)
-            for name, config in plan(base, options)
-            if not is_done(rows, name, config)
-        ]
+        runs = plan(base, options)
         add_baselines(options.matrix, base, options)
-        print(f"{len(runs)} runs to do, {len(rows)} rows in {options.matrix}", flush=True)
-        for name, config in runs:
-            result = run(config, shlex.split(options.launcher))
-            if result is None:
-                print(
-                    f"{config.folder} failed: the matrix stops here.", file=sys.stderr, flush=True
-                )
-                return 1
-            ranks = seen(config.folder / RANKS, options.matrix)
-            append_row(options.matrix, make_row(name, config, result, commit(), ranks))
+        complete = run_missing(options.matrix, runs, shlex.split(options.launcher), options.jobs)
     except MltfrError as error:
         return fail(error)
-    return 0
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

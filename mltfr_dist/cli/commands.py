@@ -96,8 +96,17 @@ def _neither(folder: Path) -> DataError:
 
 
 def command_tables(options: argparse.Namespace) -> None:
-    """Language models to token tables."""
+    """Language models to token tables; with --inspect, what the geometry of stored ones has to offer."""
+    if options.inspect:
+        from mltfr_dist.tables.geometry_report import inspect_tables
+
+        words = options.words or ()
+        print(inspect_tables(options.sources, words=words, pictures=options.pictures))
+        return
     from mltfr_dist.tables.build import build_tables
+
+    _refuse(options.words, "--words", "belongs to --inspect", "tables are to be built")
+    _refuse(options.pictures, "--pictures", "belongs to --inspect", "tables are to be built")
 
     build_tables(
         options.sources,
