@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from mltfr_dist.baselines import BASELINES
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.training.evaluating import baselines
+from mltfr_dist.registry import load
+from mltfr_dist.training.evaluating.baselines import training_sequences
 from mltfr_dist.training.evaluating.evaluate import (
     ALL,
     Keep,
@@ -23,14 +25,13 @@ from mltfr_dist.training.evaluating.user_ranks import UserRanks
 from mltfr_dist.training.run_folder import Result
 from mltfr_dist.training.streams import ranking_stream
 
+PACKAGE = "mltfr_dist.training.evaluating"
+
 
 def ranked(config: RunConfig, split: str, ranks: Ranks, by: str = "") -> UntilStopped[RankingBatch]:
     """This rank's users of a split, until a rank is asked to stop; ``by`` names the model where it is a baseline."""
     doing = f"ranking the {split} split" + (f" by {by}" if by else "")
     return UntilStopped(ranking_stream(config, split, ranks), ranks, doing)
-
-
-BASELINES = ("popularity", "item_knn")
 
 
 def baseline_result(
@@ -42,7 +43,7 @@ def baseline_result(
     read_test: bool,
     ranks_file: Path | None = None,
 ) -> Result:
-    """Fit one of :data:`BASELINES` and rank with it; all ranks must call.
+    """Fit one of ``BASELINES`` and rank with it; all ranks must call.
 
     Args:
         name: The baseline.
@@ -53,15 +54,13 @@ def baseline_result(
         ranks_file: Where the ranks of users are written, if anywhere.
     """
     started = time.monotonic()
-    train = baselines.training_sequences(config.data.path, manifest)
-    if name == "item_knn":
-        scorer = baselines.item_knn(
-            train,
-            manifest.num_items,
-            through=lambda blocks: UntilStopped(blocks, ranks, "fitting item_knn"),
-        )
-    else:
-        scorer = baselines.popularity(train, manifest.num_items)
+    train = training_sequences(config.data.path, manifest)
+    fit = load(BASELINES[name].path, PACKAGE)
+    scorer: Scorer = fit(
+        train,
+        manifest.num_items,
+        through=lambda parts: UntilStopped(parts, ranks, f"fitting {name}"),
+    )
     seconds = time.monotonic() - started
     valid, by_slice = final_metrics(
         scorer, config, manifest, ranks, read_test, ranks_file, baseline=name
