@@ -7,13 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mltfr_dist.config import (
     BackboneConfig,
@@ -24,18 +23,14 @@ from mltfr_dist.config import (
     RunConfig,
     TableConfig,
 )
-from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.models.mltfr import MLTFR
-from mltfr_dist.models.places import Places
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.models.tiles import Pairs
 from mltfr_dist.published.parts import published_parts, published_table
 from mltfr_dist.resolve import merge_values
 from mltfr_dist.schema import nested, validate
 from mltfr_dist.spec import ModelSpec
 from mltfr_dist.tables.store import save_table
-from mltfr_dist.training.evaluating.placing import Placer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -257,16 +252,3 @@ def new_mltfr(
     defects = published or PublishedConfig()
     tables = [published_table(defects)(rows) for rows in table_rows]
     return MLTFR(config, hidden_dim, tables, published_parts(config, defects))
-
-
-def placed(score: Callable[[RankingBatch], Tensor]) -> Placer:
-    """Scores [B, num_items + 1] that are all at hand, as a placer: by the definition."""
-
-    def place(batch: RankingBatch, exclude: Pairs) -> Places:
-        scores = score(batch).clone()
-        target = scores.gather(1, batch.target_ids[:, None])
-        scores[exclude.rows, exclude.item_ids] = -torch.inf
-        scores[:, 0] = -torch.inf
-        return Places((scores > target).sum(1), (scores == target).sum(1))
-
-    return place

@@ -191,13 +191,17 @@ def command_export(options: argparse.Namespace) -> None:
 
 def command_report(options: argparse.Namespace) -> None:
     """The report of a run, a sweep or a trial; for matrices of runs (.parquet) means, intervals, paired differences, slices."""
+    from mltfr_dist.training.comparing.compare import Options
     from mltfr_dist.training.reporting.matrix import summary
     from mltfr_dist.tuning.folders import folder_report
 
     paths = [Path(run) for run in options.runs]
     if all(path.suffix == ".parquet" for path in paths):
-        print(summary(paths))
+        print(summary(paths, Options(margin=options.margin, difference=options.difference)))
         return
+    for name in ("margin", "difference"):
+        words = "belongs to differences between the runs of a matrix"
+        _refuse(getattr(options, name), f"--{name}", words, f"{paths[0]} is no matrix")
     if len(paths) > 1:
         raise ConfigError(
             f"{len(paths)} names were given, not all of them matrices.",

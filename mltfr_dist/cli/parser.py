@@ -118,6 +118,18 @@ def _add_report(commands: Commands) -> None:
         nargs="+",
         help="run folder, such as runs/demo, or Parquet files that benchmarks/quality.py wrote, taken together",
     )
+    _add_margin(report)
+
+
+def _add_margin(parser: Parser) -> None:
+    parser.add_argument(
+        "--margin", type=float, help="also test equivalence: differences within +-MARGIN are none"
+    )
+    parser.add_argument(
+        "--difference",
+        type=float,
+        help="difference that the number of seeds is told for (default: the observed one)",
+    )
 
 
 def _add_compare(commands: Commands) -> None:
@@ -137,14 +149,7 @@ def _add_compare(commands: Commands) -> None:
     compare.add_argument(
         "--metric", default="NDCG@10", help="metric that is tested, at any K (default: NDCG@10)"
     )
-    compare.add_argument(
-        "--margin", type=float, help="also test equivalence: differences within +-MARGIN are none"
-    )
-    compare.add_argument(
-        "--difference",
-        type=float,
-        help="difference that the number of seeds is told for (default: the observed one)",
-    )
+    _add_margin(compare)
     compare.add_argument(
         "--resamples", type=int, default=10_000, help="of bootstrap and test (default: 10000)"
     )

@@ -73,7 +73,7 @@ def _freedom(found: Spread, seeds: int) -> float:
     parts = [(found.user / users + both, users - 1)]
     if found.seed > 0:
         parts += [(found.seed / seeds + both, seeds - 1), (-both, (seeds - 1) * (users - 1))]
-    least = math.fsum(part**2 / n for part, n in parts)
+    least = math.fsum(part**2 / n for part, n in parts if part)
     return found.variance(seeds) ** 2 / least if least else users - 1
 
 

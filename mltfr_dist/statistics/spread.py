@@ -73,6 +73,13 @@ def spread(differences: Floats) -> Spread:
     return Spread(float(mean), users, seeds, *causes, float(np.sqrt(variance)), float(freedom))
 
 
+def seeds_alone(values: Floats) -> Spread:
+    """The spread of means [S] whose users are not known: all of it is put down to seeds."""
+    number, variance = len(values), float(values.var(ddof=1)) if len(values) > 1 else 0.0
+    error = float(np.sqrt(variance / number))
+    return Spread(float(values.mean()), 1, number, 0.0, variance, 0.0, error, number - 1.0)
+
+
 def bootstrap_interval(
     differences: Floats, resamples: int, random: np.random.Generator, level: float = 0.95
 ) -> tuple[float, float]:

@@ -13,15 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
-from support import clean_environment, placed
+from support import clean_environment
 
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.shards.packed import PackedSequences
 from mltfr_dist.training.evaluating import baselines
-from mltfr_dist.training.evaluating.baselines import Popularity, item_knn, training_sequences
-from mltfr_dist.training.evaluating.placing import excluded
+from mltfr_dist.training.evaluating.baselines import item_knn, popularity, training_sequences
 
 NUM_ITEMS = 9
 SEQUENCES = st.lists(
@@ -83,9 +82,9 @@ def dense_knn(
 def test_item_knn_equals_a_dense_computation(
     sequences: list[list[int]], histories: list[list[int]], shrinkage: float
 ) -> None:
-    found = item_knn(packed(sequences), NUM_ITEMS, shrinkage=shrinkage).scores(batch(histories))
-    scores = torch.from_numpy(found.toarray())
+    scores = item_knn(packed(sequences), NUM_ITEMS, shrinkage=shrinkage)(batch(histories))
     assert scores.shape == (len(histories), NUM_ITEMS + 1)
+    assert torch.isneginf(scores[:, 0]).all()
     for row, history in zip(scores, histories, strict=True):
         expected = dense_knn(sequences, history, 100, shrinkage)
         torch.testing.assert_close(row[1:], torch.tensor(expected[1:]), rtol=1e-5, atol=1e-6)
@@ -94,8 +93,9 @@ def test_item_knn_equals_a_dense_computation(
 @pytest.mark.parametrize("neighbours", [1, 2])
 def test_item_knn_keeps_the_nearest(neighbours: int) -> None:
     sequences = [[1, 2], [1, 2], [1, 2, 3], [1, 3], [1, 4], [4, 5, 6, 7], [2, 2, 8]]
-    knn = item_knn(packed(sequences), NUM_ITEMS, num_neighbours=neighbours, shrinkage=1.0)
-    scores = torch.from_numpy(knn.scores(batch([[1], [4], [9]])).toarray())
+    scores = item_knn(packed(sequences), NUM_ITEMS, num_neighbours=neighbours, shrinkage=1.0)(
+        batch([[1], [4], [9]])
+    )
     for row, history in zip(scores, [[1], [4], [9]], strict=True):
         torch.testing.assert_close(
             row[1:], torch.tensor(dense_knn(sequences, history, neighbours, 1.0)[1:])
@@ -106,32 +106,13 @@ def test_item_knn_keeps_the_nearest(neighbours: int) -> None:
     )  # an item of no training user has no neighbour
 
 
-def test_popularity_counts_interactions() -> None:
-    assert Popularity(packed([[1, 1, 3], [3, 3, 2], [3]]), 5).counts.tolist() == [0, 2, 1, 4, 0, 0]
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(SEQUENCES, SEQUENCES, st.booleans(), st.data())
-def test_baselines_place_targets_as_all_scores_do(
-    sequences: list[list[int]], histories: list[list[int]], filter_seen: bool, data: st.DataObject
-) -> None:
-    """Repeats in histories, targets that are seen, equal scores and rows that only fill included."""
-    targets = data.draw(
-        st.lists(st.integers(0, NUM_ITEMS), min_size=len(histories), max_size=len(histories))
-    )
-    users = batch(histories)._replace(target_ids=torch.tensor(targets))
-    exclude, present = excluded(users, filter_seen=filter_seen), users.target_ids > 0
-    popularity, knn = (
-        Popularity(packed(sequences), NUM_ITEMS),
-        item_knn(packed(sequences), NUM_ITEMS),
-    )
-    for place, scores in (
-        (popularity, popularity.counts.double().repeat(len(targets), 1)),
-        (knn, torch.from_numpy(knn.scores(users).toarray())),
-    ):
-        expected = placed(lambda _, scores=scores: scores)(users, exclude)
-        for found, wanted in zip(place(users, exclude), expected, strict=True):
-            assert found[present].tolist() == wanted[present].tolist()
+def test_popularity_counts_interactions_and_is_equal_for_all() -> None:
+    score = popularity(packed([[1, 1, 3], [3, 3, 2], [3]]), 5)
+    scores = score(batch([[1], [4, 5]]))
+    assert scores[0].tolist() == [-math.inf, 2, 1, 4, 0, 0]
+    assert torch.equal(scores[0], scores[1])
+    scores.fill_(7)  # a caller's change does not reach the next batch
+    assert score(batch([[1]]))[0, 3] == 4
 
 
 def test_training_sequences_are_the_training_split_and_no_more(tmp_path: Path) -> None:
@@ -178,14 +159,14 @@ def test_blocks_of_items_give_the_same_digits(pairs: int, monkeypatch: pytest.Mo
     lengths = np.clip(random.pareto(1.2, 943) * 30, 2, 700).astype(int)
     train = packed_wide([1 + (num_items * random.random(n) ** 2).astype(int) for n in lengths])
     monkeypatch.setattr(baselines, "_PAIRS_AT_ONCE", pairs)
-    knn = item_knn(train, num_items)
+    score = item_knn(train, num_items)
     histories = [sorted(set(train[user].tolist())) for user in range(0, 943, 40)]
     neighbours = all_at_once(train, num_items, 100, 10.0)
     seen = np.zeros((len(histories), num_items + 1), np.float32)
     for row, history in enumerate(histories):
         seen[row, history] = 1
     expected = (sparse.csr_matrix(seen) @ neighbours).toarray()
-    assert np.array_equal(knn.scores(batch(histories)).toarray(), expected)
+    assert np.array_equal(score(batch(histories)).numpy()[:, 1:], expected[:, 1:])
 
 
 def packed_wide(sequences: list[np.ndarray]) -> PackedSequences:

@@ -18,6 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "errors": 0,
     "backbones": 1,
+    "baselines": 0,
     "selectors": 0,
     "optimizers": 0,
     "losses": 0,

@@ -27,7 +27,7 @@ class Model:
     ranks: Floats
     """[S, U], users in the order of the first file."""
     picked_on: str
-    """The split that picked the checkpoint; empty where there was none to pick."""
+    """Metric and split that picked the checkpoint; empty where there was none to pick."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,12 @@ class Models:
         return int(self.models[0].ranks.shape[1])
 
 
-def as_models(measured: Sequence[Measured]) -> Models:
+def as_models(measured: Sequence[Measured], labels: Sequence[str] | None = None) -> Models:
     """Join what is one model's.
+
+    Args:
+        measured: The files.
+        labels: The model of each; None: as the files say.
 
     Raises:
         DataError: Files of other rules, users or targets, or a run that stands there twice.
@@ -56,10 +60,10 @@ def as_models(measured: Sequence[Measured]) -> Models:
     check_protocols(measured)
     first = measured[0]
     groups: dict[Any, list[tuple[Measured, Floats]]] = {}
-    for one in measured:
-        key = one.about.get("model_sha256", one.path)
+    for place, one in enumerate(measured):
+        key = labels[place] if labels else one.about.get("model_sha256", one.path)
         groups.setdefault(key, []).append((one, aligned_ranks(one, first)))
-    models = [_model(group) for group in groups.values()]
+    models = [_model(group, key if labels else "") for key, group in groups.items()]
     taken = [model.label for model in models]
     for place, model in enumerate(models):
         if taken.count(model.label) > 1:
@@ -77,7 +81,7 @@ def as_models(measured: Sequence[Measured]) -> Models:
     )
 
 
-def _model(group: Sequence[tuple[Measured, Floats]]) -> Model:
+def _model(group: Sequence[tuple[Measured, Floats]], label: str) -> Model:
     seeds = [one.seed for one, _ in group]
     twice = [seed for seed in seeds if seeds.count(seed) > 1]
     if twice:
@@ -89,12 +93,19 @@ def _model(group: Sequence[tuple[Measured, Floats]]) -> Model:
         )
     ordered = sorted(group, key=lambda pair: -1 if pair[0].seed is None else pair[0].seed)
     return Model(
-        _label([one for one, _ in ordered]),
+        label or _label([one for one, _ in ordered]),
         tuple(str(one.path) for one, _ in ordered),
         tuple(one.seed for one, _ in ordered),
         np.stack([ranks for _, ranks in ordered]),
-        ordered[0][0].about.get("picked_on", "") if ordered[0][0].seed is not None else "",
+        _picked(ordered[0][0]),
     )
+
+
+def _picked(run: Measured) -> str:
+    """How a run's checkpoint was chosen."""
+    if run.seed is None:
+        return ""
+    return f"{run.about.get('select_by', '?')} on {run.about.get('picked_on', '?')}"
 
 
 def _label(runs: Sequence[Measured]) -> str:

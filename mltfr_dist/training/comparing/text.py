@@ -88,7 +88,7 @@ def power(found: Comparison) -> Table:
     """What the design could have shown."""
     margin = found.options.margin
     table = [["model", "paired seeds", "standard error", "detectable (80%)", "seeds needed"]]
-    table[0] += ["for"] + [f"p (Holm) of +-{margin:g}"] * (margin is not None)
+    table[0] += ["for"] if margin is None else ["for", f"p (Holm) of +-{margin:g}"]
     for one in found.differences:
         row = [one.model, str(one.spread.num_seeds), f"{one.spread.error:.4f}"]
         row += [f"{one.detectable:.4f}", seeds_text(one), f"{one.seeds_for:.4f}"]
@@ -129,13 +129,18 @@ def notes(found: Comparison) -> list[str]:
     """By which rules, and what each number is."""
     options, seeds = found.options, max(d.spread.num_seeds for d in found.differences)
     rules = "; ".join(f"{name}: {rule}" for name, rule in found.protocol.items())
-    said = [f"Protocol: {rules or 'no file says it'}; full ranking, one target a user."]
+    picked = ", ".join(dict.fromkeys(m.picked_on for m in found.models if m.picked_on))
+    said = [
+        f"Protocol: {rules or 'no file says it'}; one target a user"
+        + (f"; checkpoints picked by {picked}" * bool(picked))
+        + "; leak check passed at preparation, on the shards as written." * bool(rules)
+    ]
     if found.unknown:
         said.append(
             f"{', '.join(found.unknown)} do not say by which rules they were made (candidates, "
             "seen items, ties): their users and targets are the same, the rules are taken on trust."
         )
-    on_test = [m.label for m in found.models if m.picked_on == "test"]
+    on_test = [m.label for m in found.models if m.picked_on.endswith(" on test")]
     if on_test and found.split == "test":
         said.append(
             f"{', '.join(on_test)}: the checkpoint was picked on the test split, as published; its "

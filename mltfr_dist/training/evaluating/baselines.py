@@ -1,26 +1,26 @@
 """Baselines that need no training loop: they tell whether a model has learned anything at all.
 
-None of them holds scores of users x items. Shapes: B users, I items.
+Shapes: B users, I items.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
 
-from mltfr_dist.data.batch import RankingBatch
+from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.data.shards.packed import PackedSequences
 from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.data.shards.short_parts import one_item_parts
 from mltfr_dist.distributed.watchdog import heartbeat
-from mltfr_dist.models.places import Places
-from mltfr_dist.models.tiles import Pairs
+from mltfr_dist.training.evaluating.placing import Scorer
 
 _PAIRS_AT_ONCE = 2_000_000
 """Pairs of items that are compared at a time: about 60 MB."""
@@ -40,67 +40,57 @@ def training_sequences(folder: Path, manifest: Manifest) -> PackedSequences:
     )
 
 
-class Popularity:
+RECENT = 5
+"""Items at the end of a training sequence that are recent: prepared data holds no times."""
+
+Through = Callable[[Sequence[Any]], Iterable[Any]]
+"""Work in parts, which may end between two of them."""
+
+
+def popularity(train: PackedSequences, num_items: int, *, through: Through = iter) -> Scorer:
     """Every user gets the items that occur most often in training."""
-
-    def __init__(self, train: PackedSequences, num_items: int) -> None:
-        """Args: train: [n] sequences; num_items: I."""
-        counts = np.bincount(train.items, minlength=num_items + 1)
-        self.counts = torch.from_numpy(counts)
-        self._sorted = self.counts[1:].sort().values
-
-    def __call__(self, batch: RankingBatch, exclude: Pairs) -> Places:
-        """Place each row's target: all items of a higher count, less those that are excluded."""
-        counts = self.counts.to(batch.target_ids.device)
-        targets, in_order = counts[batch.target_ids], self._sorted.to(counts.device)
-        up_to, below = (torch.searchsorted(in_order, targets, right=r) for r in (True, False))
-        rows, item_ids = _distinct(exclude, len(counts))
-        others, own = counts[item_ids], targets[rows]
-        excluded = [
-            torch.zeros_like(targets).index_add_(0, rows, which.to(targets.dtype))
-            for which in (others > own, others == own)
-        ]
-        return Places(len(in_order) - up_to - excluded[0], up_to - below - excluded[1])
+    return _same_for_all(np.bincount(train.items, minlength=num_items + 1))
 
 
-class ItemKNN:
-    """Sums of similarities to the items of the history, as :func:`item_knn` makes it."""
-
-    def __init__(self, neighbours: sparse.csr_matrix) -> None:
-        """Args: neighbours: [I + 1, I + 1] similarities of each item's nearest."""
-        self._neighbours = neighbours
-
-    def scores(self, batch: RankingBatch) -> sparse.csr_matrix:
-        """[B, I + 1] fp32, those that are not 0."""
-        rows, items = batch.seen_rows.cpu().numpy(), batch.seen_items.cpu().numpy()
-        shape = len(batch.target_ids), self._neighbours.shape[0]
-        history = sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, items)), shape=shape)
-        history.data[:] = 1.0
-        return sparse.csr_matrix(history @ self._neighbours).astype(np.float32)
-
-    def __call__(self, batch: RankingBatch, exclude: Pairs) -> Places:
-        """Place each row's target; what is not among the scores scores 0."""
-        scores, target_ids = self.scores(batch), batch.target_ids.cpu().numpy()
-        num_rows, width = scores.shape
-        rows = np.repeat(np.arange(num_rows), np.diff(scores.indptr))
-        of_target, hits = np.zeros(num_rows, np.float32), scores.indices == target_ids[rows]
-        of_target[rows[hits]] = scores.data[hits]
-        out_rows, out_items = (part.cpu().numpy() for part in _distinct(exclude, width))
-        left_out = np.isin(rows * width + scores.indices, out_rows * width + out_items)
-        rows, values = rows[~left_out], scores.data[~left_out]
-        better = np.bincount(rows[values > of_target[rows]], minlength=num_rows)
-        equal = np.bincount(rows[values == of_target[rows]], minlength=num_rows)
-        nonzero = np.bincount(rows, minlength=num_rows)
-        zero = width - 1 - nonzero - np.bincount(out_rows, minlength=num_rows)
-        equal += np.where(of_target == 0, zero, 0)
-        device = batch.target_ids.device
-        return Places(*(torch.from_numpy(part).to(device) for part in (better, equal)))
+def recent_popularity(train: PackedSequences, num_items: int, *, through: Through = iter) -> Scorer:
+    """Every user gets the items that occur most often among the last :data:`RECENT` of a sequence."""
+    from_end = np.repeat(train.offsets[1:], train.lengths) - np.arange(len(train.items))
+    return _same_for_all(np.bincount(train.items[from_end <= RECENT], minlength=num_items + 1))
 
 
-def _distinct(pairs: Pairs, width: int) -> tuple[Tensor, Tensor]:
-    """Rows and items of ``pairs``, each pair once; items lie below ``width``."""
-    codes = torch.unique(pairs.rows * width + pairs.item_ids)
-    return codes // width, codes % width
+def _same_for_all(of_items: np.ndarray) -> Scorer:
+    counts = torch.from_numpy(of_items.astype(np.float32))
+    counts[0] = -torch.inf
+
+    def score(batch: RankingBatch) -> Tensor:
+        return counts.to(batch.item_ids.device).expand(len(batch.target_ids), -1).clone()
+
+    return score
+
+
+def markov_chain(train: PackedSequences, num_items: int, *, through: Through = iter) -> Scorer:
+    """How often each item follows the last one of the history in training; of equal ones the popular.
+
+    A chain of the first order (Rendle et al. 2010, without factors). Popularity is added as a share,
+    which is below 1 and so only orders what follows equally often.
+    """
+    starts = np.zeros(len(train.items) + 1, bool)
+    starts[train.offsets] = True
+    follows = np.flatnonzero(~starts[:-1])  # places that have one before them
+    counts = sparse.csr_matrix(
+        (np.ones(len(follows)), (train.items[follows - 1], train.items[follows])),
+        shape=(num_items + 1, num_items + 1),
+    )
+    share = np.bincount(train.items, minlength=num_items + 1) / (len(train.items) + 1)
+
+    def score(batch: RankingBatch) -> Tensor:
+        last = (batch.item_ids != PADDING_IDX).sum(1) - 1
+        items = batch.item_ids.gather(1, last.clamp(min=0)[:, None])[:, 0].cpu().numpy()
+        scores = torch.from_numpy(counts[items].toarray() + share).to(batch.item_ids.device)
+        scores[:, 0] = -torch.inf
+        return scores
+
+    return score
 
 
 def item_knn(
@@ -109,8 +99,8 @@ def item_knn(
     *,
     num_neighbours: int = 100,
     shrinkage: float = 10.0,
-    through: Callable[[Sequence[tuple[int, int]]], Iterable[tuple[int, int]]] = iter,
-) -> ItemKNN:
+    through: Through = iter,
+) -> Scorer:
     """Item-based nearest neighbours (Sarwar et al. 2001): sum of similarities to the items of the history.
 
     Similarity is the cosine of the items' user sets, shrunk for rare items; each item keeps its
@@ -131,7 +121,23 @@ def item_knn(
         heartbeat()
         together = (users_of[start:end] @ seen).tocsr()
         blocks.append(_nearest(together, norms, start, num_neighbours, shrinkage))
-    return ItemKNN(sparse.vstack(blocks, format="csr"))
+    neighbours = sparse.vstack(blocks, format="csr")
+
+    def score(batch: RankingBatch) -> Tensor:
+        users = len(batch.target_ids)
+        data = np.ones(len(batch.seen_rows), np.float32)
+        history = sparse.csr_matrix(
+            (data, (batch.seen_rows.cpu().numpy(), batch.seen_items.cpu().numpy())),
+            shape=(users, num_items + 1),
+        )
+        history.data[:] = 1.0
+        scores = torch.from_numpy(
+            sparse.csr_matrix(history @ neighbours).toarray().astype(np.float32)
+        ).to(batch.item_ids.device)
+        scores[:, 0] = -torch.inf
+        return scores
+
+    return score
 
 
 def _blocks(users_of: sparse.csr_matrix, seen: sparse.csr_matrix) -> Iterator[tuple[int, int]]:

@@ -5,27 +5,28 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from mltfr_dist.baselines import BASELINES
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.training.evaluating import baselines
+from mltfr_dist.registry import load
+from mltfr_dist.training.evaluating.baselines import training_sequences
 from mltfr_dist.training.evaluating.evaluate import ALL, Keep, evaluate, evaluate_slices
-from mltfr_dist.training.evaluating.placing import Placer
+from mltfr_dist.training.evaluating.placing import ByScores, Placer
 from mltfr_dist.training.evaluating.slices import training_slices
 from mltfr_dist.training.evaluating.user_ranks import UserRanks
 from mltfr_dist.training.run_folder import Result
 from mltfr_dist.training.streams import ranking_stream
+
+PACKAGE = "mltfr_dist.training.evaluating"
 
 
 def ranked(config: RunConfig, split: str, ranks: Ranks, by: str = "") -> UntilStopped[RankingBatch]:
     """This rank's users of a split, until a rank is asked to stop; ``by`` names the model where it is a baseline."""
     doing = f"ranking the {split} split" + (f" by {by}" if by else "")
     return UntilStopped(ranking_stream(config, split, ranks), ranks, doing)
-
-
-BASELINES = ("popularity", "item_knn")
 
 
 def baseline_result(
@@ -37,7 +38,7 @@ def baseline_result(
     read_test: bool,
     ranks_file: Path | None = None,
 ) -> Result:
-    """Fit one of :data:`BASELINES` and rank with it; all ranks must call.
+    """Fit one of ``BASELINES`` and rank with it; all ranks must call.
 
     Args:
         name: The baseline.
@@ -48,15 +49,14 @@ def baseline_result(
         ranks_file: Where the ranks of users are written, if anywhere.
     """
     started = time.monotonic()
-    train = baselines.training_sequences(config.data.path, manifest)
-    if name == "item_knn":
-        place: Placer = baselines.item_knn(
-            train,
-            manifest.num_items,
-            through=lambda blocks: UntilStopped(blocks, ranks, "fitting item_knn"),
-        )
-    else:
-        place = baselines.Popularity(train, manifest.num_items)
+    train = training_sequences(config.data.path, manifest)
+    fit = load(BASELINES[name].path, PACKAGE)
+    scorer = fit(
+        train,
+        manifest.num_items,
+        through=lambda parts: UntilStopped(parts, ranks, f"fitting {name}"),
+    )
+    place = ByScores(scorer, manifest.num_items)
     seconds = time.monotonic() - started
     valid, by_slice = final_metrics(
         place, config, manifest, ranks, read_test, ranks_file, baseline=name

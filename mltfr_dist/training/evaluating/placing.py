@@ -1,4 +1,4 @@
-"""A trained model that places users' targets among all items; baselines do so in ``baselines.py``.
+"""Who places users' targets among all items: a trained model, or whatever has scores.
 
 Shapes: B users, D hidden size, I items, S pairs.
 """
@@ -23,6 +23,12 @@ Placer = Callable[[RankingBatch, Pairs], Places]
 """A ranking batch, and the pairs of its rows and items that do not count (each row's target is among
 them, a pair may come twice) -> how many of the other items score higher than each row's target, and
 how many the same; of rows without a target nothing is asked."""
+
+
+Scorer = Callable[[RankingBatch], Tensor]
+"""A ranking batch -> scores [B, num_items + 1], column = item id."""
+HELD_SCORES = 1 << 24
+"""Scores of a :data:`Scorer` that are held at a time (64 MiB, and a few copies), or those of one user."""
 
 
 def excluded(batch: RankingBatch, *, filter_seen: bool) -> Pairs:
@@ -105,3 +111,41 @@ class ByModel:
             hidden, own, target_scores, exclude, num_items, normalise=normalise
         )
         return counts, target_scores, normaliser
+
+
+class ByScores:
+    """A scorer as a placer: the scores of some users at a time, however many a batch has."""
+
+    def __init__(self, score: Scorer, num_items: int) -> None:
+        """Args: score: a baseline; num_items: I."""
+        self._score, self._at_once = score, max(1, HELD_SCORES // (num_items + 1))
+
+    def __call__(self, batch: RankingBatch, exclude: Pairs) -> Places:
+        """Place each row's target.
+
+        Raises:
+            ValueError: A score is NaN, or a target's is not finite: no rank can be stated.
+        """
+        parts = []
+        for start in range(0, len(batch.target_ids), self._at_once):
+            part = rows_of(batch, start, start + self._at_once)
+            here = (exclude.rows >= start) & (exclude.rows < start + self._at_once)
+            scores, targets = self._score(part), part.target_ids[:, None]
+            of_targets = scores.gather(1, targets)
+            present = part.target_ids != PADDING_IDX
+            if scores.isnan().any() or not of_targets[present].isfinite().all():
+                raise ValueError("scores hold NaN, or a target without a finite score")
+            left_out = (exclude.rows[here] - start, exclude.item_ids[here])
+            scores = scores.index_put(left_out, scores.new_tensor(-torch.inf))
+            parts.append(((scores > of_targets).sum(1), (scores == of_targets).sum(1)))
+        return Places(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def rows_of(batch: RankingBatch, start: int, stop: int) -> RankingBatch:
+    """The users from ``start`` up to ``stop``."""
+    here, rows = (batch.seen_rows >= start) & (batch.seen_rows < stop), slice(start, stop)
+    numbers = None if batch.numbers is None else batch.numbers[rows]
+    seen_rows, seen_items = batch.seen_rows[here] - start, batch.seen_items[here]
+    return RankingBatch(
+        batch.item_ids[rows], batch.target_ids[rows], seen_rows, seen_items, numbers
+    )

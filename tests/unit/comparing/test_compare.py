@@ -252,5 +252,9 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"{one['changes']['NDCG@10']['difference']:+.4f}" in shown
     assert "| b |" in (output / "compare.md").read_text()
     assert (output / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    assert mltfr(["compare", str(a), str(b), "--metric", "MRR", "--resamples", "100"]) == 0
+    shown = capsys.readouterr().out
+    assert "MRR, difference to a" in shown
+    assert "p (Holm) of" not in shown  # no margin, no equivalence
     assert mltfr(["compare", str(a), str(tmp_path / "c.parquet")]) == 2
     assert "does not exist" in capsys.readouterr().err

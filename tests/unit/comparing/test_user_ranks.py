@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support import placed, tiny_config
+from support import tiny_config
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
@@ -16,6 +16,7 @@ from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.metrics import metric_sums
 from mltfr_dist.training.evaluating import user_ranks
 from mltfr_dist.training.evaluating.compare import baseline_result, final_metrics
+from mltfr_dist.training.evaluating.placing import ByScores
 from mltfr_dist.training.evaluating.user_ranks import KEY, UserRanks
 from mltfr_dist.training.inputs import load_inputs
 
@@ -31,7 +32,7 @@ def by_id(batch: RankingBatch) -> torch.Tensor:
 
 def test_the_rows_are_the_users_of_the_data(config: RunConfig, tmp_path: Path) -> None:
     manifest, path = load_inputs(config).manifest, tmp_path / "ranks.parquet"
-    _, by_slice = final_metrics(placed(by_id), config, manifest, ALONE, True, path)
+    _, by_slice = final_metrics(ByScores(by_id, 40), config, manifest, ALONE, True, path)
     rows = pq.read_table(path).to_pylist()
     source = (config.data.path.parent / "interactions.txt").read_text().splitlines()
     histories = {line.split()[0]: line.split()[1:] for line in source}
