@@ -188,8 +188,9 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config
         )
+        fuses = bool(optimizer.defaults.get("fused"))
         self.row_adam = (
-            row_optimizer(*tables[0], config.optimizer, ranks, fused=fused) if tables else None
+            row_optimizer(*tables[0], config.optimizer, ranks, fused=fuses) if tables else None
         )
         self.joint_norm = (
             JointNorm(self.deepspeed, self.zero_stage, config.optimizer.max_grad_norm)

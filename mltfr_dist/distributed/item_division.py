@@ -21,10 +21,14 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.row_layout import RowLayout
 from mltfr_dist.distributed.table_shards import Exchange
 from mltfr_dist.models.divided_rows import Division
-from mltfr_dist.models.losses import chunk_rows
 from mltfr_dist.models.places import LogNormaliser, Places, count_better
 from mltfr_dist.models.tiles import Pairs
 from mltfr_dist.numerics import at_least_fp32
+
+CPU_LOGITS, GPU_LOGITS = 1 << 21, 1 << 26
+"""Logits held at a time."""
+MIN_CHUNK_ROWS = 64
+"""Positions of a chunk at least: each passes over all rows and their gradient."""
 
 
 class RankDivision(Division):
@@ -195,7 +199,8 @@ class _Logits:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the M positions, and their logits [n, O]."""
-        rows = chunk_rows(len(self.own), self.hidden.device.type)
+        held = CPU_LOGITS if self.hidden.device.type == "cpu" else GPU_LOGITS
+        rows = max(MIN_CHUNK_ROWS, held // len(self.own))
         for start in range(0, len(self.hidden), rows):
             chunk = slice(start, start + rows)
             logits = at_least_fp32(self.hidden[chunk] @ self.own.T)
