@@ -11,6 +11,7 @@ from mltfr_dist import __version__
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.data.shards.short_parts import recorded_counts
+from mltfr_dist.distributed.devices import uses_gpus
 from mltfr_dist.distributed.placement import placement_text
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.files import with_packaged, write_atomically
@@ -38,7 +39,7 @@ UNCOUNTED = (
 
 def hardware() -> str:
     """What the run was measured on."""
-    if torch.cuda.is_available():
+    if uses_gpus():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{platform.machine()} CPU"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed.devices import uses_gpus
 from mltfr_dist.distributed.meeting import start_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.sending import send_text
@@ -68,7 +69,7 @@ def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
         DataError: Its data or tables are missing or damaged.
     """
     folder = Path(folder)
-    ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks = ranks or Ranks(0, 1, torch.device("cuda" if uses_gpus() else "cpu"))
     found = ranks.on_rank0(lambda _: finished(folder))
     texts = send_text(json.dumps([part.model_dump_json() for part in found or ()]), ranks)
     config_text, result_text = json.loads(texts)
