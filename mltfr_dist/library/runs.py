@@ -121,6 +121,20 @@ def load_run(folder: StrPath) -> LoadedRun:
         return load(path_text(folder, "folder"))
 
 
+def load(folder: StrPath) -> LoadedRun | Exported:
+    """The model that a folder holds, to recommend and score with: a finished run, or an export.
+
+    Raises:
+        CheckpointError: Neither of them, an unfinished run, or a damaged export.
+        DataError: A run's data or tables are missing or damaged.
+    """
+    from mltfr_dist.exported import CONFIG as EXPORTED
+
+    if (Path(path_text(folder, "folder")) / EXPORTED).exists():
+        return load_exported(folder)
+    return load_run(folder)
+
+
 def export(run: StrPath, folder: StrPath) -> ExportInfo:
     """Write the chosen model of a finished run to ``folder``, as `mltfr export` does.
 

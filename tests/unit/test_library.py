@@ -290,8 +290,8 @@ def test_a_run_and_its_export_are_used_alike(fitted: Any, tmp_path: Path) -> Non
     assert run.item_ids == exported.item_ids
     for history in histories:
         for keep_seen in (False, True):
-            best = run.recommend(history, 5, keep_seen=keep_seen)
-            assert best == exported.recommend(history, 5, keep_seen=keep_seen)
+            best = run.recommend(history, 5, filter_seen=not keep_seen)
+            assert best == exported.recommend(history, 5, filter_seen=not keep_seen)
             assert [r.score for r in best] == sorted((r.score for r in best), reverse=True)
             assert keep_seen or not {r.item_id for r in best} & set(history)
             for found in best:
@@ -300,7 +300,7 @@ def test_a_run_and_its_export_are_used_alike(fitted: Any, tmp_path: Path) -> Non
                 assert found.title == (None if number == "5" else titled)
     everything = run.recommend(["i1"], 40)
     assert len(everything) == 39
-    assert len(run.recommend(["i1"], 40, keep_seen=True)) == 40
+    assert len(run.recommend(["i1"], 40, filter_seen=False)) == 40
     column, one = run.scores([["i1"]])[0], run.item_ids.index("i1")
     assert everything[0].score == max(column[i].item() for i in range(1, 41) if i != one)
     assert run.evaluate() == fitted.test

@@ -16,6 +16,7 @@ from mltfr_dist.distributed.sending import send_text
 from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError
 from mltfr_dist.invocation import train_command
 from mltfr_dist.ranking import Ranker
+from mltfr_dist.serving.explaining import Tokens
 from mltfr_dist.training.build import load_model
 from mltfr_dist.training.evaluating.evaluate import evaluate
 from mltfr_dist.training.inputs import Inputs, check_recorded, load_inputs
@@ -30,7 +31,6 @@ from mltfr_dist.training.run_folder import (
     load_result,
 )
 from mltfr_dist.training.streams import ranking_stream
-from mltfr_dist.training.using.explain import TableView, explain
 
 ECHOED_ITEMS = 10
 """Items of a history that a text names."""
@@ -45,6 +45,11 @@ class LoadedRun(Ranker):
     config: RunConfig
     inputs: Inputs
     device: torch.device
+
+    @property
+    def tokens(self) -> Sequence[Tokens]:
+        """The token tables' names of rows; none for a bare backbone."""
+        return self.inputs.tables
 
     def evaluate(self, split: str = "test") -> dict[str, float]:
         """The metrics of the chosen model on a split, as the run reported them; in one process.
@@ -140,7 +145,7 @@ def recommendation_text(
     run: LoadedRun, history: Sequence[str], *, k: int, explain: bool, keep_seen: bool
 ) -> str:
     """What `mltfr recommend` prints."""
-    found = run.recommend(history, k, keep_seen=keep_seen)
+    found = run.recommend(history, k, filter_seen=not keep_seen)
     lines = [history_line(run, run.items.encode(history)), ""]
     if found:
         lines.append(f"{'rank':>4}  {'score':>8}  {'item':<10}  title")
@@ -173,17 +178,10 @@ def explanation_lines(run: LoadedRun, history: Sequence[str]) -> list[str]:
     """Kept tokens per table and gate weights for a history."""
     if run.model.mltfr is None:
         return ["This run is a bare backbone: no token tables."]
-    item_ids = torch.tensor([run.items.encode(history)[-run.max_len :]], device=run.device)
-    views: list[TableView] = explain_views(run, item_ids)
     lines = [
         "What the token filter keeps for this history, and how much the router listens to each table:"
     ]
-    for view in views:
+    for view in run.explain(history):
         tokens = ", ".join(f"{token!r} {weight:.2f}" for token, weight in view.tokens)
         lines.append(f"  {view.table:<12} gate {view.gate_weight:.2f}  {tokens}")
     return lines
-
-
-def explain_views(run: LoadedRun, item_ids: torch.Tensor) -> list[TableView]:
-    """Explanation of a single history [1, L]."""
-    return explain(run.model, run.inputs.tables, item_ids)[0]

@@ -1,0 +1,163 @@
+"""A trained model without the tables' rows: what its parts make of rows that never change is computed once.
+
+The rows that a query may ever be given are fixed in evaluation (a shortlist, all rows, prototypes); their unit vectors,
+keys and values are then constants. A folded model has these in place of the tables and of the maps that made them, and
+computes all else by the same operations on the same shapes: scores are equal to the bit.
+
+Shapes: S rows that may be kept, D_m columns of a table, D hidden size, I = heads times head size of an expert.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mltfr_dist.config import FilterConfig
+from mltfr_dist.models.experts import ExpertCore, TableAdapter
+from mltfr_dist.models.mltfr import MLTFR, Parts
+from mltfr_dist.models.placed_table import PlacedTable, ReplicatedTable
+from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.selectors import Selector
+from mltfr_dist.models.selectors.others import AllRows, Prototypes
+from mltfr_dist.models.selectors.user_guided import UserGuided
+
+Kind = TypeVar("Kind", bound=nn.Module)
+
+
+class Stored(nn.Module):
+    """What a map gives of rows that never change; the rows themselves are not looked at."""
+
+    values: Tensor
+    """[S, W]."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values)
+
+    def forward(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Anything -> [S, W]."""
+        return self.values
+
+
+class Columns(nn.Module):
+    """Keys or values of rows that stand mapped already, side by side."""
+
+    def __init__(self, place: int, width: int) -> None:
+        """Args: place: 0 for the first map; width: I."""
+        super().__init__()
+        self.start, self.stop = place * width, (place + 1) * width
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[S, W] -> [S, I]."""
+        return rows[..., self.start : self.stop]
+
+
+class Joint(nn.Module):
+    """An expert's adapter and the maps that read what it gives, side by side."""
+
+    def __init__(self, adapter: nn.Module, maps: list[nn.Module]) -> None:
+        """Args: adapter: [S, D_m] -> [S, E]; maps: of n, each [S, E] -> [S, I]."""
+        super().__init__()
+        self.adapter, self.maps = adapter, nn.ModuleList(maps)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[S, D_m] -> [S, n I]."""
+        adapted = self.adapter(rows)
+        return torch.cat([mapped(adapted) for mapped in self.maps], dim=1)
+
+
+@torch.no_grad()
+def folded(model: Recommender) -> Recommender:
+    """The model with all of its tables folded whose rows are fixed; parts that stay are shared with ``model``.
+
+    The published defects that stand between rows and keys (experts that read rows as they are, straight-through weights,
+    memories of a whole batch) leave nothing to fold; then ``model`` itself is returned.
+    """
+    mltfr = model.mltfr
+    if mltfr is None or not can_fold(mltfr) or not any(fixed_rows(mltfr)):
+        return model
+    lean = _shallow(model)
+    lean.mltfr = _folded(mltfr)
+    return lean.eval()
+
+
+def can_fold(mltfr: MLTFR) -> bool:
+    """Whether keys and values are those of single adapted rows, and this is no folded model already."""
+    scaled = any(mltfr.selector(m).scales_rows for m in range(mltfr.num_tables))
+    own = all(isinstance(adapter, TableAdapter) for adapter in mltfr.adapters)
+    return own and not scaled and mltfr.parts.shared is Parts().shared
+
+
+def fixed_rows(mltfr: MLTFR) -> list[bool]:
+    """Per table, whether the rows that a query may be given are fixed."""
+    return [_rows_of(mltfr, m) is not None for m in range(mltfr.num_tables)]
+
+
+def _rows_of(mltfr: MLTFR, m: int) -> Tensor | None:
+    return mltfr.selector(m).fixed_rows(mltfr.table(m))
+
+
+def _folded(mltfr: MLTFR) -> MLTFR:
+    lean, consensus = _shallow(mltfr), mltfr.consensus
+    selectors: list[Selector] = []
+    tables: list[PlacedTable] = []
+    adapters: list[nn.Module] = []
+    for m in range(mltfr.num_tables):
+        selector, table, rows = mltfr.selector(m), mltfr.table(m), _rows_of(mltfr, m)
+        if rows is not None:
+            selector, table = _without_rows(selector, rows, table.num_rows, mltfr.config.filter)
+        selectors.append(selector)
+        tables.append(table)
+        for e in mltfr.experts_of([m]):
+            maps = _maps(mltfr.cores[e])
+            if consensus is not None and e in mltfr.consensus_members:
+                maps += _maps(consensus)
+            joint = Joint(mltfr.adapters[e], maps)
+            adapters.append(joint if rows is None else Stored(joint(rows)))
+    lean.selectors, lean.tables = nn.ModuleList(selectors), nn.ModuleList(tables)
+    lean.adapters = nn.ModuleList(adapters)
+    lean.cores = nn.ModuleList(_reads_columns(core, 0) for core in mltfr.cores)
+    if consensus is not None:
+        lean.consensus = _reads_columns(consensus, 2)
+    return lean
+
+
+def _maps(core: nn.Module) -> list[nn.Module]:
+    assert isinstance(core, ExpertCore)
+    return [core.key, core.value]
+
+
+def _reads_columns(core: nn.Module, place: int) -> ExpertCore:
+    """The expert whose keys and values stand in the memory, from ``place`` on."""
+    assert isinstance(core, ExpertCore)
+    lean, width = _shallow(core), core.num_heads * core.head_dim
+    lean._modules |= {"key": Columns(place, width), "value": Columns(place + 1, width)}
+    return lean
+
+
+def _without_rows(
+    selector: Selector, rows: Tensor, num_rows: int, config: FilterConfig
+) -> tuple[Selector, ReplicatedTable]:
+    """A selector that chooses among ``rows`` [S, D_m] without them, and the table that stands for its own."""
+    if isinstance(selector, Prototypes):
+        num_rows = len(rows)
+        selector = AllRows(config, num_rows, 1, 1)
+    elif isinstance(selector, UserGuided):
+        lean = _shallow(selector)
+        lean._modules |= {"projection": Stored(selector.projection(rows))}
+        assert selector.shortlist is not None
+        lean.shortlist = _shallow(selector.shortlist)
+        lean.shortlist.forget()
+        selector = lean
+    return selector, ReplicatedTable(rows.new_zeros(1, 1).expand(num_rows, 1))
+
+
+def _shallow(module: Kind) -> Kind:
+    """Another module of the same parts."""
+    other = copy.copy(module)
+    for name in ("_modules", "_parameters", "_buffers"):
+        setattr(other, name, dict(getattr(module, name)))
+    return other
