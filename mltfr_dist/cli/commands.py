@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from mltfr_dist.cli.fields import section_from
@@ -155,15 +156,47 @@ def command_evaluate(options: argparse.Namespace) -> None:
 
 
 def command_recommend(options: argparse.Namespace) -> None:
-    """The best items after a history."""
-    from mltfr_dist.training.using.inference import load_run, recommendation_text
+    """The best items after a history, or after each of a file of them."""
+    if (options.history is None) == (options.histories is None):
+        raise ConfigError(
+            "Give one of --history and --histories.",
+            rule="--history is one list of ids, --histories a file of many.",
+            remedy="As in `--history 50,172,181`, or `--histories users.parquet --output recs.parquet`.",
+        )
+    if (options.histories is None) != (options.output is None):
+        raise ConfigError(
+            "--histories and --output go together.", remedy="Give both, or --history alone."
+        )
+    if options.histories is not None:
+        _recommend_file(options)
+        return
+    from mltfr_dist.training.using.inference import open_model, recommendation_text
 
     history = [part.strip() for part in options.history.split(",") if part.strip()]
-    loaded = load_run(Path(options.run))
+    model = open_model(Path(options.run))
     print(
         recommendation_text(
-            loaded, history, k=options.k, explain=options.explain, keep_seen=options.keep_seen
+            model, history, k=options.k, explain=options.explain, keep_seen=options.keep_seen
         )
+    )
+
+
+def _recommend_file(options: argparse.Namespace) -> None:
+    from mltfr_dist.distributed.devices import local_device
+    from mltfr_dist.distributed.launch import is_launched
+    from mltfr_dist.serving.batch import BatchOptions, recommend_file
+    from mltfr_dist.training.using.inference import open_model
+
+    _refuse(options.explain or None, "--explain", "explains one history", "--histories is given")
+    launched = is_launched()
+    rank, world_size = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
+    recommend_file(
+        open_model(Path(options.run), local_device()),
+        options.histories,
+        options.output,
+        BatchOptions(options.k, not options.keep_seen, options.unknown, options.empty),
+        rank=rank,
+        world_size=world_size,
     )
 
 

@@ -165,11 +165,21 @@ def _add_evaluate(commands: Commands) -> None:
 
 def _add_recommend(commands: Commands) -> None:
     recommend = commands.add_parser(
-        "recommend", help="items for a history", description=COMMANDS["recommend"].__doc__
+        "recommend", help="items for histories", description=COMMANDS["recommend"].__doc__
     )
-    recommend.add_argument("run", help="run folder, such as runs/demo")
+    recommend.add_argument("run", help="run folder, such as runs/demo, or an exported model")
     recommend.add_argument(
-        "--history", required=True, help="item ids of the raw data, oldest first, comma-separated"
+        "--history", help="one history: item ids of the raw data, oldest first, comma-separated"
+    )
+    recommend.add_argument(
+        "--histories",
+        type=Path,
+        help="many: a .parquet, .csv or .jsonl file whose column `history` lists item ids, with "
+        "`user_id` beside it; interrupted, the same command goes on, and a launcher may start it "
+        "several times",
+    )
+    recommend.add_argument(
+        "--output", type=Path, help="with --histories: Parquet file of user_id, item_ids, scores"
     )
     recommend.add_argument("--k", type=int, default=10, help="items to list (default: 10)")
     recommend.add_argument(
@@ -177,6 +187,19 @@ def _add_recommend(commands: Commands) -> None:
     )
     recommend.add_argument(
         "--keep-seen", action="store_true", help="let items of the history be recommended again"
+    )
+    recommend.add_argument(
+        "--unknown",
+        choices=("refuse", "drop"),
+        default="refuse",
+        help="with --histories: ids that the model does not know (default: refuse); dropped ones "
+        "are counted",
+    )
+    recommend.add_argument(
+        "--empty",
+        choices=("refuse", "popular"),
+        default="refuse",
+        help="with --histories: histories without an item (default: refuse), or popular items",
     )
 
 

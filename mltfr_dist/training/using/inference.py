@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,8 @@ from mltfr_dist.distributed.meeting import start_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.sending import send_text
 from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError
+from mltfr_dist.exported import CONFIG as EXPORTED
+from mltfr_dist.exported import load_exported
 from mltfr_dist.invocation import train_command
 from mltfr_dist.ranking import Ranker
 from mltfr_dist.serving.explaining import Tokens
@@ -95,6 +97,23 @@ def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
     return LoadedRun(model, load_items(config), config.data.max_len, config, inputs, ranks.device)
 
 
+def open_model(folder: Path, device: torch.device | None = None) -> Ranker:
+    """What a folder holds: a finished run, or an exported model.
+
+    Args:
+        folder: Of either.
+        device: Where to compute; None: the first GPU for a run, else the CPU.
+
+    Raises:
+        CheckpointError: Neither of them, or one that cannot be used.
+        DataError: A run's data or tables are missing or damaged.
+    """
+    if (folder / EXPORTED).exists():
+        exported = load_exported(folder)
+        return replace(exported, model=exported.model.to(device or torch.device("cpu")))
+    return load_run(folder, None if device is None else Ranks(0, 1, device))
+
+
 def command(folder: Path) -> str:
     """What goes on with a run."""
     return f"`{train_command()} --config {folder / CONFIG}`"
@@ -142,7 +161,7 @@ def evaluate_model(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]
 
 
 def recommendation_text(
-    run: LoadedRun, history: Sequence[str], *, k: int, explain: bool, keep_seen: bool
+    run: Ranker, history: Sequence[str], *, k: int, explain: bool, keep_seen: bool
 ) -> str:
     """What `mltfr recommend` prints."""
     found = run.recommend(history, k, filter_seen=not keep_seen)
@@ -164,17 +183,17 @@ def recommendation_text(
     return "\n".join(lines)
 
 
-def history_line(run: LoadedRun, item_ids: Sequence[int]) -> str:
+def history_line(run: Ranker, item_ids: Sequence[int]) -> str:
     """The history by its items' names; of a long one the end, which weighs most."""
     names = [run.items.name(item) for item in item_ids[-ECHOED_ITEMS:]]
     end = " -> ".join(names)
     if len(item_ids) <= ECHOED_ITEMS:
         return f"After: {end}"
-    read = min(len(item_ids), run.config.data.max_len)
+    read = min(len(item_ids), run.max_len)
     return f"After {len(item_ids)} items, of which the model reads the last {read}: ... -> {end}"
 
 
-def explanation_lines(run: LoadedRun, history: Sequence[str]) -> list[str]:
+def explanation_lines(run: Ranker, history: Sequence[str]) -> list[str]:
     """Kept tokens per table and gate weights for a history."""
     if run.model.mltfr is None:
         return ["This run is a bare backbone: no token tables."]
