@@ -201,14 +201,14 @@ def _recommend_file(options: argparse.Namespace) -> None:
 
 
 def command_export(options: argparse.Namespace) -> None:
-    """The chosen model of a finished run, in safetensors, to be used without DeepSpeed, the data or the tables' folders."""
-    from mltfr_dist.training.using.export import export
+    """The chosen model of a finished run, to be used without DeepSpeed, the data or the tables' folders."""
+    from mltfr_dist.training.using.export import export, size_line
 
-    info = export(Path(options.run), Path(options.output))
+    info = export(Path(options.run), Path(options.output), options.format)
     spec = info.spec
     print(
         f"{options.output}: {spec.backbone.name}, {spec.num_items} items, "
-        f"{len(spec.tables)} token tables"
+        f"{len(spec.tables)} token tables, {size_line(info, Path(options.output))}"
     )
 
 

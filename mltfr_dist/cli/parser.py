@@ -209,6 +209,13 @@ def _add_export(commands: Commands) -> None:
     )
     exported.add_argument("run", help="run folder, such as runs/demo")
     exported.add_argument("output", help="folder to write; it must not exist")
+    exported.add_argument(
+        "--format",
+        choices=("safetensors", "onnx"),
+        default="safetensors",
+        help="safetensors: for `mltfr recommend` and Python, scores equal to the bit; onnx: for "
+        "other programs, equal to 1e-5 (default: safetensors)",
+    )
 
 
 def _add_report(commands: Commands) -> None:

@@ -10,6 +10,7 @@ Shapes: S rows that may be kept, D_m columns of a table, D hidden size, I = head
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.experts import ExpertCore, TableAdapter
 from mltfr_dist.models.mltfr import MLTFR, Parts
-from mltfr_dist.models.placed_table import PlacedTable, ReplicatedTable
+from mltfr_dist.models.placed_table import PlacedTable, ReplicatedTable, WholeTable
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors import Selector
 from mltfr_dist.models.selectors.others import AllRows, Prototypes
@@ -70,17 +71,25 @@ class Joint(nn.Module):
 
 
 @torch.no_grad()
-def folded(model: Recommender) -> Recommender:
+def folded(model: Recommender, *, whole_tables: bool = False) -> Recommender:
     """The model with all of its tables folded whose rows are fixed; parts that stay are shared with ``model``.
 
     The published defects that stand between rows and keys (experts that read rows as they are, straight-through weights,
     memories of a whole batch) leave nothing to fold; then ``model`` itself is returned.
+
+    Args:
+        model: Trained.
+        whole_tables: Whether tables that are searched as a whole are folded, too, with all of their rows. No selector can
+            search them then, and bits may differ.
     """
     mltfr = model.mltfr
-    if mltfr is None or not can_fold(mltfr) or not any(fixed_rows(mltfr)):
+    if mltfr is None or not can_fold(mltfr):
+        return model
+    rows = [_rows_of(mltfr, m, whole_tables) for m in range(mltfr.num_tables)]
+    if all(of_table is None for of_table in rows):
         return model
     lean = _shallow(model)
-    lean.mltfr = _folded(mltfr)
+    lean.mltfr = _folded(mltfr, rows)
     return lean.eval()
 
 
@@ -91,22 +100,32 @@ def can_fold(mltfr: MLTFR) -> bool:
     return own and not scaled and mltfr.parts.shared is Parts().shared
 
 
-def fixed_rows(mltfr: MLTFR) -> list[bool]:
-    """Per table, whether the rows that a query may be given are fixed."""
-    return [_rows_of(mltfr, m) is not None for m in range(mltfr.num_tables)]
+def is_folded(model: Recommender) -> list[bool]:
+    """Per table, whether :func:`folded` does without its rows."""
+    mltfr = model.mltfr
+    if mltfr is None:
+        return []
+    able = can_fold(mltfr)
+    return [able and _rows_of(mltfr, m, False) is not None for m in range(mltfr.num_tables)]
 
 
-def _rows_of(mltfr: MLTFR, m: int) -> Tensor | None:
-    return mltfr.selector(m).fixed_rows(mltfr.table(m))
+def _rows_of(mltfr: MLTFR, m: int, or_all: bool) -> Tensor | None:
+    """[S, D_m] candidates of table m in evaluation, where they are fixed; else all rows, or None."""
+    table = mltfr.table(m)
+    rows = mltfr.selector(m).fixed_rows(table)
+    if rows is None and or_all:
+        assert isinstance(table, WholeTable)
+        rows = table.whole()
+    return rows
 
 
-def _folded(mltfr: MLTFR) -> MLTFR:
+def _folded(mltfr: MLTFR, of_tables: Sequence[Tensor | None]) -> MLTFR:
     lean, consensus = _shallow(mltfr), mltfr.consensus
     selectors: list[Selector] = []
     tables: list[PlacedTable] = []
     adapters: list[nn.Module] = []
     for m in range(mltfr.num_tables):
-        selector, table, rows = mltfr.selector(m), mltfr.table(m), _rows_of(mltfr, m)
+        selector, table, rows = mltfr.selector(m), mltfr.table(m), of_tables[m]
         if rows is not None:
             selector, table = _without_rows(selector, rows, table.num_rows, mltfr.config.filter)
         selectors.append(selector)
@@ -148,9 +167,9 @@ def _without_rows(
     elif isinstance(selector, UserGuided):
         lean = _shallow(selector)
         lean._modules |= {"projection": Stored(selector.projection(rows))}
-        assert selector.shortlist is not None
-        lean.shortlist = _shallow(selector.shortlist)
-        lean.shortlist.forget()
+        if selector.shortlist is not None:
+            lean.shortlist = _shallow(selector.shortlist)
+            lean.shortlist.forget()
         selector = lean
     return selector, ReplicatedTable(rows.new_zeros(1, 1).expand(num_rows, 1))
 

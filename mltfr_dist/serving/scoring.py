@@ -14,6 +14,8 @@ from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.search import best
 
+COMPARED = 32
+"""Histories on which two forms of a model are compared."""
 HISTORIES, SCORES = 64, 1 << 25
 """Histories, and scores (128 MiB in fp32), that are held at a time."""
 
@@ -67,3 +69,11 @@ def best_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         order = scores[tied].sort(dim=1, descending=True, stable=True)
         values[tied], columns[tied] = order.values[:, :k], order.indices[:, :k]
     return values, columns
+
+
+def drawn_histories(num_items: int, max_len: int) -> Tensor:
+    """[32, max_len] random item ids, of all lengths, padding behind."""
+    draw = torch.Generator().manual_seed(0)
+    item_ids = torch.randint(1, num_items + 1, (COMPARED, max_len), generator=draw)
+    lengths = torch.arange(1, COMPARED + 1) * max_len // COMPARED
+    return item_ids * (torch.arange(max_len) < lengths.clamp(min=1)[:, None])

@@ -24,10 +24,12 @@ from mltfr_dist import (
     build_table,
     export,
     fit,
+    load,
     load_exported,
     load_run,
     prepare,
     preset,
+    push_to_hub,
 )
 from mltfr_dist.distributed.guest import leave_group
 from mltfr_dist.distributed.meeting import stop_ranks
@@ -415,7 +417,9 @@ def test_bad_folders(fitted: Any, tmp_path: Path) -> None:
         load_exported(fitted.folder)
     with pytest.raises(ConfigError, match=r"exists.*never overwrites"):
         export(fitted.folder, tmp_path)
-    for call in (load_run, load_exported):
+    with pytest.raises(CheckpointError, match="no exported model"):
+        push_to_hub(fitted.folder, "name/model")
+    for call in (load_run, load_exported, load):
         with pytest.raises(ConfigError, match="folder is None, of type NoneType"):
             call(None)  # type: ignore[arg-type]
 
