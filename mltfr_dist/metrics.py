@@ -1,6 +1,6 @@
 """Full-ranking metrics, one line each, and their sums over users: ranks reduce by adding.
 
-Shapes: B users, I items. With one target a user HR@K equals Recall@K, and the ideal DCG is 1.
+Shapes: B users, I items. A user has one target: HR@K equals Recall@K, MAP@K is MRR within K, and the ideal DCG is 1.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ METRICS: dict[str, Metric] = {
     "HR": Metric(lambda ranks, k: (ranks <= k).double(), "whether the target is in the first K"),
     "NDCG": Metric(
         lambda ranks, k: (ranks <= k).double() / (ranks + 1).log2(), "1 / log2(rank + 1) within K"
+    ),
+    "MAP": Metric(
+        lambda ranks, k: (ranks <= k).double() / ranks,
+        "1 / rank within K: the average precision of one target",
+    ),
+    "Precision": Metric(
+        lambda ranks, k: (ranks <= k).double() / k, "share of the first K that is the target"
     ),
     "MRR": Metric(lambda ranks, k: 1 / ranks, "1 / rank", at_cutoffs=False),
 }

@@ -49,10 +49,16 @@ def test_metrics_by_hand() -> None:
         {
             "HR@1": 1,
             "NDCG@1": 1,
+            "MAP@1": 1,
+            "Precision@1": 1,
             "HR@3": 3,
             "NDCG@3": 1 + 1 / math.log2(3) + 1 / 2,
+            "MAP@3": 1 + 1 / 2 + 1 / 3,
+            "Precision@3": 3 / 3,
             "HR@10": 4,
             "NDCG@10": 1 + 1 / math.log2(3) + 1 / 2 + 1 / 3,
+            "MAP@10": 1 + 1 / 2 + 1 / 3 + 1 / 7,
+            "Precision@10": 4 / 10,
             "MRR": 1 + 1 / 2 + 1 / 3 + 1 / 7,
         }
     )
@@ -83,3 +89,34 @@ def test_scores_that_have_no_rank_raise(column: int, value: float) -> None:
     scores[0, column] = value
     with pytest.raises(ValueError, match="diverged"):
         target_ranks(scores, torch.tensor([2]), "pessimistic")
+
+
+def of_a_list(relevant: list[bool]) -> dict[str, float]:
+    """Metrics at K = 10 by their definitions for any number of relevant items, in plain Python."""
+    top, total = relevant[:10], sum(relevant)
+    found = [sum(top[: place + 1]) / (place + 1) for place in range(len(top)) if top[place]]
+    gains = [1 / math.log2(place + 2) for place in range(len(top))]
+    best = sum(gains[: min(10, total)])
+    return {
+        "HR@10": float(any(top)),
+        "NDCG@10": sum(gain for gain, hit in zip(gains, top, strict=True) if hit) / best,
+        "MAP@10": sum(found) / min(10, total),
+        "Precision@10": sum(top) / 10,
+        "MRR": 1 / (relevant.index(True) + 1),
+    }
+
+
+def test_metrics_are_those_of_the_general_definitions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(300, 61, generator=generator, dtype=torch.float64)
+    scores[:, 0] = NO
+    targets = torch.randint(1, 61, (300,), generator=generator)
+    expected: dict[str, float] = {}
+    ranks = []
+    for row, target in zip(scores.tolist(), targets.tolist(), strict=True):
+        order = sorted(range(1, 61), key=lambda item: -row[item])
+        ranks.append(order.index(target) + 1.0)
+        for name, value in of_a_list([item == target for item in order]).items():
+            expected[name] = expected.get(name, 0.0) + value
+    sums = metric_sums(torch.tensor(ranks, dtype=torch.float64), (10,))
+    assert sums == pytest.approx(expected, rel=1e-9)

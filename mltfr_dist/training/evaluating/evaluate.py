@@ -21,10 +21,16 @@ Members = Callable[[RankingBatch], Tensor]
 """A ranking batch -> [B, S] bool, which users belong to which of S slices."""
 Scorer = Callable[[RankingBatch], Tensor]
 """A ranking batch -> scores [B, num_items + 1], column = item id."""
+Keep = Callable[[Tensor], object]
+"""Takes the ranks [B] of a batch's targets, in the order of the split."""
 
 
 def evaluate(
-    score: Scorer, stream: Iterable[RankingBatch], config: EvaluationConfig, ranks: Ranks
+    score: Scorer,
+    stream: Iterable[RankingBatch],
+    config: EvaluationConfig,
+    ranks: Ranks,
+    keep: Keep | None = None,
 ) -> dict[str, float]:
     """Rank every user's target among all candidates.
 
@@ -33,11 +39,12 @@ def evaluate(
         stream: This rank's users; the ranks' streams together hold every user once.
         config: Cutoffs and the rules for ties and seen items.
         ranks: All processes; every one must call.
+        keep: Takes this rank's users' ranks, batch by batch.
 
     Returns:
         Metric name to mean over users, the same on every rank.
     """
-    return evaluate_slices(score, stream, config, ranks, (), None)[ALL]
+    return evaluate_slices(score, stream, config, ranks, (), None, keep)[ALL]
 
 
 @torch.no_grad()
@@ -48,6 +55,7 @@ def evaluate_slices(
     ranks: Ranks,
     slice_names: Sequence[str],
     members: Members | None,
+    keep: Keep | None = None,
 ) -> dict[str, dict[str, float]]:
     """:func:`evaluate`, for all users and for slices of them, in one pass.
 
@@ -62,6 +70,8 @@ def evaluate_slices(
         scores = mask_seen(score(batch), batch) if config.filter_seen else score(batch)
         present = batch.target_ids != PADDING_IDX
         target_rank = target_ranks(scores[present], batch.target_ids[present], config.ties)
+        if keep is not None:
+            keep(target_rank)
         groups = [torch.ones_like(target_rank, dtype=torch.bool)]
         groups += [] if members is None else list(members(batch)[present].unbind(1))
         for row, group in zip(totals, groups, strict=True):

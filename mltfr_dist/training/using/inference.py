@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed.devices import uses_gpus
 from mltfr_dist.distributed.meeting import start_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.sending import send_text
@@ -20,12 +21,14 @@ from mltfr_dist.invocation import train_command
 from mltfr_dist.ranking import Ranker
 from mltfr_dist.serving.explaining import Tokens
 from mltfr_dist.training.build import load_model
-from mltfr_dist.training.evaluating.evaluate import evaluate
+from mltfr_dist.training.evaluating.compare import final_metrics
+from mltfr_dist.training.evaluating.evaluate import ALL, evaluate
 from mltfr_dist.training.inputs import Inputs, check_recorded, load_inputs
 from mltfr_dist.training.items import load_items
 from mltfr_dist.training.run_folder import (
     CHECKPOINTS,
     CONFIG,
+    RANKS,
     RESULT,
     STAGES,
     Result,
@@ -73,7 +76,7 @@ def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
         DataError: Its data or tables are missing or damaged.
     """
     folder = Path(folder)
-    ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks = ranks or Ranks(0, 1, torch.device("cuda" if uses_gpus() else "cpu"))
     found = ranks.on_rank0(lambda _: finished(folder))
     texts = send_text(json.dumps([part.model_dump_json() for part in found or ()]), ranks)
     config_text, result_text = json.loads(texts)
@@ -143,6 +146,29 @@ def evaluate_run(folder: str | Path, split: str, ranks: Ranks | None = None) -> 
     """
     ranks = ranks or start_ranks()
     return evaluate_model(load_run(folder, ranks), split, ranks)
+
+
+def save_ranks(folder: str | Path, split: str, ranks: Ranks) -> dict[str, float]:
+    """:func:`evaluate_run`, and `ranks.parquet` of both splits in the run's folder. All must call.
+
+    A run that left the test split unread leaves it unread here, too.
+
+    Raises:
+        ConfigError: ``split`` is the unread one.
+    """
+    folder = Path(folder)
+    run = load_run(folder, ranks)
+    result = ranks.on_rank0(lambda _: load_result(folder))
+    read_test = bool(ranks.from_main("read" if result and result.test else ""))
+    if split == "test" and not read_test:
+        raise ConfigError(
+            f"The run {folder} has left the test split unread.",
+            remedy="Give --split valid, or start the run itself again.",
+        )
+    valid, by_slice = final_metrics(
+        run.model, run.config, run.inputs.manifest, ranks, read_test, folder / RANKS
+    )
+    return valid if split == "valid" else by_slice[ALL]
 
 
 def evaluate_model(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]:
