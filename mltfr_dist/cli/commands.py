@@ -210,6 +210,14 @@ def _recommend_file(options: argparse.Namespace) -> None:
     )
 
 
+def command_explain(options: argparse.Namespace) -> None:
+    """What a run's filter keeps for sample users, and what each table and each item changes: a page, and TensorBoard texts."""
+    from mltfr_dist.training.using.explain_run import explain_run
+
+    page = explain_run(Path(options.run), options.output, options.control, options.users)
+    print(f"{page}: open it in a browser; TensorBoard has it in short (texts of `explain`)")
+
+
 def command_export(options: argparse.Namespace) -> None:
     """The chosen model of a finished run, to be used without DeepSpeed, the data or the tables' folders."""
     from mltfr_dist.training.using.export import export, size_line
@@ -268,6 +276,7 @@ COMMANDS = {
     "sweep": command_sweep,
     "evaluate": command_evaluate,
     "recommend": command_recommend,
+    "explain": command_explain,
     "export": command_export,
     "report": command_report,
     "compare": command_compare,

@@ -123,6 +123,22 @@ def _add_recommend(commands: Commands) -> None:
     )
 
 
+def _add_explain(commands: Commands) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="a page on what a run reads, and what that changes",
+        description=COMMANDS["explain"].__doc__,
+    )
+    explain.add_argument("run", help="run folder, such as runs/demo")
+    explain.add_argument(
+        "--control", type=Path, help="a run whose figures stand beside, as of random tables"
+    )
+    explain.add_argument("--users", type=int, default=5, help="sample users (default: 5)")
+    explain.add_argument(
+        "--output", type=Path, help="HTML file (default: explain.html in the run's folder)"
+    )
+
+
 def _add_export(commands: Commands) -> None:
     exported = commands.add_parser(
         "export", help="a model to use without DeepSpeed", description=COMMANDS["export"].__doc__
@@ -207,6 +223,7 @@ def build_parser() -> Parser:
         _add_sweep,
         _add_evaluate,
         _add_recommend,
+        _add_explain,
         _add_export,
         _add_report,
         _add_compare,

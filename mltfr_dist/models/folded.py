@@ -88,7 +88,7 @@ def folded(model: Recommender, *, whole_tables: bool = False) -> Recommender:
     rows = [_rows_of(mltfr, m, whole_tables) for m in range(mltfr.num_tables)]
     if all(of_table is None for of_table in rows):
         return model
-    lean = _shallow(model)
+    lean = shallow(model)
     lean.mltfr = _folded(mltfr, rows)
     return lean.eval()
 
@@ -120,7 +120,7 @@ def _rows_of(mltfr: MLTFR, m: int, or_all: bool) -> Tensor | None:
 
 
 def _folded(mltfr: MLTFR, of_tables: Sequence[Tensor | None]) -> MLTFR:
-    lean, consensus = _shallow(mltfr), mltfr.consensus
+    lean, consensus = shallow(mltfr), mltfr.consensus
     selectors: list[Selector] = []
     tables: list[PlacedTable] = []
     adapters: list[nn.Module] = []
@@ -152,7 +152,7 @@ def _maps(core: nn.Module) -> list[nn.Module]:
 def _reads_columns(core: nn.Module, place: int) -> ExpertCore:
     """The expert whose keys and values stand in the memory, from ``place`` on."""
     assert isinstance(core, ExpertCore)
-    lean, width = _shallow(core), core.num_heads * core.head_dim
+    lean, width = shallow(core), core.num_heads * core.head_dim
     lean._modules |= {"key": Columns(place, width), "value": Columns(place + 1, width)}
     return lean
 
@@ -165,16 +165,16 @@ def _without_rows(
         num_rows = len(rows)
         selector = AllRows(config, num_rows, 1, 1)
     elif isinstance(selector, UserGuided):
-        lean = _shallow(selector)
+        lean = shallow(selector)
         lean._modules |= {"projection": Stored(selector.projection(rows))}
         if selector.shortlist is not None:
-            lean.shortlist = _shallow(selector.shortlist)
+            lean.shortlist = shallow(selector.shortlist)
             lean.shortlist.forget()
         selector = lean
     return selector, ReplicatedTable(rows.new_zeros(1, 1).expand(num_rows, 1))
 
 
-def _shallow(module: Kind) -> Kind:
+def shallow(module: Kind) -> Kind:
     """Another module of the same parts."""
     other = copy.copy(module)
     for name in ("_modules", "_parameters", "_buffers"):
