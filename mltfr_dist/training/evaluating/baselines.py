@@ -20,7 +20,7 @@ from mltfr_dist.data.shards.packed import PackedSequences
 from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.data.shards.short_parts import one_item_parts
 from mltfr_dist.distributed.watchdog import heartbeat
-from mltfr_dist.training.evaluating.evaluate import Scorer
+from mltfr_dist.training.evaluating.placing import Scorer
 
 _PAIRS_AT_ONCE = 2_000_000
 """Pairs of items that are compared at a time: about 60 MB."""

@@ -13,13 +13,8 @@ from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.registry import load
 from mltfr_dist.training.evaluating.baselines import training_sequences
-from mltfr_dist.training.evaluating.evaluate import (
-    ALL,
-    Keep,
-    Scorer,
-    evaluate,
-    evaluate_slices,
-)
+from mltfr_dist.training.evaluating.evaluate import ALL, Keep, evaluate, evaluate_slices
+from mltfr_dist.training.evaluating.placing import ByScores, Placer
 from mltfr_dist.training.evaluating.slices import training_slices
 from mltfr_dist.training.evaluating.user_ranks import UserRanks
 from mltfr_dist.training.run_folder import Result
@@ -56,14 +51,15 @@ def baseline_result(
     started = time.monotonic()
     train = training_sequences(config.data.path, manifest)
     fit = load(BASELINES[name].path, PACKAGE)
-    scorer: Scorer = fit(
+    scorer = fit(
         train,
         manifest.num_items,
         through=lambda parts: UntilStopped(parts, ranks, f"fitting {name}"),
     )
+    place = ByScores(scorer, manifest.num_items)
     seconds = time.monotonic() - started
     valid, by_slice = final_metrics(
-        scorer, config, manifest, ranks, read_test, ranks_file, baseline=name
+        place, config, manifest, ranks, read_test, ranks_file, baseline=name
     )
     return Result(
         name=name,
@@ -76,7 +72,7 @@ def baseline_result(
 
 
 def final_metrics(
-    scorer: Scorer,
+    place: Placer,
     config: RunConfig,
     manifest: Manifest,
     ranks: Ranks,
@@ -87,7 +83,7 @@ def final_metrics(
     """Rank the validation split and, where it is read, the test split; all must call.
 
     Args:
-        scorer: The chosen model, or a baseline.
+        place: The chosen model, or a baseline.
         config: The run.
         manifest: Its prepared data.
         ranks: All processes.
@@ -99,17 +95,17 @@ def final_metrics(
         Metrics of the validation split, and :func:`metrics_by_slice`.
     """
     users, stream = UserRanks(), ranked(config, "valid", ranks, baseline)
-    valid = evaluate(scorer, stream, config.evaluation, ranks, users.of("valid"))
+    valid = evaluate(place, stream, config.evaluation, ranks, users.of("valid"))
     by_slice = {}
     if read_test:
-        by_slice = metrics_by_slice(scorer, config, manifest, ranks, baseline, users.of("test"))
+        by_slice = metrics_by_slice(place, config, manifest, ranks, baseline, users.of("test"))
     if ranks_file:
         users.write(ranks_file, config, manifest, ranks, baseline=baseline)
     return valid, by_slice
 
 
 def metrics_by_slice(
-    score: Scorer,
+    place: Placer,
     config: RunConfig,
     manifest: Manifest,
     ranks: Ranks,
@@ -120,5 +116,5 @@ def metrics_by_slice(
     slices = training_slices(config, manifest)
     stream = ranked(config, "test", ranks, by)
     return evaluate_slices(
-        score, stream, config.evaluation, ranks, slices.NAMES, slices.members, keep
+        place, stream, config.evaluation, ranks, slices.NAMES, slices.members, keep
     )

@@ -19,7 +19,7 @@ from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.shards.packed import PackedSequences
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.training.evaluating.evaluate import Scorer
+from mltfr_dist.training.evaluating.placing import Scorer
 
 T = TypeVar("T")
 Through = Callable[[Sequence[T]], Iterable[T]]

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
 from mltfr_dist import __version__
@@ -48,22 +47,19 @@ SCHEMA = pa.schema(
         "popularity": pa.int64(),
     }
 )
-PIECE = 1 << 20
-"""Ranks that are sent at a time: 8 MB."""
 
 
 class UserRanks:
-    """The ranks that one process of a run has measured, by split."""
+    """The ranks that a run has measured, by split."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, list[Tensor]] = {}
+        self._measured: dict[str, np.ndarray] = {}
 
     def of(self, split: str) -> Keep:
         """What keeps the ranks of ``split``, measured anew."""
-        parts = self._parts[split] = []
 
-        def keep(target_rank: Tensor) -> None:
-            parts.append(target_rank.double().cpu())
+        def keep(user_ranks: Tensor) -> None:
+            self._measured[split] = user_ranks.numpy()
 
         return keep
 
@@ -76,7 +72,7 @@ class UserRanks:
         *,
         baseline: str = "",
     ) -> None:
-        """Write what all processes have kept to ``path``, in one step; all must call.
+        """Write what was kept to ``path``, in one step; all must call.
 
         Memory of rank 0: the ids of users and items, 8 bytes a user, and one shard.
 
@@ -87,36 +83,17 @@ class UserRanks:
             ranks: All processes.
             baseline: The model's name, where it is a baseline and not the run's own.
         """
-        measured = {
-            split: in_order(torch.cat([torch.zeros(0, dtype=torch.float64), *parts]), ranks)
-            for split, parts in self._parts.items()
-        }
 
         def write_file(heartbeat: Callable[[], object]) -> None:
             about = json.dumps(described(config, manifest, baseline))
             schema = SCHEMA.with_metadata({KEY: about.encode()})
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as partial, pq.ParquetWriter(partial, schema) as writer:
-                for table in _tables(measured, config, manifest):
+                for table in _tables(self._measured, config, manifest):
                     writer.write_table(table.cast(schema))
                     heartbeat()
 
         ranks.on_rank0(write_file)
-
-
-def in_order(own: Tensor, ranks: Ranks) -> np.ndarray:
-    """Values [n] of each process, one process after the other, on rank 0; all must call."""
-    sizes = ranks.gather(torch.tensor([len(own)]))[:, 0].tolist()
-    pieces = [np.zeros(0)]
-    for source, size in enumerate(sizes):
-        for start in range(0, size, PIECE):
-            length = min(PIECE, size - start)
-            mine = source == ranks.rank
-            piece = own[start : start + length] if mine else own.new_zeros(length)
-            whole = ranks.sum(piece)
-            if ranks.is_main:
-                pieces.append(whole.cpu().numpy())
-    return np.concatenate(pieces)
 
 
 def _tables(

@@ -34,6 +34,7 @@ from mltfr_dist.training.build import build_model, load_model
 from mltfr_dist.training.checks import consensus_tables
 from mltfr_dist.training.evaluating.compare import final_metrics, ranked
 from mltfr_dist.training.evaluating.evaluate import ALL
+from mltfr_dist.training.evaluating.placing import ByModel
 from mltfr_dist.training.evaluating.routing import measure_routing
 from mltfr_dist.training.inputs import Inputs
 from mltfr_dist.training.reporting.outcome import show_outcome
@@ -67,15 +68,10 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
     best = best_for_all(folder, outcomes, ranks)
     before = outcomes[TRAIN].step if best.stage == CONSENSUS else 0
     step = before + steps_behind(folder / best.name, ranks)
-    model = load_model(
-        config,
-        inputs,
-        folder / best.name,
-        ranks,
-        with_consensus=best.stage == CONSENSUS,
-    )
+    second = best.stage == CONSENSUS
+    model = load_model(config, inputs, folder / best.name, ranks, with_consensus=second)
     place, manifest = config.folder / RANKS, inputs.manifest
-    valid, test_slices = final_metrics(model, config, manifest, ranks, read_test, place)
+    valid, test_slices = final_metrics(ByModel(model), config, manifest, ranks, read_test, place)
     test = test_slices.pop(ALL, {})
     routing = measure_routing(model, ranked(config, "valid", ranks), ranks, inputs.table_names)
     memory = ranks.max(torch.tensor([float(peak_memory_bytes())], dtype=torch.float64))

@@ -23,6 +23,7 @@ from mltfr_dist.serving.explaining import Tokens
 from mltfr_dist.training.build import load_model
 from mltfr_dist.training.evaluating.compare import final_metrics
 from mltfr_dist.training.evaluating.evaluate import ALL, evaluate
+from mltfr_dist.training.evaluating.placing import ByModel
 from mltfr_dist.training.inputs import Inputs, check_recorded, load_inputs
 from mltfr_dist.training.items import load_items
 from mltfr_dist.training.run_folder import (
@@ -166,7 +167,7 @@ def save_ranks(folder: str | Path, split: str, ranks: Ranks) -> dict[str, float]
             remedy="Give --split valid, or start the run itself again.",
         )
     valid, by_slice = final_metrics(
-        run.model, run.config, run.inputs.manifest, ranks, read_test, folder / RANKS
+        ByModel(run.model), run.config, run.inputs.manifest, ranks, read_test, folder / RANKS
     )
     return valid if split == "valid" else by_slice[ALL]
 
@@ -181,9 +182,8 @@ def evaluate_model(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]
         raise ConfigError(
             f"There is no split `{split}` to evaluate on.", remedy=f"Give {' or '.join(SPLITS)}."
         )
-    return evaluate(
-        run.model, ranking_stream(run.config, split, ranks), run.config.evaluation, ranks
-    )
+    stream = ranking_stream(run.config, split, ranks)
+    return evaluate(ByModel(run.model), stream, run.config.evaluation, ranks)
 
 
 def recommendation_text(

@@ -16,7 +16,8 @@ from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.metrics import metric_sums
 from mltfr_dist.training.evaluating import user_ranks
 from mltfr_dist.training.evaluating.compare import baseline_result, final_metrics
-from mltfr_dist.training.evaluating.user_ranks import KEY, UserRanks, in_order
+from mltfr_dist.training.evaluating.placing import ByScores
+from mltfr_dist.training.evaluating.user_ranks import KEY, UserRanks
 from mltfr_dist.training.inputs import load_inputs
 
 
@@ -31,7 +32,7 @@ def by_id(batch: RankingBatch) -> torch.Tensor:
 
 def test_the_rows_are_the_users_of_the_data(config: RunConfig, tmp_path: Path) -> None:
     manifest, path = load_inputs(config).manifest, tmp_path / "ranks.parquet"
-    _, by_slice = final_metrics(by_id, config, manifest, ALONE, True, path)
+    _, by_slice = final_metrics(ByScores(by_id, 40), config, manifest, ALONE, True, path)
     rows = pq.read_table(path).to_pylist()
     source = (config.data.path.parent / "interactions.txt").read_text().splitlines()
     histories = {line.split()[0]: line.split()[1:] for line in source}
@@ -48,14 +49,6 @@ def test_the_rows_are_the_users_of_the_data(config: RunConfig, tmp_path: Path) -
     sums = metric_sums(ranks.double(), config.evaluation.cutoffs)
     means = {name: total / len(ranks) for name, total in sums.items()}
     assert means == pytest.approx(by_slice["all"], rel=1e-12)
-
-
-@pytest.mark.parametrize("piece", [1, 3, 1 << 20])
-def test_pieces_of_one_process_come_whole(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(user_ranks, "PIECE", piece)
-    values = torch.tensor([3.0, 1.5, 8.0, 2.0])
-    assert in_order(values, ALONE).tolist() == [3.0, 1.5, 8.0, 2.0]
-    assert in_order(values[:0], ALONE).tolist() == []
 
 
 def test_what_the_file_says_of_itself(config: RunConfig, tmp_path: Path) -> None:
