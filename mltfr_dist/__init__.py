@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mltfr_dist.config import RunConfig
     from mltfr_dist.library.inputs import build_table, prepare
-    from mltfr_dist.library.runs import export, fit, load_exported, load_run, preset
+    from mltfr_dist.library.runs import (
+        export,
+        fit,
+        load,
+        load_exported,
+        load_run,
+        preset,
+        push_to_hub,
+    )
 
 __version__ = "0.1.0"
 
@@ -20,16 +28,21 @@ __all__ = [
     "build_table",
     "export",
     "fit",
+    "load",
     "load_exported",
     "load_run",
     "prepare",
     "preset",
+    "push_to_hub",
 ]
 
 _ROOMS = {
     "RunConfig": "config",
     **dict.fromkeys(("build_table", "prepare"), "library.inputs"),
-    **dict.fromkeys(("export", "fit", "load_exported", "load_run", "preset"), "library.runs"),
+    **dict.fromkeys(
+        ("export", "fit", "load", "load_exported", "load_run", "preset", "push_to_hub"),
+        "library.runs",
+    ),
 }
 """Name to the file that has it."""
 

@@ -1,5 +1,9 @@
 """Exported models: a folder that is read without DeepSpeed, the data or the token tables' folders.
 
+It has the layout of the Hugging Face hub (config.json, model.safetensors, README.md), holds tensors and JSON alone, and
+nothing in it is executed. Tables are folded (models/folded.py): of rows that a history may be given it holds what the
+model makes of them; a table that is searched as a whole stays.
+
 exported = load_exported("model")
 exported.recommend(["i1", "i7"], k=5)
 exported.scores([["i1", "i7"]])  # [1, num_items + 1], column = index in exported.item_ids
@@ -8,20 +12,24 @@ exported.scores([["i1", "i7"]])  # [1, num_items + 1], column = index in exporte
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from mltfr_dist.errors import CheckpointError, DamagedError
 from mltfr_dist.files import file_sha256
+from mltfr_dist.models.folded import folded
 from mltfr_dist.ranking import ItemMap, Ranker
 from mltfr_dist.schema import Section
+from mltfr_dist.serving.explaining import NamedRows, Tokens
 from mltfr_dist.spec import ModelSpec
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 CONFIG, MODEL, TABLES, ITEM_TOKENS, ITEMS, TITLES = (
     "config.json",
     "model.safetensors",
@@ -29,6 +37,12 @@ CONFIG, MODEL, TABLES, ITEM_TOKENS, ITEMS, TITLES = (
     "item_tokens.safetensors",
     "items.json",
     "titles.json",
+)
+COUNTS, TOKENS, CARD, ONNX_MODEL = (
+    "item_counts.safetensors",
+    "tokens.json",
+    "README.md",
+    "model.onnx",
 )
 FEATURES = "features"
 """Name of the one tensor of ``item_tokens.safetensors``, [num_items + 1, C]."""
@@ -40,7 +54,17 @@ class ExportInfo(Section):
     schema_version: int = SCHEMA_VERSION
     mltfr_dist: str
     """Release that wrote it."""
+    model_type: str = "mltfr"
+    format: Literal["safetensors", "onnx"] = "safetensors"
     spec: ModelSpec
+    folded: dict[str, int]
+    """Tables of which the model holds what it makes of their rows, and how many rows they had."""
+    folded_bytes: int
+    """Of these rows."""
+    data: dict[str, str]
+    """Name and sha256 of what the data was prepared from, and sha256 of its manifest."""
+    licences: dict[str, str | None]
+    """Of each token table, as its source states it."""
     sha256: dict[str, str]
     """File name to hash."""
 
@@ -50,6 +74,12 @@ class Exported(Ranker):
     """A model ready to rank."""
 
     info: ExportInfo
+    named_rows: tuple[NamedRows, ...] = ()
+
+    @property
+    def tokens(self) -> Sequence[Tokens]:
+        """Names of those rows of each table that may be kept."""
+        return self.named_rows
 
 
 def load_exported(folder: str | Path) -> Exported:
@@ -60,6 +90,32 @@ def load_exported(folder: str | Path) -> Exported:
     """
     folder = Path(folder)
     info = read_info(folder)
+    check_files(folder, info)
+    if info.format == "onnx":
+        raise CheckpointError(
+            f"{folder} is an ONNX export.",
+            rule="ONNX models are run by an ONNX runtime.",
+            remedy=f"Open {folder / ONNX_MODEL} with onnxruntime, or export the run as safetensors.",
+        )
+    rows = load_file(folder / TABLES) if TABLES in info.sha256 else {}
+    rows |= {name: torch.zeros(count, 1) for name, count in info.folded.items()}
+    has_features = ITEM_TOKENS in info.sha256
+    features = load_file(folder / ITEM_TOKENS)[FEATURES] if has_features else None
+    model = info.spec.build(rows, features).eval()
+    if info.folded:
+        model = folded(model)
+    model.load_state_dict(load_file(folder / MODEL))
+    return Exported(
+        model.eval(), read_items(folder, info), info.spec.max_len, info, _named_rows(folder, info)
+    )
+
+
+def check_files(folder: Path, info: ExportInfo) -> None:
+    """Whether all files are there, as they were written.
+
+    Raises:
+        DamagedError: One is not.
+    """
     for name, digest in info.sha256.items():
         if not (folder / name).exists() or file_sha256(folder / name) != digest:
             raise DamagedError(
@@ -67,17 +123,26 @@ def load_exported(folder: str | Path) -> Exported:
                 rule=f"Its sha256 must equal the one in {CONFIG}.",
                 remedy="Export the run again.",
             )
-    rows = load_file(folder / TABLES) if info.spec.tables else {}
-    has_tokens = ITEM_TOKENS in info.sha256
-    features = load_file(folder / ITEM_TOKENS)[FEATURES] if has_tokens else None
-    model = info.spec.build(rows, features)
-    model.load_state_dict(load_file(folder / MODEL))
+
+
+def read_items(folder: Path, info: ExportInfo) -> ItemMap:
+    """The items of an export."""
     ids: list[str] = json.loads((folder / ITEMS).read_text())
     titles: list[str | None] = [None] * len(ids)
     if TITLES in info.sha256:
         titles = json.loads((folder / TITLES).read_text())
-    items = ItemMap(ids, titles, str(folder / ITEMS))
-    return Exported(model.eval(), items, info.spec.max_len, info)
+    counts = load_file(folder / COUNTS)["counts"].numpy() if COUNTS in info.sha256 else None
+    return ItemMap(ids, titles, str(folder / ITEMS), counts)
+
+
+def _named_rows(folder: Path, info: ExportInfo) -> tuple[NamedRows, ...]:
+    if TOKENS not in info.sha256:
+        return ()
+    found = json.loads((folder / TOKENS).read_text())
+    return tuple(
+        NamedRows(name, dict(zip(found[name]["rows"], found[name]["tokens"], strict=True)))
+        for name in info.spec.tables
+    )
 
 
 def read_info(folder: str | Path) -> ExportInfo:

@@ -1,7 +1,7 @@
-"""A trained model in use: scores of all items after a history, and the best of them.
+"""A trained model in use: scores of items after histories, the best of them, vectors, explanations.
 
 A finished run (training/using/inference.py) and an exported model (exported.py) are both a
-:class:`Ranker`. Shapes: B histories, L positions.
+:class:`Ranker`. It may be used by several threads at once. Shapes: B histories, D hidden size.
 """
 
 from __future__ import annotations
@@ -9,76 +9,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
+from typing import Any, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.errors import DataError
+from mltfr_dist.models.folded import folded
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.schema import or_nearest
+from mltfr_dist.serving.candidates import Candidates, Empty, check_k
+from mltfr_dist.serving.explaining import TableView, Tokens, explain
+from mltfr_dist.serving.histories import Histories, Unknown, encode, is_single
+from mltfr_dist.serving.items import ItemId, ItemMap
+from mltfr_dist.serving.results import Recommendation, Recommendations
+from mltfr_dist.serving.scoring import (
+    best_items,
+    chunks,
+    item_vectors,
+    padded,
+    score_histories,
+    user_vectors,
+)
 
-ECHOED_ITEMS = 10
-"""Unknown ids that an error names."""
+__all__ = ["ItemId", "ItemMap", "Ranker", "Recommendation", "Recommendations", "score_histories"]
 
-ItemId = str | int
-"""A raw item id; a whole number stands for its digits."""
-
-
-@dataclass(frozen=True)
-class ItemMap:
-    """Raw ids and titles of items 1..num_items; index 0 is padding."""
-
-    ids: list[str]
-    titles: list[str | None]
-    listed_in: str
-    """File that lists the ids, for messages."""
-
-    @cached_property
-    def numbers(self) -> dict[str, int]:
-        """Raw id to 1..num_items."""
-        return {raw: index for index, raw in enumerate(self.ids) if index}
-
-    def name(self, item: int) -> str:
-        """Title where there is one, raw id otherwise."""
-        return self.titles[item] or self.ids[item]
-
-    def encode(self, history: Sequence[ItemId]) -> list[int]:
-        """Raw item ids to 1..num_items.
-
-        Raises:
-            DataError: No history of ids, an empty one, or an id that is not known.
-        """
-        raw_ids = _as_texts(history)
-        if not raw_ids:
-            raise DataError("The history is empty.", remedy="Give at least one item id.")
-        unknown = [raw for raw in raw_ids if raw not in self.numbers]
-        if unknown:
-            raise DataError(
-                f"Unknown item id{'s' if len(unknown) > 1 else ''} "
-                + ", ".join(unknown[:ECHOED_ITEMS])
-                + (f" and {len(unknown) - ECHOED_ITEMS} more" * (len(unknown) > ECHOED_ITEMS))
-                + f"{or_nearest(unknown[0], self.numbers)}.",
-                rule="Ids are those of the raw data that preparation kept "
-                f"({self.listed_in} lists them).",
-                remedy="Leave them out or correct them.",
-            )
-        return [self.numbers[raw] for raw in raw_ids]
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """One recommended item."""
-
-    item_id: str
-    title: str | None
-    score: float
+Floats = npt.NDArray[np.float32]
+_folding = Lock()
 
 
 @dataclass(frozen=True)
 class Ranker:
-    """A trained model in evaluation mode, and the items that it ranks."""
+    """A trained model in evaluation mode, and the items that it ranks.
+
+    Histories are a list of lists of raw ids (a text, or a whole number for its digits), oldest
+    first; or a NumPy array, a column of lists or a table with a column ``history`` of pandas,
+    polars or Arrow; or what :meth:`encode` gave. Of each the last ``max_len`` are read. Ids that
+    the model does not know are refused; with ``unknown="drop"`` they are left out and counted.
+    """
 
     model: Recommender
     items: ItemMap
@@ -90,11 +60,111 @@ class Ranker:
         """Raw ids of the items; index 0 is padding."""
         return self.items.ids
 
-    def scores(self, histories: Sequence[Sequence[ItemId]]) -> Tensor:
-        """Scores of every item after each history, seen ones too.
+    @property
+    def tokens(self) -> Sequence[Tokens]:
+        """The token tables' names of rows; none for a bare backbone."""
+        return ()
+
+    @property
+    def serving(self) -> Recommender:
+        """The model with all computed that does not depend on histories; scores are equal to the bit."""
+        with _folding:
+            return self._serving
+
+    @cached_property
+    def _serving(self) -> Recommender:
+        return folded(self.model)
+
+    def encode(self, histories: Any, unknown: Unknown = "refuse") -> Histories:
+        """Histories as numbers of items, with the count of ids that were dropped; every method takes them.
+
+        Raises:
+            DataError: No histories, or an id that the model does not know.
+            ConfigError: ``unknown`` is neither "refuse" nor "drop".
+        """
+        return encode(histories, self.items, unknown)
+
+    @overload
+    def recommend(
+        self,
+        histories: Sequence[ItemId],
+        k: int = ...,
+        *,
+        exclude: Any = ...,
+        allow: Any = ...,
+        filter_seen: bool = ...,
+        unknown: Unknown = ...,
+        empty: Empty = ...,
+    ) -> list[Recommendation]: ...
+
+    @overload
+    def recommend(
+        self,
+        histories: Any,
+        k: int = ...,
+        *,
+        exclude: Any = ...,
+        allow: Any = ...,
+        filter_seen: bool = ...,
+        unknown: Unknown = ...,
+        empty: Empty = ...,
+    ) -> Recommendations: ...
+
+    def recommend(
+        self,
+        histories: Any,
+        k: int = 10,
+        *,
+        exclude: Any = None,
+        allow: Any = None,
+        filter_seen: bool = True,
+        unknown: Unknown = "refuse",
+        empty: Empty = "refuse",
+    ) -> list[Recommendation] | Recommendations:
+        """The ``k`` items of highest score after each history, best first; of equal scores the item of lower index.
 
         Args:
-            histories: Raw item ids, oldest first; the last ``max_len`` of each are read.
+            histories: See the class. A single history gives a list of its items, several give
+                :class:`Recommendations`, a sequence of such lists.
+            k: Items to return; fewer come back where fewer candidates are left.
+            exclude: Raw ids that are no candidates: a list for all histories, or a list for each.
+            allow: Raw ids that alone are candidates, likewise; None: all.
+            filter_seen: Whether the items of a history are no candidates.
+            unknown: "refuse", or "drop" ids that the model does not know.
+            empty: "refuse", or answer empty histories by "popular" items; scores are then counts.
+
+        Raises:
+            DataError: An id that the model does not know, an empty history, or a ``k`` out of range.
+            ConfigError: An option that is none of its values.
+        """
+        single = is_single(histories)
+        found = encode([histories] if single else histories, self.items, unknown)
+        candidates = Candidates.of(self.items, found, exclude, allow, filter_seen, empty)
+        check_k(k, candidates)
+        numbers = np.zeros((len(found), k), dtype=np.int64)
+        scores = np.full((len(found), k), -np.inf, dtype=np.float32)
+        for places in chunks(found.numbers, self.items.num_items):
+            values, columns = best_items(self._candidate_scores(places, candidates), k)
+            kept = values.isfinite()
+            numbers[places] = (columns * kept).numpy()
+            scores[places] = values.numpy()
+        many = Recommendations(self.items, numbers, scores, found.users, found.dropped)
+        return many[0] if single else many
+
+    def _candidate_scores(self, places: list[int], candidates: Candidates) -> Tensor:
+        """[b, num_items + 1] scores of some histories' candidates on the CPU, -inf for all else."""
+        rows = [candidates.histories.numbers[place] for place in places]
+        scores = torch.empty(len(rows), self.items.num_items + 1)
+        told = torch.tensor([bool(row) for row in rows])
+        if told.any():
+            item_ids = padded([row for row in rows if row], self.max_len)
+            scores[told] = score_histories(self.serving, item_ids).float().cpu()
+        if not told.all():
+            scores[~told] = candidates.popularity()
+        return candidates.mask(scores, places)
+
+    def scores(self, histories: Any, *, unknown: Unknown = "refuse") -> Tensor:
+        """Scores of every item after each history, seen ones too.
 
         Returns:
             [B, num_items + 1] on the CPU, column = index in ``item_ids``; -inf in column 0.
@@ -102,78 +172,71 @@ class Ranker:
         Raises:
             DataError: No histories, an empty one, or an id that the model does not know.
         """
-        encoded = [self.items.encode(history) for history in _as_list(histories)]
-        if not encoded:
-            raise DataError("There are no histories.", remedy="Give at least one.")
-        recent = [numbers[-self.max_len :] for numbers in encoded]
-        item_ids = torch.full((len(recent), max(map(len, recent))), PADDING_IDX)  # [B, L]
-        for row, numbers in zip(item_ids, recent, strict=True):
-            row[: len(numbers)] = torch.tensor(numbers)
-        return score_histories(self.model, item_ids).cpu()
+        found = self._told(histories, unknown)
+        scores = torch.empty(len(found), self.items.num_items + 1)
+        for places in chunks(found.numbers, self.items.num_items):
+            item_ids = padded([found.numbers[place] for place in places], self.max_len)
+            scores[places] = score_histories(self.serving, item_ids).float().cpu()
+        return scores
 
-    def recommend(
-        self, history: Sequence[ItemId], k: int = 10, *, keep_seen: bool = False
-    ) -> list[Recommendation]:
-        """The ``k`` items of highest score after a history, best first.
-
-        Args:
-            history: Raw item ids, oldest first.
-            k: Items to return; fewer come back where all others are in the history.
-            keep_seen: Whether items of the history may come again.
+    def score(
+        self, histories: Any, items: Sequence[ItemId], *, unknown: Unknown = "refuse"
+    ) -> Floats:
+        """Scores [B, n] of ``items`` (n raw ids) after each history, seen ones too.
 
         Raises:
-            DataError: An id that the model does not know, an empty history, or a ``k`` out of
-                range.
+            DataError: No histories, an empty one, or an id that the model does not know.
         """
-        seen, num_items = self.items.encode(history), len(self.item_ids) - 1
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= num_items:
+        found, columns = self._told(histories, unknown), self.items.encode(items)
+        scores = np.empty((len(found), len(columns)), dtype=np.float32)
+        for places in chunks(found.numbers, self.items.num_items):
+            item_ids = padded([found.numbers[place] for place in places], self.max_len)
+            scores[places] = score_histories(self.serving, item_ids)[:, columns].float().cpu()
+        return scores
+
+    def user_vectors(self, histories: Any, *, unknown: Unknown = "refuse") -> Floats:
+        """[B, D]: a score is the product of a user's and an item's vector.
+
+        Raises:
+            DataError: No histories, an empty one, or an id that the model does not know.
+        """
+        found = self._told(histories, unknown)
+        vectors = np.empty((len(found), item_vectors(self.serving).shape[1]), dtype=np.float32)
+        for places in chunks(found.numbers, self.items.num_items):
+            item_ids = padded([found.numbers[place] for place in places], self.max_len)
+            vectors[places] = user_vectors(self.serving, item_ids).float().cpu()
+        return vectors
+
+    def user_vector(self, history: Sequence[ItemId]) -> Floats:
+        """[D] of one history; see :meth:`user_vectors`."""
+        vector: Floats = self.user_vectors([history])[0]
+        return vector
+
+    def item_vectors(self) -> Floats:
+        """[num_items + 1, D], row = index in ``item_ids``; row 0 is padding: leave it out of a vector index."""
+        vectors: Floats = item_vectors(self.serving).float().cpu().numpy().copy()
+        return vectors
+
+    def explain(self, history: Sequence[ItemId]) -> list[TableView]:
+        """Kept tokens per table and gate weights at the end of a history; none for a bare backbone.
+
+        Raises:
+            DataError: An empty history, or an id that the model does not know.
+        """
+        numbers = self.items.encode(history)
+        if self.model.mltfr is None:
+            return []
+        device = next(self.model.parameters()).device
+        return explain(self.serving, self.tokens, padded([numbers], self.max_len).to(device))[0]
+
+    def _told(self, histories: Any, unknown: Unknown) -> Histories:
+        """Histories, none of them empty."""
+        if is_single(histories) and len(histories):
             raise DataError(
-                f"k is {k!r}; there are {num_items} items.",
-                rule="k lies in 1..number of items.",
-                remedy="Give another k.",
+                f"{histories!r:.80} is one history.",
+                rule="Histories are a list of lists of item ids.",
+                remedy="Put it into a list.",
             )
-        scores = self.scores([history])[0]
-        if not keep_seen:
-            scores[seen] = -torch.inf
-        best = scores.topk(min(k, int(torch.isfinite(scores).sum())))
-        return [
-            Recommendation(self.items.ids[item], self.items.titles[item], score)
-            for item, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
-
-
-@torch.no_grad()
-def score_histories(model: Recommender, item_ids: Tensor) -> Tensor:
-    """Scores [B, num_items + 1] of every item after each history [B, L]; -inf in column 0."""
-    none = torch.zeros(0, dtype=torch.int64)
-    batch = RankingBatch(item_ids, torch.zeros(len(item_ids), dtype=torch.int64), none, none)
-    scores: Tensor = model(batch.to(next(model.parameters()).device))
-    return scores
-
-
-def _as_list(values: object) -> list[Sequence[ItemId]]:
-    """Histories in a list.
-
-    Raises:
-        DataError: One text, or nothing that can be gone through.
-    """
-    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
-        raise DataError(
-            f"{values!r} is no list of ids.",
-            rule="A history is a list of item ids, oldest first.",
-            remedy="Put the ids into a list, as in ['50', '172'].",
-        )
-    return list(values)
-
-
-def _as_texts(history: object) -> list[str]:
-    found = []
-    for raw in _as_list(history):
-        if isinstance(raw, bool) or not isinstance(raw, str | int | np.integer):
-            raise DataError(
-                f"The history holds {raw!r}, of type {type(raw).__name__}.",
-                rule="An item id is a text or a whole number.",
-                remedy="Give the ids as they stand in the raw data.",
-            )
-        found.append(raw if isinstance(raw, str) else str(int(raw)))
-    return found
+        found = encode(histories, self.items, unknown)
+        Candidates.of(self.items, found, None, None, True, "refuse")
+        return found

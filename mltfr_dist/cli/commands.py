@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from mltfr_dist.cli.fields import section_from
@@ -165,27 +166,67 @@ def command_evaluate(options: argparse.Namespace) -> None:
 
 
 def command_recommend(options: argparse.Namespace) -> None:
-    """The best items after a history."""
-    from mltfr_dist.training.using.inference import load_run, recommendation_text
+    """The best items after a history, or after each of a file of them."""
+    if (options.history is None) == (options.histories is None):
+        raise ConfigError(
+            "Give one of --history and --histories.",
+            rule="--history is one list of ids, --histories a file of many.",
+            remedy="As in `--history 50,172,181`, or `--histories users.parquet --output recs.parquet`.",
+        )
+    if (options.histories is None) != (options.output is None):
+        raise ConfigError(
+            "--histories and --output go together.", remedy="Give both, or --history alone."
+        )
+    if options.histories is not None:
+        _recommend_file(options)
+        return
+    from mltfr_dist.training.using.inference import open_model, recommendation_text
 
     history = [part.strip() for part in options.history.split(",") if part.strip()]
-    loaded = load_run(Path(options.run))
+    model = open_model(Path(options.run))
     print(
         recommendation_text(
-            loaded, history, k=options.k, explain=options.explain, keep_seen=options.keep_seen
+            model, history, k=options.k, explain=options.explain, keep_seen=options.keep_seen
         )
     )
 
 
-def command_export(options: argparse.Namespace) -> None:
-    """The chosen model of a finished run, in safetensors, to be used without DeepSpeed, the data or the tables' folders."""
-    from mltfr_dist.training.using.export import export
+def _recommend_file(options: argparse.Namespace) -> None:
+    from mltfr_dist.distributed.devices import local_device
+    from mltfr_dist.distributed.launch import is_launched
+    from mltfr_dist.serving.batch import BatchOptions, recommend_file
+    from mltfr_dist.training.using.inference import open_model
 
-    info = export(Path(options.run), Path(options.output))
+    _refuse(options.explain or None, "--explain", "explains one history", "--histories is given")
+    launched = is_launched()
+    rank, world_size = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
+    recommend_file(
+        open_model(Path(options.run), local_device()),
+        options.histories,
+        options.output,
+        BatchOptions(options.k, not options.keep_seen, options.unknown, options.empty),
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def command_explain(options: argparse.Namespace) -> None:
+    """What a run's filter keeps for sample users, and what each table and each item changes: a page, and TensorBoard texts."""
+    from mltfr_dist.training.using.explain_run import explain_run
+
+    page = explain_run(Path(options.run), options.output, options.control, options.users)
+    print(f"{page}: open it in a browser; TensorBoard has it in short (texts of `explain`)")
+
+
+def command_export(options: argparse.Namespace) -> None:
+    """The chosen model of a finished run, to be used without DeepSpeed, the data or the tables' folders."""
+    from mltfr_dist.training.using.export import export, size_line
+
+    info = export(Path(options.run), Path(options.output), options.format)
     spec = info.spec
     print(
         f"{options.output}: {spec.backbone.name}, {spec.num_items} items, "
-        f"{len(spec.tables)} token tables"
+        f"{len(spec.tables)} token tables, {size_line(info, Path(options.output))}"
     )
 
 
@@ -235,6 +276,7 @@ COMMANDS = {
     "sweep": command_sweep,
     "evaluate": command_evaluate,
     "recommend": command_recommend,
+    "explain": command_explain,
     "export": command_export,
     "report": command_report,
     "compare": command_compare,

@@ -85,11 +85,21 @@ def _add_evaluate(commands: Commands) -> None:
 
 def _add_recommend(commands: Commands) -> None:
     recommend = commands.add_parser(
-        "recommend", help="items for a history", description=COMMANDS["recommend"].__doc__
+        "recommend", help="items for histories", description=COMMANDS["recommend"].__doc__
     )
-    recommend.add_argument("run", help="run folder, such as runs/demo")
+    recommend.add_argument("run", help="run folder, such as runs/demo, or an exported model")
     recommend.add_argument(
-        "--history", required=True, help="item ids of the raw data, oldest first, comma-separated"
+        "--history", help="one history: item ids of the raw data, oldest first, comma-separated"
+    )
+    recommend.add_argument(
+        "--histories",
+        type=Path,
+        help="many: a .parquet, .csv or .jsonl file whose column `history` lists item ids, with "
+        "`user_id` beside it; interrupted, the same command goes on, and a launcher may start it "
+        "several times",
+    )
+    recommend.add_argument(
+        "--output", type=Path, help="with --histories: Parquet file of user_id, item_ids, scores"
     )
     recommend.add_argument("--k", type=int, default=10, help="items to list (default: 10)")
     recommend.add_argument(
@@ -97,6 +107,35 @@ def _add_recommend(commands: Commands) -> None:
     )
     recommend.add_argument(
         "--keep-seen", action="store_true", help="let items of the history be recommended again"
+    )
+    recommend.add_argument(
+        "--unknown",
+        choices=("refuse", "drop"),
+        default="refuse",
+        help="with --histories: ids that the model does not know (default: refuse); dropped ones "
+        "are counted",
+    )
+    recommend.add_argument(
+        "--empty",
+        choices=("refuse", "popular"),
+        default="refuse",
+        help="with --histories: histories without an item (default: refuse), or popular items",
+    )
+
+
+def _add_explain(commands: Commands) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="a page on what a run reads, and what that changes",
+        description=COMMANDS["explain"].__doc__,
+    )
+    explain.add_argument("run", help="run folder, such as runs/demo")
+    explain.add_argument(
+        "--control", type=Path, help="a run whose figures stand beside, as of random tables"
+    )
+    explain.add_argument("--users", type=int, default=5, help="sample users (default: 5)")
+    explain.add_argument(
+        "--output", type=Path, help="HTML file (default: explain.html in the run's folder)"
     )
 
 
@@ -106,6 +145,13 @@ def _add_export(commands: Commands) -> None:
     )
     exported.add_argument("run", help="run folder, such as runs/demo")
     exported.add_argument("output", help="folder to write; it must not exist")
+    exported.add_argument(
+        "--format",
+        choices=("safetensors", "onnx"),
+        default="safetensors",
+        help="safetensors: for `mltfr recommend` and Python, scores equal to the bit; onnx: for "
+        "other programs, equal to 1e-5 (default: safetensors)",
+    )
 
 
 def _add_report(commands: Commands) -> None:
@@ -177,6 +223,7 @@ def build_parser() -> Parser:
         _add_sweep,
         _add_evaluate,
         _add_recommend,
+        _add_explain,
         _add_export,
         _add_report,
         _add_compare,

@@ -69,3 +69,16 @@ def share_of_cores(gather: Callable[[Tensor], Tensor], rank: int) -> int:
     share = len(cores) // int((shown == shown[rank]).sum())
     given = os.environ.get("SLURM_CPUS_PER_TASK", "") if SLURM_TASKS in os.environ else ""
     return max(1, min(share, int(given) if given.isdecimal() else share))
+
+
+def local_device() -> torch.device:
+    """What a process computes on that meets no others: its own GPU of those it sees, else the CPU.
+
+    Raises:
+        ConfigError: A launcher started more processes than there are GPUs.
+    """
+    if not sees_gpus():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    take_gpu(local_rank)
+    return torch.device("cuda", local_rank)

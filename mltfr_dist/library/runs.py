@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError
@@ -121,17 +121,33 @@ def load_run(folder: StrPath) -> LoadedRun:
         return load(path_text(folder, "folder"))
 
 
-def export(run: StrPath, folder: StrPath) -> ExportInfo:
+def load(folder: StrPath) -> LoadedRun | Exported:
+    """The model that a folder holds, to recommend and score with: a finished run, or an export.
+
+    Raises:
+        CheckpointError: Neither of them, an unfinished run, or a damaged export.
+        DataError: A run's data or tables are missing or damaged.
+    """
+    from mltfr_dist.exported import CONFIG as EXPORTED
+
+    if (Path(path_text(folder, "folder")) / EXPORTED).exists():
+        return load_exported(folder)
+    return load_run(folder)
+
+
+def export(
+    run: StrPath, folder: StrPath, format: Literal["safetensors", "onnx"] = "safetensors"
+) -> ExportInfo:
     """Write the chosen model of a finished run to ``folder``, as `mltfr export` does.
 
     Raises:
-        ConfigError: ``folder`` exists.
+        ConfigError: ``folder`` exists, or ONNX cannot express the model, or is not installed.
         CheckpointError: No run, an unfinished one, or a damaged checkpoint.
     """
     from mltfr_dist.training.using.export import export as write
 
     with words_of_a_call():
-        return write(path_text(run, "run"), path_text(folder, "folder"))
+        return write(path_text(run, "run"), path_text(folder, "folder"), format)
 
 
 def load_exported(folder: StrPath) -> Exported:
@@ -144,6 +160,29 @@ def load_exported(folder: StrPath) -> Exported:
 
     with words_of_a_call():
         return load(path_text(folder, "folder"))
+
+
+def push_to_hub(folder: StrPath, repository: str, *, private: bool = True) -> str:
+    """Upload an export to the Hugging Face hub; returns its address.
+
+    Args:
+        folder: Of the export.
+        repository: Such as "name/model"; made where it is not there.
+        private: Whether a new one is.
+
+    Raises:
+        CheckpointError: ``folder`` is no export, or a damaged one.
+    """
+    from huggingface_hub import HfApi
+
+    from mltfr_dist.exported import check_files, read_info
+
+    with words_of_a_call():
+        path = Path(path_text(folder, "folder"))
+        check_files(path, read_info(path))
+    api = HfApi()
+    api.create_repo(repository, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repository, folder_path=path))
 
 
 def _configuration(given: RunConfig | Overrides | StrPath) -> RunConfig:

@@ -96,7 +96,7 @@ class ExpertCore(nn.Module):
         query = self._tap("query", x, self.query(x))
 
         def split(t: Tensor) -> Tensor:
-            return t.view(len(t), t.shape[1], self.num_heads, self.head_dim).transpose(
+            return t.view(t.shape[0], t.shape[1], self.num_heads, self.head_dim).transpose(
                 1, 2
             )  # [G or 1, H, r, d]
 

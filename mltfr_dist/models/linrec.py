@@ -41,7 +41,7 @@ class CausalLinearAttention(nn.Module):
         """[N, D] -> [N, D]; padding stands behind and is never read."""
         dim = x.shape[-1]
         qkv = packing.unpack(
-            self.qkv(x).view(len(x), 3, self.num_heads, dim // self.num_heads)
+            self.qkv(x).view(x.shape[0], 3, self.num_heads, dim // self.num_heads)
         )  # [B, L, 3, H, d]
         query, key, value = at_least_fp32(qkv).permute(2, 0, 3, 1, 4)  # each [B, H, L, d]
         key = F.elu(key)

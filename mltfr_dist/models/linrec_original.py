@@ -31,7 +31,7 @@ class WholeLinearAttention(CausalLinearAttention):
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]."""
         head_dim = x.shape[-1] // self.num_heads
-        qkv = packing.unpack(self.qkv(x).view(len(x), 3, self.num_heads, head_dim))
+        qkv = packing.unpack(self.qkv(x).view(x.shape[0], 3, self.num_heads, head_dim))
         query, key, value = at_least_fp32(qkv).permute(2, 0, 3, 1, 4)  # each [B, H, L, d]
         query, key = F.normalize(F.elu(query), dim=-1), F.normalize(F.elu(key), dim=-1)
         mixed = query @ (key.transpose(2, 3) @ value) / math.sqrt(head_dim)

@@ -64,7 +64,7 @@ class OriginalBlock(nn.Module):
             x.shape[1] // self.num_heads
         )  # said, for a micro-batch may hold no position at all
         padded = packing.unpack(
-            maps.view(len(x), 3, self.num_heads, head_dim)
+            maps.view(x.shape[0], 3, self.num_heads, head_dim)
         )  # [B, L, 3, H, D / H]
         query, key, value = padded.permute(2, 0, 3, 1, 4)  # each [B, H, L, D / H]
         mixed = F.scaled_dot_product_attention(

@@ -30,7 +30,7 @@ class SelfAttention(nn.Module):
         """[N, D] -> [N, D]; causal: position t of a history sees its positions <= t, and so never the padding behind."""
         dim = x.shape[-1]
         qkv = packing.unpack(
-            self.qkv(x).view(len(x), 3, self.num_heads, dim // self.num_heads)
+            self.qkv(x).view(x.shape[0], 3, self.num_heads, dim // self.num_heads)
         )  # [B, L, 3, H, D/H]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, D/H]
         # By default no dropout on attention weights, which would forbid the fused kernels: the

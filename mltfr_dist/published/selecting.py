@@ -63,6 +63,8 @@ def straight_through(scores: Tensor, temperature: Tensor, count: int) -> tuple[T
 class StraightThrough(UserGuided):
     """:func:`straight_through` over all candidates: for K = 1 without gradient."""
 
+    scales_rows = True
+
     def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
         """Search the whole table, unless there is a shortlist."""
         if self.shortlist is not None:

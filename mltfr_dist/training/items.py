@@ -11,7 +11,7 @@ import torch
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.shards.manifest import ITEMS_NAME, read_manifest, read_map
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.ranking import ItemMap
+from mltfr_dist.serving.items import ItemMap
 from mltfr_dist.tables.store import TokenTable
 from mltfr_dist.tables.titles import title_features
 
@@ -29,6 +29,7 @@ def load_items(config: RunConfig) -> ItemMap:
         ["", *(columns["item_id"][i] for i in order)],
         [None, *(columns["title"][i] for i in order)],
         f"{folder}/{ITEMS_NAME}",
+        np.array([0, *(columns["count"][i] for i in order)], dtype=np.int64),
     )
 
 

@@ -165,5 +165,5 @@ def test_a_model_of_the_gpu_is_used_on_either(tmp_path: Path) -> None:
     on_cpu = load_exported(tmp_path / "model").scores([history])[0].topk(5).values
     loaded = load_run(config.folder)
     assert loaded.device.type == "cuda"
-    on_gpu = [item.score for item in loaded.recommend(history, k=5, keep_seen=True)]
+    on_gpu = [item.score for item in loaded.recommend(history, k=5, filter_seen=False)]
     torch.testing.assert_close(torch.tensor(on_gpu), on_cpu, rtol=1e-4, atol=1e-4)

@@ -47,6 +47,8 @@ def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
         said += done.stdout
     for line in ("sasrec + MLTFR", "nearest to ' scarf'", "## What each field does", "gate 1.00"):
         assert line in said
-    last = done.stdout.splitlines()
-    assert len(last) == 5
+    assert "2 users, up to 5 items each" in said
+    assert "1 id left out" in done.stdout
+    assert "shop-random (control: random)" in (tmp_path / "shop.html").read_text()
+    last = done.stdout.splitlines()[-5:]
     assert all(re.match(r"sku-\d+ \w+ \w+ -?\d+\.\d+$", line) for line in last)

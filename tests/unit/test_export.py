@@ -133,6 +133,10 @@ def test_scores_are_the_same(
     scores = load_file(found)["scores"]
     assert scores.shape == (len(HISTORIES), 41)
     assert torch.equal(scores, torch.stack(expected))
+    exported = load_exported(output)
+    assert exported.explain(HISTORIES[0]) == run.explain(HISTORIES[0])
+    popular = exported.recommend([[]], k=3, empty="popular")
+    assert list(popular) == list(run.recommend([[]], k=3, empty="popular"))
     capsys.readouterr()
     assert mltfr(["evaluate", str(config.folder)]) == 0
     reported = json.loads((config.folder / "result.json").read_text())
@@ -201,12 +205,35 @@ def test_every_configuration_scores_the_same_to_the_bit(
     assert torch.equal(scores, score_histories(model, item_ids))
 
 
+def test_folded_tables_are_gone(folder: Path, tmp_path: Path) -> None:
+    config = tiny_config(folder, mltfr__filter__shortlist_size=80)
+    inputs = load_inputs(config)
+    model = build_model(config, inputs, with_consensus=True).eval()
+    info = publish(as_loaded(config, inputs, model), tmp_path / "model")
+    assert info.folded == {"first": 90}, "the second, of 70 rows, is searched as a whole"
+    assert set(load_file(tmp_path / "model" / "tables.safetensors")) == {"second"}
+    assert info.folded_bytes == 90 * 12 * 4
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    assert state["mltfr.selectors.0.projection.values"].shape == (80, 16)
+    assert state["mltfr.adapters.0.values"].shape == (80, 4 * 8), "keys and values of two experts"
+    assert info.data["source"] == "interactions.txt"
+    assert info.licences == {"first": None, "second": None}
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: mltfr_dist\n")
+    assert "- first: its source states none" in card
+    assert sorted(path.suffix for path in (tmp_path / "model").iterdir()) == [
+        *[".json"] * 4,
+        ".md",
+        *[".safetensors"] * 3,
+    ]
+
+
 def test_an_export_that_scores_otherwise_is_not_published(folder: Path, tmp_path: Path) -> None:
     config = tiny_config(folder)
     model = build_model(config, load_inputs(config), with_consensus=True).eval()
     loaded = as_loaded(config, load_inputs(config), model)
-    rows = loaded.inputs.tables[0].rows
-    model.get_submodule("mltfr.tables.0").rows = rows + 1  # not those that are written
+    assert loaded.serving is not model, "folded now, and then the model changes"
+    model.get_parameter("mltfr.adapters.0.linear.weight").data += 1
     with pytest.raises(CheckpointError, match="scores otherwise"):
         publish(loaded, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -36,6 +36,7 @@ LAYERS = {
     **dict.fromkeys(("presets", "data", "tables", "models", "optim"), 2),
     "published": 2,
     "spec": 3,
+    "serving": 3,
     "ranking": 3,
     "exported": 3,
     "distributed": 3,

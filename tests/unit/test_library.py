@@ -24,10 +24,12 @@ from mltfr_dist import (
     build_table,
     export,
     fit,
+    load,
     load_exported,
     load_run,
     prepare,
     preset,
+    push_to_hub,
 )
 from mltfr_dist.distributed.guest import leave_group
 from mltfr_dist.distributed.meeting import stop_ranks
@@ -290,8 +292,8 @@ def test_a_run_and_its_export_are_used_alike(fitted: Any, tmp_path: Path) -> Non
     assert run.item_ids == exported.item_ids
     for history in histories:
         for keep_seen in (False, True):
-            best = run.recommend(history, 5, keep_seen=keep_seen)
-            assert best == exported.recommend(history, 5, keep_seen=keep_seen)
+            best = run.recommend(history, 5, filter_seen=not keep_seen)
+            assert best == exported.recommend(history, 5, filter_seen=not keep_seen)
             assert [r.score for r in best] == sorted((r.score for r in best), reverse=True)
             assert keep_seen or not {r.item_id for r in best} & set(history)
             for found in best:
@@ -300,7 +302,7 @@ def test_a_run_and_its_export_are_used_alike(fitted: Any, tmp_path: Path) -> Non
                 assert found.title == (None if number == "5" else titled)
     everything = run.recommend(["i1"], 40)
     assert len(everything) == 39
-    assert len(run.recommend(["i1"], 40, keep_seen=True)) == 40
+    assert len(run.recommend(["i1"], 40, filter_seen=False)) == 40
     column, one = run.scores([["i1"]])[0], run.item_ids.index("i1")
     assert everything[0].score == max(column[i].item() for i in range(1, 41) if i != one)
     assert run.evaluate() == fitted.test
@@ -415,7 +417,9 @@ def test_bad_folders(fitted: Any, tmp_path: Path) -> None:
         load_exported(fitted.folder)
     with pytest.raises(ConfigError, match=r"exists.*never overwrites"):
         export(fitted.folder, tmp_path)
-    for call in (load_run, load_exported):
+    with pytest.raises(CheckpointError, match="no exported model"):
+        push_to_hub(fitted.folder, "name/model")
+    for call in (load_run, load_exported, load):
         with pytest.raises(ConfigError, match="folder is None, of type NoneType"):
             call(None)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,9 @@ class Selection:
 class Selector(nn.Module):
     """Chooses rows of one table on behalf of queries. A strategy is one class and one line of the registry."""
 
+    scales_rows: ClassVar[bool] = False
+    """Whether kept rows are multiplied by weights before an expert maps them."""
+
     def __init__(
         self, config: FilterConfig, num_rows: int, table_dim: int, hidden_dim: int
     ) -> None:
@@ -83,6 +86,10 @@ class Selector(nn.Module):
             table: The table.
         """
         raise NotImplementedError
+
+    def fixed_rows(self, table: PlacedTable) -> Tensor | None:
+        """The candidates [S, D_m] of every selection in evaluation; None where they depend on the queries."""
+        return None
 
     def refresh(self, queries: list[Tensor], table: PlacedTable, reduce: Reduce) -> Tensor | None:
         """Choose anew what is searched, where that changes in training; all ranks must call.

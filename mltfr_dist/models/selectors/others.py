@@ -53,8 +53,12 @@ class AllRows(Selector):
 
     def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
         """The table's rows [V, D_m] for all."""
+        return all_kept(self.fixed_rows(table))
+
+    def fixed_rows(self, table: PlacedTable) -> Tensor:
+        """[V, D_m]."""
         assert isinstance(table, WholeTable)
-        return all_kept(table.whole())
+        return table.whole()
 
 
 class Prototypes(Selector):
@@ -77,5 +81,10 @@ class Prototypes(Selector):
 
     def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
         """[V, D_m] -> [P, D_m]."""
+        return all_kept(self.fixed_rows(table))
+
+    def fixed_rows(self, table: PlacedTable) -> Tensor:
+        """[P, D_m]."""
         assert isinstance(table, WholeTable)
-        return all_kept(self.outer(F.gelu(self.inner(table.whole().T))).T)
+        made: Tensor = self.outer(F.gelu(self.inner(table.whole().T)))
+        return made.T

@@ -24,17 +24,21 @@ PROJECTED_ROWS = 4096
 
 
 class Projection(nn.Linear):
-    """A linear map that is computed in any format, from rows of any device; rows are first brought to the parameters' format."""
+    """Rows as unit vectors in another space, computed in any format from rows of any device.
+
+    Rows are first brought to the parameters' format.
+    """
 
     def forward(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[S, D_in] -> [S, D_out] in ``dtype`` (None: that of the parameters)."""
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        return torch.cat(
+        projected = torch.cat(
             [
                 F.linear(part.to(self.weight).to(weight), weight, bias)
                 for part in torch.split(rows, PROJECTED_ROWS)
             ]
         )
+        return F.normalize(projected, dim=-1)
 
 
 class UserGuided(Selector):
@@ -94,7 +98,8 @@ class UserGuided(Selector):
 
     def project(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Table rows [S, D_m] -> unit vectors in the user space [S, D], computed in ``dtype``."""
-        return F.normalize(self.projection(rows, dtype), dim=-1)
+        unit: Tensor = self.projection(rows, dtype)
+        return unit
 
     def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
         """Keep the K rows of highest score (cosine + noise) / tau_s for each query."""
@@ -128,6 +133,10 @@ class UserGuided(Selector):
             scores = scores + noise.at(kept).to(scores.dtype)
         scores = at_least_fp32(scores) / at_least_fp32(self.temperature)
         return Selection(rows, row_ids, kept, F.log_softmax(scores, dim=-1).to(query.dtype))
+
+    def fixed_rows(self, table: PlacedTable) -> Tensor | None:
+        """Those of the shortlist; a whole table is searched anew for every batch."""
+        return None if self.shortlist is None else self.shortlist.candidates(table)
 
     def noise(self, keys: Tensor | None, row_ids: Tensor) -> GumbelNoise | None:
         """Keyed by (seed, step, user, table); the user is known by the history, for the model has no user ids."""

@@ -12,6 +12,7 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import PADDING_IDX, lengths
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.serving.explaining import explain
 from mltfr_dist.tables.store import TokenTable
 from mltfr_dist.training.inputs import Inputs
 from mltfr_dist.training.items import load_items
@@ -20,42 +21,6 @@ from mltfr_dist.training.streams import ranking_stream
 
 SAMPLE_USERS = 5
 SHOWN_ITEMS = 5
-
-
-@dataclass(frozen=True)
-class TableView:
-    """What one table contributes for one history."""
-
-    table: str
-    gate_weight: float
-    tokens: list[tuple[str, float]]
-    """Kept tokens with their weights, best first."""
-
-
-def explain(
-    model: Recommender, tables: Sequence[TokenTable], item_ids: torch.Tensor
-) -> list[list[TableView]]:
-    """Per history [B, L], per table: gate weight and kept tokens at the last position."""
-    assert model.mltfr is not None
-    made = model.mltfr.config.filter.strategy == "learned_prototypes"
-    views = []
-    for explanation in model.explain(item_ids):
-        views.append(
-            [
-                TableView(
-                    table.name,
-                    float(explanation.gate_weights[m]),
-                    [
-                        (f"prototype {int(row)}" if made else table.token(int(row)), float(weight))
-                        for row, weight in zip(
-                            explanation.kept_ids[m], explanation.kept_weights[m], strict=True
-                        )
-                    ],
-                )
-                for m, table in enumerate(tables)
-            ]
-        )
-    return views
 
 
 @dataclass(frozen=True)

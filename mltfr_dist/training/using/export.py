@@ -4,38 +4,50 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from mltfr_dist import __version__
-from mltfr_dist.errors import CheckpointError, ConfigError, MltfrError
+from mltfr_dist.data.shards.manifest import MANIFEST_NAME
+from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.exported import (
+    CARD,
     CONFIG,
+    COUNTS,
     FEATURES,
     ITEM_TOKENS,
     ITEMS,
     MODEL,
     TABLES,
     TITLES,
+    TOKENS,
     ExportInfo,
     load_exported,
 )
 from mltfr_dist.files import file_sha256, save_tensors
+from mltfr_dist.models.folded import is_folded
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.ranking import score_histories
+from mltfr_dist.serving.scoring import drawn_histories, score_histories
 from mltfr_dist.training.build import model_spec
+from mltfr_dist.training.using.card import model_card
 from mltfr_dist.training.using.inference import LoadedRun, load_run
 
-COMPARED = 32
-"""Histories, of all lengths, that are scored by both models before an export is published."""
+Format = Literal["safetensors", "onnx"]
 
 
-def export(run: str | Path, folder: str | Path) -> ExportInfo:
-    """Write the chosen model of a finished run to ``folder``, with its token tables' rows and raw item ids.
+def export(run: str | Path, folder: str | Path, format: Format = "safetensors") -> ExportInfo:
+    """Write the chosen model of a finished run to ``folder``, with raw item ids and a model card.
+
+    Args:
+        run: Its folder.
+        folder: To write.
+        format: "safetensors", or "onnx" for other programs.
 
     Raises:
-        ConfigError: ``folder`` exists.
+        ConfigError: ``folder`` exists, or ONNX cannot express the model, or is not installed.
         CheckpointError: No run, an unfinished one, a damaged checkpoint, or an export that does not
             score as the run.
     """
@@ -46,11 +58,32 @@ def export(run: str | Path, folder: str | Path) -> ExportInfo:
             rule="An export never overwrites.",
             remedy="Name another folder, or delete it.",
         )
+    if format not in ("safetensors", "onnx"):
+        raise ConfigError(f"There is no format `{format}`.", remedy="Give safetensors or onnx.")
+    if format == "onnx":
+        from mltfr_dist.training.using.onnx import check_expressible, check_onnx, write_onnx
+
+        loaded = load_run(run)
+        check_expressible(loaded)
+        return publish(loaded, folder, write_onnx, check_onnx, format)
     return publish(load_run(run), folder)
 
 
-def publish(loaded: LoadedRun, folder: Path) -> ExportInfo:
-    """Write the files beside ``folder``, load them, compare, and only then give them its name.
+def publish(
+    loaded: LoadedRun,
+    folder: Path,
+    write: Callable[[LoadedRun, Path], None] | None = None,
+    check: Callable[[LoadedRun, Path], None] | None = None,
+    format: Format = "safetensors",
+) -> ExportInfo:
+    """Write the files beside ``folder``, compare what they score, and only then give them its name.
+
+    Args:
+        loaded: The run.
+        folder: To write.
+        write: Writes the model; None: as safetensors.
+        check: Compares its scores with the run's; None: to the bit.
+        format: What it is called.
 
     Raises:
         CheckpointError: The exported model does not score as the run's.
@@ -58,34 +91,91 @@ def publish(loaded: LoadedRun, folder: Path) -> ExportInfo:
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    info = write_files(loaded, partial)
-    (partial / CONFIG).write_text(info.model_dump_json(indent=2) + "\n")
     try:
-        check_scores(loaded, partial)
-    except MltfrError:
+        (write or write_model)(loaded, partial)
+        write_items(loaded, partial)
+        info = export_info(loaded, partial, format)
+        (partial / CONFIG).write_text(info.model_dump_json(indent=2) + "\n")
+        (partial / CARD).write_text(model_card(loaded, info, folder.name), encoding="utf-8")
+        (check or check_scores)(loaded, partial)
+    except BaseException:
         shutil.rmtree(partial)
         raise
     partial.rename(folder)
     return info
 
 
-def write_files(loaded: LoadedRun, folder: Path) -> ExportInfo:
-    """All files but ``config.json``, which is what this returns."""
-    config, model, inputs = loaded.config, loaded.model, loaded.inputs
-    save_tensors(model.state_dict(), folder / MODEL)
-    if inputs.tables:
-        save_tensors({table.name: table.rows for table in inputs.tables}, folder / TABLES)
+def write_model(loaded: LoadedRun, folder: Path) -> None:
+    """The model, tables folded, as safetensors, and the names of the rows that may be kept."""
+    tables, inputs = unfolded(loaded), loaded.inputs
+    save_tensors(loaded.serving.state_dict(), folder / MODEL)
+    rows = {table.name: table.rows for table in inputs.tables if table.name in tables}
+    if rows:
+        save_tensors(rows, folder / TABLES)
     if inputs.item_features is not None:
         save_tensors({FEATURES: inputs.item_features}, folder / ITEM_TOKENS)
-    (folder / ITEMS).write_text(json.dumps(loaded.items.ids) + "\n")
-    if any(loaded.items.titles):
-        (folder / TITLES).write_text(json.dumps(loaded.items.titles) + "\n")
+    if inputs.tables:
+        (folder / TOKENS).write_text(json.dumps(_token_names(loaded)) + "\n")
+
+
+def write_items(loaded: LoadedRun, folder: Path) -> None:
+    """Raw ids, titles where there are some, and counts."""
+    items = loaded.items
+    (folder / ITEMS).write_text(json.dumps(items.ids) + "\n")
+    if any(items.titles):
+        (folder / TITLES).write_text(json.dumps(items.titles) + "\n")
+    if items.counts is not None:
+        save_tensors({"counts": torch.from_numpy(items.counts)}, folder / COUNTS)
+
+
+def export_info(loaded: LoadedRun, folder: Path, format: Format) -> ExportInfo:
+    """What the files of ``folder`` are."""
+    config, inputs = loaded.config, loaded.inputs
+    spec = model_spec(config, inputs, with_consensus=has_consensus(loaded.model))
+    stay = unfolded(loaded) if format == "safetensors" else ()
     return ExportInfo(
         mltfr_dist=__version__,
-        spec=model_spec(config, inputs, with_consensus=has_consensus(model)).model_copy(
-            update={"sparse_items": False}
-        ),
+        format=format,
+        spec=spec.model_copy(update={"sparse_items": False}),
+        folded={t.name: len(t.rows) for t in inputs.tables if t.name not in stay},
+        folded_bytes=sum(t.rows.nbytes for t in inputs.tables if t.name not in stay),
+        data={
+            "source": inputs.manifest.source.file,
+            "source_sha256": inputs.manifest.source.sha256,
+            f"{MANIFEST_NAME}_sha256": inputs.hashes["data"],
+        },
+        licences={table.name: table.info.licence for table in inputs.tables},
         sha256={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
+    )
+
+
+def unfolded(loaded: LoadedRun) -> list[str]:
+    """Tables whose rows the exported model needs."""
+    pairs = zip(loaded.inputs.table_names, is_folded(loaded.model))
+    return [name for name, folded in pairs if not folded]
+
+
+def _token_names(loaded: LoadedRun) -> dict[str, dict[str, list[int] | list[str]]]:
+    """Of every table the rows that may be kept, and their names; none of prototypes."""
+    assert loaded.model.mltfr is not None
+    made = loaded.config.mltfr.filter.strategy == "learned_prototypes"
+    found: dict[str, dict[str, list[int] | list[str]]] = {}
+    for m, table in enumerate(loaded.inputs.tables):
+        shortlist = getattr(loaded.model.mltfr.selector(m), "shortlist", None)
+        rows = list(range(len(table.rows))) if shortlist is None else shortlist.row_ids.tolist()
+        rows = [] if made else rows
+        found[table.name] = {"rows": rows, "tokens": [table.token(row) for row in rows]}
+    return found
+
+
+def size_line(info: ExportInfo, folder: Path) -> str:
+    """How large an export is, and what its tables' rows would add."""
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    if not info.folded:
+        return f"{size / 1e6:.1f} MB"
+    return (
+        f"{size / 1e6:.1f} MB in place of {(size + info.folded_bytes) / 1e6:.1f} MB with the rows of "
+        f"{', '.join(info.folded)}"
     )
 
 
@@ -100,14 +190,8 @@ def check_scores(loaded: LoadedRun, folder: Path) -> None:
     Raises:
         CheckpointError: A score differs.
     """
-    exported = load_exported(folder)
-    model, info = exported.model.to(loaded.device), exported.info
-    draw = torch.Generator().manual_seed(0)
-    item_ids = torch.randint(
-        1, info.spec.num_items + 1, (COMPARED, info.spec.max_len), generator=draw
-    )
-    lengths = torch.arange(1, COMPARED + 1) * info.spec.max_len // COMPARED
-    item_ids *= torch.arange(info.spec.max_len) < lengths.clamp(min=1)[:, None]  # padding behind
+    model = load_exported(folder).model.to(loaded.device)
+    item_ids = drawn_histories(loaded.items.num_items, loaded.max_len)
     differing = score_histories(model, item_ids) != score_histories(loaded.model, item_ids)
     if differing.any():
         raise CheckpointError(

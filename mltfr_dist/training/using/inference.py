@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +15,11 @@ from mltfr_dist.distributed.meeting import start_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.sending import send_text
 from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError
+from mltfr_dist.exported import CONFIG as EXPORTED
+from mltfr_dist.exported import load_exported
 from mltfr_dist.invocation import train_command
 from mltfr_dist.ranking import Ranker
+from mltfr_dist.serving.explaining import Tokens
 from mltfr_dist.training.build import load_model
 from mltfr_dist.training.evaluating.compare import final_metrics
 from mltfr_dist.training.evaluating.evaluate import ALL, evaluate
@@ -34,7 +37,6 @@ from mltfr_dist.training.run_folder import (
     load_result,
 )
 from mltfr_dist.training.streams import ranking_stream
-from mltfr_dist.training.using.explain import TableView, explain
 
 ECHOED_ITEMS = 10
 """Items of a history that a text names."""
@@ -49,6 +51,11 @@ class LoadedRun(Ranker):
     config: RunConfig
     inputs: Inputs
     device: torch.device
+
+    @property
+    def tokens(self) -> Sequence[Tokens]:
+        """The token tables' names of rows; none for a bare backbone."""
+        return self.inputs.tables
 
     def evaluate(self, split: str = "test") -> dict[str, float]:
         """The metrics of the chosen model on a split, as the run reported them; in one process.
@@ -92,6 +99,23 @@ def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
             "says which.",
         ) from None
     return LoadedRun(model, load_items(config), config.data.max_len, config, inputs, ranks.device)
+
+
+def open_model(folder: Path, device: torch.device | None = None) -> Ranker:
+    """What a folder holds: a finished run, or an exported model.
+
+    Args:
+        folder: Of either.
+        device: Where to compute; None: the first GPU for a run, else the CPU.
+
+    Raises:
+        CheckpointError: Neither of them, or one that cannot be used.
+        DataError: A run's data or tables are missing or damaged.
+    """
+    if (folder / EXPORTED).exists():
+        exported = load_exported(folder)
+        return replace(exported, model=exported.model.to(device or torch.device("cpu")))
+    return load_run(folder, None if device is None else Ranks(0, 1, device))
 
 
 def command(folder: Path) -> str:
@@ -163,10 +187,10 @@ def evaluate_model(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]
 
 
 def recommendation_text(
-    run: LoadedRun, history: Sequence[str], *, k: int, explain: bool, keep_seen: bool
+    run: Ranker, history: Sequence[str], *, k: int, explain: bool, keep_seen: bool
 ) -> str:
     """What `mltfr recommend` prints."""
-    found = run.recommend(history, k, keep_seen=keep_seen)
+    found = run.recommend(history, k, filter_seen=not keep_seen)
     lines = [history_line(run, run.items.encode(history)), ""]
     if found:
         lines.append(f"{'rank':>4}  {'score':>8}  {'item':<10}  title")
@@ -185,31 +209,24 @@ def recommendation_text(
     return "\n".join(lines)
 
 
-def history_line(run: LoadedRun, item_ids: Sequence[int]) -> str:
+def history_line(run: Ranker, item_ids: Sequence[int]) -> str:
     """The history by its items' names; of a long one the end, which weighs most."""
     names = [run.items.name(item) for item in item_ids[-ECHOED_ITEMS:]]
     end = " -> ".join(names)
     if len(item_ids) <= ECHOED_ITEMS:
         return f"After: {end}"
-    read = min(len(item_ids), run.config.data.max_len)
+    read = min(len(item_ids), run.max_len)
     return f"After {len(item_ids)} items, of which the model reads the last {read}: ... -> {end}"
 
 
-def explanation_lines(run: LoadedRun, history: Sequence[str]) -> list[str]:
+def explanation_lines(run: Ranker, history: Sequence[str]) -> list[str]:
     """Kept tokens per table and gate weights for a history."""
     if run.model.mltfr is None:
         return ["This run is a bare backbone: no token tables."]
-    item_ids = torch.tensor([run.items.encode(history)[-run.max_len :]], device=run.device)
-    views: list[TableView] = explain_views(run, item_ids)
     lines = [
         "What the token filter keeps for this history, and how much the router listens to each table:"
     ]
-    for view in views:
+    for view in run.explain(history):
         tokens = ", ".join(f"{token!r} {weight:.2f}" for token, weight in view.tokens)
         lines.append(f"  {view.table:<12} gate {view.gate_weight:.2f}  {tokens}")
     return lines
-
-
-def explain_views(run: LoadedRun, item_ids: torch.Tensor) -> list[TableView]:
-    """Explanation of a single history [1, L]."""
-    return explain(run.model, run.inputs.tables, item_ids)[0]

@@ -1,0 +1,1 @@
+"""A trained model in use: histories in any form, recommendations, and what they come from."""

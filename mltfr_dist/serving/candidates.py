@@ -1,0 +1,132 @@
+"""Which items may be recommended after which history.
+
+Shapes: B histories, b of them at a time, I items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mltfr_dist.errors import DataError
+from mltfr_dist.serving.histories import Histories, check_choice, is_single
+from mltfr_dist.serving.items import ItemMap, as_list
+
+Empty = Literal["refuse", "popular"]
+"""What becomes of histories without an item."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Rules for a set of histories."""
+
+    items: ItemMap
+    histories: Histories
+    exclude: list[list[int]] | None
+    """For all histories (one list), or for each; None: nothing."""
+    allow: list[list[int]] | None
+    filter_seen: bool
+
+    @classmethod
+    def of(
+        cls,
+        items: ItemMap,
+        histories: Histories,
+        exclude: Any,
+        allow: Any,
+        filter_seen: bool,
+        empty: Empty,
+    ) -> Candidates:
+        """Check what is asked for.
+
+        Raises:
+            DataError: An empty history that is refused, popularity that is not known, unknown ids,
+                or lists for another number of histories.
+            ConfigError: ``empty`` is none of its values.
+        """
+        check_choice("empty", empty, get_args(Empty))
+        without = [place for place, row in enumerate(histories.numbers) if not row]
+        if without and empty == "refuse":
+            many = len(histories) > 1
+            raise DataError(
+                f"History {without[0]} of {len(histories)} is empty, as are {len(without) - 1} more."
+                if many
+                else "The history is empty.",
+                rule="A model reads at least one item that it knows.",
+                remedy="Give at least one item id; empty=popular answers by popularity.",
+            )
+        if without and items.counts is None:
+            raise DataError(
+                "The popularity of items is not known here, so empty=popular cannot answer.",
+                remedy="Export the run again with this release, or leave empty histories out.",
+            )
+        count = len(histories)
+        return cls(
+            items,
+            histories,
+            _lists("exclude", exclude, items, count),
+            _lists("allow", allow, items, count),
+            filter_seen,
+        )
+
+    @property
+    def fewest_allowed(self) -> int:
+        """Candidates of the history that has fewest, seen and excluded items not counted."""
+        if self.allow is None:
+            return self.items.num_items
+        return min(len(set(row)) for row in self.allow)
+
+    def popularity(self) -> Tensor:
+        """[I + 1] fp32 counts of the items."""
+        assert self.items.counts is not None
+        counts = torch.from_numpy(self.items.counts).float()
+        counts[0] = -torch.inf
+        return counts
+
+    def mask(self, scores: Tensor, places: Sequence[int]) -> Tensor:
+        """Set scores [b, I + 1] of what is no candidate of the histories at ``places`` to -inf."""
+        for row, place in zip(scores, places, strict=True):
+            if self.filter_seen:
+                row[self.histories.numbers[place]] = -torch.inf
+            if self.exclude is not None:
+                row[self.exclude[place % len(self.exclude)]] = -torch.inf
+            if self.allow is not None:
+                allowed = self.allow[place % len(self.allow)]
+                kept = row[allowed].clone()
+                row.fill_(-torch.inf)
+                row[allowed] = kept
+        return scores
+
+
+def _lists(name: str, given: Any, items: ItemMap, count: int) -> list[list[int]] | None:
+    """Numbers of the ids of ``exclude`` or ``allow``, in one list or one a history."""
+    if given is None:
+        return None
+    rows = [given] if is_single(given) else as_list(given)
+    if len(rows) not in (1, count):
+        raise DataError(
+            f"{name} holds {len(rows)} lists for {count} histories.",
+            rule=f"{name} is one list of ids for all histories, or one for each.",
+            remedy="Give one of these.",
+        )
+    return [items.encode(row) if len(as_list(row)) else [] for row in rows]  # type: ignore[arg-type]
+
+
+def check_k(k: object, candidates: Candidates) -> None:
+    """Whether so many items can be asked for.
+
+    Raises:
+        DataError: ``k`` is no number in 1..candidates.
+    """
+    num_items, fewest = candidates.items.num_items, candidates.fewest_allowed
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= fewest:
+        allowed = "" if candidates.allow is None else f", of which `allow` leaves {fewest}"
+        raise DataError(
+            f"k is {k!r}; there are {num_items} items{allowed}.",
+            rule="k lies in 1..number of candidates.",
+            remedy="Give another k.",
+        )

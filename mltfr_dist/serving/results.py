@@ -1,0 +1,123 @@
+"""What is recommended, and its way into lists, NumPy, pandas, polars and Arrow.
+
+Shapes: B histories, k items a history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from mltfr_dist.errors import ConfigError
+from mltfr_dist.serving.items import ItemMap
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item."""
+
+    item_id: str
+    title: str | None
+    score: float
+
+
+@dataclass(frozen=True)
+class Recommendations(Sequence[list[Recommendation]]):
+    """The best items of each history: a sequence of lists, best first."""
+
+    items: ItemMap
+    numbers: npt.NDArray[np.int64]
+    """[B, k] numbers of the items; 0 where a history has fewer candidates."""
+    scores: npt.NDArray[np.float32]
+    """[B, k]; -inf where there is no item. Of an empty history, the items' counts in the data."""
+    users: list[object] | None
+    """Whose histories they are, where a table said so."""
+    dropped: int
+    """Unknown ids that were left out of the histories."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> list[Recommendation]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[list[Recommendation]]: ...
+
+    def __getitem__(self, place: int | slice) -> list[Recommendation] | list[list[Recommendation]]:
+        """Those of one history, or of several."""
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        pairs = zip(self.numbers[place].tolist(), self.scores[place].tolist(), strict=True)
+        ids, titles = self.items.ids, self.items.titles
+        return [Recommendation(ids[n], titles[n], score) for n, score in pairs if n]
+
+    def __iter__(self) -> Iterator[list[Recommendation]]:
+        return (self[place] for place in range(len(self)))
+
+    @property
+    def item_ids(self) -> list[list[str]]:
+        """Raw ids of each history's items, best first."""
+        ids = self.items.ids
+        return [[ids[number] for number in row if number] for row in self.numbers.tolist()]
+
+    def to_numpy(self) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.float32]]:
+        """Raw ids [B, k] (empty where there is no item) and scores [B, k]."""
+        chosen = [[self.items.ids[number] for number in row] for row in self.numbers.tolist()]
+        return np.array(chosen, dtype=np.str_).reshape(self.numbers.shape), self.scores
+
+    def to_arrow(self) -> pa.Table:
+        """A row an item: ``user_id`` (the history's place where there are none), ``rank`` from 1, ``item_id``, ``score``,
+        and ``title`` where the data has titles.
+        """
+        import pyarrow as pa
+
+        rows, places = (self.numbers > 0).nonzero()
+        chosen = self.numbers[rows, places]
+        users = rows if self.users is None else [self.users[row] for row in rows.tolist()]
+        columns: dict[str, Any] = {
+            "user_id": users,
+            "rank": (places + 1).astype(np.int32),
+            "item_id": [self.items.ids[number] for number in chosen.tolist()],
+            "score": self.scores[rows, places],
+        }
+        if any(self.items.titles):
+            columns["title"] = [self.items.titles[number] for number in chosen.tolist()]
+        return pa.table(columns)
+
+    def to_pandas(self) -> Any:
+        """:meth:`to_arrow` as a pandas DataFrame.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        _needs("pandas")
+        return self.to_arrow().to_pandas()
+
+    def to_polars(self) -> Any:
+        """:meth:`to_arrow` as a polars DataFrame.
+
+        Raises:
+            ConfigError: polars is not installed.
+        """
+        return _needs("polars").from_arrow(self.to_arrow())
+
+
+def _needs(module: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError:
+        raise ConfigError(
+            f"{module} is not installed.",
+            rule=f"A {module} frame is made by {module}.",
+            remedy=f"Install it (`pip install {module}`), or use to_arrow().",
+        ) from None

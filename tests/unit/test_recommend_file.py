@@ -1,0 +1,185 @@
+"""`mltfr recommend --histories`: files in, one file out, on after a kill, over several processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support import clean_environment, tiny_config
+
+import mltfr_dist
+from mltfr_dist.cli import main as mltfr
+from mltfr_dist.config import RunConfig
+from mltfr_dist.errors import EXIT_BAD_INPUT
+from mltfr_dist.serving import batch
+
+NUM_USERS = 300
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    made = tiny_config(
+        tmp_path_factory.mktemp("batch"), training__epochs=1, mltfr__consensus__enabled=False
+    )
+    mltfr_dist.fit(made)
+    return made
+
+
+def users(count: int = NUM_USERS) -> dict[str, list[Any]]:
+    rng = np.random.default_rng(0)
+    histories = [[f"i{n}" for n in rng.integers(40, size=rng.integers(1, 9))] for _ in range(count)]
+    return {"user_id": [f"u{n}" for n in range(count)], "history": histories}
+
+
+def write(path: Path, rows: dict[str, list[Any]]) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(rows), path, row_group_size=70)
+    elif path.suffix == ".jsonl":
+        pairs = zip(*rows.values(), strict=True)
+        path.write_text("".join(json.dumps(dict(zip(rows, pair))) + "\n" for pair in pairs))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(rows)
+            writer.writerows((u, " ".join(h)) for u, h in zip(*rows.values(), strict=True))
+    return path
+
+
+def command(config: RunConfig, histories: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *("recommend", str(config.folder), "--histories", str(histories)),
+        *("--output", str(output), "--k", "5", *more),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_every_format_gives_what_the_model_recommends(
+    config: RunConfig, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "PART_ROWS", 64)
+    given = users()
+    source, output = write(tmp_path / f"users.{kind}", given), tmp_path / "recs.parquet"
+    assert mltfr(command(config, source, output)) == 0
+    found = pq.read_table(output)
+    assert found.column_names == ["user_id", "item_ids", "scores"]
+    assert found["user_id"].to_pylist() == given["user_id"]
+    expected = mltfr_dist.load(config.folder).recommend(given["history"], k=5)
+    assert found["item_ids"].to_pylist() == expected.item_ids
+    assert np.allclose(found["scores"].to_pylist(), expected.scores, atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recs.parquet", source.name]
+
+
+def test_killed_it_goes_on_without_a_repeated_or_missing_user(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    given = users(5 * batch.PART_ROWS + 17)
+    source, output = write(tmp_path / "users.parquet", given), tmp_path / "recs.parquet"
+    program = [sys.executable, "-m", "mltfr_dist", *command(config, source, output)]
+    begun = subprocess.Popen(program, env=clean_environment(), cwd=tmp_path)
+    parts = tmp_path / ".parts-recs.parquet"
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("part-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    begun.kill()
+    begun.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*")}
+    assert 2 <= len(kept) < 6
+    assert not output.exists()
+    other = [*program, "--keep-seen"]
+    refused = subprocess.run(other, env=clean_environment(), capture_output=True, text=True)
+    assert refused.returncode == EXIT_BAD_INPUT
+    assert "parts of another call" in refused.stderr
+
+    done = subprocess.run(program, env=clean_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(kept)} of 6 parts are done already" in done.stdout
+    assert f"{len(given['user_id']):,} users" in done.stdout
+    found = pq.read_table(output)
+    assert found["user_id"].to_pylist() == given["user_id"]
+    whole = tmp_path / "whole.parquet"
+    assert mltfr(command(config, source, whole)) == 0
+    assert whole.read_bytes() == output.read_bytes()
+    assert not parts.exists()
+
+
+def test_several_processes_share_the_parts(config: RunConfig, tmp_path: Path) -> None:
+    given = users(2 * batch.PART_ROWS + 5)
+    source, output = write(tmp_path / "users.parquet", given), tmp_path / "recs.parquet"
+    program = [sys.executable, "-m", "mltfr_dist", *command(config, source, output)]
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    started = [
+        subprocess.Popen(program, env=clean_environment(RANK=r, LOCAL_RANK=r, **meet))
+        for r in ("0", "1")
+    ]
+    assert [one.wait(timeout=200) for one in started] == [0, 0]
+    assert pq.read_table(output)["user_id"].to_pylist() == given["user_id"]
+
+
+def test_unknown_and_empty_histories(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"user_id": ["a", "b", "c"], "history": [["i1", "x1"], ["x2"], ["i2"]]}
+    source, output = write(tmp_path / "users.parquet", rows), tmp_path / "recs.parquet"
+    assert mltfr(command(config, source, output)) == EXIT_BAD_INPUT
+    assert f"Unknown item id x1 in row 1 of {source}" in capsys.readouterr().err
+    (tmp_path / ".parts-recs.parquet" / "plan.json").unlink()
+    assert mltfr(command(config, source, output, "--unknown", "drop")) == EXIT_BAD_INPUT
+    assert f"No history in row 2 of {source}" in capsys.readouterr().err
+    (tmp_path / ".parts-recs.parquet" / "plan.json").unlink()
+    more = ("--unknown", "drop", "--empty", "popular")
+    assert mltfr(command(config, source, output, *more)) == 0
+    assert "2 unknown item ids were left out" in capsys.readouterr().out
+    popular = pq.read_table(output).to_pylist()[1]
+    assert popular["scores"] == sorted(popular["scores"], reverse=True)
+    assert popular["scores"][0] > 20, "a count"
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "both": (["--history", "i1"], "Give one of --history and --histories"),
+    "no Parquet": (["--output", "recs.csv"], r"recs.csv does not end in .parquet"),
+    "explained": (["--explain"], "--explain explains one history"),
+    "k": (["--k", "41"], "k is 41; there are 40 items"),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD)
+def test_bad_use(
+    config: RunConfig, tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more, words = BAD[wrong]
+    source, output = write(tmp_path / "users.parquet", users(3)), tmp_path / "recs.parquet"
+    assert mltfr(command(config, source, output, *more)) == EXIT_BAD_INPUT
+    assert words in capsys.readouterr().err
+    assert not output.exists()
+
+
+FILES: dict[str, tuple[str, str, str]] = {
+    "column": ("users.csv", "user_id,items\na,i1\n", "no column `history` (it has user_id, items)"),
+    "line": ("users.jsonl", '{"history": ["i1"]}\n{"history"\n', "line 2"),
+    "no list": ("users.jsonl", '{"history": 7}\n', "7 is no list of ids in row 1"),
+    "ending": ("users.txt", "i1\n", "has the ending `.txt`"),
+    "damage": ("users.parquet", "none", "users.parquet cannot be read"),
+}
+
+
+@pytest.mark.parametrize("wrong", FILES)
+def test_bad_files(
+    config: RunConfig, tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, words = FILES[wrong]
+    (tmp_path / name).write_text(content)
+    output = tmp_path / "recs.parquet"
+    assert mltfr(command(config, tmp_path / name, output)) == EXIT_BAD_INPUT
+    assert words in capsys.readouterr().err
+    assert mltfr(command(config, tmp_path / "none.csv", output)) == EXIT_BAD_INPUT
+    assert "none.csv is not there" in capsys.readouterr().err
+    assert not output.exists()
