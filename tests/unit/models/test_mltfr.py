@@ -27,8 +27,8 @@ from mltfr_dist.config import (
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.models import search as searching
+from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.experts import ExpertCore, Memory, Router
-from mltfr_dist.models.losses import full_cross_entropy
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.query_blocks import prefix_mean
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
