@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mltfr_dist.backbones import BACKBONES
 from mltfr_dist.config import BackboneConfig
 from mltfr_dist.data.batch import PADDING_IDX
+from mltfr_dist.models.dropout import Dropout
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.item_tokens import ItemVectors
 from mltfr_dist.models.packing import Packing
@@ -104,7 +105,7 @@ class PositionalBackbone(Backbone):
         )
         self.position_embedding = nn.Embedding(max_len + self.num_special_positions, dim)
         self.input_norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             self.make_block(config, max_len) for _ in range(config.num_layers)
         )
