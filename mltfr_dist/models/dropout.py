@@ -10,25 +10,20 @@ from torch.nn import functional as F
 LARGEST = (1 << 31) - 1
 
 
-class Dropout(nn.Module):
+class Dropout(nn.Dropout):
     """Zeroes numbers with probability p in training and divides the others by 1 - p.
 
     A mask follows from the state of torch's generator, as with ``nn.Dropout``; training sets that
     from (seed, stage, step, rank) before each step, so a resumed run draws the same.
     """
 
-    def __init__(self, p: float) -> None:
-        """Args: p: in [0, 1)."""
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[...] -> [...]."""
         if not self.training or self.p == 0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
-        return x * scaled_mask(x.shape, self.p).to(x.dtype)
+            return input
+        if input.device.type != "cpu":
+            return F.dropout(input, self.p)
+        return input * scaled_mask(input.shape, self.p).to(input.dtype)
 
 
 def scaled_mask(shape: torch.Size, p: float) -> Tensor:
