@@ -43,6 +43,7 @@ from mltfr_dist.distributed.resources import MatrixWork, matrix_peak
 from mltfr_dist.schema import changed, validate
 from mltfr_dist.training.build import build_model
 from mltfr_dist.training.evaluating.evaluate import evaluate
+from mltfr_dist.training.evaluating.placing import ByModel
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.running.step_values import reduce_outputs
 from mltfr_dist.training.seeds import seed_all
@@ -229,7 +230,7 @@ def measure(case: Case, inputs: Inputs, ranks: Ranks, max_steps: int) -> dict[st
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     num_batches = 40
-    evaluate(engine.deepspeed, islice(users, num_batches), config.evaluation, ranks)
+    evaluate(ByModel(engine.deepspeed), islice(users, num_batches), config.evaluation, ranks)
     torch.cuda.synchronize()
     ranked = min(users.num_users, num_batches * config.evaluation.batch_size)
     result = {

@@ -35,7 +35,7 @@ from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.resources import peak_memory_bytes
 from mltfr_dist.schema import validate
 from mltfr_dist.spec import ModelSpec
-from mltfr_dist.training.evaluating.evaluate import mask_seen
+from mltfr_dist.training.evaluating.placing import ByModel, excluded
 
 GIB = 2**30
 
@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace) -> None:
     ranking = RankingBatch(batch.item_ids[:users], batch.target_ids[:users, -1], none, none)
     started = time.perf_counter()
     with torch.no_grad():
-        mask_seen(engine.module(ranking), ranking)
+        ByModel(engine.module)(ranking, excluded(ranking, filter_seen=True))
     found = {
         "seconds": min(times[2:]),
         "peak": trained,

@@ -2,7 +2,7 @@
 
 Every arm has the same loss, budget of epochs and stopping rule; it differs from the base configuration in what its
 function below changes, and in nothing else. Each run is a process of its own, by the command a user would give.
-Popularity and item_knn, which need no training, have a row for each data set, whatever variants are
+Baselines that need no training (`--baselines`) have a row for each data set, whatever variants are
 asked for. Interrupted, the matrix goes on: finished rows are skipped, a started run resumes.
 
     python benchmarks/quality.py matrix.parquet --data data/ml-100k --seeds 0 1 2 3 4
@@ -13,17 +13,21 @@ asked for. Interrupted, the matrix goes on: finished rows are skipped, a started
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import torch
 
 from mltfr_dist import repairs
+from mltfr_dist.baselines import BASELINES
 from mltfr_dist.config import RunConfig
 from mltfr_dist.config.published import CONSENSUS, MLTFR, PER_USER, USER_GUIDED, without
 from mltfr_dist.data.shards.manifest import load_manifest
@@ -34,10 +38,10 @@ from mltfr_dist.resolve import resolve_config
 from mltfr_dist.schema import changed, or_nearest
 from mltfr_dist.tables.store import load_table
 from mltfr_dist.training.build import model_spec
-from mltfr_dist.training.evaluating.compare import BASELINES, baseline_result
+from mltfr_dist.training.evaluating.compare import baseline_result
 from mltfr_dist.training.inputs import load_inputs
-from mltfr_dist.training.reporting.matrix import append_row, is_done, make_row, read_rows
-from mltfr_dist.training.run_folder import CONFIG, Result, claim, load_result
+from mltfr_dist.training.reporting.matrix import USUAL, append_row, is_done, make_row, read_rows
+from mltfr_dist.training.run_folder import CONFIG, RANKS, Result, claim, load_result
 
 ROOT = Path(__file__).resolve().parent.parent
 Variant = Callable[[RunConfig], RunConfig]
@@ -230,11 +234,22 @@ def add_baselines(matrix: Path, base: RunConfig, options: argparse.Namespace) ->
     """The rows of the baselines that ``matrix`` does not hold yet; minutes at most."""
     for data in options.data or [base.data.path]:
         config = vary(base, {"data.path": str(data)})
-        for name in BASELINES:
+        for name in options.baselines:
             if not is_done(read_rows(matrix), name, config):
                 manifest = load_manifest(config.data.path, left_out=config.data.left_out)
-                result = baseline_result(name, config, manifest, ALONE, read_test=True)
-                append_row(matrix, make_row(name, config, result, commit()))
+                place = options.runs / f"{config.data.path.name}-{name}" / RANKS
+                result = baseline_result(
+                    name, config, manifest, ALONE, read_test=True, ranks_file=place
+                )
+                append_row(matrix, make_row(name, config, result, commit(), seen(place, matrix)))
+
+
+def seen(file: Path, matrix: Path) -> str | None:
+    """A file's place as seen from the matrix's folder, so that both can be moved together.
+
+    None where it is not there: the run ended before runs kept the ranks of users.
+    """
+    return os.path.relpath(file, matrix.parent) if file.exists() else None
 
 
 def commit() -> str:
@@ -257,6 +272,34 @@ def run(config: RunConfig, launcher: Sequence[str]) -> Result | None:
     return load_result(config.folder) if done.returncode == 0 else None
 
 
+def run_missing(
+    matrix: Path, runs: Sequence[tuple[str, RunConfig]], launcher: Sequence[str], jobs: int
+) -> bool:
+    """Run what ``matrix`` lacks, ``jobs`` side by side; whether all succeeded. After a failure none is begun."""
+    rows = read_rows(matrix)
+    missing = [(name, config) for name, config in runs if not is_done(rows, name, config)]
+    print(f"{len(missing)} runs to do, {len(rows)} rows in {matrix}", flush=True)
+    lock, failed, at = Lock(), Event(), commit()
+
+    def one(task: tuple[str, RunConfig]) -> None:
+        name, config = task
+        if failed.is_set():
+            return
+        result = run(config, launcher)
+        with lock:
+            if result is not None:
+                ranks = seen(config.folder / RANKS, matrix)
+                append_row(matrix, make_row(name, config, result, at, ranks))
+            else:
+                failed.set()
+                message = f"{config.folder} failed: the matrix stops here."
+                print(message, file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, missing))
+    return not failed.is_set()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -273,6 +316,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=CONTROLS,
         help=f"any of {', '.join(VARIANTS)} (default: {', '.join(CONTROLS)})",
     )
+    parser.add_argument(
+        "--baselines",
+        nargs="*",
+        choices=BASELINES,
+        default=USUAL,
+        help=f"without a training loop (default: {' '.join(USUAL)})",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/quality"), help="folder of the runs"
@@ -280,6 +330,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--launcher", default=sys.executable, help="what starts train.py (default: this Python)"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     parser.add_argument(
         "--preset",
         default=None,
@@ -306,25 +357,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.config,
             options.overrides,
         )
-        rows = read_rows(options.matrix)
-        runs = [
-            (name, config)
-            for name, config in plan(base, options)
-            if not is_done(rows, name, config)
-        ]
+        runs = plan(base, options)
         add_baselines(options.matrix, base, options)
-        print(f"{len(runs)} runs to do, {len(rows)} rows in {options.matrix}", flush=True)
-        for name, config in runs:
-            result = run(config, shlex.split(options.launcher))
-            if result is None:
-                print(
-                    f"{config.folder} failed: the matrix stops here.", file=sys.stderr, flush=True
-                )
-                return 1
-            append_row(options.matrix, make_row(name, config, result, commit()))
+        complete = run_missing(options.matrix, runs, shlex.split(options.launcher), options.jobs)
     except MltfrError as error:
         return fail(error)
-    return 0
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

@@ -156,11 +156,11 @@ def train(run: Run, checkout: Path, options: list[str], folder: Path) -> list[di
 
 
 def difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
-    """What differs first; empty where nothing does."""
+    """What differs first; empty where nothing does. Lines may have gained what was not measured then."""
     for number, (old, new) in enumerate(zip(before, now), start=1):
-        keys = [key for key in old | new if old.get(key) != new.get(key)]
+        keys = [key for key in old if old[key] != new.get(key)]
         if keys:
-            return f"line {number}, {keys[0]}: {old.get(keys[0])} then, {new.get(keys[0])} now"
+            return f"line {number}, {keys[0]}: {old[keys[0]]} then, {new.get(keys[0])} now"
     return "" if len(before) == len(now) else f"{len(before)} lines then, {len(now)} now"
 
 

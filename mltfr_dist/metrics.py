@@ -1,10 +1,11 @@
-"""Full-ranking metrics, one line each, and their sums over users: ranks reduce by adding.
+"""Full-ranking metrics, one line each, and their sums over users.
 
-Shapes: B users, I items. With one target a user HR@K equals Recall@K, and the ideal DCG is 1.
+Shapes: B users, I items. A user has one target: HR@K equals Recall@K, MAP@K is MRR within K, and the ideal DCG is 1.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -29,6 +30,13 @@ METRICS: dict[str, Metric] = {
     "NDCG": Metric(
         lambda ranks, k: (ranks <= k).double() / (ranks + 1).log2(), "1 / log2(rank + 1) within K"
     ),
+    "MAP": Metric(
+        lambda ranks, k: (ranks <= k).double() / ranks,
+        "1 / rank within K: the average precision of one target",
+    ),
+    "Precision": Metric(
+        lambda ranks, k: (ranks <= k).double() / k, "share of the first K that is the target"
+    ),
     "MRR": Metric(lambda ranks, k: 1 / ranks, "1 / rank", at_cutoffs=False),
 }
 
@@ -47,36 +55,33 @@ def is_metric(full_name: str) -> bool:
 def metric_sums(ranks: Tensor, cutoffs: Sequence[int]) -> dict[str, float]:
     """Sums over users of each of :func:`metric_names`; over the number of users, the metric.
 
+    Equal ranks are counted first and sums are rounded once, so the order of users changes no bit.
+
     Args:
-        ranks: [B] ranks from :func:`target_ranks`.
+        ranks: [U] ranks from :func:`target_ranks`.
         cutoffs: The K.
     """
+    import torch  # configuration and help texts read this file, and need no torch
+
+    distinct, counts = torch.unique(ranks.double(), return_counts=True)
     sums = {}
     for full_name in metric_names(cutoffs):
         name, _, k = full_name.partition("@")
-        sums[full_name] = float(METRICS[name].value(ranks, int(k or 0)).sum())
+        values = METRICS[name].value(distinct, int(k or 0))
+        sums[full_name] = math.fsum((values * counts).tolist())
     return sums
 
 
-def target_ranks(scores: Tensor, target_ids: Tensor, ties: Ties) -> Tensor:
+def target_ranks(better: Tensor, equal: Tensor, ties: Ties) -> Tensor:
     """Rank of each user's target among all candidates, 1 for the best.
 
     Args:
-        scores: [B, I + 1]; column = item id; excluded candidates (padding, seen items) hold -inf.
-        target_ids: [B] ids of the targets, which must have a finite score.
+        better: [B] number of candidates of a higher score.
+        equal: [B] number of other candidates of the same score.
         ties: Where a target stands among candidates of equal score: last, in the middle, first.
 
     Returns:
         [B] float64 ranks (with ``ties="mean"`` possibly half-integral).
-
-    Raises:
-        ValueError: A score is NaN, or a target's score is not finite: no rank can be stated.
     """
-    target_scores = scores.gather(1, target_ids[:, None])  # [B, 1]
-    if scores.isnan().any() or not target_scores.isfinite().all():
-        raise ValueError(
-            "scores hold NaN, or a target without a finite score: the model has diverged"
-        )
-    better = (scores > target_scores).sum(1).double()
-    equal = (scores == target_scores).sum(1).double() - 1  # without the target itself
-    return better + 1 + equal * {"pessimistic": 1.0, "mean": 0.5, "optimistic": 0.0}[ties]
+    share = {"pessimistic": 1.0, "mean": 0.5, "optimistic": 0.0}[ties]
+    return 1 + better.double() + share * equal.double()

@@ -96,8 +96,17 @@ def _neither(folder: Path) -> DataError:
 
 
 def command_tables(options: argparse.Namespace) -> None:
-    """Language models to token tables."""
+    """Language models to token tables; with --inspect, what the geometry of stored ones has to offer."""
+    if options.inspect:
+        from mltfr_dist.tables.geometry_report import inspect_tables
+
+        words = options.words or ()
+        print(inspect_tables(options.sources, words=words, pictures=options.pictures))
+        return
     from mltfr_dist.tables.build import build_tables
+
+    _refuse(options.words, "--words", "belongs to --inspect", "tables are to be built")
+    _refuse(options.pictures, "--pictures", "belongs to --inspect", "tables are to be built")
 
     build_tables(
         options.sources,
@@ -146,11 +155,12 @@ def command_evaluate(options: argparse.Namespace) -> None:
     from mltfr_dist.distributed.launch import expected_rank
     from mltfr_dist.distributed.meeting import lost_ranks_told, start_ranks
     from mltfr_dist.distributed.watchdog import watched
-    from mltfr_dist.training.using.inference import evaluate_run
+    from mltfr_dist.training.using.inference import evaluate_run, save_ranks
 
     with watched(expected_rank(), TrainingConfig().hang_seconds), lost_ranks_told():
         ranks = start_ranks()
-        metrics = evaluate_run(Path(options.run), options.split, ranks)
+        evaluate = save_ranks if options.save_ranks else evaluate_run
+        metrics = evaluate(Path(options.run), options.split, ranks)
         ranks.say(json.dumps(metrics, indent=2))
 
 
@@ -181,13 +191,17 @@ def command_export(options: argparse.Namespace) -> None:
 
 def command_report(options: argparse.Namespace) -> None:
     """The report of a run, a sweep or a trial; for matrices of runs (.parquet) means, intervals, paired differences, slices."""
+    from mltfr_dist.training.comparing.compare import Options
     from mltfr_dist.training.reporting.matrix import summary
     from mltfr_dist.tuning.folders import folder_report
 
     paths = [Path(run) for run in options.runs]
     if all(path.suffix == ".parquet" for path in paths):
-        print(summary(paths))
+        print(summary(paths, Options(margin=options.margin, difference=options.difference)))
         return
+    for name in ("margin", "difference"):
+        words = "belongs to differences between the runs of a matrix"
+        _refuse(getattr(options, name), f"--{name}", words, f"{paths[0]} is no matrix")
     if len(paths) > 1:
         raise ConfigError(
             f"{len(paths)} names were given, not all of them matrices.",
@@ -195,6 +209,21 @@ def command_report(options: argparse.Namespace) -> None:
             remedy="Name one run at a time.",
         )
     print(folder_report(paths[0]), end="")
+
+
+def command_compare(options: argparse.Namespace) -> None:
+    """Runs that are over, user by user: differences to the first model, intervals, tests, power, slices."""
+    from mltfr_dist.training.comparing import text
+    from mltfr_dist.training.comparing.compare import Options, compare_runs
+
+    asked = Options(
+        options.metric, options.resamples, options.seed, options.margin, options.difference
+    )
+    found = compare_runs(options.runs, options.split, asked)
+    print(text.as_text(found))
+    if options.output:
+        written = text.write(found, options.output)
+        print(f"\nWritten: {', '.join(map(str, written))}")
 
 
 COMMANDS = {
@@ -208,4 +237,5 @@ COMMANDS = {
     "recommend": command_recommend,
     "export": command_export,
     "report": command_report,
+    "compare": command_compare,
 }

@@ -10,99 +10,14 @@ from typing import TYPE_CHECKING
 from mltfr_dist import __version__
 from mltfr_dist.cli.commands import COMMANDS
 from mltfr_dist.cli.completion import add_completion
-from mltfr_dist.cli.fields import FormatAction, add_section
 from mltfr_dist.cli.help import Parser, add_config_help, add_sweep_help
-from mltfr_dist.config import (
-    PrepareConfig,
-    PrepareResources,
-    TableConfig,
-)
-from mltfr_dist.data.sources.public_sets import SETS
+from mltfr_dist.cli.input_parsers import add_fetch, add_inspect, add_prepare, add_tables
 from mltfr_dist.files import packaged_names
 from mltfr_dist.invocation import command
 from mltfr_dist.presets import PRESETS
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[Parser]
-
-
-def _add_prepare(commands: Commands) -> None:
-    prepare = commands.add_parser(
-        "prepare", help="raw interactions to shards", description=COMMANDS["prepare"].__doc__
-    )
-    prepare.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help="files (also .gz, .bz2, .xz, .zst, .zip), folders, patterns, URLs, or - for standard "
-        "input, taken together in this order; or the name of a set that `mltfr fetch` lists",
-    )
-    prepare.add_argument(
-        "output", metavar="OUTPUT", help="folder or URL to write; it must not hold other data"
-    )
-    prepare.add_argument(
-        "--download", action="store_true", help="fetch the public set first, if it is not here"
-    )
-    prepare.add_argument(
-        "--sets",
-        type=Path,
-        default=SETS,
-        help=f"folder of fetched public sets (default: {SETS})",
-    )
-    prepare.add_argument(
-        "--packages", type=Path, help="folder of unpacked packages that hold the named set"
-    )
-    add_section(prepare, PrepareConfig, {"format": FormatAction})
-    add_section(prepare, PrepareResources)
-
-
-def _add_fetch(commands: Commands) -> None:
-    fetch = commands.add_parser(
-        "fetch", help="public sets by name", description=COMMANDS["fetch"].__doc__
-    )
-    fetch.add_argument("names", nargs="*", metavar="NAME", help="sets; none: list them")
-    fetch.add_argument(
-        "--output", type=Path, default=SETS, help=f"folder for them (default: {SETS})"
-    )
-
-
-def _add_inspect(commands: Commands) -> None:
-    inspect = commands.add_parser(
-        "inspect",
-        help="what a prepared folder or a token table holds",
-        description=COMMANDS["inspect"].__doc__,
-    )
-    inspect.add_argument("folder", help="folder written by `mltfr prepare` or `mltfr tables`")
-    inspect.add_argument(
-        "--output", type=Path, help="prepared data: folder for PNG plots and a TensorBoard page"
-    )
-    inspect.add_argument(
-        "--neighbours",
-        metavar="WORD",
-        help="token table: the tokens nearest to this one, by cosine",
-    )
-
-
-def _add_tables(commands: Commands) -> None:
-    tables = commands.add_parser(
-        "tables", help="language models to token tables", description=COMMANDS["tables"].__doc__
-    )
-    tables.add_argument(
-        "sources",
-        nargs="+",
-        help="safetensors or GGUF file, checkpoint folder, hub id, or a demo table: llama2, smollm2, minilm",
-    )
-    tables.add_argument(
-        "--output",
-        type=Path,
-        default=Path("data/tables"),
-        help="folder of tables (default: data/tables)",
-    )
-    tables.add_argument("--name", help="name of the table (default: from the source)")
-    tables.add_argument(
-        "--packages", type=Path, help="folder of unpacked packages that hold the demo tables"
-    )
-    add_section(tables, TableConfig)
 
 
 def _add_train(commands: Commands) -> None:
@@ -161,6 +76,11 @@ def _add_evaluate(commands: Commands) -> None:
     )
     evaluate.add_argument("run", help="run folder, such as runs/demo")
     evaluate.add_argument("--split", choices=("valid", "test"), default="test")
+    evaluate.add_argument(
+        "--save-ranks",
+        action="store_true",
+        help="also write ranks.parquet into the run's folder, for `mltfr compare`",
+    )
 
 
 def _add_recommend(commands: Commands) -> None:
@@ -198,6 +118,45 @@ def _add_report(commands: Commands) -> None:
         nargs="+",
         help="run folder, such as runs/demo, or Parquet files that benchmarks/quality.py wrote, taken together",
     )
+    _add_margin(report)
+
+
+def _add_margin(parser: Parser) -> None:
+    parser.add_argument(
+        "--margin", type=float, help="also test equivalence: differences within +-MARGIN are none"
+    )
+    parser.add_argument(
+        "--difference",
+        type=float,
+        help="difference that the number of seeds is told for (default: the observed one)",
+    )
+
+
+def _add_compare(commands: Commands) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="runs against each other, user by user",
+        description=COMMANDS["compare"].__doc__,
+    )
+    compare.add_argument(
+        "runs",
+        metavar="run",
+        nargs="+",
+        help="run folders, matrices of benchmarks/quality.py, or Parquet files with columns user, target and "
+        "rank; the first model is the reference, and runs that differ in their seed alone are one model",
+    )
+    compare.add_argument("--split", choices=("valid", "test"), default="test")
+    compare.add_argument(
+        "--metric", default="NDCG@10", help="metric that is tested, at any K (default: NDCG@10)"
+    )
+    _add_margin(compare)
+    compare.add_argument(
+        "--resamples", type=int, default=10_000, help="of bootstrap and test (default: 10000)"
+    )
+    compare.add_argument("--seed", type=int, default=0, help="of the resampling (default: 0)")
+    compare.add_argument(
+        "--output", type=Path, help="folder for compare.md, compare.json and compare.png"
+    )
 
 
 def build_parser() -> Parser:
@@ -210,16 +169,17 @@ def build_parser() -> Parser:
     add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
-        _add_prepare,
-        _add_fetch,
-        _add_inspect,
-        _add_tables,
+        add_prepare,
+        add_fetch,
+        add_inspect,
+        add_tables,
         _add_train,
         _add_sweep,
         _add_evaluate,
         _add_recommend,
         _add_export,
         _add_report,
+        _add_compare,
     ):
         add(commands)
     for name, added in commands.choices.items():

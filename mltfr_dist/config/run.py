@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mltfr_dist.backbones import BACKBONES
+from mltfr_dist.baselines import BASELINES
 from mltfr_dist.config.backbone import BackboneConfig
 from mltfr_dist.config.data import DataConfig
 from mltfr_dist.config.former import moved
@@ -194,9 +195,11 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Full ranking.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is saved, and when.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Where a run can be watched.")
-    baselines: tuple[Literal["popularity", "item_knn", "backbone"], ...] = Field(
+    baselines: tuple[Annotated[str, known([*BASELINES, "backbone"], "baselines")], ...] = Field(
         (),
-        description="Compared in the report. backbone: the same run without MLTFR, with the epochs of both stages.",
+        description="Compared in the report. backbone: the same run without MLTFR, with the epochs of both stages; "
+        + "; ".join(f"{name}: {entry.what}" for name, entry in BASELINES.items())
+        + ".",
     )
     deepspeed: Path = Field(
         Path("ds_configs/zero1.json"), description="DeepSpeed file: sharding and offload only."

@@ -56,10 +56,13 @@ class RankingBatch(NamedTuple):
     """[S] int64, row of each (user, item) pair of the *full* histories."""
     seen_items: Tensor
     """[S] int64, item of each of those pairs."""
+    numbers: Tensor | None = None
+    """[B] int64, place of each row's user in the split, where it is one of a split."""
 
     def to(self, device: torch.device) -> RankingBatch:
         """The same batch on ``device``."""
-        return RankingBatch(*(t.to(device, non_blocking=True) for t in self))
+        moved = (None if t is None else t.to(device, non_blocking=True) for t in self)
+        return RankingBatch(*moved)  # type: ignore[arg-type]
 
 
 def lengths(item_ids: Tensor) -> Tensor:

@@ -15,6 +15,11 @@ from mltfr_dist.distributed.processes import machine
 from mltfr_dist.errors import ConfigError
 
 
+def uses_gpus() -> bool:
+    """Whether this process computes on GPUs: there are some, and DS_ACCELERATOR=cpu does not say otherwise."""
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+
+
 def sees_gpus() -> bool:
     """Whether this process trains on GPUs.
 
@@ -22,7 +27,7 @@ def sees_gpus() -> bool:
         ConfigError: Slurm gave it some and torch sees none: it would train on the CPU unnoticed.
     """
     given = os.environ.get("SLURM_STEP_GPUS") if SLURM_TASKS in os.environ else None
-    if torch.cuda.is_available():
+    if uses_gpus():
         return True
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # Ray, from trials without GPUs
     if given and not hidden and os.environ.get("DS_ACCELERATOR") != "cpu":

@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from mltfr_dist.distributed.adoption import adopt_process_group
-from mltfr_dist.distributed.devices import sees_gpus, share_of_cores, take_gpu
+from mltfr_dist.distributed.devices import sees_gpus, share_of_cores, take_gpu, uses_gpus
 from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.launch import expected_rank, is_launched
 from mltfr_dist.distributed.ranks import Ranks
@@ -84,7 +84,7 @@ def start_ranks(threads: int | None = None) -> Ranks:
 
 
 def _init_process_group(backend: str, *, launched: bool) -> None:
-    if torch.cuda.is_available():
+    if uses_gpus():
         take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     if launched:
         _meet(backend)
@@ -96,7 +96,7 @@ def _init_process_group(backend: str, *, launched: bool) -> None:
 
 def _own_gpu() -> torch.device | None:
     """The GPU that NCCL binds this process to; unsaid, it would be guessed at the first barrier."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = uses_gpus()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
 
 

@@ -12,13 +12,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from mltfr_dist.distributed.devices import uses_gpus
+
 PEAK_SECONDS = 0.2
 """About how long the measurement of the matrix peak takes."""
 
 
 def peak_memory_bytes() -> int:
     """This process's peak memory: of the GPU where there is one, else resident memory."""
-    if torch.cuda.is_available():
+    if uses_gpus():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if (
@@ -34,7 +36,7 @@ def peak_memory_bytes() -> int:
 def memory_gib() -> dict[str, float]:
     """This process's memory now and at most, in GiB: resident, and of the GPU where there is one."""
     now = {"memory/resident_gib": psutil.Process().memory_info().rss / 2**30}
-    if torch.cuda.is_available():
+    if uses_gpus():
         now["memory/gpu_gib"] = torch.cuda.memory_allocated() / 2**30
     return now | {"memory/peak_gib": peak_memory_bytes() / 2**30}
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mltfr_dist.backbones import BACKBONES
 from mltfr_dist.config import BackboneConfig
-from mltfr_dist.data.batch import PADDING_IDX
 from mltfr_dist.models.dropout import Dropout
+from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.item_tokens import ItemVectors
 from mltfr_dist.models.packing import Packing
@@ -100,9 +100,7 @@ class PositionalBackbone(Backbone):
         super().__init__(config, num_items, max_len)
         dim = config.hidden_dim
         self.num_items = num_items
-        self.item_embedding = nn.Embedding(
-            num_items + 1 + self.num_special_items, dim, padding_idx=PADDING_IDX
-        )
+        self.item_embedding = ItemEmbedding(num_items + 1 + self.num_special_items, dim)
         self.position_embedding = nn.Embedding(max_len + self.num_special_positions, dim)
         self.input_norm = nn.LayerNorm(dim)
         self.dropout = Dropout(config.dropout)

@@ -5,8 +5,8 @@ Shapes: B users, L positions, N real positions, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,21 +85,29 @@ class Recommender(nn.Module):
         return self.backbone.finish(layout.real(hidden)), real, routing
 
     def forward(
-        self, batch: SequenceBatch | RankingBatch, weights: Tensor | None = None
-    ) -> TrainingOutput | Tensor:
+        self,
+        batch: SequenceBatch | RankingBatch,
+        weights: Tensor | None = None,
+        read: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
         """Loss sums for a training batch, scores for a ranking batch.
 
         Args:
             batch: What to train on, or whose next item to rank.
             weights: [B, L] weight of each position in the loss; 1 where not given.
+            read: What to make of a ranking batch's states [B, D] and the vectors of items 1..I [I, D], whose products
+                are scores: in here, for under ZeRO-3 nobody has all vectors afterwards.
 
         Returns:
-            :class:`TrainingOutput`; for a :class:`RankingBatch` scores [B, num_items + 1] (fp32 at least; column = item
-            id, padding -inf).
+            :class:`TrainingOutput`; for a :class:`RankingBatch` what ``read`` makes of it, or scores [B, num_items + 1]
+            (fp32 at least; column = item id, padding -inf).
         """
         if isinstance(batch, RankingBatch):
             hidden, packing, _ = self.hidden(self.backbone.for_ranking(batch.item_ids))
-            return self._scores(self.backbone.last(hidden, packing))
+            final = self.backbone.last(hidden, packing)
+            if read is None:
+                return self._scores(final)
+            return read(final, self.backbone.item_embedding.weight[1 : self.num_items + 1])
         if weights is None:
             weights = torch.ones_like(batch.target_ids, dtype=torch.float32)
         hidden, packing, routing = self.hidden(batch.item_ids)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mltfr_dist.config import BackboneConfig
 from mltfr_dist.models.backbone import PositionalBackbone
 from mltfr_dist.models.dropout import Dropout
+from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.transformer import attended
 
@@ -80,8 +81,9 @@ class OriginalSASRec(PositionalBackbone):
         for block in self.blocks:  # the base class has given its own start to their maps
             assert isinstance(block, OriginalBlock)
             block.reset()
-        nn.init.xavier_uniform_(self.item_embedding.weight)
-        nn.init.zeros_(self.item_embedding.weight.data[0])
+        assert isinstance(self.item_embedding, ItemEmbedding)
+        rows, dim = self.item_embedding.weight.shape
+        self.item_embedding.reset("uniform", math.sqrt(6 / (rows + dim)))  # Xavier's bound
         nn.init.xavier_uniform_(self.position_embedding.weight)
 
     def make_block(self, config: BackboneConfig, max_len: int) -> nn.Module:

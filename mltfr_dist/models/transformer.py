@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mltfr_dist.models.dropout import Dropout
+from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.packing import Packing, Padded
 
 
@@ -104,10 +105,11 @@ class PostNormBlock(nn.Module):
 
 
 def init_weights(module: nn.Module, std: float = 0.02) -> None:
-    """Initialise ``module`` itself (use with ``Module.apply``): N(0, std) matrices, zero biases, unit norms."""
-    if isinstance(module, nn.Linear | nn.Embedding):
+    """Initialise ``module`` itself (use with ``Module.apply``): N(0, std) matrices, zero biases, unit norms.
+
+    Item tables draw their own rows (``initial.py``).
+    """
+    if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, ItemEmbedding):
         nn.init.normal_(module.weight, std=std)
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        nn.init.zeros_(module.weight.data[module.padding_idx])
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -41,19 +41,23 @@ def with_content(table: TokenTable, content: TableContent, seed: int) -> TokenTa
 
 def gaussian_like(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """[V, D] normal rows with the mean and covariance of ``rows`` [V, D]."""
-    mean = rows.mean(axis=0, dtype=np.float64)
-    covariance = np.zeros((rows.shape[1], rows.shape[1]))
-    for block in np.array_split(
-        rows, max(1, len(rows) // 8192)
-    ):  # never the whole table in float64
-        centred = block - mean
-        covariance += centred.T @ centred
-    values, vectors = np.linalg.eigh(covariance / len(rows))
+    mean, covariance = moments(rows)
+    values, vectors = np.linalg.eigh(covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))).T.astype(np.float32)  # [D, D]
     made: np.ndarray = rng.standard_normal(rows.shape, dtype=np.float32) @ root + mean.astype(
         np.float32
     )
     return made
+
+
+def moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and covariance [D, D] of ``rows`` [V, D] in float64, never the whole table in it."""
+    mean = rows.mean(axis=0, dtype=np.float64)
+    covariance = np.zeros((rows.shape[1], rows.shape[1]))
+    for block in np.array_split(rows, max(1, len(rows) // 8192)):
+        centred = block - mean
+        covariance += centred.T @ centred
+    return mean, covariance / len(rows)
 
 
 def shuffled_columns(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:

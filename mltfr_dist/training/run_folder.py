@@ -1,4 +1,4 @@
-"""`runs/NAME/`: config.yaml, metrics.jsonl, report.md, result.json, tb/, checkpoints/."""
+"""`runs/NAME/`: config.yaml, metrics.jsonl, report.md, result.json, ranks.parquet, tb/, checkpoints/."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ STAGES = ("train", "consensus")
 """Stages of a run in order: the bare model or stage 1, then stage 2."""
 
 CONFIG, RESULT, REPORT, CHECKPOINTS = "config.yaml", "result.json", "report.md", "checkpoints"
+RANKS = "ranks.parquet"
+"""The rank of each user's target (training/evaluating/user_ranks.py)."""
 
 
 class Result(Section):

@@ -20,9 +20,9 @@ from mltfr_dist.metrics import metric_names
 from mltfr_dist.schema import changed, field_paths, or_nearest, validate
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import differing_fields, leaf_values, read_yaml
+from mltfr_dist.tuning.records import BASE
 from mltfr_dist.tuning.source import SWEEP
 from mltfr_dist.tuning.space import SweepConfig, with_values
-from mltfr_dist.tuning.trials import BASE
 
 SET_BY_THE_SWEEP = ("name", "runs_dir", "baselines")
 """Fields that a sweep sets itself."""

@@ -21,13 +21,13 @@ from mltfr_dist.errors import StoppedError
 from mltfr_dist.tuning.cluster import Cluster
 from mltfr_dist.tuning.hparams import write_all
 from mltfr_dist.tuning.plan import known_trials, make_space, space_lines
+from mltfr_dist.tuning.ray_trial import NUMBER, OBJECTIVE, STOP, SweepTrial, TrialSetting
 from mltfr_dist.tuning.ray_watch import is_full, no_room
+from mltfr_dist.tuning.records import Record, Trial, load_trial, load_trials, next_number
 from mltfr_dist.tuning.schedulers import make_scheduler
-from mltfr_dist.tuning.search import Space, suggest
 from mltfr_dist.tuning.space import SweepConfig, Values
 from mltfr_dist.tuning.status import Progress
-from mltfr_dist.tuning.trial import NUMBER, OBJECTIVE, STOP, SweepTrial, TrialSetting
-from mltfr_dist.tuning.trials import Record, Trial, load_trial, load_trials, next_number
+from mltfr_dist.tuning.suggest import Space, suggest
 
 HEAD = "node:__internal_head__"
 """Ray's resource of which the head node alone has 1."""

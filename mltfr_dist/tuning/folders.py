@@ -7,8 +7,8 @@ from pathlib import Path
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.invocation import train_command
 from mltfr_dist.training.run_folder import CONFIG, REPORT, Result, load_config, load_result
+from mltfr_dist.tuning.records import METRICS, TRIALS, load_trials, read_validations
 from mltfr_dist.tuning.source import SWEEP
-from mltfr_dist.tuning.trials import METRICS, TRIALS, load_trials, read_validations
 
 
 def folder_report(folder: str | Path) -> str:

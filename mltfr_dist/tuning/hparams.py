@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mltfr_dist.training.reporting.hparams import SESSION, write_session
+from mltfr_dist.tuning.records import Trial
 from mltfr_dist.tuning.space import shown_value
-from mltfr_dist.tuning.trials import Trial
 
 
 def write_all(trials: Sequence[Trial]) -> None:

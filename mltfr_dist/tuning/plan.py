@@ -9,9 +9,9 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.tables.store import TokenTable, load_table
 from mltfr_dist.training.checks import check_tables
 from mltfr_dist.training.run_folder import leaf_values
-from mltfr_dist.tuning.search import STARTUP_TRIALS, Known, Space, suggest
+from mltfr_dist.tuning.records import Trial, load_trials, next_number
 from mltfr_dist.tuning.space import SweepConfig, Values, base_values, shown, with_values
-from mltfr_dist.tuning.trials import Trial, load_trials, next_number
+from mltfr_dist.tuning.suggest import STARTUP_TRIALS, Known, Space, suggest
 
 
 def make_space(sweep: SweepConfig, base: RunConfig) -> Space:

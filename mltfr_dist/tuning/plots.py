@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mltfr_dist.tuning.domain import Domain
+from mltfr_dist.tuning.records import Trial
 from mltfr_dist.tuning.space import SweepConfig, short, shown_value
-from mltfr_dist.tuning.trials import Trial
 
 PALETTE = colormaps["viridis_r"]
 """From the worst value (0, pale) to the best (1, dark)."""

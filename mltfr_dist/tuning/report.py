@@ -15,8 +15,8 @@ from mltfr_dist.training.reporting.matrix import interval
 from mltfr_dist.training.reporting.matrix import shown as mean_and_interval
 from mltfr_dist.training.run_folder import dump_config, load_result
 from mltfr_dist.tuning import plots
+from mltfr_dist.tuning.records import Trial
 from mltfr_dist.tuning.space import SweepConfig, short, shown_value, with_values
-from mltfr_dist.tuning.trials import Trial
 
 REPORT, BEST, PARALLEL, EFFECTS = "report.md", "best.yaml", "parallel.png", "effects.png"
 BINS = 3

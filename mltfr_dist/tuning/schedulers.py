@@ -15,9 +15,9 @@ from ray.tune.schedulers import (
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.tuning.domain import Domain
+from mltfr_dist.tuning.ray_trial import EPOCH, NUMBER, OBJECTIVE
+from mltfr_dist.tuning.records import Trial
 from mltfr_dist.tuning.space import SweepConfig, base_values
-from mltfr_dist.tuning.trial import EPOCH, NUMBER, OBJECTIVE
-from mltfr_dist.tuning.trials import Trial
 
 
 def most_epochs(base: RunConfig) -> int:

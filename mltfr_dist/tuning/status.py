@@ -13,12 +13,12 @@ from ray.tune.experiment import Trial as RayTrial
 
 from mltfr_dist.progress import duration
 from mltfr_dist.tuning.hparams import write_hparams
+from mltfr_dist.tuning.ray_trial import EPOCH, NUMBER, STOP, TrialSetting
 from mltfr_dist.tuning.ray_watch import room_is_low
+from mltfr_dist.tuning.records import Trial, load_trial, load_trials
 from mltfr_dist.tuning.schedulers import most_epochs
-from mltfr_dist.tuning.search import Space
 from mltfr_dist.tuning.space import shown
-from mltfr_dist.tuning.trial import EPOCH, NUMBER, STOP, TrialSetting
-from mltfr_dist.tuning.trials import Trial, load_trial, load_trials
+from mltfr_dist.tuning.suggest import Space
 
 STATUS_SECONDS = 30.0
 """Seconds between two lines that say how far the sweep is, where no trial ends."""

@@ -19,9 +19,9 @@ from mltfr_dist.tuning.checks import check_folder, check_inputs, check_machine, 
 from mltfr_dist.tuning.domain import Domain
 from mltfr_dist.tuning.environment import LOOPBACK, set_environment
 from mltfr_dist.tuning.plan import planned
+from mltfr_dist.tuning.records import BASE, load_trials
 from mltfr_dist.tuning.source import SWEEP, base_config, dump_sweep, resolved_config
 from mltfr_dist.tuning.space import SweepConfig, with_values
-from mltfr_dist.tuning.trials import BASE, load_trials
 
 LOCK = "lock"
 FINAL = "final"

@@ -19,12 +19,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from support import REPOSITORY, clean_environment, read_lines, run_ranks, tiny_config
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.errors import EXIT_BAD_INPUT
-from mltfr_dist.training.run_folder import Result, dump_config, load_result
+from mltfr_dist.training.run_folder import RANKS, Result, dump_config, load_result
+from mltfr_dist.training.using.inference import save_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -195,11 +198,14 @@ def test_a_run_on_another_nodes_disk_is_not_begun_anew(
 def test_evaluate_on_two_ranks_prints_once(
     whole: tuple[Path, list[dict[str, Any]], Result], tmp_path: Path
 ) -> None:
+    """And the ranks of users that it saves are those of one process, row by row."""
     run = whole[0] / "runs" / "tiny"
+    shutil.copytree(run, tmp_path / "copy")
+    (run / RANKS).unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     mltfr = str(Path(sys.executable).parent / "mltfr")
     done = subprocess.run(
-        [*command, "--no-python", mltfr, "evaluate", str(run)],
+        [*command, "--no-python", mltfr, "evaluate", str(run), "--save-ranks"],
         env=clean_environment(),
         capture_output=True,
         text=True,
@@ -207,6 +213,10 @@ def test_evaluate_on_two_ranks_prints_once(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("NDCG@10") == 1
+    save_ranks(tmp_path / "copy", "test", ALONE)
+    saved, alone = (pq.read_table(folder / RANKS) for folder in (run, tmp_path / "copy"))
+    assert saved.equals(alone, check_metadata=True)
+    assert len(saved) == 240
     missing = subprocess.run(
         [*command, "--no-python", mltfr, "evaluate", str(tmp_path)],
         env=clean_environment(),

@@ -22,7 +22,7 @@ import yaml
 from support import REPOSITORY, clean_environment, read_lines, run_ranks, tiny_config
 
 from mltfr_dist.training.run_folder import dump_config, load_result
-from mltfr_dist.tuning.trials import Trial, load_trials, read_validations
+from mltfr_dist.tuning.records import Trial, load_trials, read_validations
 
 pytestmark = pytest.mark.integration
 EPOCHS = 12

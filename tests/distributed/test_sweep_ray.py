@@ -21,7 +21,7 @@ import ray
 from support import clean_environment
 from test_sweep import finish, kill_node, start, valid_lines, wait_until, write_space
 
-from mltfr_dist.tuning.trials import Trial, load_trials
+from mltfr_dist.tuning.records import Trial, load_trials
 
 pytestmark = pytest.mark.integration
 ONE_WORKER = {"workers": 1, "cpus": 1}

@@ -10,7 +10,7 @@ from support import missing_for_slurm, tiny_config
 from test_slurm import Slurm, inputs, slurm  # noqa: F401  # fixtures
 
 from mltfr_dist.training.run_folder import dump_config
-from mltfr_dist.tuning.trials import load_trials, read_validations
+from mltfr_dist.tuning.records import load_trials, read_validations
 
 pytestmark = [
     pytest.mark.integration,

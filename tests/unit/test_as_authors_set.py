@@ -77,7 +77,7 @@ def test_training_on_all_but_the_last_item(tmp_path: Path) -> None:
     [
         ({"published__train_on_validation": True}, "needs published.pick_on_test=true"),
         ({"evaluation__select_by": "NDCG@7"}, "add it there"),
-        ({"evaluation__select_by": "MAP@10"}, "select_by"),
+        ({"evaluation__select_by": "ERR@10"}, "select_by"),
     ],
 )
 def test_what_cannot_go_together(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -36,7 +36,7 @@ from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.distributed.resources import MatrixWork, Stopwatch, matrix_peak, memory_gib
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.routing import Routing, routing_sums
-from mltfr_dist.training.evaluating.evaluate import MeanLoss
+from mltfr_dist.training.evaluating.placing import ByModel, MeanLoss, excluded
 from mltfr_dist.training.reporting import services
 from mltfr_dist.training.reporting.hparams import SESSION, write_session
 from mltfr_dist.training.reporting.markdown import block, code, plain
@@ -138,18 +138,23 @@ def test_the_stages_are_runs_of_their_own_on_one_axis(run: RunConfig) -> None:
     assert as_shown(text) == "Stage 2 (consensus) begins after update 8."
 
 
-def test_mean_loss_is_the_cross_entropy_and_leaves_scores_alone() -> None:
-    scores = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
-    scores[:, 0] = -torch.inf
+def test_mean_loss_is_the_cross_entropy_over_all_items() -> None:
+    draws = torch.Generator().manual_seed(0)
+    hidden, vectors = (torch.randn(n, 4, generator=draws) for n in (5, 8))
     targets = torch.tensor([1, 8, 0, 3, 3])  # the third is padding
     empty = torch.zeros(0, dtype=torch.int64)
-    scorer = MeanLoss(lambda _: scores, ALONE)
+    loss = MeanLoss(ALONE)
     for rows in (slice(0, 2), slice(2, 5)):
-        scorer = scorer if rows.start else MeanLoss(lambda b: scores[b.item_ids[:, 0]], ALONE)
-        batch = RankingBatch(torch.arange(5)[rows, None], targets[rows], empty, empty)
-        assert torch.equal(scorer(batch), scores[rows])
+        batch = RankingBatch(targets[rows, None], targets[rows], empty, empty)
+
+        def model(_: RankingBatch, read: Any, rows: slice = rows) -> Any:
+            return read(hidden[rows], vectors)
+
+        places = ByModel(model, loss)(batch, excluded(batch, filter_seen=False))
+        assert places.better.shape == targets[rows].shape
     real = targets > 0
-    assert scorer.mean() == pytest.approx(float(F.cross_entropy(scores[real], targets[real])))
+    expected = F.cross_entropy(hidden[real] @ vectors.T, targets[real] - 1)
+    assert loss.mean() == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_entropy_of_what_is_kept() -> None:

@@ -124,7 +124,7 @@ def test_an_unknown_key_without_a_likeness_names_none() -> None:
         ("evaluation.cutoffs=[10, 0]", "evaluation.cutoffs.1", "0", "greater than or equal to 1"),
         ("name=../elsewhere", "name", "'../elsewhere'", "pattern"),
         ("name=..", "name", "'..'", "pattern"),
-        ("baselines=[popular]", "baselines.0", "'popular'", "'item_knn'"),
+        ("baselines=[popular]", "baselines.0", "'popular'", "the nearest is `popularity`"),
         # Fields that are right alone but not together.
         ("backbone.num_heads=3", "backbone", "3", "num_heads (3) must divide hidden_dim (64)"),
         (

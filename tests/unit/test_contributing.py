@@ -18,15 +18,17 @@ import pytest
 import torch
 from support import REPOSITORY, read_lines, tiny_config
 
-from mltfr_dist import losses, metrics, optimizers, routers
+from mltfr_dist import baselines, losses, metrics, optimizers, routers
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.shards.manifest import read_manifest
 from mltfr_dist.data.sources import formats, public_sets
 from mltfr_dist.data.sources.fetch import sets_text
 from mltfr_dist.distributed.meeting import stop_ranks
+from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.tables.checkpoints import formats as checkpoint_formats
 from mltfr_dist.tables.checkpoints import open_embedding
+from mltfr_dist.training.evaluating.compare import baseline_result
 from mltfr_dist.training.running.fit import fit
 
 TEXT = (REPOSITORY / "CONTRIBUTING.md").read_text()
@@ -101,6 +103,16 @@ def test_a_metric(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = trained(folder, "metric", evaluation__select_by=f"{name}@10")
     valid = [line for line in lines if line["kind"] == "valid"]
     assert all(0 < line[f"{name}@10"] <= line["HR@10"] for line in valid)
+
+
+def test_a_baseline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_code(monkeypatch, "baseline", "mltfr_dist.training.evaluating.baselines")
+    name = registered(monkeypatch, "baseline", baselines.BASELINES, baselines)
+    config = tiny_config(folder)
+    manifest = read_manifest(config.data.path)
+    found = baseline_result(name, config, manifest, ALONE, read_test=False)
+    popular = baseline_result("popularity", config, manifest, ALONE, read_test=False)
+    assert 0 < found.valid["MRR"] != popular.valid["MRR"]
 
 
 def test_an_optimizer_and_its_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,10 @@ from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.stream.ranking import RankingStream
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.training.evaluating.evaluate import evaluate, mask_seen
+from mltfr_dist.metrics import metric_names
+from mltfr_dist.training.evaluating import placing
+from mltfr_dist.training.evaluating.evaluate import evaluate, rank_users
+from mltfr_dist.training.evaluating.placing import ByScores, excluded
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NO = -math.inf
@@ -42,26 +45,33 @@ SCORES = torch.tensor(
 )
 
 
-def test_seen_items_are_masked_but_never_the_target() -> None:
-    before = SCORES.clone()
-    masked = mask_seen(SCORES, BATCH)
-    assert masked[0].tolist() == [NO, NO, NO, 5, 6, 7]
-    assert masked[1].tolist() == [NO, 4, 3, 1, 2, NO]
-    assert masked[2].tolist() == SCORES[2].tolist()
-    assert torch.equal(SCORES, before)
+def test_seen_items_and_the_target_itself_are_no_competitors() -> None:
+    pairs = excluded(BATCH, filter_seen=True)
+    found = {*zip(pairs.rows.tolist(), pairs.item_ids.tolist(), strict=True)}
+    assert found == {(0, 4), (0, 1), (0, 2), (1, 2), (1, 5)}
+    pairs = excluded(BATCH, filter_seen=False)
+    assert (pairs.rows.tolist(), pairs.item_ids.tolist()) == ([0, 1], [4, 2])
+
+
+def test_ranks_come_in_the_order_of_the_split() -> None:
+    named = BATCH._replace(numbers=torch.tensor([7, 3, 9]))
+    found = rank_users(
+        ByScores(lambda _: SCORES, 5), [named], config(), ALONE, lambda _: torch.eye(3).bool()
+    )
+    assert found.ranks.tolist() == [2, 2]  # of user 1, then of user 0
+    assert found.members.tolist() == [[False, True, False], [True, False, False]]
 
 
 def test_metrics_with_seen_items_filtered() -> None:
     # Ranks: user 0: 7 above 6 -> 2; user 1: 4 above 3 -> 2. The filling row counts for nothing.
-    metrics = evaluate(lambda _: SCORES.clone(), [BATCH], config(), ALONE)
-    assert metrics == pytest.approx(
-        {"HR@1": 0, "NDCG@1": 0, "HR@10": 1, "NDCG@10": 1 / math.log2(3), "MRR": 1 / 2}
-    )
+    metrics = evaluate(ByScores(lambda _: SCORES, 5), [BATCH], config(), ALONE)
+    expected = {"HR@1": 0, "NDCG@1": 0, "HR@10": 1, "NDCG@10": 1 / math.log2(3), "MRR": 1 / 2}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
 def test_metrics_with_all_items_as_candidates() -> None:
     # Ranks: user 0: 9, 8, 7 above 6 -> 4; user 1: 9, 4 above 3 -> 3.
-    metrics = evaluate(lambda _: SCORES.clone(), [BATCH], config(filter_seen=False), ALONE)
+    metrics = evaluate(ByScores(lambda _: SCORES, 5), [BATCH], config(filter_seen=False), ALONE)
     expected = {
         "HR@1": 0,
         "NDCG@1": 0,
@@ -69,13 +79,16 @@ def test_metrics_with_all_items_as_candidates() -> None:
         "NDCG@10": (1 / math.log2(5) + 1 / 2) / 2,
         "MRR": (1 / 4 + 1 / 3) / 2,
     }
-    assert metrics == pytest.approx(expected)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("ties", "rank"), [("pessimistic", 3), ("mean", 2), ("optimistic", 1)])
 def test_the_tie_rule_is_the_configured_one(ties: str, rank: int) -> None:
     metrics = evaluate(
-        lambda _: torch.tensor([[NO, 1.0, 1.0, 1.0]]), [batch([2], [[]])], config(ties=ties), ALONE
+        ByScores(lambda _: torch.tensor([[NO, 1.0, 1.0, 1.0]]), 3),
+        [batch([2], [[]])],
+        config(ties=ties),
+        ALONE,
     )
     assert metrics["MRR"] == pytest.approx(1 / rank)
 
@@ -83,22 +96,51 @@ def test_the_tie_rule_is_the_configured_one(ties: str, rank: int) -> None:
 def test_means_are_over_users_and_not_over_batches() -> None:
     first, second = batch([1], [[]]), batch([3, 3, 3], [[], [], []])
     score = lambda b: torch.tensor([[NO, 3.0, 2.0, 1.0]]).repeat(len(b.target_ids), 1)  # noqa: E731
-    metrics = evaluate(score, [first, second], config(), ALONE)
+    metrics = evaluate(ByScores(score, 3), [first, second], config(), ALONE)
     assert metrics["HR@1"] == pytest.approx(1 / 4)
     assert metrics["MRR"] == pytest.approx((1 + 3 / 3) / 4)
 
 
 def test_batches_that_only_fill_give_zeros() -> None:
     metrics = evaluate(
-        lambda b: torch.zeros(len(b.target_ids), 4), [batch([0], [[]])], config(), ALONE
+        ByScores(lambda b: torch.zeros(len(b.target_ids), 4), 3),
+        [batch([0], [[]])],
+        config(),
+        ALONE,
     )
     assert set(metrics.values()) == {0.0}
-    assert list(metrics) == ["HR@1", "NDCG@1", "HR@10", "NDCG@10", "MRR"]
+    assert list(metrics) == metric_names((1, 10))
 
 
-def test_a_model_that_diverged_is_no_result() -> None:
-    with pytest.raises(ValueError, match="diverged"):
-        evaluate(lambda _: SCORES * math.nan, [BATCH], config(), ALONE)
+@pytest.mark.parametrize("value", [math.nan, NO, math.inf])
+def test_scores_that_have_no_rank_raise(value: float) -> None:
+    """A NaN compares false with everything, so an unchecked baseline would rank first."""
+    scores = SCORES.clone()
+    scores[0, 4] = value  # user 0's target
+    with pytest.raises(ValueError, match="scores hold NaN, or a target without"):
+        evaluate(ByScores(lambda _: scores, 5), [BATCH], config(), ALONE)
+
+
+def test_few_scores_are_held_at_a_time_and_ranks_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draws, held = torch.Generator().manual_seed(0), []
+    seen = [torch.randint(1, 10, (n % 4,), generator=draws).tolist() for n in range(23)]
+    users = batch(torch.randint(0, 10, (23,), generator=draws).tolist(), seen)
+    users = users._replace(item_ids=torch.arange(23)[:, None], numbers=torch.arange(23))
+    scores = torch.randint(4, (23, 10), generator=draws).float()
+    scores[:, 0] = NO
+
+    def score(b: RankingBatch) -> Tensor:
+        held.append(len(b.target_ids))
+        return scores[b.item_ids[:, 0]]
+
+    whole = rank_users(ByScores(score, 9), [users], config(), ALONE).ranks
+    monkeypatch.setattr(placing, "HELD_SCORES", 30)
+    parts = rank_users(ByScores(score, 9), [users], config(), ALONE).ranks
+    assert held == [23, *[3] * 7, 2]
+    assert torch.equal(whole, parts)
+    assert whole.unique().numel() > 3
 
 
 def test_an_oracle_over_real_data_is_perfect_at_any_batch_size(tmp_path: Path) -> None:
@@ -134,8 +176,8 @@ def test_an_oracle_over_real_data_is_perfect_at_any_batch_size(tmp_path: Path) -
         def stream(size: int = size) -> RankingStream:
             return RankingStream(tmp_path / "data", "test", max_len=3, batch_size=size)
 
-        assert set(evaluate(oracle, stream(), config(), ALONE).values()) == {1.0}
-        results.append(evaluate(by_id, stream(), config(), ALONE))
-    assert results[0] == pytest.approx(results[1])
-    assert results[0] == pytest.approx(results[2])
+        perfect = evaluate(ByScores(oracle, manifest.num_items), stream(), config(), ALONE)
+        assert {perfect[name] for name in ("HR@1", "NDCG@1", "NDCG@10", "MRR")} == {1.0}
+        results.append(evaluate(ByScores(by_id, manifest.num_items), stream(), config(), ALONE))
+    assert results[0] == results[1] == results[2]
     assert 0 < results[0]["MRR"] < 1

@@ -18,6 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "errors": 0,
     "backbones": 1,
+    "baselines": 0,
     "selectors": 0,
     "optimizers": 0,
     "losses": 0,
@@ -28,6 +29,7 @@ LAYERS = {
     "invocation": 0,
     "numerics": 0,
     "progress": 0,
+    "statistics": 0,
     "schema": 1,
     "config": 1,
     "repairs": 1,
@@ -130,7 +132,8 @@ ROOMS_WITHIN: dict[str, dict[str, set[str]]] = {
     },
     "training": {
         "evaluating": set(),
-        "reporting": {"evaluating"},
+        "comparing": {"evaluating"},
+        "reporting": {"evaluating", "comparing"},
         "using": {"evaluating", "reporting"},
         "running": {"evaluating", "reporting", "using"},
     },

@@ -237,6 +237,24 @@ def test_gpus_that_torch_does_not_see_are_not_left_idle_unsaid(
     assert not sees_gpus(), "hidden on purpose"
 
 
+def test_the_cpu_that_was_asked_for_is_used_where_there_are_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert sees_gpus()
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert not sees_gpus()
+    asking = [
+        str(path.relative_to(REPOSITORY))
+        for path in sorted((REPOSITORY / "mltfr_dist").rglob("*.py"))
+        if "cuda.is_available" in path.read_text()
+    ]
+    assert asking == ["mltfr_dist/distributed/devices.py"], (
+        "who asks torch overlooks DS_ACCELERATOR"
+    )
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

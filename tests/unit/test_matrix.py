@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from support import REPOSITORY, tiny_config
@@ -17,6 +21,7 @@ from mltfr_dist.distributed.meeting import SINGLE_PROCESS
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.training.evaluating.compare import baseline_result
+from mltfr_dist.training.evaluating.user_ranks import KEY
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.reporting.matrix import (
     append_row,
@@ -72,12 +77,61 @@ def test_differences_are_paired_by_seed(tmp_path: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     to_bare, to_random = shown.split("difference to bare")[1].split("difference to random_tables")
     line = next(part for part in to_bare.splitlines() if part.startswith("repaired"))
-    assert line.split() == ["repaired", "3", "+0.0110", "+-", "0.0025", "differs"]
+    # By hand: deviation 0.001, half width 4.3027 * 0.001 / sqrt(3), detectable 3.264 deviations.
+    numbers = ["repaired", "3", "+0.0110", "[+0.0085,", "+0.0135]", "0.0027", "0.0033", "3"]
+    assert line.split() == [*numbers, "differs"]
     assert next(p for p in to_bare.splitlines() if p.startswith("random_tables")).endswith(
-        "+- ?  too few seeds"
+        "too few seeds"
     )
     assert "repaired" in to_random
     assert "0.5000 +- 0.9937" in shown  # the unpaired spread of bare
+
+
+def with_ranks(folder: Path, variant: str, seed: int, ranks: list[float], **rules: str) -> str:
+    """A file of ranks, as seen from ``folder``."""
+    about = {
+        "model_sha256": f"{variant}",
+        "seed": seed,
+        "protocol": {"data": "0", "ties": "mean"} | rules,
+    }
+    table = pa.table(
+        {
+            "user": [f"u{n}" for n in range(len(ranks))],
+            "target": ["i"] * len(ranks),
+            "rank": ranks,
+        }
+    ).replace_schema_metadata({KEY: json.dumps(about).encode()})
+    pq.write_table(table, folder / f"{variant}-{seed}.parquet")
+    return f"{variant}-{seed}.parquet"
+
+
+def test_ranks_of_users_widen_and_narrow_the_intervals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two seeds of equal difference seem certain; their users know better."""
+    path, random = tmp_path / "m.parquet", np.random.default_rng(0)
+    users = {name: random.integers(1, 30, 60).tolist() for name in ("bare", "repaired")}
+    for seed in (0, 1):
+        for name, ranks in users.items():
+            value = 0.1 + 0.01 * (name == "repaired")
+            named = {"ranks": with_ranks(tmp_path, name, seed, ranks)}
+            append_row(path, row(name, seed, value) | named)
+    assert mltfr(["report", str(path), "--margin", "0.9"]) == 0
+    shown = capsys.readouterr().out
+    assert "difference to bare, paired by seed, over users and seeds" in shown
+    line = next(part for part in shown.split("over users")[1].splitlines() if "equivalent" in part)
+    assert line.startswith("repaired      2")
+    low, high = (float(part.strip("[],")) for part in line.split()[3:5])
+    assert low < 0 < high
+    with_ranks(tmp_path, "repaired", 1, users["bare"], ties="optimistic")
+    assert mltfr(["report", str(path)]) == 2
+    assert "differ in ties (mean there, optimistic here)" in capsys.readouterr().err
+    with_ranks(tmp_path, "repaired", 1, users["bare"][:-1])
+    assert mltfr(["report", str(path)]) == 2
+    assert "hold different users: 1 users only in" in capsys.readouterr().err
+    (tmp_path / "repaired-1.parquet").unlink()
+    assert mltfr(["report", str(path)]) == 2
+    assert "repaired-1.parquet is not there, though the matrix names it" in capsys.readouterr().err
 
 
 def test_several_matrices_are_taken_together_and_a_run_counts_once(
@@ -286,6 +340,7 @@ def test_a_matrix_is_run_row_by_row_and_goes_on(
         ("random_tables", 1),
     ]
     assert rows[:4] == first
+    assert all((tmp_path / r["ranks"]).exists() for r in rows)
     for r in rows:
         trained = r["backbone"] != "none"
         assert (r["parameters"] > 0) == trained

@@ -13,6 +13,7 @@ from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.training.evaluating.baselines import training_sequences
 from mltfr_dist.training.evaluating.evaluate import ALL, evaluate, evaluate_slices
+from mltfr_dist.training.evaluating.placing import ByScores
 from mltfr_dist.training.evaluating.slices import Slices, training_slices
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.streams import ranking_stream
@@ -47,12 +48,14 @@ def test_metrics_by_hand() -> None:
     batch = RankingBatch(torch.ones(3, 1).long(), torch.tensor([1, 2, 3]), none, none)
     member = torch.tensor([[True, False], [True, False], [False, True]])
     config = EvaluationConfig(cutoffs=(1, 10))
-    found = evaluate_slices(lambda _: scores, [batch], config, ALONE, ("a", "b"), lambda _: member)
+    found = evaluate_slices(
+        ByScores(lambda _: scores, 3), [batch], config, ALONE, ("a", "b"), lambda _: member
+    )
     assert found["a"]["HR@1"] == 1 / 2
     assert found["a"]["MRR"] == pytest.approx(3 / 4)
     assert found["b"]["MRR"] == pytest.approx(1 / 3)
     assert (found["a"]["users"], found["b"]["users"]) == (2, 1)
-    assert found[ALL] == evaluate(lambda _: scores, [batch], config, ALONE)
+    assert found[ALL] == evaluate(ByScores(lambda _: scores, 3), [batch], config, ALONE)
 
 
 def test_slices_of_real_data_partition_the_users_and_thirds_are_by_training_count(
@@ -78,11 +81,23 @@ def test_slices_of_real_data_partition_the_users_and_thirds_are_by_training_coun
     for rank in range(2):  # sums over ranks are sums over users
         stream = ranking_stream(config, "test", Ranks(rank, 2, torch.device("cpu")))
         parts.append(
-            evaluate_slices(by_id, stream, config.evaluation, ALONE, Slices.NAMES, slices.members)
+            evaluate_slices(
+                ByScores(by_id, manifest.num_items),
+                stream,
+                config.evaluation,
+                ALONE,
+                Slices.NAMES,
+                slices.members,
+            )
         )
     whole_stream = ranking_stream(config, "test", ALONE)
     whole = evaluate_slices(
-        by_id, whole_stream, config.evaluation, ALONE, Slices.NAMES, slices.members
+        ByScores(by_id, manifest.num_items),
+        whole_stream,
+        config.evaluation,
+        ALONE,
+        Slices.NAMES,
+        slices.members,
     )
     users = manifest.splits["test"].num_sequences
     for group in (Slices.NAMES[:3], Slices.NAMES[3:]):

@@ -53,8 +53,11 @@ class RankingStream:
         rounds = -(-batches // self.world_size)
         first = self.rank * rounds
         given = max(0, min(rounds, batches - first))
+        start = first * self.batch_size
         for sequences in self._batches(first, first + given):
-            yield ranking_batch(sequences, self.max_len)
+            numbers = torch.arange(start, start + len(sequences))
+            yield ranking_batch(sequences, self.max_len)._replace(numbers=numbers)
+            start += len(sequences)
         for _ in range(rounds - given):
             empty = torch.zeros(0, dtype=torch.int64)
             yield RankingBatch(

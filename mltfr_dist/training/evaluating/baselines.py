@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
 
-from mltfr_dist.data.batch import RankingBatch
+from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.data.shards.packed import PackedSequences
 from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.data.shards.short_parts import one_item_parts
 from mltfr_dist.distributed.watchdog import heartbeat
-from mltfr_dist.training.evaluating.evaluate import Scorer
+from mltfr_dist.training.evaluating.placing import Scorer
 
 _PAIRS_AT_ONCE = 2_000_000
 """Pairs of items that are compared at a time: about 60 MB."""
@@ -39,13 +40,55 @@ def training_sequences(folder: Path, manifest: Manifest) -> PackedSequences:
     )
 
 
-def popularity(train: PackedSequences, num_items: int) -> Scorer:
+RECENT = 5
+"""Items at the end of a training sequence that are recent: prepared data holds no times."""
+
+Through = Callable[[Sequence[Any]], Iterable[Any]]
+"""Work in parts, which may end between two of them."""
+
+
+def popularity(train: PackedSequences, num_items: int, *, through: Through = iter) -> Scorer:
     """Every user gets the items that occur most often in training."""
-    counts = torch.from_numpy(np.bincount(train.items, minlength=num_items + 1).astype(np.float32))
+    return _same_for_all(np.bincount(train.items, minlength=num_items + 1))
+
+
+def recent_popularity(train: PackedSequences, num_items: int, *, through: Through = iter) -> Scorer:
+    """Every user gets the items that occur most often among the last :data:`RECENT` of a sequence."""
+    from_end = np.repeat(train.offsets[1:], train.lengths) - np.arange(len(train.items))
+    return _same_for_all(np.bincount(train.items[from_end <= RECENT], minlength=num_items + 1))
+
+
+def _same_for_all(of_items: np.ndarray) -> Scorer:
+    counts = torch.from_numpy(of_items.astype(np.float32))
     counts[0] = -torch.inf
 
     def score(batch: RankingBatch) -> Tensor:
         return counts.to(batch.item_ids.device).expand(len(batch.target_ids), -1).clone()
+
+    return score
+
+
+def markov_chain(train: PackedSequences, num_items: int, *, through: Through = iter) -> Scorer:
+    """How often each item follows the last one of the history in training; of equal ones the popular.
+
+    A chain of the first order (Rendle et al. 2010, without factors). Popularity is added as a share,
+    which is below 1 and so only orders what follows equally often.
+    """
+    starts = np.zeros(len(train.items) + 1, bool)
+    starts[train.offsets] = True
+    follows = np.flatnonzero(~starts[:-1])  # places that have one before them
+    counts = sparse.csr_matrix(
+        (np.ones(len(follows)), (train.items[follows - 1], train.items[follows])),
+        shape=(num_items + 1, num_items + 1),
+    )
+    share = np.bincount(train.items, minlength=num_items + 1) / (len(train.items) + 1)
+
+    def score(batch: RankingBatch) -> Tensor:
+        last = (batch.item_ids != PADDING_IDX).sum(1) - 1
+        items = batch.item_ids.gather(1, last.clamp(min=0)[:, None])[:, 0].cpu().numpy()
+        scores = torch.from_numpy(counts[items].toarray() + share).to(batch.item_ids.device)
+        scores[:, 0] = -torch.inf
+        return scores
 
     return score
 
@@ -56,7 +99,7 @@ def item_knn(
     *,
     num_neighbours: int = 100,
     shrinkage: float = 10.0,
-    through: Callable[[Sequence[tuple[int, int]]], Iterable[tuple[int, int]]] = iter,
+    through: Through = iter,
 ) -> Scorer:
     """Item-based nearest neighbours (Sarwar et al. 2001): sum of similarities to the items of the history.
 

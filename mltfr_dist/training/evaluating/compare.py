@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
+from mltfr_dist.baselines import BASELINES
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.training.evaluating import baselines
-from mltfr_dist.training.evaluating.evaluate import ALL, Scorer, evaluate, evaluate_slices
+from mltfr_dist.registry import load
+from mltfr_dist.training.evaluating.baselines import training_sequences
+from mltfr_dist.training.evaluating.evaluate import ALL, Keep, evaluate, evaluate_slices
+from mltfr_dist.training.evaluating.placing import ByScores, Placer
 from mltfr_dist.training.evaluating.slices import training_slices
+from mltfr_dist.training.evaluating.user_ranks import UserRanks
 from mltfr_dist.training.run_folder import Result
 from mltfr_dist.training.streams import ranking_stream
+
+PACKAGE = "mltfr_dist.training.evaluating"
 
 
 def ranked(config: RunConfig, split: str, ranks: Ranks, by: str = "") -> UntilStopped[RankingBatch]:
@@ -22,26 +29,38 @@ def ranked(config: RunConfig, split: str, ranks: Ranks, by: str = "") -> UntilSt
     return UntilStopped(ranking_stream(config, split, ranks), ranks, doing)
 
 
-BASELINES = ("popularity", "item_knn")
-
-
 def baseline_result(
-    name: str, config: RunConfig, manifest: Manifest, ranks: Ranks, *, read_test: bool
+    name: str,
+    config: RunConfig,
+    manifest: Manifest,
+    ranks: Ranks,
+    *,
+    read_test: bool,
+    ranks_file: Path | None = None,
 ) -> Result:
-    """Fit one of :data:`BASELINES` and rank with it; all ranks must call."""
+    """Fit one of ``BASELINES`` and rank with it; all ranks must call.
+
+    Args:
+        name: The baseline.
+        config: The run.
+        manifest: Its prepared data.
+        ranks: All processes.
+        read_test: Whether the test split is read.
+        ranks_file: Where the ranks of users are written, if anywhere.
+    """
     started = time.monotonic()
-    train = baselines.training_sequences(config.data.path, manifest)
-    if name == "item_knn":
-        scorer = baselines.item_knn(
-            train,
-            manifest.num_items,
-            through=lambda blocks: UntilStopped(blocks, ranks, "fitting item_knn"),
-        )
-    else:
-        scorer = baselines.popularity(train, manifest.num_items)
+    train = training_sequences(config.data.path, manifest)
+    fit = load(BASELINES[name].path, PACKAGE)
+    scorer = fit(
+        train,
+        manifest.num_items,
+        through=lambda parts: UntilStopped(parts, ranks, f"fitting {name}"),
+    )
+    place = ByScores(scorer, manifest.num_items)
     seconds = time.monotonic() - started
-    valid = evaluate(scorer, ranked(config, "valid", ranks, name), config.evaluation, ranks)
-    by_slice = metrics_by_slice(scorer, config, manifest, ranks, name) if read_test else {}
+    valid, by_slice = final_metrics(
+        place, config, manifest, ranks, read_test, ranks_file, baseline=name
+    )
     return Result(
         name=name,
         valid=valid,
@@ -52,10 +71,50 @@ def baseline_result(
     )
 
 
+def final_metrics(
+    place: Placer,
+    config: RunConfig,
+    manifest: Manifest,
+    ranks: Ranks,
+    read_test: bool,
+    ranks_file: Path | None,
+    baseline: str = "",
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Rank the validation split and, where it is read, the test split; all must call.
+
+    Args:
+        place: The chosen model, or a baseline.
+        config: The run.
+        manifest: Its prepared data.
+        ranks: All processes.
+        read_test: Whether the test split is read.
+        ranks_file: Where the ranks of users are written, if anywhere.
+        baseline: The baseline's name, where it is one.
+
+    Returns:
+        Metrics of the validation split, and :func:`metrics_by_slice`.
+    """
+    users, stream = UserRanks(), ranked(config, "valid", ranks, baseline)
+    valid = evaluate(place, stream, config.evaluation, ranks, users.of("valid"))
+    by_slice = {}
+    if read_test:
+        by_slice = metrics_by_slice(place, config, manifest, ranks, baseline, users.of("test"))
+    if ranks_file:
+        users.write(ranks_file, config, manifest, ranks, baseline=baseline)
+    return valid, by_slice
+
+
 def metrics_by_slice(
-    score: Scorer, config: RunConfig, manifest: Manifest, ranks: Ranks, by: str = ""
+    place: Placer,
+    config: RunConfig,
+    manifest: Manifest,
+    ranks: Ranks,
+    by: str = "",
+    keep: Keep | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of the test split, of all its users and by slice."""
+    """Metrics of the test split, of all its users and by slice; ``keep`` takes the ranks."""
     slices = training_slices(config, manifest)
     stream = ranked(config, "test", ranks, by)
-    return evaluate_slices(score, stream, config.evaluation, ranks, slices.NAMES, slices.members)
+    return evaluate_slices(
+        place, stream, config.evaluation, ranks, slices.NAMES, slices.members, keep
+    )

@@ -1,107 +1,127 @@
 """Exact full-ranking evaluation over all ranks.
 
 Every item is a candidate, except (``filter_seen``) those of the user's own full history; the target always is one.
+Shapes: B users of a batch, U users of a split, S slices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mltfr_dist.config import EvaluationConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.watchdog import heartbeat
-from mltfr_dist.metrics import metric_names, metric_sums, target_ranks
+from mltfr_dist.metrics import metric_sums, target_ranks
+from mltfr_dist.training.evaluating.placing import Placer, excluded
 
 ALL = "all"
 Members = Callable[[RankingBatch], Tensor]
 """A ranking batch -> [B, S] bool, which users belong to which of S slices."""
-Scorer = Callable[[RankingBatch], Tensor]
-"""A ranking batch -> scores [B, num_items + 1], column = item id."""
+Keep = Callable[[Tensor], object]
+"""Takes the ranks [U] of all users of a split, in its order, on every rank."""
 
 
-def evaluate(
-    score: Scorer, stream: Iterable[RankingBatch], config: EvaluationConfig, ranks: Ranks
-) -> dict[str, float]:
-    """Rank every user's target among all candidates.
+class Ranked(NamedTuple):
+    """Where each user's target stands: all that metrics are made of, the same on every rank."""
 
-    Args:
-        score: The model, or a baseline.
-        stream: This rank's users; the ranks' streams together hold every user once.
-        config: Cutoffs and the rules for ties and seen items.
-        ranks: All processes; every one must call.
+    ranks: Tensor
+    """[U] float64 in the order of the split; 1 is the best, half-integral where ties count as their middle."""
+    members: Tensor
+    """[U, S] bool, which users belong to which slices."""
 
-    Returns:
-        Metric name to mean over users, the same on every rank.
-    """
-    return evaluate_slices(score, stream, config, ranks, (), None)[ALL]
+    def metrics(self, cutoffs: Sequence[int], slice_number: int | None = None) -> dict[str, float]:
+        """Metric name to mean over users (of one slice, where asked for); 0 where there is none."""
+        ranks = self.ranks if slice_number is None else self.ranks[self.members[:, slice_number]]
+        return {name: v / max(1, len(ranks)) for name, v in metric_sums(ranks, cutoffs).items()}
 
 
 @torch.no_grad()
+def rank_users(
+    place: Placer,
+    stream: Iterable[RankingBatch],
+    config: EvaluationConfig,
+    ranks: Ranks,
+    members: Members | None = None,
+) -> Ranked:
+    """Rank every user's target among all candidates; all ranks must call.
+
+    Args:
+        place: The model, or a baseline.
+        stream: This rank's users; the ranks' streams together hold every user once.
+        config: The rules for ties and seen items.
+        ranks: All processes.
+        members: Says who belongs to which slice; None: there are none.
+
+    Returns:
+        All users of all ranks. Neither batches nor the number of ranks change their order or ranks
+        (but for what they change of hidden states, in the last bits).
+    """
+    numbers, found, groups = [], [], []
+    for batch in stream:
+        heartbeat()
+        batch = batch.to(ranks.device)
+        places = place(batch, excluded(batch, filter_seen=config.filter_seen))
+        present = batch.target_ids != PADDING_IDX
+        as_they_come = torch.zeros_like(batch.target_ids)
+        numbers.append((as_they_come if batch.numbers is None else batch.numbers)[present])
+        found.append(target_ranks(places.better, places.equal, config.ties)[present])
+        nothing = present.new_zeros(len(present), 0)
+        groups.append((nothing if members is None else members(batch))[present])
+    everyone, user_ranks, of_slices = (
+        _of_all_ranks(torch.cat(parts), ranks) for parts in (numbers, found, groups)
+    )
+    order = everyone.argsort(stable=True)
+    return Ranked(user_ranks[order], of_slices[order].bool())
+
+
+def evaluate(
+    place: Placer,
+    stream: Iterable[RankingBatch],
+    config: EvaluationConfig,
+    ranks: Ranks,
+    keep: Keep | None = None,
+) -> dict[str, float]:
+    """:func:`rank_users`, as metrics: name to mean over users; ``keep`` takes the ranks."""
+    found = rank_users(place, stream, config, ranks)
+    if keep is not None:
+        keep(found.ranks)
+    return found.metrics(config.cutoffs)
+
+
 def evaluate_slices(
-    score: Scorer,
+    place: Placer,
     stream: Iterable[RankingBatch],
     config: EvaluationConfig,
     ranks: Ranks,
     slice_names: Sequence[str],
-    members: Members | None,
+    members: Members,
+    keep: Keep | None = None,
 ) -> dict[str, dict[str, float]]:
     """:func:`evaluate`, for all users and for slices of them, in one pass.
 
     Returns:
         "all" and each slice's name to its metrics; a slice's also hold ``users``, their number.
     """
-    names = metric_names(config.cutoffs)
-    totals = torch.zeros(1 + len(slice_names), len(names) + 1, dtype=torch.float64)
-    for batch in stream:
-        heartbeat()
-        batch = batch.to(ranks.device)
-        scores = mask_seen(score(batch), batch) if config.filter_seen else score(batch)
-        present = batch.target_ids != PADDING_IDX
-        target_rank = target_ranks(scores[present], batch.target_ids[present], config.ties)
-        groups = [torch.ones_like(target_rank, dtype=torch.bool)]
-        groups += [] if members is None else list(members(batch)[present].unbind(1))
-        for row, group in zip(totals, groups, strict=True):
-            sums = metric_sums(target_rank[group], config.cutoffs)
-            row += torch.tensor([*sums.values(), float(group.sum())], dtype=torch.float64)
-    totals = ranks.sum(totals).cpu()
-    found = {}
-    for slice_name, row in zip((ALL, *slice_names), totals, strict=True):
-        found[slice_name] = {
-            name: float(total / row[-1].clamp(min=1))
-            for name, total in zip(names, row[:-1], strict=True)
-        }
-        if slice_name != ALL:
-            found[slice_name]["users"] = float(row[-1])
-    return found
+    found = rank_users(place, stream, config, ranks, members)
+    if keep is not None:
+        keep(found.ranks)
+    metrics = {ALL: found.metrics(config.cutoffs)}
+    for number, name in enumerate(slice_names):
+        size = float(found.members[:, number].sum())
+        metrics[name] = found.metrics(config.cutoffs, number) | {"users": size}
+    return metrics
 
 
-class MeanLoss:
-    """A model as a scorer that also sums its loss: the cross-entropy of each target over all items."""
-
-    def __init__(self, score: Scorer, ranks: Ranks) -> None:
-        self._score, self._ranks = score, ranks
-        self._sum = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-
-    def __call__(self, batch: RankingBatch) -> Tensor:
-        """The model's scores, unchanged."""
-        scores = self._score(batch)
-        present = batch.target_ids != PADDING_IDX
-        losses = scores.logsumexp(1) - scores.gather(1, batch.target_ids[:, None])[:, 0]
-        self._sum += torch.stack([losses[present].double().sum(), present.sum().double()])
-        return scores
-
-    def mean(self) -> float:
-        """Mean over the users of all ranks, in nats; every rank must call."""
-        total, users = self._ranks.sum(self._sum).tolist()
-        return float(total / max(1.0, users))
-
-
-def mask_seen(scores: Tensor, batch: RankingBatch) -> Tensor:
-    """Scores with seen items at -inf, the target's own score kept."""
-    target_scores = scores.gather(1, batch.target_ids[:, None])
-    scores = scores.index_put((batch.seen_rows, batch.seen_items), scores.new_tensor(-torch.inf))
-    return scores.scatter(1, batch.target_ids[:, None], target_scores)
+def _of_all_ranks(own: Tensor, ranks: Ranks) -> Tensor:
+    """[n, ...] of each rank, of different n -> all of them, on the CPU of every rank."""
+    own = own.to(torch.uint8) if own.dtype == torch.bool else own
+    sizes = ranks.gather(torch.tensor([len(own)])).flatten().tolist()
+    padding = [0, 0] * (own.dim() - 1) + [0, max(sizes) - len(own)]
+    gathered = ranks.gather(F.pad(own, padding)).cpu()
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])

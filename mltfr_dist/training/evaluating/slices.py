@@ -14,6 +14,7 @@ from torch import Tensor
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.data.shards.manifest import Manifest
+from mltfr_dist.data.shards.packed import IntArray
 from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.data.shards.short_parts import one_item_parts
 
@@ -58,7 +59,23 @@ class Slices:
 
 
 def training_slices(config: RunConfig, manifest: Manifest) -> Slices:
-    """Slices by what the training split holds; one pass over its shards, one shard in memory at a time."""
+    """Slices by what the training split holds."""
+    counts, lengths = training_counts(config, manifest)
+    order = np.argsort(counts[1:], kind="stable")
+    third = np.zeros(len(counts), np.int64)
+    third[order + 1] = np.arange(manifest.num_items) * 3 // max(1, manifest.num_items)
+    short, long = (int(v) for v in np.quantile(lengths, (1 / 3, 2 / 3), method="higher"))
+    return Slices(torch.from_numpy(third), short, max(long, short + 1))
+
+
+def training_counts(config: RunConfig, manifest: Manifest) -> tuple[IntArray, IntArray]:
+    """How often each item occurs in training, and the length of each stored training sequence.
+
+    One pass over the shards, one shard in memory at a time.
+
+    Returns:
+        [num_items + 1] counts, and [sequences] lengths.
+    """
     counts = np.zeros(manifest.num_items + 1, np.int64)
     lengths = [np.zeros(0, np.int64)]
     for info in manifest.splits["train"].shards:
@@ -67,10 +84,4 @@ def training_slices(config: RunConfig, manifest: Manifest) -> Slices:
         lengths.append(sequences.lengths)
     parts = one_item_parts(config.data.path, manifest, counts)
     counts += np.bincount(parts, minlength=len(counts))
-    order = np.argsort(counts[1:], kind="stable")
-    third = np.zeros(len(counts), np.int64)
-    third[order + 1] = np.arange(manifest.num_items) * 3 // max(1, manifest.num_items)
-    short, long = (
-        int(v) for v in np.quantile(np.concatenate(lengths), (1 / 3, 2 / 3), method="higher")
-    )
-    return Slices(torch.from_numpy(third), short, max(long, short + 1))
+    return counts, np.concatenate(lengths)

@@ -2,7 +2,8 @@
 
 Baselines without a training loop have a row for each data set, with ``backbone`` "none" and seed 0.
 
-Columns: dataset, backbone, variant, seed, config_sha256, commit, stage, epoch, epochs, seconds, parameters, the gate's
+Columns: dataset, backbone, variant, seed, config_sha256, commit, ranks (the file of its users' ranks, as seen from the
+matrix's folder; None in rows of before), stage, epoch, epochs, seconds, parameters, the gate's
 ``gate/entropy``, ``gate/largest_weight`` and ``gate/largest_top_share``, and each metric as ``valid/NDCG@10``,
 ``test/NDCG@10``, ``test/item_rare/NDCG@10``.
 """
@@ -20,19 +21,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import stats
 
+from mltfr_dist.baselines import BASELINES
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.files import replacing
-from mltfr_dist.training.evaluating.compare import BASELINES
+from mltfr_dist.training.comparing.compare import Options
+from mltfr_dist.training.comparing.load import MATRIX_COLUMN
+from mltfr_dist.training.comparing.text import aligned
+from mltfr_dist.training.reporting.matrix_differences import COMPARED, Row, differences, table
 from mltfr_dist.training.run_folder import Result
 
 NO_BACKBONE = "none"
 KEY = ("dataset", "backbone", "variant", "seed")
+USUAL = ("popularity", "item_knn")
+"""Baselines that a matrix has unless others are asked for."""
 REFERENCES = ("bare", "random_tables")
 SHOWN = ("valid/NDCG@10", "test/NDCG@10", "test/HR@10")
-COMPARED = "test/NDCG@10"
 GATE = ("entropy", "largest_weight", "largest_top_share")
-Row = dict[str, Any]
 
 
 def config_sha256(config: RunConfig) -> str:
@@ -56,13 +61,16 @@ def key_and_hash(variant: str, config: RunConfig) -> tuple[tuple[str, str, str, 
     return key, config_sha256(config)
 
 
-def make_row(variant: str, config: RunConfig, result: Result, commit: str) -> Row:
-    """One run's row, or a baseline's."""
+def make_row(
+    variant: str, config: RunConfig, result: Result, commit: str, ranks: str | None = None
+) -> Row:
+    """One run's row, or a baseline's; ``ranks`` is its file of ranks, as seen from the matrix."""
     key, digest = key_and_hash(variant, config)
     row: Row = {
         **dict(zip(KEY, key, strict=True)),
         "config_sha256": digest,
         "commit": commit,
+        MATRIX_COLUMN: ranks,
         **{
             name: getattr(result, name)
             for name in ("stage", "epoch", "epochs", "seconds", "parameters")
@@ -140,15 +148,18 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
-def summary(paths: Sequence[str | Path]) -> str:
+def summary(paths: Sequence[str | Path], options: Options | None = None) -> str:
     """Mean and interval over seeds per variant, differences paired by seed, and means by slice of users.
 
     Args:
         paths: Matrices, taken together.
+        options: Margin of equivalence, and the difference that seeds are counted for.
 
     Raises:
-        DataError: No matrix there, an empty one, or a run that stands in two of them.
+        DataError: No matrix there, an empty one, a run that stands in two of them, or runs of one
+            data set that were ranked by other rules or have other users.
     """
+    options = options or Options()
     rows: list[Row] = []
     for path in map(Path, paths):
         found = read_rows(path)
@@ -157,7 +168,7 @@ def summary(paths: Sequence[str | Path]) -> str:
                 f"{path} does not exist or holds no row.",
                 remedy="Fill it with benchmarks/quality.py.",
             )
-        rows += found
+        rows += [located(row, path.parent) for row in found]
     rows = once(rows)
     lines: list[str] = []
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
@@ -166,8 +177,27 @@ def summary(paths: Sequence[str | Path]) -> str:
         backbones = dict.fromkeys(r["backbone"] for r in of_data if r["backbone"] != NO_BACKBONE)
         for backbone in backbones or (NO_BACKBONE,):
             runs = [row for row in of_data if row["backbone"] == backbone != NO_BACKBONE]
-            lines += group_lines(f"{dataset}, {backbone}", simple, runs)
-    return "\n".join(lines).rstrip()
+            lines += group_lines(f"{dataset}, {backbone}", simple, runs, options)
+    return "\n".join([*lines, *how(options)])
+
+
+def how(options: Options) -> list[str]:
+    """What the numbers of the differences are."""
+    of = "the observed difference" if options.difference is None else f"{options.difference:g}"
+    return [
+        "Intervals over users and seeds are bootstrap intervals of the users' ranks, "
+        f"{options.resamples:,} resamples, seed {options.seed}; those over seeds alone are t-intervals.",
+        "p: of the paired randomisation test over users, or of the t-test over seeds; Holm over the "
+        "lines of a table. A difference is shown where p is below 0.05 and the interval leaves zero out.",
+        "Detectable: the smallest true difference that this design finds with 80% power. Seeds "
+        f"needed: to find {of} so; `more users` where no number of seeds does.",
+    ]
+
+
+def located(row: Row, folder: Path) -> Row:
+    """A row whose file of ranks is named as seen from here."""
+    named = row.get(MATRIX_COLUMN)
+    return row | {MATRIX_COLUMN: str(folder / named)} if named else row
 
 
 def once(rows: Sequence[Row]) -> list[Row]:
@@ -190,26 +220,28 @@ def once(rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def group_lines(title: str, baselines: Sequence[Row], runs: Sequence[Row]) -> list[str]:
+def group_lines(
+    title: str, baselines: Sequence[Row], runs: Sequence[Row], options: Options
+) -> list[str]:
     """What is said of one data set and backbone: the baselines' rows first, then the runs'."""
     here = [*baselines, *runs]
     lines = [f"{title}: mean +- 95% t-interval over seeds", "", *aligned(means(here)), ""]
-    missing = [name for name in BASELINES if name not in {row["variant"] for row in baselines}]
+    missing = [name for name in USUAL if name not in {row["variant"] for row in baselines}]
     if missing:
         what = " and ".join(missing)
         lines += [f"{what} are missing: benchmarks/quality.py, started again, adds their rows.", ""]
     for reference in REFERENCES:
-        table = differences(runs, reference)
-        if len(table) > 1:
-            title = f"{COMPARED}, difference to {reference}, paired by seed"
-            lines += [title, "", *aligned(table), ""]
-    table = slice_means(here)
-    if len(table[0]) > 1:
+        over, found = differences(runs, reference, options)
+        if found:
+            title = f"{COMPARED}, difference to {reference}, paired by seed, over {over}"
+            lines += [title, "", *aligned(table(found, options)), ""]
+    by_slice = slice_means(here)
+    if len(by_slice[0]) > 1:
         title = (
             "NDCG@10 by slice of the test users: "
             "thirds by the target's popularity and by length of history"
         )
-        lines += [title, "", *aligned(table), ""]
+        lines += [title, "", *aligned(by_slice), ""]
     return lines
 
 
@@ -253,39 +285,6 @@ def means(rows: Sequence[Row]) -> list[list[str]]:
     return table
 
 
-def differences(rows: Sequence[Row], reference: str) -> list[list[str]]:
-    """A table with a line for each other variant that shares a seed with ``reference``."""
-    values = {(row["variant"], row["seed"]): row[COMPARED] for row in rows}
-    table = [["variant", "seeds", "difference", "verdict"]]
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        paired = [
-            v - values[reference, s]
-            for (name, s), v in values.items()
-            if name == variant and (reference, s) in values
-        ]
-        if variant == reference or not paired:
-            continue
-        mean, half = interval(paired)
-        verdict = (
-            "too few seeds"
-            if math.isnan(half)
-            else "differs"
-            if abs(mean) > half
-            else "no difference shown"
-        )
-        table.append([variant, str(len(paired)), shown(mean, half, sign="+"), verdict])
-    return table
-
-
 def shown(mean: float, half: float, sign: str = "") -> str:
     """`0.1234 +- 0.0056`."""
     return f"{mean:{sign}.4f} +- " + ("?" if math.isnan(half) else f"{half:.4f}")
-
-
-def aligned(table: list[list[str]]) -> list[str]:
-    """Rows of cells as lines of columns, the first flush left."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-        for row in table
-    ]

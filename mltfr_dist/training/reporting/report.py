@@ -1,10 +1,9 @@
-"""`report.md` and what the screen shows at the end."""
+"""`report.md`, the run's model card (with card.py), and what the screen shows at the end."""
 
 from __future__ import annotations
 
 import math
 import platform
-import sys
 
 import torch
 
@@ -12,12 +11,14 @@ from mltfr_dist import __version__
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.data.shards.short_parts import recorded_counts
+from mltfr_dist.distributed.devices import uses_gpus
 from mltfr_dist.distributed.placement import placement_text
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.files import with_packaged, write_atomically
 from mltfr_dist.repairs import REPAIRS, taken_away
 from mltfr_dist.training.evaluating.routing import TOP_SHARE, WEIGHT
 from mltfr_dist.training.inputs import Inputs
+from mltfr_dist.training.reporting import card
 from mltfr_dist.training.run_folder import REPORT, Result
 
 SHOWN = ("HR@10", "NDCG@10")
@@ -38,7 +39,7 @@ UNCOUNTED = (
 
 def hardware() -> str:
     """What the run was measured on."""
-    if torch.cuda.is_available():
+    if uses_gpus():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{platform.machine()} CPU"
 
@@ -165,10 +166,13 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
                 f"| {r.name} | {split} | " + " | ".join(f"{v:.6f}" for v in values.values()) + " |"
             )
     text += [
+        *card.results_section(config, results),
+        *card.curves_section(config),
         *routing_section(final),
         "",
         "## How",
         "",
+        f"- {card.protocol_line(config, manifest)}",
         f"- Full ranking: every one of {manifest.num_items:,} items is a candidate"
         + (", except those of the user's own history" if config.evaluation.filter_seen else "")
         + f"; among equal scores the target's rank is {config.evaluation.ties}.",
@@ -178,11 +182,12 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
         f"- The chosen model: stage `{final.stage}`, epoch {final.epoch}, {final.parameters:,} trained parameters.",
         *[f"- **{GROUNDED}**"] * is_grounded(config),
         f"- Seed {config.training.seed}. One seed is no evidence: repeat with several before you compare.",
-        f"- {final.world_size} rank(s), {hardware()}, peak memory of a rank {final.peak_memory_bytes / 2**30:.2f} GiB, "
-        f"{config.training.precision}, {config.deepspeed}.",
-        f"- mltfr_dist {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}. Configuration: `config.yaml`.",
+        f"- {final.world_size} rank(s), {hardware()}, {config.training.precision}, {config.deepspeed}.",
         "",
         "Time is training with validation; baselines without a loop show the time to fit.",
-        "",
+        *card.fingerprint_section(config, inputs),
+        *card.machine_section(final),
+        *card.limits_section(config, manifest),
+        *card.configuration_section(config),
     ]
     write_atomically(config.folder / REPORT, "\n".join(text))

@@ -17,7 +17,8 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import memory_gib
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import MltfrError, StoppedError
-from mltfr_dist.training.evaluating.evaluate import MeanLoss, evaluate
+from mltfr_dist.training.evaluating.evaluate import evaluate
+from mltfr_dist.training.evaluating.placing import ByModel, MeanLoss
 from mltfr_dist.training.reporting.tracking import Tracker
 from mltfr_dist.training.run_folder import STAGES
 from mltfr_dist.training.running.speed import Speed
@@ -202,9 +203,10 @@ def validate(stage: Stage, progress: Progress) -> Progress:
     """Full ranking of the validation split; keeps the weights if they are among the best so far."""
     started = time.monotonic()
     stage.engine.deepspeed.eval()
-    scorer = MeanLoss(stage.engine.module, stage.ranks)
-    metrics = evaluate(scorer, stage.valid, stage.config.evaluation, stage.ranks)
-    loss = scorer.mean()
+    loss = MeanLoss(stage.ranks)
+    model = ByModel(stage.engine.module, loss)
+    metrics = evaluate(model, stage.valid, stage.config.evaluation, stage.ranks)
+    mean_loss = loss.mean()
     texts = stage.sample.texts(stage.engine.module) if stage.sample else {}
     progress = progress.model_copy(
         update={"train_seconds": progress.train_seconds + time.monotonic() - started}
@@ -221,7 +223,7 @@ def validate(stage: Stage, progress: Progress) -> Progress:
     split = stage.config.picks_on
     kind = split if split == "valid" else "picked_on_test"
     stage.tracker.log(kind, progress.step, metrics, epoch=progress.epoch)
-    stage.tracker.board({f"{kind}/loss": loss}, progress.step)
+    stage.tracker.board({f"{kind}/loss": mean_loss}, progress.step)
     for tag, text in texts.items():
         stage.tracker.text(tag, text, progress.step)
     stage.tracker.say(

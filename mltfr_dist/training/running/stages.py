@@ -32,13 +32,14 @@ from mltfr_dist.models.selectors import Reduce
 from mltfr_dist.published.procedure import Procedure, published_procedure
 from mltfr_dist.training.build import build_model, load_model
 from mltfr_dist.training.checks import consensus_tables
-from mltfr_dist.training.evaluating.compare import metrics_by_slice, ranked
-from mltfr_dist.training.evaluating.evaluate import ALL, evaluate
+from mltfr_dist.training.evaluating.compare import final_metrics, ranked
+from mltfr_dist.training.evaluating.evaluate import ALL
+from mltfr_dist.training.evaluating.placing import ByModel
 from mltfr_dist.training.evaluating.routing import measure_routing
 from mltfr_dist.training.inputs import Inputs
 from mltfr_dist.training.reporting.outcome import show_outcome
 from mltfr_dist.training.reporting.tracking import Tracker, write_test_line
-from mltfr_dist.training.run_folder import CHECKPOINTS, RESULT, STAGES, Result, load_result
+from mltfr_dist.training.run_folder import CHECKPOINTS, RANKS, RESULT, STAGES, Result, load_result
 from mltfr_dist.training.running.loop import Stage, is_finished, train_stage
 from mltfr_dist.training.running.speed import Speed
 from mltfr_dist.training.streams import train_stream
@@ -67,15 +68,10 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
     best = best_for_all(folder, outcomes, ranks)
     before = outcomes[TRAIN].step if best.stage == CONSENSUS else 0
     step = before + steps_behind(folder / best.name, ranks)
-    model = load_model(
-        config,
-        inputs,
-        folder / best.name,
-        ranks,
-        with_consensus=best.stage == CONSENSUS,
-    )
-    valid = evaluate(model, ranked(config, "valid", ranks), config.evaluation, ranks)
-    test_slices = metrics_by_slice(model, config, inputs.manifest, ranks) if read_test else {}
+    second = best.stage == CONSENSUS
+    model = load_model(config, inputs, folder / best.name, ranks, with_consensus=second)
+    place, manifest = config.folder / RANKS, inputs.manifest
+    valid, test_slices = final_metrics(ByModel(model), config, manifest, ranks, read_test, place)
     test = test_slices.pop(ALL, {})
     routing = measure_routing(model, ranked(config, "valid", ranks), ranks, inputs.table_names)
     memory = ranks.max(torch.tensor([float(peak_memory_bytes())], dtype=torch.float64))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed.devices import uses_gpus
 from mltfr_dist.distributed.meeting import start_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.sending import send_text
@@ -17,12 +18,15 @@ from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError
 from mltfr_dist.invocation import train_command
 from mltfr_dist.ranking import Ranker
 from mltfr_dist.training.build import load_model
-from mltfr_dist.training.evaluating.evaluate import evaluate
+from mltfr_dist.training.evaluating.compare import final_metrics
+from mltfr_dist.training.evaluating.evaluate import ALL, evaluate
+from mltfr_dist.training.evaluating.placing import ByModel
 from mltfr_dist.training.inputs import Inputs, check_recorded, load_inputs
 from mltfr_dist.training.items import load_items
 from mltfr_dist.training.run_folder import (
     CHECKPOINTS,
     CONFIG,
+    RANKS,
     RESULT,
     STAGES,
     Result,
@@ -66,7 +70,7 @@ def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
         DataError: Its data or tables are missing or damaged.
     """
     folder = Path(folder)
-    ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks = ranks or Ranks(0, 1, torch.device("cuda" if uses_gpus() else "cpu"))
     found = ranks.on_rank0(lambda _: finished(folder))
     texts = send_text(json.dumps([part.model_dump_json() for part in found or ()]), ranks)
     config_text, result_text = json.loads(texts)
@@ -121,6 +125,29 @@ def evaluate_run(folder: str | Path, split: str, ranks: Ranks | None = None) -> 
     return evaluate_model(load_run(folder, ranks), split, ranks)
 
 
+def save_ranks(folder: str | Path, split: str, ranks: Ranks) -> dict[str, float]:
+    """:func:`evaluate_run`, and `ranks.parquet` of both splits in the run's folder. All must call.
+
+    A run that left the test split unread leaves it unread here, too.
+
+    Raises:
+        ConfigError: ``split`` is the unread one.
+    """
+    folder = Path(folder)
+    run = load_run(folder, ranks)
+    result = ranks.on_rank0(lambda _: load_result(folder))
+    read_test = bool(ranks.from_main("read" if result and result.test else ""))
+    if split == "test" and not read_test:
+        raise ConfigError(
+            f"The run {folder} has left the test split unread.",
+            remedy="Give --split valid, or start the run itself again.",
+        )
+    valid, by_slice = final_metrics(
+        ByModel(run.model), run.config, run.inputs.manifest, ranks, read_test, folder / RANKS
+    )
+    return valid if split == "valid" else by_slice[ALL]
+
+
 def evaluate_model(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]:
     """The metrics of a run's chosen model. All ranks must call.
 
@@ -131,9 +158,8 @@ def evaluate_model(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]
         raise ConfigError(
             f"There is no split `{split}` to evaluate on.", remedy=f"Give {' or '.join(SPLITS)}."
         )
-    return evaluate(
-        run.model, ranking_stream(run.config, split, ranks), run.config.evaluation, ranks
-    )
+    stream = ranking_stream(run.config, split, ranks)
+    return evaluate(ByModel(run.model), stream, run.config.evaluation, ranks)
 
 
 def recommendation_text(

@@ -11,9 +11,9 @@ from PIL import Image
 from mltfr_dist.schema import validate
 from mltfr_dist.tuning import plots
 from mltfr_dist.tuning.domain import Domain
+from mltfr_dist.tuning.records import Record, Trial
 from mltfr_dist.tuning.report import groups
 from mltfr_dist.tuning.space import SweepConfig
-from mltfr_dist.tuning.trials import Record, Trial
 
 TRIALS = 198
 RED = (214, 39, 40)

@@ -31,9 +31,9 @@ from mltfr_dist.schema import changed, validate
 from mltfr_dist.training.inputs import INPUTS
 from mltfr_dist.training.run_folder import CHECKPOINTS, CONFIG, dump_config
 from mltfr_dist.tuning.environment import set_environment
+from mltfr_dist.tuning.records import DIED, METRICS, TRIALS, Trial, Validation, load_trial
 from mltfr_dist.tuning.space import SweepConfig, with_values
 from mltfr_dist.tuning.train_group import KeepGroup, Trainer, release, scaling
-from mltfr_dist.tuning.trials import DIED, METRICS, TRIALS, Trial, Validation, load_trial
 
 EPOCH, OBJECTIVE, NUMBER = "epoch", "objective", "trial"
 OWNER = "owner"

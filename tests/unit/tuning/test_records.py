@@ -17,9 +17,7 @@ from mltfr_dist.training.reporting.hparams import SESSION
 from mltfr_dist.training.run_folder import RESULT, Result
 from mltfr_dist.tuning import report
 from mltfr_dist.tuning.hparams import write_all
-from mltfr_dist.tuning.schedulers import Asha, make_scheduler
-from mltfr_dist.tuning.space import SweepConfig
-from mltfr_dist.tuning.trials import (
+from mltfr_dist.tuning.records import (
     Record,
     Trial,
     load_trial,
@@ -27,6 +25,8 @@ from mltfr_dist.tuning.trials import (
     next_number,
     read_validations,
 )
+from mltfr_dist.tuning.schedulers import Asha, make_scheduler
+from mltfr_dist.tuning.space import SweepConfig
 
 RATE, LAYERS = "optimizer.learning_rate", "backbone.num_layers"
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.schema import validate
-from mltfr_dist.tuning.search import Known, Space, suggest
 from mltfr_dist.tuning.space import SweepConfig, Values
+from mltfr_dist.tuning.suggest import Known, Space, suggest
 
 SEARCH: dict[str, Any] = {
     "optimizer.learning_rate": {"log_uniform": [1e-4, 1e-1]},

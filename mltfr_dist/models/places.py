@@ -1,0 +1,143 @@
+"""Where targets stand among items: by counting better scores, tile by tile, exactly.
+
+Over items that are divided, each part counts in its own rows, against the same targets' scores, and
+counts are added. Shapes: as in ``tiles.py``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mltfr_dist.models.tiles import UNIT, Pairs, Tile, Tiles
+
+OPEN_PAIRS = 1 << 16
+"""Near-ties that are gathered before they are settled together."""
+RUN = 64
+"""Neighbouring numbers that are looked at together."""
+
+
+class Places(NamedTuple):
+    """What stands before and beside each target; over parts of the items, to be added."""
+
+    better: Tensor
+    """[B] int64, items of a higher score."""
+    equal: Tensor
+    """[B] int64, other items of the same score."""
+
+
+class LogNormaliser:
+    """log sum exp of all scores of each user, tile by tile (as computed: no more exact than a loss is)."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        """Args: hidden: [B, D]."""
+        self._largest = torch.full((len(hidden),), -torch.inf, device=hidden.device).double()
+        self._sum = torch.zeros_like(self._largest)
+
+    def add(self, tile: Tile) -> None:
+        """Take in a tile's scores."""
+        largest, total = self._largest[tile.users], self._sum[tile.users]
+        new = torch.maximum(largest, tile.scores.amax(1).double())
+        terms = (tile.scores - new[:, None].to(tile.scores.dtype)).exp_()
+        total.mul_((largest - new).exp_()).add_(terms.sum(1))
+        largest.copy_(new)
+
+    @property
+    def value(self) -> Tensor:
+        """[B] float64."""
+        return self._largest + self._sum.log()
+
+
+def count_better(
+    hidden: Tensor,
+    item_vectors: Tensor,
+    target_scores: Tensor,
+    *,
+    exclude: Pairs | None = None,
+    first_id: int = 1,
+    normaliser: LogNormaliser | None = None,
+    tile: tuple[int, int] | None = None,
+) -> Places:
+    """How many items score higher than each user's target, and how many the same.
+
+    A target's rank is 1 + the better ones (and, by the tie rule, the equal ones); for that the
+    target itself must be among ``exclude``. The counts are exact: the same for any ``tile``, any
+    division of users and items, on any device. Memory: two tiles.
+
+    Args:
+        hidden: [B, D] states that rank the next item.
+        item_vectors: [R, D] of the items ``first_id``, ``first_id`` + 1, ...: all of them without
+            padding, or the rows that are here.
+        target_scores: [B] from :func:`~mltfr_dist.models.tiles.exact_scores`.
+        exclude: Pairs that do not count (seen items, the targets themselves), in any order.
+        first_id: Id of the first of ``item_vectors``.
+        normaliser: Takes in every score, of excluded pairs too.
+        tile: Users and items at a time; None: what suits the device.
+
+    Raises:
+        ValueError: A score is NaN or not finite: the model has diverged.
+    """
+    tiles = Tiles(hidden, item_vectors, first_id, exclude, tile)
+    counts = _Counts(tiles, target_scores)
+    for found in tiles:
+        if normaliser is not None:
+            normaliser.add(found)
+        tiles.leave_out(found)
+        counts.add(found)
+    counts.settle()
+    return Places(counts.better.long(), counts.equal.long())
+
+
+class _Counts:
+    """Counts of all tiles so far, but for near-ties that are still open."""
+
+    def __init__(self, tiles: Tiles, target_scores: Tensor) -> None:
+        """Args: tiles: what is counted in; target_scores: [B]."""
+        if not target_scores.isfinite().all():
+            raise ValueError("a target has no finite score: the model has diverged")
+        self._tiles, self._targets = tiles, target_scores
+        self._slack = 8 * UNIT[tiles.hidden.dtype] * target_scores.double().abs()
+        self._above = tiles.hidden.new_empty(tiles.shape[0] * tiles.shape[1])
+        self._open: list[tuple[Tensor, Tensor]] = []
+        self._num_open = 0
+        self.better = torch.zeros_like(self._slack)  # as floats, which hold them up to 2^53
+        self.equal = torch.zeros_like(self._slack)
+
+    def add(self, tile: Tile) -> None:
+        """Take in a tile, whose scores are overwritten."""
+        scores, users = tile.scores, tile.users
+        target, error = self._targets[users].double(), tile.error + self._slack[users]
+        high, low = ((target + e).to(scores.dtype)[:, None] for e in (error, -error))
+        above = torch.gt(scores, high, out=self._above[: scores.numel()].view_as(scores))
+        may_be = scores.gt_(low)  # 1.0 or 0.0, as `above`: no other format, which would take longer
+        num_above = above.sum(1)
+        self.better[users] += num_above
+        near = (may_be.sum(1) != num_above).nonzero()[:, 0]
+        if len(near):
+            rows, columns = _nonzero(may_be[near].sub_(above[near]))
+            self._open.append((near[rows] + users.start, columns + tile.start))
+            self._num_open += len(rows)
+        if self._num_open > OPEN_PAIRS:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count the near-ties by their true scores."""
+        if not self._open:
+            return
+        rows, places = (torch.cat(part) for part in zip(*self._open, strict=True))
+        self._open, self._num_open = [], 0
+        scores, targets = self._tiles.exact(rows, places), self._targets[rows]
+        self.better.index_add_(0, rows, (scores > targets).double())
+        self.equal.index_add_(0, rows, (scores == targets).double())
+
+
+def _nonzero(sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of what is not 0 in [n, T] numbers >= 0: by sums of runs, for few are."""
+    runs = F.pad(sparse.flatten(), (0, -sparse.numel() % RUN)).view(-1, RUN)
+    found = runs.sum(1).nonzero()[:, 0]
+    within = runs[found].nonzero()
+    places = found[within[:, 0]] * RUN + within[:, 1]
+    return places // sparse.shape[1], places % sparse.shape[1]

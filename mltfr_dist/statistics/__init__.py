@@ -1,0 +1,1 @@
+"""Statistics of paired differences: resampling, power, equivalence. Arrays in, numbers out."""

@@ -1,0 +1,101 @@
+"""What a design could have shown: power, smallest detectable difference, equivalence, Holm.
+
+An estimate has a standard error and degrees of freedom, and its tests are Student's t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import optimize, stats
+
+from mltfr_dist.statistics.spread import Spread
+
+ALPHA, POWER = 0.05, 0.8
+_FAR = 5.0
+MOST_SEEDS = 1000
+"""More seeds than this nobody trains."""
+
+
+def power(difference: float, error: float, freedom: float, alpha: float = ALPHA) -> float:
+    """Probability that a two-sided t-test finds a true ``difference`` (Cohen 1988, chapter 2)."""
+    if error == 0:
+        return 1.0 if difference else alpha
+    limit, centre = stats.t.isf(alpha / 2, freedom), abs(difference) / error
+    found = float(stats.nct.sf(limit, freedom, centre))
+    if centre < _FAR:  # beyond it the other tail is below 1e-8, and scipy may give NaN for it
+        found += float(stats.nct.cdf(-limit, freedom, centre))
+    return found
+
+
+def detectable(error: float, freedom: float, alpha: float = ALPHA, wanted: float = POWER) -> float:
+    """The smallest true difference that is found with the ``wanted`` power."""
+    if error == 0:
+        return 0.0
+    top = 4.0
+    while power(top, 1.0, freedom, alpha) < wanted:
+        top *= 2
+    solved = optimize.brentq(lambda d: power(d, 1.0, freedom, alpha) - wanted, 0.0, top)
+    return error * float(solved)
+
+
+def seeds_needed(found: Spread, difference: float, wanted: float = POWER) -> int | None:
+    """The fewest seeds that find a true ``difference`` among the same users.
+
+    Returns:
+        None where :data:`MOST_SEEDS` do not: the users alone hide it, and only more of them help.
+
+    Raises:
+        ValueError: ``found`` has one seed, and so knows nothing of how seeds differ.
+    """
+    if found.num_seeds < 2:
+        raise ValueError("one seed says nothing of how seeds differ")
+
+    def enough(seeds: int) -> bool:
+        error, freedom = math.sqrt(found.variance(seeds)), _freedom(found, seeds)
+        return power(difference, error, freedom) >= wanted
+
+    if not difference or not enough(MOST_SEEDS):
+        return None
+    low, high = 1, MOST_SEEDS  # `low` is too few: one seed has no spread
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _freedom(found: Spread, seeds: int) -> float:
+    """Degrees of freedom that so many seeds would give."""
+    users = found.num_users
+    both = found.both / (users * seeds)
+    parts = [(found.user / users + both, users - 1)]
+    if found.seed > 0:
+        parts += [(found.seed / seeds + both, seeds - 1), (-both, (seeds - 1) * (users - 1))]
+    least = math.fsum(part**2 / n for part, n in parts if part)
+    return found.variance(seeds) ** 2 / least if least else users - 1
+
+
+def equivalence_p(mean: float, error: float, freedom: float, margin: float) -> float:
+    """P of two one-sided tests: that the true difference is not within +-``margin``.
+
+    The larger of the two (Schuirmann 1987). Below alpha, the interval of level 1 - 2 alpha lies
+    within the margin, and the two are equivalent by it.
+    """
+    if error == 0:
+        return float(abs(mean) >= margin)
+    above = stats.t.sf((mean + margin) / error, freedom)
+    below = stats.t.cdf((mean - margin) / error, freedom)
+    return float(max(above, below))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number, in the order given (Holm 1979)."""
+    number = len(p_values)
+    corrected = np.empty(number)
+    largest = 0.0
+    for place, index in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (number - place) * p_values[index]))
+        corrected[index] = largest
+    return [float(p) for p in corrected]

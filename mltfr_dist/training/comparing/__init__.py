@@ -1,0 +1,1 @@
+"""Runs that are over, compared user by user: differences, intervals, tests, power."""

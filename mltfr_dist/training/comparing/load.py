@@ -1,0 +1,170 @@
+"""Ranks of users as files hold them: of runs, of matrices, and from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mltfr_dist.errors import DataError
+from mltfr_dist.invocation import command
+from mltfr_dist.statistics.resampling import Floats
+from mltfr_dist.training.evaluating.user_ranks import KEY
+from mltfr_dist.training.run_folder import CONFIG, RANKS
+
+NEEDED = ("user", "target", "rank")
+SLICING: tuple[str, ...] = ("history_length", "popularity")
+MATRIX_COLUMN = "ranks"
+"""Of a matrix: each row's file of ranks, as seen from the matrix's folder."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The ranks of one model's users on one split. Shapes: U users."""
+
+    path: Path
+    about: dict[str, Any]
+    """What the file says of itself; empty for files from elsewhere."""
+    users: Any
+    """[U] raw ids, as Arrow texts."""
+    targets: Any
+    """[U] raw ids, as Arrow texts."""
+    ranks: Floats
+    """[U] 1 is best."""
+    slicing: dict[str, Floats]
+    """``history_length`` and ``popularity`` [U], as far as the file has them."""
+
+    @property
+    def name(self) -> str:
+        """How the file is called in a comparison: by its run's folder."""
+        if self.path.name == RANKS:
+            return self.path.absolute().parent.name
+        return self.path.stem.removeprefix("ranks-")
+
+    @property
+    def seed(self) -> int | None:
+        """The run's seed; None for baselines and files from elsewhere."""
+        seed: int | None = self.about.get("seed")
+        return seed
+
+
+def rank_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The files of ranks that names of runs, matrices and files stand for, each once.
+
+    Raises:
+        DataError: A run without ranks, a matrix without them, or nothing there.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        found += _files_of(path)
+    return list(dict.fromkeys(found))
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [_of_run(path)]
+    if not path.exists():
+        raise DataError(
+            f"{path} does not exist.",
+            rule="What is compared are run folders, matrices of benchmarks/quality.py, and Parquet "
+            f"files with the columns {', '.join(NEEDED)}.",
+            remedy="Check the path.",
+        )
+    schema = _opened(path)
+    if "variant" not in schema.names:
+        return [path]
+    if MATRIX_COLUMN not in schema.names:
+        raise DataError(
+            f"{path} is a matrix whose rows name no files of ranks.",
+            rule="Matrices name them since runs keep the rank of each user.",
+            remedy="Run benchmarks/quality.py again, or compare the matrix's means with "
+            f"`{command('report')} {path}`.",
+        )
+    named = pq.read_table(path, columns=[MATRIX_COLUMN])[MATRIX_COLUMN].to_pylist()
+    return [path.parent / name for name in named if name is not None]
+
+
+def _of_run(folder: Path) -> Path:
+    if (folder / RANKS).exists():
+        return folder / RANKS
+    if not (folder / CONFIG).exists():
+        raise DataError(
+            f"{folder} holds no run: there is no {CONFIG}.",
+            remedy="Name a run's folder, such as runs/demo.",
+        )
+    raise DataError(
+        f"The run {folder} has no {RANKS}.",
+        rule="A run writes the rank of each user when it ends; runs of before did not.",
+        remedy=f"`{command('evaluate')} {folder} --save-ranks` writes it for a finished run.",
+    )
+
+
+def read_ranks(path: Path, split: str) -> Measured:
+    """The ranks of a split.
+
+    Raises:
+        DataError: Not Parquet, columns that are missing, ranks that are none, a user twice, or no
+            such split.
+    """
+    schema = _opened(path)
+    missing = [name for name in NEEDED if name not in schema.names]
+    if missing:
+        raise DataError(
+            f"{path} has no column {', '.join(missing)}.",
+            rule="A file of ranks has the columns user, target (raw ids) and rank (1 is best), "
+            "and may have split, history_length and popularity.",
+            remedy="Rename or add the column.",
+        )
+    table: Any = pq.read_table(path)
+    if "split" in schema.names:
+        table = table.filter(pc.equal(table["split"].cast(pa.string()), pa.scalar(split)))
+    if not len(table):
+        raise DataError(
+            f"{path} holds no ranks of the {split} split.",
+            remedy="Name the other with --split, or evaluate the run on this one.",
+        )
+    slicing: dict[str, Floats] = {
+        name: table[name].to_numpy().astype(np.float64) for name in SLICING if name in schema.names
+    }
+    about = json.loads((schema.metadata or {}).get(KEY, b"{}"))
+    users, targets = (table[name].cast(pa.string()).combine_chunks() for name in ("user", "target"))
+    found = Measured(path, about, users, targets, _checked(table, path), slicing)
+    if len(users.unique()) < len(users):
+        twice = Counter(users.to_pylist()).most_common(1)[0][0]
+        raise DataError(
+            f"{path} holds user {twice} more than once.",
+            rule="A user has one target in a split.",
+            remedy="Keep one row a user, or name the split's rows by a column `split`.",
+        )
+    return found
+
+
+def _checked(table: Any, path: Path) -> Floats:
+    ranks: Floats = table["rank"].to_numpy().astype(np.float64)
+    wrong = ~(ranks >= 1)  # NaN, which nulls become, too
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise DataError(
+            f"{path} gives user {table['user'][row]} the rank {ranks[row]:g}.",
+            rule="Ranks begin at 1, the best.",
+            remedy="Correct the file; a user who was not ranked has no row in it.",
+        )
+    return ranks
+
+
+def _opened(path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read as Parquet: {str(error).splitlines()[0].rstrip('.')}.",
+            remedy="Name a run's folder, or a Parquet file of ranks.",
+        ) from None

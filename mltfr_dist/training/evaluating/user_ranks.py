@@ -1,0 +1,163 @@
+"""`ranks.parquet`: the rank of each user's target, so that runs can be compared when they are over.
+
+One row a user and split, in the order of the prepared data, whatever the number of ranks: ``split``
+(valid, test), ``user`` and ``target`` (raw ids), ``rank`` (1 is best; half-integral only with ties
+"mean"), ``history_length`` (items of the full history), ``popularity`` (how often training holds
+the target). The file's metadata, JSON under the key :data:`KEY`, says what it is of, and by which
+rules it came about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from mltfr_dist import __version__
+from mltfr_dist.config import RunConfig
+from mltfr_dist.data.shards.manifest import (
+    ITEMS_NAME,
+    MANIFEST_NAME,
+    USERS_NAME,
+    Manifest,
+    read_map,
+)
+from mltfr_dist.data.shards.reader import read_shard
+from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.files import file_sha256, replacing
+from mltfr_dist.training.evaluating.evaluate import Keep
+from mltfr_dist.training.evaluating.slices import training_counts
+from mltfr_dist.training.run_folder import CHANGEABLE, leaf_values
+
+KEY = b"mltfr_ranks"
+SCHEMA = pa.schema(
+    {
+        "split": pa.dictionary(pa.int8(), pa.string()),
+        "user": pa.string(),
+        "target": pa.string(),
+        "rank": pa.float64(),
+        "history_length": pa.int32(),
+        "popularity": pa.int64(),
+    }
+)
+
+
+class UserRanks:
+    """The ranks that a run has measured, by split."""
+
+    def __init__(self) -> None:
+        self._measured: dict[str, np.ndarray] = {}
+
+    def of(self, split: str) -> Keep:
+        """What keeps the ranks of ``split``, measured anew."""
+
+        def keep(user_ranks: Tensor) -> None:
+            self._measured[split] = user_ranks.numpy()
+
+        return keep
+
+    def write(
+        self,
+        path: Path,
+        config: RunConfig,
+        manifest: Manifest,
+        ranks: Ranks,
+        *,
+        baseline: str = "",
+    ) -> None:
+        """Write what was kept to ``path``, in one step; all must call.
+
+        Memory of rank 0: the ids of users and items, 8 bytes a user, and one shard.
+
+        Args:
+            path: The file, which it replaces.
+            config: The run.
+            manifest: Its prepared data.
+            ranks: All processes.
+            baseline: The model's name, where it is a baseline and not the run's own.
+        """
+
+        def write_file(heartbeat: Callable[[], object]) -> None:
+            about = json.dumps(described(config, manifest, baseline))
+            schema = SCHEMA.with_metadata({KEY: about.encode()})
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+                for table in _tables(self._measured, config, manifest):
+                    writer.write_table(table.cast(schema))
+                    heartbeat()
+
+        ranks.on_rank0(write_file)
+
+
+def _tables(
+    measured: dict[str, np.ndarray], config: RunConfig, manifest: Manifest
+) -> Iterator[pa.Table]:
+    """The rows, a shard's at a time; users and targets as the shards hold them."""
+    folder = config.data.path
+    users = _ids(read_map(folder, manifest, USERS_NAME), "user")
+    items = _ids(read_map(folder, manifest, ITEMS_NAME), "item")
+    counts, _ = training_counts(config, manifest)
+    for split, values in measured.items():
+        start = 0
+        for info in manifest.splits[split].shards:
+            sequences = read_shard(folder, info, num_items=manifest.num_items)
+            targets = sequences.items[sequences.offsets[1:] - 1].astype(np.int64)
+            end = start + len(sequences)
+            yield pa.table(
+                {
+                    "split": pa.array([split] * len(sequences)).dictionary_encode(),
+                    "user": users.take(pa.array(sequences.users)),
+                    "target": items.take(pa.array(targets - 1)),
+                    "rank": values[start:end],
+                    "history_length": sequences.lengths - 1,
+                    "popularity": counts[targets],
+                }
+            )
+            start = end
+        assert start == len(values)
+
+
+def _ids(table: pa.Table, kind: str) -> Any:
+    """Raw ids in the order of their numbers."""
+    return table.sort_by(f"{kind}_index")[f"{kind}_id"].combine_chunks()
+
+
+def described(config: RunConfig, manifest: Manifest, baseline: str = "") -> dict[str, Any]:
+    """What a file of ranks is of: its model, and the rules by which its ranks came about."""
+    own = "" if baseline else config.backbone.name + " + MLTFR" * config.mltfr.enabled
+    return {
+        "model": baseline or own,
+        "model_sha256": model_sha256(config, baseline),
+        "seed": None if baseline else config.training.seed,
+        "picked_on": config.picks_on,
+        "select_by": config.evaluation.select_by,
+        "mltfr_dist": __version__,
+        "protocol": protocol(config, manifest),
+    }
+
+
+def protocol(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+    """What two runs must share for their ranks to be comparable, in words."""
+    left_out = ", ".join(config.data.left_out) or "nothing"
+    return {
+        "data": f"manifest {file_sha256(config.data.path / MANIFEST_NAME)}, left out: {left_out}",
+        "split": manifest.prepare.split,
+        "candidates": f"all {manifest.num_items} items",
+        "seen items": "left out" if config.evaluation.filter_seen else "kept",
+        "ties": config.evaluation.ties,
+    }
+
+
+def model_sha256(config: RunConfig, baseline: str = "") -> str:
+    """Hash of what makes a model, its seed aside: runs of equal hash are one model's."""
+    left = {*CHANGEABLE, "baselines", "training.seed", "data.path"}  # `protocol` has the data
+    values: Any = {key: value for key, value in leaf_values(config).items() if key not in left}
+    values["mltfr.tables"] = [path.name for path in config.mltfr.tables]
+    return hashlib.sha256(json.dumps(baseline or values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,151 @@
+"""Differences of a matrix's variants to one of them: by the users' ranks where the rows have them, else by seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from mltfr_dist.errors import DataError
+from mltfr_dist.statistics.power import ALPHA, detectable, equivalence_p, holm, seeds_needed
+from mltfr_dist.statistics.spread import Spread, seeds_alone
+from mltfr_dist.training.comparing.compare import Options, compare_models
+from mltfr_dist.training.comparing.load import MATRIX_COLUMN, read_ranks
+from mltfr_dist.training.comparing.models import as_models
+from mltfr_dist.training.comparing.text import p_text
+
+COMPARED = "test/NDCG@10"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One variant against the reference."""
+
+    variant: str
+    spread: Spread
+    low: float
+    high: float
+    p: float
+    """Corrected for the number of lines (Holm)."""
+    equivalence: float | None
+    """p of two one-sided tests against the margin, corrected likewise."""
+
+    def verdict(self, margin: float | None) -> str:
+        """What may be said."""
+        if math.isnan(self.p):
+            return "too few seeds"
+        differs = self.p < ALPHA and not self.low <= 0 <= self.high
+        if self.equivalence is not None and self.equivalence < ALPHA:
+            return f"differs, within +-{margin:g}" if differs else f"equivalent (+-{margin:g})"
+        return "differs" if differs else "no difference shown"
+
+
+def differences(rows: Sequence[Row], reference: str, options: Options) -> tuple[str, list[Line]]:
+    """What the intervals are over, and a line for each variant that shares a seed with ``reference``.
+
+    Raises:
+        DataError: Ranks that are not there, or of other rules or users.
+    """
+    seeds = {row["seed"] for row in rows if row["variant"] == reference}
+    paired = [row for row in rows if row["seed"] in seeds]
+    others = dict.fromkeys(r["variant"] for r in paired if r["variant"] != reference)
+    if not others:
+        return "", []
+    if all(row.get(MATRIX_COLUMN) for row in paired):
+        return "users and seeds", _by_users(paired, reference, options)
+    lines = [_by_seeds(paired, name, reference, options) for name in others]
+    return "seeds alone", _corrected(lines)
+
+
+def _by_users(rows: Sequence[Row], reference: str, options: Options) -> list[Line]:
+    ordered = sorted(rows, key=lambda row: bool(row["variant"] != reference))
+    files = [Path(row[MATRIX_COLUMN]) for row in ordered]
+    missing = [str(file) for file in files if not file.exists()]
+    if missing:
+        raise DataError(
+            f"{missing[0]} is not there"
+            + (f", nor are {len(missing) - 1} more" * (len(missing) > 1))
+            + ", though the matrix names it.",
+            rule="A matrix and the folder of its runs are moved together.",
+            remedy="Put the runs back where they were, as seen from the matrix.",
+        )
+    measured = [read_ranks(file, COMPARED.partition("/")[0]) for file in files]
+    found = as_models(measured, [row["variant"] for row in ordered])
+    compared = compare_models(replace(found, slicing={}), "test", options)
+    metric = options.metric
+    return [
+        Line(
+            one.model,
+            one.spread,
+            one.changes[metric].low,
+            one.changes[metric].high,
+            one.p_holm,
+            one.equivalence_p,
+        )
+        for one in compared.differences
+    ]
+
+
+def _by_seeds(rows: Sequence[Row], variant: str, reference: str, options: Options) -> Line:
+    values = {(row["variant"], row["seed"]): row[COMPARED] for row in rows}
+    paired = [
+        v - values[reference, seed]
+        for (name, seed), v in values.items()
+        if name == variant and (reference, seed) in values
+    ]
+    found = seeds_alone(np.array(paired))
+    if found.num_seeds < 2:
+        return Line(variant, found, math.nan, math.nan, math.nan, None)
+    half = float(stats.t.isf(ALPHA / 2, found.freedom)) * found.error
+    p = float(2 * stats.t.sf(abs(found.mean) / found.error, found.freedom)) if found.error else 0.0
+    margin, equal = options.margin, None
+    if margin is not None:
+        equal = equivalence_p(found.mean, found.error, found.freedom, margin)
+    return Line(variant, found, found.mean - half, found.mean + half, p, equal)
+
+
+def _corrected(lines: Sequence[Line]) -> list[Line]:
+    """Holm over the lines that have a test."""
+    tested = [line for line in lines if not math.isnan(line.p)]
+    p = iter(holm([line.p for line in tested]))
+    equal = iter(holm([line.equivalence for line in tested if line.equivalence is not None]))
+    return [
+        line
+        if math.isnan(line.p)
+        else replace(line, p=next(p), equivalence=None if line.equivalence is None else next(equal))
+        for line in lines
+    ]
+
+
+def table(lines: Sequence[Line], options: Options) -> list[list[str]]:
+    """Rows of cells, the head first."""
+    head = ["variant", "seeds", "difference", "95% interval", "p (Holm)", "detectable (80%)"]
+    head += ["seeds needed"] + ["p of equivalence"] * (options.margin is not None)
+    rows = [[*head, "verdict"]]
+    for line in lines:
+        row = [line.variant, str(line.spread.num_seeds), f"{line.spread.mean:+.4f}"]
+        if math.isnan(line.p):
+            row += ["?"] * (len(head) - 3)
+        else:
+            row += [f"[{line.low:+.4f}, {line.high:+.4f}]", p_text(line.p)]
+            row += [f"{detectable(line.spread.error, line.spread.freedom):.4f}"]
+            row += [needed(line.spread, options.difference)]
+            row += [] if line.equivalence is None else [p_text(line.equivalence)]
+        rows.append([*row, line.verdict(options.margin)])
+    return rows
+
+
+def needed(found: Spread, difference: float | None) -> str:
+    """Seeds that would find ``difference``, or the observed one, with 80% power."""
+    if found.num_seeds < 2:
+        return "? (one seed)"
+    number = seeds_needed(found, difference or abs(found.mean))
+    if number is not None:
+        return str(number)
+    return "> 1000" if found.num_users == 1 else "more users"
