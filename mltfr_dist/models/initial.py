@@ -33,7 +33,7 @@ class RowDraws(NamedTuple):
 
     def rows(self, row_ids: Tensor, dim: int) -> Tensor:
         """[n, D] fp32 values of the rows ``row_ids`` [n]; memory: some chunks beside the result."""
-        values = torch.empty(len(row_ids), dim)
+        values = torch.empty(len(row_ids), dim, device="cpu")
         step = max(1, CHUNK_ELEMENTS // dim)
         for start in range(0, len(row_ids), step):
             ids = row_ids[start : start + step].cpu()
@@ -42,15 +42,17 @@ class RowDraws(NamedTuple):
 
     @torch.no_grad()
     def fill(self, table: Tensor) -> None:
-        """Give a whole table [R, D] its initial values, in place."""
+        """Give a whole table [R, D] its initial values, in place; nothing to one without numbers."""
+        if table.is_meta:
+            return
         step = max(1, CHUNK_ELEMENTS // table.shape[1])
         for start in range(0, len(table), step):
-            ids = torch.arange(start, min(start + step, len(table)))
+            ids = torch.arange(start, min(start + step, len(table)), device="cpu")
             table[start : start + step] = self.rows(ids, table.shape[1])
 
     def _values(self, row_ids: Tensor, dim: int) -> Tensor:
         keys = mix(mix(row_ids) + self.seed)  # [n]
-        columns = torch.arange(1, (dim + 1) // 2 + 1)
+        columns = torch.arange(1, (dim + 1) // 2 + 1, device="cpu")
         words = mix(keys[:, None] + columns * STEP)  # [n, D / 2], two values a word
         halves = words.view(torch.int32).view(len(row_ids), -1)[:, :dim]
         if self.kind == "uniform":
@@ -66,7 +68,8 @@ def normal_quantiles() -> Tensor:
     """[CELLS + 1] where the cells of the standard normal distribution begin and end; the outermost have an end."""
     standard, outermost = NormalDist(), 0.25 / CELLS
     shares = [i / CELLS for i in range(1, CELLS)]
-    return torch.tensor([standard.inv_cdf(s) for s in (outermost, *shares, 1 - outermost)])
+    bounds = [standard.inv_cdf(s) for s in (outermost, *shares, 1 - outermost)]
+    return torch.tensor(bounds, device="cpu")
 
 
 class ItemEmbedding(nn.Embedding):
@@ -81,5 +84,5 @@ class ItemEmbedding(nn.Embedding):
 
     def reset(self, kind: Literal["normal", "uniform"], scale: float) -> None:
         """Draw all rows, by one number of torch's generator as the seed."""
-        self.draws = RowDraws(int(torch.randint(LARGEST, ())), kind, scale)
+        self.draws = RowDraws(int(torch.randint(LARGEST, (), device="cpu")), kind, scale)
         self.draws.fill(self.weight)

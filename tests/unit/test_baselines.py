@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.shards.packed import PackedSequences
+from mltfr_dist.errors import ConfigError
 from mltfr_dist.training.evaluating import baselines
 from mltfr_dist.training.evaluating.baselines import item_knn, popularity, training_sequences
 
@@ -167,6 +169,20 @@ def test_blocks_of_items_give_the_same_digits(pairs: int, monkeypatch: pytest.Mo
         seen[row, history] = 1
     expected = (sparse.csr_matrix(seen) @ neighbours).toarray()
     assert np.array_equal(score(batch(histories)).numpy()[:, 1:], expected[:, 1:])
+
+
+def test_item_knn_says_why_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three items meet three others each at most; two neighbours of each are kept."""
+    train = packed([[1, 2, 3], [1, 2, 3]])
+    needed = 2 * 16 * 3 * 2
+    for free, refused in ((needed, False), (needed - 1, True)):
+        memory = psutil.virtual_memory()._replace(available=free)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        if refused:
+            with pytest.raises(ConfigError, match="for 6 neighbours of 3 items"):
+                item_knn(train, 3, num_neighbours=2)
+        else:
+            item_knn(train, 3, num_neighbours=2)
 
 
 def packed_wide(sequences: list[np.ndarray]) -> PackedSequences:

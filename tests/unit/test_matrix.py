@@ -119,6 +119,7 @@ def test_ranks_of_users_widen_and_narrow_the_intervals(
     assert mltfr(["report", str(path), "--margin", "0.9"]) == 0
     shown = capsys.readouterr().out
     assert "difference to bare, paired by seed, over users and seeds" in shown
+    assert "Protocol: data 0; ties mean; checkpoints by" in shown
     line = next(part for part in shown.split("over users")[1].splitlines() if "equivalent" in part)
     assert line.startswith("repaired      2")
     low, high = (float(part.strip("[],")) for part in line.split()[3:5])

@@ -125,16 +125,20 @@ def slices(one: Difference) -> Table:
     return table
 
 
+def protocol_text(found: Comparison) -> str:
+    """By which rules the ranks came about, and how checkpoints were picked."""
+    if not found.protocol:
+        return "no file says it"
+    rules = [f"{name} {rule}" for name, rule in found.protocol.items()]
+    picked = dict.fromkeys(m.picked_on for m in found.models if m.picked_on)
+    rules += [f"checkpoints by {', '.join(picked)}"] if picked else []
+    return "; ".join([*rules, "leak check passed at preparation, on the shards as written"])
+
+
 def notes(found: Comparison) -> list[str]:
     """By which rules, and what each number is."""
     options, seeds = found.options, max(d.spread.num_seeds for d in found.differences)
-    rules = "; ".join(f"{name}: {rule}" for name, rule in found.protocol.items())
-    picked = ", ".join(dict.fromkeys(m.picked_on for m in found.models if m.picked_on))
-    said = [
-        f"Protocol: {rules or 'no file says it'}; one target a user"
-        + (f"; checkpoints picked by {picked}" * bool(picked))
-        + "; leak check passed at preparation, on the shards as written." * bool(rules)
-    ]
+    said = [f"Protocol: {protocol_text(found)}."]
     if found.unknown:
         said.append(
             f"{', '.join(found.unknown)} do not say by which rules they were made (candidates, "

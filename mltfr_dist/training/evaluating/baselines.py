@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from scipy import sparse
 from torch import Tensor
@@ -20,10 +21,13 @@ from mltfr_dist.data.shards.packed import PackedSequences
 from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.data.shards.short_parts import one_item_parts
 from mltfr_dist.distributed.watchdog import heartbeat
+from mltfr_dist.errors import ConfigError
 from mltfr_dist.training.evaluating.placing import Scorer
 
 _PAIRS_AT_ONCE = 2_000_000
 """Pairs of items that are compared at a time: about 60 MB."""
+_NEIGHBOUR_BYTES = 16
+"""Of a similarity and its item."""
 
 
 def training_sequences(folder: Path, manifest: Manifest) -> PackedSequences:
@@ -108,6 +112,9 @@ def item_knn(
     nothing to what two items share, but a user to its item's set. Memory: the training items,
     ``num_neighbours`` an item, and :data:`_PAIRS_AT_ONCE` pairs, however many items a user has.
     The blocks of items that are worked on at a time are taken ``through`` what may end them.
+
+    Raises:
+        ConfigError: The neighbours of all items may not fit the free memory.
     """
     rows = np.repeat(np.arange(len(train)), np.diff(train.offsets))
     seen = sparse.csr_matrix(
@@ -116,8 +123,11 @@ def item_knn(
     seen.data[:] = 1.0  # a user's repeats count once
     norms = np.sqrt(np.asarray(seen.sum(0)).ravel())
     users_of = seen.T.tocsr()
+    # An item meets at most as many others as its users have items, and never more than all.
+    met = np.minimum(users_of @ np.diff(seen.indptr), num_items)
+    _check_memory(met, num_neighbours)
     blocks = []
-    for start, end in through(list(_blocks(users_of, seen))):
+    for start, end in through(list(_blocks(met))):
         heartbeat()
         together = (users_of[start:end] @ seen).tocsr()
         blocks.append(_nearest(together, norms, start, num_neighbours, shrinkage))
@@ -140,15 +150,34 @@ def item_knn(
     return score
 
 
-def _blocks(users_of: sparse.csr_matrix, seen: sparse.csr_matrix) -> Iterator[tuple[int, int]]:
+def _check_memory(met: np.ndarray, number: int) -> None:
+    """Refuse ItemKNN where its neighbours do not fit.
+
+    Args:
+        met: [items] how many others each may have.
+        number: neighbours that are kept of each.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    kept = int(np.minimum(met, number).sum())
+    needed, free = 2 * _NEIGHBOUR_BYTES * kept, psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"The baseline item_knn may need {needed / 2**30:.1f} GiB for {kept:,} neighbours of "
+            f"{len(met) - 1:,} items, and {free / 2**30:.1f} GiB are free.",
+            rule="ItemKNN keeps the nearest items of each item in memory, and holds them twice "
+            "while it puts them together.",
+            remedy="Leave item_knn out of `baselines`; popularity needs 8 bytes an item.",
+        )
+
+
+def _blocks(met: np.ndarray) -> Iterator[tuple[int, int]]:
     """Runs of items, start and end, that have at most :data:`_PAIRS_AT_ONCE` pairs, or one item.
 
     Args:
-        users_of: [items, users].
-        seen: [users, items].
+        met: [items] how many others each meets at most.
     """
-    # An item meets at most as many others as its users have items, and never more than all.
-    met = np.minimum(users_of @ np.diff(seen.indptr), users_of.shape[0])
     sums = np.cumsum(met)
     start = 0
     while start < len(met):

@@ -231,10 +231,11 @@ def group_lines(
         what = " and ".join(missing)
         lines += [f"{what} are missing: benchmarks/quality.py, started again, adds their rows.", ""]
     for reference in REFERENCES:
-        over, found = differences(runs, reference, options)
-        if found:
-            title = f"{COMPARED}, difference to {reference}, paired by seed, over {over}"
-            lines += [title, "", *aligned(table(found, options)), ""]
+        found = differences(runs, reference, options)
+        if found.lines:
+            title = f"{COMPARED}, difference to {reference}, paired by seed, over {found.over}"
+            lines += [title, "", *aligned(table(found.lines, options)), ""]
+            lines += [f"Protocol: {found.protocol}.", ""]
     by_slice = slice_means(here)
     if len(by_slice[0]) > 1:
         title = (

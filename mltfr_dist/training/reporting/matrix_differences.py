@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -17,7 +17,7 @@ from mltfr_dist.statistics.spread import Spread, seeds_alone
 from mltfr_dist.training.comparing.compare import Options, compare_models
 from mltfr_dist.training.comparing.load import MATRIX_COLUMN, read_ranks
 from mltfr_dist.training.comparing.models import as_models
-from mltfr_dist.training.comparing.text import p_text
+from mltfr_dist.training.comparing.text import p_text, protocol_text
 
 COMPARED = "test/NDCG@10"
 Row = dict[str, Any]
@@ -46,8 +46,18 @@ class Line:
         return "differs" if differs else "no difference shown"
 
 
-def differences(rows: Sequence[Row], reference: str, options: Options) -> tuple[str, list[Line]]:
-    """What the intervals are over, and a line for each variant that shares a seed with ``reference``.
+class Differences(NamedTuple):
+    """Every variant against the reference."""
+
+    over: str
+    """What the intervals are over."""
+    protocol: str
+    """By which rules the users were ranked, as their files say."""
+    lines: list[Line]
+
+
+def differences(rows: Sequence[Row], reference: str, options: Options) -> Differences:
+    """A line for each variant that shares a seed with ``reference``.
 
     Raises:
         DataError: Ranks that are not there, or of other rules or users.
@@ -56,14 +66,15 @@ def differences(rows: Sequence[Row], reference: str, options: Options) -> tuple[
     paired = [row for row in rows if row["seed"] in seeds]
     others = dict.fromkeys(r["variant"] for r in paired if r["variant"] != reference)
     if not others:
-        return "", []
+        return Differences("", "", [])
     if all(row.get(MATRIX_COLUMN) for row in paired):
-        return "users and seeds", _by_users(paired, reference, options)
+        return _by_users(paired, reference, options)
     lines = [_by_seeds(paired, name, reference, options) for name in others]
-    return "seeds alone", _corrected(lines)
+    unknown = "not kept in rows without ranks of users"
+    return Differences("seeds alone", unknown, _corrected(lines))
 
 
-def _by_users(rows: Sequence[Row], reference: str, options: Options) -> list[Line]:
+def _by_users(rows: Sequence[Row], reference: str, options: Options) -> Differences:
     ordered = sorted(rows, key=lambda row: bool(row["variant"] != reference))
     files = [Path(row[MATRIX_COLUMN]) for row in ordered]
     missing = [str(file) for file in files if not file.exists()]
@@ -79,7 +90,7 @@ def _by_users(rows: Sequence[Row], reference: str, options: Options) -> list[Lin
     found = as_models(measured, [row["variant"] for row in ordered])
     compared = compare_models(replace(found, slicing={}), "test", options)
     metric = options.metric
-    return [
+    lines = [
         Line(
             one.model,
             one.spread,
@@ -90,6 +101,7 @@ def _by_users(rows: Sequence[Row], reference: str, options: Options) -> list[Lin
         )
         for one in compared.differences
     ]
+    return Differences("users and seeds", protocol_text(compared), lines)
 
 
 def _by_seeds(rows: Sequence[Row], variant: str, reference: str, options: Options) -> Line:

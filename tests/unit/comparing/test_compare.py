@@ -242,7 +242,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert mltfr(["compare", *given]) == 0
     shown = capsys.readouterr().out
     assert "300 resamples, seed 0; with one seed they hold for these trained models alone" in shown
-    assert "candidates: all 40 items" in shown
+    assert "candidates all 40 items" in shown
     values = json.loads((output / "compare.json").read_text())
     (one,) = values["differences"]
     assert sum(part["users"] for part in one["slices"][-3:]) == 90

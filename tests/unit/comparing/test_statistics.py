@@ -69,6 +69,19 @@ def test_the_bootstrap_is_scipys(cells: int, monkeypatch: pytest.MonkeyPatch) ->
     assert high == pytest.approx(theirs.confidence_interval.high, rel=0.05)
 
 
+def test_many_distinct_values_are_drawn_by_their_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skew values on purpose; the same quantiles and p as by drawing them one by one."""
+    values = random(8).exponential(0.2, 3_000) ** 2 - 0.078
+    by_law = bootstrap_means(values, 40_000, random())
+    p = randomisation_p(values, 20_000, random())
+    monkeypatch.setattr("mltfr_dist.statistics.resampling.MOST_LEVELS", 10_000)
+    drawn = bootstrap_means(values, 6_000, random())
+    assert randomisation_p(values, 6_000, random()) == pytest.approx(p, abs=0.025)
+    for quantile in (0.025, 0.5, 0.975):
+        found, expected = np.quantile(by_law, quantile), np.quantile(drawn, quantile)
+        assert found == pytest.approx(expected, abs=0.1 * drawn.std())
+
+
 def test_the_same_seed_gives_the_same_interval() -> None:
     values = metric_like(100).reshape(2, 50)
     first, second = (bootstrap_interval(values, 500, random(3)) for _ in range(2))

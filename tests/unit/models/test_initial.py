@@ -65,3 +65,14 @@ def test_an_embedding_follows_torchs_seed_and_more_items_change_no_row() -> None
     assert torch.equal(large.draws.rows(torch.tensor([999]), 4), large.weight[999:])
     torch.manual_seed(4)
     assert not torch.equal(ItemEmbedding(10, 4).weight, small.weight)
+
+
+def test_a_model_without_numbers_leaves_later_ones_as_they_are() -> None:
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        assert ItemEmbedding(6, 4).weight.is_meta
+    torch.manual_seed(0)
+    first = ItemEmbedding(6, 4).weight
+    assert torch.equal(first, ItemEmbedding(6, 4).weight) is False
+    torch.manual_seed(0)
+    assert torch.equal(first, ItemEmbedding(6, 4).weight)

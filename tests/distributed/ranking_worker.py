@@ -1,0 +1,56 @@
+"""What the ranks of test_ranking.py do; started by torchrun, writes its findings as JSON.
+
+Usage: ranking_worker.py ranked FOLDER OUTPUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from worker import make_engine, no_dropout
+
+from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.training.evaluating.evaluate import rank_users
+from mltfr_dist.training.evaluating.placing import ByModel, MeanLoss
+from mltfr_dist.training.streams import ranking_stream
+
+CASES = {"sasrec": {}, "bert4rec": {"backbone__name": "bert4rec"}}
+BATCHES = {0: (7, 120), 3: (7,)}
+"""ZeRO stage to users at a time."""
+
+
+def ranked(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """By backbone, ZeRO stage and batch: metrics, ranks of all users, and the mean loss."""
+    found = {}
+    for name, changes in CASES.items():
+        for stage, sizes in BATCHES.items():
+            config = no_dropout(folder, stage, **changes)
+            engine = make_engine(config, ranks)
+            engine.deepspeed.eval()
+            for size in sizes:
+                evaluation = config.evaluation.model_copy(update={"batch_size": size})
+                stream = ranking_stream(
+                    config.model_copy(update={"evaluation": evaluation}), "valid", ranks
+                )
+                loss = MeanLoss(ranks)
+                users = rank_users(ByModel(engine.module, loss), stream, evaluation, ranks)
+                metrics = users.metrics(evaluation.cutoffs)
+                key = f"{name}, ZeRO {stage}, {size} users"
+                found[key] = [*metrics.values(), *users.ranks.tolist(), loss.mean()]
+            engine.destroy()
+    return found
+
+
+if __name__ == "__main__":
+    _, folder, output = sys.argv[1:]
+    torch.set_num_threads(1)
+    all_ranks = start_ranks(1)
+    result = ranked(Path(folder), all_ranks)
+    if all_ranks.is_main:
+        Path(output).write_text(json.dumps(result))
+    stop_ranks()
+    leave()
