@@ -5,6 +5,7 @@ of its own, with one thread a rank. Also ranks a few users among all items, whic
 memory, extrapolated from the smaller table, exceeds the limit is not run.
 
     python benchmarks/item_tables.py
+    python benchmarks/item_tables.py rows     # a table that is divided over the ranks: see item_rows.py
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def measure(options: argparse.Namespace) -> None:
         backbone=config.backbone,
         mltfr=config.mltfr,
         loss=config.loss,
+        published=config.published,
         num_items=options.items,
         max_len=options.max_len,
         tables=(),
@@ -195,4 +197,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["rows"]:
+        from item_rows import main as main_of_rows
+
+        main_of_rows()
+    else:
+        main()

@@ -5,11 +5,14 @@ Shapes: V_m x D_m token table m, C width of item features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig, LossConfig, MLTFRConfig, PublishedConfig
+from mltfr_dist.models.divided_rows import DividedRows, Division
+from mltfr_dist.models.initial import ItemEmbedding, undrawn_items
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.item_tokens import ItemVectors
 from mltfr_dist.models.mltfr import MLTFR
@@ -38,18 +41,27 @@ class ModelSpec(Section):
     """Only item rows that a batch looks up get a gradient."""
 
     def build(
-        self, tables: Mapping[str, Tensor | PlacedTable], item_features: Tensor | None = None
+        self,
+        tables: Mapping[str, Tensor | PlacedTable],
+        item_features: Tensor | None = None,
+        divide: Callable[[int], Division] | None = None,
     ) -> Recommender:
         """A freshly initialised model.
 
         Args:
             tables: Token tables by name: rows [V_m, D_m], or placed otherwise.
             item_features: [num_items + 1, C] what the tables give each item, where item tokens are on.
+            divide: How so many rows of the item table are divided; None: they are not.
         """
         kind = published_backbone(self.backbone.name, self.published)
-        backbone = kind(self.backbone, self.num_items, self.max_len)
+        with nullcontext() if divide is None else undrawn_items():
+            backbone = kind(self.backbone, self.num_items, self.max_len)
         mltfr = self._mltfr([tables[name] for name in self.tables]) if self.mltfr.enabled else None
-        if self.sparse_items:
+        if divide is not None:
+            assert isinstance(backbone.item_embedding, ItemEmbedding)
+            division = divide(backbone.item_embedding.num_embeddings)
+            backbone.item_embedding = DividedRows(backbone.item_embedding, division)
+        elif self.sparse_items:
             assert isinstance(backbone.item_embedding, nn.Embedding)
             backbone.item_embedding = ItemRows(backbone.item_embedding)
         if item_features is not None:

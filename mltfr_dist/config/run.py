@@ -13,10 +13,10 @@ from mltfr_dist.baselines import BASELINES
 from mltfr_dist.config.backbone import BackboneConfig
 from mltfr_dist.config.data import DataConfig
 from mltfr_dist.config.former import moved
+from mltfr_dist.config.item_table import ItemTableConfig, check_items
 from mltfr_dist.config.loss import LossConfig
 from mltfr_dist.config.mltfr import MLTFRConfig
 from mltfr_dist.config.published import PublishedConfig, check_published
-from mltfr_dist.losses import LOSSES
 from mltfr_dist.metrics import METRICS, metric_names
 from mltfr_dist.optimizers import OPTIMIZERS
 from mltfr_dist.schema import Count, NonNegative, Positive, Probability, Section, known, or_nearest
@@ -184,6 +184,9 @@ class RunConfig(Section):
     data: DataConfig = Field(description="What is trained on.")
     backbone: BackboneConfig = Field(BackboneConfig(), description="The sequential recommender.")
     mltfr: MLTFRConfig = Field(description="Token filtering and routing.")
+    item_table: ItemTableConfig = Field(
+        ItemTableConfig(), description="Where the table of item vectors is held."
+    )
     loss: LossConfig = Field(LossConfig(), description="The training loss.")
     published: PublishedConfig = Field(
         PublishedConfig(), description="Defects of the published method; all are off."
@@ -206,25 +209,9 @@ class RunConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _touches_few_items(self) -> RunConfig:
-        loss = self.loss.name
-        if self.optimizer.item_gradients == "sparse" and LOSSES[loss].negatives == "none":
-            *others, last = (name for name, entry in LOSSES.items() if entry.negatives != "none")
-            raise ValueError(
-                f"optimizer.item_gradients sparse with loss.name {loss}, which scores every item, so that every row has a "
-                f"gradient: give loss.name {', '.join(others)} or {last}, or item_gradients dense"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _steps_rows(self) -> RunConfig:
-        name = self.optimizer.name
-        if self.optimizer.item_gradients == "sparse" and not OPTIMIZERS[name].by_rows:
-            serves = " or ".join(name for name, entry in OPTIMIZERS.items() if entry.by_rows)
-            raise ValueError(
-                f"optimizer.item_gradients sparse steps rows by lazy Adam, and optimizer.name is {name}: "
-                f"give optimizer.name {serves}, or item_gradients dense"
-            )
+    def _holds_items(self) -> RunConfig:
+        gradients, loss = self.optimizer.item_gradients, self.loss.name
+        check_items(self.item_table.placement, gradients, loss, self.optimizer.name)
         return self
 
     @model_validator(mode="after")

@@ -39,6 +39,11 @@ class SequenceBatch(NamedTuple):
         """Positions that are scored."""
         return int((self.target_ids != PADDING_IDX).sum())
 
+    @property
+    def sampled(self) -> tuple[Tensor | None, Tensor | None]:
+        """Ids of the negatives, where there are any."""
+        return self.negative_ids, self.shared_negative_ids
+
     def to(self, device: torch.device) -> SequenceBatch:
         """The same batch on ``device``."""
         moved = (None if t is None else t.to(device, non_blocking=True) for t in self)

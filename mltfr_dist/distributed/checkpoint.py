@@ -9,27 +9,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mltfr_dist.distributed.engine import Engine
-from mltfr_dist.distributed.lock import check_held
-from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.distributed.sending import send_tensors, send_text
-from mltfr_dist.distributed.state import (
-    begin_optimizer_state,
-    restore_masters,
-    restore_optimizer_state,
-    whole_optimizer_state,
-    whole_parameters,
+from mltfr_dist.distributed.divided_files import (
+    MODEL_ROWS,
+    OPTIMIZER_ROWS,
+    assemble,
+    files_of,
 )
+from mltfr_dist.distributed.lock import check_held
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import CheckpointError, DamagedError
 from mltfr_dist.files import file_sha256, save_tensors
@@ -43,8 +38,6 @@ PARTIAL = ".partial-"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 PASSED_OVER = "Start the run's command again: it passes over what is damaged."
 NOT_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-CHECKED_ELEMENTS = 1 << 24
-"""Numbers looked at together, so that a check needs no memory of a tensor's size."""
 
 
 class Progress(Section):
@@ -90,46 +83,6 @@ class Header(Section):
     """:data:`DRAWS` of the release that wrote it."""
 
 
-def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bool = True) -> None:
-    """Write a checkpoint to ``folder``, replacing one of that name. All ranks must call; rank 0 writes.
-
-    Raises:
-        CheckpointError: A tensor is not finite: what was saved before must not be superseded by it.
-    """
-    tensors = {MODEL: whole_parameters(engine)}
-    if with_optimizer:
-        if progress.step == progress.skipped_steps:  # no update yet, so the optimizer has no state
-            begin_optimizer_state(engine)
-        tensors[OPTIMIZER] = whole_optimizer_state(engine)
-    damaged = nonfinite(tensors, engine.ranks)
-    if damaged:
-        raise engine.ranks.rank0_raises(
-            CheckpointError(
-                f"Not saved at step {progress.step} of stage `{progress.stage}`: {', '.join(damaged)} "
-                f"{'is' if len(damaged) == 1 else 'are'} not finite.",
-                rule="A checkpoint holds finite numbers; those saved before are kept.",
-                remedy="Lower optimizer.learning_rate or set optimizer.max_grad_norm.",
-            )
-        )
-    engine.ranks.on_rank0(lambda heartbeat: write(folder, tensors, progress, heartbeat))
-
-
-def nonfinite(tensors: dict[str, dict[str, Tensor]], ranks: Ranks) -> list[str]:
-    """Names of the tensors that are not finite on some rank, each looked at in parts. All ranks must call."""
-    named = [(name, t) for state in tensors.values() for name, t in state.items()]
-    found = [
-        any(not torch.isfinite(part).all() for part in torch.split(t.flatten(), CHECKED_ELEMENTS))
-        for _, t in named
-    ]
-    return [
-        name
-        for (name, _), bad in zip(
-            named, ranks.max(torch.tensor(found).float()).tolist(), strict=True
-        )
-        if bad
-    ]
-
-
 def write(
     folder: Path,
     tensors: dict[str, dict[str, Tensor]],
@@ -141,29 +94,71 @@ def write(
     Raises:
         CheckpointError: The disk does not take it, or another process has taken the folder over.
     """
+    finish(folder, begin(folder), tensors, progress, heartbeat)
+
+
+def begin(folder: Path) -> Path:
+    """An empty folder beside ``folder``, to write a checkpoint into.
+
+    Raises:
+        CheckpointError: See :func:`write`.
+    """
     check_held()
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(folder, partial, tensors, progress, heartbeat)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder} could not be written: {error}.",
-            rule="The checkpoints before it are as they were.",
-            remedy="Make room or check the disk, then start the same command again.",
-        ) from error
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise not_written(folder, error) from error
+    return partial
 
 
-def _write(
+def finish(
     folder: Path,
     partial: Path,
     tensors: dict[str, dict[str, Tensor]],
     progress: Progress,
     heartbeat: Callable[[], object],
+    hashes: Mapping[str, str] | None = None,
 ) -> None:
-    partial.mkdir(parents=True)
-    hashes = {}
+    """Write what is missing into ``partial``, the header last, and give it its name.
+
+    Args:
+        folder: The checkpoint's place.
+        partial: Of :func:`begin`.
+        tensors: File name to tensors.
+        progress: Where the run stands.
+        heartbeat: Called again and again.
+        hashes: Of files that are there.
+
+    Raises:
+        CheckpointError: See :func:`write`.
+    """
+    try:
+        _finish(folder, partial, tensors, progress, heartbeat, hashes or {})
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise not_written(folder, error) from error
+
+
+def not_written(folder: Path, error: Exception) -> CheckpointError:
+    """What a user is told of a checkpoint that the disk did not take."""
+    return CheckpointError(
+        f"{folder} could not be written: {error}.",
+        rule="The checkpoints before it are as they were.",
+        remedy="Make room or check the disk, then start the same command again.",
+    )
+
+
+def _finish(
+    folder: Path,
+    partial: Path,
+    tensors: dict[str, dict[str, Tensor]],
+    progress: Progress,
+    heartbeat: Callable[[], object],
+    given: Mapping[str, str],
+) -> None:
+    hashes = dict(given)
     for name, state in tensors.items():
         save_tensors(state, partial / name)
         heartbeat()
@@ -216,37 +211,34 @@ def read_header(folder: Path) -> Header:
 
 
 def read(
-    folder: Path, name: str = MODEL, heartbeat: Callable[[], object] = heartbeat
+    folder: Path,
+    name: str = MODEL,
+    heartbeat: Callable[[], object] = heartbeat,
+    *,
+    with_rows: bool = True,
 ) -> dict[str, Tensor]:
     """Tensors of one file of a checkpoint, its hash verified; ``heartbeat`` is called all along.
 
+    Args:
+        folder: The checkpoint.
+        name: Of the file.
+        heartbeat: Called all along.
+        with_rows: Whether rows that ranks have written apart are read too, and put together.
+
     Raises:
         DamagedError: The file is missing or its content is not what was written.
     """
-    verify(folder, name, heartbeat)
+    (verify_with_rows if with_rows else verify)(folder, name, heartbeat)
     tensors: dict[str, Tensor] = load_file(folder / name)
+    if with_rows and (files := row_files(read_header(folder), name)):
+        tensors |= assemble(folder, files, heartbeat)
     return tensors
 
 
-def read_for_all(folder: Path, ranks: Ranks, name: str = MODEL) -> dict[str, Tensor]:
-    """:func:`read` on rank 0, which sends what it has read to the others. All ranks must call.
-
-    Raises:
-        DamagedError: The file is missing or its content is not what was written.
-    """
-    return send_tensors(ranks.on_rank0(lambda heartbeat: read(folder, name, heartbeat)), ranks)
-
-
-def progress_for_all(folder: Path, ranks: Ranks) -> Progress:
-    """Where the checkpoint ``folder`` stands, as rank 0 reads it. All ranks must call.
-
-    Raises:
-        DamagedError: The header is missing or unreadable.
-    """
-    header = ranks.on_rank0(lambda _: read_header(folder))
-    return Progress.model_validate_json(
-        send_text(header.progress.model_dump_json() if header else None, ranks)
-    )
+def row_files(header: Header, name: str) -> list[str]:
+    """Files of the rows that belong to the file ``name``, where ranks have written these apart."""
+    kinds = {MODEL: MODEL_ROWS, OPTIMIZER: OPTIMIZER_ROWS}
+    return files_of(kinds[name], header.sha256) if name in kinds else []
 
 
 def verify(folder: Path, name: str, heartbeat: Callable[[], object] = heartbeat) -> None:
@@ -270,6 +262,17 @@ def verify(folder: Path, name: str, heartbeat: Callable[[], object] = heartbeat)
         )
 
 
+def verify_with_rows(folder: Path, name: str, heartbeat: Callable[[], object] = heartbeat) -> None:
+    """:func:`verify` of a file, and of the rows that belong to it.
+
+    Raises:
+        DamagedError: One is missing or its content is not what was written.
+    """
+    verify(folder, name, heartbeat)
+    for file in row_files(read_header(folder), name):
+        verify(folder, file, heartbeat)
+
+
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """What is no damage: the file is there, and the system does not hand it out."""
     return CheckpointError(
@@ -277,14 +280,6 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
         rule="A checkpoint that cannot be read is not passed over: it may be whole.",
         remedy="Check the disk and the permissions, then start the same command again.",
     )
-
-
-def restore_optimizer(folder: Path, engine: Engine) -> None:
-    """Bring a fresh engine, whose module was loaded from ``folder``, to the checkpoint's state. All ranks must call."""
-    restore_masters(engine, read_for_all(folder, engine.ranks))
-    progress = progress_for_all(folder, engine.ranks)
-    state = read_for_all(folder, engine.ranks, OPTIMIZER)
-    restore_optimizer_state(engine, state, progress.step - progress.skipped_steps)
 
 
 def step_folder(folder: Path, progress: Progress) -> Path:

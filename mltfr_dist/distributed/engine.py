@@ -17,10 +17,10 @@ from pydantic import BaseModel
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.stream.training import BatchLayout, StepBatches
 from mltfr_dist.distributed.clipping import JointNorm
+from mltfr_dist.distributed.divided_optimizer import row_optimizer
 from mltfr_dist.distributed.health import NORM, Health, Verdict
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import Stopwatch
-from mltfr_dist.distributed.row_adam import RowAdam
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.files import code_sha256, with_packaged
 from mltfr_dist.models.item_rows import ItemRows
@@ -187,7 +187,10 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config
         )
-        self.row_adam = RowAdam(*tables[0], config.optimizer, ranks) if tables else None
+        fuses = bool(optimizer.defaults.get("fused"))
+        self.row_adam = (
+            row_optimizer(*tables[0], config.optimizer, ranks, fused=fuses) if tables else None
+        )
         self.joint_norm = (
             JointNorm(self.deepspeed, self.zero_stage, config.optimizer.max_grad_norm)
             if tables

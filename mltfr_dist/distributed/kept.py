@@ -17,7 +17,7 @@ from mltfr_dist.distributed.checkpoint import (
     Progress,
     read_header,
     validated_folder,
-    verify,
+    verify_with_rows,
 )
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import CheckpointError, DamagedError
@@ -66,8 +66,8 @@ def latest_intact(
     """
     for path in reversed(_complete(folder, f"{stage}-step")):
         try:
-            verify(path, MODEL, heartbeat)
-            verify(path, OPTIMIZER, heartbeat)
+            verify_with_rows(path, MODEL, heartbeat)
+            verify_with_rows(path, OPTIMIZER, heartbeat)
         except DamagedError as error:
             warn(f"  warning: skipping the checkpoint {path.name}: {error.what}")
         else:
@@ -154,7 +154,7 @@ def _same_weights(folder: Path, choice: Choice) -> list[str]:
 
 def _is_whole(path: Path, heartbeat: GoesOn) -> bool:
     try:
-        verify(path, MODEL, heartbeat)
+        verify_with_rows(path, MODEL, heartbeat)
     except DamagedError:
         return False
     return True

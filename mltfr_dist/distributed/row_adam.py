@@ -29,6 +29,38 @@ EPSILON = 1e-8
 """As in torch's Adam."""
 
 
+def lazy_adam(
+    weight: Tensor,
+    gradients: Tensor,
+    moments: dict[str, Tensor],
+    own: Tensor,
+    betas: tuple[float, float],
+    learning_rate: float,
+    num_updates: int,
+) -> Tensor:
+    """One step of some rows.
+
+    Args:
+        weight: [U, D] the rows.
+        gradients: [U, D] theirs.
+        moments: "exp_avg" and "exp_avg_sq", of more rows; those of these rows are changed.
+        own: [U] where these rows' moments are.
+        betas: Adam's.
+        learning_rate: Of this update.
+        num_updates: This one included.
+
+    Returns:
+        [U, D] the new rows.
+    """
+    (beta1, beta2), n = betas, num_updates
+    exp_avg = moments["exp_avg"][own].lerp_(gradients, 1 - beta1)
+    exp_avg_sq = moments["exp_avg_sq"][own].lerp_(gradients.square(), 1 - beta2)
+    size = learning_rate * math.sqrt(1 - beta2**n) / (1 - beta1**n)
+    moments["exp_avg"].index_copy_(0, own, exp_avg)
+    moments["exp_avg_sq"].index_copy_(0, own, exp_avg_sq)
+    return weight - size * exp_avg / (exp_avg_sq.sqrt() + EPSILON)
+
+
 class RowAdam:
     """Optimizer of an :class:`ItemRows`. Between two updates all ranks hold the same table."""
 
@@ -96,14 +128,16 @@ class RowAdam:
     def step(self, learning_rate: float, scale: float) -> None:
         """Step the rows that were touched, their gradients multiplied by ``scale``. All ranks must call."""
         self.num_updates += 1
-        own, gradients = self.ids // self.ranks.world_size, self.gradients * scale
-        (beta1, beta2), n = self.betas, self.num_updates
-        exp_avg = self.moments["exp_avg"][own].lerp_(gradients, 1 - beta1)
-        exp_avg_sq = self.moments["exp_avg_sq"][own].lerp_(gradients.square(), 1 - beta2)
-        size = learning_rate * math.sqrt(1 - beta2**n) / (1 - beta1**n)
-        stepped = self.rows.weight[self.ids] - size * exp_avg / (exp_avg_sq.sqrt() + EPSILON)
-        self.moments["exp_avg"].index_copy_(0, own, exp_avg)
-        self.moments["exp_avg_sq"].index_copy_(0, own, exp_avg_sq)
+        own = self.ids // self.ranks.world_size
+        stepped = lazy_adam(
+            self.rows.weight[self.ids],
+            self.gradients * scale,
+            self.moments,
+            own,
+            self.betas,
+            learning_rate,
+            self.num_updates,
+        )
         counts = self.exchange.counts(len(own))
         self.rows.weight.index_copy_(
             0, self.exchange.gather(self.ids, counts), self.exchange.gather(stepped, counts)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.distributed.engine import Engine
+from mltfr_dist.distributed.row_adam import RowAdam
 from mltfr_dist.models.item_rows import ItemRows
 
 State = dict[str, Tensor]
@@ -40,7 +41,7 @@ def persistent_buffers(module: nn.Module) -> State:
 def whole_optimizer_state(engine: Engine) -> State:
     """What the optimizer keeps, as ``parameter/entry``, on the CPU of every rank. All ranks must call.
 
-    Those of a table that is stepped by rows are whole on rank 0 alone.
+    Those of a table that is stepped by rows are whole on rank 0 alone; those of a divided one are not among them.
     """
     link_optimizer_state(engine)
     state = {
@@ -49,11 +50,9 @@ def whole_optimizer_state(engine: Engine) -> State:
         for key in engine.optimizer_state
     }
     rows = engine.row_adam
-    return (
-        state
-        if rows is None
-        else state | {f"{rows.name}/{key}": rows.whole(key) for key in rows.moments}
-    )
+    if isinstance(rows, RowAdam):
+        state |= {f"{rows.name}/{key}": rows.whole(key) for key in rows.moments}
+    return state
 
 
 def whole_parameter(engine: Engine, parameter: Tensor) -> Tensor:
@@ -121,7 +120,7 @@ def restore_optimizer_state(engine: Engine, state: State, num_updates: int) -> N
     for name, p in trained_parameters(engine):
         for key in engine.optimizer_state:
             _set_whole(engine, p, key, state[f"{name}/{key}"])
-    if (rows := engine.row_adam) is not None:
+    if isinstance(rows := engine.row_adam, RowAdam):
         for key in rows.moments:
             rows.restore(key, state[f"{rows.name}/{key}"])
 

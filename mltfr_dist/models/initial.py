@@ -7,6 +7,9 @@ Shapes: R rows of a table, D columns, n rows at hand.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from statistics import NormalDist
 from typing import Literal, NamedTuple
@@ -85,4 +88,18 @@ class ItemEmbedding(nn.Embedding):
     def reset(self, kind: Literal["normal", "uniform"], scale: float) -> None:
         """Draw all rows, by one number of torch's generator as the seed."""
         self.draws = RowDraws(int(torch.randint(LARGEST, (), device="cpu")), kind, scale)
-        self.draws.fill(self.weight)
+        if _whole.get():
+            self.draws.fill(self.weight)
+
+
+_whole: ContextVar[bool] = ContextVar("_whole", default=True)
+
+
+@contextmanager
+def undrawn_items() -> Iterator[None]:
+    """Item tables made in here are left without values, and take no memory, for who draws some rows of them alone."""
+    token = _whole.set(False)
+    try:
+        yield
+    finally:
+        _whole.reset(token)

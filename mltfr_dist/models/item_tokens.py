@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mltfr_dist.models.divided_rows import DividedRows
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.transformer import init_weights
 
@@ -40,6 +41,13 @@ class ItemVectors(nn.Module):
         distinct, indices = torch.unique(item_ids, return_inverse=True)
         adapted = self.adapter(self.features[distinct].to(own.dtype))
         return own + F.embedding(indices, adapted)  # type: ignore[no-any-return]
+
+    def own_vectors(self) -> Tensor:
+        """Vectors of this process's rows [O, D] of a table that is divided."""
+        assert isinstance(self.embedding, DividedRows)
+        own = self.embedding.own_vectors()
+        features = self.features[self.embedding.division.own_ids]
+        return own + self.adapter(features.to(own.dtype))  # type: ignore[no-any-return]
 
     @property
     def weight(self) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mltfr_dist.losses import LOSSES
 from mltfr_dist.models.cross_entropy import full_cross_entropy
+from mltfr_dist.models.divided_rows import division_of, own_vectors
 from mltfr_dist.models.scored import Negatives, Scored
 from mltfr_dist.numerics import at_least_fp32
 from mltfr_dist.registry import load
@@ -111,7 +112,13 @@ def loss_sum(scored: Scored) -> Tensor:
 
 
 def all_items(scored: Scored) -> Tensor:
-    """:func:`full_cross_entropy`."""
+    """:func:`full_cross_entropy`, wherever the items' rows are held."""
+    table = scored.embedding
+    if (division := division_of(table)) is not None:
+        own = own_vectors(table)
+        return division.cross_entropy(
+            scored.hidden, own, scored.targets, scored.weights, scored.num_items
+        )
     return full_cross_entropy(scored.hidden, scored.item_vectors, scored.targets, scored.weights)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mltfr_dist.config import LossConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
 from mltfr_dist.models.backbone import Backbone
+from mltfr_dist.models.divided_rows import divided_rows, division_of, own_vectors
 from mltfr_dist.models.explain import Explanation, explain
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.losses import loss_sum
@@ -59,12 +60,17 @@ class Recommender(nn.Module):
 
     @property
     def num_trained(self) -> int:
-        """Numbers that are trained."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        return sum(
-            t.numel()
-            for t in [*parameters, *(m.weight for m in self.modules() if isinstance(m, ItemRows))]
+        """Numbers that are trained, on all processes together."""
+        rows = (m for m in self.modules() if isinstance(m, ItemRows))
+        return sum(p.numel() for p in self.parameters() if p.requires_grad) + sum(
+            m.num_embeddings * m.embedding_dim for m in rows
         )
+
+    def look_up(self, *item_ids: Tensor | None) -> None:
+        """Have at hand the rows that the next pass reads. Of a divided item table; else nothing is done."""
+        rows = divided_rows(self.backbone.item_embedding)
+        if rows is not None:
+            rows.look_up(torch.cat([ids.flatten() for ids in item_ids if ids is not None]))
 
     def hidden(self, item_ids: Tensor) -> tuple[Tensor, Packing, Routing | None]:
         """Item ids [B, L] -> hidden states of the real positions [N, D], where they stand, and how MLTFR routed.
@@ -96,20 +102,22 @@ class Recommender(nn.Module):
             batch: What to train on, or whose next item to rank.
             weights: [B, L] weight of each position in the loss; 1 where not given.
             read: What to make of a ranking batch's states [B, D] and the vectors of items 1..I [I, D], whose products
-                are scores: in here, for under ZeRO-3 nobody has all vectors afterwards.
+                are scores: in here, for under ZeRO-3 nobody has all vectors afterwards. Of a divided item table it
+                gets the vectors of this process's rows.
 
         Returns:
             :class:`TrainingOutput`; for a :class:`RankingBatch` what ``read`` makes of it, or scores [B, num_items + 1]
             (fp32 at least; column = item id, padding -inf).
         """
         if isinstance(batch, RankingBatch):
-            hidden, packing, _ = self.hidden(self.backbone.for_ranking(batch.item_ids))
+            ranked = self.backbone.for_ranking(batch.item_ids)
+            self.look_up(ranked, batch.target_ids)
+            hidden, packing, _ = self.hidden(ranked)
             final = self.backbone.last(hidden, packing)
-            if read is None:
-                return self._scores(final)
-            return read(final, self.backbone.item_embedding.weight[1 : self.num_items + 1])
+            return self._scores(final) if read is None else read(final, self._item_vectors())
         if weights is None:
             weights = torch.ones_like(batch.target_ids, dtype=torch.float32)
+        self.look_up(batch.item_ids, batch.target_ids, batch.view_ids, *batch.sampled)
         hidden, packing, routing = self.hidden(batch.item_ids)
         total = self._loss(hidden, batch, packing, packing.pack(weights))
         terms = {"loss": Term(total, "targets", 1.0)}
@@ -151,9 +159,20 @@ class Recommender(nn.Module):
         first, second = packing.last(hidden).view(len(batch.view_ids), 2, -1).unbind(1)
         return self.backbone.contrast(first, second, batch.sample_ids >= 0)
 
+    def _item_vectors(self) -> Tensor:
+        """[I, D] vectors of items 1..I; of a divided table [O, D] those of this process's rows."""
+        table = self.backbone.item_embedding
+        if division_of(table) is not None:
+            return own_vectors(table)
+        return table.weight[1 : self.num_items + 1]
+
     def _scores(self, final: Tensor) -> Tensor:
-        item_vectors = self.backbone.item_embedding.weight[: self.num_items + 1].to(final.dtype)
-        scores = at_least_fp32(final @ item_vectors.T)  # [B, I + 1]
+        table = self.backbone.item_embedding
+        if (division := division_of(table)) is not None:
+            scores = division.scores(final, own_vectors(table))[:, : self.num_items + 1]
+        else:
+            item_vectors = table.weight[: self.num_items + 1].to(final.dtype)
+            scores = at_least_fp32(final @ item_vectors.T)  # [B, I + 1]
         scores[:, PADDING_IDX] = -torch.inf
         return scores
 
@@ -179,9 +198,10 @@ class Recommender(nn.Module):
             return None
         was_training = self.training
         self.eval()
-        device, inputs = self.backbone.item_embedding.weight.device, []
+        device, inputs = next(self.parameters()).device, []
         for batch in batches:
             item_ids = batch.item_ids.to(device)
+            self.look_up(item_ids)
             read = self.backbone.pack(item_ids).read.item_ids
             inputs.append((self.backbone.inputs(item_ids), read != PADDING_IDX))
         recall = self.mltfr.refresh(inputs, reduce)
@@ -198,9 +218,17 @@ class Recommender(nn.Module):
             self.mltfr.after_update(gate_weights)
 
     @torch.no_grad()
+    def vectors(self, item_ids: Tensor) -> Tensor:
+        """Item ids [n] -> the vectors [n, D] that they are scored with."""
+        ids = item_ids.to(next(self.parameters()).device)
+        self.look_up(ids)
+        return self.backbone.item_embedding(ids)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
     def explain(self, item_ids: Tensor) -> list[Explanation]:
         """Kept tokens and gate weights at the last position of each history [B, L]."""
         assert self.mltfr is not None
         ranked = self.backbone.for_ranking(item_ids)
+        self.look_up(ranked)
         read = self.backbone.pack(ranked).read
         return explain(self.mltfr, self.backbone.inputs(ranked), read.valid_mask, read.item_ids)

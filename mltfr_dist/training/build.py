@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed import checkpoint
+from mltfr_dist.distributed.item_placement import division_of_items
 from mltfr_dist.distributed.placement import place_tables
 from mltfr_dist.distributed.ranks import ALONE, Ranks
+from mltfr_dist.distributed.saving import read_weights
 from mltfr_dist.errors import CheckpointError
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.spec import ModelSpec
@@ -25,7 +26,8 @@ def build_model(
     seed_all(config.training.seed, INITIALISATION)
     spec = model_spec(config, inputs, with_consensus=with_consensus)
     placed = place_tables(config, inputs.tables, ranks)
-    return spec.build(dict(zip(inputs.table_names, placed, strict=True)), inputs.item_features)
+    tables = dict(zip(inputs.table_names, placed, strict=True))
+    return spec.build(tables, inputs.item_features, division_of_items(config, ranks))
 
 
 def model_spec(config: RunConfig, inputs: Inputs, *, with_consensus: bool) -> ModelSpec:
@@ -64,7 +66,7 @@ def load_model(
         CheckpointError: The checkpoint is damaged or does not fit the configuration.
     """
     model = build_model(config, inputs, ranks, with_consensus=with_consensus)
-    state = checkpoint.read_for_all(folder, ranks)
+    state = read_weights(model, folder, ranks)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

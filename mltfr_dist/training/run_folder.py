@@ -142,6 +142,7 @@ CHANGEABLE = (
     "runs_dir",
     "deepspeed",
     "mltfr.placement",
+    "item_table.placement",
     "data.num_workers",
     "data.read_attempts",
     "data.read_timeout",

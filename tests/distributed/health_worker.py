@@ -25,7 +25,7 @@ import train
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.data.stream.training import BatchLayout
-from mltfr_dist.distributed import checkpoint
+from mltfr_dist.distributed import saving
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.fisher import fisher_diagonals
@@ -125,9 +125,9 @@ def skipped_first(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     engine = poisoned_engine(config, ranks, 16, place)
     steps(engine, config, ranks, 0, 1)
     place["step"] = -1
-    checkpoint.save(folder / "skipped-1", engine, Progress(stage="train", step=1, skipped_steps=1))
+    saving.save(folder / "skipped-1", engine, Progress(stage="train", step=1, skipped_steps=1))
     first = steps(engine, config, ranks, 1, 3)
-    checkpoint.save(folder / "skipped-3", engine, Progress(stage="train", step=3, skipped_steps=1))
+    saving.save(folder / "skipped-3", engine, Progress(stage="train", step=3, skipped_steps=1))
     later = steps(engine, config, ranks, 3, 6)
     engine.destroy()
     return {

@@ -19,7 +19,7 @@ from support import REPOSITORY, tiny_config
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.data.stream.training import BatchLayout
-from mltfr_dist.distributed import checkpoint
+from mltfr_dist.distributed import saving
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.fisher import fisher_diagonals
@@ -185,7 +185,7 @@ def padded(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         engine = make_engine(config, ranks, 4)
         first = steps(engine, config, ranks, 0, 6)
         place = folder / f"padded-{ranks.world_size}-{name}"
-        checkpoint.save(place, engine, Progress(stage="train", step=6))
+        saving.save(place, engine, Progress(stage="train", step=6))
         found[f"{name} accumulated"] = [*first, *steps(engine, config, ranks, 6, HALF)]
         engine.destroy()
         found[f"{name} resumed"] = [*first, *resumed_from(config, ranks, place, 6, HALF)]
@@ -207,7 +207,7 @@ def saved_and_resumed(
     """Save after half the steps, go on; and go on from the file in a new engine."""
     engine = make_engine(config, ranks)
     steps(engine, config, ranks, 0, HALF)
-    checkpoint.save(place, engine, Progress(stage="train", step=HALF))
+    saving.save(place, engine, Progress(stage="train", step=HALF))
     uninterrupted = steps(engine, config, ranks, HALF, STEPS)
     engine.destroy()
     return {
@@ -232,11 +232,12 @@ def resumed(config: RunConfig, ranks: Ranks, place: Path) -> list[float]:
 
 def resumed_from(config: RunConfig, ranks: Ranks, place: Path, start: int, end: int) -> list[float]:
     """Losses of steps start..end-1 in a new engine that goes on from the checkpoint ``place``."""
-    part = BatchLayout(ranks.rank, ranks.world_size, 32, 32 // ranks.world_size)
-    model = build_model(config, load_inputs(config), with_consensus=False)
-    model.load_state_dict(checkpoint.read(place))
+    size = config.training.global_batch_size
+    part = BatchLayout(ranks.rank, ranks.world_size, size, size // ranks.world_size)
+    model = build_model(config, load_inputs(config), ranks, with_consensus=False)
+    model.load_state_dict(saving.read_weights(model, place, ranks))
     engine = Engine(model, config, ranks, part, STEPS)
-    checkpoint.restore_optimizer(place, engine)
+    saving.restore_optimizer(place, engine)
     found = steps(engine, config, ranks, start, end)
     engine.destroy()
     return found
@@ -283,7 +284,7 @@ def offloaded(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
             found[f"{path.stem} {precision}"] = steps(engine, config, ranks, 0, HALF)
             if "offload" in path.stem and precision == "fp32":
                 place = folder / f"offloaded-{ranks.world_size}-{path.stem}"
-                checkpoint.save(place, engine, Progress(stage="train", step=HALF))
+                saving.save(place, engine, Progress(stage="train", step=HALF))
                 found[f"{path.stem} uninterrupted"] = steps(engine, config, ranks, HALF, STEPS)
                 engine.destroy()
                 found[f"{path.stem} resumed"] = resumed(config, ranks, place)

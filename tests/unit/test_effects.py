@@ -146,6 +146,7 @@ ELSEWHERE = {
     "data.num_workers": "must not change the batches: test_stream",
     "mltfr.tables": "every test that trains",
     "mltfr.placement": "must not change the numbers: tests/distributed/test_placement.py",
+    "item_table.placement": "must not change the numbers: tests/distributed/test_divided_items.py",
     "mltfr.filter.max_direct_rows": "larger memories are refused: models/test_strategies",
     "training.micro_batch_size": "must *not* change the numbers: tests/distributed/test_zero.py",
     "tracking.also": "needs another package: test_board",

@@ -10,11 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.models.divided_rows import Division, division_of
 from mltfr_dist.models.places import LogNormaliser, Places, count_better
+from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.tiles import Pairs, exact_scores
 
 Placer = Callable[[RankingBatch, Pairs], Places]
@@ -71,24 +73,44 @@ class ByModel:
     def _count(
         self, target_ids: Tensor, exclude: Pairs, hidden: Tensor, item_vectors: Tensor
     ) -> Places:
-        """States [B, D] and vectors of items 1..I -> places [B]; 0 for rows without a target."""
+        """States [B, D] and item vectors [I or O, D] -> places [B]; 0 for rows without a target."""
         present = target_ids != PADDING_IDX
         number = present.cumsum(0) - 1  # of a row among those that are ranked
         hidden, targets = hidden[present], target_ids[present]
-        vectors = item_vectors[targets - 1].to(hidden.dtype)
-        target_scores = exact_scores(hidden, vectors)
-        normaliser = None if self._loss is None else LogNormaliser(hidden)
-        counts = count_better(
-            hidden,
-            item_vectors,
-            target_scores,
-            exclude=Pairs(number[exclude.rows], exclude.item_ids),
-            normaliser=normaliser,
-        )
+        exclude = Pairs(number[exclude.rows], exclude.item_ids)
+        division = division_of(self._model) if isinstance(self._model, nn.Module) else None
+        count = self._in_whole if division is None else partial(self._in_parts, division)
+        counts, target_scores, normaliser = count(hidden, item_vectors, targets, exclude)
         if self._loss is not None and normaliser is not None:
-            self._loss.add(normaliser.value - target_scores)
+            self._loss.add(normaliser - target_scores)
         of_all = [torch.zeros_like(target_ids).masked_scatter(present, c) for c in counts]
         return Places(*of_all)
+
+    def _in_whole(
+        self, hidden: Tensor, item_vectors: Tensor, targets: Tensor, exclude: Pairs
+    ) -> tuple[Places, Tensor, Tensor | None]:
+        """Places, targets' scores and, where the loss is asked for, what normalises it."""
+        target_scores = exact_scores(hidden, item_vectors[targets - 1].to(hidden.dtype))
+        normaliser = None if self._loss is None else LogNormaliser(hidden)
+        counts = count_better(
+            hidden, item_vectors, target_scores, exclude=exclude, normaliser=normaliser
+        )
+        return counts, target_scores, None if normaliser is None else normaliser.value
+
+    def _in_parts(
+        self, division: Division, hidden: Tensor, own: Tensor, targets: Tensor, exclude: Pairs
+    ) -> tuple[Places, Tensor, Tensor | None]:
+        """The same over items that are divided; the model has looked the targets up."""
+        model = self._model
+        assert isinstance(model, Recommender)
+        target_scores = exact_scores(
+            hidden, model.backbone.item_embedding(targets).to(hidden.dtype)
+        )
+        num_items, normalise = model.num_items, self._loss is not None
+        counts, normaliser = division.count_better(
+            hidden, own, target_scores, exclude, num_items, normalise=normalise
+        )
+        return counts, target_scores, normaliser
 
 
 class ByScores:

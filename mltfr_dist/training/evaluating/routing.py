@@ -29,7 +29,9 @@ def measure_routing(
     names = model.mltfr.gate_names(table_names)
     totals = torch.zeros(2 * len(names) + 1, dtype=torch.float64, device=ranks.device)
     for batch in stream:
-        _, _, routing = model.hidden(model.backbone.for_ranking(batch.item_ids.to(ranks.device)))
+        ranked = model.backbone.for_ranking(batch.item_ids.to(ranks.device))
+        model.look_up(ranked)
+        _, _, routing = model.hidden(ranked)
         assert routing is not None
         sums = routing_sums(routing)
         totals += torch.cat([sums.gate, sums.top, sums.entropy]).double()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.training.reporting.hparams import write_session
-from mltfr_dist.training.reporting.projector import write_projector
+from mltfr_dist.training.reporting.projector import Projected, write_projector
 from mltfr_dist.training.reporting.services import open_services
 from mltfr_dist.training.run_folder import Result, leaf_values
 
 
-def show_outcome(config: RunConfig, model: Recommender, result: Result, stage: str) -> None:
+def show_outcome(config: RunConfig, items: Projected | None, result: Result, stage: str) -> None:
     """Show the chosen model; on rank 0 alone.
 
     Args:
         config: The run.
-        model: The chosen model, whole.
+        items: Whose vectors of the chosen model the projector shows; None: it shows none.
         result: What it reached.
         stage: The last stage that was trained.
     """
@@ -24,8 +23,8 @@ def show_outcome(config: RunConfig, model: Recommender, result: Result, stage: s
     metrics |= {"run/epochs": float(result.epochs), "run/seconds": result.seconds}
     fields = {k: v for k, v in leaf_values(config).items() if k not in ("name", "runs_dir")}
     place = write_session(config.folder, fields, metrics, result.step)
-    if config.tracking.projector_items:
-        write_projector(place, config, model)
+    if items is not None:
+        write_projector(place, items)
     for service in open_services(config, stage, anew=False, say=print):
         service.send(metrics, result.step)
         service.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,26 +23,41 @@ DESCRIPTION = f"""embeddings {{
 """
 
 
-def write_projector(place: Path, config: RunConfig, model: Recommender) -> None:
-    """Write the vectors that score the `tracking.projector_items` most popular items.
+class Projected(NamedTuple):
+    """The most popular items, and the vectors that score them."""
+
+    vectors: np.ndarray
+    """[n, D]."""
+    shown: dict[str, list[Any]]
+    """Columns of `items.parquet`, n rows."""
+
+
+def projected(config: RunConfig, model: Recommender) -> Projected | None:
+    """The `tracking.projector_items` most popular items; None where these are 0. All ranks must call.
 
     Args:
-        place: A folder with an event file: TensorBoard looks for projectors beside those.
         config: The run.
-        model: A whole model, as it is read from a checkpoint; nothing is gathered.
+        model: As it is read from a checkpoint; no parameter is gathered.
 
     Raises:
         DataError: `items.parquet` is not what the manifest says.
     """
+    if not config.tracking.projector_items:
+        return None
     folder = config.data.path
     items = read_map(folder, read_manifest(folder), ITEMS_NAME)
     numbers, counts = items["item_index"].to_numpy(), items["count"].to_numpy()
     chosen = np.lexsort((numbers, -counts))[: config.tracking.projector_items]
-    shown = items.take(chosen).to_pydict()
     with torch.no_grad():
         ids = torch.from_numpy(numbers[chosen].copy())
-        vectors = model.backbone.item_embedding.weight.detach().float().cpu()[ids]
-    np.savetxt(place / VECTORS, vectors.numpy(), fmt="%.6g", delimiter="\t")
+        vectors = model.vectors(ids).float().cpu().numpy()
+    return Projected(vectors, items.take(chosen).to_pydict())
+
+
+def write_projector(place: Path, items: Projected) -> None:
+    """Write items into a folder with an event file: TensorBoard looks for projectors beside those."""
+    shown = items.shown
+    np.savetxt(place / VECTORS, items.vectors, fmt="%.6g", delimiter="\t")
     rows = zip(shown["title"], shown["item_id"], shown["count"], strict=True)
     lines = [f"{field(t or i)}\t{field(i)}\t{count}" for t, i, count in rows]
     write_atomically(place / LABELS, "\n".join(["title\titem_id\tcount", *lines]) + "\n")

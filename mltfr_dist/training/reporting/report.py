@@ -12,6 +12,7 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.data.shards.short_parts import recorded_counts
 from mltfr_dist.distributed.devices import uses_gpus
+from mltfr_dist.distributed.item_placement import items_text
 from mltfr_dist.distributed.placement import placement_text
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.files import with_packaged, write_atomically
@@ -60,6 +61,8 @@ def opening(config: RunConfig, inputs: Inputs, ranks: Ranks) -> str:
     ]
     if inputs.tables:
         lines.append(f"  tables  {placement_text(config, ranks)}")
+    if config.item_table.placement != "replicated":
+        lines.append(f"  items   {items_text(config, ranks)}")
     if missing := taken_away(config):
         lines.append(f"  repairs taken away: {', '.join(missing)}")
     lines += [f"  note    {GROUNDED}"] * is_grounded(config)

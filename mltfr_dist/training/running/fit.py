@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from mltfr_dist.data.shards.manifest import verify_folder
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.engine import batch_layout, deepspeed_config, versions
 from mltfr_dist.distributed.health import watch_neighbours
+from mltfr_dist.distributed.item_placement import check_items_divide, resolve_items
 from mltfr_dist.distributed.launch import expected_rank
 from mltfr_dist.distributed.lock import Lock, acquire
 from mltfr_dist.distributed.meeting import lost_ranks_told, start_ranks
@@ -42,6 +44,9 @@ from mltfr_dist.training.run_folder import (
 )
 from mltfr_dist.training.running.stages import fit_model
 from mltfr_dist.training.streams import train_stream
+
+SEEN_SECONDS = 60
+"""How long a run's folder may take to be seen on another node."""
 
 
 def fit(
@@ -79,7 +84,7 @@ def fit(
             config = leave_out_bad_shards(config, ranks)
             inputs = check_all(config, ranks, verify=verify)
             with held_folder(config, inputs, ranks, resume=resume):
-                say_where(config.folder, ranks)
+                say_where(config, ranks)
                 try:
                     return run(config, inputs, ranks, read_test=read_test)
                 except StoppedError as error:
@@ -100,6 +105,7 @@ def check_all(config: RunConfig, ranks: Ranks, *, verify: bool) -> Inputs:
         zero_stage = deepspeed_config(config, layout).get("zero_optimization", {}).get("stage", 0)
         check_division(config.published, layout.world_size, layout.grad_accum_steps, zero_stage)
         check_placement(config, inputs.tables, ranks, zero_stage)
+        check_items_divide(config, inputs.manifest.num_items, ranks)
         train_stream(config, layout)
         if ranks.is_main:
             check_services(config)
@@ -173,16 +179,38 @@ def check_place(folder: Path, ranks: Ranks) -> None:
         )
 
 
-def say_where(folder: Path, ranks: Ranks) -> None:
-    """Tell where the run lies if not every rank sees it. All ranks must call."""
-    sees = ranks.gather(torch.tensor([float(has_run(folder))]))[:, 0].tolist()
-    hosts = ranks.texts(socket.gethostname())
-    blind = [f"rank {rank} ({hosts[rank]})" for rank, seen in enumerate(sees) if not seen]
+def say_where(config: RunConfig, ranks: Ranks) -> None:
+    """Tell where the run lies if not every rank sees it. All ranks must call.
+
+    Raises:
+        ConfigError: The item table is divided, of which each rank writes its rows.
+    """
+    hosts, blind = ranks.texts(socket.gethostname()), blind_ranks(config.folder, ranks)
+    waited, divided = 0, resolve_items(config, ranks) == "rows"
+    while blind and divided and waited < SEEN_SECONDS:  # a network file system may take a while
+        time.sleep(1)
+        waited, blind = waited + 1, blind_ranks(config.folder, ranks)
+    told = ", ".join(f"rank {rank} ({hosts[rank]})" for rank in blind)
+    if blind and divided:
+        raise ranks.rank0_raises(
+            ConfigError(
+                f"{config.folder} lies on {hosts[0]}, and {told} did not see it there.",
+                rule="With item_table.placement=rows each rank writes and reads its own rows.",
+                remedy="Set `runs_dir` to a folder that every node sees, or "
+                "item_table.placement=replicated.",
+            )
+        )
     if blind:
         ranks.say(
-            f"  {folder} lies on {hosts[0]}, and {', '.join(blind)} did not see it there: if it is "
+            f"  {config.folder} lies on {hosts[0]}, and {told} did not see it there: if it is "
             f"that node's own disk, the run can only go on with its rank 0 on {hosts[0]}"
         )
+
+
+def blind_ranks(folder: Path, ranks: Ranks) -> list[int]:
+    """Ranks that see no run there. All ranks must call."""
+    sees = ranks.gather(torch.tensor([float(has_run(folder))]))[:, 0].tolist()
+    return [rank for rank, seen in enumerate(sees) if not seen]
 
 
 def same_everywhere(config: RunConfig, ranks: Ranks) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.stream.training import StepBatches, TrainStream
-from mltfr_dist.distributed.checkpoint import Progress, save, step_folder, validated_folder
+from mltfr_dist.distributed.checkpoint import Progress, step_folder, validated_folder
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.kept import latest, prune
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import memory_gib
+from mltfr_dist.distributed.saving import save
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import MltfrError, StoppedError
 from mltfr_dist.training.evaluating.evaluate import evaluate

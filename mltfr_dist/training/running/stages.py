@@ -13,7 +13,7 @@ import torch
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.stream.training import StepBatches
-from mltfr_dist.distributed import checkpoint, kept
+from mltfr_dist.distributed import checkpoint, kept, saving
 from mltfr_dist.distributed.checkpoint import Progress
 from mltfr_dist.distributed.engine import Engine, batch_layout
 from mltfr_dist.distributed.fisher import fisher_diagonals
@@ -38,6 +38,7 @@ from mltfr_dist.training.evaluating.placing import ByModel
 from mltfr_dist.training.evaluating.routing import measure_routing
 from mltfr_dist.training.inputs import Inputs
 from mltfr_dist.training.reporting.outcome import show_outcome
+from mltfr_dist.training.reporting.projector import projected
 from mltfr_dist.training.reporting.tracking import Tracker, write_test_line
 from mltfr_dist.training.run_folder import CHECKPOINTS, RANKS, RESULT, STAGES, Result, load_result
 from mltfr_dist.training.running.loop import Stage, is_finished, train_stage
@@ -91,12 +92,12 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         peak_memory_bytes=int(memory.item()),
         world_size=ranks.world_size,
     )
+    vectors, final = projected(config, model) if read_test else None, list(outcomes.values())[-1]
     ranks.on_rank0(lambda _: check_held())
     if ranks.is_main:
         if read_test:
-            final = list(outcomes.values())[-1]
             write_test_line(config.folder, final.stage, final.step, test)
-            show_outcome(config, model, result, final.stage)
+            show_outcome(config, vectors, result, final.stage)
         write_atomically(config.folder / RESULT, result.model_dump_json(indent=2) + "\n")
     ranks.barrier()
     return result
@@ -123,19 +124,19 @@ def run_stage(
     folder = config.folder / CHECKPOINTS
     epochs = config.training.epochs if name == TRAIN else config.training.consensus_epochs
     last = last_checkpoint(folder, name, ranks)
-    progress = checkpoint.progress_for_all(last, ranks) if last else Progress(stage=name)
+    progress = saving.progress_for_all(last, ranks) if last else Progress(stage=name)
     if last and is_over(last, progress, config, epochs, ranks):
         return progress
     layout = batch_layout(config, ranks)
     stream = train_stream(config, layout)
     model = build_model(config, inputs, ranks, with_consensus=name == CONSENSUS)
     if last:
-        model.load_state_dict(checkpoint.read_for_all(last, ranks))
+        model.load_state_dict(saving.read_weights(model, last, ranks))
     elif before is not None and merged is not None:
         start_from_stage_one(model, config, before, merged, ranks)
     engine = Engine(model.to(ranks.device), config, ranks, layout, epochs * stream.steps_per_epoch)
     if last:
-        checkpoint.restore_optimizer(last, engine)
+        saving.restore_optimizer(last, engine)
     base = before.step if before else 0
     tracker = Tracker(
         config.folder,
@@ -221,9 +222,8 @@ def start_from_stage_one(
 
     def best() -> State:
         folder = config.folder / CHECKPOINTS
-        return checkpoint.read_for_all(
-            folder / best_for_all(folder, {TRAIN: before}, ranks).name, ranks
-        )
+        name = best_for_all(folder, {TRAIN: before}, ranks).name
+        return saving.read_weights(model, folder / name, ranks)
 
     state = between_stages(config, ranks).second_start(state, best)
     consensus = {f"mltfr.consensus.{name}": t for name, t in merged.items()}
@@ -234,7 +234,7 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
     """The consensus expert from stage 1's best experts, made once and kept."""
     place = config.folder / CHECKPOINTS / FISHER_FOLDER
     if ranks.from_main("whole" if ranks.on_rank0(lambda _: is_made(place, ranks)) else ""):
-        return checkpoint.read_for_all(place, ranks, CORE)
+        return saving.read_for_all(place, ranks, CORE)
     started = time.monotonic()
     procedure = between_stages(config, ranks)
     source = procedure.merged_from(
@@ -269,7 +269,7 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
         f"  Fisher information of {len(cores)} experts over {samples} sequences: "
         f"{time.monotonic() - started:.0f} s"
     )
-    return checkpoint.read_for_all(place, ranks, CORE)
+    return saving.read_for_all(place, ranks, CORE)
 
 
 def between_stages(config: RunConfig, ranks: Ranks) -> Procedure:
