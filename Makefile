@@ -59,8 +59,8 @@ lint: $(BIN)/.ready  ## ruff and mypy --strict
 docs: $(BIN)/.ready  ## the documentation as a site in .site/html, with a reference from the docstrings; a warning is an error
 	$(BIN)/python docs/build.py
 
-bench: $(BIN)/.ready data/.demo-ready  ## measure what an epoch costs, as ratios within one run
-	$(BIN)/python benchmarks/epoch_time.py --data data/ml-100k --tables data/tables
+bench: $(BIN)/.ready data/.demo-ready  ## measure what a training step costs, as ratios within one run
+	$(BIN)/python benchmarks/train_speed.py --data data/ml-100k --tables data/tables
 
 gpu-check: $(BIN)/.ready  ## on a machine with a GPU: its numbers against the CPU's, then what a step costs there
 	$(BIN)/python benchmarks/gpu.py

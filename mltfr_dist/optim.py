@@ -23,7 +23,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool) -
     Args:
         model: Its parameters are stepped.
         config: The name, and the options.
-        fused: Whether one GPU kernel may step many tensors, where the optimizer has one.
+        fused: Whether one kernel may step many tensors, where the optimizer has one.
     """
     build = load(OPTIMIZERS[config.name].path, "mltfr_dist")
     optimizer: Optimizer = build(parameter_groups(model, config.weight_decay), config, fused)

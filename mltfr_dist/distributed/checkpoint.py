@@ -31,6 +31,8 @@ from mltfr_dist.files import file_sha256, save_tensors
 from mltfr_dist.schema import Section
 
 SCHEMA_VERSION = 3
+DRAWS = 2
+"""Of dropout: 1, by torch's generator; 2, on a CPU by `models/dropout.py`."""
 HEADER = "state.json"
 PARTIAL = ".partial-"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
@@ -77,6 +79,8 @@ class Header(Section):
     progress: Progress
     sha256: dict[str, str]
     """File name to hash."""
+    draws: int = 1
+    """:data:`DRAWS` of the release that wrote it."""
 
 
 def write(
@@ -159,7 +163,7 @@ def _finish(
         save_tensors(state, partial / name)
         heartbeat()
         hashes[name] = file_sha256(partial / name, heartbeat)
-    header = Header(schema_version=SCHEMA_VERSION, progress=progress, sha256=hashes)
+    header = Header(schema_version=SCHEMA_VERSION, progress=progress, sha256=hashes, draws=DRAWS)
     (partial / HEADER).write_text(header.model_dump_json(indent=2) + "\n")
     for file in partial.iterdir():
         _flush(file)

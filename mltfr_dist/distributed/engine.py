@@ -183,8 +183,7 @@ class Engine:
         offloads = "offload_optimizer" in ds_config.get("zero_optimization", {})
         if offloads:
             ds_config.setdefault("zero_force_ds_cpu_optimizer", False)
-        fused = ranks.device.type == "cuda" and not offloads
-        optimizer = build_optimizer(model, config.optimizer, fused=fused)
+        optimizer = build_optimizer(model, config.optimizer, fused=not offloads)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mltfr_dist.backbones import BACKBONES
 from mltfr_dist.config import BackboneConfig
+from mltfr_dist.models.dropout import Dropout
 from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.item_tokens import ItemVectors
@@ -102,7 +103,7 @@ class PositionalBackbone(Backbone):
         self.item_embedding = ItemEmbedding(num_items + 1 + self.num_special_items, dim)
         self.position_embedding = nn.Embedding(max_len + self.num_special_positions, dim)
         self.input_norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             self.make_block(config, max_len) for _ in range(config.num_layers)
         )

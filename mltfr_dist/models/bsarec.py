@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig
 from mltfr_dist.models.backbone import PositionalBackbone
+from mltfr_dist.models.dropout import Dropout
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.transformer import SelfAttention
 
@@ -73,7 +74,7 @@ class BSARecBlock(nn.Module):
             nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
         )
         self.feed_forward_norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]."""

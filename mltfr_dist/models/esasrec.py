@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import BackboneConfig
 from mltfr_dist.models.backbone import PositionalBackbone
+from mltfr_dist.models.dropout import Dropout
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.transformer import SelfAttention
 
@@ -27,7 +28,7 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden_dim: int, dropout: float) -> None:
         super().__init__()
         self.gate_and_inner = nn.Linear(hidden_dim, 8 * hidden_dim, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out = nn.Linear(4 * hidden_dim, hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ class LiGRBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(hidden_dim)
         self.feed_forward = SwiGLU(hidden_dim, dropout)
         self.feed_forward_gate = nn.Linear(hidden_dim, hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]."""

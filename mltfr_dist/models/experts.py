@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mltfr_dist.config import ExpertConfig, RouterConfig
+from mltfr_dist.models.dropout import Dropout
 from mltfr_dist.models.transformer import init_weights
 from mltfr_dist.numerics import at_least_fp32
 from mltfr_dist.registry import load
@@ -58,8 +59,8 @@ class ExpertCore(nn.Module):
         self.key = nn.Linear(memory_dim, inner)
         self.value = nn.Linear(memory_dim, inner)
         self.out = nn.Linear(inner, hidden_dim)
-        self.attention_dropout = nn.Dropout(config.dropout)
-        self.output_dropout = nn.Dropout(config.dropout)
+        self.attention_dropout = Dropout(config.dropout)
+        self.output_dropout = Dropout(config.dropout)
         self.apply(init_weights)
         self._taps: list[Tap] | None = None
 

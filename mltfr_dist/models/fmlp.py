@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig
 from mltfr_dist.models.backbone import PositionalBackbone
+from mltfr_dist.models.dropout import Dropout
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.numerics import at_least_fp32
 
@@ -57,7 +58,7 @@ class FilterBlock(nn.Module):
             nn.Linear(hidden_dim, 4 * hidden_dim), nn.GELU(), nn.Linear(4 * hidden_dim, hidden_dim)
         )
         self.feed_forward_norm = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]."""

@@ -8,112 +8,17 @@ that several ranks and micro-batches add up to exactly the mean over the global 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mltfr_dist.losses import LOSSES
+from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.divided_rows import division_of, own_vectors
 from mltfr_dist.models.scored import Negatives, Scored
 from mltfr_dist.numerics import at_least_fp32
 from mltfr_dist.registry import load
-
-CACHED_ELEMENTS = 1 << 21
-"""Logits that stay in a CPU's cache (8 MiB in fp32)."""
-
-UNCACHED_ELEMENTS = 1 << 24
-"""Logits held at a time on a CPU where :data:`MIN_CHUNK_ROWS` do not fit its cache (64 MiB)."""
-
-GPU_ELEMENTS = 1 << 26
-"""Logits held at a time on a GPU (256 MiB in fp32), which wants large products."""
-
-MIN_CHUNK_ROWS = 64
-"""Positions of a chunk at least: each chunk passes over the whole item table and its gradient."""
-
-
-def chunk_rows(num_items: int, device: str) -> int:
-    """Positions whose logits :func:`full_cross_entropy` holds at a time.
-
-    Memory: logits of at most 64 MiB on a CPU and 256 MiB on a GPU, or 256 bytes an item (which an
-    item table of 64 columns in fp32 takes too), whichever is more.
-
-    Args:
-        num_items: I.
-        device: "cpu" or a GPU's type.
-    """
-    if device != "cpu":
-        return max(MIN_CHUNK_ROWS, GPU_ELEMENTS // num_items)
-    cached = CACHED_ELEMENTS // num_items
-    if cached >= MIN_CHUNK_ROWS:
-        return cached
-    return max(MIN_CHUNK_ROWS, UNCACHED_ELEMENTS // num_items)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Softmax cross-entropy of ``hidden @ weight.T`` that never holds more than a chunk of logits.
-
-    The gradient is formed beside the loss while a chunk is at hand: three matrix products, as usual, but one pass over
-    the logits in place of four, and memory that does not grow with N * I.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
-    ) -> Tensor:
-        needs_grad = hidden.requires_grad or weight.requires_grad
-        total = at_least_fp32(hidden.new_zeros(()))
-        grad_hidden = torch.empty_like(hidden) if needs_grad else hidden
-        grad_weight = at_least_fp32(torch.zeros_like(weight)) if needs_grad else weight
-        rows = chunk_rows(weight.shape[0], hidden.device.type)
-        for start in range(0, hidden.shape[0], rows):
-            chunk = slice(start, start + rows)
-            target = targets[chunk, None]
-            logits = at_least_fp32(hidden[chunk] @ weight.T)  # [n, I]
-            logits -= logits.amax(dim=1, keepdim=True)
-            target_logits = logits.gather(1, target)
-            probabilities = logits.exp_()
-            normaliser = probabilities.sum(dim=1, keepdim=True)
-            position_weight = weights[chunk, None].to(logits.dtype)
-            total += (position_weight * (normaliser.log() - target_logits)).sum()
-            if needs_grad:
-                probabilities *= position_weight / normaliser
-                probabilities.scatter_add_(1, target, -position_weight)
-                grad_logits = probabilities.to(hidden.dtype)
-                grad_hidden[chunk] = grad_logits @ weight
-                grad_weight += grad_logits.T @ hidden[chunk]
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (grad_total,) = grad_outputs
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden * grad_total.to(grad_hidden.dtype),
-            grad_weight * grad_total.to(grad_weight.dtype),
-            None,
-            None,
-        )
-
-
-def full_cross_entropy(
-    hidden: Tensor, item_vectors: Tensor, targets: Tensor, weights: Tensor
-) -> Tensor:
-    """Softmax cross-entropy over all items.
-
-    Args:
-        hidden: [N, D] hidden states of the real positions.
-        item_vectors: [I, D] output vectors of items 1..I (no padding row).
-        targets: [N] item ids, 1..I.
-        weights: [N] weight of each position.
-
-    Returns:
-        Scalar, the weighted sum, in fp32 at least.
-    """
-    result: Tensor = _LinearCrossEntropy.apply(hidden, item_vectors, targets - 1, weights)  # type: ignore[no-untyped-call]
-    return result
 
 
 def binary_cross_entropy(

@@ -174,7 +174,7 @@ class MLTFR(nn.Module):
             members = self.parts.of_consensus([memories[e] for e in self.consensus_members])
             mixed = mixed + self._lambda() * self.consensus(blocks.positions, members)
         kept = [selection.weights().detach() for selection in selections]
-        return blocks.spread(mixed), Routing(gate[blocks.real], kept, blocks.queries.shape[0])
+        return blocks.spread(mixed), Routing(blocks.at_real(gate), kept, blocks.queries.shape[0])
 
     def _lambda(self) -> Tensor | float:
         consensus = self.config.consensus

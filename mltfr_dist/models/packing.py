@@ -5,11 +5,26 @@ Shapes: B users, L positions, N real positions of the batch.
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mltfr_dist.data.batch import PADDING_IDX
+
+SHORTEST = 0.75
+"""Rows of a part are at least this share of its longest one, so that few of its places are padding."""
+
+
+class Part(NamedTuple):
+    """Consecutive rows of like length."""
+
+    size: int
+    """Their packed positions."""
+    packing: Packing
+    """The rows alone, as wide as the longest of them."""
 
 
 class Packing:
@@ -51,13 +66,46 @@ class Packing:
         """The way back, zero elsewhere."""
         return x
 
+    @cached_property
+    def parts(self) -> list[Part]:
+        """The rows in parts of like length, which a mixing of positions takes one by one.
+
+        On a CPU, where a place of padding costs what an item costs, and where rows come longest
+        first, as the stream deals them; a single part elsewhere, for lengths would have to come
+        from the device, and many small products keep it waiting.
+        """
+        whole = [Part(len(self._places), self)]
+        if self.item_ids.device.type != "cpu" or type(self) is not Packing:
+            return whole
+        lengths = self.num_items.tolist()
+        if not any(lengths) or lengths != sorted(lengths, reverse=True):
+            return whole
+        parts, first = [], 0
+        for row in range(1, len(lengths) + 1):
+            if row == len(lengths) or lengths[row] < SHORTEST * lengths[first]:
+                rows = Packing(self.item_ids[first:row, : lengths[first]])
+                parts.append(Part(sum(lengths[first:row]), rows))
+                first = row
+        return [part for part in parts if part.size]
+
+    def divided(self, packed: Tensor) -> list[tuple[Tensor, Packing]]:
+        """[N, ...] in the parts of :attr:`parts`, each with the packing of its rows."""
+        parts = self.parts
+        if len(parts) == 1:
+            return [(packed, parts[0].packing)]
+        pieces = torch.split(packed, [part.size for part in parts])
+        return [(piece, part.packing) for piece, part in zip(pieces, parts, strict=True)]
+
     def pack(self, padded: Tensor) -> Tensor:
         """[B, L, ...] -> [N, ...]."""
-        return padded.flatten(0, 1).index_select(0, self._places)
+        flat = padded.flatten(0, 1)
+        return flat if len(flat) == len(self._places) else flat.index_select(0, self._places)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[N, ...] -> [B, L, ...], zero at padding."""
         batch, length = self.batch_shape
+        if len(packed) == batch * length:  # no padding
+            return packed.view(batch, length, *packed.shape[1:])
         empty = packed.new_zeros(batch * length, *packed.shape[1:])
         return empty.index_copy(0, self._places, packed).view(batch, length, *packed.shape[1:])
 

@@ -1,6 +1,7 @@
 """Positions cut into blocks that share a query.
 
-Shapes: B users, L positions, n positions a block, G blocks that hold a real position, D hidden size.
+Shapes: B users, L positions, n positions a block, G blocks that hold a real position, N real
+positions, D hidden size.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ class QueryBlocks:
         """Args: x: [B, L, D] input embeddings; valid_mask: [B, L]; block_len: n."""
         self.valid_mask, self.block_len = valid_mask, block_len
         self.occupied = self._cut(valid_mask)[..., 0]  # sequences start at 0 and have no gaps
-        self.positions = self._cut(x)[self.occupied]
-        self.queries = self.at_queries(prefix_mean(x, valid_mask))[self.occupied]
-        self.real = self._cut(valid_mask)[self.occupied]
+        # Once: how many there are must come from the device.
+        self._places = self.occupied.flatten().nonzero()[:, 0]
+        self.positions = self._held(self._cut(x))
+        self.queries = self._held(self.at_queries(prefix_mean(x, valid_mask)))
+        self.real = self._held(self._cut(valid_mask))
 
     def _cut(self, t: Tensor) -> Tensor:
         """[B, L, ...] -> [B, ceil(L / n), n, ...], zero behind."""
@@ -51,24 +54,33 @@ class QueryBlocks:
         padded = F.pad(t, (0, 0) * (t.ndim - 2) + (0, missing))
         return padded.view(len(t), -1, self.block_len, *t.shape[2:])
 
+    def _held(self, t: Tensor) -> Tensor:
+        """[B, ceil(L / n), ...] -> [G, ...], of the blocks that hold a real position."""
+        return t.flatten(0, 1).index_select(0, self._places)
+
+    def at_real(self, t: Tensor) -> Tensor:
+        """What stands at the real positions, row by row: [G, n, ...] -> [N, ...]."""
+        return t.flatten(0, 1).index_select(0, self.real.flatten().nonzero()[:, 0])
+
     def at_queries(self, t: Tensor) -> Tensor:
         """What stands where the queries are taken: [B, L, ...] -> [B, ceil(L / n), ...]."""
         return t[:, :: self.block_len]
 
     def keys(self, item_ids: Tensor | None) -> Tensor | None:
         """[G] hash of each block's history [B, L] up to where its query is taken; None where none is given."""
-        return None if item_ids is None else self.at_queries(history_keys(item_ids))[self.occupied]
+        return None if item_ids is None else self._held(self.at_queries(history_keys(item_ids)))
 
     @property
     def users(self) -> Tensor:
         """[G] row of the batch that each block belongs to."""
-        return self.occupied.nonzero()[:, 0]
+        return self._places // self.occupied.shape[1]
 
     def spread(self, output: Tensor) -> Tensor:
         """[G, n, D] -> [B, L, D], zero at padding."""
         length = self.valid_mask.shape[1]
-        whole = output.new_zeros(*self.occupied.shape, *output.shape[1:])  # [B, L/n, n, D]
-        whole[self.occupied] = output
+        empty = output.new_zeros(self.occupied.numel(), *output.shape[1:])
+        whole = empty.index_copy(0, self._places, output)
+        whole = whole.view(*self.occupied.shape, *output.shape[1:])  # [B, L/n, n, D]
         return whole.flatten(1, 2)[:, :length] * self.valid_mask[..., None]
 
     def index(self, user: int, position: int) -> tuple[int, int]:

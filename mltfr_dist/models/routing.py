@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 class Routing(NamedTuple):
@@ -42,7 +41,9 @@ class RoutingSums(NamedTuple):
 def routing_sums(routing: Routing) -> RoutingSums:
     """Sums of a batch."""
     gate = routing.gate.detach().float()
-    top = F.one_hot(gate.argmax(-1), gate.shape[-1]).float()
+    top = (
+        gate.argmax(-1, keepdim=True) == torch.arange(gate.shape[-1], device=gate.device)
+    ).float()
     entropy = -(gate * gate.clamp(min=1e-12).log()).sum().view(1)
     num_queries = routing.num_queries
     of_kept = []

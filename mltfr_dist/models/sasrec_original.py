@@ -16,12 +16,13 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mltfr_dist.config import BackboneConfig
 from mltfr_dist.models.backbone import PositionalBackbone
+from mltfr_dist.models.dropout import Dropout
 from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.transformer import attended
 
 EPS = 1e-8
 """Of the layer norms."""
@@ -42,7 +43,7 @@ class OriginalBlock(nn.Module):
             nn.Linear(hidden_dim, hidden_dim),
             nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
 
     def reset(self) -> None:
@@ -63,14 +64,9 @@ class OriginalBlock(nn.Module):
         head_dim = (
             x.shape[1] // self.num_heads
         )  # said, for a micro-batch may hold no position at all
-        padded = packing.unpack(
-            maps.view(x.shape[0], 3, self.num_heads, head_dim)
-        )  # [B, L, 3, H, D / H]
-        query, key, value = padded.permute(2, 0, 3, 1, 4)  # each [B, H, L, D / H]
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=self.dropout * self.training, is_causal=True
-        )
-        mixed = self.out(packing.pack(mixed.transpose(1, 2).flatten(2)))
+        qkv = maps.view(x.shape[0], 3, self.num_heads, head_dim)
+        dropout_p = self.dropout * self.training
+        mixed = self.out(attended(qkv, packing, causal=True, dropout_p=dropout_p))
         h = self.feed_forward_norm(normed + mixed)
         return h + self.feed_forward(h)  # type: ignore[no-any-return]
 

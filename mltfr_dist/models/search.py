@@ -18,8 +18,12 @@ from torch.nn import functional as F
 
 from mltfr_dist.models.draws import GumbelNoise
 
+CACHED_ELEMENTS = 1 << 21
+"""Scores held at a time on a CPU (8 MiB in fp32), so that they stay in its cache."""
 CHUNK_ELEMENTS = 1 << 24
-"""Scores held at a time while searching (64 MiB in fp32)."""
+"""Scores held at a time on a GPU (64 MiB in fp32)."""
+GROUP = 8
+"""Scores that one maximum stands for while the largest of many are sought."""
 MARGIN = 16
 """Rows looked at beyond the K best, at least; more where these do not tell the best apart."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
@@ -31,6 +35,11 @@ class Project(Protocol):
 
     def __call__(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Project."""
+
+
+def queries_at_once(num_rows: int, device: torch.device) -> int:
+    """Queries whose scores of ``num_rows`` rows are held at a time."""
+    return max(1, (CACHED_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS) // num_rows)
 
 
 def best(scores: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -55,7 +64,7 @@ def search(
 def largest(scores: Tensor, count: int) -> Tensor:
     """[G, count] indices of the largest of ``scores`` [G, S], best first; of equal ones the lower indices."""
     return best(
-        *_separated(lambda width: scores.topk(width, dim=1), scores.shape[1], count, 0.0), count
+        *_separated(lambda width: top_of(scores, width), scores.shape[1], count, 0.0), count
     )[1]
 
 
@@ -76,7 +85,7 @@ def search_rows(
     present, indices_present = torch.unique(indices, return_inverse=True)
     exact_rows = project(rows[present.to(rows.device)], torch.float64)  # [U, D]
     exact_query = F.normalize(query.double(), dim=-1)
-    chunk = max(1, CHUNK_ELEMENTS // (2 * exact_rows.shape[1] * indices.shape[1]))
+    chunk = queries_at_once(2 * exact_rows.shape[1] * indices.shape[1], indices.device)
     parts = [
         torch.einsum("gd,gcd->gc", q, F.embedding(p, exact_rows))
         for q, p in zip(
@@ -96,7 +105,8 @@ def _separated(
 
     ``top`` gives the [G, n] largest of the ``num_rows`` scores, and their indices.
     """
-    width = min(num_rows, num_kept + max(MARGIN, num_kept // 4))
+    margin = max(MARGIN, num_kept // 4) if tolerance else 1
+    width = min(num_rows, num_kept + margin)
     while True:
         scores, indices = top(width)
         clear = scores[:, num_kept - 1] - scores[:, -1] > tolerance
@@ -105,31 +115,62 @@ def _separated(
         width = min(num_rows, 2 * width)
 
 
+@torch.no_grad()
 def _top(
     unit_query: Tensor, unit_rows: Tensor, count: int, noise: GumbelNoise | None
 ) -> tuple[Tensor, Tensor]:
     """[G, count] largest products (plus noise) and their indices, in chunks of queries so that memory is bounded."""
-    chunk = max(1, CHUNK_ELEMENTS // unit_rows.shape[0])
+    chunk = queries_at_once(len(unit_rows), unit_rows.device)
+    kept = unit_query.new_empty(min(chunk, len(unit_query)), len(unit_rows))
     values, indices = [], []
     for start in range(
         0, max(1, len(unit_query)), chunk
     ):  # once where there is no query, for the shape
-        scores = unit_query[start : start + chunk] @ unit_rows.T
+        queries = unit_query[start : start + chunk]
+        scores = torch.mm(queries, unit_rows.T, out=kept[: len(queries)])
         if noise is not None:
-            scores = scores + noise.part(slice(start, start + chunk)).to(scores.dtype)
-        top = scores.topk(count, dim=1)
-        values.append(top.values)
-        indices.append(top.indices)
+            scores += noise.part(slice(start, start + chunk)).to(scores.dtype)
+        top = top_of(scores, count)
+        values.append(top[0])
+        indices.append(top[1])
     return torch.cat(values), torch.cat(indices)
 
 
-def row_relevance(query: Tensor, rows: Tensor, project: Project) -> Tensor:
-    """[S] fp32, largest cosine of each row with any of the queries [G, D]; -1 where there is no query."""
-    unit_rows = project(rows, torch.float64)
-    found = torch.full((len(unit_rows),), -1.0, device=unit_rows.device, dtype=torch.float64)
-    for part in torch.split(
-        F.normalize(query.double(), dim=-1), max(1, CHUNK_ELEMENTS // (2 * len(unit_rows)))
-    ):
+def top_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[G, count] largest of ``scores`` [G, S], largest first, and their indices.
+
+    The largest lie in the groups of the largest maxima, so most scores are looked at once, by an
+    operation that is fast, and not by the selection, which is slow.
+    """
+    num_groups = scores.shape[1] // GROUP
+    if scores.device.type != "cpu" or num_groups < 16 * count:
+        values, indices = scores.topk(count, dim=1)
+        return values, indices
+    grouped = scores[:, : GROUP * num_groups].view(len(scores), GROUP, num_groups)
+    groups = top_of(grouped.amax(dim=1), count)[1]  # [G, count]
+    members = torch.arange(GROUP)[:, None] * num_groups
+    columns = (groups[:, None, :] + members).flatten(1)  # [G, GROUP * count]
+    ungrouped = torch.arange(GROUP * num_groups, scores.shape[1]).expand(len(scores), -1)
+    columns = torch.cat([columns, ungrouped], dim=1)
+    values, places = scores.gather(1, columns).topk(count, dim=1)
+    return values, columns.gather(1, places)
+
+
+@torch.no_grad()
+def row_relevance(
+    query: Tensor, rows: Tensor, project: Project, dtype: torch.dtype | None = None
+) -> Tensor:
+    """[S] fp32, largest cosine of each row with any of the queries [G, D]; -1 where there is no query.
+
+    Computed in ``dtype``; None: that of the parameters.
+    """
+    unit_rows = project(rows, dtype)
+    unit_query = F.normalize(query.to(unit_rows.dtype), dim=-1)
+    found = unit_rows.new_full((len(unit_rows),), -1.0)
+    chunk = queries_at_once(len(unit_rows), unit_rows.device)
+    kept = unit_query.new_empty(min(chunk, len(query)), len(unit_rows))
+    for part in torch.split(unit_query, chunk):
         if len(part):
-            torch.maximum(found, (part @ unit_rows.T).amax(dim=0), out=found)
+            scores = torch.mm(part, unit_rows.T, out=kept[: len(part)])
+            torch.maximum(found, scores.amax(dim=0), out=found)
     return found.float()

@@ -5,9 +5,11 @@ Shapes: B users, L positions, N real positions (no padding), D hidden size, H he
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mltfr_dist.models.dropout import Dropout
 from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.packing import Packing, Padded
 
@@ -28,29 +30,35 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]; causal: position t of a history sees its positions <= t, and so never the padding behind."""
-        dim = x.shape[-1]
-        qkv = packing.unpack(
-            self.qkv(x).view(x.shape[0], 3, self.num_heads, dim // self.num_heads)
-        )  # [B, L, 3, H, D/H]
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, D/H]
-        # By default no dropout on attention weights, which would forbid the fused kernels: the
-        # output is dropped out instead.
+        heads = self.qkv(x).view(x.shape[0], 3, self.num_heads, x.shape[-1] // self.num_heads)
+        dropout_p = self.weight_dropout * self.training
+        return self.out(attended(heads, packing, causal=self.causal, dropout_p=dropout_p))  # type: ignore[no-any-return]
+
+
+def attended(qkv: Tensor, packing: Packing, *, causal: bool, dropout_p: float) -> Tensor:
+    """Queries, keys and values [N, 3, H, D / H] of packed positions -> what each has read, [N, D]."""
+    mixed = []
+    for some, part in packing.divided(qkv):
+        query, key, value = part.unpack(some).permute(2, 0, 3, 1, 4)  # [B, H, L, D/H]
         mask = None
-        if isinstance(packing, Padded):
-            mask = packing.causal_mask[:, None]
-        elif not self.causal:
-            valid = packing.valid_mask[:, None]  # [B, 1, L]
+        if isinstance(part, Padded):
+            mask = part.causal_mask[:, None]
+        elif not causal:
+            valid = part.valid_mask[:, None]  # [B, 1, L]
             # Padding is no key. What padding itself would read is thrown away: it sees all, so that no row is empty.
             mask = valid[:, :, None] | ~valid[..., None]  # [B, 1, L, L]
-        mixed = F.scaled_dot_product_attention(
+        # By default no dropout on attention weights, which would forbid the fused kernels: the
+        # output is dropped out instead.
+        read = F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
-            dropout_p=self.weight_dropout * self.training,
-            is_causal=self.causal and mask is None,
+            dropout_p=dropout_p,
+            is_causal=causal and mask is None,
         )
-        return self.out(packing.pack(mixed.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+        mixed.append(part.pack(read.transpose(1, 2).flatten(2)))
+    return torch.cat(mixed)
 
 
 class TransformerBlock(nn.Module):
@@ -64,10 +72,10 @@ class TransformerBlock(nn.Module):
         self.feed_forward = nn.Sequential(
             nn.Linear(hidden_dim, 4 * hidden_dim),
             nn.GELU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(4 * hidden_dim, hidden_dim),
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]."""
@@ -86,7 +94,7 @@ class PostNormBlock(nn.Module):
             nn.Linear(hidden_dim, 4 * hidden_dim), nn.GELU(), nn.Linear(4 * hidden_dim, hidden_dim)
         )
         self.feed_forward_norm = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]."""

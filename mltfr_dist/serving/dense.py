@@ -10,7 +10,6 @@ Shapes: B histories, L positions given, W positions computed, n positions a quer
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +46,10 @@ class Dense(Packing):
         """[B W] position in the history."""
         places = torch.arange(self.batch_shape[1], device=self.item_ids.device)
         return places.expand(self.batch_shape).flatten()
+
+    def divided(self, packed: Tensor) -> list[tuple[Tensor, Packing]]:
+        """All of it, in one part."""
+        return [(packed, self)]
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, W, ...] -> [B W, ...]."""
@@ -86,6 +89,10 @@ class DensePadded(Padded):
         places = torch.arange(self.batch_shape[1], device=self._place.device)
         return places.expand(self.batch_shape).flatten()
 
+    def divided(self, packed: Tensor) -> list[tuple[Tensor, Packing]]:
+        """All of it, in one part."""
+        return [(packed, self)]
+
     def pack(self, padded: Tensor) -> Tensor:
         """[B, W, ...] -> [B W, ...]."""
         return padded.flatten(0, 1)
@@ -112,8 +119,6 @@ class DensePadded(Padded):
 class DenseBlocks(QueryBlocks):
     """All blocks of all histories, occupied or not."""
 
-    real: Any = slice(None)
-
     def __init__(self, x: Tensor, valid_mask: Tensor, block_len: int) -> None:
         """Args: x: [B, W, D]; valid_mask: [B, W]; block_len: n."""
         self.valid_mask, self.block_len = valid_mask, block_len
@@ -124,6 +129,10 @@ class DenseBlocks(QueryBlocks):
         """[B, W, D] -> [B, ceil(W / n), n, D], zero behind."""
         padded = F.pad(t, (0, 0, 0, -t.shape[1] % self.block_len))
         return padded.reshape(t.shape[0], -1, self.block_len, t.shape[2])
+
+    def at_real(self, t: Tensor) -> Tensor:
+        """All of it: nothing reads what stands at padding."""
+        return t
 
     def keys(self, item_ids: Tensor | None) -> None:
         """Nothing draws here."""

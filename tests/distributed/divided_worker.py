@@ -26,9 +26,9 @@ from mltfr_dist.distributed.item_division import RankDivision
 from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import MltfrError, OtherRankError
+from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.divided_rows import DividedRows, divided_rows
 from mltfr_dist.models.initial import ItemEmbedding
-from mltfr_dist.models.losses import full_cross_entropy
 from mltfr_dist.models.places import LogNormaliser, count_better
 from mltfr_dist.models.tiles import Pairs, exact_scores
 

@@ -15,6 +15,7 @@ from support import REPOSITORY, run_ranks, tiny_config, write_data
 import train
 from mltfr_dist.cli import main as mltfr
 from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed import checkpoint
 from mltfr_dist.errors import EXIT_BAD_INPUT
 from mltfr_dist.training.run_folder import dump_config
 
@@ -197,6 +198,21 @@ def test_checkpoint_of_another_schema_version(
     message = refused(folder, capsys, lambda: train.main(["--config", str(config)]))
     assert "99" in message
     assert f"version {content['schema_version']}" in message
+
+
+def test_checkpoint_of_a_release_that_draws_dropout_otherwise(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = folder / "runs" / "tiny"
+    for header in (run / "checkpoints").glob("*/state.json"):
+        content = json.loads(header.read_text())
+        assert content.pop("draws") == checkpoint.DRAWS
+        header.write_text(json.dumps(content))
+    config = str(run / "config.yaml")
+    assert train.main(["--config", config]) == 0  # finished: nothing is drawn any more
+    (run / "result.json").unlink()
+    message = refused(folder, capsys, lambda: train.main(["--config", config]))
+    assert "draws dropout otherwise" in message
 
 
 def test_changed_inputs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

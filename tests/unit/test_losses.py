@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mltfr_dist.data.stream.negatives import sample_shared
-from mltfr_dist.models import losses
+from mltfr_dist.models import cross_entropy
+from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.losses import (
     Negatives,
     binary_cross_entropy,
     contrastive,
-    full_cross_entropy,
     generalised_binary_cross_entropy,
     sampled_softmax,
 )
@@ -44,10 +44,11 @@ def reference(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("chunk", [1, 5, 13, 1 << 20], ids=lambda c: f"chunk{c}")
+@pytest.mark.parametrize("tile", [1, 7, 1 << 20], ids=lambda t: f"tile{t}")
 def test_cross_entropy_equals_pytorchs_whatever_the_chunks(
-    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, chunk: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "chunk_rows", lambda num_items, device: chunk)
+    monkeypatch.setattr(cross_entropy, "chunk_shape", lambda num_items, device: (chunk, tile))
     hidden, vectors, targets, weights = drawn(dtype=dtype)
     value, grad_hidden, grad_vectors = reference(hidden, vectors, targets, weights)
     result = full_cross_entropy(hidden, vectors, targets, weights)
@@ -61,16 +62,18 @@ def test_cross_entropy_equals_pytorchs_whatever_the_chunks(
 
 
 def test_chunks_are_never_thin_and_their_memory_is_bounded() -> None:
-    for num_items in (1, 12_101, 32_768):  # as ever, so that losses are equal to the bit
-        assert losses.chunk_rows(num_items, "cpu") == (1 << 21) // num_items
-    for num_items in (32_769, 100_000, 1_000_000, 10_000_000):
-        for device, elements in (("cpu", 1 << 24), ("cuda", 1 << 26)):
-            rows = losses.chunk_rows(num_items, device)
+    for num_items in (1, 1_682, 12_101, 100_000, 1_000_000, 10_000_000):
+        for device, elements in (("cpu", 64 * 12_288), ("cuda", 1 << 26)):
+            rows, width = cross_entropy.chunk_shape(num_items, device)
             assert rows >= 64
             assert rows * num_items <= max(elements, 64 * num_items)
+            assert rows * width <= elements or (device == "cuda" and width == num_items)
+            assert -(-num_items // width) * width < num_items + 2 * width
 
 
-def test_cross_entropy_over_many_items() -> None:  # in chunks of 64 and 6 positions
+def test_cross_entropy_over_many_items() -> (
+    None
+):  # in chunks of 64 and 6 positions, tiles of 12,000 items
     torch.manual_seed(0)
     hidden, weights = torch.randn(70, 4, requires_grad=True), torch.ones(70)
     vectors = (0.1 * torch.randn(300_000, 4)).requires_grad_()

@@ -42,6 +42,14 @@ class Shortlist(nn.Module):
         """Fetch the rows anew when they are next needed."""
         self.rows = None
 
+    def in_doubt(self, relevance: Tensor, tolerance: float) -> Tensor:
+        """Numbers of the rows, ascending, that ``relevance`` [V] does not settle where differences err by ``tolerance``.
+
+        None of them but those can change places with another across the end of the list.
+        """
+        last = relevance.topk(len(self.row_ids)).values[-1]
+        return ((relevance - last).abs() <= 2 * tolerance).nonzero()[:, 0]
+
     @torch.no_grad()
     def choose(self, relevance: Tensor) -> None:
         """Search from now on the rows of highest ``relevance`` [V] (ties: lower row number)."""

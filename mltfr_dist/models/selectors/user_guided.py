@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.draws import LARGEST, GumbelNoise, mix
 from mltfr_dist.models.placed_table import PlacedTable
-from mltfr_dist.models.search import search
+from mltfr_dist.models.search import TOLERANCE, row_relevance, search
 from mltfr_dist.models.selectors.base import Reduce, Selection, Selector
 from mltfr_dist.models.selectors.shortlist import RECALL_QUERIES, Shortlist
 from mltfr_dist.numerics import at_least_fp32
@@ -157,7 +157,12 @@ class UserGuided(Selector):
         first = queries[0][:RECALL_QUERIES]
         recall = self.shortlist.recall(first, table, self.project, self.num_kept, reduce)
         relevance = [table.relevance(part, self.project) for part in queries]
-        self.shortlist.choose(reduce.max(torch.stack(relevance).amax(0)))
+        found = reduce.max(torch.stack(relevance).amax(0))
+        in_doubt = self.shortlist.in_doubt(found, TOLERANCE[queries[0].dtype])
+        rows = table.take(in_doubt)
+        exact = [row_relevance(part, rows, self.project, torch.float64) for part in queries]
+        found[in_doubt] = reduce.max(torch.stack(exact).amax(0)).to(found)
+        self.shortlist.choose(found)
         return recall
 
     def forget(self) -> None:

@@ -24,7 +24,7 @@ from mltfr_dist.distributed.placement import check_placement
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.signals import stop_signals
 from mltfr_dist.distributed.watchdog import watched
-from mltfr_dist.errors import ConfigError, DamagedError, StoppedError
+from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError, StoppedError
 from mltfr_dist.files import file_sha256, with_packaged
 from mltfr_dist.progress import say
 from mltfr_dist.published.checks import check_division
@@ -40,6 +40,7 @@ from mltfr_dist.training.run_folder import (
     claim,
     has_run,
     leaf_values,
+    load_result,
 )
 from mltfr_dist.training.running.stages import fit_model
 from mltfr_dist.training.streams import train_stream
@@ -137,7 +138,7 @@ def held_folder(config: RunConfig, inputs: Inputs, ranks: Ranks, *, resume: bool
         check_claim(config.folder, config, resume=resume)
         lock = acquire(config.folder, ranks.say, heartbeat)
         try:
-            check_checkpoints(config.folder)
+            check_checkpoints(config, ranks)
             if has_run(config.folder):
                 record_inputs(config.folder, inputs)  # compares, before anything is changed
             for changed in claim(config.folder, config, resume=resume):
@@ -244,15 +245,25 @@ def run(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: bool) -> 
     return results
 
 
-def check_checkpoints(folder: Path) -> None:
+def check_checkpoints(config: RunConfig, ranks: Ranks) -> None:
     """Refuse a run whose checkpoints another release wrote, before any work.
 
     Raises:
-        CheckpointError: A header is of another schema version.
+        CheckpointError: A header is of another schema version, or the run is not finished and would
+            go on with other draws than it began with.
     """
-    for header in (folder / CHECKPOINTS).glob(f"*/{checkpoint.HEADER}"):
+    dropout = config.backbone.dropout or (config.mltfr.enabled and config.mltfr.expert.dropout)
+    goes_on = dropout and ranks.device.type == "cpu" and load_result(config.folder) is None
+    for file in (config.folder / CHECKPOINTS).glob(f"*/{checkpoint.HEADER}"):
         with suppress(DamagedError):  # skipped when its turn comes
-            checkpoint.read_header(header.parent)
+            header = checkpoint.read_header(file.parent)
+            if goes_on and header.draws != checkpoint.DRAWS:
+                raise CheckpointError(
+                    f"{file.parent} was written by a release that draws dropout otherwise.",
+                    rule="A run that goes on has the losses of one that was never interrupted.",
+                    remedy="Go on with the mltfr_dist release that began the run, or train again "
+                    "under another `name`.",
+                )
 
 
 def compare(

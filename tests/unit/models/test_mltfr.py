@@ -27,14 +27,16 @@ from mltfr_dist.config import (
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.models import search as searching
+from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.experts import ExpertCore, Memory, Router
-from mltfr_dist.models.losses import full_cross_entropy
 from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.query_blocks import prefix_mean
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
 from mltfr_dist.models.routing import routing_sums
-from mltfr_dist.models.search import best, row_relevance, search, search_rows
+from mltfr_dist.models.search import best, largest, row_relevance, search, search_rows, top_of
 from mltfr_dist.models.selectors import Selection
+from mltfr_dist.models.selectors.user_guided import UserGuided
 from mltfr_dist.tables.store import table_hash
 
 NUM_ITEMS, MAX_LEN, DIM, TOP_K = 30, 10, 16, 4
@@ -540,23 +542,26 @@ def test_filter_ratio_gives_k(ratio: float, expected: tuple[int, ...]) -> None:
     assert all(len(set(row.tolist())) == k.kept.shape[1] for k in kept for row in k.kept)
 
 
+EXACT = torch.float64
+
+
 def test_searching_in_chunks_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, rows = (
         F.normalize(torch.randn(9, DIM), dim=-1),
         F.normalize(torch.randn(40, DIM), dim=-1),
     )
-    whole, relevance = search(queries, rows, 5), row_relevance(queries, rows, as_they_are)
+    whole, relevance = search(queries, rows, 5), row_relevance(queries, rows, as_they_are, EXACT)
     exact = search_rows(queries, rows, as_they_are, 5)
     assert torch.equal(exact[1], whole)
     torch.testing.assert_close(relevance, (queries @ rows.T).amax(0))
     for elements in (1, 80, 130):
-        monkeypatch.setattr(searching, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(searching, "CACHED_ELEMENTS", elements)
         assert torch.equal(search(queries, rows, 5), whole)
         assert all(
             torch.equal(a, b)
             for a, b in zip(search_rows(queries, rows, as_they_are, 5), exact, strict=True)
         )
-        assert torch.equal(row_relevance(queries, rows, as_they_are), relevance)
+        assert torch.equal(row_relevance(queries, rows, as_they_are, EXACT), relevance)
     assert row_relevance(queries[:0], rows, as_they_are).tolist() == [-1.0] * 40
     assert search(queries[:0], rows, 5).shape == (0, 5)
     assert search_rows(queries[:0], rows, as_they_are, 5)[1].shape == (0, 5)
@@ -585,6 +590,42 @@ def test_equal_rows_are_kept_by_number_however_many() -> None:
         offsets = (0, 1, 50)
         found = torch.cat([p[1] + start for p, start in zip(parts, offsets, strict=True)], dim=1)
         assert torch.equal(best(torch.cat([p[0] for p in parts], dim=1), found, count)[1], ids)
+
+
+@few
+@given(
+    width=st.integers(1, 3000),
+    count=st.integers(1, 20),
+    kinds=st.sampled_from([3, 50, 1 << 20]),
+    seed=st.integers(0, 1000),
+)
+def test_the_largest_by_groups_are_the_largest(
+    width: int, count: int, kinds: int, seed: int
+) -> None:
+    """Also where many scores are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(kinds, (4, width), generator=generator).float()
+    values, indices = top_of(scores, min(count, width))
+    assert torch.equal(values, scores.sort(dim=1, descending=True).values[:, :count])
+    assert torch.equal(scores.gather(1, indices), values)
+    assert all(len(set(row)) == len(row) for row in indices.tolist())
+    expected = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(largest(scores, min(count, width)), expected)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-4, 1e-6])  # the last: fp32 tells hardly a row apart
+def test_a_shortlist_is_that_of_float64(spread: float) -> None:
+    torch.manual_seed(0)
+    config = FilterConfig(top_k=4, shortlist_size=40)
+    selector, rows = UserGuided(config, 300, 12, DIM), torch.randn(300, 12)
+    rows = rows[:1] + spread * rows
+    rows[200:] = rows[100:200]  # equal ones: the lower numbers win
+    queries = [torch.randn(5, DIM), torch.randn(3, DIM)]
+    selector.refresh(queries, ReplicatedTable(rows), ALONE)
+    relevance = row_relevance(torch.cat(queries), rows, selector.project, EXACT)
+    expected = relevance.sort(descending=True, stable=True).indices[:40].sort().values
+    assert selector.shortlist is not None
+    assert torch.equal(selector.shortlist.row_ids, expected)
 
 
 # --- shortlist and explanation -----------------------------------------------------------------------------------

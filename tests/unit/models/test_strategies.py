@@ -35,6 +35,7 @@ from mltfr_dist.selectors import SELECTORS, Entry
 from mltfr_dist.tables.store import load_table
 from mltfr_dist.training.build import build_model
 from mltfr_dist.training.evaluating.evaluate import evaluate
+from mltfr_dist.training.evaluating.placing import ByModel
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import dump_config, load_result
 from mltfr_dist.training.streams import ranking_stream
@@ -318,7 +319,9 @@ def test_a_whole_run_on_two_ranks_and_the_same_numbers_when_repeated(
     (tmp_path / "c.yaml").write_text(dump_config(config))
     run_ranks(2, REPOSITORY / "train.py", "--config", str(tmp_path / "c.yaml"))
     run = load_run(config.folder)
-    metrics = evaluate(run.model, ranking_stream(config, "test", ONE), config.evaluation, ONE)
+    metrics = evaluate(
+        ByModel(run.model), ranking_stream(config, "test", ONE), config.evaluation, ONE
+    )
     assert metrics == pytest.approx(load_result(config.folder).test)
     lines = [line for line in read_lines(config.folder / "metrics.jsonl") if "gate/entropy" in line]
     assert lines

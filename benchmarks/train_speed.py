@@ -1,0 +1,312 @@
+"""What a training step costs: bare, with MLTFR (shortlist, exact, as published), beside its bare matrix products.
+
+The machine may be shared and noisy: read the ratios, not the seconds. Contestants take turns, step by
+step over the same batches, and the fastest time of each step counts. A step is an update, a
+shortlist's refresh (every `mltfr.filter.shortlist_refresh_steps`) shared out over its steps. The matrix products are the
+three of the loss over all items, chunk by chunk: less work no full softmax can do.
+
+    python benchmarks/train_speed.py --data data/ml-100k --tables data/tables
+    python benchmarks/train_speed.py --data data/beauty --batch 256 --max-len 50     # bare backbone only
+    python benchmarks/train_speed.py --data data/ml-100k --tables data/tables --profile shortlist
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from quality import bare, paper_frozen_tables, vary
+from torch import Tensor
+
+from mltfr_dist.config import RunConfig
+from mltfr_dist.data.stream.training import StepBatches
+from mltfr_dist.distributed.engine import Engine, batch_layout
+from mltfr_dist.distributed.meeting import start_ranks, stop_ranks
+from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.resources import peak_memory_bytes
+from mltfr_dist.models.cross_entropy import chunk_shape
+from mltfr_dist.schema import validate
+from mltfr_dist.training.build import build_model
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.streams import train_stream
+
+VARIANTS: dict[str, Callable[[RunConfig], RunConfig]] = {
+    "bare": bare,
+    "shortlist": lambda base: base,
+    "exact": lambda base: vary(base, {"mltfr.filter.shortlist_size": None}),
+    "published": paper_frozen_tables,
+}
+PRODUCTS = "products"
+SQUARE = 2048
+"""Rows and columns of the matrices that the machine's speed is measured with."""
+
+
+@dataclass
+class Cost:
+    """Of one contestant."""
+
+    name: str
+    step_ms: float
+    refresh_ms: float
+    """Of one refresh of the shortlists; zero where there are none."""
+    epoch_s: float
+    sequences_s: float
+    positions_s: float
+    """Scored positions a second."""
+    of_bare: float
+    of_products: float
+    peak_gib: float
+    """Resident memory at most while it was built and first stepped, all built before it included."""
+
+
+def synchronized() -> float:
+    """The clock, once the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of ``work``."""
+    started = synchronized()
+    work()
+    return synchronized() - started
+
+
+class LossProducts:
+    """The three products of the loss over all items, and nothing else."""
+
+    def __init__(self, num_items: int, dim: int, ranks: Ranks) -> None:
+        self.rows, _ = chunk_shape(num_items, ranks.device.type)
+        self.vectors = torch.randn(num_items, dim, device=ranks.device)
+        self.gradient = torch.zeros_like(self.vectors)
+        self.logits = self.vectors.new_empty(self.rows * num_items)
+
+    def step(self, batches: StepBatches) -> None:
+        """As many positions as ``batches`` score on this rank."""
+        count = sum(batch.num_targets for batch in batches.micro_batches)
+        hidden = torch.randn(count, self.vectors.shape[1], device=self.vectors.device)
+        for h in torch.split(hidden, self.rows):
+            logits = self.logits[: len(h) * len(self.vectors)].view(len(h), -1)
+            torch.mm(h, self.vectors.T, out=logits)
+            logits @ self.vectors
+            self.gradient.addmm_(logits.T, h)
+
+    def flops(self, batches: StepBatches) -> float:
+        """Floating-point operations of :meth:`step`."""
+        return 6.0 * sum(b.num_targets for b in batches.micro_batches) * self.vectors.numel()
+
+
+def matrix_speed(ranks: Ranks) -> float:
+    """Floating-point operations a second of a large fp32 product, at best."""
+    left = torch.randn(SQUARE, SQUARE, device=ranks.device)
+    out: Tensor = torch.empty_like(left)
+    return 2.0 * SQUARE**3 / min(timed(lambda: torch.mm(left, left, out=out)) for _ in range(8))
+
+
+def base_config(options: argparse.Namespace) -> RunConfig:
+    """What the variants change."""
+    tables = sorted(str(p) for p in options.tables.iterdir()) if options.tables else []
+    fields = {
+        "data": {"path": str(options.data), "max_len": options.max_len},
+        "mltfr": {
+            "enabled": bool(tables),
+            "tables": tables,
+            "filter": {"shortlist_size": options.shortlist},
+        },
+        "training": {"global_batch_size": options.batch},
+    }
+    return validate(RunConfig, fields, source="the benchmark")
+
+
+class Contest:
+    """Engines over the same batches."""
+
+    def __init__(self, options: argparse.Namespace, ranks: Ranks) -> None:
+        base = base_config(options)
+        self.ranks, self.engines, self.peaks = ranks, {}, {}
+        names = options.variants if options.tables else ["bare"]
+        self.configs = {name: VARIANTS[name](base) for name in names}
+        stream = train_stream(base, batch_layout(base, ranks))
+        self.batches = list(islice(stream.epoch(0), options.steps))
+        self.steps_per_epoch = stream.steps_per_epoch
+        for name, config in self.configs.items():
+            model = build_model(config, load_inputs(config), with_consensus=False).to(ranks.device)
+            self.engines[name] = Engine(model, config, ranks, batch_layout(config, ranks), 1)
+            self.engines[name].module.before_update(0, self.batches[0].micro_batches, ranks)
+            self.engines[name].update(self.batches[0], 0)
+            self.peaks[name] = peak_memory_bytes() / 2**30
+        first = next(iter(self.engines.values())).module
+        dim = base.backbone.hidden_dim
+        self.products = LossProducts(first.num_items, dim, ranks)
+
+    def refresh(self, name: str) -> float:
+        """Seconds of one refresh of the shortlists."""
+        module, batches = self.engines[name].module, self.batches[0].micro_batches
+        if module.mltfr is None or not module.mltfr.uses_shortlist:
+            return 0.0
+        return min(timed(lambda: module.before_update(0, batches, self.ranks)) for _ in range(2))
+
+    def seconds(self, rounds: int) -> dict[str, float]:
+        """Mean over the steps of the fastest time of each."""
+        fastest: dict[tuple[str, int], float] = {}
+        for number in range(rounds):
+            for i, batches in enumerate(self.batches):
+                for name in (*self.engines, PRODUCTS):
+                    taken = timed(lambda: self._step(name, batches, i))  # noqa: B023
+                    fastest[name, i] = min(taken, fastest.get((name, i), taken))
+            self.ranks.say(f"  round {number + 1}/{rounds}")
+        count = len(self.batches)
+        return {
+            name: sum(fastest[name, i] for i in range(count)) / count
+            for name in (*self.engines, PRODUCTS)
+        }
+
+    def _step(self, name: str, batches: StepBatches, number: int) -> None:
+        if name == PRODUCTS:
+            self.products.step(batches)
+        else:
+            self.engines[name].update(batches, number)
+
+    def costs(self, rounds: int) -> list[Cost]:
+        """Of all contestants."""
+        seconds = self.seconds(rounds)
+        sequences = sum(b.num_sequences for b in self.batches) / len(self.batches)
+        positions = sum(b.num_targets for b in self.batches) / len(self.batches)
+        found: dict[str, tuple[float, float]] = {}
+        for name, step in seconds.items():
+            refresh = 0.0 if name == PRODUCTS else self.refresh(name)
+            every = (
+                1 if name == PRODUCTS else self.configs[name].mltfr.filter.shortlist_refresh_steps
+            )
+            found[name] = (step + refresh / every, refresh)
+        return [
+            Cost(
+                name,
+                step_ms=1e3 * step,
+                refresh_ms=1e3 * refresh,
+                epoch_s=step * self.steps_per_epoch,
+                sequences_s=sequences / step,
+                positions_s=positions / step,
+                of_bare=step / found.get("bare", (step, 0))[0],
+                of_products=step / found[PRODUCTS][0],
+                peak_gib=self.peaks.get(name, 0.0),
+            )
+            for name, (step, refresh) in found.items()
+        ]
+
+    def profile(self, name: str) -> str:
+        """Where the steps of one contestant go: phases of an update, then operators by their own time."""
+        from torch.profiler import ProfilerActivity, profile
+
+        engine = self.engines[name]
+        engine.stopwatch.take()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for i, batches in enumerate(self.batches):
+                engine.update(batches, i)
+        phases = engine.stopwatch.take()
+        total, count = sum(phases.values()), len(self.batches)
+        lines = [
+            f"  {phase:<10} {1e3 * taken / count:>8.1f} ms a step {taken / total:>6.0%}"
+            for phase, taken in phases.items()
+        ]
+        table = profiler.key_averages().table(
+            sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=45
+        )
+        return "\n".join([f"{name}, by phase (with the profiler's own cost):", *lines, table])
+
+
+def plot(costs: list[Cost], path: Path) -> None:
+    """Milliseconds a step as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 0.5 * len(costs) + 1))
+    bars = axes.barh([c.name for c in costs], [c.step_ms for c in costs])
+    axes.bar_label(bars, [f"{c.of_bare:.2f} x bare" for c in costs], padding=3)
+    axes.set_xlabel("milliseconds a step")
+    axes.margins(x=0.2)
+    axes.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="prepared folder")
+    parser.add_argument(
+        "--tables", type=Path, help="folder of token tables; without it only the bare backbone runs"
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--max-len", type=int, default=100)
+    parser.add_argument("--shortlist", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3, help="times that each step is made")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a round")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--plot", type=Path, help="where a plot goes (PNG, SVG)")
+    parser.add_argument("--profile", choices=VARIANTS, help="also show where its steps go")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = parse()
+    ranks: Ranks = start_ranks(options.threads)
+    contest = Contest(options, ranks)
+    costs = contest.costs(options.rounds)
+    speed = matrix_speed(ranks)
+    flops = sum(contest.products.flops(b) for b in contest.batches) / len(contest.batches)
+    machine = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}"
+    )
+    ranks.say(f"\n{options.data}, batch {options.batch}, {ranks.world_size} rank(s), {machine}")
+    ranks.say(
+        f"{'':<10} {'step':>9} {'epoch':>8} {'sequences/s':>12} {'positions/s':>12} "
+        f"{'of bare':>8} {'of products':>12} {'refresh':>9} {'peak':>9}"
+    )
+    for c in costs:
+        ranks.say(
+            f"{c.name:<10} {c.step_ms:>6.1f} ms {c.epoch_s:>6.1f} s {c.sequences_s:>12,.0f} "
+            f"{c.positions_s:>12,.0f} {c.of_bare:>7.2f}x {c.of_products:>11.2f}x "
+            f"{c.refresh_ms:>6.0f} ms {c.peak_gib:>5.2f} GiB"
+        )
+    share = {c.name: flops / (1e-3 * c.step_ms) / speed for c in costs}
+    ranks.say(
+        f"Matrix speed {speed / 1e9:.0f} GFLOP/s; the loss's products alone are, of a step's time at it: "
+        + ", ".join(f"{name} {value:.0%}" for name, value in share.items())
+    )
+    if options.profile:
+        ranks.say(contest.profile(options.profile))
+    if ranks.is_main and options.json:
+        record = {
+            "data": str(options.data),
+            "machine": machine,
+            "matrix_gflops": speed / 1e9,
+            "share_of_matrix_speed": share,
+            "costs": [asdict(c) for c in costs],
+        }
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+    if ranks.is_main and options.plot:
+        plot(costs, options.plot)
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Softmax cross-entropy over all items, in chunks of positions and tiles of items.
+
+Shapes: N scored positions, n of a chunk, D hidden size, I items, i of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mltfr_dist.numerics import at_least_fp32
+
+CHUNK_ROWS = 64
+"""Positions of a chunk at least: each passes over the whole item table and over its gradient."""
+
+CACHED_ELEMENTS = 64 * 12_288
+"""Logits that are treated together on a CPU (3 MiB in fp32), so that they stay in its cache."""
+
+GPU_ELEMENTS = 1 << 26
+"""Logits held at a time on a GPU (256 MiB in fp32), which wants large products."""
+
+
+def chunk_shape(num_items: int, device: str) -> tuple[int, int]:
+    """Positions whose logits :func:`full_cross_entropy` holds, and items that it treats together.
+
+    Memory in fp32: logits of at most 3 MiB on a CPU and 256 MiB on a GPU, or 256 bytes an item
+    (which an item table of 64 columns takes too), whichever is more.
+
+    Args:
+        num_items: I.
+        device: "cpu" or a GPU's type.
+    """
+    if device != "cpu":
+        return max(CHUNK_ROWS, GPU_ELEMENTS // num_items), num_items
+    tiles = -(-num_items // (CACHED_ELEMENTS // CHUNK_ROWS))
+    return max(CHUNK_ROWS, CACHED_ELEMENTS // num_items), -(-num_items // tiles)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Softmax cross-entropy of ``hidden @ weight.T`` that never holds more than a chunk of logits.
+
+    The gradient is formed beside the loss while a chunk is at hand: three matrix products, as
+    usual, and memory that does not grow with N * I. Exponentials are not normalised: sums of them
+    divide the [n, D] products instead. Where the items come in several tiles, each is shifted by
+    the largest logit so far, and what came before is scaled to it (Milakov and Gimelshein 2018).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
+    ) -> Tensor:
+        needs_grad = hidden.requires_grad or weight.requires_grad
+        rows, width = chunk_shape(len(weight), hidden.device.type)
+        tiles = torch.split(weight, width)
+        kept = hidden.new_empty(min(rows, len(hidden)) * len(weight))
+        grad_hidden = at_least_fp32(torch.zeros_like(hidden)) if needs_grad else hidden
+        grad_weight = at_least_fp32(torch.zeros_like(weight)) if needs_grad else weight
+        log_sums = at_least_fp32(hidden.new_empty(len(hidden), 1))
+        position_weights = weights[:, None].to(log_sums.dtype)  # [N, 1]
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            h = hidden[chunk]
+            sizes = [len(h) * len(tile) for tile in tiles]
+            powers = [part.view(len(h), -1) for part in torch.split(kept[: sum(sizes)], sizes)]
+            largest = log_sums.new_full((len(h), 1), -torch.inf)
+            total, shifts = torch.zeros_like(largest), []
+            for tile, power in zip(tiles, powers, strict=True):
+                logits = at_least_fp32(torch.mm(h, tile.T, out=power))  # [n, i]
+                shifts.append(torch.maximum(largest, logits.amax(dim=1, keepdim=True)))
+                rescale = (largest - shifts[-1]).exp_()
+                largest = shifts[-1]
+                total = total * rescale + logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+                if logits.dtype != power.dtype:
+                    power.copy_(logits)
+                if needs_grad:
+                    _add_product(grad_hidden[chunk].mul_(rescale), power, tile)
+            log_sums[chunk] = total.log() + largest
+            if needs_grad:
+                share = position_weights[chunk] / total
+                grad_hidden[chunk] *= share
+                for part, power, shift in zip(torch.split(grad_weight, width), powers, shifts):
+                    scaled = (h * (share * (shift - largest).exp_())).to(h.dtype)
+                    _add_product(part, power.T, scaled)
+        chosen = weight.index_select(0, targets)  # [N, D]
+        logits = at_least_fp32(hidden * chosen).sum(1, keepdim=True)
+        if needs_grad:
+            grad_hidden -= position_weights * chosen
+            grad_weight.index_add_(0, targets, -position_weights * hidden)
+        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype))
+        return (position_weights * (log_sums - logits)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (grad_total,) = grad_outputs
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            grad_hidden * grad_total.to(grad_hidden.dtype),
+            grad_weight * grad_total.to(grad_weight.dtype),
+            None,
+            None,
+        )
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a matrix product to ``into``, which is in fp32 where the product is not."""
+    if into.dtype == left.dtype:
+        into.addmm_(left, right)
+    else:
+        into += left @ right
+
+
+def full_cross_entropy(
+    hidden: Tensor, item_vectors: Tensor, targets: Tensor, weights: Tensor
+) -> Tensor:
+    """Softmax cross-entropy over all items.
+
+    Args:
+        hidden: [N, D] hidden states of the real positions.
+        item_vectors: [I, D] output vectors of items 1..I (no padding row).
+        targets: [N] item ids, 1..I.
+        weights: [N] weight of each position.
+
+    Returns:
+        Scalar, the weighted sum, in fp32 at least.
+    """
+    result: Tensor = _LinearCrossEntropy.apply(hidden, item_vectors, targets - 1, weights)  # type: ignore[no-untyped-call]
+    return result

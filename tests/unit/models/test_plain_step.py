@@ -1,0 +1,107 @@
+"""The step as trained against a plain one: a padded square, explicit softmax, PyTorch's loss."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mltfr_dist.config import BackboneConfig, LossConfig
+from mltfr_dist.data.batch import SequenceBatch
+from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.recommender import Recommender, TrainingOutput
+from mltfr_dist.models.sasrec import SASRec
+from mltfr_dist.models.transformer import SelfAttention, TransformerBlock
+
+ITEMS, MAX_LEN, DIM, ROWS, STEPS = 90, 12, 16, 16, 200
+
+
+def dealt(generator: torch.Generator) -> SequenceBatch:
+    """Histories of all lengths, longest first, as the stream deals them."""
+    lengths = torch.randint(1, MAX_LEN + 1, (ROWS,), generator=generator).sort(descending=True)[0]
+    first = torch.randint(ITEMS, (ROWS, 1), generator=generator)
+    items = (first + 7 * torch.arange(MAX_LEN + 1)) % ITEMS + 1  # there is something to learn
+    present = torch.arange(MAX_LEN) < lengths[:, None]
+    return SequenceBatch(items[:, :-1] * present, items[:, 1:] * present, torch.arange(ROWS))
+
+
+def plain_attention(attention: SelfAttention, x: Tensor) -> Tensor:
+    """[B, L, D] -> [B, L, D]; padding stands behind, so that the causal mask hides it."""
+    rows, length, dim = x.shape
+    heads = attention.qkv(x).view(rows, length, 3, attention.num_heads, -1)
+    query, key, value = heads.permute(2, 0, 3, 1, 4)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    read: Tensor = attention.out((weights @ value).transpose(1, 2).reshape(rows, length, dim))
+    return read
+
+
+def plain_loss(model: SASRec, batch: SequenceBatch) -> Tensor:
+    """The sum over scored positions."""
+    positions = torch.arange(batch.item_ids.shape[1])
+    x = model.input_norm(model.item_embedding(batch.item_ids) + model.position_embedding(positions))
+    for block in model.blocks:
+        assert isinstance(block, TransformerBlock)
+        assert isinstance(block.attention, SelfAttention)
+        x = x + plain_attention(block.attention, block.attention_norm(x))
+        x = x + block.feed_forward(block.feed_forward_norm(x))
+    scores = model.output_norm(x) @ model.item_embedding.weight[1:].T
+    return F.cross_entropy(
+        scores.flatten(0, 1), batch.target_ids.flatten() - 1, reduction="sum", ignore_index=-1
+    )
+
+
+def trace(model: nn.Module, loss_of: object) -> list[float]:
+    """Mean losses of the steps; the same batches each time."""
+    assert callable(loss_of)
+    generator, losses = torch.Generator().manual_seed(1), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(STEPS):
+        batch = dealt(generator)
+        loss = loss_of(batch) / batch.num_targets
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_loss_trace_is_that_of_the_plain_step() -> None:
+    torch.manual_seed(0)
+    config = BackboneConfig(hidden_dim=DIM, num_layers=2, num_heads=2, dropout=0.0)
+    plain = SASRec(config, ITEMS, MAX_LEN)
+    fast = Recommender(copy.deepcopy(plain), None, LossConfig(), num_items=ITEMS)
+
+    def sum_of(batch: SequenceBatch) -> Tensor:
+        output = fast(batch)
+        assert isinstance(output, TrainingOutput)
+        return output.terms["loss"].sum
+
+    expected = trace(plain, lambda batch: plain_loss(plain, batch))
+    found = trace(fast, sum_of)
+    assert expected[-1] < expected[0] - 1  # it trains
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+def test_parts_hold_every_row_once_and_little_padding() -> None:
+    generator = torch.Generator().manual_seed(2)
+    item_ids = dealt(generator).item_ids
+    item_ids = torch.cat([item_ids, torch.zeros_like(item_ids[:3])])  # rows that fill a batch
+    packing = Packing(item_ids)
+    assert len(packing.parts) > 2
+    packed = packing.pack(item_ids)
+    assert sum(size for size, _ in packing.parts) == len(packed)
+    sizes = [size for size, _ in packing.parts]
+    for some, (_, part) in zip(torch.split(packed, sizes), packing.parts, strict=True):
+        assert torch.equal(part.unpack(some), part.item_ids)
+        assert torch.equal(part.pack(part.item_ids), some)
+        assert int(part.num_items.min()) >= 0.75 * part.item_ids.shape[1]
+
+
+def test_rows_in_another_order_are_one_part() -> None:
+    assert len(Packing(torch.tensor([[1, 0, 0], [1, 2, 3]])).parts) == 1
+    assert len(Packing(torch.zeros(2, 3, dtype=torch.int64)).parts) == 1
