@@ -15,14 +15,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from mltfr_dist.errors import CheckpointError, DamagedError
 from mltfr_dist.files import file_sha256
+from mltfr_dist.headers import parse_header
 from mltfr_dist.models.folded import folded
 from mltfr_dist.ranking import ItemMap, Ranker
 from mltfr_dist.schema import Section
@@ -153,15 +153,16 @@ def read_info(folder: str | Path) -> ExportInfo:
     """
     path = Path(folder) / CONFIG
     try:
-        content: Any = json.loads(path.read_text())
-        version = content.get("schema_version") if isinstance(content, dict) else None
-        if version != SCHEMA_VERSION:
-            raise CheckpointError(
-                f"{path} has schema version {version}; this program reads {SCHEMA_VERSION}.",
-                remedy="Use the mltfr_dist release that wrote it, or export the run again.",
-            )
-        return ExportInfo.model_validate(content)
-    except (OSError, ValueError, ValidationError) as error:
+        info, _ = parse_header(
+            path.read_bytes(),
+            ExportInfo,
+            (SCHEMA_VERSION,),
+            what=path,
+            remedy="Use the mltfr_dist release that wrote it, or export the run again.",
+            error=CheckpointError,
+        )
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(
             f"{folder} is no exported model: {error}.", remedy="Write one with `mltfr export`."
         ) from None
+    return info

@@ -6,14 +6,11 @@ are functions of (seed, stage, step), so beside tensors the state is a few numbe
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,6 +25,7 @@ from mltfr_dist.distributed.lock import check_held
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import CheckpointError, DamagedError
 from mltfr_dist.files import file_sha256, save_tensors
+from mltfr_dist.headers import parse_header
 from mltfr_dist.schema import Section
 
 SCHEMA_VERSION = 3
@@ -191,23 +189,19 @@ def read_header(folder: Path) -> Header:
         CheckpointError: Of another schema version.
     """
     try:
-        content: Any = json.loads((folder / HEADER).read_text())
-    except (*NOT_A_FILE, ValueError) as error:
+        header, _ = parse_header(
+            (folder / HEADER).read_bytes(),
+            Header,
+            (SCHEMA_VERSION,),
+            what=f"The checkpoint {folder}",
+            remedy="Use the mltfr_dist release that wrote it, or train again in another folder.",
+            error=CheckpointError,
+        )
+    except (*NOT_A_FILE, ValueError, RecursionError) as error:
         raise DamagedError(f"{folder} is not a checkpoint: {error}.", remedy=PASSED_OVER) from None
     except OSError as error:
         raise unreadable(folder / HEADER, error) from None
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"The checkpoint {folder} has schema version {version}; this program reads version {SCHEMA_VERSION}.",
-            remedy="Use the mltfr_dist release that wrote it, or train again in another folder.",
-        )
-    try:
-        return Header.model_validate(content)
-    except ValidationError as error:
-        raise DamagedError(
-            f"The header of {folder} is damaged: {error}.", remedy=PASSED_OVER
-        ) from None
+    return header
 
 
 def read(

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from mltfr_dist.config import TableConfig
 from mltfr_dist.errors import DataError
+from mltfr_dist.headers import parse_header
 from mltfr_dist.schema import Count, Section, nearest_key
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -115,17 +116,14 @@ def read_info(folder: Path) -> TableInfo:
             remedy=near_tables(folder) or "Build it with `mltfr tables`.",
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content.get("schema_version") if isinstance(content, dict) else None
-        if version not in (1, 2):
-            raise DataError(
-                f"{path} has schema version {version!r}; this program reads 1 and 2.",
-                remedy=REBUILD,
-            )
-        info = TableInfo.model_validate(content)
-    except (ValidationError, ValueError, RecursionError) as error:
+        info, content = parse_header(
+            path.read_bytes(), TableInfo, (1, 2), what=path, remedy=REBUILD, error=DataError
+        )
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is malformed: {error}.", remedy=REBUILD) from None
-    if (info.info_sha256 is not None or version == 2) and info.info_sha256 != info_hash(content):
+    if (info.info_sha256 is not None or info.schema_version == 2) and info.info_sha256 != info_hash(
+        content
+    ):
         raise DataError(
             f"{path} was changed after it was written: it does not have the hash that it names.",
             remedy=REBUILD,

@@ -26,6 +26,7 @@ LAYERS = {
     "routers": 0,
     "registry": 0,
     "files": 0,
+    "headers": 0,
     "invocation": 0,
     "numerics": 0,
     "progress": 0,
@@ -100,7 +101,7 @@ def test_imports_run_one_way(path: Path) -> None:
         if here in LEAVES:
             assert LAYERS[target] < LAYERS[here], f"{name(path)} imports {imported}"
         if here == "data":
-            assert target in ("errors", "schema", "config", "files", "progress"), (
+            assert target in ("errors", "schema", "config", "files", "headers", "progress"), (
                 f"{name(path)} imports {imported}"
             )
 

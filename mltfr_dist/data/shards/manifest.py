@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -29,6 +28,7 @@ from mltfr_dist.data.shards.manifest_schema import (
 )
 from mltfr_dist.errors import DataError
 from mltfr_dist.files import file_sha256
+from mltfr_dist.headers import parse_header
 
 __all__ = [
     "ITEMS_NAME",
@@ -116,14 +116,14 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
         DataError: it is malformed, of another schema version, or not what was written.
     """
     try:
-        values = _json_object(content)
-        version = values.get("schema_version")
-        if version not in READABLE_VERSIONS:
-            raise DataError(
-                f"{path} has schema version {version}; this program reads versions {', '.join(map(str, READABLE_VERSIONS))}.",
-                remedy="Run `mltfr prepare` again with this version, into a new folder.",
-            )
-        manifest = Manifest.model_validate(values)
+        manifest, values = parse_header(
+            content,
+            Manifest,
+            READABLE_VERSIONS,
+            what=path,
+            remedy="Run `mltfr prepare` again with this version, into a new folder.",
+            error=DataError,
+        )
     except (ValueError, RecursionError) as error:  # also of JSON, of UTF-8 and of pydantic
         reason = error.errors()[0] if isinstance(error, ValidationError) else str(error)
         if isinstance(reason, dict):
@@ -231,15 +231,3 @@ def damaged(path: Path, reason: str) -> DataError:
         rule="A file must be exactly what `mltfr prepare` wrote.",
         remedy=_REMEDY,
     )
-
-
-def _json_object(content: bytes) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        ValueError: it is not JSON, or not an object.
-    """
-    values = json.loads(content)
-    if not isinstance(values, dict):
-        raise ValueError("not a JSON object")
-    return values

@@ -169,7 +169,7 @@ def edit_header(folder: Path, **changes: object) -> None:
 def test_wrong_schema_version(tmp_path: Path) -> None:
     save(tmp_path, random_rows())
     edit_header(tmp_path / "small", schema_version=3)
-    with pytest.raises(DataError, match="has schema version 3; this program reads 1 and 2"):
+    with pytest.raises(DataError, match="has schema version 3; this program reads 1, 2"):
         load_table(tmp_path / "small")
 
 
