@@ -1,4 +1,6 @@
-"""Train MLTFR: `deepspeed train.py --preset demo`, `torchrun train.py ...` or `python train.py ...`."""
+"""Train MLTFR: `deepspeed train.py --preset demo`, `torchrun train.py ...` or
+`python train.py ...`.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""What an item table costs that is divided by rows: memory of a rank, bytes that a step brings it, and their time.
+"""What an item table costs that is divided by rows: memory of a rank, bytes that a step brings it,
+and their time.
 
-The formulas of docs/distributed.md. `item_tables.py rows` compares their bytes with those that are exchanged.
+The formulas of docs/distributed.md. `item_tables.py rows` compares their bytes with those that are
+exchanged.
 
     python benchmarks/division_costs.py --items 1000000000 --dim 128 --ranks 64 512
 """
@@ -80,7 +82,8 @@ class Machine:
 
 
 def copies_seconds(case: Case, group: int, machine: Machine) -> tuple[float, float, float]:
-    """Two-dimensional division: rows over ``group`` ranks, a copy in each group, kept equal at every step.
+    """Two-dimensional division: rows over ``group`` ranks, a copy in each group, kept equal at
+    every step.
 
     Returns:
         Memory of a rank in bytes; what it receives in a step; seconds of a step's exchanges.
@@ -116,7 +119,8 @@ def main() -> None:
     rows = options.sequences * (options.length + 1) + options.negatives
     machine = Machine()
     print(
-        "| ranks | sparse, GB a rank | dense, GB a rank | received a step, MB | moved, ms | messages, ms |"
+        "| ranks | sparse, GB a rank | dense, GB a rank | received a step, MB | moved, ms | "
+        "messages, ms |"
     )
     print("|---|---|---|---|---|---|")
     cases = [
@@ -127,7 +131,8 @@ def main() -> None:
         received = sum(case.received().values())
         moved, messages = machine.seconds(received, case.ranks)
         print(
-            f"| {case.ranks} | {case.memory() / 1e9:.1f} | {case.memory(4) / 1e9:.1f} | {received / 1e6:.1f} "
+            f"| {case.ranks} | {case.memory() / 1e9:.1f} | {case.memory(4) / 1e9:.1f} | "
+            f"{received / 1e6:.1f} "
             f"| {moved * 1e3:.2f} | {messages * 1e3:.2f} |"
         )
     print("\n| ranks | received a step | MB |\n|---|---|---|")
@@ -135,13 +140,15 @@ def main() -> None:
         for name, size in case.received(all_items=True).items():
             print(f"| {case.ranks} | {name} | {size / 1e6:.1f} |")
     print(
-        "\n| ranks | rows over | copies | GB a rank | received a step, MB | ms |\n|---|---|---|---|---|---|"
+        "\n| ranks | rows over | copies | GB a rank | received a step, MB | ms "
+        "|\n|---|---|---|---|---|---|"
     )
     for case in cases:
         for group in [g for g in options.groups if g < case.ranks] + [case.ranks]:
             memory, received, seconds = copies_seconds(case, group, machine)
             print(
-                f"| {case.ranks} | {group} | {case.ranks // group} | {memory / 1e9:.1f} | {received / 1e6:.1f} "
+                f"| {case.ranks} | {group} | {case.ranks // group} | {memory / 1e9:.1f} | "
+                f"{received / 1e6:.1f} "
                 f"| {seconds * 1e3:.2f} |"
             )
 

@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --skip-tests --only bare --output gpu.json
 
 Nothing is fetched and nothing else is needed: interactions and token tables are random, of real
-sizes. `Beauty` is the Amazon set's (22,363 users, 12,101 items, 198,502 interactions); `million` has
-a million items; the six tables are as long and wide as those of the paper. Each case trains an epoch
-(at most ``--max-steps`` steps of it: the epoch's time is then computed) after a warm-up, and ranks
-all items for the users of its validation split.
+sizes. `Beauty` is the Amazon set's (22,363 users, 12,101 items, 198,502 interactions); `million`
+has a million items; the six tables are as long and wide as those of the paper. Each case trains an
+epoch (at most ``--max-steps`` steps of it: the epoch's time is then computed) after a warm-up, and
+ranks all items for the users of its validation split.
 """
 
 from __future__ import annotations

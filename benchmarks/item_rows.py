@@ -1,11 +1,13 @@
-"""An item table divided by rows: memory of a rank, steps, bytes, a save, a kill, and what goes on at other numbers of ranks.
+"""An item table divided by rows: memory of a rank, steps, bytes, a save, a kill, and what goes on
+at other numbers of ranks.
 
     python benchmarks/item_tables.py rows                       # 3 x 10^6 items
     python benchmarks/item_tables.py rows --items 30000000      # needs 16 GB
 
-A bare SASRec under sampled softmax and lazy Adam. Two ranks train on the table and on one of 10^5 items, save, and kill
-themselves in the midst of the next step; others go on from what they saved and rank some users. Every number of ranks also
-trains alone, for the memory of a share. The bytes that rows bring are held against `division_costs.py`.
+A bare SASRec under sampled softmax and lazy Adam. Two ranks train on the table and on one of 10^5
+items, save, and kill themselves in the midst of the next step; others go on from what they saved
+and rank some users. Every number of ranks also trains alone, for the memory of a share. The bytes
+that rows bring are held against `division_costs.py`.
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ def made_engine(options: argparse.Namespace, ranks: Ranks, place: Path | None) -
 
 
 def trained(engine: Engine, options: argparse.Namespace) -> Found:
-    """Seconds of the fastest of some steps, and what the last brought of rows, as counted and as the formula says."""
+    """Seconds of the fastest of some steps, and what the last brought of rows, as counted and as
+    the formula says.
+    """
     times, ranks = [], engine.ranks
     rows, optimizer = divided_rows(engine.module), engine.row_adam
     received = (
@@ -175,7 +179,8 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def run_case(num_ranks: int, items: int, phase: str, place: Path) -> Found:
-    """What a case took, of the rank that needs most; of bytes that rows brought, the mean of all ranks.
+    """What a case took, of the rank that needs most; of bytes that rows brought, the mean of all
+    ranks.
 
     Raises:
         RuntimeError: The ranks failed.
@@ -209,7 +214,8 @@ def line(name: str, num_ranks: int, items: int, found: Found) -> str:
         else "- | -"
     )
     return (
-        f"| {name} | {num_ranks} | {items:,} | {found['held'] / 1e6:.1f} | {found['built'] / GIB:.2f} "
+        f"| {name} | {num_ranks} | {items:,} | {found['held'] / 1e6:.1f} | "
+        f"{found['built'] / GIB:.2f} "
         f"| {found['peak'] / GIB:.2f} | {found['step']:.3f} | {share} |"
     )
 
@@ -236,7 +242,8 @@ def main() -> None:
     if options.output:
         return measure(options)
     print(
-        "| | ranks | items | rows and moments, MB a rank | peak of building, GiB | peak, GiB | step, s | received, MB | formula |"
+        "| | ranks | items | rows and moments, MB a rank | peak of building, GiB | peak, GiB | "
+        "step, s | received, MB | formula |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -257,6 +264,7 @@ def main() -> None:
     print(f"the save takes {saved['save']:.1f} s and {share:.1%} of a share more memory")
     for num_ranks, found in gone_on.items():
         print(
-            f"{num_ranks} rank(s): load {found['load']:.1f} s, {options.users} users ranked in {found['ranking']:.1f} s"
+            f"{num_ranks} rank(s): load {found['load']:.1f} s, {options.users} users ranked in "
+            f"{found['ranking']:.1f} s"
         )
     return None

@@ -1,11 +1,14 @@
-"""Item tables of up to 10^7 x 64 under a loss that samples items: time of a step, memory, and bytes that cross ranks.
+"""Item tables of up to 10^7 x 64 under a loss that samples items: time of a step, memory, and bytes
+that cross ranks.
 
-A bare SASRec on random batches, by size of the table, dense or sparse item gradients, and number of ranks; each in processes
-of its own, with one thread a rank. Also ranks a few users among all items, which needs memory for their scores. A case whose
-memory, extrapolated from the smaller table, exceeds the limit is not run.
+A bare SASRec on random batches, by size of the table, dense or sparse item gradients, and number of
+ranks; each in processes of its own, with one thread a rank. Also ranks a few users among all items,
+which needs memory for their scores. A case whose memory, extrapolated from the smaller table,
+exceeds the limit is not run.
 
     python benchmarks/item_tables.py
-    python benchmarks/item_tables.py rows     # a table that is divided over the ranks: see item_rows.py
+    # a table that is divided over the ranks: see item_rows.py
+    python benchmarks/item_tables.py rows
 """
 
 from __future__ import annotations
@@ -126,7 +129,9 @@ def measure(options: argparse.Namespace) -> None:
 def run_case(
     options: argparse.Namespace, items: int, gradients: str, num_ranks: int
 ) -> dict[str, float] | str:
-    """What a case took: the slowest rank's, memory and bytes of the rank that needs most; or why there is nothing."""
+    """What a case took: the slowest rank's, memory and bytes of the rank that needs most; or why
+    there is nothing.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "found"
         case = ["--items", str(items), "--gradients", gradients, "--output", str(output)]
@@ -167,7 +172,8 @@ def main() -> None:
     if options.output:
         return measure(options)
     print(
-        "| items | gradients | ranks | step, s | peak, GiB a rank | received a step, MB | ranking users, s | GiB more |"
+        "| items | gradients | ranks | step, s | peak, GiB a rank | received a step, MB | ranking "
+        "users, s | GiB more |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for gradients in ("dense", "sparse"):
@@ -189,7 +195,8 @@ def main() -> None:
                     continue
                 known.append((items, found))
                 print(
-                    f"{row} {found['seconds']:.3f} | {found['peak'] / GIB:.2f} | {found['received'] / 1e6:.2f} | "
+                    f"{row} {found['seconds']:.3f} | {found['peak'] / GIB:.2f} | "
+                    f"{found['received'] / 1e6:.2f} | "
                     f"{found['ranking']:.2f} | {found['ranking_peak'] / GIB:.2f} |",
                     flush=True,
                 )

@@ -1,10 +1,13 @@
-"""Speed of a peer's own loader for training SASRec; run by stream_speed.py in that peer's environment.
+"""Speed of a peer's own loader for training SASRec; run by stream_speed.py in that peer's
+environment.
 
-python -I benchmarks/peer_loaders.py {recbole,rectools} SEQUENCES.npy BATCH_SIZE     # [n, 51] item ids; prints JSON
+# [n, 51] item ids; prints JSON
+python -I benchmarks/peer_loaders.py {recbole,rectools} SEQUENCES.npy BATCH_SIZE
 
-Only the iteration of the loader is timed, over its second epoch; what the peer does before (reading, sorting, filtering, and
-RecBole's expansion) is not. A sample of RecTools is a sequence: 50 inputs, each with its target. A sample of RecBole is a prefix
-of a sequence with one target behind it: a sequence of 51 items makes 50 samples, the last two of which are held out.
+Only the iteration of the loader is timed, over its second epoch; what the peer does before
+(reading, sorting, filtering, and RecBole's expansion) is not. A sample of RecTools is a sequence:
+50 inputs, each with its target. A sample of RecBole is a prefix of a sequence with one target
+behind it: a sequence of 51 items makes 50 samples, the last two of which are held out.
 """
 
 from __future__ import annotations
@@ -59,7 +62,9 @@ def recbole_loader(sequences: np.ndarray, batch_size: int) -> Iterable[Any]:
 
 
 def rectools_loader(sequences: np.ndarray, batch_size: int) -> Iterable[Any]:
-    """The train loader of its SASRec data preparator, as its SASRecModel makes it for softmax loss (no negatives)."""
+    """The train loader of its SASRec data preparator, as its SASRecModel makes it for softmax loss
+    (no negatives).
+    """
     import pandas
     from rectools import Columns
     from rectools.dataset import Dataset

@@ -1,18 +1,22 @@
-"""Would this harness see a gain if there were one? Worlds in which token tables do, or do not, decide what comes next.
+"""Would this harness see a gain if there were one? Worlds in which token tables do, or do not,
+decide what comes next.
 
-A world has items named by two words each, every word a token of a real table and none used twice, so that items share
-nothing but the geometry of their tokens. Users walk through the items. With probability `dial` the next item follows the
-geometry: a softmax over STRENGTH times the cosine of the two names' features. Otherwise it follows what the table knows
-nothing of: one of the item's own few successors, drawn at random once, or popularity. Dial 0 links tokens and walks by
-nothing; at dial 1 they are all that counts.
+A world has items named by two words each, every word a token of a real table and none used twice,
+so that items share nothing but the geometry of their tokens. Users walk through the items. With
+probability `dial` the next item follows the geometry: a softmax over STRENGTH times the cosine of
+the two names' features. Otherwise it follows what the table knows nothing of: one of the item's own
+few successors, drawn at random once, or popularity. Dial 0 links tokens and walks by nothing; at
+dial 1 they are all that counts.
 
-In each world the arms of benchmarks/quality.py are trained with equal budgets, and compared, paired by seed (a seed draws
-the world and the model): does `grounded` beat `grounded_random` and `bare`, as it must? Does MLTFR without item text beat
-itself over random tables in a world made of the table? At which dial does each become visible, and how small a difference
-could the design have shown?
+In each world the arms of benchmarks/quality.py are trained with equal budgets, and compared, paired
+by seed (a seed draws the world and the model): does `grounded` beat `grounded_random` and `bare`,
+as it must? Does MLTFR without item text beat itself over random tables in a world made of the
+table? At which dial does each become visible, and how small a difference could the design have
+shown?
 
     python benchmarks/planted.py --tables data/tables/llama2 --seeds 0 1 2 3 4 --jobs 2
-    python benchmarks/planted.py --report              # of the rows that are there: table, JSON and plot
+    # of the rows that are there: table, JSON and plot
+    python benchmarks/planted.py --report
 
 Interrupted, it goes on: finished rows are skipped, a started run resumes.
 """
@@ -55,7 +59,9 @@ else:
     import quality
 
 STRENGTH = 20.0
-"""Factor on the cosine in the softmax of a step by geometry: about four tenths of the weight lie on ten items."""
+"""Factor on the cosine in the softmax of a step by geometry: about four tenths of the weight lie on
+ten items.
+"""
 SUCCESSORS = 5
 ARMS = ("bare", "grounded", "grounded_random", "repaired", "random_tables")
 DIALS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -131,7 +137,9 @@ def make_world(
 def walk(
     step: NDArray[np.float64], start: NDArray[np.float64], random: np.random.Generator
 ) -> NDArray[np.int64]:
-    """One user's items: the first by ``start`` [I], each next by the row of ``step`` [I, I], none twice."""
+    """One user's items: the first by ``start`` [I], each next by the row of ``step`` [I, I], none
+    twice.
+    """
     path = [int(random.choice(len(start), p=start))]
     for _ in range(int(random.integers(4, 10))):
         chances = step[path[-1]].copy()
@@ -141,7 +149,9 @@ def walk(
 
 
 def prepared(root: Path, name: str, make: Callable[[], World]) -> Path:
-    """The prepared data of a world, made unless it is there, by the command that a user would give."""
+    """The prepared data of a world, made unless it is there, by the command that a user would
+    give.
+    """
     data, raw = root / "data" / name, root / "raw" / name
     if not data.exists():
         world = make()
@@ -166,7 +176,8 @@ def world_name(dial: float, seed: int) -> str:
 
 
 def plan(options: argparse.Namespace) -> list[tuple[str, RunConfig]]:
-    """Every arm of every world, a seed's before the next seed's, so that any prefix can be compared.
+    """Every arm of every world, a seed's before the next seed's, so that any prefix can be
+    compared.
 
     Worlds that are not there yet are made.
     """
@@ -199,7 +210,8 @@ def paired(rows: Sequence[Row], dial: float, arm: str, reference: str) -> list[f
 
 
 def detectable(differences: Sequence[float], power: float = 0.8) -> float:
-    """The smallest mean difference that so many pairs of this spread show with that power, at 5%, two-sided.
+    """The smallest mean difference that so many pairs of this spread show with that power, at 5%,
+    two-sided.
 
     By the noncentral t-distribution; NaN with fewer than two pairs.
     """

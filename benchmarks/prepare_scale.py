@@ -1,9 +1,12 @@
-"""How fast interactions are prepared, in how much memory, and whether the memory limit shows in the bytes (it must not).
+"""How fast interactions are prepared, in how much memory, and whether the memory limit shows in the
+bytes (it must not).
 
-python benchmarks/prepare_scale.py --interactions 1e8 --users 1e7 --memory 3GB      # about 10 GB of disk under --folder
+# about 10 GB of disk under --folder
+python benchmarks/prepare_scale.py --interactions 1e8 --users 1e7 --memory 3GB
 
-Items follow a power law, users are uniform, times are random; the file is Parquet with integer ids. The peak is that of the
-whole process tree of `mltfr prepare` (resident memory, sampled), so it counts what DuckDB's own limit does not.
+Items follow a power law, users are uniform, times are random; the file is Parquet with integer ids.
+The peak is that of the whole process tree of `mltfr prepare` (resident memory, sampled), so it
+counts what DuckDB's own limit does not.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ ROWS_PER_GROUP = 1_000_000
 def write_interactions(
     path: Path, num_interactions: int, num_users: int, num_items: int, exponent: float
 ) -> None:
-    """A Parquet file of synthetic interactions; the item of rank r is drawn with probability ~ r ** -exponent."""
+    """A Parquet file of synthetic interactions; the item of rank r is drawn with probability ~ r **
+    -exponent.
+    """
     random = np.random.default_rng(0)
     share = np.cumsum(np.arange(1, num_items + 1) ** -exponent)
     schema = pa.schema(
@@ -104,7 +109,8 @@ def main() -> None:
     if not source.exists():
         write_interactions(source, rows, int(options.users), int(options.items), options.exponent)
     print(
-        f"{rows:,} interactions, {source.stat().st_size / 1e9:.2f} GB, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        f"{rows:,} interactions, {source.stat().st_size / 1e9:.2f} GB, {os.cpu_count()} cores, "
+        f"load {os.getloadavg()[0]:.1f}"
     )
     results = []
     for memory in options.memory:

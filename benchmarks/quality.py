@@ -1,12 +1,15 @@
-"""Does MLTFR help? A matrix of runs over data sets, backbones, variants and seeds, one row a run in a Parquet file.
+"""Does MLTFR help? A matrix of runs over data sets, backbones, variants and seeds, one row a run in
+a Parquet file.
 
-Every arm has the same loss, budget of epochs and stopping rule; it differs from the base configuration in what its
-function below changes, and in nothing else. Each run is a process of its own, by the command a user would give.
-Baselines that need no training (`--baselines`) have a row for each data set, whatever variants are
-asked for. Interrupted, the matrix goes on: finished rows are skipped, a started run resumes.
+Every arm has the same loss, budget of epochs and stopping rule; it differs from the base
+configuration in what its function below changes, and in nothing else. Each run is a process of its
+own, by the command a user would give. Baselines that need no training (`--baselines`) have a row
+for each data set, whatever variants are asked for. Interrupted, the matrix goes on: finished rows
+are skipped, a started run resumes.
 
     python benchmarks/quality.py matrix.parquet --data data/ml-100k --seeds 0 1 2 3 4
-    python benchmarks/quality.py matrix.parquet --variants bare repaired --set training.epochs=20 optimizer.max_grad_norm=1
+    python benchmarks/quality.py matrix.parquet --variants bare repaired \
+        --set training.epochs=20 optimizer.max_grad_norm=1
     mltfr report matrix.parquet
 """
 
@@ -76,15 +79,19 @@ def bare_equal_parameters(base: RunConfig) -> RunConfig:
     best = min(sizes, key=lambda width: abs(sizes[width] - wanted))
     if abs(sizes[best] - wanted) > PARAMETER_TOLERANCE * wanted:
         raise ConfigError(
-            f"No hidden_dim gives the bare backbone {wanted:,} parameters; the nearest, {best}, gives {sizes[best]:,}.",
+            f"No hidden_dim gives the bare backbone {wanted:,} parameters; the nearest, {best}, "
+            f"gives {sizes[best]:,}.",
             rule=f"The arms' parameters agree within {PARAMETER_TOLERANCE:.0%}.",
-            remedy="Leave out the variant bare_equal_parameters, or change backbone.hidden_dim or num_heads.",
+            remedy="Leave out the variant bare_equal_parameters, or change backbone.hidden_dim or "
+            "num_heads.",
         )
     return vary(alone, {"backbone.hidden_dim": best})
 
 
 def group_of_one_width(base: RunConfig) -> dict[str, Any]:
-    """What the published consensus can merge: the largest group of equally wide tables among those given."""
+    """What the published consensus can merge: the largest group of equally wide tables among those
+    given.
+    """
     stored = [load_table(path) for path in base.mltfr.tables]
     widths = [table.rows.shape[1] for table in stored]
     width = max(widths, key=lambda w: (widths.count(w), -widths.index(w)))
@@ -101,7 +108,9 @@ def paper(base: RunConfig) -> RunConfig:
 
 
 def paper_frozen_tables(base: RunConfig) -> RunConfig:
-    """As published but for the tables, which stay frozen, as its description (not its code) has it; much cheaper."""
+    """As published but for the tables, which stay frozen, as its description (not its code) has it;
+    much cheaper.
+    """
     return vary(paper(base), {"published.trained_tables": False})
 
 
@@ -153,12 +162,16 @@ def consensus_zero(base: RunConfig) -> RunConfig:
 
 
 def grounded(base: RunConfig) -> RunConfig:
-    """Each item carries its title's tokens: the positive control, which reads item text as the method does not."""
+    """Each item carries its title's tokens: the positive control, which reads item text as the
+    method does not.
+    """
     return vary(base, {"mltfr.item_tokens.source": "titles"})
 
 
 def grounded_random(base: RunConfig) -> RunConfig:
-    """Each item carries its title's tokens, whose rows are random: what shared words give without their content."""
+    """Each item carries its title's tokens, whose rows are random: what shared words give without
+    their content.
+    """
     return random_tables(grounded(base))
 
 
@@ -182,7 +195,9 @@ VARIANTS: dict[str, Variant] = {
     )
 }
 CONTROLS = [name for name in VARIANTS if name != "paper" and not name.startswith("grounded")]
-"""What is run unless said otherwise: not `paper`, which trains whole tables, nor what needs items with titles."""
+"""What is run unless said otherwise: not `paper`, which trains whole tables, nor what needs items
+with titles.
+"""
 VARIANTS |= {f"without_{name}": partial(without_repair, name=name) for name in REPAIRS}
 
 
@@ -211,7 +226,9 @@ def num_parameters(config: RunConfig) -> int:
 
 
 def plan(base: RunConfig, options: argparse.Namespace) -> list[tuple[str, RunConfig]]:
-    """All runs: every variant of a seed before the next seed, so that any prefix is a fair comparison."""
+    """All runs: every variant of a seed before the next seed, so that any prefix is a fair
+    comparison.
+    """
     runs = []
     for seed in options.seeds:
         for data in options.data or [base.data.path]:
@@ -265,7 +282,9 @@ def commit() -> str:
 
 
 def run(config: RunConfig, launcher: Sequence[str]) -> Result | None:
-    """One run in processes of its own, begun or gone on with; None where it failed (and said why)."""
+    """One run in processes of its own, begun or gone on with; None where it failed (and said
+    why).
+    """
     claim(config.folder, config, resume=True)
     command = [*launcher, str(ROOT / "train.py"), "--config", str(config.folder / CONFIG)]
     done = subprocess.run(command, check=False)
@@ -275,7 +294,9 @@ def run(config: RunConfig, launcher: Sequence[str]) -> Result | None:
 def run_missing(
     matrix: Path, runs: Sequence[tuple[str, RunConfig]], launcher: Sequence[str], jobs: int
 ) -> bool:
-    """Run what ``matrix`` lacks, ``jobs`` side by side; whether all succeeded. After a failure none is begun."""
+    """Run what ``matrix`` lacks, ``jobs`` side by side; whether all succeeded. After a failure none
+    is begun.
+    """
     rows = read_rows(matrix)
     missing = [(name, config) for name, config in runs if not is_done(rows, name, config)]
     print(f"{len(missing)} runs to do, {len(rows)} rows in {matrix}", flush=True)

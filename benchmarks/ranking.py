@@ -1,13 +1,16 @@
-"""Users ranked against many items: by tiles, by whole scores as before, by the bare product, and by a peer.
+"""Users ranked against many items: by tiles, by whole scores as before, by the bare product, and by
+a peer.
 
-Random states and item vectors; each user has a target and some seen items. Every way runs in a process of its own, with the
-same threads, in turns, so that what else the machine does falls on all; shown are the fastest and the median of the rounds.
-The bare product forms the same scores in tiles and throws them away. Memory is what a process needs beyond inputs and imports.
+Random states and item vectors; each user has a target and some seen items. Every way runs in a
+process of its own, with the same threads, in turns, so that what else the machine does falls on
+all; shown are the fastest and the median of the rounds. The bare product forms the same scores in
+tiles and throws them away. Memory is what a process needs beyond inputs and imports.
 
-RecTools' ranker finds the ten best of each user (it has no ranks); `--peers PYTHON` names the interpreter of an environment
-with it, made as `stream_speed.py` tells.
+RecTools' ranker finds the ten best of each user (it has no ranks); `--peers PYTHON` names the
+interpreter of an environment with it, made as `stream_speed.py` tells.
 
-    python benchmarks/ranking.py [--users 10000 --items 1000000 --dim 64 --threads 2] [--peers rt/bin/python]
+    python benchmarks/ranking.py [--users 10000 --items 1000000 --dim 64 --threads 2]
+        [--peers rt/bin/python]
 """
 
 from __future__ import annotations

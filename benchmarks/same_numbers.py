@@ -1,8 +1,9 @@
 """Whether training gives the numbers of an older commit, to the digit, on this machine.
 
-Each run is made twice by the same command, once with the code of ``--since`` and once with that of this
-checkout, and their metrics.jsonl are compared line by line. All runs but `smoke` use small random inputs.
-Options are given in today's words; a commit from before `published.*` gets them in its own.
+Each run is made twice by the same command, once with the code of ``--since`` and once with that of
+this checkout, and their metrics.jsonl are compared line by line. All runs but `smoke` use small
+random inputs. Options are given in today's words; a commit from before `published.*` gets them in
+its own.
 
     python benchmarks/same_numbers.py --since main~20
     python benchmarks/same_numbers.py --since main~20 --data data/ml-100k --tables data/tables
@@ -99,7 +100,9 @@ RUNS = (
 
 
 def small(inputs: Path) -> list[str]:
-    """Options of a run of seconds over the inputs in ``inputs``, which it makes where they are missing."""
+    """Options of a run of seconds over the inputs in ``inputs``, which it makes where they are
+    missing.
+    """
     if not (inputs / "data").exists():
         write_data(inputs)
         write_table(inputs / "tables", "first", num_rows=90, dim=12, seed=1)
@@ -156,7 +159,9 @@ def train(run: Run, checkout: Path, options: list[str], folder: Path) -> list[di
 
 
 def difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
-    """What differs first; empty where nothing does. Lines may have gained what was not measured then."""
+    """What differs first; empty where nothing does. Lines may have gained what was not measured
+    then.
+    """
     for number, (old, new) in enumerate(zip(before, now), start=1):
         keys = [key for key in old if old[key] != new.get(key)]
         if keys:

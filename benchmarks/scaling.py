@@ -1,11 +1,13 @@
-"""Sequences per second by number of ranks, at equal work per rank; and the bytes that cross ranks a step, by collective.
+"""Sequences per second by number of ranks, at equal work per rank; and the bytes that cross ranks a
+step, by collective.
 
-One thread a rank; each number of ranks runs in processes of its own (torchrun), in turn, round by round, and the fastest
-round counts. Bytes are those that a rank receives, by what torch.distributed is asked to do, beside the lower bound: an
-all-reduce of n bytes cannot be done with fewer than 2 n (N - 1) / N to each rank.
+One thread a rank; each number of ranks runs in processes of its own (torchrun), in turn, round by
+round, and the fastest round counts. Bytes are those that a rank receives, by what torch.distributed
+is asked to do, beside the lower bound: an all-reduce of n bytes cannot be done with fewer than 2 n
+(N - 1) / N to each rank.
 
-`unconnected` is the machine's own limit: as many single ranks at the same time, which know nothing of each other and share
-only caches, memory and cores.
+`unconnected` is the machine's own limit: as many single ranks at the same time, which know nothing
+of each other and share only caches, memory and cores.
 
     python benchmarks/scaling.py --data data/ml-100k --tables data/tables
 """
@@ -46,7 +48,9 @@ RECEIVED: dict[str, Callable[[int, int], float]] = {
     "all_to_all_single": lambda size, n: size * (n - 1) / n,
     "broadcast": lambda size, n: size,
 }
-"""Bytes that a rank receives at least, by collective, of the size of its output and the number of ranks."""
+"""Bytes that a rank receives at least, by collective, of the size of its output and the number of
+ranks.
+"""
 
 
 def count_collectives(counted: Counter[str]) -> None:
@@ -169,7 +173,8 @@ def main() -> None:
         speed = options.batch * num_ranks / found["seconds"]
         limit = f"; unconnected {apart[num_ranks] / base:.2f} times" if num_ranks in apart else ""
         print(
-            f"{num_ranks} rank(s): {speed:8.1f} sequences/s, {speed / base:.2f} times the first{limit}"
+            f"{num_ranks} rank(s): {speed:8.1f} sequences/s, {speed / base:.2f} times the "
+            f"first{limit}"
         )
         bound = 2 * found["trained"] * (num_ranks - 1) / num_ranks
         sent = ", ".join(

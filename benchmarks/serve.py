@@ -3,8 +3,9 @@
     python benchmarks/serve.py runs/demo            # or an exported model
     python benchmarks/serve.py runs/demo --peers    # beside RecTools, where it is installed
 
-Histories are drawn uniformly, of 5 to `max_len` items. Each measurement is a process of its own, so that cold means cold.
-RecTools' SASRec is trained for one epoch on as many random interactions, with the same sizes: its time counts, not its choice.
+Histories are drawn uniformly, of 5 to `max_len` items. Each measurement is a process of its own, so
+that cold means cold. RecTools' SASRec is trained for one epoch on as many random interactions, with
+the same sizes: its time counts, not its choice.
 """
 
 from __future__ import annotations

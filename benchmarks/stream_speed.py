@@ -1,17 +1,23 @@
-"""Sequences a second as ready batches, from local shards, in one process: this stream, plain WebDataset and two peers' loaders.
+"""Sequences a second as ready batches, from local shards, in one process: this stream, plain
+WebDataset and two peers' loaders.
 
-python benchmarks/stream_speed.py                                    # 300,000 sequences of 51 items, batch 1024, length 50
-python benchmarks/stream_speed.py --resume 1e8                       # also: into the middle of an epoch of 1e8 (1.5 GB of disk)
-python benchmarks/stream_speed.py --wait data/ml-100k                # also: the share of time that training waits for data
+# 300,000 sequences of 51 items, batch 1024, length 50
+python benchmarks/stream_speed.py
+# also: into the middle of an epoch of 1e8 (1.5 GB of disk)
+python benchmarks/stream_speed.py --resume 1e8
+# also: the share of time that training waits for data
+python benchmarks/stream_speed.py --wait data/ml-100k
 python benchmarks/stream_speed.py --recbole-python rb/bin/python --rectools-python rt/bin/python
 
-Seconds are of wall time and, beside it, of the processor: on a shared machine the second says what the first would be.
-The peers' pins (numpy below 2) conflict with this package's, so each has an environment of its own (see peer_loaders.py):
+Seconds are of wall time and, beside it, of the processor: on a shared machine the second says what
+the first would be. The peers' pins (numpy below 2) conflict with this package's, so each has an
+environment of its own (see peer_loaders.py):
 
 python3.11 -m venv rb
-rb/bin/pip install torch==2.13.0 numpy==1.26.4 pandas==2.3.3 scipy scikit-learn tensorboard pyyaml texttable psutil tqdm
-rb/bin/pip install colorlog==4.7.2 colorama==0.4.4 && rb/bin/pip install --no-deps recbole==1.2.1 thop
-python3.11 -m venv rt && rt/bin/pip install 'rectools[torch]==0.19.0' torch==2.13.0
+rb/bin/pip install torch==2.13.0 numpy==1.26.4 pandas==2.3.3 scipy scikit-learn tensorboard pyyaml
+texttable psutil tqdm rb/bin/pip install colorlog==4.7.2 colorama==0.4.4 && rb/bin/pip install
+--no-deps recbole==1.2.1 thop python3.11 -m venv rt && rt/bin/pip install 'rectools[torch]==0.19.0'
+torch==2.13.0
 """
 
 from __future__ import annotations
@@ -52,7 +58,9 @@ COMMON_BATCH = 1024
 PEER_SEQUENCES = {"recbole": 4_000, "rectools": 40_000}
 """Few, for they are slow, and RecBole stores each prefix padded to the full length."""
 PREFIXES = 48
-"""Samples that RecBole trains on from a sequence of 51 items: a prefix before each item but the first and the two held out."""
+"""Samples that RecBole trains on from a sequence of 51 items: a prefix before each item but the
+first and the two held out.
+"""
 
 
 def write_data(folder: Path, num_sequences: int, length: int) -> None:
@@ -138,7 +146,9 @@ def report(name: str, total: int, wall: float, processor: float) -> float:
 
 
 def measure_peer(name: str, python: Path, folder: Path) -> float:
-    """Run a peer's loader over the first sequences of ``folder``; returns sequences a processor-second."""
+    """Run a peer's loader over the first sequences of ``folder``; returns sequences a
+    processor-second.
+    """
     manifest, few = load_manifest(folder), PEER_SEQUENCES[name]
     first = read_shard(
         folder, manifest.splits["train"].shards[0], num_items=manifest.num_items
@@ -173,7 +183,8 @@ def resume(folder: Path, num_sequences: int, batch_size: int) -> None:
     seconds, read = time.perf_counter() - started, process.io_counters().read_chars - read
     of = sum(path.stat().st_size for path in folder.iterdir())
     print(
-        f"resumed at step {middle:,} of {stream.steps_per_epoch:,}, {num_sequences:,} sequences: {seconds:.2f} s"
+        f"resumed at step {middle:,} of {stream.steps_per_epoch:,}, {num_sequences:,} sequences: "
+        f"{seconds:.2f} s"
     )
     print(f"read {read / 1e6:,.1f} MB of {of / 1e6:,.1f} MB, manifest included")
 
@@ -212,7 +223,8 @@ def wait_share(folder: Path, batch_size: int, steps: int) -> None:
         optimizer.zero_grad()
         worked += time.process_time() - started
     print(
-        f"bare SASRec on {folder}, batch {batch_size}: {waited / (waited + worked):.2%} of the time goes into the data"
+        f"bare SASRec on {folder}, batch {batch_size}: {waited / (waited + worked):.2%} of the "
+        f"time goes into the data"
     )
 
 

@@ -1,7 +1,8 @@
-"""What a sweep costs beyond its runs: its wall time against that of the same runs started by hand, one after the other.
+"""What a sweep costs beyond its runs: its wall time against that of the same runs started by hand,
+one after the other.
 
-Both train the same configurations on one worker, one at a time, in turn, round by round; the start of Ray is measured by itself,
-and left out of the ratio, as it is paid once.
+Both train the same configurations on one worker, one at a time, in turn, round by round; the start
+of Ray is measured by itself, and left out of the ratio, as it is paid once.
 
     python benchmarks/sweep_overhead.py --data data/ml-100k --tables data/tables
 """

@@ -1,12 +1,16 @@
-"""What a placement of token tables costs: bytes held, peak and private memory, step time, bytes exchanged a step.
+"""What a placement of token tables costs: bytes held, peak and private memory, step time, bytes
+exchanged a step.
 
-peak: resident memory at most, training included; PSS after the last step, shared pages counted by share; private: what
-the tables (and the small model) brought once loaded and no other process can share.
+peak: resident memory at most, training included; PSS after the last step, shared pages counted by
+share; private: what the tables (and the small model) brought once loaded and no other process can
+share.
 
-Two fp32 tables; each placement at each number of ranks runs in processes of its own (torchrun), one thread each. The
-machine may be shared and noisy: read step times as ratios to `replicated` at the same number of ranks.
+Two fp32 tables; each placement at each number of ranks runs in processes of its own (torchrun), one
+thread each. The machine may be shared and noisy: read step times as ratios to `replicated` at the
+same number of ranks.
 
-    python benchmarks/table_memory.py                                   # 32000 x 2048, 1, 2 and 4 ranks
+    # 32000 x 2048, 1, 2 and 4 ranks
+    python benchmarks/table_memory.py
     python benchmarks/table_memory.py --rows 8000 --ranks 2 --placements rows replicated
 """
 
@@ -70,7 +74,9 @@ def forget_peak() -> None:
 
 
 def held(mltfr: MLTFR) -> float:
-    """MiB of tables in this process's memory: whole, its rows, its ZeRO-3 part; none where they are mapped."""
+    """MiB of tables in this process's memory: whole, its rows, its ZeRO-3 part; none where they are
+    mapped.
+    """
     rows = [getattr(t.rows, "ds_tensor", t.rows) for t in mltfr.tables if not hasattr(t, "like")]
     return sum(r.numel() * r.element_size() for r in rows) / MIB
 
@@ -127,7 +133,9 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 
 def private(found: dict[str, float]) -> float:
-    """Memory that no other process could share: written to, or anonymous. Mapped pages that are only read are not."""
+    """Memory that no other process could share: written to, or anonymous. Mapped pages that are
+    only read are not.
+    """
     return found["Private_Dirty"]
 
 
@@ -163,7 +171,8 @@ def main() -> None:
             write_table(folder / "tables", name, num_rows=options.rows, dim=options.dim, seed=seed)
         whole = 2 * options.rows * options.dim * 4 / MIB
         print(
-            f"two tables {options.rows} x {options.dim} fp32, {whole:.0f} MiB; MiB added to the rank that needs most"
+            f"two tables {options.rows} x {options.dim} fp32, {whole:.0f} MiB; MiB added to the "
+            f"rank that needs most"
         )
         columns = (
             "ranks",

@@ -1,12 +1,15 @@
-"""What a training step costs: bare, with MLTFR (shortlist, exact, as published), beside its bare matrix products.
+"""What a training step costs: bare, with MLTFR (shortlist, exact, as published), beside its bare
+matrix products.
 
-The machine may be shared and noisy: read the ratios, not the seconds. Contestants take turns, step by
-step over the same batches, and the fastest time of each step counts. A step is an update, a
-shortlist's refresh (every `mltfr.filter.shortlist_refresh_steps`) shared out over its steps. The matrix products are the
-three of the loss over all items, chunk by chunk: less work no full softmax can do.
+The machine may be shared and noisy: read the ratios, not the seconds. Contestants take turns, step
+by step over the same batches, and the fastest time of each step counts. A step is an update, a
+shortlist's refresh (every `mltfr.filter.shortlist_refresh_steps`) shared out over its steps. The
+matrix products are the three of the loss over all items, chunk by chunk: less work no full softmax
+can do.
 
     python benchmarks/train_speed.py --data data/ml-100k --tables data/tables
-    python benchmarks/train_speed.py --data data/beauty --batch 256 --max-len 50     # bare backbone only
+    # bare backbone only
+    python benchmarks/train_speed.py --data data/beauty --batch 256 --max-len 50
     python benchmarks/train_speed.py --data data/ml-100k --tables data/tables --profile shortlist
 """
 
@@ -63,7 +66,9 @@ class Cost:
     of_bare: float
     of_products: float
     peak_gib: float
-    """Resident memory at most while it was built and first stepped, all built before it included."""
+    """Resident memory at most while it was built and first stepped, all built before it
+    included.
+    """
 
 
 def synchronized() -> float:
@@ -203,7 +208,9 @@ class Contest:
         ]
 
     def profile(self, name: str) -> str:
-        """Where the steps of one contestant go: phases of an update, then operators by their own time."""
+        """Where the steps of one contestant go: phases of an update, then operators by their own
+        time.
+        """
         from torch.profiler import ProfilerActivity, profile
 
         engine = self.engines[name]
@@ -289,8 +296,8 @@ def main() -> None:
         )
     share = {c.name: flops / (1e-3 * c.step_ms) / speed for c in costs}
     ranks.say(
-        f"Matrix speed {speed / 1e9:.0f} GFLOP/s; the loss's products alone are, of a step's time at it: "
-        + ", ".join(f"{name} {value:.0%}" for name, value in share.items())
+        f"Matrix speed {speed / 1e9:.0f} GFLOP/s; the loss's products alone are, of a step's time "
+        f"at it: " + ", ".join(f"{name} {value:.0%}" for name, value in share.items())
     )
     if options.profile:
         ranks.say(contest.profile(options.profile))

@@ -1,8 +1,8 @@
 """Put the pages of the documentation together and build the site: `make docs`.
 
 The pages stay where people read them in the repository (README.md, docs/, CONTRIBUTING.md); a copy
-of them, with a page of reference for each room of the package, is what mkdocs reads. A warning is an
-error: a link that leads nowhere, a docstring that names a parameter that is not there.
+of them, with a page of reference for each room of the package, is what mkdocs reads. A warning is
+an error: a link that leads nowhere, a docstring that names a parameter that is not there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""mltfr_dist: distributed training of MLTFR, Multi-LLM Token Filtering and Routing (arXiv 2604.18200).
+"""mltfr_dist: distributed training of MLTFR, Multi-LLM Token Filtering and Routing (arXiv
+2604.18200).
 
 What stands in ``__all__`` is the library; see docs/library.md. Each name is imported at its first
 use, so that `import mltfr_dist` takes no time.

@@ -1,4 +1,6 @@
-"""The registry of baselines without a training loop: configuration, reports and help follow from a line."""
+"""The registry of baselines without a training loop: configuration, reports and help follow from a
+line.
+"""
 
 from __future__ import annotations
 

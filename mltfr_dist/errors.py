@@ -15,13 +15,17 @@ EXIT_BAD_INPUT = 2
 """Exit code of every command that refuses its input."""
 
 EXIT_LOST = 3
-"""Exit code of a rank that has lost another: the connection broke, or nothing came for training.hang_seconds."""
+"""Exit code of a rank that has lost another: the connection broke, or nothing came for
+training.hang_seconds.
+"""
 
 EXIT_UNREAD = 141
 """Exit code of a command whose output is not read to its end (`| head`): that of SIGPIPE."""
 
 EXIT_STOPPED = 75
-"""Exit code of a run that was asked to stop and saved: start it again (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a run that was asked to stop and saved: start it again (EX_TEMPFAIL of
+sysexits.h).
+"""
 
 
 class MltfrError(Exception):
@@ -43,7 +47,9 @@ class MltfrError(Exception):
         return f"{type(self).__name__}: {self}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Survive the way between processes, which an exception with keyword arguments does not by itself."""
+        """Survive the way between processes, which an exception with keyword arguments does not by
+        itself.
+        """
         return _remade, (type(self), self.args, self.__dict__)
 
 

@@ -1,8 +1,9 @@
 """Exported models: a folder that is read without DeepSpeed, the data or the token tables' folders.
 
-It has the layout of the Hugging Face hub (config.json, model.safetensors, README.md), holds tensors and JSON alone, and
-nothing in it is executed. Tables are folded (models/folded.py): of rows that a history may be given it holds what the
-model makes of them; a table that is searched as a whole stays.
+It has the layout of the Hugging Face hub (config.json, model.safetensors, README.md), holds tensors
+and JSON alone, and nothing in it is executed. Tables are folded (models/folded.py): of rows that a
+history may be given it holds what the model makes of them; a table that is searched as a whole
+stays.
 
 exported = load_exported("model")
 exported.recommend(["i1", "i7"], k=5)
@@ -95,7 +96,8 @@ def load_exported(folder: str | Path) -> Exported:
         raise CheckpointError(
             f"{folder} is an ONNX export.",
             rule="ONNX models are run by an ONNX runtime.",
-            remedy=f"Open {folder / ONNX_MODEL} with onnxruntime, or export the run as safetensors.",
+            remedy=f"Open {folder / ONNX_MODEL} with onnxruntime, or export the run as "
+            f"safetensors.",
         )
     rows = load_file(folder / TABLES) if TABLES in info.sha256 else {}
     rows |= {name: torch.zeros(count, 1) for name, count in info.folded.items()}

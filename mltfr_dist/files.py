@@ -16,7 +16,9 @@ BLOCK_BYTES, READ_BYTES = 1 << 26, 1 << 20
 
 
 def file_sha256(path: Path, after_block: Callable[[], object] = lambda: None) -> str:
-    """sha256 of a file, hexadecimal; ``after_block`` is called after each :data:`BLOCK_BYTES`, and at the end of the last."""
+    """sha256 of a file, hexadecimal; ``after_block`` is called after each :data:`BLOCK_BYTES`, and
+    at the end of the last.
+    """
     digest, buffer, unsaid = (
         hashlib.sha256(),
         memoryview(bytearray(min(READ_BYTES, BLOCK_BYTES))),
@@ -44,7 +46,9 @@ def code_sha256() -> str:
 
 
 def packaged_names(pattern: str) -> list[str]:
-    """Names, without their ending, of the package's files that fit a pattern such as `ds_configs/*.json`."""
+    """Names, without their ending, of the package's files that fit a pattern such as
+    `ds_configs/*.json`.
+    """
     return sorted(path.stem for path in Path(__file__).parent.glob(pattern))
 
 
@@ -58,7 +62,8 @@ def with_packaged(path: Path) -> Path:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads (object_pairs_hook): an object of which no key stands twice, so that none is lost without a word.
+    """For json.loads (object_pairs_hook): an object of which no key stands twice, so that none is
+    lost without a word.
 
     Raises:
         ValueError: One does.
@@ -72,20 +77,26 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what then takes the place of ``path`` in one step: a reader sees the old file or the new."""
+    """Where to write what then takes the place of ``path`` in one step: a reader sees the old file
+    or the new.
+    """
     partial = path.with_name(f".partial-{path.name}")
     yield partial
     partial.rename(path)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write or replace a small file in one step: a reader sees the old text or the new, never a part."""
+    """Write or replace a small file in one step: a reader sees the old text or the new, never a
+    part.
+    """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that others may read as any new file: the library by itself writes for the owner alone."""
+    """Write a safetensors file that others may read as any new file: the library by itself writes
+    for the owner alone.
+    """
     from safetensors.torch import save_file  # imports torch: not for --help
 
     path.touch()

@@ -1,6 +1,7 @@
 """Full-ranking metrics, one line each, and their sums over users.
 
-Shapes: B users, I items. A user has one target: HR@K equals Recall@K, MAP@K is MRR within K, and the ideal DCG is 1.
+Shapes: B users, I items. A user has one target: HR@K equals Recall@K, MAP@K is MRR within K, and
+the ideal DCG is 1.
 """
 
 from __future__ import annotations

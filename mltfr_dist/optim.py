@@ -31,7 +31,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool) -
 
 
 def build_rows_optimizer(rows: nn.Parameter, config: OptimizerConfig, *, fused: bool) -> Optimizer:
-    """The optimizer that ``config`` names, over rows of an item table alone; embeddings do not decay."""
+    """The optimizer that ``config`` names, over rows of an item table alone; embeddings do not
+    decay.
+    """
     build = load(OPTIMIZERS[config.name].path, "mltfr_dist")
     optimizer: Optimizer = build([{"params": [rows], "weight_decay": 0.0}], config, fused)
     return optimizer

@@ -1,4 +1,6 @@
-"""Complete configurations, as functions. Each says what it is for, what it costs and how to start it."""
+"""Complete configurations, as functions. Each says what it is for, what it costs and how to start
+it.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,9 @@ def demo() -> RunConfig:
 def sasrec_beauty() -> RunConfig:
     """Bare SASRec with full cross-entropy on Amazon Beauty (5-core), the common benchmark.
 
-    Published for this setting: test HR@10 0.083, NDCG@10 0.0416 (RecBole 1.x, issue 1290). Prepare the data first:
-    `mltfr prepare beauty data/beauty --download`, then `python train.py --preset sasrec_beauty`.
+    Published for this setting: test HR@10 0.083, NDCG@10 0.0416 (RecBole 1.x, issue 1290). Prepare
+    the data first: `mltfr prepare beauty data/beauty --download`, then
+    `python train.py --preset sasrec_beauty`.
     """
     return RunConfig(
         name="sasrec_beauty",
@@ -67,11 +70,13 @@ def sasrec_beauty() -> RunConfig:
 
 
 def esasrec_beauty() -> RunConfig:
-    """Bare eSASRec (arXiv 2508.06450) on Amazon Beauty: LiGR layers and the sampled softmax, beside `sasrec_beauty`.
+    """Bare eSASRec (arXiv 2508.06450) on Amazon Beauty: LiGR layers and the sampled softmax, beside
+    `sasrec_beauty`.
 
-    The paper's abstract reports 23 % above the most recent models on academic benchmarks; sizes here are those of
-    `sasrec_beauty`, so that the two can be compared, and not the paper's. No figure has been measured yet.
-    `python train.py --preset esasrec_beauty`, after the preparation that `sasrec_beauty` names.
+    The paper's abstract reports 23 % above the most recent models on academic benchmarks; sizes
+    here are those of `sasrec_beauty`, so that the two can be compared, and not the paper's. No
+    figure has been measured yet. `python train.py --preset esasrec_beauty`, after the preparation
+    that `sasrec_beauty` names.
     """
     fields = {
         "name": "esasrec_beauty",
@@ -113,7 +118,8 @@ def paper() -> RunConfig:
 
 
 def smoke() -> RunConfig:
-    """The demo in miniature: one epoch of each stage, to see that an installation works. Its figures mean nothing.
+    """The demo in miniature: one epoch of each stage, to see that an installation works. Its
+    figures mean nothing.
 
     `make quick`; under a minute on 2 CPU cores.
     """

@@ -67,7 +67,9 @@ class Ranker:
 
     @property
     def serving(self) -> Recommender:
-        """The model with all computed that does not depend on histories; scores are equal to the bit."""
+        """The model with all computed that does not depend on histories; scores are equal to the
+        bit.
+        """
         with _folding:
             return self._serving
 
@@ -76,7 +78,8 @@ class Ranker:
         return folded(self.model)
 
     def encode(self, histories: Any, unknown: Unknown = "refuse") -> Histories:
-        """Histories as numbers of items, with the count of ids that were dropped; every method takes them.
+        """Histories as numbers of items, with the count of ids that were dropped; every method
+        takes them.
 
         Raises:
             DataError: No histories, or an id that the model does not know.
@@ -121,7 +124,8 @@ class Ranker:
         unknown: Unknown = "refuse",
         empty: Empty = "refuse",
     ) -> list[Recommendation] | Recommendations:
-        """The ``k`` items of highest score after each history, best first; of equal scores the item of lower index.
+        """The ``k`` items of highest score after each history, best first; of equal scores the item
+        of lower index.
 
         Args:
             histories: See the class. A single history gives a list of its items, several give
@@ -134,7 +138,8 @@ class Ranker:
             empty: "refuse", or answer empty histories by "popular" items; scores are then counts.
 
         Raises:
-            DataError: An id that the model does not know, an empty history, or a ``k`` out of range.
+            DataError: An id that the model does not know, an empty history, or a ``k`` out of
+                range.
             ConfigError: An option that is none of its values.
         """
         single = is_single(histories)
@@ -213,7 +218,9 @@ class Ranker:
         return vector
 
     def item_vectors(self) -> Floats:
-        """[num_items + 1, D], row = index in ``item_ids``; row 0 is padding: leave it out of a vector index."""
+        """[num_items + 1, D], row = index in ``item_ids``; row 0 is padding: leave it out of a
+        vector index.
+        """
         vectors: Floats = item_vectors(self.serving).float().cpu().numpy().copy()
         return vectors
 

@@ -1,4 +1,5 @@
-"""What the published procedure does, what is done here instead, and the switches that bring each defect back.
+"""What the published procedure does, what is done here instead, and the switches that bring each
+defect back.
 
 One entry a defect of docs/method.md. All switches are off; :func:`as_published` gives the published
 form, and :func:`without` takes a single repair away.
@@ -24,7 +25,9 @@ class Repair(NamedTuple):
     defect: str
     """Its number in docs/method.md."""
     scope: Scope
-    """method: MLTFR itself; backbone: the model it is added to; protocol: training and evaluation of any model."""
+    """method: MLTFR itself; backbone: the model it is added to; protocol: training and evaluation
+    of any model.
+    """
     switches: tuple[str, ...]
     """Fields of `published` that bring the defect back."""
     values: Mapping[str, Any] = MappingProxyType({})
@@ -99,8 +102,9 @@ def as_published(
 ) -> RunConfig:
     """``config`` with every repair of ``scopes`` that applies to it taken away.
 
-    The gate has one softmax, as in the published SASRec variant; `published.double_softmax` is that of the others. The
-    published consensus merges tables of one width: give them in `mltfr.consensus.group`.
+    The gate has one softmax, as in the published SASRec variant; `published.double_softmax` is that
+    of the others. The published consensus merges tables of one width: give them in
+    `mltfr.consensus.group`.
     """
     wanted = set(scopes)
     for name, repair in REPAIRS.items():
@@ -120,7 +124,8 @@ def without(config: RunConfig, name: str) -> RunConfig:
     """``config`` with one repair taken away.
 
     Raises:
-        ConfigError: No repair has that name (the nearest is named), or the run has not what it repairs.
+        ConfigError: No repair has that name (the nearest is named), or the run has not what it
+            repairs.
     """
     if name not in REPAIRS:
         raise ConfigError(

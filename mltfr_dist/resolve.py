@@ -47,7 +47,8 @@ def resolve_config(
 
 
 def read_configuration(file: Path) -> dict[str, Any]:
-    """A file's values; of one in a run's or sweep's folder, its inputs as they are found from the working folder.
+    """A file's values; of one in a run's or sweep's folder, its inputs as they are found from the
+    working folder.
 
     A run's own file stands for that run, wherever its folder now lies.
 

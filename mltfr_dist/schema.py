@@ -1,4 +1,6 @@
-"""What every configuration is made of: immutable sections, and errors that name path, value, rule and nearest key."""
+"""What every configuration is made of: immutable sections, and errors that name path, value, rule
+and nearest key.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def known(registry: Collection[str], kind: str) -> AfterValidator:
 
 
 class Options(Section):
-    """A section whose fields are options of a command, and are called so in errors: `--user-core`."""
+    """A section whose fields are options of a command, and are called so in errors:
+    `--user-core`.
+    """
 
     @staticmethod
     def option(field: str) -> str:
@@ -85,7 +89,8 @@ def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> S
     """Build ``model`` from plain ``values``.
 
     Raises:
-        ConfigError: naming every offending path, its value, the rule, and for an unknown key the nearest valid one.
+        ConfigError: naming every offending path, its value, the rule, and for an unknown key the
+            nearest valid one.
     """
     try:
         return model.model_validate(values)
@@ -117,7 +122,8 @@ def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> S
         problems += model.moved(former)
         raise ConfigError(
             f"The configuration from {source} is not valid: {'; '.join(problems)}.",
-            remedy=f"Correct it{KEPT if former else ''}; `{command(model.listed_by)} --help{_topic(model, wrong)}` lists the "
+            remedy=f"Correct it{KEPT if former else ''}; `{command(model.listed_by)} "
+            f"--help{_topic(model, wrong)}` lists the "
             "fields with their defaults and units.",
         ) from None
 
@@ -140,7 +146,8 @@ def _former(model: type[Section], error: ValidationError) -> dict[str, Any]:
 
 
 def changed(config: SectionT, fields: Mapping[str, Any], *, source: str) -> SectionT:
-    """``config`` with dotted ``fields`` changed, such as ``{"training.epochs": 3}``, validated anew.
+    """``config`` with dotted ``fields`` changed, such as ``{"training.epochs": 3}``, validated
+    anew.
 
     Args:
         config: As it is.
@@ -182,7 +189,9 @@ def _topic(model: type[Section], paths: list[str]) -> str:
 
 
 def _section_of(model: type[Section], path: str) -> str:
-    """The innermost section of a path, which may go on into values: `mltfr.tables.0` is in `mltfr`."""
+    """The innermost section of a path, which may go on into values: `mltfr.tables.0` is in
+    `mltfr`.
+    """
     while path and section_at(model, path) is None:
         path = path.rpartition(".")[0]
     return path

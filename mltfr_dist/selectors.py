@@ -1,4 +1,6 @@
-"""The registry of filter strategies: one line for each, from which the configuration, the models and the help text follow."""
+"""The registry of filter strategies: one line for each, from which the configuration, the models
+and the help text follow.
+"""
 
 from __future__ import annotations
 

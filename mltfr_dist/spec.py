@@ -50,7 +50,8 @@ class ModelSpec(Section):
 
         Args:
             tables: Token tables by name: rows [V_m, D_m], or placed otherwise.
-            item_features: [num_items + 1, C] what the tables give each item, where item tokens are on.
+            item_features: [num_items + 1, C] what the tables give each item, where item tokens are
+                on.
             divide: How so many rows of the item table are divided; None: they are not.
         """
         kind = published_backbone(self.backbone.name, self.published)

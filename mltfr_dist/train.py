@@ -1,4 +1,6 @@
-"""`mltfr train` for launchers that start a module: `torchrun -m mltfr_dist.train`, `deepspeed --module mltfr_dist.train`."""
+"""`mltfr train` for launchers that start a module: `torchrun -m mltfr_dist.train`,
+`deepspeed --module mltfr_dist.train`.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def write_data(
     folder: Path, *, num_users: int = 120, num_items: int = 40, longest: int = 14, seed: int = 0
 ) -> Path:
-    """Prepared interactions with something to learn: an item is followed by its successor more often than not."""
+    """Prepared interactions with something to learn: an item is followed by its successor more
+    often than not.
+    """
     rng = np.random.default_rng(seed)
     lines = []
     for user in range(num_users):
@@ -73,7 +75,9 @@ def write_data(
 def write_table(
     folder: Path, name: str, *, num_rows: int, dim: int, seed: int, num_distinct: int | None = None
 ) -> Path:
-    """A stored token table of random rows; those after the first ``num_distinct`` repeat them in turn."""
+    """A stored token table of random rows; those after the first ``num_distinct`` repeat them in
+    turn.
+    """
     rows = torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(seed))
     rows = rows[torch.arange(num_rows) % (num_distinct or num_rows)]
     described: dict[str, Any] = {
@@ -94,7 +98,8 @@ def write_table(
 
 
 def tiny_config(folder: Path, **changes: Any) -> RunConfig:
-    """A complete run over small data and two random tables, written under ``folder`` where they are not there yet.
+    """A complete run over small data and two random tables, written under ``folder`` where they are
+    not there yet.
 
     Args:
         folder: Where inputs and runs go.
@@ -150,7 +155,9 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 def torchrun(num_ranks: int, script: Path, *arguments: str) -> list[str]:
-    """The command that starts ``script`` on ``num_ranks`` processes; torchrun finds a free port itself."""
+    """The command that starts ``script`` on ``num_ranks`` processes; torchrun finds a free port
+    itself.
+    """
     launcher = [
         sys.executable,
         "-m",
@@ -162,7 +169,9 @@ def torchrun(num_ranks: int, script: Path, *arguments: str) -> list[str]:
 
 
 def run_ranks(num_ranks: int, script: Path, *arguments: str, timeout: int = 240) -> str:
-    """Run ``script`` on real processes to its end; returns what it printed, and fails the test if it failed."""
+    """Run ``script`` on real processes to its end; returns what it printed, and fails the test if
+    it failed.
+    """
     command = torchrun(num_ranks, script, *arguments)
     done = subprocess.run(
         command,

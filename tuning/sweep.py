@@ -1,4 +1,6 @@
-"""Search a space: `python tuning/sweep.py tuning/spaces/demo.yaml`; the same as `mltfr sweep`. Start it again and it goes on."""
+"""Search a space: `python tuning/sweep.py tuning/spaces/demo.yaml`; the same as `mltfr sweep`.
+Start it again and it goes on.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The registry of backbones: one line for each, from which the configuration, the models and the help text follow.
+"""The registry of backbones: one line for each, from which the configuration, the models and the
+help text follow.
 
 A backbone with settings of its own has them in a file here, beside the registry.
 """

@@ -97,7 +97,9 @@ def _neither(folder: Path) -> DataError:
 
 
 def command_tables(options: argparse.Namespace) -> None:
-    """Language models to token tables; with --inspect, what the geometry of stored ones has to offer."""
+    """Language models to token tables; with --inspect, what the geometry of stored ones has to
+    offer.
+    """
     if options.inspect:
         from mltfr_dist.tables.geometry_report import inspect_tables
 
@@ -132,7 +134,9 @@ def command_train(options: argparse.Namespace) -> None:
 
 
 def command_sweep(options: argparse.Namespace) -> None:
-    """Search a space of configurations by trials that Ray Tune runs; interrupted, the same command goes on."""
+    """Search a space of configurations by trials that Ray Tune runs; interrupted, the same command
+    goes on.
+    """
     from mltfr_dist.tuning.source import go_where_begun, load_sweep
 
     sweep = load_sweep(go_where_begun(Path(options.space)), options.overrides)
@@ -171,7 +175,8 @@ def command_recommend(options: argparse.Namespace) -> None:
         raise ConfigError(
             "Give one of --history and --histories.",
             rule="--history is one list of ids, --histories a file of many.",
-            remedy="As in `--history 50,172,181`, or `--histories users.parquet --output recs.parquet`.",
+            remedy="As in `--history 50,172,181`, or `--histories users.parquet --output "
+            "recs.parquet`.",
         )
     if (options.histories is None) != (options.output is None):
         raise ConfigError(
@@ -211,7 +216,9 @@ def _recommend_file(options: argparse.Namespace) -> None:
 
 
 def command_explain(options: argparse.Namespace) -> None:
-    """What a run's filter keeps for sample users, and what each table and each item changes: a page, and TensorBoard texts."""
+    """What a run's filter keeps for sample users, and what each table and each item changes: a
+    page, and TensorBoard texts.
+    """
     from mltfr_dist.training.using.explain_run import explain_run
 
     page = explain_run(Path(options.run), options.output, options.control, options.users)
@@ -219,7 +226,9 @@ def command_explain(options: argparse.Namespace) -> None:
 
 
 def command_export(options: argparse.Namespace) -> None:
-    """The chosen model of a finished run, to be used without DeepSpeed, the data or the tables' folders."""
+    """The chosen model of a finished run, to be used without DeepSpeed, the data or the tables'
+    folders.
+    """
     from mltfr_dist.training.using.export import export, size_line
 
     info = export(Path(options.run), Path(options.output), options.format)
@@ -231,7 +240,9 @@ def command_export(options: argparse.Namespace) -> None:
 
 
 def command_report(options: argparse.Namespace) -> None:
-    """The report of a run, a sweep or a trial; for matrices of runs (.parquet) means, intervals, paired differences, slices."""
+    """The report of a run, a sweep or a trial; for matrices of runs (.parquet) means, intervals,
+    paired differences, slices.
+    """
     from mltfr_dist.training.comparing.compare import Options
     from mltfr_dist.training.reporting.matrix import summary
     from mltfr_dist.tuning.folders import folder_report
@@ -253,7 +264,9 @@ def command_report(options: argparse.Namespace) -> None:
 
 
 def command_compare(options: argparse.Namespace) -> None:
-    """Runs that are over, user by user: differences to the first model, intervals, tests, power, slices."""
+    """Runs that are over, user by user: differences to the first model, intervals, tests, power,
+    slices.
+    """
     from mltfr_dist.training.comparing import text
     from mltfr_dist.training.comparing.compare import Options, compare_runs
 

@@ -1,6 +1,8 @@
-"""`mltfr --completion SHELL`: a script that completes commands, options, their values, and keys of the configuration.
+"""`mltfr --completion SHELL`: a script that completes commands, options, their values, and keys of
+the configuration.
 
-It is written from the command line's own definition, so it holds what `--help` shows; the shell then asks nobody.
+It is written from the command line's own definition, so it holds what `--help` shows; the shell
+then asks nobody.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from mltfr_dist.schema import field_at, field_paths
 
 SHELLS = ("bash", "zsh", "fish")
 
-# What _mltfr completes: the word $cur, after $prev, of the command $cmd, which is the first word that is no option.
+# What _mltfr completes: the word $cur, after $prev, of the command $cmd, which is the first word
+# that is no option.
 # A word that begins like a key of the configuration gets `key=` without a blank behind it.
 _BASH = """\
 _mltfr() {{
@@ -40,7 +43,7 @@ _mltfr() {{
     fi
 }}
 complete -o default -o bashdefault -F _mltfr mltfr
-"""
+"""  # noqa: E501
 
 
 class Command(NamedTuple):

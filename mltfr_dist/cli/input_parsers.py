@@ -84,7 +84,8 @@ def add_tables(commands: Commands) -> None:
     tables.add_argument(
         "sources",
         nargs="+",
-        help="safetensors or GGUF file, checkpoint folder, hub id, or a demo table: llama2, smollm2, minilm",
+        help="safetensors or GGUF file, checkpoint folder, hub id, or a demo table: llama2, "
+        "smollm2, minilm",
     )
     tables.add_argument(
         "--output",
@@ -99,7 +100,8 @@ def add_tables(commands: Commands) -> None:
     tables.add_argument(
         "--inspect",
         action="store_true",
-        help="the sources are stored tables: show what their geometry has to offer; nothing is built",
+        help="the sources are stored tables: show what their geometry has to offer; nothing is "
+        "built",
     )
     tables.add_argument(
         "--words",

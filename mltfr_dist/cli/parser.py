@@ -162,7 +162,8 @@ def _add_report(commands: Commands) -> None:
         "runs",
         metavar="run",
         nargs="+",
-        help="run folder, such as runs/demo, or Parquet files that benchmarks/quality.py wrote, taken together",
+        help="run folder, such as runs/demo, or Parquet files that benchmarks/quality.py wrote, "
+        "taken together",
     )
     _add_margin(report)
 
@@ -188,8 +189,10 @@ def _add_compare(commands: Commands) -> None:
         "runs",
         metavar="run",
         nargs="+",
-        help="run folders, matrices of benchmarks/quality.py, or Parquet files with columns user, target and "
-        "rank; the first model is the reference, and runs that differ in their seed alone are one model",
+        help="run folders, matrices of benchmarks/quality.py, or Parquet files with columns user, "
+        "target and "
+        "rank; the first model is the reference, and runs that differ in their seed alone are one "
+        "model",
     )
     compare.add_argument("--split", choices=("valid", "test"), default="test")
     compare.add_argument(

@@ -26,7 +26,8 @@ class FilterConfig(Section):
     )
     max_direct_rows: Count = Field(
         1024,
-        description="direct and seed_words: rows of a table that every position may attend to; more are refused.",
+        description="direct and seed_words: rows of a table that every position may attend to; "
+        "more are refused.",
     )
     noise: NonNegative = Field(
         0.0,
@@ -38,7 +39,8 @@ class FilterConfig(Section):
     )
     top_k: Count | None = Field(
         16,
-        description="Tokens kept per table and query; at least 2 where the filter is trained, for the weight "
+        description="Tokens kept per table and query; at least 2 where the filter is trained, for "
+        "the weight "
         "of a single one carries no gradient. Give this or filter_ratio.",
     )
     filter_ratio: Fraction | None = Field(
@@ -50,11 +52,13 @@ class FilterConfig(Section):
     learn_temperature: bool = Field(True, description="Whether tau_s is trained.")
     query_every: Count = Field(
         4,
-        description="Positions that share one query, taken at the first of them, so that it stays causal. 1: a query a position.",
+        description="Positions that share one query, taken at the first of them, so that it stays "
+        "causal. 1: a query a position.",
     )
     shortlist_size: Count | None = Field(
         2048,
-        description="Rows per table that are searched exactly: those nearest to any query of a recent global batch. "
+        description="Rows per table that are searched exactly: those nearest to any query of a "
+        "recent global batch. "
         "null: search the whole vocabulary at every query.",
     )
     shortlist_refresh_steps: Count = Field(
@@ -66,7 +70,8 @@ class FilterConfig(Section):
         if (self.top_k is None) == (self.filter_ratio is None):
             given = f"top_k {self.top_k}, filter_ratio {self.filter_ratio}"
             raise ValueError(
-                f"give exactly one of top_k and filter_ratio, and null for the other (given: {given})"
+                f"give exactly one of top_k and filter_ratio, and null for the other (given: "
+                f"{given})"
             )
         if not self.noise and self.noise_steps:
             raise ValueError("noise_steps says when there is noise: give noise above 0 too")
@@ -76,7 +81,8 @@ class FilterConfig(Section):
             )
         if bool(self.seed_words) != (self.strategy == "seed_words"):
             raise ValueError(
-                f"seed_words {list(self.seed_words)} and strategy {self.strategy}: give both words and strategy, or none"
+                f"seed_words {list(self.seed_words)} and strategy {self.strategy}: give both words "
+                f"and strategy, or none"
             )
         return self
 

@@ -47,7 +47,9 @@ INSTEAD: dict[str, dict[Any, str]] = {
     "data.train_on": {"train_and_valid": "published.train_on_validation=true"},
     "evaluation.select_on": {"test": "published.pick_on_test=true"},
 }
-"""What says today what a value said; of any other value nothing has to be said, for it is the default."""
+"""What says today what a value said; of any other value nothing has to be said, for it is the
+default.
+"""
 
 
 def places(path: str) -> list[str]:

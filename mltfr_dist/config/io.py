@@ -1,7 +1,8 @@
-"""Configurations as YAML, by the rules of YAML 1.2: `1e-3` is a number, `on` and `2024-05-31` are texts.
+"""Configurations as YAML, by the rules of YAML 1.2: `1e-3` is a number, `on` and `2024-05-31` are
+texts.
 
-PyYAML follows YAML 1.1, where `1e-3` is a text, `no` is false and `1:30` is 90; and of a key that stands twice it takes the
-last without a word.
+PyYAML follows YAML 1.1, where `1e-3` is a text, `no` is false and `1:30` is 90; and of a key that
+stands twice it takes the last without a word.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _SCALARS = (
     ),
     ("merge", r"<<", "<"),
 )
-"""Kind, pattern and first characters of a plain scalar that is no text (YAML 1.2.2, section 10.3.2; `<<` is of 1.1)."""
+"""Kind, pattern and first characters of a plain scalar that is no text (YAML 1.2.2, section 10.3.2;
+`<<` is of 1.1).
+"""
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:

@@ -16,14 +16,17 @@ class ItemTableConfig(Section):
 
     placement: Literal["replicated", "rows", "auto"] = Field(
         "replicated",
-        description="Where its rows, gradients and moments are held. replicated: each rank holds all rows; rows: each rank "
-        "holds 1/N of them, and a step exchanges those that its batch reads (one rank: the same as replicated); "
+        description="Where its rows, gradients and moments are held. replicated: each rank holds "
+        "all rows; rows: each rank "
+        "holds 1/N of them, and a step exchanges those that its batch reads (one rank: the same as "
+        "replicated); "
         "auto: rows above one rank, wherever it serves the run. Numbers agree to rounding.",
     )
 
 
 def check_items(placement: str, item_gradients: str, loss: str, name: str) -> None:
-    """Whether the loss and the optimizer of these names fit a table that is stepped by rows, or divided.
+    """Whether the loss and the optimizer of these names fit a table that is stepped by rows, or
+    divided.
 
     Raises:
         ValueError: They do not.
@@ -32,13 +35,15 @@ def check_items(placement: str, item_gradients: str, loss: str, name: str) -> No
         if LOSSES[loss].negatives == "none":
             *others, last = (n for n, entry in LOSSES.items() if entry.negatives != "none")
             raise ValueError(
-                f"optimizer.item_gradients sparse with loss.name {loss}, which scores every item, so that every row has a "
+                f"optimizer.item_gradients sparse with loss.name {loss}, which scores every item, "
+                f"so that every row has a "
                 f"gradient: give loss.name {', '.join(others)} or {last}, or item_gradients dense"
             )
         if not OPTIMIZERS[name].by_rows:
             serves = " or ".join(n for n, entry in OPTIMIZERS.items() if entry.by_rows)
             raise ValueError(
-                f"optimizer.item_gradients sparse steps rows by lazy Adam, and optimizer.name is {name}: "
+                f"optimizer.item_gradients sparse steps rows by lazy Adam, and optimizer.name is "
+                f"{name}: "
                 f"give optimizer.name {serves}, or item_gradients dense"
             )
     reason = needs_whole_items(loss, name)
@@ -50,7 +55,9 @@ def check_items(placement: str, item_gradients: str, loss: str, name: str) -> No
 
 
 def needs_whole_items(loss: str, name: str) -> str | None:
-    """Why the loss or the optimizer of these names needs all rows of the item table at once; None where neither does."""
+    """Why the loss or the optimizer of these names needs all rows of the item table at once; None
+    where neither does.
+    """
     entry = LOSSES[loss]
     if entry.negatives == "none" and entry.path != "losses:all_items":
         return f"loss.name {loss} reads all item vectors"

@@ -24,7 +24,8 @@ class LossConfig(Section):
     )
     proposal: Literal["uniform", "log_uniform"] = Field(
         "uniform",
-        description="sampled_softmax: items are drawn evenly, or near Zipf's law by their rank in popularity.",
+        description="sampled_softmax: items are drawn evenly, or near Zipf's law by their rank in "
+        "popularity.",
     )
     calibration: Annotated[float, Field(ge=0, le=1)] = Field(
         0.75, description="gbce: t; 0 is bce, 1 gives calibrated probabilities, less overconfident."

@@ -22,7 +22,8 @@ class ExpertConfig(Section):
 
     per_table: Count = Field(
         1,
-        description="Experts of each table: they share its filter, and adapt its rows each in its own way.",
+        description="Experts of each table: they share its filter, and adapt its rows each in its "
+        "own way.",
     )
     num_heads: Count = Field(4, description="Attention heads of an expert.")
     head_dim: Count = Field(16, description="Size of one head.")
@@ -40,7 +41,8 @@ class RouterConfig(Section):
     )
     top_k: Annotated[int, Field(ge=2)] | None = Field(
         None,
-        description="Experts that a position is routed to, the best by gate; at least 2, for the weight of a single one carries "
+        description="Experts that a position is routed to, the best by gate; at least 2, for the "
+        "weight of a single one carries "
         "no gradient; null: all. All experts are computed: it changes the mixture, not the cost.",
     )
     null_expert: bool = Field(
@@ -49,7 +51,8 @@ class RouterConfig(Section):
     )
     expert_dropout: Probability = Field(
         0.0,
-        description="Probability that an expert is left out for the positions of a query, in training; never all.",
+        description="Probability that an expert is left out for the positions of a query, in "
+        "training; never all.",
     )
     balance_weight: NonNegative = Field(
         0.01, description="Weight of the load-balancing term in the loss; 0 leaves the gate alone."
@@ -71,16 +74,20 @@ class ConsensusConfig(Section):
     learn_weight: bool = Field(False, description="Whether lambda is trained in stage 2.")
     fisher_sequences: Count = Field(
         1024,
-        description="Training sequences over which the Fisher is averaged; more than there are: all.",
+        description="Training sequences over which the Fisher is averaged; more than there are: "
+        "all.",
     )
 
 
 class ItemTokensConfig(Section):
-    """Token rows on the item side: an item's vector is its own embedding plus an adapted mixture of them."""
+    """Token rows on the item side: an item's vector is its own embedding plus an adapted mixture of
+    them.
+    """
 
     source: Literal["none", "titles"] = Field(
         "none",
-        description="Which tokens an item has. titles: those of its title, a positive control that reads item text and so "
+        description="Which tokens an item has. titles: those of its title, a positive control that "
+        "reads item text and so "
         "stands outside the method's claim to need none.",
     )
 
@@ -94,14 +101,19 @@ class MLTFRConfig(Section):
     )
     table_content: TableContent = Field(
         "real",
-        description="real: the tables' rows. Controls of equal shape, made at load from training.seed: random: normal rows with "
-        "the mean and covariance of the real ones; shuffled: each column permuted over the rows by itself.",
+        description="real: the tables' rows. Controls of equal shape, made at load from "
+        "training.seed: random: normal rows with "
+        "the mean and covariance of the real ones; shuffled: each column permuted over the rows by "
+        "itself.",
     )
     placement: Literal["auto", "rows", "mmap", "replicated", "zero3"] = Field(
         "auto",
-        description="Where tables are held. rows: each rank holds V/N rows, found and fetched by an exact exchange; mmap: on the "
-        "host, mapped from the file, one copy a node; replicated: each rank holds all; zero3: frozen parameters that ZeRO-3 "
-        "gathers whole at each use (for comparison); auto: rows above one rank, replicated at one or where a whole table is "
+        description="Where tables are held. rows: each rank holds V/N rows, found and fetched by "
+        "an exact exchange; mmap: on the "
+        "host, mapped from the file, one copy a node; replicated: each rank holds all; zero3: "
+        "frozen parameters that ZeRO-3 "
+        "gathers whole at each use (for comparison); auto: rows above one rank, replicated at one "
+        "or where a whole table is "
         "needed. Changes no number.",
     )
     filter: FilterConfig = Field(FilterConfig(), description="The user-guided token filter.")
@@ -125,6 +137,7 @@ class MLTFRConfig(Section):
     def _has_tables(self) -> MLTFRConfig:
         if self.enabled and not self.tables:
             raise ValueError(
-                "MLTFR needs at least one token table (mltfr.tables), or mltfr.enabled=false for the bare backbone"
+                "MLTFR needs at least one token table (mltfr.tables), or mltfr.enabled=false for "
+                "the bare backbone"
             )
         return self

@@ -92,7 +92,8 @@ class PrepareConfig(Options):
     )
     duplicates: Literal["exact", "first", "keep"] = Field(
         "exact",
-        description="exact: drop rows equal in user, item and time; first: keep a user's first row with an item; keep: keep all.",
+        description="exact: drop rows equal in user, item and time; first: keep a user's first row "
+        "with an item; keep: keep all.",
     )
     user_core: Count = Field(
         5, description="k-core: interactions that every kept user has at least."
@@ -145,12 +146,14 @@ class PrepareResources(Options):
 
     memory_limit: Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?([KMGT]i?)?B$")] | None = Field(
         None,
-        description="Memory for tables and sorting, as 4GB or 256MB; beyond it, disk is used. null: 60% of the machine's.",
+        description="Memory for tables and sorting, as 4GB or 256MB; beyond it, disk is used. "
+        "null: 60% of the machine's.",
     )
     threads: Count | None = Field(None, description="CPU threads; null: one a core.")
     temp_dir: Path | None = Field(
         None,
-        description="Folder for what is kept on disk meanwhile, several times the source's size. null: beside the output.",
+        description="Folder for what is kept on disk meanwhile, several times the source's size. "
+        "null: beside the output.",
     )
 
 
@@ -169,7 +172,8 @@ class TableConfig(Options):
     )
     normalise: Literal["scale", "whiten", "none"] = Field(
         "scale",
-        description="scale: centre the rows, divide by their root mean square; whiten: centre, then ZCA; none: raw values.",
+        description="scale: centre the rows, divide by their root mean square; whiten: centre, "
+        "then ZCA; none: raw values.",
     )
     keep_special: bool = Field(
         False,

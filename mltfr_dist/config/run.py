@@ -39,7 +39,8 @@ class OptimizerConfig(Section):
     )
     weight_decay: NonNegative = Field(
         0.0,
-        description="Weight decay of matrices (never of biases, norms, embeddings): adamw: decoupled; "
+        description="Weight decay of matrices (never of biases, norms, embeddings): adamw: "
+        "decoupled; "
         "others: added to the gradient.",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
@@ -54,8 +55,10 @@ class OptimizerConfig(Section):
     )
     item_gradients: Literal["dense", "sparse"] = Field(
         "dense",
-        description="dense: an update moves, and exchanges the gradient of, every row of the item table; sparse: of the rows "
-        "that its batch touches alone, by lazy Adam, for adam and adamw (other numbers than theirs). "
+        description="dense: an update moves, and exchanges the gradient of, every row of the item "
+        "table; sparse: of the rows "
+        "that its batch touches alone, by lazy Adam, for adam and adamw (other numbers than "
+        "theirs). "
         "sparse needs a loss that samples items.",
     )
 
@@ -69,7 +72,8 @@ class TrainingConfig(Section):
     global_batch_size: Count = Field(256, description="Sequences per update over all ranks.")
     micro_batch_size: Count | None = Field(
         None,
-        description="Sequences per forward-backward pass of a rank; null: global_batch_size / world_size.",
+        description="Sequences per forward-backward pass of a rank; null: global_batch_size / "
+        "world_size.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Numbers of the forward and backward pass."
@@ -92,11 +96,13 @@ class TrainingConfig(Section):
     )
     max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
         10,
-        description="Steps in a row that may be skipped because a loss or gradient is not finite; one more stops the run.",
+        description="Steps in a row that may be skipped because a loss or gradient is not finite; "
+        "one more stops the run.",
     )
     hang_seconds: Positive = Field(
         1800.0,
-        description="A rank without progress for so many seconds writes its stack traces and exits with code 3 "
+        description="A rank without progress for so many seconds writes its stack traces and exits "
+        "with code 3 "
         "(before the first step: at least 900 s).",
     )
 
@@ -153,7 +159,8 @@ class CheckpointConfig(Section):
     keep_last: Count = Field(2, description="Newest checkpoints that stay.")
     keep_best: Count = Field(
         1,
-        description="Best validations of a stage whose weights stay; the first of them is the outcome.",
+        description="Best validations of a stage whose weights stay; the first of them is the "
+        "outcome.",
     )
 
 
@@ -200,7 +207,8 @@ class RunConfig(Section):
     tracking: TrackingConfig = Field(TrackingConfig(), description="Where a run can be watched.")
     baselines: tuple[Annotated[str, known([*BASELINES, "backbone"], "baselines")], ...] = Field(
         (),
-        description="Compared in the report. backbone: the same run without MLTFR, with the epochs of both stages; "
+        description="Compared in the report. backbone: the same run without MLTFR, with the epochs "
+        "of both stages; "
         + "; ".join(f"{name}: {entry.what}" for name, entry in BASELINES.items())
         + ".",
     )

@@ -1,7 +1,8 @@
 """Batches: typed, immutable, and tuples, so that DeepSpeed's hooks see the tensors inside.
 
-Shapes: B sequences, L positions (the longest history of the batch), N negatives of a position, S shared negatives.
-Sequences start at column 0 and are padded behind their end, so that a causal model never sees padding.
+Shapes: B sequences, L positions (the longest history of the batch), N negatives of a position, S
+shared negatives. Sequences start at column 0 and are padded behind their end, so that a causal
+model never sees padding.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ class SequenceBatch(NamedTuple):
     item_ids: Tensor
     """[B, L] int64, oldest first. A mask, where there is one, has the id num_items + 1."""
     target_ids: Tensor
-    """[B, L] int64, the item to be predicted at each position (the next one, or the one that is masked there);
-    ``PADDING_IDX`` where nothing is."""
+    """[B, L] int64, the item to be predicted at each position (the next one, or the one that is
+    masked there); ``PADDING_IDX`` where nothing is."""
     sample_ids: Tensor
-    """[B] int64, place of the sequence in the epoch's global order: keys its random numbers at any world size."""
+    """[B] int64, place of the sequence in the epoch's global order: keys its random numbers at any
+    world size.
+    """
     negative_ids: Tensor | None = None
-    """[B, L, N] int64, sampled items that the user has not interacted with, where the loss needs them."""
+    """[B, L, N] int64, sampled items that the user has not interacted with, where the loss needs
+    them.
+    """
     shared_negative_ids: Tensor | None = None
     """[S] int64, items drawn for all positions of the *global* batch, where the loss needs them."""
     shared_log_probability: Tensor | None = None
@@ -56,7 +61,9 @@ class RankingBatch(NamedTuple):
     item_ids: Tensor
     """[B, L] int64, oldest first."""
     target_ids: Tensor
-    """[B] int64, the true next item; ``PADDING_IDX`` marks a row that only fills the batch and counts for nothing."""
+    """[B] int64, the true next item; ``PADDING_IDX`` marks a row that only fills the batch and
+    counts for nothing.
+    """
     seen_rows: Tensor
     """[S] int64, row of each (user, item) pair of the *full* histories."""
     seen_items: Tensor

@@ -1,7 +1,9 @@
-"""Checkpoints: whole tensors in safetensors and a JSON header. No pickle; complete or absent, never half.
+"""Checkpoints: whole tensors in safetensors and a JSON header. No pickle; complete or absent, never
+half.
 
-A checkpoint is a folder, written beside its place and renamed into it. Learning rate, dropout, negatives and data order
-are functions of (seed, stage, step), so beside tensors the state is a few numbers, and the same at any world size.
+A checkpoint is a folder, written beside its place and renamed into it. Learning rate, dropout,
+negatives and data order are functions of (seed, stage, step), so beside tensors the state is a few
+numbers, and the same at any world size.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ def write(
     progress: Progress,
     heartbeat: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write files of tensors with their header, atomically; ``heartbeat`` is called again and again.
+    """Write files of tensors with their header, atomically; ``heartbeat`` is called again and
+    again.
 
     Raises:
         CheckpointError: The disk does not take it, or another process has taken the folder over.
@@ -236,7 +239,8 @@ def row_files(header: Header, name: str) -> list[str]:
 
 
 def verify(folder: Path, name: str, heartbeat: Callable[[], object] = heartbeat) -> None:
-    """Compare a file of a checkpoint with its recorded hash; ``heartbeat`` is called again and again.
+    """Compare a file of a checkpoint with its recorded hash; ``heartbeat`` is called again and
+    again.
 
     Raises:
         DamagedError: The file is missing or its content is not what was written.
@@ -282,5 +286,7 @@ def step_folder(folder: Path, progress: Progress) -> Path:
 
 
 def validated_folder(folder: Path, stage: str, epoch: int) -> Path:
-    """Place of the weights after so many epochs, kept for their validation. Each epoch has its own: none is overwritten."""
+    """Place of the weights after so many epochs, kept for their validation. Each epoch has its own:
+    none is overwritten.
+    """
     return folder / f"{stage}-best{epoch:05d}"

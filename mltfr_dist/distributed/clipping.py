@@ -1,7 +1,7 @@
 """Clipping to one norm of all gradients, where DeepSpeed holds only a part of them.
 
-DeepSpeed forms the norm of what it holds and clips by it, in one place at stage 0 and in another at stages 1 to 3; both are
-given the norm of everything instead.
+DeepSpeed forms the norm of what it holds and clips by it, in one place at stage 0 and in another at
+stages 1 to 3; both are given the norm of everything instead.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ class JointNorm:
     """The norm of DeepSpeed's gradients and of others."""
 
     def __init__(self, deepspeed: Any, zero_stage: int, max_norm: float | None) -> None:
-        """Args: deepspeed: its engine; zero_stage: of it; max_norm: what to clip to, None for no clipping."""
+        """Args: deepspeed: its engine; zero_stage: of it; max_norm: what to clip to, None for no
+        clipping.
+        """
         self.rest = torch.zeros(())
-        """Squared norm of the gradients that DeepSpeed does not hold, to be set before each of its steps."""
+        """Squared norm of the gradients that DeepSpeed does not hold, to be set before each of its
+        steps.
+        """
         self._deepspeed, self._max_norm, self._norm = deepspeed, max_norm, torch.zeros(())
         if max_norm is None:
             return

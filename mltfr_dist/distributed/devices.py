@@ -16,7 +16,9 @@ from mltfr_dist.errors import ConfigError
 
 
 def uses_gpus() -> bool:
-    """Whether this process computes on GPUs: there are some, and DS_ACCELERATOR=cpu does not say otherwise."""
+    """Whether this process computes on GPUs: there are some, and DS_ACCELERATOR=cpu does not say
+    otherwise.
+    """
     return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 

@@ -1,9 +1,11 @@
-"""Checkpoints of an item table that is divided by rows: each rank writes and reads its own rows, in pieces.
+"""Checkpoints of an item table that is divided by rows: each rank writes and reads its own rows, in
+pieces.
 
-Beside `model.safetensors`, which has all else, lie `model-rows-00000-of-00002.safetensors` and so on, and of moments
-`optimizer-rows-...`: runs of the order of `row_layout.py`, in fp32. Rank 0 writes the header last, with the hash of every
-file, and renames the folder: it is complete or absent. Another number of ranks reads the runs that hold its own rows; a rank
-that holds the whole table reads all of them. Unlike all else, these files are opened by every rank, so that every node
+Beside `model.safetensors`, which has all else, lie `model-rows-00000-of-00002.safetensors` and so
+on, and of moments `optimizer-rows-...`: runs of the order of `row_layout.py`, in fp32. Rank 0
+writes the header last, with the hash of every file, and renames the folder: it is complete or
+absent. Another number of ranks reads the runs that hold its own rows; a rank that holds the whole
+table reads all of them. Unlike all else, these files are opened by every rank, so that every node
 must see the run's folder.
 
 Shapes: R rows of the table, O of this rank, D hidden size.

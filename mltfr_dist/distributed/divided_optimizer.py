@@ -1,7 +1,9 @@
-"""Steps an item table that is divided by rows: each rank its own, with the gradients that all ranks send it.
+"""Steps an item table that is divided by rows: each rank its own, with the gradients that all ranks
+send it.
 
-With `optimizer.item_gradients=sparse` by lazy Adam (`row_adam.py`), rows that the update touches alone; with `dense` by the
-run's own optimizer, all rows. Both are told the norm of all gradients and skip what DeepSpeed skips, as `row_adam.py` does.
+With `optimizer.item_gradients=sparse` by lazy Adam (`row_adam.py`), rows that the update touches
+alone; with `dense` by the run's own optimizer, all rows. Both are told the norm of all gradients
+and skip what DeepSpeed skips, as `row_adam.py` does.
 
 Shapes: O rows of this rank, D hidden size, U rows that an update touches.
 """
@@ -28,11 +30,15 @@ class DividedOptimizer:
     moments: dict[str, Tensor]
     """By name: [O, D] what is kept of each row of this rank."""
     places: Tensor
-    """[U] where an update's rows stand: in the whole order before :meth:`reduce`, among this rank's after it."""
+    """[U] where an update's rows stand: in the whole order before :meth:`reduce`, among this rank's
+    after it.
+    """
     gradients: Tensor
     """[U, D] their gradients."""
     own: Tensor | None
-    """[O, D] gradients of this rank's rows that other ranks need not send, of a loss over all items."""
+    """[O, D] gradients of this rank's rows that other ranks need not send, of a loss over all
+    items.
+    """
 
     def __init__(self, name: str, rows: DividedRows) -> None:
         """Args: name: the table's, among the model's tensors; rows: it."""
@@ -61,7 +67,9 @@ class DividedOptimizer:
             self.own = part.float() if self.own is None else self.own + part.float()
 
     def _sum(self, places: list[Tensor], gradients: list[Tensor]) -> None:
-        """Rows in ascending order, each once; padding, at place 0 of all, is no item and never moves."""
+        """Rows in ascending order, each once; padding, at place 0 of all, is no item and never
+        moves.
+        """
         self.places, inverse = torch.unique(torch.cat(places), return_inverse=True)
         parts = torch.cat([part.float() for part in gradients])
         self.gradients = parts.new_zeros(len(self.places), parts.shape[1])
@@ -81,7 +89,9 @@ class DividedOptimizer:
             self.own = (self.own / world_size).index_add_(0, self.places, self.gradients)
 
     def squared_norm(self) -> Tensor:
-        """Sum of squares of the update's gradient, over all rows, after :meth:`reduce`. All ranks must call."""
+        """Sum of squares of the update's gradient, over all rows, after :meth:`reduce`. All ranks
+        must call.
+        """
         gradients = self.gradients if self.own is None else self.own
         return self.division.ranks.sum(gradients.square().sum())
 
@@ -118,12 +128,16 @@ class LazyDivided(DividedOptimizer):
 
 
 class DenseDivided(DividedOptimizer):
-    """The run's optimizer over all rows: it looks at one number at a time, so a share of them is stepped as the whole."""
+    """The run's optimizer over all rows: it looks at one number at a time, so a share of them is
+    stepped as the whole.
+    """
 
     def __init__(
         self, name: str, rows: DividedRows, config: OptimizerConfig, *, fused: bool
     ) -> None:
-        """Args: name: the table's; rows: it; config: the optimizer; fused: whether one kernel may step it."""
+        """Args: name: the table's; rows: it; config: the optimizer; fused: whether one kernel may
+        step it.
+        """
         super().__init__(name, rows)
         self.parameter = nn.Parameter(rows.weight)
         self.keys = OPTIMIZERS[config.name].state

@@ -1,7 +1,8 @@
 """DeepSpeed: one engine for one stage of training, and a strict reading of its file.
 
-The run's configuration owns batch sizes, precision, clipping and the optimizer; the DeepSpeed file owns sharding and
-offload. DeepSpeed ignores keys it does not know, so the file is checked here, before any work.
+The run's configuration owns batch sizes, precision, clipping and the optimizer; the DeepSpeed file
+owns sharding and offload. DeepSpeed ignores keys it does not know, so the file is checked here,
+before any work.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
     """Read and check a DeepSpeed file: one that is there, or else one of that name in the package.
 
     Raises:
-        ConfigError: Missing, not JSON, holds a key that the run sets, or one that DeepSpeed does not know.
+        ConfigError: Missing, not JSON, holds a key that the run sets, or one that DeepSpeed does
+            not know.
     """
     try:
         content = json.loads(with_packaged(path).read_text())
@@ -67,7 +69,8 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
         if key in RUN_KEYS:
             raise ConfigError(
                 f"`{key}` is set in {path} (to {json.dumps(content[key])}).",
-                rule="The DeepSpeed file holds sharding and offload only, so that no number has two sources.",
+                rule="The DeepSpeed file holds sharding and offload only, so that no number has "
+                "two sources.",
                 remedy=f"Remove it there and set `{RUN_KEYS[key]}` in the run's configuration.",
             )
         if key not in FILE_KEYS:
@@ -118,14 +121,16 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout) -> dict[str, Any]:
     if config.training.precision == "bf16" and stage == 0:
         raise ConfigError(
             f"training.precision=bf16 with ZeRO stage 0 ({config.deepspeed}).",
-            rule="DeepSpeed's stage 0 keeps no faithful fp32 master in bf16: losses drift from those of stages 1 to 3.",
+            rule="DeepSpeed's stage 0 keeps no faithful fp32 master in bf16: losses drift from "
+            "those of stages 1 to 3.",
             remedy="Use deepspeed=ds_configs/zero1.json.",
         )
     name = config.optimizer.name
     if stage > 0 and not OPTIMIZERS[name].elementwise:
         raise ConfigError(
             f"optimizer.name={name} with ZeRO stage {stage} ({config.deepspeed}).",
-            rule=f"ZeRO hands an optimizer flat pieces of the parameters, and {name} looks at their shapes.",
+            rule=f"ZeRO hands an optimizer flat pieces of the parameters, and {name} looks at "
+            f"their shapes.",
             remedy="Use deepspeed=ds_configs/zero0.json, or optimizer.name=adamw.",
         )
     return content | {
@@ -215,15 +220,18 @@ class Engine:
         return self.health.verdict
 
     def update(self, batches: StepBatches, step: int) -> list[TrainingOutput]:
-        """One optimizer step from this rank's micro-batches; ``verdict`` then says whether it was skipped, and why.
+        """One optimizer step from this rank's micro-batches; ``verdict`` then says whether it was
+        skipped, and why.
 
-        Each term is the mean over the *global* batch, whatever the division over ranks and micro-batches.
+        Each term is the mean over the *global* batch, whatever the division over ranks and
+        micro-batches.
 
         Args:
             batches: This rank's share of the global batch, with the global batch's counts.
             step: Steps taken before this one in the stage: sets the learning rate.
         """
-        # DeepSpeed averages over ranks and micro-batches; we want sums over the one global denominator.
+        # DeepSpeed averages over ranks and micro-batches; we want sums over the one global
+        # denominator.
         shares = self.layout.world_size * self.layout.grad_accum_steps
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optimizer, step, self.total_steps)
@@ -247,7 +255,7 @@ class Engine:
             terms = {k: t._replace(sum=t.sum.detach()) for k, t in output.terms.items()}
             outputs.append(output._replace(terms=terms))
         if not self.verdict.nonfinite and not self.deepspeed.was_step_applied():
-            # Finite gradients whose norm is not: DeepSpeed skips them at stages 1 to 3 without a word.
+            # Finite gradients, their norm not: DeepSpeed skips them at stages 1 to 3 unsaid.
             self.health.verdict = self.verdict._replace(nonfinite=(NORM,))
         self._step_rows()
         self.stopwatch.mark("")
@@ -269,7 +277,7 @@ class Engine:
                 )
 
     def grad_norm(self) -> float | None:
-        """Global gradient norm of the last update before clipping, where DeepSpeed has formed it."""
+        """Global gradient norm of the last update before clipping, if DeepSpeed formed it."""
         norm = self.deepspeed.get_global_grad_norm()
         if norm is None or self.joint_norm is None:
             return None if norm is None else float(norm)

@@ -1,10 +1,11 @@
-"""The diagonal Fisher information of each expert's core: the mean of *per-sample* squared gradients, under any ZeRO stage.
+"""The diagonal Fisher information of each expert's core: the mean of *per-sample* squared
+gradients, under any ZeRO stage.
 
-The square of a batch's mean gradient is not the Fisher: it shrinks with the batch and depends on how ranks divide it.
-Here each sample's own gradient is formed. For a linear map y = W x it is the sum over the sample's rows of
-(dloss/dy) x^T, so one backward pass through a whole batch gives every sample's gradient from the maps' inputs and
-output gradients. Only those outputs are differentiated (``torch.autograd.grad``): no parameter gradient is formed, so
-ZeRO's reduction never runs.
+The square of a batch's mean gradient is not the Fisher: it shrinks with the batch and depends on
+how ranks divide it. Here each sample's own gradient is formed. For a linear map y = W x it is the
+sum over the sample's rows of (dloss/dy) x^T, so one backward pass through a whole batch gives every
+sample's gradient from the maps' inputs and output gradients. Only those outputs are differentiated
+(``torch.autograd.grad``): no parameter gradient is formed, so ZeRO's reduction never runs.
 
 A sample is one training sequence; its loss is the mean over its scored positions (the
 recommendation loss alone, without a contrast of views).
@@ -34,13 +35,14 @@ def fisher_diagonals(
 
     Args:
         model: The trained model (any ZeRO stage); evaluated without dropout.
-        batches: This rank's batches; together the ranks' hold samples 0..num_samples-1, and any others are ignored.
+        batches: This rank's batches; together the ranks' hold samples 0..num_samples-1, and any
+            others are ignored.
         ranks: All processes; every one must call, with as many batches.
         num_samples: Samples to average over.
 
     Returns:
-        Per expert, parameter name to mean squared per-sample gradient, fp32, the same on every rank and for every
-        division into batches.
+        Per expert, parameter name to mean squared per-sample gradient, fp32, the same on every rank
+        and for every division into batches.
     """
     mltfr = model.mltfr
     assert isinstance(mltfr, MLTFR)

@@ -16,7 +16,9 @@ from mltfr_dist.distributed.signals import STOP_SIGNALS
 
 
 def was_launched() -> bool:
-    """Whether this process is one rank among those that a launcher started, or was given a group."""
+    """Whether this process is one rank among those that a launcher started, or was given a
+    group.
+    """
     return dist.is_initialized() or is_launched()
 
 

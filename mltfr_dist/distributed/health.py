@@ -1,4 +1,6 @@
-"""Numbers that are not finite, seen by every rank: a step that has one on any rank is skipped on all."""
+"""Numbers that are not finite, seen by every rank: a step that has one on any rank is skipped on
+all.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Verdict(NamedTuple):
     """What the ranks agree on before they change a parameter; the same on each."""
 
     nonfinite: tuple[str, ...] = ()
-    """"loss", and the parameters whose gradient is not finite on some rank; any means that the update is skipped."""
+    """"loss", and the parameters whose gradient is not finite on some rank; any means that the
+    update is skipped.
+    """
     stop: bool = False
     """Whether some rank was asked to save and stop."""
 
@@ -33,7 +37,8 @@ class Verdict(NamedTuple):
 class Health:
     """Watches the losses and each parameter's gradient on this rank.
 
-    Local gradients, before DeepSpeed reduces and divides them: afterwards a non-finite one can no longer be told by name.
+    Local gradients, before DeepSpeed reduces and divides them: afterwards a non-finite one can no
+    longer be told by name.
     """
 
     def __init__(
@@ -43,7 +48,9 @@ class Health:
         ranks: Ranks,
         row_tables: Sequence[str] = (),
     ) -> None:
-        """Args: row_tables: name of the table that is stepped by rows, where there is one, as it has no such gradient."""
+        """Args: row_tables: name of the table that is stepped by rows, where there is one, as it
+        has no such gradient.
+        """
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.ranks, self.verdict = ranks, Verdict()
         self.names = (LOSS, *(name for name, _ in trained), *row_tables)
@@ -72,7 +79,9 @@ class Health:
         self._sums[index] += torch.linalg.vector_norm(values.detach(), ord=torch.inf)
 
     def agree(self) -> None:
-        """Agree with all ranks on what was seen since the last call: the new ``verdict``. All ranks must call."""
+        """Agree with all ranks on what was seen since the last call: the new ``verdict``. All ranks
+        must call.
+        """
         mine = torch.cat(
             [
                 ~torch.isfinite(self._sums),

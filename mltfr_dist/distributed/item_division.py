@@ -1,10 +1,12 @@
 """An item table divided by rows over the ranks: lookups, the full softmax, and scores.
 
-A step of a rank that reads U distinct rows asks their owners for them (8 bytes a row) and gets them (D numbers a row); their
-gradients go home the same way after the backward pass. The full softmax moves hidden states to the rows in place of
-rows to the hidden states: every rank forms the logits of its own items for all ranks' positions.
+A step of a rank that reads U distinct rows asks their owners for them (8 bytes a row) and gets them
+(D numbers a row); their gradients go home the same way after the backward pass. The full softmax
+moves hidden states to the rows in place of rows to the hidden states: every rank forms the logits
+of its own items for all ranks' positions.
 
-Shapes: R rows of the table, O of them this rank's, N positions of this rank, M of all ranks, D hidden size, B users.
+Shapes: R rows of the table, O of them this rank's, N positions of this rank, M of all ranks, D
+hidden size, B users.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ class RankDivision(Division):
         return result
 
     def scores(self, final: Tensor, own: Tensor) -> Tensor:
-        """[B, R] for this rank's users [B, D]; the others' score theirs with this rank's rows meanwhile."""
+        """[B, R] for this rank's users [B, D]; the others' score theirs with this rank's rows
+        meanwhile.
+        """
         counts = self.exchange.counts(len(final))
         part = at_least_fp32(
             self.exchange.gather(final, counts) @ own.to(final.dtype).T
@@ -100,7 +104,9 @@ class RankDivision(Division):
         *,
         normalise: bool,
     ) -> tuple[Places, Tensor | None]:
-        """Places of this rank's users: every rank counts in its own rows for all users, and counts are added."""
+        """Places of this rank's users: every rank counts in its own rows for all users, and counts
+        are added.
+        """
         counts, pairs = (self.exchange.counts(len(part)) for part in (hidden, exclude.rows))
         start = list(accumulate(counts, initial=0))[self.ranks.rank]
         every, targets = (self.exchange.gather(part, counts) for part in (hidden, target_scores))
@@ -133,11 +139,12 @@ class RankDivision(Division):
 
 
 class _DividedCrossEntropy(torch.autograd.Function):
-    """As :func:`mltfr_dist.models.losses.full_cross_entropy`, in which each rank forms the logits of its own items.
+    """As :func:`mltfr_dist.models.losses.full_cross_entropy`, in which each rank forms the logits
+    of its own items.
 
-    Two passes over chunks of logits, and between them one exchange of each position's maximum, sum of exponentials and
-    target's logit. All that is exchanged is exchanged here, gradients of hidden states too: the backward pass only scales
-    them, for every rank's loss has the same factor.
+    Two passes over chunks of logits, and between them one exchange of each position's maximum, sum
+    of exponentials and target's logit. All that is exchanged is exchanged here, gradients of hidden
+    states too: the backward pass only scales them, for every rank's loss has the same factor.
     """
 
     @staticmethod
@@ -192,7 +199,9 @@ class _Logits:
     """This rank's columns of the logits, of which a chunk is held at a time."""
 
     def __init__(self, hidden: Tensor, own: Tensor, columns: Tensor, left_out: Tensor) -> None:
-        """Args: hidden: [M, D]; own: [O, D]; columns: [M] the targets', outside 0..O-1 where another rank holds it."""
+        """Args: hidden: [M, D]; own: [O, D]; columns: [M] the targets', outside 0..O-1 where
+        another rank holds it.
+        """
         self.hidden, self.own, self.left_out = hidden, own.to(hidden.dtype), left_out
         self.is_here = (columns >= 0) & (columns < len(own))
         self.columns = torch.where(self.is_here, columns, 0)
@@ -208,7 +217,9 @@ class _Logits:
             yield chunk, logits
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        """[M] each: the largest logit, the sum of exponentials below it, and the target's logit, 0 where it is not here."""
+        """[M] each: the largest logit, the sum of exponentials below it, and the target's logit, 0
+        where it is not here.
+        """
         largest, total, target = at_least_fp32(self.hidden.new_zeros(3, len(self.hidden)))
         for chunk, logits in self.chunks():
             lowest = torch.finfo(logits.dtype).min  # of a rank without items
@@ -219,7 +230,9 @@ class _Logits:
         return largest, total, target
 
     def gradients(self, common: Tensor, factors: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the weighted sum of all M losses: to the hidden states by these columns [M, D], and to the rows [O, D]."""
+        """Of the weighted sum of all M losses: to the hidden states by these columns [M, D], and to
+        the rows [O, D].
+        """
         to_hidden = torch.empty_like(self.hidden)
         to_own = at_least_fp32(torch.zeros_like(self.own))
         for chunk, logits in self.chunks():

@@ -1,4 +1,6 @@
-"""Where the item table is held: what a configuration gets at a number of ranks, and what cannot be."""
+"""Where the item table is held: what a configuration gets at a number of ranks, and what cannot
+be.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def check_items_divide(config: RunConfig, num_items: int, ranks: Ranks) -> None:
     """
     if resolve_items(config, ranks) == "rows" and num_items < ranks.world_size:
         raise ConfigError(
-            f"The data has {num_items} items, and item_table.placement={config.item_table.placement} divides "
+            f"The data has {num_items} items, and "
+            f"item_table.placement={config.item_table.placement} divides "
             f"them over {ranks.world_size} ranks.",
             rule="Every rank holds at least one.",
             remedy="Use item_table.placement=replicated.",

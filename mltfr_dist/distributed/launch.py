@@ -1,4 +1,6 @@
-"""What a launcher told this process: deepspeed and torchrun set RANK and its kin, `srun` sets SLURM_PROCID and its kin."""
+"""What a launcher told this process: deepspeed and torchrun set RANK and its kin, `srun` sets
+SLURM_PROCID and its kin.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process; the tasks of `srun` get RANK and its kin from SLURM_*.
+    """Whether a launcher started this process; the tasks of `srun` get RANK and its kin from
+    SLURM_*.
 
     Raises:
         ConfigError: The environment is incomplete or contradicts itself.
@@ -32,13 +35,16 @@ def is_launched() -> bool:
             int(os.environ["RANK"]),
             f"The environment sets {', '.join(given)} but not {', '.join(missing)}.",
             rule="A launched process needs all of them.",
-            remedy="Start with deepspeed or torchrun, or unset RANK and WORLD_SIZE for one process.",
+            remedy="Start with deepspeed or torchrun, or unset RANK and WORLD_SIZE for one "
+            "process.",
         )
     return launched
 
 
 def expected_rank() -> int:
-    """The rank that this process will have, before anything is checked: 0 where it was not launched."""
+    """The rank that this process will have, before anything is checked: 0 where it was not
+    launched.
+    """
     texts = [os.environ[name] for name in ("RANK", "SLURM_PROCID") if name in os.environ]
     return int(texts[0]) if texts and texts[0].isdecimal() else 0
 
@@ -47,7 +53,8 @@ def check_numbers() -> None:
     """Whether what is set can be a rank among others.
 
     Raises:
-        ConfigError: It is no number, or a rank beyond the last: it would wait for the others until it gives up.
+        ConfigError: It is no number, or a rank beyond the last: it would wait for the others until
+            it gives up.
     """
     given = {
         name: os.environ[name]
@@ -67,8 +74,8 @@ def adopt_slurm_task() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE from SLURM_*; where they are set, compare.
 
     Raises:
-        ConfigError: The step has several tasks and nothing says where they meet, or the two tell different stories, or
-            Slurm's variables do among themselves.
+        ConfigError: The step has several tasks and nothing says where they meet, or the two tell
+            different stories, or Slurm's variables do among themselves.
         OtherRankError: The same, on a task that is not the first: one speaks.
     """
     tasks, task, local = (
@@ -82,8 +89,10 @@ def adopt_slurm_task() -> None:
                 task,
                 f"The environment says RANK={rank} of WORLD_SIZE={world_size}, "
                 f"but Slurm SLURM_PROCID={task} of {SLURM_TASKS}={tasks}.",
-                rule="A task of `srun` is one rank, or starts the same number of ranks as every other task.",
-                remedy="Unset RANK and WORLD_SIZE so that they come from Slurm, or start one launcher a task "
+                rule="A task of `srun` is one rank, or starts the same number of ranks as every "
+                "other task.",
+                remedy="Unset RANK and WORLD_SIZE so that they come from Slurm, or start one "
+                "launcher a task "
                 "(`--ntasks-per-node=1` with torchrun).",
             )
         return
@@ -101,9 +110,11 @@ def adopt_slurm_task() -> None:
     if task >= tasks or sum(counts) != tasks or node >= len(counts) or local >= counts[node]:
         _refuse(
             task,
-            f"Slurm's variables contradict each other: {SLURM_TASKS}={tasks}, SLURM_STEP_TASKS_PER_NODE={per_node}, "
+            f"Slurm's variables contradict each other: {SLURM_TASKS}={tasks}, "
+            f"SLURM_STEP_TASKS_PER_NODE={per_node}, "
             f"SLURM_PROCID={task}, SLURM_NODEID={node}, SLURM_LOCALID={local}.",
-            rule="The tasks of all nodes together are those of the step, and a task is one of its node.",
+            rule="The tasks of all nodes together are those of the step, and a task is one of its "
+            "node.",
             remedy="Unset those that were exported by hand: `srun` sets them itself.",
         )
     local_size = counts[node]

@@ -46,7 +46,9 @@ HEAR_SECONDS = 5.0
 """How long rank 0, which may hold the store, then waits for the others to have seen it."""
 
 SPOKEN = "mltfr/spoken"
-"""Key of the ranks' store that is set once rank 0 has said why the run ends; `mltfr/spoken/RANK` once that rank knows."""
+"""Key of the ranks' store that is set once rank 0 has said why the run ends; `mltfr/spoken/RANK`
+once that rank knows.
+"""
 
 SINGLE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 """What DeepSpeed wants to read where no launcher has set it."""
@@ -59,13 +61,15 @@ _meeting: list[Store] = []
 def start_ranks(threads: int | None = None) -> Ranks:
     """Join the ranks that a launcher (deepspeed, torchrun, srun) started, or be the only one.
 
-    A process group that is there already is taken as it is: Ray Train forms it, and so does an earlier run of this process.
+    A process group that is there already is taken as it is: Ray Train forms it, and so does an
+    earlier run of this process.
 
     Args:
         threads: CPU threads of this process; None divides the cores among the node's ranks.
 
     Raises:
-        ConfigError: The launcher's environment is incomplete or contradicts itself, or the ranks cannot meet.
+        ConfigError: The launcher's environment is incomplete or contradicts itself, or the ranks
+            cannot meet.
     """
     on_gpu = sees_gpus()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
@@ -125,19 +129,24 @@ def _meet(backend: str) -> None:
     except (dist.DistError, ValueError, RuntimeError) as error:
         taken = "EADDRINUSE" in str(error)
         raise ConfigError(
-            f"Rank {os.environ['RANK']} on {socket.gethostname()} cannot meet the other ranks at {place}: "
-            + ("the port is taken." if taken else f"{str(error).splitlines()[0]}."),
-            rule=f"Rank 0 listens there, and all {os.environ['WORLD_SIZE']} ranks come within {RENDEZVOUS_SECONDS} s.",
-            remedy="Give a free port (`deepspeed --master_port`, `torchrun --master_port`, MASTER_PORT)."
+            f"Rank {os.environ['RANK']} on {socket.gethostname()} cannot meet the other ranks at "
+            f"{place}: " + ("the port is taken." if taken else f"{str(error).splitlines()[0]}."),
+            rule=f"Rank 0 listens there, and all {os.environ['WORLD_SIZE']} ranks come within "
+            f"{RENDEZVOUS_SECONDS} s.",
+            remedy="Give a free port (`deepspeed --master_port`, `torchrun --master_port`, "
+            "MASTER_PORT)."
             if taken
-            else "Check that every node runs, and reaches that address and port. Where nodes have several networks, set "
-            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between them (`ip -brief address`; slurm/env.sh).",
+            else "Check that every node runs, and reaches that address and port. Where nodes have "
+            "several networks, set "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between them (`ip -brief "
+            "address`; slurm/env.sh).",
         ) from None
 
 
 @contextmanager
 def lost_ranks_told() -> Iterator[None]:
-    """Say in words that another rank has gone, where the network layer only says that a connection has.
+    """Say in words that another rank has gone, where the network layer only says that a connection
+    has.
 
     Raises:
         LostRankError: In place of that error.
@@ -151,7 +160,8 @@ def lost_ranks_told() -> Iterator[None]:
             f"Rank {expected_rank()} on {socket.gethostname()} has lost another rank: "
             f"{str(error).splitlines()[0]}.",
             rule="No rank can go on without all others.",
-            remedy="The other ranks' logs say which failed first; start the same command again and the run goes on from its "
+            remedy="The other ranks' logs say which failed first; start the same command again and "
+            "the run goes on from its "
             "last checkpoint.",
         ) from error
 
@@ -159,8 +169,9 @@ def lost_ranks_told() -> Iterator[None]:
 def stop_ranks() -> None:
     """Leave the launcher's process group.
 
-    A process of its own keeps its group, for DeepSpeed would hold on to a group that is gone and fail in the next run of
-    the same process; it only takes back the variables that a child would misread.
+    A process of its own keeps its group, for DeepSpeed would hold on to a group that is gone and
+    fail in the next run of the same process; it only takes back the variables that a child would
+    misread.
     """
     if "MASTER_ADDR" not in os.environ:
         for name in SINGLE_PROCESS:
@@ -172,9 +183,10 @@ def stop_ranks() -> None:
 def say_why(error: MltfrError) -> int:
     """Print why the run ends; returns the exit code.
 
-    Launchers end all ranks once one has left: one that left first, and in silence, would take the reason with it. So the
-    others leave after rank 0 has spoken. Before the ranks have met they cannot know, and only give it time; what rank 0 does
-    not have to say, such as a file that one node lacks, they then say themselves.
+    Launchers end all ranks once one has left: one that left first, and in silence, would take the
+    reason with it. So the others leave after rank 0 has spoken. Before the ranks have met they
+    cannot know, and only give it time; what rank 0 does not have to say, such as a file that one
+    node lacks, they then say themselves.
     """
     rank = expected_rank()
     if rank and not _meeting:
@@ -207,7 +219,8 @@ def has_met() -> bool:
 def leave(code: int = 0) -> NoReturn:
     """End this process at once, its output written.
 
-    Not by sys.exit: now and then a communication thread outlives its group and aborts the process, which hides the code.
+    Not by sys.exit: now and then a communication thread outlives its group and aborts the process,
+    which hides the code.
     """
     sys.stdout.flush()
     sys.stderr.flush()

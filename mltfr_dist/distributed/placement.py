@@ -1,4 +1,6 @@
-"""Where token tables are held: the placements that a configuration can ask for, and which one it gets."""
+"""Where token tables are held: the placements that a configuration can ask for, and which one it
+gets.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ Placement = Literal["rows", "mmap", "replicated", "zero3"]
 
 
 def resolve_placement(config: RunConfig, ranks: Ranks) -> Placement:
-    """The placement that a run gets: `auto` is `rows` above one rank, wherever no rank needs a whole table."""
+    """The placement that a run gets: `auto` is `rows` above one rank, wherever no rank needs a
+    whole table.
+    """
     if config.mltfr.placement != "auto":
         return config.mltfr.placement
     return "replicated" if ranks.world_size == 1 or config.needs_whole_tables else "rows"
@@ -40,12 +44,14 @@ def check_placement(
         raise ConfigError(
             f"mltfr.placement=zero3 at ZeRO stage {zero_stage}.",
             rule="Only stage 3 divides parameters.",
-            remedy="Use deepspeed=ds_configs/zero3.json, or mltfr.placement=rows, which needs no stage.",
+            remedy="Use deepspeed=ds_configs/zero3.json, or mltfr.placement=rows, which needs no "
+            "stage.",
         )
     for table in tables:
         if placement == "rows" and len(table.rows) < ranks.world_size:
             raise ConfigError(
-                f"Table `{table.name}` has {len(table.rows)} rows, and mltfr.placement=rows divides them over {ranks.world_size} "
+                f"Table `{table.name}` has {len(table.rows)} rows, and mltfr.placement=rows "
+                f"divides them over {ranks.world_size} "
                 "ranks.",
                 rule="Every rank holds at least one.",
                 remedy="Use mltfr.placement=mmap or replicated.",
@@ -55,7 +61,9 @@ def check_placement(
 def place_tables(
     config: RunConfig, tables: Sequence[TokenTable], ranks: Ranks
 ) -> list[PlacedTable]:
-    """The tables as the model uses them, still on the host; of divided ones only this rank's rows are read."""
+    """The tables as the model uses them, still on the host; of divided ones only this rank's rows
+    are read.
+    """
     placement = resolve_placement(config, ranks)
     if placement == "rows" and ranks.world_size > 1:
         exchange = Exchange(ranks)

@@ -1,4 +1,6 @@
-"""The processes of a run: who am I, which device is mine, and the few collectives that are not DeepSpeed's own."""
+"""The processes of a run: who am I, which device is mine, and the few collectives that are not
+DeepSpeed's own.
+"""
 
 from __future__ import annotations
 
@@ -85,8 +87,8 @@ class Ranks:
     def on_rank0(self, work: Callable[[Callable[[], object]], T]) -> T | None:
         """Rank 0 does ``work(heartbeat)``, the others wait; all must call.
 
-        At each call of ``heartbeat`` every rank notes progress: the work may take longer than `training.hang_seconds`, and yet
-        the run ends if rank 0 gets stuck in it.
+        At each call of ``heartbeat`` every rank notes progress: the work may take longer than
+        `training.hang_seconds`, and yet the run ends if rank 0 gets stuck in it.
 
         Returns:
             What ``work`` returned on rank 0; None on the others.
@@ -108,7 +110,8 @@ class Ranks:
         return result
 
     def jointly(self, work: Callable[[], T]) -> T:
-        """``work()`` on every rank; if any refuses its input, all do, and none is left waiting in a collective.
+        """``work()`` on every rank; if any refuses its input, all do, and none is left waiting in a
+        collective.
 
         Raises:
             MltfrError: See :meth:`first_error`.
@@ -139,7 +142,9 @@ class Ranks:
         raise error or MltfrError(f"Rank {first} on {message}", remedy="")
 
     def rank0_raises(self, error: MltfrError) -> MltfrError:
-        """What a rank should raise where all ranks meet the same error: rank 0 the error, the others silence."""
+        """What a rank should raise where all ranks meet the same error: rank 0 the error, the
+        others silence.
+        """
         return (
             error
             if self.is_main
@@ -170,7 +175,8 @@ class Ranks:
         places = [f"rank {r} ({hosts[r]})" for r in differs.any(1).nonzero()[:, 0].tolist()]
         raise self.rank0_raises(
             ConfigError(
-                f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not the same on {', '.join(places)} as on "
+                f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not the same on "
+                f"{', '.join(places)} as on "
                 f"rank 0 ({hosts[0]}).",
                 rule=rule,
                 remedy=remedy,

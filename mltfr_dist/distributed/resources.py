@@ -1,4 +1,6 @@
-"""What a process uses of its machine: memory, the time of a step's parts, matrix work and its peak."""
+"""What a process uses of its machine: memory, the time of a step's parts, matrix work and its
+peak.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def peak_memory_bytes() -> int:
 
 
 def memory_gib() -> dict[str, float]:
-    """This process's memory now and at most, in GiB: resident, and of the GPU where there is one."""
+    """This process's memory now and at most, in GiB: resident, and of the GPU where there is
+    one.
+    """
     now = {"memory/resident_gib": psutil.Process().memory_info().rss / 2**30}
     if uses_gpus():
         now["memory/gpu_gib"] = torch.cuda.memory_allocated() / 2**30
@@ -106,10 +110,11 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **
 
 @lru_cache(maxsize=4)
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured peak of matrix products in operations a second, on this process's device and threads.
+    """Measured peak of matrix products in operations a second, on this process's device and
+    threads.
 
-    The best of square products, whose size grows while time is left; once in a process. No state of random numbers is
-    touched, nor the record of the GPU's peak memory.
+    The best of square products, whose size grows while time is left; once in a process. No state of
+    random numbers is touched, nor the record of the GPU's peak memory.
     """
     on_gpu = device.type == "cuda"
     held = torch.cuda.max_memory_allocated(device) if on_gpu else 0

@@ -1,12 +1,14 @@
-"""Adam for a table of which an update touches few rows: what is exchanged and stepped are these rows alone.
+"""Adam for a table of which an update touches few rows: what is exchanged and stepped are these
+rows alone.
 
-Row i belongs to rank i mod N (low ids are popular, so runs of rows would load rank 0), which alone holds its moments. At an
-update each rank sends the gradients of the rows that it touched to their owners; an owner sums and steps its rows and sends
-the new ones to every rank. So replicas of the table stay equal to the bit, and nothing here grows with the table but the
-table and its moments.
+Row i belongs to rank i mod N (low ids are popular, so runs of rows would load rank 0), which alone
+holds its moments. At an update each rank sends the gradients of the rows that it touched to their
+owners; an owner sums and steps its rows and sends the new ones to every rank. So replicas of the
+table stay equal to the bit, and nothing here grows with the table but the table and its moments.
 
-Adam is lazy here, as in torch.optim.SparseAdam, whose numbers these are: moments of rows that are not touched do not decay,
-and such rows do not move. AdamW steps every row at every update, so a run's numbers are others.
+Adam is lazy here, as in torch.optim.SparseAdam, whose numbers these are: moments of rows that are
+not touched do not decay, and such rows do not move. AdamW steps every row at every update, so a
+run's numbers are others.
 
 Shapes: R x D the table, N ranks, U rows that an update touches: on this rank, or owned by it.
 """
@@ -70,7 +72,9 @@ class RowAdam:
     """[U, D] their gradients."""
 
     def __init__(self, name: str, rows: ItemRows, config: OptimizerConfig, ranks: Ranks) -> None:
-        """Args: name: the table's, among the model's tensors; rows: it; config: betas; ranks: all processes."""
+        """Args: name: the table's, among the model's tensors; rows: it; config: betas; ranks: all
+        processes.
+        """
         self.name, self.rows, self.betas, self.ranks = name, rows, config.betas, ranks
         self.exchange = Exchange(ranks)
         own = len(range(ranks.rank, rows.num_embeddings, ranks.world_size))
@@ -121,12 +125,16 @@ class RowAdam:
         self._sum(ids, self.exchange.deal(self.gradients[order] / world_size, sent, received))
 
     def squared_norm(self) -> Tensor:
-        """Sum of squares of the update's gradient, over all rows, after :meth:`reduce`. All ranks must call."""
+        """Sum of squares of the update's gradient, over all rows, after :meth:`reduce`. All ranks
+        must call.
+        """
         return self.ranks.sum(self.gradients.square().sum())
 
     @torch.no_grad()
     def step(self, learning_rate: float, scale: float) -> None:
-        """Step the rows that were touched, their gradients multiplied by ``scale``. All ranks must call."""
+        """Step the rows that were touched, their gradients multiplied by ``scale``. All ranks must
+        call.
+        """
         self.num_updates += 1
         own = self.ids // self.ranks.world_size
         stepped = lazy_adam(
@@ -145,7 +153,9 @@ class RowAdam:
         self.forget()
 
     def whole(self, key: str) -> Tensor:
-        """A moment of all rows [R, D] on rank 0, on the CPU; on the other ranks that of their own. All ranks must call."""
+        """A moment of all rows [R, D] on rank 0, on the CPU; on the other ranks that of their own.
+        All ranks must call.
+        """
         own = self.moments[key]
         if self.ranks.world_size == 1:
             return own.cpu()

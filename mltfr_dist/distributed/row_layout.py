@@ -1,9 +1,10 @@
 """Which rank holds which row of a divided table, at any number of ranks.
 
-Rows stand in an order that does not depend on the ranks, and each rank holds a run of it. So a checkpoint that some ranks
-wrote is read by any other number of them in runs, each reading its own rows alone. In that order neighbours in popularity
-are far apart: row i is in bucket i mod 1024, buckets follow each other, and within one rows ascend. Runs of ids would have
-rank 0 send and step most rows, for popular items have low ids.
+Rows stand in an order that does not depend on the ranks, and each rank holds a run of it. So a
+checkpoint that some ranks wrote is read by any other number of them in runs, each reading its own
+rows alone. In that order neighbours in popularity are far apart: row i is in bucket i mod 1024,
+buckets follow each other, and within one rows ascend. Runs of ids would have rank 0 send and step
+most rows, for popular items have low ids.
 
 Shapes: R rows, N ranks.
 """

@@ -1,4 +1,6 @@
-"""An engine's state into checkpoints and back, at any ZeRO stage and world size, the item table divided or not."""
+"""An engine's state into checkpoints and back, at any ZeRO stage and world size, the item table
+divided or not.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,8 @@ def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bo
     if damaged:
         raise engine.ranks.rank0_raises(
             CheckpointError(
-                f"Not saved at step {progress.step} of stage `{progress.stage}`: {', '.join(damaged)} "
+                f"Not saved at step {progress.step} of stage `{progress.stage}`: "
+                f"{', '.join(damaged)} "
                 f"{'is' if len(damaged) == 1 else 'are'} not finite.",
                 rule="A checkpoint holds finite numbers; those saved before are kept.",
                 remedy="Lower optimizer.learning_rate or set optimizer.max_grad_norm.",
@@ -80,7 +83,9 @@ def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bo
 
 
 def own_rows(engine: Engine, *, with_optimizer: bool) -> dict[str, State]:
-    """This rank's rows of a divided item table, by kind of file and name; nothing where it is whole."""
+    """This rank's rows of a divided item table, by kind of file and name; nothing where it is
+    whole.
+    """
     rows = engine.row_adam
     if not isinstance(rows, DividedOptimizer):
         return {}
@@ -97,7 +102,8 @@ def write_divided(
     progress: Progress,
     ranks: Ranks,
 ) -> None:
-    """Every rank writes its own rows at once, and when all are there rank 0 the rest. All ranks must call.
+    """Every rank writes its own rows at once, and when all are there rank 0 the rest. All ranks
+    must call.
 
     Raises:
         CheckpointError: A disk does not take it; the checkpoints before are as they were.
@@ -126,7 +132,9 @@ def write_divided(
 
 
 def nonfinite(tensors: dict[str, dict[str, Tensor]], ranks: Ranks) -> list[str]:
-    """Names of the tensors that are not finite on some rank, each looked at in parts. All ranks must call."""
+    """Names of the tensors that are not finite on some rank, each looked at in parts. All ranks
+    must call.
+    """
     named = [(name, t) for state in tensors.values() for name, t in state.items()]
     found = [
         any(not torch.isfinite(part).all() for part in torch.split(t.flatten(), CHECKED_ELEMENTS))
@@ -172,7 +180,8 @@ def progress_for_all(folder: Path, ranks: Ranks) -> Progress:
 
 
 def read_weights(model: nn.Module, folder: Path, ranks: Ranks) -> State:
-    """What ``model`` is to load of a checkpoint; rows of a divided item table it has then. All ranks must call.
+    """What ``model`` is to load of a checkpoint; rows of a divided item table it has then. All
+    ranks must call.
 
     Raises:
         DamagedError: A file is missing or its content is not what was written.
@@ -187,7 +196,9 @@ def read_weights(model: nn.Module, folder: Path, ranks: Ranks) -> State:
 def restore_rows(
     folder: Path, file: str, name: str, rows: DividedRows, into: Tensor, state: State, ranks: Ranks
 ) -> None:
-    """Set this rank's rows ``into`` [O, D] of the tensor ``name``, from ``state`` where it has the whole. All ranks must call."""
+    """Set this rank's rows ``into`` [O, D] of the tensor ``name``, from ``state`` where it has the
+    whole. All ranks must call.
+    """
     assert isinstance(rows.division, RankDivision)
     division, files = rows.division, row_files(header_for_all(folder, ranks), file)
     if name in state:
@@ -198,7 +209,9 @@ def restore_rows(
 
 @torch.no_grad()
 def restore_optimizer(folder: Path, engine: Engine) -> None:
-    """Bring a fresh engine, whose module was loaded from ``folder``, to the checkpoint's state. All ranks must call."""
+    """Bring a fresh engine, whose module was loaded from ``folder``, to the checkpoint's state. All
+    ranks must call.
+    """
     ranks, whole = engine.ranks, divided_rows(engine.module) is None
     restore_masters(engine, read_for_all(folder, ranks, with_rows=whole))
     progress = header_for_all(folder, ranks).progress

@@ -1,4 +1,6 @@
-"""SIGUSR1 and SIGTERM ask a run to save and stop; the ranks agree on the step (health.py), then stop there."""
+"""SIGUSR1 and SIGTERM ask a run to save and stop; the ranks agree on the step (health.py), then
+stop there.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def request_stop() -> None:
 def stop_signals() -> Iterator[None]:
     """Take the stop signals as a request while a run goes, and as before afterwards.
 
-    Once asked they are ignored: the first rank that exits makes a launcher end the others, whose exit code should say why.
+    Once asked they are ignored: the first rank that exits makes a launcher end the others, whose
+    exit code should say why.
     """
     if (
         threading.current_thread() is not threading.main_thread()

@@ -1,4 +1,6 @@
-"""Whole tensors in and out of a sharded engine: the same names and shapes at any ZeRO stage and world size."""
+"""Whole tensors in and out of a sharded engine: the same names and shapes at any ZeRO stage and
+world size.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ State = dict[str, Tensor]
 
 
 def whole_parameters(engine: Engine) -> State:
-    """Every trained parameter in fp32 and every persistent buffer, on the CPU of every rank. All ranks must call.
+    """Every trained parameter in fp32 and every persistent buffer, on the CPU of every rank. All
+    ranks must call.
 
-    Copies, except for a table that is stepped by rows, which may be as large as all memory that is left.
+    Copies, except for a table that is stepped by rows, which may be as large as all memory that is
+    left.
     """
     return {
         name: whole_parameter(engine, p) for name, p in trained_parameters(engine)
@@ -23,7 +27,9 @@ def whole_parameters(engine: Engine) -> State:
 
 
 def trained_parameters(engine: Engine) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters without the frozen ones, which are token tables and no part of the state."""
+    """Names and parameters without the frozen ones, which are token tables and no part of the
+    state.
+    """
     return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
 
 
@@ -39,9 +45,11 @@ def persistent_buffers(module: nn.Module) -> State:
 
 
 def whole_optimizer_state(engine: Engine) -> State:
-    """What the optimizer keeps, as ``parameter/entry``, on the CPU of every rank. All ranks must call.
+    """What the optimizer keeps, as ``parameter/entry``, on the CPU of every rank. All ranks must
+    call.
 
-    Those of a table that is stepped by rows are whole on rank 0 alone; those of a divided one are not among them.
+    Those of a table that is stepped by rows are whole on rank 0 alone; those of a divided one are
+    not among them.
     """
     link_optimizer_state(engine)
     state = {
@@ -79,14 +87,17 @@ def _whole(engine: Engine, parameter: nn.Parameter, key: str | None) -> Tensor:
 
 
 def _set_whole(engine: Engine, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-    """Set this rank's part of a parameter's fp32 master, or of its optimizer state, from the whole."""
+    """Set this rank's part of a parameter's fp32 master, or of its optimizer state, from the
+    whole.
+    """
     from deepspeed import utils
 
     value = value.to(engine.ranks.device)
     if engine.zero_stage == 0:
         (parameter if key is None else engine.optimizer.state[parameter][key]).copy_(value)
     elif engine.zero_stage == 3:
-        # DeepSpeed's own setter of whole tensors fails where ranks do not divide the size: the last part is padded.
+        # DeepSpeed's own setter of whole tensors fails where ranks do not divide the size: the last
+        # part is padded.
         local = (
             utils.safe_get_local_fp32_param(parameter)
             if key is None
@@ -107,7 +118,9 @@ def _set_whole(engine: Engine, parameter: nn.Parameter, key: str | None, value: 
 
 @torch.no_grad()
 def restore_masters(engine: Engine, parameters: State) -> None:
-    """Set the fp32 masters, which a bf16 module has rounded. The module itself must already hold ``parameters``."""
+    """Set the fp32 masters, which a bf16 module has rounded. The module itself must already hold
+    ``parameters``.
+    """
     for name, p in trained_parameters(engine):
         _set_whole(engine, p, None, parameters[name])
 
@@ -140,8 +153,8 @@ def begin_optimizer_state(engine: Engine, num_updates: int = 0) -> None:
 def link_optimizer_state(engine: Engine) -> None:
     """Tell stages 1 and 2 which part of the flat optimizer state is whose.
 
-    DeepSpeed 0.19 does so once, after the first parameter group's first step: the other groups have no state yet and
-    are never linked.
+    DeepSpeed 0.19 does so once, after the first parameter group's first step: the other groups have
+    no state yet and are never linked.
     """
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
@@ -154,7 +167,9 @@ def link_optimizer_state(engine: Engine) -> None:
 
 
 def _optimizer_tensors(engine: Engine) -> list[Tensor]:
-    """The tensors that the optimizer itself steps: parameters, or this rank's flat fp32 partitions."""
+    """The tensors that the optimizer itself steps: parameters, or this rank's flat fp32
+    partitions.
+    """
     if engine.zero_stage == 0:
         return [p for group in engine.optimizer.param_groups for p in group["params"]]
     if engine.zero_stage == 3:

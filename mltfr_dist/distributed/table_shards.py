@@ -1,11 +1,13 @@
-"""Token tables divided over the ranks: by rows with an exchange of our own, or as frozen parameters of ZeRO-3.
+"""Token tables divided over the ranks: by rows with an exchange of our own, or as frozen parameters
+of ZeRO-3.
 
-By rows, rank r holds rows r V // N to (r + 1) V // N of a table. Queries are gathered, each rank searches its rows for all
-of them and returns each query's best (score, row number) to its rank, which keeps the best of all and fetches those rows.
-What carries a gradient then runs where the query is, on fetched rows, so that no gradient crosses ranks here.
+By rows, rank r holds rows r V // N to (r + 1) V // N of a table. Queries are gathered, each rank
+searches its rows for all of them and returns each query's best (score, row number) to its rank,
+which keeps the best of all and fetches those rows. What carries a gradient then runs where the
+query is, on fetched rows, so that no gradient crosses ranks here.
 
-Every method that looks at rows is a collective: all ranks call it at the same point, with any number of queries or rows,
-none included.
+Every method that looks at rows is a collective: all ranks call it at the same point, with any
+number of queries or rows, none included.
 
 Shapes: V x D_m the table, N ranks, G queries of this rank, D hidden size, K kept rows.
 """
@@ -60,7 +62,9 @@ class Exchange:
         return whole.view(part.dtype).view(-1, *part.shape[1:])
 
     def deal(self, parts: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Send ``sent[r]`` rows of ``parts`` [sum, ...] to each rank r; returns what came, in the order of the ranks."""
+        """Send ``sent[r]`` rows of ``parts`` [sum, ...] to each rank r; returns what came, in the
+        order of the ranks.
+        """
         raw = _bytes(parts)
         found = raw.new_empty(sum(received), raw.shape[1])
         dist.all_to_all_single(found, raw, received, sent)
@@ -100,7 +104,9 @@ class RowSharded(PlacedTable):
     def search(
         self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
     ) -> Tensor:
-        """[G, K] numbers of the rows of highest score of the whole table for each of this rank's queries, best first."""
+        """[G, K] numbers of the rows of highest score of the whole table for each of this rank's
+        queries, best first.
+        """
         counts = self.exchange.counts(len(query))
         queries = self.exchange.gather(query, counts)
         if noise is not None:
@@ -133,7 +139,9 @@ class RowSharded(PlacedTable):
 
 
 class ZeroTable(WholeTable):
-    """A table as a frozen parameter, which ZeRO-3 divides and which is gathered whole at each use. For comparison."""
+    """A table as a frozen parameter, which ZeRO-3 divides and which is gathered whole at each use.
+    For comparison.
+    """
 
     def __init__(self, rows: Tensor) -> None:
         """Args: rows: [V, D_m]."""
@@ -142,7 +150,9 @@ class ZeroTable(WholeTable):
         self.rows = nn.Parameter(rows, requires_grad=False)
 
     def forward(self, use: Callable[[Tensor], Tensor]) -> Tensor:
-        """``use`` of the rows [V, D_m]: ZeRO-3 gathers them before a module's forward and divides them again after it."""
+        """``use`` of the rows [V, D_m]: ZeRO-3 gathers them before a module's forward and divides
+        them again after it.
+        """
         return use(self.rows)
 
     def whole(self) -> Tensor:

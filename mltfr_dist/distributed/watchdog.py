@@ -1,10 +1,10 @@
 """A hang becomes a stack trace of every rank and an exit.
 
-A rank that waits in a collective for one that is dead, stuck or cut off waits for ever, and so do all others. Each rank
-watches itself: progress is every collective that it leaves and every batch that it evaluates. Only
-time in which this rank ran counts: not that in which it was stopped (SIGSTOP, a scheduler that
-suspends jobs, a paused container, a laptop asleep), nor that in which another rank of the same
-machine was.
+A rank that waits in a collective for one that is dead, stuck or cut off waits for ever, and so do
+all others. Each rank watches itself: progress is every collective that it leaves and every batch
+that it evaluates. Only time in which this rank ran counts: not that in which it was stopped
+(SIGSTOP, a scheduler that suspends jobs, a paused container, a laptop asleep), nor that in which
+another rank of the same machine was.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ from mltfr_dist.errors import EXIT_LOST
 from mltfr_dist.progress import say_error
 
 LINGER_SECONDS = 3.0
-"""From a rank's trace to its exit: a launcher ends all ranks once one has gone, and each should have its say first."""
+"""From a rank's trace to its exit: a launcher ends all ranks once one has gone, and each should
+have its say first.
+"""
 
 START_SECONDS = 900.0
-"""Least time before the first step, in which libraries are imported from slow disks, and kernels compiled."""
+"""Least time before the first step, in which libraries are imported from slow disks, and kernels
+compiled.
+"""
 
 SPEECHLESS_SECONDS = 43200.0
 """After so long a process ends whose C code hangs and holds Python's lock, so that no thread can
@@ -38,14 +42,18 @@ _current: Watchdog | None = None
 
 
 def heartbeat(place: str | None = None) -> None:
-    """Tell the watchdog, where there is one, that this rank goes on; ``place`` is where it stands now."""
+    """Tell the watchdog, where there is one, that this rank goes on; ``place`` is where it stands
+    now.
+    """
     if _current is not None:
         _current.heartbeat(place)
 
 
 @contextmanager
 def watched(rank: int, seconds: float) -> Iterator[None]:
-    """Watch this process: without progress for ``seconds`` it writes its stack traces and exits with :data:`EXIT_LOST`."""
+    """Watch this process: without progress for ``seconds`` it writes its stack traces and exits
+    with :data:`EXIT_LOST`.
+    """
     global _current
     _current = Watchdog(rank, seconds)
     try:
@@ -120,15 +128,20 @@ class Watchdog:
         )
 
     def _exit(self) -> None:
-        """Traces first: what to do stands at the end, where it is read, below those of all ranks."""
+        """Traces first: what to do stands at the end, where it is read, below those of all
+        ranks.
+        """
         rank = f"Rank {self.rank} on {socket.gethostname()}"
         say_error(f"{rank}, stack traces:")
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         time.sleep(LINGER_SECONDS / 2)
         text = (
-            f"{rank} has made no progress for {self._limit:g} s; last: {self._place}. It is stuck, or waits for a rank "
-            "that is stuck, dead or cut off from the network: compare the ranks' stack traces above. Start the same command "
-            "again and the run goes on from its last checkpoint; if it was only slow, raise training.hang_seconds."
+            f"{rank} has made no progress for {self._limit:g} s; last: {self._place}. It is stuck, "
+            f"or waits for a rank "
+            "that is stuck, dead or cut off from the network: compare the ranks' stack traces "
+            "above. Start the same command "
+            "again and the run goes on from its last checkpoint; if it was only slow, raise "
+            "training.hang_seconds."
         )
         say_error(text)
         last_word(text)

@@ -21,15 +21,18 @@ from mltfr_dist.registry import load
 
 
 class Backbone(nn.Module):
-    """A sequential recommender: item ids to one hidden state per position; scores are products with item vectors.
+    """A sequential recommender: item ids to one hidden state per position; scores are products with
+    item vectors.
 
-    A subclass sets ``item_embedding`` ([num_items + 1 or more, D]: row 0 padding, rows above num_items are no items) and
-    ``blocks`` (modules that map real positions [N, D] and their :class:`Packing` to [N, D]), and implements ``embed`` and
-    ``finish``. It knows nothing of MLTFR.
+    A subclass sets ``item_embedding`` ([num_items + 1 or more, D]: row 0 padding, rows above
+    num_items are no items) and ``blocks`` (modules that map real positions [N, D] and their
+    :class:`Packing` to [N, D]), and implements ``embed`` and ``finish``. It knows nothing of MLTFR.
     """
 
     objective: ClassVar[Literal["next_item", "cloze"]] = "next_item"
-    """next_item: causal, each position predicts what follows; cloze: bidirectional, masked positions predict themselves."""
+    """next_item: causal, each position predicts what follows; cloze: bidirectional, masked
+    positions predict themselves.
+    """
 
     contrasts_views: ClassVar[bool] = False
     """Whether the loss also contrasts augmented views of each history: see :meth:`contrast`."""
@@ -54,7 +57,9 @@ class Backbone(nn.Module):
         return packing.last(hidden)
 
     def for_ranking(self, item_ids: Tensor) -> Tensor:
-        """Histories [B, L] -> what is read to rank their next item, at whose last real position it is scored."""
+        """Histories [B, L] -> what is read to rank their next item, at whose last real position it
+        is scored.
+        """
         return item_ids
 
     def contrast(self, first: Tensor, second: Tensor, present: Tensor) -> tuple[Tensor, float]:
@@ -71,7 +76,9 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def pack(self, item_ids: Tensor) -> Packing:
-        """The positions that blocks compute on; those of :attr:`Packing.read` are read by MLTFR and scored."""
+        """The positions that blocks compute on; those of :attr:`Packing.read` are read by MLTFR and
+        scored.
+        """
         return Packing(item_ids)
 
     def inputs(self, item_ids: Tensor) -> Tensor:
@@ -85,13 +92,16 @@ class Backbone(nn.Module):
 
 
 class PositionalBackbone(Backbone):
-    """Item + position embeddings, a stack of blocks, a final layer norm. A subclass says what a block is.
+    """Item + position embeddings, a stack of blocks, a final layer norm. A subclass says what a
+    block is.
 
     Positions count from the oldest item, as padding stands behind.
     """
 
     num_special_items: ClassVar[int] = 0
-    """Rows of ``item_embedding`` above num_items: 1 where there is a mask, whose id is num_items + 1."""
+    """Rows of ``item_embedding`` above num_items: 1 where there is a mask, whose id is num_items +
+    1.
+    """
 
     num_special_positions: ClassVar[int] = 0
     """Positions beyond max_len that the backbone itself adds to a history."""

@@ -1,7 +1,8 @@
-"""BERT4Rec (Sun et al. 2019, arXiv 1904.06690): a bidirectional transformer that predicts masked items.
+"""BERT4Rec (Sun et al. 2019, arXiv 1904.06690): a bidirectional transformer that predicts masked
+items.
 
-Training masks a share of a sequence's items and scores those positions alone; ranking appends a mask and reads the
-state at it. Padding is no key, wherever it stands.
+Training masks a share of a sequence's items and scores those positions alone; ranking appends a
+mask and reads the state at it. Padding is no key, wherever it stands.
 
 Departures from the paper: pre-norm blocks; no dropout on attention weights; no bias per item on the
 scores; where no position is drawn, the last is masked (the paper adds copies of each sequence with

@@ -1,16 +1,18 @@
-"""BSARec (Shin et al. 2024, arXiv 2312.10325): a frequency filter beside self-attention, here *causal*.
+"""BSARec (Shin et al. 2024, arXiv 2312.10325): a frequency filter beside self-attention, here
+*causal*.
 
-A layer gives alpha * A(x) + (1 - alpha) * attention(x). A splits x into its c lowest Fourier components and the rest, and
-rescales the rest: norm(x + low(x) + beta^2 (x - low(x))), beta learned per channel. Published, the transform runs over
-the whole sequence of L places, padded in front, and the loss is taken at the last place alone, one
-sample a prefix. MLTFR's authors take it at every place, so each reads the future (docs/method.md).
+A layer gives alpha * A(x) + (1 - alpha) * attention(x). A splits x into its c lowest Fourier
+components and the rest, and rescales the rest: norm(x + low(x) + beta^2 (x - low(x))), beta learned
+per channel. Published, the transform runs over the whole sequence of L places, padded in front, and
+the loss is taken at the last place alone, one sample a prefix. MLTFR's authors take it at every
+place, so each reads the future (docs/method.md).
 
 Departure: the loss is taken at every place, and low(x)_t is the low-pass of the t + 1 items up to
 t, read at the last of them. It is a fixed lower-triangular matrix. For a history of L items or more
 this is what the published filter gives at the last place; for a shorter one it is not, for there is
 no padding in the transform (for 10 to 20 items of 50 the two correlate by about .5). Prefixes of
-fewer than 2 c - 1 items are all low. ``backbone.bsarec.low_frequencies`` counts components: 3 is the
-released code's `c` of 5 (it keeps c // 2 + 1). No dropout on attention weights, a norm behind
+fewer than 2 c - 1 items are all low. ``backbone.bsarec.low_frequencies`` counts components: 3 is
+the released code's `c` of 5 (it keeps c // 2 + 1). No dropout on attention weights, a norm behind
 the last block, and positions that count from the oldest item.
 """
 
@@ -27,7 +29,9 @@ from mltfr_dist.models.transformer import SelfAttention
 
 
 def low_pass_matrix(max_len: int, num_frequencies: int) -> Tensor:
-    """[L, L] whose row t gives the last value of the low-passed prefix 0..t: its ``num_frequencies`` lowest components."""
+    """[L, L] whose row t gives the last value of the low-passed prefix 0..t: its
+    ``num_frequencies`` lowest components.
+    """
     matrix = torch.zeros(max_len, max_len, dtype=torch.float64)
     for t in range(max_len):
         spectrum = torch.fft.rfft(torch.eye(t + 1, dtype=torch.float64), dim=0)
@@ -57,12 +61,16 @@ class FrequencyFilter(nn.Module):
 
 
 class BSARecBlock(nn.Module):
-    """Frequency filter and causal self-attention side by side, then a feed-forward; post-norm, as published."""
+    """Frequency filter and causal self-attention side by side, then a feed-forward; post-norm, as
+    published.
+    """
 
     def __init__(
         self, config: BackboneConfig, frequency_filter: nn.Module, weight_dropout: float = 0.0
     ) -> None:
-        """Args: config: sizes; frequency_filter: (x [N, D], packing) -> [N, D]; weight_dropout: on attention weights."""
+        """Args: config: sizes; frequency_filter: (x [N, D], packing) -> [N, D]; weight_dropout: on
+        attention weights.
+        """
         super().__init__()
         dim = config.hidden_dim
         self.inductive_bias = config.bsarec.inductive_bias

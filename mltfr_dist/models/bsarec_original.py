@@ -18,7 +18,9 @@ from mltfr_dist.numerics import at_least_fp32
 
 
 class WholeFrequencyFilter(nn.Module):
-    """The split of whole sequences of one length into low and high frequencies, the high ones rescaled."""
+    """The split of whole sequences of one length into low and high frequencies, the high ones
+    rescaled.
+    """
 
     def __init__(self, hidden_dim: int, num_frequencies: int) -> None:
         super().__init__()

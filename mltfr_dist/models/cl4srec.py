@@ -1,4 +1,5 @@
-"""CL4SRec (Xie et al. 2022, arXiv 2010.14395): SASRec whose loss also contrasts two augmented views of each history.
+"""CL4SRec (Xie et al. 2022, arXiv 2010.14395): SASRec whose loss also contrasts two augmented views
+of each history.
 
 Views are made by cropping, masking and reordering (data/stream/augment.py); the term is
 losses.contrastive. Departure: a view's negatives are the views of the other sequences of its group

@@ -17,8 +17,8 @@ State = dict[str, Tensor]
 def merge(cores: list[State], fishers: list[State]) -> State:
     """Fisher-weighted mean of experts of equal shape.
 
-    Each expert's Fisher is first divided by its own mean, for its scale follows the gate and not the knowledge; where no
-    expert has any (a key's bias never has), the plain mean stands.
+    Each expert's Fisher is first divided by its own mean, for its scale follows the gate and not
+    the knowledge; where no expert has any (a key's bias never has), the plain mean stands.
 
     Args:
         cores: One state per expert, parameter name to tensor.
@@ -51,7 +51,8 @@ def check_mergeable(cores: list[State], fishers: list[State]) -> None:
     """
     if not cores or len(cores) != len(fishers):
         raise ValueError(
-            f"merge needs as many Fishers as cores, and at least one ({len(cores)} cores, {len(fishers)} Fishers)"
+            f"merge needs as many Fishers as cores, and at least one ({len(cores)} cores, "
+            f"{len(fishers)} Fishers)"
         )
     shapes = [{name: tuple(t.shape) for name, t in state.items()} for state in cores + fishers]
     if any(s != shapes[0] for s in shapes):
@@ -78,8 +79,8 @@ def divided_by_mean(fisher: State) -> State:
 def freeze(module: nn.Module) -> None:
     """Turn every parameter of ``module`` into a buffer of the same name.
 
-    No optimizer, ZeRO partition or gradient hook ever sees a buffer: the consensus expert cannot drift, and needs no
-    gathering.
+    No optimizer, ZeRO partition or gradient hook ever sees a buffer: the consensus expert cannot
+    drift, and needs no gathering.
     """
     for child in module.modules():
         for name, parameter in list(child.named_parameters(recurse=False)):

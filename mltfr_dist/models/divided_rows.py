@@ -1,11 +1,13 @@
-"""An item table of which this process holds some rows: what models ask of it, wherever the others are.
+"""An item table of which this process holds some rows: what models ask of it, wherever the others
+are.
 
-Before a forward pass the rows of all its items are fetched, each once, as one leaf of the graph; lookups read from it. After
-the backward pass it holds their gradients, and who steps the table sends them to the rows' owners
-(`distributed/divided_optimizer.py`). So no exchange of ours stands inside a forward or backward pass.
+Before a forward pass the rows of all its items are fetched, each once, as one leaf of the graph;
+lookups read from it. After the backward pass it holds their gradients, and who steps the table
+sends them to the rows' owners (`distributed/divided_optimizer.py`). So no exchange of ours stands
+inside a forward or backward pass.
 
-Shapes: R rows of the whole table (padding, items, special items), O rows of this process, U rows that were fetched,
-D hidden size, N positions, B users.
+Shapes: R rows of the whole table (padding, items, special items), O rows of this process, U rows
+that were fetched, D hidden size, N positions, B users.
 """
 
 from __future__ import annotations
@@ -29,11 +31,15 @@ class Division:
     """[O] item ids of this process's rows, in the order in which it holds them."""
 
     def places(self, item_ids: Tensor) -> Tensor:
-        """Ids [...] -> their places [...] in the order in which rows are divided; an exchange of nothing."""
+        """Ids [...] -> their places [...] in the order in which rows are divided; an exchange of
+        nothing.
+        """
         raise NotImplementedError
 
     def fetch(self, own: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows at ascending ``places`` [U], of this process's [O, D] and the others' -> [U, D] in ``dtype``."""
+        """Rows at ascending ``places`` [U], of this process's [O, D] and the others' -> [U, D] in
+        ``dtype``.
+        """
         raise NotImplementedError
 
     def cross_entropy(
@@ -84,7 +90,9 @@ class Division:
 
 
 class DividedRows(ItemRows):
-    """Takes the place of an ``nn.Embedding``. ``weight`` is this process's rows alone, and no part of the state."""
+    """Takes the place of an ``nn.Embedding``. ``weight`` is this process's rows alone, and no part
+    of the state.
+    """
 
     _fetched: Tensor | None
     """[U] ascending places of the rows at hand."""
@@ -101,7 +109,9 @@ class DividedRows(ItemRows):
         self._fetched, self._rows = None, self.weight[:0]
 
     def look_up(self, item_ids: Tensor) -> None:
-        """Fetch the rows of all ids that the next forward pass reads, [n]. Every process must call."""
+        """Fetch the rows of all ids that the next forward pass reads, [n]. Every process must
+        call.
+        """
         places = torch.unique(self.division.places(item_ids))
         rows = self.division.fetch(self.weight, places, self.dtype)
         if self.training and torch.is_grad_enabled():
@@ -137,14 +147,18 @@ class DividedRows(ItemRows):
         return [v.grad for v in given if v.grad is not None]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *_: Any) -> None:
-        """This process's rows, where the state holds the whole table; otherwise they come from elsewhere."""
+        """This process's rows, where the state holds the whole table; otherwise they come from
+        elsewhere.
+        """
         whole = state_dict.get(f"{prefix}weight")
         if whole is not None:
             self.weight.copy_(whole[self.division.own_ids.to(whole.device)])
 
 
 def divided_rows(table: nn.Module) -> DividedRows | None:
-    """The divided rows in ``table``, an item embedding or what holds one; None where it is whole."""
+    """The divided rows in ``table``, an item embedding or what holds one; None where it is
+    whole.
+    """
     return next((m for m in table.modules() if isinstance(m, DividedRows)), None)
 
 
@@ -155,6 +169,8 @@ def division_of(table: nn.Module) -> Division | None:
 
 
 def own_vectors(table: nn.Module) -> Tensor:
-    """[O, D] vectors of this process's rows of a table that is divided, or of what holds one and adds to it."""
+    """[O, D] vectors of this process's rows of a table that is divided, or of what holds one and
+    adds to it.
+    """
     own: Tensor = table.own_vectors()  # type: ignore[operator]
     return own

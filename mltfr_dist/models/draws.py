@@ -1,4 +1,5 @@
-"""Random numbers that are functions of a counter: the same on any rank, in any batch and on any device.
+"""Random numbers that are functions of a counter: the same on any rank, in any batch and on any
+device.
 
 Shapes: B users, L positions, G queries, S rows.
 """
@@ -30,7 +31,9 @@ def mix(z: Tensor) -> Tensor:
 
 
 def history_keys(item_ids: Tensor) -> Tensor:
-    """[B, L] int64: a hash of each position's past, itself included, and of nothing else; padding adds nothing."""
+    """[B, L] int64: a hash of each position's past, itself included, and of nothing else; padding
+    adds nothing.
+    """
     places = torch.arange(1, item_ids.shape[1] + 1, device=item_ids.device)
     return (mix(mix(item_ids) + places * STEP) * (item_ids != PADDING_IDX)).cumsum(1)
 
@@ -39,7 +42,9 @@ class GumbelNoise(NamedTuple):
     """Gumbel(0, 1) noise, times ``scale``, for each pair of a query and a row of a table."""
 
     keys: Tensor
-    """[G] int64, of the queries: what stays the same while a seed, a step, a user and a table do."""
+    """[G] int64, of the queries: what stays the same while a seed, a step, a user and a table
+    do.
+    """
     row_ids: Tensor
     """[S] int64, row numbers in the table."""
     scale: float
@@ -53,7 +58,9 @@ class GumbelNoise(NamedTuple):
         return self._values(self.keys, self.row_ids[indices])
 
     def _values(self, keys: Tensor, row_ids: Tensor) -> Tensor:
-        """Keys and rows are mixed in 64 bits, each pair in 32: a whole table for every user is drawn at each step."""
+        """Keys and rows are mixed in 64 bits, each pair in 32: a whole table for every user is
+        drawn at each step.
+        """
         words = mix32(low_half(mix(keys))[:, None] ^ low_half(mix(row_ids * STEP)))
         uniform = (((words >> 8) & ((1 << 24) - 1)).float() + 0.5) * 2.0**-24
         return self.scale * gumbel(uniform)

@@ -1,7 +1,9 @@
-"""eSASRec (Tikhonovich et al. 2025, arXiv 2508.06450): SASRec's objective, LiGR layers and the sampled softmax.
+"""eSASRec (Tikhonovich et al. 2025, arXiv 2508.06450): SASRec's objective, LiGR layers and the
+sampled softmax.
 
-A LiGR layer (Borisyuk et al. 2025, arXiv 2502.03417) gates what each sub-layer adds by the stream itself:
-x + f(norm(x)) * sigmoid(W x + b), with attention and then a SwiGLU feed-forward (Shazeer 2020) as f.
+A LiGR layer (Borisyuk et al. 2025, arXiv 2502.03417) gates what each sub-layer adds by the stream
+itself: x + f(norm(x)) * sigmoid(W x + b), with attention and then a SwiGLU feed-forward (Shazeer
+2020) as f.
 
 The loss is chosen by `loss.name=sampled_softmax`. Departures from the paper: negatives are shared
 by a global batch and corrected by logQ, where the paper draws them for each position; an input

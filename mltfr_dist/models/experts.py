@@ -1,7 +1,7 @@
 """Cross-attention experts over token tables, and the router that mixes them.
 
-Shapes: G query blocks of n positions, K kept tokens, S candidate rows, H heads of size d, D hidden size, E experts
-(or, of a memory, its width).
+Shapes: G query blocks of n positions, K kept tokens, S candidate rows, H heads of size d, D hidden
+size, E experts (or, of a memory, its width).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from mltfr_dist.routers import ROUTERS
 
 
 class Memory(NamedTuple):
-    """What an expert attends to: candidate rows in its space of E dimensions, and which of them each query keeps."""
+    """What an expert attends to: candidate rows in its space of E dimensions, and which of them
+    each query keeps.
+    """
 
     rows: Tensor
     """[S, E] adapted candidate rows (E = D where experts have adapters)."""
@@ -35,7 +37,9 @@ class Memory(NamedTuple):
 
 
 class Tap(NamedTuple):
-    """Input and output of one linear map, per query block: enough for its gradient of every single sample."""
+    """Input and output of one linear map, per query block: enough for its gradient of every single
+    sample.
+    """
 
     parameter: str
     inputs: Tensor
@@ -47,8 +51,8 @@ class Tap(NamedTuple):
 class ExpertCore(nn.Module):
     """Multi-head cross-attention from positions to kept tokens.
 
-    It has one shape whatever the table, and all start equal and live in one space, so that averaging their parameters
-    means something.
+    It has one shape whatever the table, and all start equal and live in one space, so that
+    averaging their parameters means something.
     """
 
     def __init__(self, config: ExpertConfig, hidden_dim: int, memory_dim: int) -> None:
@@ -84,7 +88,8 @@ class ExpertCore(nn.Module):
             [G, n, D].
         """
         groups, positions, _ = x.shape
-        # Rows are projected once and then gathered: S products in place of G * K. One copy serves all queries that share it.
+        # Rows are projected once and then gathered: S products in place of G * K. One copy serves
+        # all queries that share it.
         shared = self._taps is None and all(m.kept is None for m in memories)
         copies = 1 if shared else groups
         keys = torch.cat(
@@ -132,7 +137,9 @@ class ExpertCore(nn.Module):
 
 
 class TableAdapter(nn.Module):
-    """Maps a table's rows to the hidden space, normalised, so that every expert's memory has one scale."""
+    """Maps a table's rows to the hidden space, normalised, so that every expert's memory has one
+    scale.
+    """
 
     def __init__(self, table_dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -155,14 +162,18 @@ class Experts(NamedTuple):
 
 
 def shared_experts(config: ExpertConfig, hidden_dim: int, table_dims: Sequence[int]) -> Experts:
-    """Adapters of their own and cores that start equal, one an entry of ``table_dims`` (D_m of its table)."""
+    """Adapters of their own and cores that start equal, one an entry of ``table_dims`` (D_m of its
+    table).
+    """
     adapters = nn.ModuleList(TableAdapter(width, hidden_dim) for width in table_dims)
     core = ExpertCore(config, hidden_dim, hidden_dim)
     return Experts(adapters, nn.ModuleList(copy.deepcopy(core) for _ in table_dims))
 
 
 class Router(nn.Module):
-    """Gate over the experts: dense or over the best few, optionally with the choice of no expert at all."""
+    """Gate over the experts: dense or over the best few, optionally with the choice of no expert at
+    all.
+    """
 
     LOAD_DECAY = 0.9
     """Share of the old value in the moving average of the load."""
@@ -179,7 +190,9 @@ class Router(nn.Module):
         self.register_buffer("load", torch.full((num_gates,), 1 / num_gates))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[G, n, D] -> gate weights [G, n, E], summing to 1; E counts the null expert, which stands last."""
+        """[G, n, D] -> gate weights [G, n, E], summing to 1; E counts the null expert, which stands
+        last.
+        """
         return self.weights(x).to(x.dtype)
 
     def weights(self, x: Tensor) -> Tensor:
@@ -193,7 +206,9 @@ class Router(nn.Module):
         return self.normalised(logits)
 
     def normalised(self, logits: Tensor) -> Tensor:
-        """[G, n, E], -inf for what is left out -> weights that sum to 1, zero for what is left out."""
+        """[G, n, E], -inf for what is left out -> weights that sum to 1, zero for what is left
+        out.
+        """
         return torch.softmax(logits, dim=-1)
 
     def _dropped(self, logits: Tensor) -> Tensor:
@@ -203,10 +218,12 @@ class Router(nn.Module):
         return dropped & ~dropped.all(-1, keepdim=True)
 
     def balance_loss(self, gate_weights: Tensor) -> Tensor:
-        """Sum over positions of E * <load, gate weights>: pushes weight off experts that have carried much of late.
+        """Sum over positions of E * <load, gate weights>: pushes weight off experts that have
+        carried much of late.
 
-        The load is that of *past* steps over all ranks, so the term is a plain sum over positions, equal for any
-        division of the batch over ranks and micro-batches. Balanced experts give exactly 1 a position.
+        The load is that of *past* steps over all ranks, so the term is a plain sum over positions,
+        equal for any division of the batch over ranks and micro-batches. Balanced experts give
+        exactly 1 a position.
 
         Args:
             gate_weights: [N, E].
@@ -222,10 +239,14 @@ class Router(nn.Module):
 
 
 class SigmoidRouter(Router):
-    """Gate whose experts do not compete before they are added up (DeepSeek-V3, arXiv 2412.19437, eq. 13 to 15)."""
+    """Gate whose experts do not compete before they are added up (DeepSeek-V3, arXiv 2412.19437,
+    eq. 13 to 15).
+    """
 
     def normalised(self, logits: Tensor) -> Tensor:
-        """[G, n, E], -inf for what is left out -> weights that sum to 1, zero for what is left out."""
+        """[G, n, E], -inf for what is left out -> weights that sum to 1, zero for what is left
+        out.
+        """
         affinity = torch.sigmoid(logits)
         return affinity / affinity.sum(-1, keepdim=True).clamp(min=torch.finfo(affinity.dtype).tiny)
 

@@ -25,7 +25,9 @@ class Explanation(NamedTuple):
     kept_weights: list[Tensor]
     """Per table: [K] their weights, summing to 1."""
     gate_weights: Tensor
-    """[M], of each table's experts together; they sum to 1 unless there is a null expert, which has the rest."""
+    """[M], of each table's experts together; they sum to 1 unless there is a null expert, which has
+    the rest.
+    """
 
 
 @torch.no_grad()

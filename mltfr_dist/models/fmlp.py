@@ -1,8 +1,9 @@
-"""FMLP-Rec (Zhou et al. 2022, arXiv 2202.13556): learned filters in place of attention, here *causal*.
+"""FMLP-Rec (Zhou et al. 2022, arXiv 2202.13556): learned filters in place of attention, here
+*causal*.
 
-Published: multiply the Fourier transform over the whole sequence by a learned complex weight, which is a circular
-convolution with a kernel as long as the sequence: every position reads every other. Their own loss
-is taken at the last position alone, one sample a prefix: `fmlp_original.py`.
+Published: multiply the Fourier transform over the whole sequence by a learned complex weight, which
+is a circular convolution with a kernel as long as the sequence: every position reads every other.
+Their own loss is taken at the last position alone, one sample a prefix: `fmlp_original.py`.
 
 Departures: the loss is taken at every position; the kernel itself is learned, one of max_len taps a
 channel (as many real numbers as the complex weight has), and convolved linearly, through a
@@ -25,7 +26,9 @@ from mltfr_dist.numerics import at_least_fp32
 
 
 class SequenceFilter(nn.Module):
-    """A learned causal convolution of each channel, by FFT: L log L products in place of L squared."""
+    """A learned causal convolution of each channel, by FFT: L log L products in place of L
+    squared.
+    """
 
     def __init__(self, hidden_dim: int, max_len: int) -> None:
         super().__init__()
@@ -39,7 +42,9 @@ class SequenceFilter(nn.Module):
 
 
 def convolved(x: Tensor, kernel: Tensor, size: int) -> Tensor:
-    """The circular convolution, modulo ``size``, of x [B, L, D] with a kernel [K, D]: its first L places [B, L, D]."""
+    """The circular convolution, modulo ``size``, of x [B, L, D] with a kernel [K, D]: its first L
+    places [B, L, D].
+    """
     spectrum = torch.fft.rfft(at_least_fp32(x), n=size, dim=1)
     response = torch.fft.rfft(at_least_fp32(kernel), n=size, dim=0)
     filtered: Tensor = torch.fft.irfft(spectrum * response, n=size, dim=1)[:, : x.shape[1]]

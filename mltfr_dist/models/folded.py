@@ -1,10 +1,13 @@
-"""A trained model without the tables' rows: what its parts make of rows that never change is computed once.
+"""A trained model without the tables' rows: what its parts make of rows that never change is
+computed once.
 
-The rows that a query may ever be given are fixed in evaluation (a shortlist, all rows, prototypes); their unit vectors,
-keys and values are then constants. A folded model has these in place of the tables and of the maps that made them, and
-computes all else by the same operations on the same shapes: scores are equal to the bit.
+The rows that a query may ever be given are fixed in evaluation (a shortlist, all rows, prototypes);
+their unit vectors, keys and values are then constants. A folded model has these in place of the
+tables and of the maps that made them, and computes all else by the same operations on the same
+shapes: scores are equal to the bit.
 
-Shapes: S rows that may be kept, D_m columns of a table, D hidden size, I = heads times head size of an expert.
+Shapes: S rows that may be kept, D_m columns of a table, D hidden size, I = heads times head size of
+an expert.
 """
 
 from __future__ import annotations
@@ -72,15 +75,17 @@ class Joint(nn.Module):
 
 @torch.no_grad()
 def folded(model: Recommender, *, whole_tables: bool = False) -> Recommender:
-    """The model with all of its tables folded whose rows are fixed; parts that stay are shared with ``model``.
+    """The model with all of its tables folded whose rows are fixed; parts that stay are shared with
+    ``model``.
 
-    The published defects that stand between rows and keys (experts that read rows as they are, straight-through weights,
-    memories of a whole batch) leave nothing to fold; then ``model`` itself is returned.
+    The published defects that stand between rows and keys (experts that read rows as they are,
+    straight-through weights, memories of a whole batch) leave nothing to fold; then ``model``
+    itself is returned.
 
     Args:
         model: Trained.
-        whole_tables: Whether tables that are searched as a whole are folded, too, with all of their rows. No selector can
-            search them then, and bits may differ.
+        whole_tables: Whether tables that are searched as a whole are folded, too, with all of their
+            rows. No selector can search them then, and bits may differ.
     """
     mltfr = model.mltfr
     if mltfr is None or not can_fold(mltfr):
@@ -94,7 +99,9 @@ def folded(model: Recommender, *, whole_tables: bool = False) -> Recommender:
 
 
 def can_fold(mltfr: MLTFR) -> bool:
-    """Whether keys and values are those of single adapted rows, and this is no folded model already."""
+    """Whether keys and values are those of single adapted rows, and this is no folded model
+    already.
+    """
     scaled = any(mltfr.selector(m).scales_rows for m in range(mltfr.num_tables))
     own = all(isinstance(adapter, TableAdapter) for adapter in mltfr.adapters)
     return own and not scaled and mltfr.parts.shared is Parts().shared
@@ -110,7 +117,9 @@ def is_folded(model: Recommender) -> list[bool]:
 
 
 def _rows_of(mltfr: MLTFR, m: int, or_all: bool) -> Tensor | None:
-    """[S, D_m] candidates of table m in evaluation, where they are fixed; else all rows, or None."""
+    """[S, D_m] candidates of table m in evaluation, where they are fixed; else all rows, or
+    None.
+    """
     table = mltfr.table(m)
     rows = mltfr.selector(m).fixed_rows(table)
     if rows is None and or_all:
@@ -160,7 +169,9 @@ def _reads_columns(core: nn.Module, place: int) -> ExpertCore:
 def _without_rows(
     selector: Selector, rows: Tensor, num_rows: int, config: FilterConfig
 ) -> tuple[Selector, ReplicatedTable]:
-    """A selector that chooses among ``rows`` [S, D_m] without them, and the table that stands for its own."""
+    """A selector that chooses among ``rows`` [S, D_m] without them, and the table that stands for
+    its own.
+    """
     if isinstance(selector, Prototypes):
         num_rows = len(rows)
         selector = AllRows(config, num_rows, 1, 1)

@@ -1,4 +1,5 @@
-"""Initial values of item tables: each a function of (seed, row, column), so that whoever holds a row draws it alone.
+"""Initial values of item tables: each a function of (seed, row, column), so that whoever holds a
+row draws it alone.
 
 The numbers are the same for any division of the rows and in any order, to the bit: integers are
 hashed, and one table of quantiles makes them normal, by operations that round in one way only.
@@ -32,7 +33,9 @@ class RowDraws(NamedTuple):
     seed: int
     kind: Literal["normal", "uniform"]
     scale: float
-    """Standard deviation of a normal distribution (cut off at 4.5 of them), or largest size of a uniform one."""
+    """Standard deviation of a normal distribution (cut off at 4.5 of them), or largest size of a
+    uniform one.
+    """
 
     def rows(self, row_ids: Tensor, dim: int) -> Tensor:
         """[n, D] fp32 values of the rows ``row_ids`` [n]; memory: some chunks beside the result."""
@@ -45,7 +48,9 @@ class RowDraws(NamedTuple):
 
     @torch.no_grad()
     def fill(self, table: Tensor) -> None:
-        """Give a whole table [R, D] its initial values, in place; nothing to one without numbers."""
+        """Give a whole table [R, D] its initial values, in place; nothing to one without
+        numbers.
+        """
         if table.is_meta:
             return
         step = max(1, CHUNK_ELEMENTS // table.shape[1])
@@ -68,7 +73,9 @@ class RowDraws(NamedTuple):
 
 @cache
 def normal_quantiles() -> Tensor:
-    """[CELLS + 1] where the cells of the standard normal distribution begin and end; the outermost have an end."""
+    """[CELLS + 1] where the cells of the standard normal distribution begin and end; the outermost
+    have an end.
+    """
     standard, outermost = NormalDist(), 0.25 / CELLS
     shares = [i / CELLS for i in range(1, CELLS)]
     bounds = [standard.inv_cdf(s) for s in (outermost, *shares, 1 - outermost)]
@@ -97,7 +104,9 @@ _whole: ContextVar[bool] = ContextVar("_whole", default=True)
 
 @contextmanager
 def undrawn_items() -> Iterator[None]:
-    """Item tables made in here are left without values, and take no memory, for who draws some rows of them alone."""
+    """Item tables made in here are left without values, and take no memory, for who draws some rows
+    of them alone.
+    """
     token = _whole.set(False)
     try:
         yield

@@ -1,8 +1,9 @@
 """An item table of which training sees only the rows that a batch looks up.
 
-The table is a buffer: neither autograd nor ZeRO ever makes a gradient of its size. In training, what a lookup returns is a
-leaf of the graph instead, and after the backward pass holds the gradients of its rows, which ``distributed/row_adam.py``
-takes from there. It is saved under the name of the embedding that it stands for, with the same content.
+The table is a buffer: neither autograd nor ZeRO ever makes a gradient of its size. In training,
+what a lookup returns is a leaf of the graph instead, and after the backward pass holds the
+gradients of its rows, which ``distributed/row_adam.py`` takes from there. It is saved under the
+name of the embedding that it stands for, with the same content.
 
 Shapes: R rows of the table (padding, items, special items), D hidden size.
 """
@@ -39,6 +40,8 @@ class ItemRows(nn.Module):
         return vectors
 
     def take_gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """Ids [n] and gradients [n, D] of each lookup since the last call; what was not differentiated has none."""
+        """Ids [n] and gradients [n, D] of each lookup since the last call; what was not
+        differentiated has none.
+        """
         lookups, self._lookups = self._lookups, []
         return [(ids.flatten(), v.grad.flatten(0, -2)) for ids, v in lookups if v.grad is not None]

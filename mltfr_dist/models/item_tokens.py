@@ -1,8 +1,11 @@
-"""Item-side tokens: an item's vector is its own embedding plus an adapted mixture of rows of the token tables.
+"""Item-side tokens: an item's vector is its own embedding plus an adapted mixture of rows of the
+token tables.
 
-It takes the place of a backbone's ``item_embedding``, so input and output share it and no backbone knows of it.
+It takes the place of a backbone's ``item_embedding``, so input and output share it and no backbone
+knows of it.
 
-Shapes: I items, R rows of the embedding (padding, items, special items), D hidden size, C columns of all tables together.
+Shapes: I items, R rows of the embedding (padding, items, special items), D hidden size, C columns
+of all tables together.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from mltfr_dist.models.transformer import init_weights
 class ItemVectors(nn.Module):
     """e_i + A f_i, offered as an embedding is: by call for some ids, as ``weight`` for all.
 
-    The mixtures f_i are a buffer outside the state: never trained, never saved. An item without tokens, padding and special
-    items have f_i = 0 and keep their own embedding.
+    The mixtures f_i are a buffer outside the state: never trained, never saved. An item without
+    tokens, padding and special items have f_i = 0 and keep their own embedding.
     """
 
     features: Tensor
@@ -51,6 +54,8 @@ class ItemVectors(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Vectors of all rows [R, D], to be read inside the model's forward pass (ZeRO-3 gathers there)."""
+        """Vectors of all rows [R, D], to be read inside the model's forward pass (ZeRO-3 gathers
+        there).
+        """
         adapted: Tensor = self.adapter(self.features.to(self.adapter.weight.dtype))
         return self.embedding.weight.to(adapted.dtype) + adapted

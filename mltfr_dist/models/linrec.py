@@ -1,11 +1,14 @@
-"""LinRec (Liu et al. 2023, arXiv 2411.01537): L2-normalised linear attention, here in a *causal* form on SASRec.
+"""LinRec (Liu et al. 2023, arXiv 2411.01537): L2-normalised linear attention, here in a *causal*
+form on SASRec.
 
-Published: rho_1(elu(Q)) (rho_2(elu(K))^T V), rho_1 the L2 norm of each query, rho_2 that of each *column* of K over the
-whole sequence, so that the product K^T V comes first and the cost is linear in the length. Departure: trained at every
-position, the sums over the whole sequence would show the future (as would the authors' version on BERT4Rec, by intent).
-Position t uses the sums over positions <= t, for K^T V and for the norm of K's columns alike: the published attention
-of the prefix that ends at t, read at its last position. Its norm is sqrt(1 + sum of squares): over a single position the
-bare norm would leave only each key's sign, a jump at 0 whose gradient blows rounding errors up.
+Published: rho_1(elu(Q)) (rho_2(elu(K))^T V), rho_1 the L2 norm of each query, rho_2 that of each
+*column* of K over the whole sequence, so that the product K^T V comes first and the cost is linear
+in the length. Departure: trained at every position, the sums over the whole sequence would show the
+future (as would the authors' version on BERT4Rec, by intent). Position t uses the sums over
+positions <= t, for K^T V and for the norm of K's columns alike: the published attention of the
+prefix that ends at t, read at its last position. Its norm is sqrt(1 + sum of squares): over a
+single position the bare norm would leave only each key's sign, a jump at 0 whose gradient blows
+rounding errors up.
 
 The released code is not what the paper states, and not this: `linrec_original.py`.
 
@@ -25,7 +28,9 @@ from mltfr_dist.models.transformer import TransformerBlock
 from mltfr_dist.numerics import at_least_fp32
 
 CHUNK = 64
-"""Positions that are mixed by one small product; what lies before them comes in as one [d, d] state."""
+"""Positions that are mixed by one small product; what lies before them comes in as one [d, d]
+state.
+"""
 
 
 class CausalLinearAttention(nn.Module):

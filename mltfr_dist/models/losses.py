@@ -1,8 +1,10 @@
-"""Training losses: pure functions over the scored positions only; `mltfr_dist/losses.py` has their names.
+"""Training losses: pure functions over the scored positions only; `mltfr_dist/losses.py` has their
+names.
 
 Shapes: N scored positions, D hidden size, I items, S negatives, P sequences.
-Every loss takes per-position weights and returns a weighted *sum*; who divides by what is the caller's decision, so
-that several ranks and micro-batches add up to exactly the mean over the global batch.
+Every loss takes per-position weights and returns a weighted *sum*; who divides by what is the
+caller's decision, so that several ranks and micro-batches add up to exactly the mean over the
+global batch.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from mltfr_dist.registry import load
 def binary_cross_entropy(
     hidden: Tensor, positive_vectors: Tensor, negative_vectors: Tensor, weights: Tensor
 ) -> Tensor:
-    """SASRec's loss (Kang and McAuley 2018, eq. 7): the target against sampled negatives, each a binary decision.
+    """SASRec's loss (Kang and McAuley 2018, eq. 7): the target against sampled negatives, each a
+    binary decision.
 
     Args:
         hidden: [N, D] hidden states.
@@ -33,7 +36,8 @@ def binary_cross_entropy(
         weights: [N] weight of each position.
 
     Returns:
-        Scalar, the weighted sum, in fp32 at least: -log s(positive) - mean over negatives of log(1 - s(negative)).
+        Scalar, the weighted sum, in fp32 at least: -log s(positive) - mean over negatives of log(1
+        - s(negative)).
     """
     positive = at_least_fp32((hidden * positive_vectors).sum(-1))
     negative = at_least_fp32(torch.einsum("nd,nsd->ns", hidden, negative_vectors))
@@ -50,9 +54,11 @@ def generalised_binary_cross_entropy(
     num_items: int,
     calibration: float,
 ) -> Tensor:
-    """The gBCE loss (Petrov and Macdonald 2023, arXiv 2308.07192): BCE whose positive is tempered, against overconfidence.
+    """The gBCE loss (Petrov and Macdonald 2023, arXiv 2308.07192): BCE whose positive is tempered,
+    against overconfidence.
 
-    With S of I - 1 negatives sampled, alpha = S / (I - 1) and beta = 1 - t (1 - alpha); s(positive) is raised to beta.
+    With S of I - 1 negatives sampled, alpha = S / (I - 1) and beta = 1 - t (1 - alpha); s(positive)
+    is raised to beta.
 
     Args:
         hidden: [N, D] hidden states.
@@ -60,7 +66,8 @@ def generalised_binary_cross_entropy(
         negative_vectors: [N, S, D] output vectors of the negatives.
         weights: [N] weight of each position.
         num_items: I.
-        calibration: t. 0 leaves BCE over S + 1 decisions; 1 makes the scores calibrated probabilities.
+        calibration: t. 0 leaves BCE over S + 1 decisions; 1 makes the scores calibrated
+            probabilities.
 
     Returns:
         Scalar, the weighted sum, in fp32 at least, of the mean over the S + 1 decisions.
@@ -76,11 +83,13 @@ def generalised_binary_cross_entropy(
 def sampled_softmax(
     hidden: Tensor, targets: Tensor, target_vectors: Tensor, negatives: Negatives, weights: Tensor
 ) -> Tensor:
-    """Softmax over the target and sampled items, with the logQ correction (Bengio and Senecal 2008; Yi et al. 2019).
+    """Softmax over the target and sampled items, with the logQ correction (Bengio and Senecal 2008;
+    Yi et al. 2019).
 
-    A negative's logit is lowered by log(S Q), its expected count, so that the sum of exponentials estimates that over
-    all items without bias; where a negative is the position's own target it is left out. The target is there with
-    certainty, so its logit stands as it is (Khrylchenko et al. 2025).
+    A negative's logit is lowered by log(S Q), its expected count, so that the sum of exponentials
+    estimates that over all items without bias; where a negative is the position's own target it is
+    left out. The target is there with certainty, so its logit stands as it is (Khrylchenko et al.
+    2025).
 
     Args:
         hidden: [N, D] hidden states.
@@ -90,7 +99,8 @@ def sampled_softmax(
         weights: [N] weight of each position.
 
     Returns:
-        Scalar, the weighted sum, in fp32 at least. Every item once, with Q = 1 / I, gives the full cross-entropy.
+        Scalar, the weighted sum, in fp32 at least. Every item once, with Q = 1 / I, gives the full
+        cross-entropy.
     """
     positive = at_least_fp32((hidden * target_vectors).sum(-1))  # [N]
     logits = at_least_fp32(hidden @ negatives.vectors.T)  # [N, S]
@@ -106,7 +116,9 @@ def sampled_softmax(
 
 
 def loss_sum(scored: Scored) -> Tensor:
-    """The weighted sum of the loss that the configuration names; whoever divides, divides by the global batch's count."""
+    """The weighted sum of the loss that the configuration names; whoever divides, divides by the
+    global batch's count.
+    """
     result: Tensor = load(LOSSES[scored.config.name].path, "mltfr_dist.models")(scored)
     return result
 
@@ -149,19 +161,23 @@ def tempered_items(scored: Scored) -> Tensor:
     )
 
 
-# --- beside the recommendation loss ------------------------------------------------------------------
+# --- beside the recommendation loss
+# ------------------------------------------------------------------
 
 
 def contrastive(
     first: Tensor, second: Tensor, present: Tensor, *, group_size: int, temperature: float
 ) -> Tensor:
-    """NT-Xent over two views of each sequence (Chen et al. 2020; CL4SRec, Xie et al. 2022), in groups.
+    """NT-Xent over two views of each sequence (Chen et al. 2020; CL4SRec, Xie et al. 2022), in
+    groups.
 
-    A view's positive is the other view of its sequence; its negatives are all views of the other sequences of its group.
-    Groups, and not the whole batch, so that the sum does not depend on how ranks and micro-batches divide the batch.
+    A view's positive is the other view of its sequence; its negatives are all views of the other
+    sequences of its group. Groups, and not the whole batch, so that the sum does not depend on how
+    ranks and micro-batches divide the batch.
 
     Args:
-        first: [P, D] representations of the first views; consecutive ``group_size`` rows are a group.
+        first: [P, D] representations of the first views; consecutive ``group_size`` rows are a
+            group.
         second: [P, D] of the second views.
         present: [P] bool, False for a row that only fills the batch.
         group_size: Sequences of a group; divides P.

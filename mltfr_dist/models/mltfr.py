@@ -1,7 +1,7 @@
 """MLTFR (docs/method.md): filter, experts, router and consensus, added to a backbone's block 0.
 
-Shapes: B users, L positions, n positions a query block, G blocks that hold a real position, D hidden size,
-M tables, V_m x D_m table m, E experts (of a gate, with the null expert).
+Shapes: B users, L positions, n positions a query block, G blocks that hold a real position, D
+hidden size, M tables, V_m x D_m table m, E experts (of a gate, with the null expert).
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class MLTFR(nn.Module):
         tables: Sequence[PlacedTable],
         parts: Parts | None = None,
     ) -> None:
-        """Args: config: MLTFR's; hidden_dim: D; tables: M tables; parts: None: those of docs/method.md."""
+        """Args: config: MLTFR's; hidden_dim: D; tables: M tables; parts: None: those of
+        docs/method.md.
+        """
         super().__init__()
         self.config, self.hidden_dim, self.parts = config, hidden_dim, parts or Parts()
         self.tables = nn.ModuleList(tables)
@@ -88,7 +90,9 @@ class MLTFR(nn.Module):
         return [m * self.per_table + i for m in tables for i in range(self.per_table)]
 
     def gate_names(self, table_names: Sequence[str]) -> list[str]:
-        """What the gates stand for, in their order: tables, or their experts where a table has several, or none."""
+        """What the gates stand for, in their order: tables, or their experts where a table has
+        several, or none.
+        """
         count = self.per_table
         names = [
             name if count == 1 else f"{name}.{i}" for name in table_names for i in range(count)
@@ -119,7 +123,8 @@ class MLTFR(nn.Module):
             self.consensus_weight = nn.Parameter(torch.tensor([self.config.consensus.weight]))
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
-        """Bring what is not trained, tables and consensus expert, to the format of the forward pass.
+        """Bring what is not trained, tables and consensus expert, to the format of the forward
+        pass.
 
         DeepSpeed casts parameters only. The router's load stays in fp32, for it is a running sum.
         """
@@ -136,7 +141,9 @@ class MLTFR(nn.Module):
         return self.parts.blocks(x, valid_mask, self.config.filter.query_every)
 
     def selections(self, queries: Tensor, keys: Tensor | None) -> list[Selection]:
-        """What each table contributes for ``queries`` [G, D] of histories with hashes ``keys`` [G]."""
+        """What each table contributes for ``queries`` [G, D] of histories with hashes ``keys``
+        [G].
+        """
         return [
             selector(queries, keys, table) for selector, table in zip(self.selectors, self.tables)
         ]
@@ -157,7 +164,8 @@ class MLTFR(nn.Module):
         Args:
             x: [B, L, D] input embeddings.
             valid_mask: [B, L].
-            item_ids: [B, L] the history itself, which only random draws read: strategy random_tokens, and noise.
+            item_ids: [B, L] the history itself, which only random draws read: strategy
+                random_tokens, and noise.
 
         Returns:
             [B, L, D], zero at padding, and what is known of the gate and the filters.
@@ -196,7 +204,8 @@ class MLTFR(nn.Module):
             reduce: Combines what ranks have found.
 
         Returns:
-            [M] share of the exact top K that the outgoing lists hold; 1 for a table that is searched whole.
+            [M] share of the exact top K that the outgoing lists hold; 1 for a table that is
+            searched whole.
         """
         queries = [self.blocks(*pair).queries for pair in inputs]
         found = [

@@ -1,4 +1,5 @@
-"""Real positions without the padding between them: most of a batch of histories is padding, and no work should go there.
+"""Real positions without the padding between them: most of a batch of histories is padding, and no
+work should go there.
 
 Shapes: B users, L positions, N real positions of the batch.
 """
@@ -15,7 +16,9 @@ from torch.nn import functional as F
 from mltfr_dist.data.batch import PADDING_IDX
 
 SHORTEST = 0.75
-"""Rows of a part are at least this share of its longest one, so that few of its places are padding."""
+"""Rows of a part are at least this share of its longest one, so that few of its places are
+padding.
+"""
 
 
 class Part(NamedTuple):
@@ -110,7 +113,9 @@ class Packing:
         return empty.index_copy(0, self._places, packed).view(batch, length, *packed.shape[1:])
 
     def last(self, packed: Tensor, back: int = 0) -> Tensor:
-        """[N, ...] -> [B, ...], each row's last real position, or ``back`` before it; zero where there is none."""
+        """[N, ...] -> [B, ...], each row's last real position, or ``back`` before it; zero where
+        there is none.
+        """
         ends = torch.where(self.num_items > back, self._ends - back, len(packed))
         return torch.cat([packed, packed.new_zeros(1, *packed.shape[1:])]).index_select(0, ends)
 

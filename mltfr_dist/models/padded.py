@@ -1,9 +1,9 @@
 """Backbones as their authors' code has them: whole sequences of max_len, read at the last item.
 
-The three `*_original` backbones that read the future. Every history is padded to max_len, padding is computed on as
-items are, positions count along the padded sequence, and no norm follows the last block. Each
-position reads later ones, so only the last may be trained (``data.samples=prefixes``). MLTFR sees
-the real positions alone, as elsewhere: what it adds is zero at padding.
+The three `*_original` backbones that read the future. Every history is padded to max_len, padding
+is computed on as items are, positions count along the padded sequence, and no norm follows the last
+block. Each position reads later ones, so only the last may be trained (``data.samples=prefixes``).
+MLTFR sees the real positions alone, as elsewhere: what it adds is zero at padding.
 
 What differs from the released code of all three, beside random numbers: the padding row of the
 item embedding is zero (theirs is drawn at the start and never trained), and padding is no candidate

@@ -1,6 +1,8 @@
-"""Token tables as the model uses them: what it asks of one, and tables that this process can read as a whole.
+"""Token tables as the model uses them: what it asks of one, and tables that this process can read
+as a whole.
 
-Tables whose rows are divided over the ranks are in `distributed/table_shards.py`. None is part of the state.
+Tables whose rows are divided over the ranks are in `distributed/table_shards.py`. None is part of
+the state.
 
 Shapes: V x D_m the table, G queries, D hidden size, K kept rows.
 """
@@ -15,7 +17,9 @@ from mltfr_dist.models.search import Project, row_relevance, search_rows
 
 
 class PlacedTable(nn.Module):
-    """A token table, wherever its rows are held. Every rank must call a method at the same point."""
+    """A token table, wherever its rows are held. Every rank must call a method at the same
+    point.
+    """
 
     num_rows: int
     """V."""
@@ -31,11 +35,15 @@ class PlacedTable(nn.Module):
     def search(
         self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
     ) -> Tensor:
-        """[G, K] numbers of the rows of highest score for each of this rank's queries [G, D], best first."""
+        """[G, K] numbers of the rows of highest score for each of this rank's queries [G, D], best
+        first.
+        """
         raise NotImplementedError
 
     def relevance(self, query: Tensor, project: Project) -> Tensor:
-        """[V] largest cosine of each row with any of the queries [G, D], of this rank's at least."""
+        """[V] largest cosine of each row with any of the queries [G, D], of this rank's at
+        least.
+        """
         raise NotImplementedError
 
     def cast(self, dtype: torch.dtype) -> None:
@@ -91,7 +99,9 @@ class ReplicatedTable(OwnTable):
 
 
 class MappedTable(OwnTable):
-    """Read from its file where it is used: all processes of a node share the pages of one physical copy."""
+    """Read from its file where it is used: all processes of a node share the pages of one physical
+    copy.
+    """
 
     like: Tensor
     """[0], device and format of the model."""

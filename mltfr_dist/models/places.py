@@ -30,7 +30,9 @@ class Places(NamedTuple):
 
 
 class LogNormaliser:
-    """log sum exp of all scores of each user, tile by tile (as computed: no more exact than a loss is)."""
+    """log sum exp of all scores of each user, tile by tile (as computed: no more exact than a loss
+    is).
+    """
 
     def __init__(self, hidden: Tensor) -> None:
         """Args: hidden: [B, D]."""

@@ -27,7 +27,9 @@ def prefix_mean(x: Tensor, valid_mask: Tensor) -> Tensor:
 
 
 class QueryBlocks:
-    """A batch in blocks of n positions; a block's query is the prefix mean at its first one, and so causal for all."""
+    """A batch in blocks of n positions; a block's query is the prefix mean at its first one, and so
+    causal for all.
+    """
 
     positions: Tensor
     """[G, n, D]."""
@@ -67,7 +69,9 @@ class QueryBlocks:
         return t[:, :: self.block_len]
 
     def keys(self, item_ids: Tensor | None) -> Tensor | None:
-        """[G] hash of each block's history [B, L] up to where its query is taken; None where none is given."""
+        """[G] hash of each block's history [B, L] up to where its query is taken; None where none
+        is given.
+        """
         return None if item_ids is None else self._held(self.at_queries(history_keys(item_ids)))
 
     @property

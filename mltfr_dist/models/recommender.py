@@ -1,4 +1,5 @@
-"""The trained whole: a backbone, MLTFR on it, and the loss. One entry for training and ranking, so that ZeRO's hooks see both.
+"""The trained whole: a backbone, MLTFR on it, and the loss. One entry for training and ranking, so
+that ZeRO's hooks see both.
 
 Shapes: B users, L positions, N real positions, D hidden size.
 """
@@ -26,7 +27,9 @@ from mltfr_dist.models.selectors import Reduce
 from mltfr_dist.numerics import at_least_fp32
 
 Over = Literal["targets", "positions", "sequences"]
-"""What a term of the loss is a mean over: scored positions, real positions, or sequences of the global batch."""
+"""What a term of the loss is a mean over: scored positions, real positions, or sequences of the
+global batch.
+"""
 
 
 class Term(NamedTuple):
@@ -53,7 +56,9 @@ class Recommender(nn.Module):
     def __init__(
         self, backbone: Backbone, mltfr: MLTFR | None, loss: LossConfig, *, num_items: int
     ) -> None:
-        """Args: backbone, mltfr: The parts; loss: its configuration; num_items: Items are 1..num_items."""
+        """Args: backbone, mltfr: The parts; loss: its configuration; num_items: Items are
+        1..num_items.
+        """
         super().__init__()
         self.loss_config, self.num_items = loss, num_items
         self.backbone, self.mltfr = backbone, mltfr
@@ -67,15 +72,19 @@ class Recommender(nn.Module):
         )
 
     def look_up(self, *item_ids: Tensor | None) -> None:
-        """Have at hand the rows that the next pass reads. Of a divided item table; else nothing is done."""
+        """Have at hand the rows that the next pass reads. Of a divided item table; else nothing is
+        done.
+        """
         rows = divided_rows(self.backbone.item_embedding)
         if rows is not None:
             rows.look_up(torch.cat([ids.flatten() for ids in item_ids if ids is not None]))
 
     def hidden(self, item_ids: Tensor) -> tuple[Tensor, Packing, Routing | None]:
-        """Item ids [B, L] -> hidden states of the real positions [N, D], where they stand, and how MLTFR routed.
+        """Item ids [B, L] -> hidden states of the real positions [N, D], where they stand, and how
+        MLTFR routed.
 
-        The one place where MLTFR joins a backbone: it reads the input embeddings, and adds to the first block's output.
+        The one place where MLTFR joins a backbone: it reads the input embeddings, and adds to the
+        first block's output.
         """
         layout = self.backbone.pack(item_ids)
         real = layout.read
@@ -101,13 +110,14 @@ class Recommender(nn.Module):
         Args:
             batch: What to train on, or whose next item to rank.
             weights: [B, L] weight of each position in the loss; 1 where not given.
-            read: What to make of a ranking batch's states [B, D] and the vectors of items 1..I [I, D], whose products
-                are scores: in here, for under ZeRO-3 nobody has all vectors afterwards. Of a divided item table it
+            read: What to make of a ranking batch's states [B, D] and the vectors of items 1..I [I,
+                D], whose products are scores: in here, for under ZeRO-3 nobody has all vectors
+                    afterwards. Of a divided item table it
                 gets the vectors of this process's rows.
 
         Returns:
-            :class:`TrainingOutput`; for a :class:`RankingBatch` what ``read`` makes of it, or scores [B, num_items + 1]
-            (fp32 at least; column = item id, padding -inf).
+            :class:`TrainingOutput`; for a :class:`RankingBatch` what ``read`` makes of it, or
+            scores [B, num_items + 1] (fp32 at least; column = item id, padding -inf).
         """
         if isinstance(batch, RankingBatch):
             ranked = self.backbone.for_ranking(batch.item_ids)
@@ -133,7 +143,9 @@ class Recommender(nn.Module):
     def _loss(
         self, hidden: Tensor, batch: SequenceBatch, packing: Packing, weights: Tensor
     ) -> Tensor:
-        """Weighted loss over the scored positions: those of the real positions [N] that have a target."""
+        """Weighted loss over the scored positions: those of the real positions [N] that have a
+        target.
+        """
         targets = packing.pack(batch.target_ids)
         scored = (targets != PADDING_IDX).nonzero()[:, 0]
         hidden, targets, weights = (t.index_select(0, scored) for t in (hidden, targets, weights))
@@ -153,7 +165,9 @@ class Recommender(nn.Module):
         )
 
     def _contrast(self, batch: SequenceBatch) -> tuple[Tensor, float]:
-        """The contrastive term over the two views of each history, each read at its last position, and its weight."""
+        """The contrastive term over the two views of each history, each read at its last position,
+        and its weight.
+        """
         assert batch.view_ids is not None
         hidden, packing, _ = self.hidden(batch.view_ids.flatten(0, 1))  # one pass: [2 B, L]
         first, second = packing.last(hidden).view(len(batch.view_ids), 2, -1).unbind(1)
@@ -212,7 +226,8 @@ class Recommender(nn.Module):
         """Note that an update is over.
 
         Args:
-            gate_weights: [E] mean over the global batch; None where the update was skipped, or there is no gate.
+            gate_weights: [E] mean over the global batch; None where the update was skipped, or
+                there is no gate.
         """
         if self.mltfr is not None:
             self.mltfr.after_update(gate_weights)

@@ -1,6 +1,7 @@
 """What one forward pass of MLTFR says about its gate and its filters.
 
-Shapes: N real positions of the batch, G query blocks, E experts (of a gate, with the null expert), M tables.
+Shapes: N real positions of the batch, G query blocks, E experts (of a gate, with the null expert),
+M tables.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """SASRec (Kang and McAuley 2018, arXiv 1808.09781): a causal transformer over the history.
 
-Departures from the paper, each the common choice of its successors: pre-norm blocks with a GELU feed-forward of inner
-size 4 D (the paper: post-norm, ReLU, inner size D), positions counted from the oldest item (padding stands behind), and
-a layer norm on the input embeddings; no dropout on attention weights, embeddings that are not
-scaled by sqrt D, and N(0, .02) as the start of every map. ``sasrec_original`` has none of these but
-the order of positions.
+Departures from the paper, each the common choice of its successors: pre-norm blocks with a GELU
+feed-forward of inner size 4 D (the paper: post-norm, ReLU, inner size D), positions counted from
+the oldest item (padding stands behind), and a layer norm on the input embeddings; no dropout on
+attention weights, embeddings that are not scaled by sqrt D, and N(0, .02) as the start of every
+map. ``sasrec_original`` has none of these but the order of positions.
 """
 
 from __future__ import annotations

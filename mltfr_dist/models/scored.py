@@ -46,7 +46,9 @@ class Scored(NamedTuple):
 
     @property
     def item_vectors(self) -> Tensor:
-        """[I, D] output vectors of items 1..I: no padding, no mask. Of a table that is not divided."""
+        """[I, D] output vectors of items 1..I: no padding, no mask. Of a table that is not
+        divided.
+        """
         weight = self.embedding.weight
         assert isinstance(weight, Tensor)
         return weight[1 : self.num_items + 1]

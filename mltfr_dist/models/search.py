@@ -1,10 +1,12 @@
-"""The best rows of a table for each query, the same ones however queries and rows are divided over matrices.
+"""The best rows of a table for each query, the same ones however queries and rows are divided over
+matrices.
 
-A product of matrices may round otherwise in another shape, so its last bits must not decide. They only find the rows
-that may be among the best; those are scored again in float64. Order: the score rounded to float32, then the lower row
-number.
+A product of matrices may round otherwise in another shape, so its last bits must not decide. They
+only find the rows that may be among the best; those are scored again in float64. Order: the score
+rounded to float32, then the lower row number.
 
-Shapes: G queries, S rows of D_m columns, D hidden size, K kept rows, C >= K rows that may be among them.
+Shapes: G queries, S rows of D_m columns, D hidden size, K kept rows, C >= K rows that may be among
+them.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
 
 
 class Project(Protocol):
-    """Rows [S, D_m] to unit vectors in the user space [S, D], computed in ``dtype`` (None: that of the parameters)."""
+    """Rows [S, D_m] to unit vectors in the user space [S, D], computed in ``dtype`` (None: that of
+    the parameters).
+    """
 
     def __call__(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Project."""
@@ -43,7 +47,9 @@ def queries_at_once(num_rows: int, device: torch.device) -> int:
 
 
 def best(scores: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` of highest score of each row of ``scores`` and ``ids`` [G, C], best first; of equal ones the lower ids."""
+    """The ``count`` of highest score of each row of ``scores`` and ``ids`` [G, C], best first; of
+    equal ones the lower ids.
+    """
     by_id = ids.argsort(dim=1)
     scores, ids = scores.gather(1, by_id), ids.gather(1, by_id)
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
@@ -53,7 +59,9 @@ def best(scores: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def search(
     unit_query: Tensor, unit_rows: Tensor, num_kept: int, noise: GumbelNoise | None = None
 ) -> Tensor:
-    """[G, K] indices of the K largest products (plus noise) per query as computed, of equal ones the lower indices."""
+    """[G, K] indices of the K largest products (plus noise) per query as computed, of equal ones
+    the lower indices.
+    """
 
     def top(count: int) -> tuple[Tensor, Tensor]:
         return _top(unit_query, unit_rows, count, noise)
@@ -62,7 +70,9 @@ def search(
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """[G, count] indices of the largest of ``scores`` [G, S], best first; of equal ones the lower indices."""
+    """[G, count] indices of the largest of ``scores`` [G, S], best first; of equal ones the lower
+    indices.
+    """
     return best(
         *_separated(lambda width: top_of(scores, width), scores.shape[1], count, 0.0), count
     )[1]
@@ -71,7 +81,8 @@ def largest(scores: Tensor, count: int) -> Tensor:
 def search_rows(
     query: Tensor, rows: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scores (fp32) and indices [G, K] of the K rows of highest cosine (plus noise), in the order stated above.
+    """Scores (fp32) and indices [G, K] of the K rows of highest cosine (plus noise), in the order
+    stated above.
 
     ``project`` is called twice, whatever there is to find: it may gather sharded parameters.
     """
@@ -101,7 +112,8 @@ def search_rows(
 def _separated(
     top: Callable[[int], tuple[Tensor, Tensor]], num_rows: int, num_kept: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Scores and indices [G, C] of all rows that may be among the best K, where a difference may err by ``tolerance``.
+    """Scores and indices [G, C] of all rows that may be among the best K, where a difference may
+    err by ``tolerance``.
 
     ``top`` gives the [G, n] largest of the ``num_rows`` scores, and their indices.
     """
@@ -119,7 +131,9 @@ def _separated(
 def _top(
     unit_query: Tensor, unit_rows: Tensor, count: int, noise: GumbelNoise | None
 ) -> tuple[Tensor, Tensor]:
-    """[G, count] largest products (plus noise) and their indices, in chunks of queries so that memory is bounded."""
+    """[G, count] largest products (plus noise) and their indices, in chunks of queries so that
+    memory is bounded.
+    """
     chunk = queries_at_once(len(unit_rows), unit_rows.device)
     kept = unit_query.new_empty(min(chunk, len(unit_query)), len(unit_rows))
     values, indices = [], []
@@ -160,7 +174,8 @@ def top_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def row_relevance(
     query: Tensor, rows: Tensor, project: Project, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """[S] fp32, largest cosine of each row with any of the queries [G, D]; -1 where there is no query.
+    """[S] fp32, largest cosine of each row with any of the queries [G, D]; -1 where there is no
+    query.
 
     Computed in ``dtype``; None: that of the parameters.
     """

@@ -157,7 +157,9 @@ class Tiles:
         return error
 
     def _by_tile(self, pairs: Pairs) -> tuple[Tensor, list[int], int]:
-        """Excluded (row, place) [S, 2] in the order of tiles, where each tile's begin, and tiles in a row."""
+        """Excluded (row, place) [S, 2] in the order of tiles, where each tile's begin, and tiles in
+        a row.
+        """
         users, items = self.shape
         places = torch.stack([pairs.rows, pairs.item_ids - self.first_id], dim=1)
         places = places[(places[:, 1] >= 0) & (places[:, 1] < len(self.vectors))]

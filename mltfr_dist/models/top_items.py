@@ -1,4 +1,6 @@
-"""The items of highest score, exactly, without holding all scores. Shapes: as in ``tiles.py``; k items of a user."""
+"""The items of highest score, exactly, without holding all scores. Shapes: as in ``tiles.py``; k
+items of a user.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def top_items(
 
 
 def _candidates(tiles: Tiles, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each user the ``count`` largest scores as computed, their places [B, count], and their error [B]."""
+    """Of each user the ``count`` largest scores as computed, their places [B, count], and their
+    error [B].
+    """
     computed = tiles.hidden.new_full((len(tiles.hidden), count), -torch.inf)
     places = torch.zeros(computed.shape, dtype=torch.int64, device=computed.device)
     error = torch.zeros(len(computed), dtype=torch.float64, device=computed.device)

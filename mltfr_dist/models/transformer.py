@@ -29,14 +29,18 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(hidden_dim, hidden_dim)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """[N, D] -> [N, D]; causal: position t of a history sees its positions <= t, and so never the padding behind."""
+        """[N, D] -> [N, D]; causal: position t of a history sees its positions <= t, and so never
+        the padding behind.
+        """
         heads = self.qkv(x).view(x.shape[0], 3, self.num_heads, x.shape[-1] // self.num_heads)
         dropout_p = self.weight_dropout * self.training
         return self.out(attended(heads, packing, causal=self.causal, dropout_p=dropout_p))  # type: ignore[no-any-return]
 
 
 def attended(qkv: Tensor, packing: Packing, *, causal: bool, dropout_p: float) -> Tensor:
-    """Queries, keys and values [N, 3, H, D / H] of packed positions -> what each has read, [N, D]."""
+    """Queries, keys and values [N, 3, H, D / H] of packed positions -> what each has read, [N,
+    D].
+    """
     mixed = []
     for some, part in packing.divided(qkv):
         query, key, value = part.unpack(some).permute(2, 0, 3, 1, 4)  # [B, H, L, D/H]
@@ -45,7 +49,8 @@ def attended(qkv: Tensor, packing: Packing, *, causal: bool, dropout_p: float) -
             mask = part.causal_mask[:, None]
         elif not causal:
             valid = part.valid_mask[:, None]  # [B, 1, L]
-            # Padding is no key. What padding itself would read is thrown away: it sees all, so that no row is empty.
+            # Padding is no key. What padding itself would read is thrown away: it sees all, so that
+            # no row is empty.
             mask = valid[:, :, None] | ~valid[..., None]  # [B, 1, L, L]
         # By default no dropout on attention weights, which would forbid the fused kernels: the
         # output is dropped out instead.
@@ -62,7 +67,9 @@ def attended(qkv: Tensor, packing: Packing, *, causal: bool, dropout_p: float) -
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block: attention and a position-wise feed-forward of inner size 4 D, each with a residual."""
+    """Pre-norm block: attention and a position-wise feed-forward of inner size 4 D, each with a
+    residual.
+    """
 
     def __init__(self, hidden_dim: int, dropout: float, attention: nn.Module) -> None:
         super().__init__()
@@ -104,7 +111,8 @@ class PostNormBlock(nn.Module):
 
 
 def init_weights(module: nn.Module, std: float = 0.02) -> None:
-    """Initialise ``module`` itself (use with ``Module.apply``): N(0, std) matrices, zero biases, unit norms.
+    """Initialise ``module`` itself (use with ``Module.apply``): N(0, std) matrices, zero biases,
+    unit norms.
 
     Item tables draw their own rows (``initial.py``).
     """

@@ -1,1 +1,3 @@
-"""The published form of the method, defects included (docs/method.md lists them); nothing else needs this room."""
+"""The published form of the method, defects included (docs/method.md lists them); nothing else
+needs this room.
+"""

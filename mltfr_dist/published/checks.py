@@ -38,7 +38,8 @@ def check_division(
     """Refuse what has no meaning once a batch is divided, or a model sharded.
 
     Raises:
-        ConfigError: A memory of the whole batch over several ranks or micro-batches, or trained tables under ZeRO-3.
+        ConfigError: A memory of the whole batch over several ranks or micro-batches, or trained
+            tables under ZeRO-3.
     """
     if published.pooled_memory and world_size * grad_accum_steps > 1:
         raise ConfigError(
@@ -51,6 +52,7 @@ def check_division(
     if published.trained_tables and zero_stage == 3:
         raise ConfigError(
             "published.trained_tables=true under ZeRO stage 3.",
-            rule="Trained tables are also read outside the forward pass, where stage 3 has them in parts.",
+            rule="Trained tables are also read outside the forward pass, where stage 3 has them in "
+            "parts.",
             remedy="Use deepspeed=ds_configs/zero1.json, or leave tables as they are.",
         )

@@ -1,4 +1,6 @@
-"""D12 and D13: the Fisher of a batch's mean loss, a merge that shrinks, and a consensus expert without dropout."""
+"""D12 and D13: the Fisher of a batch's mean loss, a merge that shrinks, and a consensus expert
+without dropout.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""D4 and D14: memories of a whole batch, experts that read their own table's rows, and a consensus over equal widths.
+"""D4 and D14: memories of a whole batch, experts that read their own table's rows, and a consensus
+over equal widths.
 
 Shapes: G query blocks, K kept tokens, S rows of a memory, E its width.
 """
@@ -18,7 +19,9 @@ from mltfr_dist.numerics import at_least_fp32
 
 
 def own_row_experts(config: ExpertConfig, hidden_dim: int, table_dims: Sequence[int]) -> Experts:
-    """Experts that read rows as they are and start apart, so that only those of equal width can be merged."""
+    """Experts that read rows as they are and start apart, so that only those of equal width can be
+    merged.
+    """
     cores = nn.ModuleList(ExpertCore(config, hidden_dim, width) for width in table_dims)
     return Experts(nn.ModuleList(nn.Identity() for _ in table_dims), cores)
 
@@ -38,7 +41,8 @@ def pooled(memory: Memory) -> Memory:
 
 
 def mean_memory(memories: list[Memory]) -> list[Memory]:
-    """The k-th kept row averaged over tables, for each k: what the published consensus expert attends to.
+    """The k-th kept row averaged over tables, for each k: what the published consensus expert
+    attends to.
 
     Args:
         memories: Of tables of equal width that keep equally many rows.

@@ -1,7 +1,8 @@
-"""D6: frequency filters over the whole sequence, though every position is scored: each reads the future.
+"""D6: frequency filters over the whole sequence, though every position is scored: each reads the
+future.
 
-MLTFR's authors have FMLP-Rec and BSARec so. Their own authors score the last position alone, which is no defect:
-`models/fmlp_original.py` and `models/bsarec_original.py`.
+MLTFR's authors have FMLP-Rec and BSARec so. Their own authors score the last position alone, which
+is no defect: `models/fmlp_original.py` and `models/bsarec_original.py`.
 
 Shapes: B users, L positions, D hidden size.
 """
@@ -17,7 +18,9 @@ from mltfr_dist.models.fmlp import FMLPRec, SequenceFilter, convolved
 
 
 class CircularFilter(SequenceFilter):
-    """A convolution that wraps around: y_t = sum over all s of kernel_(t - s) x_s, modulo max_len."""
+    """A convolution that wraps around: y_t = sum over all s of kernel_(t - s) x_s, modulo
+    max_len.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
@@ -33,7 +36,9 @@ class CircularFMLPRec(FMLPRec):
 
 
 class WholeSequenceBSARec(BSARec):
-    """BSARec whose low frequencies are those of the whole sequence; padding, behind the history, counts as zeros."""
+    """BSARec whose low frequencies are those of the whole sequence; padding, behind the history,
+    counts as zeros.
+    """
 
     def low_pass(self, max_len: int, num_frequencies: int) -> Tensor:
         """[max_len, max_len]."""

@@ -1,6 +1,7 @@
 """D1 and D3: straight-through weights of the kept tokens, normalised, and noise in evaluation.
 
-Shapes: G queries, S candidate rows, V x D_m the table, K kept tokens, E width of an expert's memory.
+Shapes: G queries, S candidate rows, V x D_m the table, K kept tokens, E width of an expert's
+memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a model's answers owe to a table or to an item of the history: the model without it, and gates by position.
+"""What a model's answers owe to a table or to an item of the history: the model without it, and
+gates by position.
 
 Shapes: B histories, L positions, M tables, E gates.
 """
@@ -34,7 +35,8 @@ class Nothing(ExpertCore):
 
 
 def without_table(model: Recommender, m: int) -> Recommender:
-    """The model whose experts of table ``m`` add nothing, and whose consensus expert does not read it.
+    """The model whose experts of table ``m`` add nothing, and whose consensus expert does not read
+    it.
 
     Gates stay as they were: what the table had is lost, not given to the others.
     """

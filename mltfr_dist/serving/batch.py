@@ -1,7 +1,8 @@
 """Recommendations for a file of histories, however long: part by part, and on after a kill.
 
-Parts lie in a folder beside the output until all are there; each is written in one step, so none is half there, and
-rows and parts are counted alike in every call. Then they become the output, in one step too.
+Parts lie in a folder beside the output until all are there; each is written in one step, so none is
+half there, and rows and parts are counted alike in every call. Then they become the output, in one
+step too.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def recommend_file(
     world_size: int = 1,
     log: Callable[[str], None] = say,
 ) -> None:
-    """Write ``output`` (Parquet: ``user_id``, ``item_ids``, ``scores``; a row a row of ``histories``).
+    """Write ``output`` (Parquet: ``user_id``, ``item_ids``, ``scores``; a row a row of
+    ``histories``).
 
     Several processes share the parts; the first one joins them.
 
@@ -163,7 +165,8 @@ def _begin(work: Work, rank: int) -> None:
         time.sleep(WAIT_SECONDS)
     if plan.read_text() != text:
         raise ConfigError(
-            f"{work.folder} holds parts of another call: other histories, options or another model.",
+            f"{work.folder} holds parts of another call: other histories, options or another "
+            f"model.",
             rule="Parts of one output are made alike.",
             remedy="Repeat that call to its end, or delete the folder to begin anew.",
         )

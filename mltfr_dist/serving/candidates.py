@@ -53,7 +53,8 @@ class Candidates:
         if without and empty == "refuse":
             many = len(histories) > 1
             raise DataError(
-                f"History {without[0]} of {len(histories)} is empty, as are {len(without) - 1} more."
+                f"History {without[0]} of {len(histories)} is empty, as are {len(without) - 1} "
+                f"more."
                 if many
                 else "The history is empty.",
                 rule="A model reads at least one item that it knows.",

@@ -1,10 +1,11 @@
 """A trained model whose shapes depend on nothing but the number of histories, as ONNX needs it.
 
-Every history is padded to W = max_len, all positions are computed, and padding is masked where it would be read. All
-tables are folded; transforms along the sequence are the matrices that they are. The maths is the model's, the order of
-sums is not: scores agree to rounding.
+Every history is padded to W = max_len, all positions are computed, and padding is masked where it
+would be read. All tables are folded; transforms along the sequence are the matrices that they are.
+The maths is the model's, the order of sums is not: scores agree to rounding.
 
-Shapes: B histories, L positions given, W positions computed, n positions a query block, D hidden size, S rows of a table.
+Shapes: B histories, L positions given, W positions computed, n positions a query block, D hidden
+size, S rows of a table.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class Dense(Packing):
 
 
 class DensePadded(Padded):
-    """Whole sequences in which padding is computed on as items are, and their histories as :class:`Dense`."""
+    """Whole sequences in which padding is computed on as items are, and their histories as
+    :class:`Dense`.
+    """
 
     def __init__(self, item_ids: Tensor, *, in_front: bool) -> None:
         """Args: item_ids: [B, W], padding behind; in_front: where it goes."""
@@ -194,7 +197,9 @@ class DenseModel(nn.Module):
             self.model = _dense(model, max_len)
 
     def forward(self, item_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Histories [B, L], L <= W, padding behind -> scores [B, num_items + 1], -inf for padding, and user vectors [B, D]."""
+        """Histories [B, L], L <= W, padding behind -> scores [B, num_items + 1], -inf for padding,
+        and user vectors [B, D].
+        """
         batch = item_ids.shape[0]
         item_ids = torch.cat([item_ids, item_ids.new_zeros(batch, self.max_len)], dim=1)
         ranked = self.model.backbone.for_ranking(item_ids[:, : self.max_len])

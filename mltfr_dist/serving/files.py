@@ -1,7 +1,7 @@
 """Files of histories, read a bounded number of rows at a time: Parquet, CSV, JSON lines.
 
-A row has `history`, the item ids of one user, oldest first: a list; in CSV they stand in one field, between blanks or
-commas. `user_id` may be missing: then a row's number, from 1, stands for it.
+A row has `history`, the item ids of one user, oldest first: a list; in CSV they stand in one field,
+between blanks or commas. `user_id` may be missing: then a row's number, from 1, stands for it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def count_rows(path: Path) -> int:
 
 
 def user_type(path: Path) -> Any:
-    """Arrow type of the users' ids: as in a Parquet file; texts elsewhere; row numbers where there are none."""
+    """Arrow type of the users' ids: as in a Parquet file; texts elsewhere; row numbers where there
+    are none.
+    """
     if _suffix(path) != ".parquet":
         return pa.string()
     schema = _opened(path).schema_arrow

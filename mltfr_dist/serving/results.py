@@ -74,8 +74,8 @@ class Recommendations(Sequence[list[Recommendation]]):
         return np.array(chosen, dtype=np.str_).reshape(self.numbers.shape), self.scores
 
     def to_arrow(self) -> pa.Table:
-        """A row an item: ``user_id`` (the history's place where there are none), ``rank`` from 1, ``item_id``, ``score``,
-        and ``title`` where the data has titles.
+        """A row an item: ``user_id`` (the history's place where there are none), ``rank`` from 1,
+        ``item_id``, ``score``, and ``title`` where the data has titles.
         """
         import pyarrow as pa
 

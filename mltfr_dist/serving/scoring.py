@@ -61,7 +61,9 @@ def item_vectors(model: Recommender) -> Tensor:
 
 
 def best_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of scores [B, I + 1] and their columns, best first; of equal ones the lower column."""
+    """The k largest of scores [B, I + 1] and their columns, best first; of equal ones the lower
+    column.
+    """
     values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
     tied = (values[:, k - 1] == values[:, -1]) & values[:, -1].isfinite() & (values.shape[1] > k)
     values, columns = best(values, columns, k)

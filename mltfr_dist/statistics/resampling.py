@@ -2,9 +2,10 @@
 
 Metrics of single users take few values (NDCG@10 of one target eleven), so users of equal value are
 drawn together: as many of each as a multinomial or binomial draw says, which is the same law as
-drawing users one by one. Of more than :data:`MOST_LEVELS` distinct values, and so of more users, the
-law itself is drawn from: normal, with its skewness, from which the true one differs by the order of
-1 / U, less than from 10,000 draws. Shapes: U users, K distinct values, R resamples, S seeds.
+drawing users one by one. Of more than :data:`MOST_LEVELS` distinct values, and so of more users,
+the law itself is drawn from: normal, with its skewness, from which the true one differs by the
+order of 1 / U, less than from 10,000 draws. Shapes: U users, K distinct values, R resamples, S
+seeds.
 """
 
 from __future__ import annotations

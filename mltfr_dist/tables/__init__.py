@@ -1,1 +1,3 @@
-"""Token tables: the input-embedding matrices of language models, extracted once and stored clean."""
+"""Token tables: the input-embedding matrices of language models, extracted once and stored
+clean.
+"""

@@ -1,7 +1,7 @@
 """Normalisation of token tables on disk, in blocks of rows: memory does not grow with the table.
 
-Language models' embeddings are anisotropic: their rows share a large common direction. Centring removes it.
-Shapes: V rows, D columns; sums and statistics are float64.
+Language models' embeddings are anisotropic: their rows share a large common direction. Centring
+removes it. Shapes: V rows, D columns; sums and statistics are float64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from mltfr_dist.progress import follow, say
 from mltfr_dist.tables.row_file import BLOCK_ENTRIES, RowFile
 
 EIGENVALUE_FLOOR = 1e-6
-"""Whitening: eigenvalues below this share of the largest count as this share, so that noise is not blown up."""
+"""Whitening: eigenvalues below this share of the largest count as this share, so that noise is not
+blown up.
+"""
 
 PRODUCT_ENTRIES = 1 << 21
 """Numbers in a block of a matrix product: large, for each block passes over a [D, D] sum."""

@@ -1,13 +1,17 @@
-"""Control tables: what a stored table is replaced by to ask whether its content matters. Made at load, never stored.
+"""Control tables: what a stored table is replaced by to ask whether its content matters. Made at
+load, never stored.
 
-``random``: rows drawn from the normal distribution with the mean and the *full covariance* of the real rows. Spectrum,
-anisotropy and scale are the language model's; which token lies where, and anything beyond second moments, is noise.
+``random``: rows drawn from the normal distribution with the mean and the *full covariance* of the
+real rows. Spectrum, anisotropy and scale are the language model's; which token lies where, and
+anything beyond second moments, is noise.
 
-``shuffled``: each column permuted over the rows by itself. Every marginal distribution stays exactly (heavy tails too);
-correlations between columns, and so the geometry, are gone. Permuting whole rows would change nothing at all: without a
-link between items and tokens, a table is a set of rows.
+``shuffled``: each column permuted over the rows by itself. Every marginal distribution stays
+exactly (heavy tails too); correlations between columns, and so the geometry, are gone. Permuting
+whole rows would change nothing at all: without a link between items and tokens, a table is a set of
+rows.
 
-The two controls keep different halves of the table's statistics, so that neither's shape explains a difference alone.
+The two controls keep different halves of the table's statistics, so that neither's shape explains a
+difference alone.
 
 Shapes: V rows, D columns.
 """
@@ -25,10 +29,12 @@ from mltfr_dist.tables.store import TokenTable
 
 
 def with_content(table: TokenTable, content: TableContent, seed: int) -> TokenTable:
-    """``table`` with its rows replaced as ``content`` says; a function of the real rows, the table's name and ``seed``.
+    """``table`` with its rows replaced as ``content`` says; a function of the real rows, the
+    table's name and ``seed``.
 
-    The sha256 is that of the recipe (content, seed, name, hash of the real file) and not of the made rows: these may
-    differ in the last bit between numerical libraries, and a run must still be able to go on.
+    The sha256 is that of the recipe (content, seed, name, hash of the real file) and not of the
+    made rows: these may differ in the last bit between numerical libraries, and a run must still be
+    able to go on.
     """
     if content == "real":
         return table

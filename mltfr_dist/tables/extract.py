@@ -135,7 +135,9 @@ def extract_table(source: str, config: TableConfig) -> ExtractedTable:
 def _choose_rows(
     source: EmbeddingSource, vocabulary: Vocabulary, *, keep_special: bool
 ) -> tuple[torch.Tensor, tuple[str, ...], dict[DropReason, int]]:
-    """The kept rows as a mask [rows in the source], their tokens, and the dropped ones counted by reason."""
+    """The kept rows as a mask [rows in the source], their tokens, and the dropped ones counted by
+    reason.
+    """
     num_rows = source.num_rows
     num_without = sum(token is not None for token in islice(vocabulary.tokens, num_rows, None))
     _check_sizes(source, vocabulary, num_without)

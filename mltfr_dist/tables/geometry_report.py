@@ -1,4 +1,6 @@
-"""`mltfr tables --inspect`: the geometry of stored tables as text, as pictures, and in TensorBoard's projector."""
+"""`mltfr tables --inspect`: the geometry of stored tables as text, as pictures, and in
+TensorBoard's projector.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def inspect_tables(
         if lacking:
             raise ConfigError(
                 f"{', '.join(lacking)} holds no token that is the whole word {word!r}.",
-                rule="Neighbours are shown of words in lower case that are one token in each table.",
+                rule="Neighbours are shown of words in lower case that are one token in each "
+                "table.",
                 remedy=f"Give others, as {', '.join(sampled(shared)[:SHOWN_WORDS])}.",
             )
     shown = list(words) or sampled(shared)[:: max(1, len(sampled(shared)) // SHOWN_WORDS)]
@@ -93,7 +96,8 @@ def _spread_lines(tables: Sequence[TokenTable], spreads: Mapping[str, Spread]) -
         *lines,
         "dimensions: 1 / sum of squared shares of variance. mean cosine: of two rows, as the model",
         "has them and as stored. nearest: median cosine of a word with its nearest row, and in a",
-        "table of normal rows of the same mean and covariance: the more, the less it is an accident.",
+        "table of normal rows of the same mean and covariance: the more, the less it is an "
+        "accident.",
     ]
 
 

@@ -27,7 +27,8 @@ def seed_tables(tables: Sequence[TokenTable], config: FilterConfig) -> tuple[Tok
     unknown = [word for word in words if not any(word in rows for rows in found)]
     if unknown:
         raise ConfigError(
-            f"No vocabulary holds the seed word{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}.",
+            f"No vocabulary holds the seed word{'s' if len(unknown) > 1 else ''} "
+            f"{', '.join(map(repr, unknown))}.",
             rule="A seed word is a whole token of at least one table (case does not count).",
             remedy="Correct mltfr.filter.seed_words, or leave it out.",
         )
@@ -36,7 +37,8 @@ def seed_tables(tables: Sequence[TokenTable], config: FilterConfig) -> tuple[Tok
             raise ConfigError(
                 f"The vocabulary of table `{table.name}` holds none of the seed words.",
                 rule="An expert needs something to read.",
-                remedy="Leave the table out of mltfr.tables, or add a word to mltfr.filter.seed_words that it holds.",
+                remedy="Leave the table out of mltfr.tables, or add a word to "
+                "mltfr.filter.seed_words that it holds.",
             )
     return tuple(
         cut(table, [i for ids in rows.values() for i in ids], config.seed_neighbours)
@@ -45,7 +47,9 @@ def seed_tables(tables: Sequence[TokenTable], config: FilterConfig) -> tuple[Tok
 
 
 def rows_of(table: TokenTable, words: Sequence[str]) -> dict[str, list[int]]:
-    """Word to the rows whose token it is, with any case and with or without a leading space; words without a row are left out."""
+    """Word to the rows whose token it is, with any case and with or without a leading space; words
+    without a row are left out.
+    """
     found: dict[str, list[int]] = {}
     wanted = set(words)
     for row, token in enumerate(table.vocabulary):
@@ -56,7 +60,9 @@ def rows_of(table: TokenTable, words: Sequence[str]) -> dict[str, list[int]]:
 
 
 def cut(table: TokenTable, seeds: Sequence[int], num_neighbours: int) -> TokenTable:
-    """``table`` with the rows ``seeds`` and, of each, the ``num_neighbours`` others of highest cosine."""
+    """``table`` with the rows ``seeds`` and, of each, the ``num_neighbours`` others of highest
+    cosine.
+    """
     unit = F.normalize(table.rows, dim=1)  # [V, D]
     order = (
         (unit[list(seeds)] @ unit.T).topk(min(num_neighbours + 1, len(unit)), dim=1).indices

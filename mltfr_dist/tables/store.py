@@ -47,13 +47,15 @@ class TokenTable:
 
     Attributes:
         name: the table's name.
-        rows: [V_m, D_m] float32, backed by the file: processes of one machine that load the same table share its
-            memory as long as they only read it (the mapping is private, so a write would copy the page).
+        rows: [V_m, D_m] float32, backed by the file: processes of one machine that load the same
+            table share its memory as long as they only read it (the mapping is private, so a write
+            would copy the page).
         info: sizes, hashes, provenance.
         folder: where it is stored.
         sha256: what a run records: the file's, or for a control table its recipe's.
         row_ids: numbers of the stored rows that these are; None: all of them, in order.
-        content: whether the rows are the stored ones or a control made from them (tables/content.py).
+        content: whether the rows are the stored ones or a control made from them
+            (tables/content.py).
     """
 
     name: str
@@ -76,7 +78,9 @@ class TokenTable:
 
 
 def table_hash(rows: torch.Tensor) -> str:
-    """sha256 of the rows' float32 bytes, row by row: equal before and after training proves that a table was not touched."""
+    """sha256 of the rows' float32 bytes, row by row: equal before and after training proves that a
+    table was not touched.
+    """
     digest = hashlib.sha256()
     for block in torch.split(rows.detach(), 4096):  # [n, D_m]
         digest.update(block.to("cpu", torch.float32).contiguous().numpy().data)
@@ -221,7 +225,8 @@ def load_table(folder: str | Path, *, verify: bool = True) -> TokenTable:
 
     Args:
         folder: the table's folder.
-        verify: compare the files' hashes with the header (reads the whole file once) and check the vocabulary.
+        verify: compare the files' hashes with the header (reads the whole file once) and check the
+            vocabulary.
 
     Raises:
         DataError: missing, of another schema version, damaged, or not what its header says.
@@ -244,7 +249,8 @@ def load_table(folder: str | Path, *, verify: bool = True) -> TokenTable:
         raise DataError(f"{path} cannot be read: {error}.", remedy=REBUILD) from None
     if tuple(rows.shape) != (info.num_rows, info.dim) or rows.dtype != torch.float32:
         raise DataError(
-            f"{path} holds {tuple(rows.shape)} {rows.dtype}, but {INFO_FILE} says ({info.num_rows}, {info.dim}) torch.float32.",
+            f"{path} holds {tuple(rows.shape)} {rows.dtype}, but {INFO_FILE} says "
+            f"({info.num_rows}, {info.dim}) torch.float32.",
             remedy=REBUILD,
         )
     if verify:

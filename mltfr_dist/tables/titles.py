@@ -1,8 +1,10 @@
-"""Items' titles in a table's own tokens: the positive control, which uses item text as the method itself never does.
+"""Items' titles in a table's own tokens: the positive control, which uses item text as the method
+itself never does.
 
-No tokenizer runs: each word (of what lies between spaces) is cut into the stored vocabulary's tokens, always the longest
-that fits. So a word that is a
-token is that token, and others fall into pieces as tokenizers cut them, if not always at the same places.
+No tokenizer runs: each word (of what lies between spaces) is cut into the stored vocabulary's
+tokens, always the longest that fits. So a word that is a
+token is that token, and others fall into pieces as tokenizers cut them, if not always at the same
+places.
 
 Shapes: I items, V rows, D_m columns of a table.
 """
@@ -43,21 +45,25 @@ def title_tokens(title: str, rows: Mapping[str, int]) -> list[int]:
 
 
 def _row(piece: str, rows: Mapping[str, int], *, begins: bool) -> int | None:
-    """The row of a piece of a word: as written or else in lower case, and where a word begins, a token that begins one first."""
+    """The row of a piece of a word: as written or else in lower case, and where a word begins, a
+    token that begins one first.
+    """
     texts = (piece, piece.lower())
     marked = [f" {text}" for text in texts] if begins else []
     return next((rows[text] for text in (*marked, *texts) if text in rows), None)
 
 
 def title_features(titles: Sequence[str | None], table: TokenTable) -> Tensor:
-    """Per item a mixture of its title's rows, of length 1 (0 for an item without a title or a known token).
+    """Per item a mixture of its title's rows, of length 1 (0 for an item without a title or a known
+    token).
 
-    Rows are weighed by how few titles hold them (log(I / count)), for "The" says little; then the mean over items, which
-    says nothing of any one of them, is taken off.
+    Rows are weighed by how few titles hold them (log(I / count)), for "The" says little; then the
+    mean over items, which says nothing of any one of them, is taken off.
 
     Args:
         titles: Of items 1..I; place 0 is padding.
-        table: Its vocabulary and rows; of a control table the links are the real tokens', the rows are not.
+        table: Its vocabulary and rows; of a control table the links are the real tokens', the rows
+            are not.
 
     Returns:
         [I + 1, D_m].

@@ -22,7 +22,9 @@ INITIALISATION = 1 << 32
 def build_model(
     config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE, *, with_consensus: bool
 ) -> Recommender:
-    """A freshly initialised model, the same on every rank; its tables are where the configuration places them."""
+    """A freshly initialised model, the same on every rank; its tables are where the configuration
+    places them.
+    """
     seed_all(config.training.seed, INITIALISATION)
     spec = model_spec(config, inputs, with_consensus=with_consensus)
     placed = place_tables(config, inputs.tables, ranks)

@@ -16,7 +16,8 @@ def check_tables(config: RunConfig, tables: Sequence[TokenTable]) -> None:
     """Whether a run can work with these tables, by their names and sizes.
 
     Raises:
-        ConfigError: A table given twice, a filter that does not fit one, or a group that cannot be merged.
+        ConfigError: A table given twice, a filter that does not fit one, or a group that cannot be
+            merged.
     """
     names = [table.name for table in tables]
     for table in tables:
@@ -40,9 +41,12 @@ def check_filter(config: FilterConfig, table: TokenTable) -> None:
     rows = len(table.rows)
     if config.strategy in ("direct", "seed_words") and rows > config.max_direct_rows:
         raise ConfigError(
-            f"mltfr.filter.strategy={config.strategy} has every position attend to {rows:,} rows of table `{table.name}`.",
-            rule=f"At most mltfr.filter.max_direct_rows ({config.max_direct_rows:,}): cost grows with positions x rows.",
-            remedy="Raise it if the machine can bear it, give fewer words, or choose with strategy=user_guided.",
+            f"mltfr.filter.strategy={config.strategy} has every position attend to {rows:,} rows "
+            f"of table `{table.name}`.",
+            rule=f"At most mltfr.filter.max_direct_rows ({config.max_direct_rows:,}): cost grows "
+            f"with positions x rows.",
+            remedy="Raise it if the machine can bear it, give fewer words, or choose with "
+            "strategy=user_guided.",
         )
     kept = config.num_kept(rows)
     searched = (
@@ -50,9 +54,11 @@ def check_filter(config: FilterConfig, table: TokenTable) -> None:
     )
     if config.strategy in ("user_guided", "random_tokens") and kept > searched:
         raise ConfigError(
-            f"The filter keeps {kept} tokens of table `{table.name}`, of which {searched} rows are searched.",
+            f"The filter keeps {kept} tokens of table `{table.name}`, of which {searched} rows are "
+            f"searched.",
             rule="It cannot keep more than it searches.",
-            remedy="Lower mltfr.filter.top_k or filter_ratio, or raise mltfr.filter.shortlist_size.",
+            remedy="Lower mltfr.filter.top_k or filter_ratio, or raise "
+            "mltfr.filter.shortlist_size.",
         )
 
 
@@ -66,7 +72,8 @@ def consensus_tables(config: RunConfig, tables: Sequence[TokenTable]) -> list[in
     for name in mltfr.consensus.group:
         if name not in names:
             raise ConfigError(
-                f"mltfr.consensus.group names `{name}`, which is no table of the run{or_nearest(name, names)}.",
+                f"mltfr.consensus.group names `{name}`, which is no table of the "
+                f"run{or_nearest(name, names)}.",
                 remedy=f"Tables: {', '.join(names)}.",
             )
     places = [names.index(name) for name in mltfr.consensus.group or names]

@@ -93,7 +93,8 @@ def load_inputs(config: RunConfig, *, verify: bool = True) -> Inputs:
 
 
 def leave_out_bad_shards(config: RunConfig, ranks: Ranks) -> RunConfig:
-    """With `data.on_bad_shard=quarantine`: the run without every shard that any rank finds bad; all ranks must call.
+    """With `data.on_bad_shard=quarantine`: the run without every shard that any rank finds bad; all
+    ranks must call.
 
     Raises:
         DataError: No manifest, or a split of which nothing would remain.

@@ -34,7 +34,8 @@ def load_items(config: RunConfig) -> ItemMap:
 
 
 def item_features(config: RunConfig, tables: Sequence[TokenTable]) -> torch.Tensor | None:
-    """What ``mltfr.item_tokens`` gives each item of every table, [num_items + 1, sum of D_m]; None where it gives nothing.
+    """What ``mltfr.item_tokens`` gives each item of every table, [num_items + 1, sum of D_m]; None
+    where it gives nothing.
 
     Raises:
         ConfigError: Titles are asked for and the data has none.
@@ -44,7 +45,8 @@ def item_features(config: RunConfig, tables: Sequence[TokenTable]) -> torch.Tens
     titles = load_items(config).titles
     if not any(titles):
         raise ConfigError(
-            f"mltfr.item_tokens.source=titles, but the prepared data {config.data.path} has no item titles.",
+            f"mltfr.item_tokens.source=titles, but the prepared data {config.data.path} has no "
+            f"item titles.",
             rule="This positive control reads each item's title.",
             remedy="Prepare the data with --titles FILE, or set mltfr.item_tokens.source=none.",
         )

@@ -1,7 +1,8 @@
-"""Where a run or sweep was started: relative paths of its configuration begin there, wherever a command is typed.
+"""Where a run or sweep was started: relative paths of its configuration begin there, wherever a
+command is typed.
 
-`origin.json` beside the configuration holds that folder twice: as seen from the run's folder, so that a whole project can be
-moved, and absolute, so that the run's folder alone can.
+`origin.json` beside the configuration holds that folder twice: as seen from the run's folder, so
+that a whole project can be moved, and absolute, so that the run's folder alone can.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ def record_origin(folder: Path) -> None:
 
 
 def origins(folder: Path) -> list[Path]:
-    """Where relative paths of what lies in ``folder`` may begin, in the order in which they are tried.
+    """Where relative paths of what lies in ``folder`` may begin, in the order in which they are
+    tried.
 
-    The place that is to the folder as the recorded one was, the recorded one, the working folder; where nothing is recorded,
-    the working folder alone.
+    The place that is to the folder as the recorded one was, the recorded one, the working folder;
+    where nothing is recorded, the working folder alone.
     """
     here = Path.cwd()
     try:
@@ -47,7 +49,9 @@ def origins(folder: Path) -> list[Path]:
 
 
 def located(values: Values, folder: Path) -> Values:
-    """The configuration of what lies in ``folder``, its paths as they are found from the working folder."""
+    """The configuration of what lies in ``folder``, its paths as they are found from the working
+    folder.
+    """
     begins = origins(folder)
     return _with_paths(values, lambda path: _locate(path, begins))
 
@@ -72,7 +76,9 @@ def check_located(values: Values, folder: Path) -> None:
 
 
 def as_stored(given: Values, stored: Values, folder: Path) -> Values:
-    """``given``, each path of it as in ``stored``, which lies in ``folder``, where both mean one place."""
+    """``given``, each path of it as in ``stored``, which lies in ``folder``, where both mean one
+    place.
+    """
     begins, same = origins(folder), dict.fromkeys(_paths(stored))
     meant = {os.path.realpath(_locate(path, begins)): path for path in same}
     return _with_paths(

@@ -1,4 +1,6 @@
-"""`runs/NAME/`: config.yaml, metrics.jsonl, report.md, result.json, ranks.parquet, tb/, checkpoints/."""
+"""`runs/NAME/`: config.yaml, metrics.jsonl, report.md, result.json, ranks.parquet, tb/,
+checkpoints/.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,13 @@ class Result(Section):
     epochs: int = 0
     """Epochs trained, over all stages."""
     test_slices: dict[str, dict[str, float]] = Field({})
-    """Test metrics by slice of users (training/evaluating/slices.py), and each slice's number of ``users``."""
+    """Test metrics by slice of users (training/evaluating/slices.py), and each slice's number of
+    ``users``.
+    """
     routing: dict[str, float] = Field({})
-    """Of the chosen model's gate on the validation split (training/evaluating/routing.py); empty without MLTFR."""
+    """Of the chosen model's gate on the validation split (training/evaluating/routing.py); empty
+    without MLTFR.
+    """
     parameters: int = 0
     """Trained parameters."""
     peak_memory_bytes: int = 0

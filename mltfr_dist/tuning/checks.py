@@ -31,7 +31,9 @@ WHAT_IS_MEASURED = ("evaluation.", "published.pick_on_test", "data.path", "data.
 """Fields whose values make objectives of trials that cannot be compared, or of the test split."""
 
 MOST_COMBINATIONS = 256
-"""Combinations of other fields that are tried before a value counts as one that no trial can run with."""
+"""Combinations of other fields that are tried before a value counts as one that no trial can run
+with.
+"""
 
 MAY_CHANGE = ("resources_per_trial", "max_concurrent", "max_failures", "num_trials", "final_seeds")
 """What a sweep may be gone on with differently: it says nothing of the trials there are."""
@@ -41,7 +43,8 @@ def check_space(sweep: SweepConfig, base: RunConfig) -> None:
     """Refuse what no trial could run with, before any runs.
 
     Raises:
-        ConfigError: A key that is no field, a value or range of the wrong type, a metric that is never reported.
+        ConfigError: A key that is no field, a value or range of the wrong type, a metric that is
+            never reported.
     """
     leaves = leaf_values(base)
     for key, domain in sweep.search.items():
@@ -62,7 +65,8 @@ def check_space(sweep: SweepConfig, base: RunConfig) -> None:
         if key.startswith(WHAT_IS_MEASURED):
             raise ConfigError(
                 f"`{key}` cannot be searched.",
-                rule="All trials are measured alike: on the same data, by the same ranking, on validation.",
+                rule="All trials are measured alike: on the same data, by the same ranking, on "
+                "validation.",
                 remedy="Set it in `overrides`, for all of them.",
             )
         for value in domain.samples():
@@ -71,7 +75,8 @@ def check_space(sweep: SweepConfig, base: RunConfig) -> None:
 
 
 def check_value(sweep: SweepConfig, base: RunConfig, key: str, value: Any) -> None:
-    """Refuse a value that is valid neither beside the base's other values nor beside any that are searched.
+    """Refuse a value that is valid neither beside the base's other values nor beside any that are
+    searched.
 
     Raises:
         ConfigError: What is wrong with it beside the base's.
@@ -99,13 +104,15 @@ def check_metric(sweep: SweepConfig, base: RunConfig) -> None:
     if base.published.pick_on_test:
         raise ConfigError(
             "published.pick_on_test is true.",
-            rule="A sweep picks on validation, hundreds of times; the test split is read once, at the end.",
+            rule="A sweep picks on validation, hundreds of times; the test split is read once, at "
+            "the end.",
             remedy="Set published.pick_on_test=false.",
         )
     if re.match(r"test\b", sweep.metric):
         raise ConfigError(
             f"metric `{sweep.metric}` is of the test split.",
-            rule="Validation picks; the test split is read once, at the end, for the chosen configuration.",
+            rule="Validation picks; the test split is read once, at the end, for the chosen "
+            "configuration.",
             remedy=f"Use one of {', '.join(reported)}.",
         )
     if sweep.metric not in reported:
@@ -159,7 +166,8 @@ def check_resources(sweep: SweepConfig, there: dict[str, float]) -> None:
         need = each.workers * amount
         if need > there.get(name, 0):
             raise ConfigError(
-                f"A trial needs {need:g} {name}s ({each.workers} workers x {amount:g}); there are {there.get(name, 0):g}.",
+                f"A trial needs {need:g} {name}s ({each.workers} workers x {amount:g}); there are "
+                f"{there.get(name, 0):g}.",
                 rule="A trial's workers run at the same time.",
                 remedy="Lower resources_per_trial, or start the sweep on a larger cluster.",
             )

@@ -110,7 +110,8 @@ def join(address: str, nodes: int) -> None:
         f"The Ray cluster at {address} has {there} of {nodes} nodes after {JOIN_SECONDS:.0f} s"
         f"{f' ({last})' if last else ''}.",
         rule="A sweep begins once every node is there.",
-        remedy="See the log of each node's `ray start` (slurm/sweep.sbatch: ray-NODE.log), or leave --address out for one on "
+        remedy="See the log of each node's `ray start` (slurm/sweep.sbatch: ray-NODE.log), or "
+        "leave --address out for one on "
         "this machine.",
     )
 
@@ -144,7 +145,8 @@ PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, log
 
 
 def refusal(address: str) -> str:
-    """Why this process cannot connect to what listens at ``address``, where waiting may help; else empty.
+    """Why this process cannot connect to what listens at ``address``, where waiting may help; else
+    empty.
 
     Asked in a process of its own: Ray tries for minutes what it cannot connect to, and then ends
     the process.
@@ -200,7 +202,8 @@ def wrong_token(address: str) -> ConfigError:
 
 
 def verify_on_nodes(sweep: SweepConfig, base: RunConfig) -> None:
-    """Compare data and tables with their recorded hashes on every other node, as was done on this one.
+    """Compare data and tables with their recorded hashes on every other node, as was done on this
+    one.
 
     Raises:
         MltfrError: As :func:`~mltfr_dist.tuning.checks.check_inputs`, on any of them.

@@ -46,7 +46,8 @@ class Domain(Section):
         ]
         if len(given) != 1:
             raise ValueError(
-                f"give exactly one of choices, subsets, uniform, log_uniform, integers (given: {given or 'none'})"
+                f"give exactly one of choices, subsets, uniform, log_uniform, integers (given: "
+                f"{given or 'none'})"
             )
         ends = self.uniform or self.log_uniform or self.integers
         if ends and not ends[0] < ends[1]:
@@ -80,7 +81,9 @@ class Domain(Section):
         return None
 
     def samples(self) -> list[Any]:
-        """Values that stand for all: every option, or a range's ends and a number between them that is not round."""
+        """Values that stand for all: every option, or a range's ends and a number between them that
+        is not round.
+        """
         if self.ends is None:
             return self.options() or []
         first, last = self.ends

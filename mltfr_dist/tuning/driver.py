@@ -1,4 +1,6 @@
-"""The sweep's own process: it gives trials to Ray Tune, notes how each ends, and says how far it is."""
+"""The sweep's own process: it gives trials to Ray Tune, notes how each ends, and says how far it
+is.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,11 @@ HEAD = "node:__internal_head__"
 """Ray's resource of which the head node alone has 1."""
 
 TRIAL_RESOURCES = {HEAD: 0.0001}
-"""What the process that watches a trial holds: it runs on the head node and takes no CPU from the workers.
+"""What the process that watches a trial holds: it runs on the head node and takes no CPU from the
+workers.
 
-Were it a CPU, as many watchers as there are CPUs could start and wait for workers that have none left.
-"""
+Were it a CPU, as many watchers as there are CPUs could start and wait for workers that have none
+left. """
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -102,7 +105,8 @@ def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -
             num_samples=1 if population else progress.missing,
             search_alg=None if population else search,
             scheduler=make_scheduler(sweep, setting.base, trials),
-            # Of a population, those that pause must not count: its slots are those of its resources.
+            # Of a population, those that pause must not count: its slots are those of its
+            # resources.
             max_concurrent_trials=None if population else progress.concurrent,
             # A watcher takes the next trial and need not start, but not where trials pause.
             reuse_actors=not population,
@@ -112,7 +116,8 @@ def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -
             name="tune",
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=sweep.max_failures),
-            # PBT saves where it exchanges. All are kept: one deleted while another trial starts from it would fail that trial.
+            # PBT saves where it exchanges. All are kept: one deleted while another trial starts
+            # from it would fail that trial.
             checkpoint_config=tune.CheckpointConfig(
                 num_to_keep=None, checkpoint_frequency=0, checkpoint_at_end=False
             ),
@@ -124,15 +129,19 @@ def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -
 
 
 def population_resources(concurrent: int) -> dict[str, float]:
-    """What each trial of a population holds, so that ``concurrent`` of them run and the others wait.
+    """What each trial of a population holds, so that ``concurrent`` of them run and the others
+    wait.
 
-    PBT pauses a trial that has trained as far as the next exchange while others wait, so all share the slots in turn.
+    PBT pauses a trial that has trained as far as the next exchange while others wait, so all share
+    the slots in turn.
     """
     return {HEAD: math.floor(1e4 / concurrent) / 1e4}  # Ray counts in steps of 1e-4
 
 
 def whole_population(search: FolderSearch) -> dict[str, Any]:
-    """Every trial that is missing, for PBT, which takes no search algorithm: it wants its population at once."""
+    """Every trial that is missing, for PBT, which takes no search algorithm: it wants its
+    population at once.
+    """
     found = []
     while isinstance(trial := search.suggest(""), dict):
         found.append(trial)
@@ -197,7 +206,8 @@ class StopAll(Stopper):  # type: ignore[misc]
 
 @contextmanager
 def stop_signals(flag: Path) -> Iterator[Callable[[], None]]:
-    """Take Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 as the wish to save and stop; the second one ends at once.
+    """Take Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 as the wish to save and stop; the second one ends at
+    once.
 
     What is ignored already stays so: under nohup a dropped connection stops nothing.
 
@@ -215,7 +225,8 @@ def stop_signals(flag: Path) -> Iterator[Callable[[], None]]:
 
     def request(number: int, _frame: FrameType | None) -> None:
         print(
-            f"{signal.Signals(number).name}: running trials save, then the sweep ends; once more to end at once",
+            f"{signal.Signals(number).name}: running trials save, then the sweep ends; once more "
+            f"to end at once",
             flush=True,
         )
         flag.touch()

@@ -9,8 +9,10 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a trial's output goes to its own log
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process a trial; Slurm's signal and a lost node are seen without it
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a trial's end is seen that much later at most, instead of 2 s
+    # one more process a trial; Slurm's signal and a lost node are seen without it
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # a trial's end is seen that much later at most, instead of 2 s
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # why trials fail, the sweep says itself
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -22,11 +24,15 @@ ENVIRONMENT = {
 """What the driver and the trials of a sweep have, where the user has not set it."""
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""The same for the driver of a Ray of its own: without clusters it takes 127.0.0.1 for its node and listens there alone (on every
-system, whatever the name says); asked for that address in any other way, it listens on all interfaces."""
+"""The same for the driver of a Ray of its own: without clusters it takes 127.0.0.1 for its node and
+listens there alone (on every system, whatever the name says); asked for that address in any other
+way, it listens on all interfaces.
+"""
 
 
 def set_environment(more: Mapping[str, str] | None = None) -> None:
-    """Set :data:`ENVIRONMENT` and ``more`` in this process; those it starts inherit them, those of a cluster do not."""
+    """Set :data:`ENVIRONMENT` and ``more`` in this process; those it starts inherit them, those of
+    a cluster do not.
+    """
     for name, value in {**ENVIRONMENT, **(more or {})}.items():
         os.environ.setdefault(name, value)

@@ -1,4 +1,6 @@
-"""`mltfr report` of a folder, whichever it is: a run, the bare backbone inside it, a sweep, a trial of one."""
+"""`mltfr report` of a folder, whichever it is: a run, the bare backbone inside it, a sweep, a trial
+of one.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def result_text(folder: Path, seed: int, result: Result) -> str:
 
 
 def unfinished_run(folder: Path) -> ConfigError:
-    """The error for a run without a result; it names who began the run, for that one goes on with it."""
+    """The error for a run without a result; it names who began the run, for that one goes on with
+    it.
+    """
     sweep = next((parent for parent in folder.parents if (parent / SWEEP).exists()), None)
     epochs = len(read_validations(folder / METRICS))
     what = f"The run {folder} is not finished: {epochs} epochs are validated."

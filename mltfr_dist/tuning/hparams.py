@@ -1,4 +1,6 @@
-"""A sweep's HParams page: one session a trial, with its searched fields and its outcome, from its files."""
+"""A sweep's HParams page: one session a trial, with its searched fields and its outcome, from its
+files.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,18 @@ from mltfr_dist.tuning.space import shown_value
 
 
 def write_all(trials: Sequence[Trial]) -> None:
-    """Write the session of every trial that is over and has none, such as one that ended while the sweep was down."""
+    """Write the session of every trial that is over and has none, such as one that ended while the
+    sweep was down.
+    """
     for trial in trials:
         if trial.state != "unfinished" and not (trial.folder / SESSION).exists():
             write_hparams(trial)
 
 
 def write_hparams(trial: Trial) -> None:
-    """Write the session of a trial that is over; one that failed before its first validation has no metrics."""
+    """Write the session of a trial that is over; one that failed before its first validation has no
+    metrics.
+    """
     validations = trial.validations()
     names = validations[-1].metrics if validations else ()
     metrics = {f"sweep/best_{name}": max(v.metrics[name] for v in validations) for name in names}

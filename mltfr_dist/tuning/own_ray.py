@@ -32,7 +32,8 @@ NOT_NEEDED = ("start_api_server", "start_monitor", "start_log_monitor")
 
 
 def start_own_ray() -> None:
-    """Start Ray on this machine, in a session of its own: a signal to the sweep's group is for the sweep to take.
+    """Start Ray on this machine, in a session of its own: a signal to the sweep's group is for the
+    sweep to take.
 
     Raises:
         ConfigError: It does not start.
@@ -57,7 +58,8 @@ def start_own_ray() -> None:
         raise ConfigError(
             f"Ray does not start on this machine: {reason.rstrip('.')}.",
             rule=f"It needs room in {folder} and in /dev/shm.",
-            remedy="Set TMPDIR to a folder with room, or give the address of a cluster by --address HOST:PORT.",
+            remedy="Set TMPDIR to a folder with room, or give the address of a cluster by "
+            "--address HOST:PORT.",
         ) from None
 
 

@@ -15,7 +15,8 @@ from mltfr_dist.tuning.suggest import STARTUP_TRIALS, Known, Space, suggest
 
 
 def make_space(sweep: SweepConfig, base: RunConfig) -> Space:
-    """The sweep's points, each checked as a run checks its configuration and the sizes of its tables.
+    """The sweep's points, each checked as a run checks its configuration and the sizes of its
+    tables.
 
     The tables must be there (:func:`mltfr_dist.tuning.checks.check_inputs`).
     """
@@ -54,7 +55,8 @@ def space_lines(space: Space) -> list[str]:
     if space.left_out:
         values, reason = next(iter(space.left_out.items()))
         lines.append(
-            f"  {len(space.left_out)} points cannot run and are left out, such as {values}: {reason}"
+            f"  {len(space.left_out)} points cannot run and are left out, such as {values}: "
+            f"{reason}"
         )
     return lines
 

@@ -50,7 +50,9 @@ def ticks(domain: Domain) -> dict[float, str]:
 def parallel_coordinates(
     sweep: SweepConfig, ranked: Sequence[tuple[float, Trial]], path: Path
 ) -> None:
-    """One line a trial over an axis a field, coloured by the objective; trials that were stopped early are dashed."""
+    """One line a trial over an axis a field, coloured by the objective; trials that were stopped
+    early are dashed.
+    """
     keys = list(sweep.search)
     figure = Figure(figsize=(max(6.0, 2.2 * len(keys) + 2), 5))
     FigureCanvasAgg(figure)

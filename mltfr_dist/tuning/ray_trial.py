@@ -1,7 +1,9 @@
-"""One trial on Ray: Tune's trainable, which starts the workers of a run by Ray Train and reads its metrics.jsonl.
+"""One trial on Ray: Tune's trainable, which starts the workers of a run by Ray Train and reads its
+metrics.jsonl.
 
-The workers call the same ``fit()`` as train.py, in the trial's own run folder, and know nothing of the sweep. So what Tune
-sees is what the run recorded; a trial that is started again goes on from the run's last checkpoint, and replays nothing.
+The workers call the same ``fit()`` as train.py, in the trial's own run folder, and know nothing of
+the sweep. So what Tune sees is what the run recorded; a trial that is started again goes on from
+the run's last checkpoint, and replays nothing.
 """
 
 from __future__ import annotations
@@ -160,7 +162,8 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         (place / OWNER).write_text(str(self.record.number))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """PBT: go on from another trial's checkpoint with this one's new values, as a run of its own.
+        """PBT: go on from another trial's checkpoint with this one's new values, as a run of its
+        own.
 
         Where PBT only paused the trial, its own run goes on.
         """
@@ -176,7 +179,9 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         self.seen = len(self.record.validations())
 
     def cleanup(self) -> None:
-        """End the workers: where the sweep stops, once they have saved; where the trial alone does, at once."""
+        """End the workers: where the sweep stops, once they have saved; where the trial alone does,
+        at once.
+        """
         if self.attempt is not None and (self.setting.folder / STOP).exists():
             self.attempt.join(STOP_SECONDS)
         release(self.group)
@@ -231,7 +236,8 @@ def stop_when_told(flag: Path) -> None:
 
 @contextmanager
 def one_attempt(log: Path) -> Iterator[None]:
-    """Rank 0 writes to ``log``, alone: an earlier attempt's process may live on for a moment after its driver was killed.
+    """Rank 0 writes to ``log``, alone: an earlier attempt's process may live on for a moment after
+    its driver was killed.
 
     Raises:
         ConfigError: It does not go.
@@ -266,7 +272,9 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def can_pass(error: BaseException) -> bool:
-    """Whether the same run may succeed if it is started again: what was refused, or was not finite, will be so again."""
+    """Whether the same run may succeed if it is started again: what was refused, or was not finite,
+    will be so again.
+    """
     return not isinstance(error, MltfrError) or error.exit_code != EXIT_BAD_INPUT
 
 

@@ -1,7 +1,8 @@
-"""A sweep's trials as they lie on disk: `trials/NNNN/` is a run folder, `trials/NNNN.json` its record.
+"""A sweep's trials as they lie on disk: `trials/NNNN/` is a run folder, `trials/NNNN.json` its
+record.
 
-These files are the truth. Whether a trial is finished, was stopped, failed, or waits to go on is read from them, so a sweep
-whose driver was killed at any point goes on.
+These files are the truth. Whether a trial is finished, was stopped, failed, or waits to go on is
+read from them, so a sweep whose driver was killed at any point goes on.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Record(Section):
 
     values: Values
     generation: int = 0
-    """PBT: times that the trial has taken over another's weights; each generation is a run of its own."""
+    """PBT: times that the trial has taken over another's weights; each generation is a run of its
+    own.
+    """
     ended: Ended | None = None
 
 
@@ -163,13 +166,17 @@ def load_trials(sweep: Path) -> list[Trial]:
 
 
 def next_number(sweep: Path) -> int:
-    """A number that no trial has or had: those of deleted records are known by their folders and logs."""
+    """A number that no trial has or had: those of deleted records are known by their folders and
+    logs.
+    """
     there = (path.name[:4] for path in (sweep / TRIALS).glob("[0-9][0-9][0-9][0-9]*"))
     return 1 + max((int(name) for name in there if name.isdecimal()), default=-1)
 
 
 def read_validations(path: Path) -> list[Validation]:
-    """Validations of a metrics.jsonl; a line that is still being written is left for the next time."""
+    """Validations of a metrics.jsonl; a line that is still being written is left for the next
+    time.
+    """
     found: list[Validation] = []
     stage, base, epoch = STAGES[0], 0, 0
     for text in path.read_text().splitlines() if path.exists() else ():

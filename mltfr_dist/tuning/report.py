@@ -1,4 +1,6 @@
-"""What a sweep found: the ranking, what each field does, the chosen configuration as a file, report.md and plots."""
+"""What a sweep found: the ranking, what each field does, the chosen configuration as a file,
+report.md and plots.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def choose(sweep: SweepConfig, trials: Sequence[Trial]) -> Trial:
 
 
 def write_best(sweep: SweepConfig, resolved: RunConfig, best: Trial) -> None:
-    """best.yaml: the chosen configuration, complete, as train.py runs it, without what trials need (threads, no baselines)."""
+    """best.yaml: the chosen configuration, complete, as train.py runs it, without what trials need
+    (threads, no baselines).
+    """
     config = with_values(resolved, best.values)
     place = {"name": f"{sweep.name}-best", "runs_dir": sweep.folder}
     write_atomically(sweep.folder / BEST, dump_config(changed(config, place, source="the sweep")))
@@ -86,10 +90,12 @@ def groups(sweep: SweepConfig, key: str, trials: Sequence[Trial]) -> dict[str, l
 
 
 def importance(sweep: SweepConfig, key: str, trials: Sequence[Trial], epoch: int) -> float:
-    """Share of the trials' variance that a field's value accounts for: the correlation ratio eta squared, from 0 to 1.
+    """Share of the trials' variance that a field's value accounts for: the correlation ratio eta
+    squared, from 0 to 1.
 
-    Adjusted for the number of groups as R squared is, or else a field of many values would look important by chance; what is
-    then below 0 is 0. All trials are compared after the same number of epochs, or early stopping would be part of it.
+    Adjusted for the number of groups as R squared is, or else a field of many values would look
+    important by chance; what is then below 0 is 0. All trials are compared after the same number of
+    epochs, or early stopping would be part of it.
     """
     parts = list(groups(sweep, key, trials).values())
     values = [[at_epoch(sweep, trial, epoch) for trial in part] for part in parts]
@@ -129,7 +135,8 @@ def write(sweep: SweepConfig, trials: Sequence[Trial], finals: Sequence[Trial]) 
         "",
     ]
     text += [
-        f"Trial {best.name}: {', '.join(f'`{k}` = {shown_value(v)}' for k, v in best.values.items())}.",
+        f"Trial {best.name}: "
+        f"{', '.join(f'`{k}` = {shown_value(v)}' for k, v in best.values.items())}.",
         "",
     ]
     text += [
@@ -165,10 +172,12 @@ def summary_lines(sweep: SweepConfig, trials: Sequence[Trial], best: Trial) -> l
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     value = best.best(sweep.metric_name)
     return [
-        f"{len(trials)} trials ({counts}), {sweep.algorithm} search, scheduler {sweep.scheduler}, seed {sweep.seed}; objective "
+        f"{len(trials)} trials ({counts}), {sweep.algorithm} search, scheduler {sweep.scheduler}, "
+        f"seed {sweep.seed}; objective "
         f"{sweep.metric}, best validation of a trial: **{value:.4f}**.",
         "",
-        f"The best of {len(trials)} is the best partly by luck: its validation value is too high. What it is worth, the "
+        f"The best of {len(trials)} is the best partly by luck: its validation value is too high. "
+        f"What it is worth, the "
         "runs over the final seeds say, which alone have read the test split.",
     ]
 
@@ -219,8 +228,10 @@ def importance_lines(
 ) -> list[str]:
     """Importance and mean by value, the most important field first."""
     lines = [
-        f"Importance: share of the variance of {sweep.metric} that the field's value accounts for (adjusted eta squared), all "
-        f"{len(trials)} trials after {epoch} epochs, which every one of them has. With few trials it is a hint, not a test.",
+        f"Importance: share of the variance of {sweep.metric} that the field's value accounts for "
+        f"(adjusted eta squared), all "
+        f"{len(trials)} trials after {epoch} epochs, which every one of them has. With few trials "
+        f"it is a hint, not a test.",
         "",
         "| field | importance | mean by value (trials) |",
         "|---|---|---|",

@@ -1,4 +1,6 @@
-"""Which trials go on: asynchronous successive halving and population-based training, as Ray Tune has them."""
+"""Which trials go on: asynchronous successive halving and population-based training, as Ray Tune
+has them.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
     def _get_new_config(
         self, trial: Any, trial_to_clone: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Tune's values for a trial that goes on from another's weights; Tune copies the other's number as well."""
+        """Tune's values for a trial that goes on from another's weights; Tune copies the other's
+        number as well.
+        """
         config, operations = super()._get_new_config(trial, trial_to_clone)
         config[NUMBER] = trial.config[NUMBER]
         for key, domain in self._search.items():
@@ -73,11 +77,12 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
 
 
 class Asha(AsyncHyperBandScheduler):  # type: ignore[misc]
-    """ASHA that remembers across starts: Tune keeps trials and forgets what its scheduler has seen of them.
+    """ASHA that remembers across starts: Tune keeps trials and forgets what its scheduler has seen
+    of them.
 
-    A trial's own validations are entered again when it is added; those that will not run again at the beginning. Decisions
-    were taken then, so those of the repetition are ignored. The base is never stopped: what the others must beat shall have had
-    its full time.
+    A trial's own validations are entered again when it is added; those that will not run again at
+    the beginning. Decisions were taken then, so those of the repetition are ignored. The base is
+    never stopped: what the others must beat shall have had its full time.
     """
 
     def __init__(

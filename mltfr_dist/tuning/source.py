@@ -37,7 +37,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str]) -> SweepConfig:
 
 
 def space_file(path: Path) -> Path:
-    """The file of a space: ``path``, or where it is a bare name and no file, the ready-made space of that name.
+    """The file of a space: ``path``, or where it is a bare name and no file, the ready-made space
+    of that name.
 
     Raises:
         ConfigError: A bare name that is neither.
@@ -54,12 +55,14 @@ def space_file(path: Path) -> Path:
 
 
 def go_where_begun(space: Path) -> Path:
-    """Where ``space`` is the `sweep.yaml` of a sweep's folder: work in the folder in which that was started.
+    """Where ``space`` is the `sweep.yaml` of a sweep's folder: work in the folder in which that was
+    started.
 
     All that a sweep names, its own folder included, is relative to it. Returns ``space``, absolute.
 
     Raises:
-        ConfigError: From nowhere that is known does the sweep's file lead to its folder: it was moved.
+        ConfigError: From nowhere that is known does the sweep's file lead to its folder: it was
+            moved.
     """
     folder = space.absolute().parent
     if space.name != SWEEP or not (folder / ORIGIN).exists():
@@ -97,7 +100,8 @@ def resolved_config(sweep: SweepConfig) -> RunConfig:
 
 
 def base_config(sweep: SweepConfig) -> RunConfig:
-    """The same as trials start from it: no baselines, and tables mapped, so that a node holds them once.
+    """The same as trials start from it: no baselines, and tables mapped, so that a node holds them
+    once.
 
     Raises:
         ConfigError: Not valid.

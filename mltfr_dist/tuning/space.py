@@ -1,4 +1,6 @@
-"""A sweep as a typed file: what is searched, how, with which resources. `tuning/spaces/*.yaml` are ready-made."""
+"""A sweep as a typed file: what is searched, how, with which resources. `tuning/spaces/*.yaml` are
+ready-made.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,15 @@ class AshaConfig(Section):
 
 
 class PbtConfig(Section):
-    """Population-based training (Jaderberg et al. 2017, arXiv 1711.09846); num_trials is the population."""
+    """Population-based training (Jaderberg et al. 2017, arXiv 1711.09846); num_trials is the
+    population.
+    """
 
     every_epochs: Count = Field(2, description="Epochs between two exchanges.")
     quantile: Annotated[float, Field(gt=0, le=0.5)] = Field(
         0.25,
-        description="Share of the population that takes over weights and values from an equal share at the top.",
+        description="Share of the population that takes over weights and values from an equal "
+        "share at the top.",
     )
 
 
@@ -62,7 +67,8 @@ class TrialResources(Section):
     def _shares(self) -> TrialResources:
         if self.workers > 1 and self.gpus % 1:
             raise ValueError(
-                f"workers {self.workers} with gpus {self.gpus}: two ranks of a run cannot share a GPU under NCCL"
+                f"workers {self.workers} with gpus {self.gpus}: two ranks of a run cannot share a "
+                f"GPU under NCCL"
             )
         return self
 
@@ -84,7 +90,8 @@ class SweepConfig(Section):
     search: dict[str, Domain] = Field(description="Dotted key of a configuration to its values.")
     algorithm: Literal["random", "grid", "tpe"] = Field(
         "random",
-        description="random; grid: every combination; tpe: Optuna's Tree-structured Parzen Estimator.",
+        description="random; grid: every combination; tpe: Optuna's Tree-structured Parzen "
+        "Estimator.",
     )
     num_trials: Count | None = Field(None, description="Trials; null: the whole grid.")
     include_base: bool = Field(
@@ -109,11 +116,13 @@ class SweepConfig(Section):
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         1,
-        description="Times that a trial which fails is started again, from its last checkpoint; then it stays failed.",
+        description="Times that a trial which fails is started again, from its last checkpoint; "
+        "then it stays failed.",
     )
     final_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (0, 1, 2),
-        description="training.seed of the runs of the chosen configuration, which alone read the test split.",
+        description="training.seed of the runs of the chosen configuration, which alone read the "
+        "test split.",
     )
 
     @property
@@ -137,7 +146,8 @@ class SweepConfig(Section):
             )
         if self.algorithm == "grid" and self.num_trials is not None:
             raise ValueError(
-                f"a grid has as many trials as combinations: leave num_trials out (given: {self.num_trials})"
+                f"a grid has as many trials as combinations: leave num_trials out (given: "
+                f"{self.num_trials})"
             )
         if self.algorithm != "grid" and self.num_trials is None:
             raise ValueError(f"give num_trials: {self.algorithm} search has no end of its own")
@@ -209,7 +219,8 @@ def base_values(sweep: SweepConfig, base: RunConfig) -> Values | None:
 
 
 def typed_choices(sweep: SweepConfig) -> SweepConfig:
-    """The sweep with its choices as their fields hold them: the text "0.001" of a rate becomes a number.
+    """The sweep with its choices as their fields hold them: the text "0.001" of a rate becomes a
+    number.
 
     Choices that are no value of their field stay as they are, for the check of the space to refuse.
     """

@@ -71,7 +71,8 @@ class Progress(Callback):  # type: ignore[misc]
         self.take_signals()
         sweep = self.setting.sweep
         print(
-            f"sweep `{sweep.name}`: {self.missing} of {self.space.num_trials} trials to do, {self.concurrent} at a time, "
+            f"sweep `{sweep.name}`: {self.missing} of {self.space.num_trials} trials to do, "
+            f"{self.concurrent} at a time, "
             f"up to {self.epochs} epochs each; tensorboard --logdir {self.setting.folder}",
             flush=True,
         )

@@ -1,4 +1,5 @@
-"""Which values a trial gets: random, grid or TPE. The n-th trial's are a function of (seed, n, outcomes known by then).
+"""Which values a trial gets: random, grid or TPE. The n-th trial's are a function of (seed, n,
+outcomes known by then).
 
 No values are given twice, and none that no run can have.
 """
@@ -76,7 +77,9 @@ class Space:
 
     @cached_property
     def points(self) -> list[Values] | None:
-        """Every point that can run, once, the first trial's first; None where there are too many to list."""
+        """Every point that can run, once, the first trial's first; None where there are too many to
+        list.
+        """
         axes = [domain.options() for domain in self.sweep.search.values()]
         counted = [options for options in axes if options is not None]
         size = math.prod(map(len, counted))
@@ -100,7 +103,9 @@ class Space:
 
 
 MOST_POINTS = 4096
-"""Points of a space that are listed, so that its end is known; a larger one is not used up by a search."""
+"""Points of a space that are listed, so that its end is known; a larger one is not used up by a
+search.
+"""
 
 MOST_DRAWS = 200
 """Draws for one trial before the rest of a space that can be listed is looked through."""
@@ -141,7 +146,9 @@ def suggest(space: Space, known: Sequence[Known], number: int) -> Values | None:
 
 
 def draws(space: Space, known: Sequence[Known], number: int) -> Iterator[Values]:
-    """Values by Optuna's sampler, which is made anew from the seed and the trial's number: no state can be lost."""
+    """Values by Optuna's sampler, which is made anew from the seed and the trial's number: no state
+    can be lost.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search = space.sweep.search
     distributions = {key: distribution(domain) for key, domain in search.items()}

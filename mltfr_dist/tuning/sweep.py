@@ -1,4 +1,6 @@
-"""A sweep from its file to its report: checks, Ray, trials, the chosen configuration over several seeds."""
+"""A sweep from its file to its report: checks, Ray, trials, the chosen configuration over several
+seeds.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ FINAL = "final"
 
 
 def as_begun(folder: Path, base: RunConfig) -> RunConfig:
-    """With the threads that the sweep in ``folder`` began with, where there is one: they are part of its trials' runs."""
+    """With the threads that the sweep in ``folder`` began with, where there is one: they are part
+    of its trials' runs.
+    """
     if not (folder / BASE).exists():
         return base
     threads = read_yaml(folder / BASE)["training"]["threads"]
@@ -52,7 +56,8 @@ def run_sweep(
         retry_failed: Whether trials that failed go on, from their last checkpoint.
 
     Raises:
-        MltfrError: Bad input, before Ray starts; no trial succeeded; or the sweep was asked to stop, and has saved.
+        MltfrError: Bad input, before Ray starts; no trial succeeded; or the sweep was asked to
+            stop, and has saved.
     """
     base = as_begun(sweep.folder, base_config(sweep))
     check_space(sweep, base)

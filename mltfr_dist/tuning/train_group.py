@@ -35,19 +35,23 @@ def scaling(resources: TrialResources) -> ScalingConfig:
 
 
 NOT_NEEDED = ("PlacementGroupCleanerCallback", "DatasetsCallback")
-"""What Ray Train starts for each run, each with a process of its own: see :class:`Trainer`; and Ray's own data sets."""
+"""What Ray Train starts for each run, each with a process of its own: see :class:`Trainer`; and
+Ray's own data sets.
+"""
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
-    """Ray Train's trainer without its own watch over placement groups, and without a process of its own.
+    """Ray Train's trainer without its own watch over placement groups, and without a process of its
+    own.
 
-    Ray Train reserves a trial's workers in a placement group that outlives the trial: Ray frees it when the whole sweep ends.
-    A detached actor of Ray Train's should free it sooner, but asks the dashboard whether the trial is alive, and where there
-    is no dashboard waits for ever. Each trial that was stopped early then kept its CPUs, and the next stayed pending until
-    the sweep was restored. Here the trial frees its own (:func:`release`).
+    Ray Train reserves a trial's workers in a placement group that outlives the trial: Ray frees it
+    when the whole sweep ends. A detached actor of Ray Train's should free it sooner, but asks the
+    dashboard whether the trial is alive, and where there is no dashboard waits for ever. Each trial
+    that was stopped early then kept its CPUs, and the next stayed pending until the sweep was
+    restored. Here the trial frees its own (:func:`release`).
 
-    Ray Train watches the workers from one more process, which imports PyTorch again before they start. The process of
-    :class:`SweepTrial` does nothing but wait, and does it as well.
+    Ray Train watches the workers from one more process, which imports PyTorch again before they
+    start. The process of :class:`SweepTrial` does nothing but wait, and does it as well.
     """
 
     def _initialize_and_run_controller(self, **given: Any) -> Result:
@@ -119,7 +123,9 @@ class KeepGroup(WorkerGroupCallback):  # type: ignore[misc]
 
 
 def release(path: Path) -> None:
-    """Free the placement group that ``path`` names, and with it the workers; nothing where there is none."""
+    """Free the placement group that ``path`` names, and with it the workers; nothing where there is
+    none.
+    """
     if path.exists():
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(path.read_text()))))
         path.unlink()

@@ -1,7 +1,7 @@
 """train.py whose rank 1 is as on a node that differs; started by a launcher.
 
-Usage: differing_worker.py CONFIG PACKAGE FOLDER [OVERRIDE ...]: rank 1 imports mltfr_dist from PACKAGE, runs in FOLDER and
-gets the overrides; "-" leaves the first two as they are.
+Usage: differing_worker.py CONFIG PACKAGE FOLDER [OVERRIDE ...]: rank 1 imports mltfr_dist from
+PACKAGE, runs in FOLDER and gets the overrides; "-" leaves the first two as they are.
 """
 
 from __future__ import annotations

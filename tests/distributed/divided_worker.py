@@ -112,7 +112,9 @@ SAVED: dict[str, tuple[int, dict[str, object]]] = {
 
 
 def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Losses that go on, and losses resumed, with each placement; the ranks' own rows and moments after it."""
+    """Losses that go on, and losses resumed, with each placement; the ranks' own rows and moments
+    after it.
+    """
     found = {}
     for name, (stage, changes) in SAVED.items():
         for placement in ("replicated", "rows"):
@@ -163,7 +165,9 @@ NUM_ITEMS, DIM = 10_000, 8
 
 
 def cross_entropy(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Largest differences from the whole softmax, by loss, gradient of hidden states and of rows; one rank has no position."""
+    """Largest differences from the whole softmax, by loss, gradient of hidden states and of rows;
+    one rank has no position.
+    """
     found = {}
     for dtype in (torch.float32, torch.float64):
         generator = torch.Generator().manual_seed(3)
@@ -196,7 +200,9 @@ def cross_entropy(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 
 
 def places(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Differences of counts and normalisers from those over whole items, ties included; one rank has no user."""
+    """Differences of counts and normalisers from those over whole items, ties included; one rank
+    has no user.
+    """
     generator = torch.Generator().manual_seed(5)
     distinct = torch.randn(NUM_ITEMS // 3, DIM, generator=generator)
     weight = distinct[torch.arange(NUM_ITEMS + 2) % len(distinct)]

@@ -46,7 +46,9 @@ NAN_STEP, INF_STEP, STEPS = 2, 4, 8
 
 
 def poisoned_engine(config: RunConfig, ranks: Ranks, micro: int, place: dict[str, int]) -> Engine:
-    """An engine whose last rank has a NaN gradient at NAN_STEP, and an infinite loss with a finite gradient at INF_STEP."""
+    """An engine whose last rank has a NaN gradient at NAN_STEP, and an infinite loss with a finite
+    gradient at INF_STEP.
+    """
     model = build_model(config, load_inputs(config), with_consensus=False)
     last = ranks.rank == ranks.world_size - 1
 
@@ -73,7 +75,9 @@ def poisoned_engine(config: RunConfig, ranks: Ranks, micro: int, place: dict[str
 
 
 def skipped(folder: Path, output: Path) -> None:
-    """Per ZeRO stage: verdicts and losses of a run with two faults, and losses of one that lacks those two steps."""
+    """Per ZeRO stage: verdicts and losses of a run with two faults, and losses of one that lacks
+    those two steps.
+    """
     ranks = start_ranks(1)
     found = {}
     variants = {
@@ -120,7 +124,9 @@ def skipped(folder: Path, output: Path) -> None:
 
 
 def skipped_first(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Save after a first step that was skipped, and again after an update: Adam counts its updates, not the steps."""
+    """Save after a first step that was skipped, and again after an update: Adam counts its updates,
+    not the steps.
+    """
     config, place = no_dropout(folder, 1), {"step": NAN_STEP}
     engine = poisoned_engine(config, ranks, 16, place)
     steps(engine, config, ranks, 0, 1)
@@ -186,7 +192,9 @@ def stuck_here() -> None:
 
 
 def train_with_fault(fault: str, config: str, from_step: int) -> int:
-    """The real train.py, but rank 1 fails from a step on: `hang` (stops), `nan` (a gradient), `die` (SIGKILL)."""
+    """The real train.py, but rank 1 fails from a step on: `hang` (stops), `nan` (a gradient), `die`
+    (SIGKILL).
+    """
     train_step, poison = loop.train_step, {"factor": 1.0}
 
     def faulty_step(stage: loop.Stage, batches: object, step: int) -> loop.StepTotals:

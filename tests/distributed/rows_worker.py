@@ -108,7 +108,9 @@ def replicas_are_equal(engine: Engine, ranks: Ranks) -> bool:
 
 
 def reference(config: RunConfig, ranks: Ranks) -> list[float]:
-    """A plain loop without DeepSpeed: torch's own sparse embedding under SparseAdam, all else under AdamW."""
+    """A plain loop without DeepSpeed: torch's own sparse embedding under SparseAdam, all else under
+    AdamW.
+    """
     dense = config.model_copy(
         update={"optimizer": config.optimizer.model_copy(update={"item_gradients": "dense"})}
     )
@@ -150,7 +152,9 @@ def reference(config: RunConfig, ranks: Ranks) -> list[float]:
 
 
 def gradients(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Per variant: largest difference of the rows' gradient from the dense one's, that one's size, and the norms of both."""
+    """Per variant: largest difference of the rows' gradient from the dense one's, that one's size,
+    and the norms of both.
+    """
     found = {}
     for name, stage, micro in (("zero1", 1, None), ("zero3", 3, None), ("accumulated", 2, 4)):
         config = sparse(folder, stage)

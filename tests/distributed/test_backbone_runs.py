@@ -1,4 +1,6 @@
-"""Whole runs of backbones that read or score otherwise than SASRec: both stages, ranking, an explanation."""
+"""Whole runs of backbones that read or score otherwise than SASRec: both stages, ranking, an
+explanation.
+"""
 
 from __future__ import annotations
 

@@ -153,7 +153,9 @@ meeting.leave(train.main(sys.argv[1:]))
 def start_rank(
     rank: int, config: Path, *overrides: str, port: int, slow: bool = False
 ) -> subprocess.Popen[str]:
-    """One of two ranks, as a launcher starts it; its errors go to `rankN.log` beside the configuration."""
+    """One of two ranks, as a launcher starts it; its errors go to `rankN.log` beside the
+    configuration.
+    """
     numbers = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -1,4 +1,6 @@
-"""Where the item table's rows are held changes no number: losses, metrics and checkpoints are those of whole ones."""
+"""Where the item table's rows are held changes no number: losses, metrics and checkpoints are those
+of whole ones.
+"""
 
 from __future__ import annotations
 

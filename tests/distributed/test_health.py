@@ -1,4 +1,6 @@
-"""Faults of a single rank, injected into real runs: all ranks see them, and none is left waiting."""
+"""Faults of a single rank, injected into real runs: all ranks see them, and none is left
+waiting.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def test_a_fault_of_one_rank_is_skipped_on_all(tmp_path: Path) -> None:
 
 @pytest.mark.integration
 def test_a_long_pass_that_goes_on_is_no_hang(tmp_path: Path) -> None:
-    """A Fisher pass, and one rank's work while the other waits, each longer than the watchdog's patience."""
+    """A Fisher pass, and one rank's work while the other waits, each longer than the watchdog's
+    patience.
+    """
     tiny_config(tmp_path)
     run_ranks(2, WORKER, "slow", str(tmp_path), str(tmp_path / "unused.json"))
     said = [json.loads((tmp_path / f"slow-{rank}.json").read_text()) for rank in (0, 1)]
@@ -110,7 +114,8 @@ def test_a_killed_rank_is_told_in_words(tmp_path: Path) -> None:
     _, stderr, seconds = faulty_run(config, "die", 3)
     assert seconds < 60
     assert "has lost another rank" in stderr
-    # torchrun's summary names both: the rank that lost the other, and last the signal that killed it.
+    # torchrun's summary names both: the rank that lost the other, and last the signal that killed
+    # it.
     summary = stderr.rpartition("Failures:")[2]
     assert "\n  LostRankError: Rank 0 on " in summary
     assert "SIGKILL" in summary.splitlines()[-2]

@@ -1,4 +1,6 @@
-"""A run that is killed and started again ends where the uninterrupted one does: same losses, same metrics."""
+"""A run that is killed and started again ends where the uninterrupted one does: same losses, same
+metrics.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ ROWS = {"optimizer__item_gradients": "sparse", "loss__name": "gbce", "training__
 @pytest.mark.integration
 @pytest.mark.parametrize("changes", [{}, ROWS], ids=["dense", "sparse item gradients in bf16"])
 def test_killed_run_resumes_to_the_same_trace(tmp_path: Path, changes: dict[str, Any]) -> None:
-    # Two steps between checkpoints: most kills lose work, so the trace is only whole if it is made again exactly.
+    # Two steps between checkpoints: most kills lose work, so the trace is only whole if it is made
+    # again exactly.
     changes = changes | {
         "checkpoint__every_steps": 2,
         "deepspeed": str(REPOSITORY / "ds_configs" / "zero2.json"),
@@ -105,7 +108,9 @@ def test_killed_run_resumes_to_the_same_trace(tmp_path: Path, changes: dict[str,
 
 @pytest.mark.integration
 def test_all_launchers_give_the_same_run(tmp_path: Path) -> None:
-    """`deepspeed train.py` on 2 ranks, and `python train.py` alone, end with the metrics of torchrun's 2 ranks."""
+    """`deepspeed train.py` on 2 ranks, and `python train.py` alone, end with the metrics of
+    torchrun's 2 ranks.
+    """
     results = {}
     for name in ("torchrun", "deepspeed", "python"):
         config = tiny_config(

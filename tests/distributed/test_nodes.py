@@ -1,4 +1,6 @@
-"""Two hosts on one machine: network namespaces joined by a cable (veth), with a real two-node DeepSpeed job over TCP."""
+"""Two hosts on one machine: network namespaces joined by a cable (veth), with a real two-node
+DeepSpeed job over TCP.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def hosts() -> Iterator[tuple[str, str]]:
 def start_nodes(
     hosts: tuple[str, str], config: RunConfig, folder: Path
 ) -> list[subprocess.Popen[bytes]]:
-    """One process of DeepSpeed's launcher on each host, as its runner starts them over ssh; logs in node0.log and node1.log."""
+    """One process of DeepSpeed's launcher on each host, as its runner starts them over ssh; logs in
+    node0.log and node1.log.
+    """
     path = folder / f"{config.name}.yaml"
     path.write_text(dump_config(config))
     world = base64.urlsafe_b64encode(
@@ -170,7 +174,9 @@ WRONG = ("10.232.0.1", "10.232.0.2")
 
 @pytest.fixture
 def two_networks(hosts: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    """The two hosts, each with an interface `first` that its name stands for, and the cable as `fast`."""
+    """The two hosts, each with an interface `first` that its name stands for, and the cable as
+    `fast`.
+    """
     folders = [Path("/etc/netns") / name for name in hosts]
     try:
         for name, folder, end, address in zip(hosts, folders, CABLE, WRONG, strict=True):
@@ -209,8 +215,11 @@ ranks.leave()
 
 def meeting_place(host: str, environment: dict[str, str]) -> list[str]:
     """Address and port at which slurm/train.sbatch lets the ranks meet."""
-    functions = f"sed -n '/^meeting_address() {{/,/^}}/p; /^free_port() {{/,/^}}/p' {REPOSITORY}/slurm/job.sh"
-    script = f'source <({functions}); address=$(meeting_address); echo "$address $(free_port "$address")"'
+    functions = (
+        f"sed -n '/^meeting_address() {{/,/^}}/p; /^free_port() {{/,/^}}/p' "
+        f"{REPOSITORY}/slurm/job.sh"
+    )
+    script = f'source <({functions}); address=$(meeting_address); echo "$address $(free_port "$address")"'  # noqa: E501
     command = ["ip", "netns", "exec", host, "bash", "-euo", "pipefail", "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return done.stdout.split()

@@ -1,4 +1,6 @@
-"""Where a table's rows are held changes no number: the same rows are found, ties included, with the same gradients."""
+"""Where a table's rows are held changes no number: the same rows are found, ties included, with the
+same gradients.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ WORKER = Path(__file__).parent / "worker.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data and two tables: 90 rows of which each comes 7 times, and 70 different ones; 4 ranks divide neither."""
+    """Data and two tables: 90 rows of which each comes 7 times, and 70 different ones; 4 ranks
+    divide neither.
+    """
     place = tmp_path_factory.mktemp("placement")
     tiny_config(place)
     shutil.rmtree(place / "tables" / "first")

@@ -1,4 +1,6 @@
-"""An item table that is stepped by rows: the numbers of torch's SparseAdam, at any stage, world size and division."""
+"""An item table that is stepped by rows: the numbers of torch's SparseAdam, at any stage, world
+size and division.
+"""
 
 from __future__ import annotations
 

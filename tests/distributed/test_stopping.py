@@ -1,4 +1,6 @@
-"""A run that is asked to stop saves at a step that its ranks agree on, and goes on at any number of ranks."""
+"""A run that is asked to stop saves at a step that its ranks agree on, and goes on at any number of
+ranks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Real sweeps: two workers a trial, early stopping, a killed driver, a failing trial, a stop signal, PBT, a lost node."""
+"""Real sweeps: two workers a trial, early stopping, a killed driver, a failing trial, a stop
+signal, PBT, a lost node.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def valid_lines(trial: Trial) -> list[dict[str, Any]]:
 
 
 def listening(driver: int) -> set[str]:
-    """Addresses at which the processes of a sweep's Ray listen (torch's store of a run's ranks is not Ray's)."""
+    """Addresses at which the processes of a sweep's Ray listen (torch's store of a run's ranks is
+    not Ray's).
+    """
     found = set()
     for process in psutil.Process(driver).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
@@ -103,7 +107,8 @@ def listening(driver: int) -> set[str]:
 
 @pytest.mark.timeout(1200)
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
-    # The base, which is tried first, is good, and so is the second; the others learn nothing, and successive halving stops them.
+    # The base, which is tried first, is good, and so is the second; the others learn nothing, and
+    # successive halving stops them.
     search = {"optimizer.learning_rate": {"choices": [0.001, 0.003, 1e-7, 2e-7, 3e-7, 4e-7]}}
     path = write_space(
         tmp_path, search, algorithm="grid", asha={"grace_epochs": 1, "reduction_factor": 2}
@@ -172,7 +177,8 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_a_failing_trial_is_recorded_and_a_signal_saves(tmp_path: Path) -> None:
-    # The second rate is one with which no step is finite: that trial fails when it has skipped too many.
+    # The second rate is one with which no step is finite: that trial fails when it has skipped too
+    # many.
     # 99 tokens are more than a table has: these points are left out.
     search = {
         "optimizer.learning_rate": {"choices": [0.001, 1e30, 0.002]},
@@ -227,7 +233,8 @@ def test_a_failing_trial_is_recorded_and_a_signal_saves(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_a_population_hands_on_its_weights(tmp_path: Path) -> None:
-    # The rates of seed 4 are 1.3e-3 and 9e-7: the second trial learns nothing, and takes over the weights of the first.
+    # The rates of seed 4 are 1.3e-3 and 9e-7: the second trial learns nothing, and takes over the
+    # weights of the first.
     search = {"optimizer.learning_rate": {"log_uniform": [1e-7, 1e-2]}}
     options = {
         "scheduler": "pbt",
@@ -267,7 +274,8 @@ def test_a_population_hands_on_its_weights(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_population_larger_than_its_slots_takes_turns(tmp_path: Path) -> None:
-    # The rates of seed 42 are 1.9e-3, 5e-7 and 5e-3: the second trial is the worst whenever its turn comes.
+    # The rates of seed 42 are 1.9e-3, 5e-7 and 5e-3: the second trial is the worst whenever its
+    # turn comes.
     search = {"optimizer.learning_rate": {"log_uniform": [1e-7, 1e-2]}}
     options = {
         "scheduler": "pbt",

@@ -1,4 +1,6 @@
-"""Ray that does not start, refuses, dies or runs out of room under a sweep: one paragraph, and nothing is lost."""
+"""Ray that does not start, refuses, dies or runs out of room under a sweep: one paragraph, and
+nothing is lost.
+"""
 
 from __future__ import annotations
 

@@ -75,7 +75,9 @@ def make_engine(config: RunConfig, ranks: Ranks, micro_batch_size: int | None = 
 
 
 def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Per ZeRO stage, losses of 20 steps; also with micro-batches, BCE, bf16 and a bare backbone."""
+    """Per ZeRO stage, losses of 20 steps; also with micro-batches, BCE, bf16 and a bare
+    backbone.
+    """
     found = {}
     for stage in range(4):
         config = no_dropout(folder, stage)
@@ -132,7 +134,9 @@ VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
 
 
 def backbones(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Losses of each backbone with MLTFR, in whole batches (at ZeRO 1) and in micro-batches (at the variant's stage)."""
+    """Losses of each backbone with MLTFR, in whole batches (at ZeRO 1) and in micro-batches (at the
+    variant's stage).
+    """
     found = {}
     for name, (stage, changes) in VARIANTS.items():
         for kind, micro, zero in (("whole", None, 1), ("accumulated", 4, stage)):
@@ -244,7 +248,9 @@ def resumed_from(config: RunConfig, ranks: Ranks, place: Path, start: int, end: 
 
 
 def fisher(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Fisher diagonals, flattened, of a plain model at two batch sizes and of engines at stages 1 and 3."""
+    """Fisher diagonals, flattened, of a plain model at two batch sizes and of engines at stages 1
+    and 3.
+    """
     found = {}
     config = no_dropout(folder, 1)
     inputs = load_inputs(config)
@@ -275,7 +281,9 @@ def fisher(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 
 
 def offloaded(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Per file of ds_configs/: losses of 10 steps, in fp32 and (above stage 0) bf16; offloaded, also resumed."""
+    """Per file of ds_configs/: losses of 10 steps, in fp32 and (above stage 0) bf16; offloaded,
+    also resumed.
+    """
     found = {}
     for path in sorted((REPOSITORY / "ds_configs").glob("*.json")):
         for precision in ("fp32", "bf16") if path.stem != "zero0" else ("fp32",):
@@ -320,7 +328,8 @@ SEARCHES: dict[str, dict[str, object]] = {
 
 
 def placements(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Per way to choose rows and placement: losses and gradients of two global batches, what a user keeps, and the shortlist.
+    """Per way to choose rows and placement: losses and gradients of two global batches, what a user
+    keeps, and the shortlist.
 
     In the second batch all ranks but one have no query.
     """
@@ -356,7 +365,9 @@ def placements(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 
 
 def refreshed(model: Recommender, batch: SequenceBatch, ranks: Ranks) -> torch.Tensor:
-    """Give the model the shortlist of a global batch; returns it, and how much of an exact search the one before found."""
+    """Give the model the shortlist of a global batch; returns it, and how much of an exact search
+    the one before found.
+    """
     recall = model.before_update(0, [batch], ranks)
     lists = [selector.shortlist.row_ids for selector in model.mltfr.selectors]
     return torch.cat([recall, *(row_ids.float() for row_ids in lists)])

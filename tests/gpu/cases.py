@@ -1,4 +1,6 @@
-"""What is trained on the CPU and on the GPU: every backbone, and each part that has a path of its own."""
+"""What is trained on the CPU and on the GPU: every backbone, and each part that has a path of its
+own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A GPU gives the CPU's numbers, alone under NCCL; skipped where there is none. `make gpu-check` runs them."""
+"""A GPU gives the CPU's numbers, alone under NCCL; skipped where there is none. `make gpu-check`
+runs them.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,9 @@ def train(config: Any, place: Path) -> subprocess.Popen[bytes]:
 
 
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    """With dropout: its state on the GPU comes back too. Sums of a GPU differ in their last bits."""
+    """With dropout: its state on the GPU comes back too. Sums of a GPU differ in their last
+    bits.
+    """
     changes = {"checkpoint__every_steps": 2, "training__epochs": 4}
     whole = tiny_config(tmp_path, name="whole", **changes)
     killed = tiny_config(tmp_path, name="killed", **changes)

@@ -1,4 +1,5 @@
-"""Train cases one after the other in this process, and write what each said and how it ended as JSON.
+"""Train cases one after the other in this process, and write what each said and how it ended as
+JSON.
 
 python worker.py FOLDER OUTPUT PRECISION CASE...
 """

@@ -1,4 +1,6 @@
-"""README typed in its order, on small inputs: every command of it runs, or stands below with the reason why not."""
+"""README typed in its order, on small inputs: every command of it runs, or stands below with the
+reason why not.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,9 @@ def test_make_says_what_is_typed_next() -> None:
 
 
 def write_inputs(folder: Path) -> None:
-    """What README takes for granted: a user's own files, and in small what `make quick` has fetched."""
+    """What README takes for granted: a user's own files, and in small what `make quick` has
+    fetched.
+    """
     rng = np.random.default_rng(0)
     names = [*range(1, 40), 50, 172, 181]
     rows = []

@@ -1,4 +1,6 @@
-"""The wheel by itself: built, installed outside the checkout, and trained, swept and exported with from there."""
+"""The wheel by itself: built, installed outside the checkout, and trained, swept and exported with
+from there.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ def wheel_of(source: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a fresh environment that holds the wheel; the dependencies are those of this one."""
+    """The programs of a fresh environment that holds the wheel; the dependencies are those of this
+    one.
+    """
     wheel, _ = built
     folder = tmp_path_factory.mktemp("fresh")
     run(sys.executable, "-m", "venv", "--without-pip", "venv", folder=folder)

@@ -38,12 +38,16 @@ FROM_ANOTHER_JOB = {
     "SLURM_MEM_PER_NODE": "9999",
     "UCX_NET_DEVICES": "one:1,two:1",
 }
-"""What `sbatch` inherits where it is called in a session that another `srun` started; and a value with a comma."""
+"""What `sbatch` inherits where it is called in a session that another `srun` started; and a value
+with a comma.
+"""
 
 
 @pytest.fixture(scope="module")
 def probing(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    """A repository whose train.py only tells what it was given; its interpreter is started by a wrapper."""
+    """A repository whose train.py only tells what it was given; its interpreter is started by a
+    wrapper.
+    """
     folder = tmp_path_factory.mktemp("a repository")
     shutil.copytree(REPOSITORY / "slurm", folder / "slurm")
     (folder / "train.py").write_text(PROBE)
@@ -55,7 +59,9 @@ def probing(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:  # 
 
 
 def submit(slurm: Slurm, probing: Path, launcher: str, *options: str) -> tuple[int, str, list[Any]]:  # noqa: F811
-    """Submit from a folder that is not the repository; exit code, log, and what each rank was given."""
+    """Submit from a folder that is not the repository; exit code, log, and what each rank was
+    given.
+    """
     folder = probing.with_name(f"submitted {launcher} {len(list(probing.parent.iterdir()))}")
     folder.mkdir()
     done = subprocess.run(
@@ -130,7 +136,9 @@ def test_one_task_of_an_array_is_signalled_and_then_all_cancelled(
     slurm: Slurm,  # noqa: F811
     inputs: Path,  # noqa: F811
 ) -> None:
-    """The array shares its number with its first task; the others do not stop with it, and none comes back."""
+    """The array shares its number with its first task; the others do not stop with it, and none
+    comes back.
+    """
     config, path = written(inputs, "array", training__epochs=9999)
     text = path.read_text().replace("name: array", "name: array-%a")
     path.write_text(text)

@@ -1,4 +1,6 @@
-"""slurm/train.sbatch on a real Slurm of two virtual nodes: preempted, signalled and cancelled jobs."""
+"""slurm/train.sbatch on a real Slurm of two virtual nodes: preempted, signalled and cancelled
+jobs.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ pytestmark = [
 
 
 class Slurm:
-    """Commands against the test's own cluster; jobs are submitted from a folder that looks like the repository."""
+    """Commands against the test's own cluster; jobs are submitted from a folder that looks like the
+    repository.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.submit_folder = folder / "submitted from here"  # a name with spaces
@@ -64,7 +68,8 @@ class Slurm:
             "--partition=low",
             "--nodes=2",
             "--ntasks-per-node=1",
-            "--cpus-per-task=2",  # the nodes share the machine's cores, and a task is bound to its own
+            # the nodes share the machine's cores, and a task is bound to its own
+            "--cpus-per-task=2",
             *more,
             "slurm/train.sbatch",
         )
@@ -135,7 +140,9 @@ def num_lines(config: RunConfig) -> int:
 
 
 def cancel_and_compare(slurm: Slurm, job: str, config: RunConfig, folder: Path) -> None:
-    """Cancel a job that was requeued once and trains again: it stays away, and its trace is that of an undisturbed run."""
+    """Cancel a job that was requeued once and trains again: it stays away, and its trace is that of
+    an undisturbed run.
+    """
     before = num_lines(config)
     slurm.wait(
         "it trains again",

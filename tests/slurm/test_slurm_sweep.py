@@ -1,4 +1,6 @@
-"""slurm/sweep.sbatch on a real Slurm of two virtual nodes: a Ray cluster in the job, a signal, the sweep gone on with."""
+"""slurm/sweep.sbatch on a real Slurm of two virtual nodes: a Ray cluster in the job, a signal, the
+sweep gone on with.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def test_a_sweep_on_two_nodes_is_signalled_and_goes_on(
         "name": "swept",
         "sweeps_dir": str(tmp_path),
         "config": str(tmp_path / "base.yaml"),
-        # Each trial needs a node of its own; the second is long over when the first has made its epochs.
+        # Each trial needs a node of its own; the second is long over when the first has made its
+        # epochs.
         "search": {"training.epochs": {"choices": [400, 2]}},
         "algorithm": "grid",
         "scheduler": "none",

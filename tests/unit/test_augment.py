@@ -35,7 +35,8 @@ def views(
     return augmented_views(draws(ids, **keys), padded(histories, width), ratios, MASK)
 
 
-# --- cloze -------------------------------------------------------------------------------------------------------
+# --- cloze
+# ------------------------------------------------------------
 
 
 @some
@@ -77,7 +78,8 @@ def test_masks_have_their_share_and_change_with_seed_epoch_and_sample() -> None:
         assert (cloze_mask(other, sizes, 50, 0.2) == mask).mean() < 0.8
 
 
-# --- views -------------------------------------------------------------------------------------------------------
+# --- views
+# ------------------------------------------------------------
 
 
 @some
@@ -142,7 +144,8 @@ def test_an_empty_row_stays_empty() -> None:
     assert not views([[], [1, 2]], [-1, 0])[0].any()
 
 
-# --- shared negatives --------------------------------------------------------------------------------------------
+# --- shared negatives
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("proposal", ["uniform", "log_uniform"])

@@ -1,4 +1,6 @@
-"""Bad input, through the real commands: one paragraph with its remedy, exit code 2, nothing written or lost."""
+"""Bad input, through the real commands: one paragraph with its remedy, exit code 2, nothing written
+or lost.
+"""
 
 from __future__ import annotations
 
@@ -305,7 +307,9 @@ def test_batch_that_cannot_be_divided(folder: Path, capsys: pytest.CaptureFixtur
 
 
 def test_more_ranks_than_sequences(tmp_path: Path) -> None:
-    """Two real ranks, one training sequence: one message, from one rank, which the launcher ends with once more."""
+    """Two real ranks, one training sequence: one message, from one rank, which the launcher ends
+    with once more.
+    """
     (tmp_path / "in.txt").write_text("u a b c d e\n")
     options = ["--format", "sequences", "--user-core", "1", "--item-core", "1"]
     assert mltfr(["prepare", str(tmp_path / "in.txt"), str(tmp_path / "single"), *options]) == 0
@@ -406,7 +410,8 @@ def test_a_finished_run_is_only_reported(folder: Path, capsys: pytest.CaptureFix
     }
 
 
-# --- data that was changed after training --------------------------------------------------------------------------
+# --- data that was changed after training
+# --------------------------------------------------------------------------
 
 
 def shift_titles(data: Path) -> None:

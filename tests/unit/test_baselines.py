@@ -134,7 +134,9 @@ def test_training_sequences_are_the_training_split_and_no_more(tmp_path: Path) -
 def all_at_once(
     train: PackedSequences, num_items: int, num_neighbours: int, shrinkage: float
 ) -> sparse.csr_matrix:
-    """Similarities by one product of all items with all: what the blocks must repeat to the digit."""
+    """Similarities by one product of all items with all: what the blocks must repeat to the
+    digit.
+    """
     rows = np.repeat(np.arange(len(train)), train.lengths)
     seen = sparse.csr_matrix(
         (np.ones(len(rows), np.float32), (rows, train.items)), shape=(len(train), num_items + 1)

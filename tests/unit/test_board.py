@@ -84,7 +84,8 @@ def as_shown(markdown: str) -> str:
     return html.unescape(re.sub(r"<[^>]*>", "", markdown_to_safe_html(markdown)))
 
 
-# --- scalars -----------------------------------------------------------------------------------------------------
+# --- scalars
+# ------------------------------------------------------------
 
 
 def test_a_step_shows_its_time_work_and_memory(run: RunConfig) -> None:
@@ -168,7 +169,8 @@ def test_the_entropy_of_what_is_kept() -> None:
     assert nothing.kept_entropy.tolist() == [0.0, 0.0]
 
 
-# --- going on ----------------------------------------------------------------------------------------------------
+# --- going on
+# ------------------------------------------------------------
 
 
 def draw(folder: Path, stage: str, start: int | None, steps: list[int], base: int = 0) -> Tracker:
@@ -200,7 +202,8 @@ def test_a_run_that_goes_on_draws_no_point_twice(tmp_path: Path) -> None:
     assert not (tmp_path / "tb" / "consensus").exists()
 
 
-# --- texts -------------------------------------------------------------------------------------------------------
+# --- texts
+# ------------------------------------------------------------
 
 NASTY = [
     "a|b",
@@ -263,7 +266,8 @@ def test_texts_of_a_run(run: RunConfig) -> None:
         assert len(re.findall(r"(first|second)-\d+ 0\.\d\d", as_shown(shown[0][1]))) == 8
 
 
-# --- pages -------------------------------------------------------------------------------------------------------
+# --- pages
+# ------------------------------------------------------------
 
 
 def layout_of(found: EventAccumulator) -> Layout:
@@ -355,7 +359,8 @@ def test_a_title_is_one_field_of_one_line() -> None:
     assert field("a\tb\nc\u2028d\r") == "a b c d "
 
 
-# --- measurements ------------------------------------------------------------------------------------------------
+# --- measurements
+# ------------------------------------------------------------------------------------------------
 
 
 def test_matrix_work_counts_forward_and_backward_and_changes_nothing() -> None:
@@ -399,7 +404,8 @@ def test_a_stopwatch_adds_up_phases() -> None:
     assert 0 < memory_gib()["memory/resident_gib"] <= memory_gib()["memory/peak_gib"] + 0.01
 
 
-# --- services ----------------------------------------------------------------------------------------------------
+# --- services
+# ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])

@@ -1,4 +1,6 @@
-"""Checkpoints that are damaged or cut off are passed over; what is kept is what the configuration says."""
+"""Checkpoints that are damaged or cut off are passed over; what is kept is what the configuration
+says.
+"""
 
 from __future__ import annotations
 

@@ -89,7 +89,10 @@ def test_an_override_without_its_value_is_said_wherever_it_stands() -> None:
 
 
 def test_help_does_not_load_torch() -> None:
-    program = "import sys, train\ntry: train.main(['--help', 'all'])\nfinally: assert 'torch' not in sys.modules"
+    program = (
+        "import sys, train\ntry: train.main(['--help', 'all'])\nfinally: assert 'torch' not "
+        "in sys.modules"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=False
     )

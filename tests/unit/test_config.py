@@ -1,4 +1,6 @@
-"""The configuration tree: what it refuses and how it says so, how it merges, and that it survives YAML."""
+"""The configuration tree: what it refuses and how it says so, how it merges, and that it survives
+YAML.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def refused(*overrides: str, name: str | None = "demo") -> ConfigError:
     return caught.value
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------
+# --- refusals
+# ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -245,7 +248,8 @@ def test_sections_are_frozen() -> None:
         config.training.epochs = 3
 
 
-# --- overrides and merging ---------------------------------------------------------------------------------------
+# --- overrides and merging
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -347,7 +351,8 @@ def test_a_file_that_is_missing(tmp_path: Path) -> None:
         resolve_config(None, tmp_path / "none.yaml", [])
 
 
-# --- round trip, presets, help -----------------------------------------------------------------------------------
+# --- round trip, presets, help
+# -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -444,7 +449,8 @@ def test_filter_ratio(ratio: float, rows: int, expected: int) -> None:
     assert FilterConfig(top_k=None, filter_ratio=ratio).num_kept(rows) == expected
 
 
-# --- flat sections as options ------------------------------------------------------------------------------------
+# --- flat sections as options
+# ------------------------------------------------------------------------------------
 
 
 def test_options_make_a_section() -> None:

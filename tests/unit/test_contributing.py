@@ -1,7 +1,8 @@
-"""The recipes of CONTRIBUTING.md, word for word: each registry line and its code give what they promise.
+"""The recipes of CONTRIBUTING.md, word for word: each registry line and its code give what they
+promise.
 
-Those for backbones and filter strategies are in models/test_backbones.py and models/test_strategies.py.
-"""
+Those for backbones and filter strategies are in models/test_backbones.py and
+models/test_strategies.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Damage to prepared data: whatever happens to a shard, no sample of it is wrong or missing without an error."""
+"""Damage to prepared data: whatever happens to a shard, no sample of it is wrong or missing without
+an error.
+"""
 
 from __future__ import annotations
 
@@ -60,13 +62,15 @@ def samples(folder: Path, **data: object) -> list[tuple[int, ...]]:
     return sorted(found)
 
 
-# --- fuzz --------------------------------------------------------------------------------------------------------
+# --- fuzz
+# ------------------------------------------------------------
 
 
 def check_damage(
     folder: Path, shard: int, kind: str, place: float, bit: int, *, hashes_agree: bool
 ) -> None:
-    """Damage a shard and read everything: an error that names it, or, if nothing was changed, every sample.
+    """Damage a shard and read everything: an error that names it, or, if nothing was changed, every
+    sample.
 
     Args:
         folder: prepared data, put right again afterwards.
@@ -74,7 +78,8 @@ def check_damage(
         kind: "cut", "cut at 512", "flip" or "overwrite".
         place: where, as a share of the file.
         bit: which bit or value.
-        hashes_agree: the manifest's size and hash are those of the damaged file: only the content tells.
+        hashes_agree: the manifest's size and hash are those of the damaged file: only the content
+            tells.
     """
     manifest = read_manifest(folder)
     info = manifest.splits["train"].shards[shard % len(manifest.splits["train"].shards)]
@@ -97,7 +102,8 @@ def check_damage(
                 found = read_shard(folder, changed, num_items=manifest.num_items)
             if found is None:
                 return
-            # What agrees in counts, bounds and keys can differ in values alone; sequences are never lost or gained.
+            # What agrees in counts, bounds and keys can differ in values alone; sequences are never
+            # lost or gained.
             assert len(found) == len(intact)
             assert len(found.items) == len(intact.items)
         elif content == whole:
@@ -149,7 +155,8 @@ def test_a_cut_at_any_tar_block_is_found_by_its_content_alone(folder: Path) -> N
         path.write_bytes(whole)
 
 
-# --- what a manifest may not say ----------------------------------------------------------------------------------
+# --- what a manifest may not say
+# ----------------------------------------------------------------------------------
 
 
 def changed_manifest(copy: Path, **shard: object) -> None:
@@ -186,7 +193,8 @@ def test_a_missing_and_an_empty_shard_are_named(copy: Path) -> None:
         samples(copy)
 
 
-# --- quarantine ---------------------------------------------------------------------------------------------------
+# --- quarantine
+# ------------------------------------------------------------------------------------------------
 
 
 def damaged_copy(copy: Path) -> tuple[Manifest, dict[str, str]]:
@@ -204,12 +212,12 @@ def test_bad_shards_are_found_and_their_loss_is_exact(copy: Path) -> None:
     train, test = manifest.splits["train"], manifest.splits["test"]
     text = loss_report(copy, manifest, bad)
     assert (
-        f"train loses 32 of 120 sequences (26.67%) and {train.shards[1].num_items:,} of {train.num_items:,} items"
-        in text
+        f"train loses 32 of 120 sequences (26.67%) and {train.shards[1].num_items:,} of "
+        f"{train.num_items:,} items" in text
     )
     assert (
-        f"test loses 32 of 120 sequences (26.67%) and {test.shards[0].num_items:,} of {test.num_items:,} items"
-        in text
+        f"test loses 32 of 120 sequences (26.67%) and {test.shards[0].num_items:,} of "
+        f"{test.num_items:,} items" in text
     )
     assert "valid" not in text
     with pytest.raises(DataError, match="No shard of split train"):
@@ -231,7 +239,9 @@ def test_what_is_left_out_is_as_if_it_had_never_been(copy: Path, folder: Path) -
 @pytest.mark.integration
 @pytest.mark.parametrize("on_bad_shard", ["stop", "quarantine"])
 def test_both_ranks_of_a_run_do_the_same(tmp_path: Path, on_bad_shard: str) -> None:
-    """Two real ranks: one of them stops both, or both leave out the same and the run records what."""
+    """Two real ranks: one of them stops both, or both leave out the same and the run records
+    what.
+    """
     config = tiny_config(
         tmp_path, mltfr__enabled=False, training__epochs=1, data__on_bad_shard=on_bad_shard
     )
@@ -253,7 +263,8 @@ def test_both_ranks_of_a_run_do_the_same(tmp_path: Path, on_bad_shard: str) -> N
     assert result["world_size"] == 2
 
 
-# --- slow and failing readers -------------------------------------------------------------------------------------
+# --- slow and failing readers
+# -------------------------------------------------------------------------------------
 
 
 def test_a_failing_read_is_repeated_with_growing_pauses(
@@ -293,7 +304,8 @@ def test_a_reader_that_hangs_is_given_up(tmp_path: Path) -> None:
     os.close(os.open(tmp_path / "hangs", os.O_WRONLY | os.O_NONBLOCK))  # let the readers go
 
 
-# --- safety -------------------------------------------------------------------------------------------------------
+# --- safety
+# ------------------------------------------------------------
 
 
 def test_a_huge_size_in_a_header_takes_no_memory() -> None:

@@ -1,4 +1,6 @@
-"""Every field of a run's configuration has an effect: a run with it changed leaves another trace."""
+"""Every field of a run's configuration has an effect: a run with it changed leaves another
+trace.
+"""
 
 from __future__ import annotations
 

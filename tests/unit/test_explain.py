@@ -1,4 +1,6 @@
-"""`mltfr explain`: what is left out changes what it should, and the page is whole, escaped and alone."""
+"""`mltfr explain`: what is left out changes what it should, and the page is whole, escaped and
+alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""An exported model scores as the run's does, in a process that has neither DeepSpeed nor the run's inputs."""
+"""An exported model scores as the run's does, in a process that has neither DeepSpeed nor the run's
+inputs.
+"""
 
 from __future__ import annotations
 

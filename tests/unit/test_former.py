@@ -1,4 +1,6 @@
-"""Configurations of older releases: every field that moved names its new place, and a run goes on once it is changed."""
+"""Configurations of older releases: every field that moved names its new place, and a run goes on
+once it is changed.
+"""
 
 from __future__ import annotations
 

@@ -49,14 +49,18 @@ LAYERS = {
     "train": 7,
     "__main__": 7,
 }
-"""Room or file to layer: a file imports from its own layer or lower ones, as the tests below say."""
+"""Room or file to layer: a file imports from its own layer or lower ones, as the tests below
+say.
+"""
 
 LEAVES = {"presets", "tables", "optim"}
 """Rooms of layer 2 that use none of the others there; models may use data.batch."""
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of everything that a file imports, inside functions too; `from a import b` gives a.b."""
+    """Full names of everything that a file imports, inside functions too; `from a import b` gives
+    a.b.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -140,7 +144,9 @@ ROOMS_WITHIN: dict[str, dict[str, set[str]]] = {
         "running": {"evaluating", "reporting", "using"},
     },
 }
-"""Folder to its rooms, each with those of the others that it may use; `training` has files for all of them beside."""
+"""Folder to its rooms, each with those of the others that it may use; `training` has files for all
+of them beside.
+"""
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ def write_inputs(folder: Path) -> None:
 
 
 def run_blocks(blocks: list[str], shown: list[str], folder: Path) -> dict[str, Any]:
-    """Run Python blocks in order, in one process of their own; the values of ``shown`` at the end."""
+    """Run Python blocks in order, in one process of their own; the values of ``shown`` at the
+    end.
+    """
     lines = ["import json", "scope = {'__name__': '__main__'}"]
     for number, block in enumerate(blocks):
         lines += [f"print('@@', {number}, flush=True)", f"exec({block!r}, scope)"]

@@ -1,4 +1,6 @@
-"""Baselines in closed form and by counting, against independent statements of what they minimise or count."""
+"""Baselines in closed form and by counting, against independent statements of what they minimise or
+count.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,9 @@ print((peak_memory_bytes() - before) / 1e9)
 
 
 def test_a_million_items_take_less_than_a_gigabyte() -> None:
-    """Logits of 64 positions, the gradient, and its copies on the way to the table (0.26 GB each)."""
+    """Logits of 64 positions, the gradient, and its copies on the way to the table (0.26 GB
+    each).
+    """
     done = subprocess.run(
         [sys.executable, "-c", CODE],
         env=clean_environment(OMP_NUM_THREADS="2"),

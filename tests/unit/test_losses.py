@@ -219,7 +219,8 @@ def test_binary_cross_entropy_of_no_position_is_zero() -> None:
     )
 
 
-# --- gBCE, sampled softmax, contrast -----------------------------------------------------------------------------
+# --- gBCE, sampled softmax, contrast
+# -----------------------------------------------------------------------------
 
 
 def naive_gbce(

@@ -1,4 +1,6 @@
-"""Optimizers by name: what is registered is what torch computes, and what ZeRO cannot serve is refused."""
+"""Optimizers by name: what is registered is what torch computes, and what ZeRO cannot serve is
+refused.
+"""
 
 from __future__ import annotations
 

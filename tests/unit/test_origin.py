@@ -62,7 +62,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it at another place, and a working folder beside it: the project has moved as a whole."""
+    """A copy of it at another place, and a working folder beside it: the project has moved as a
+    whole.
+    """
     shutil.copytree(made, tmp_path / "a")
     (tmp_path / "b").mkdir()
     monkeypatch.chdir(tmp_path / "b")

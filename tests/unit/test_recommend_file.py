@@ -1,4 +1,6 @@
-"""`mltfr recommend --histories`: files in, one file out, on after a kill, over several processes."""
+"""`mltfr recommend --histories`: files in, one file out, on after a kill, over several
+processes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What an error tells the user to type can be typed: every command, option and key that a message names exists."""
+"""What an error tells the user to type can be typed: every command, option and key that a message
+names exists.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The table of repairs: defaults are repaired, each can be taken away alone, and the published form runs in two stages."""
+"""The table of repairs: defaults are repaired, each can be taken away alone, and the published form
+runs in two stages.
+"""
 
 from __future__ import annotations
 
@@ -184,7 +186,9 @@ def test_an_unknown_repair_names_the_nearest() -> None:
 
 
 def published(folder: Path, **changes: Any) -> RunConfig:
-    """As published, with its loss; the tiny tables differ in width, so that the group is one of them."""
+    """As published, with its loss; the tiny tables differ in width, so that the group is one of
+    them.
+    """
     fields = {
         "mltfr__consensus__group": ["first"],
         "mltfr__consensus__weight": 0.01,

@@ -1,4 +1,6 @@
-"""A run's folder belongs to one configuration, and its records go on where the checkpoint stands."""
+"""A run's folder belongs to one configuration, and its records go on where the checkpoint
+stands.
+"""
 
 from __future__ import annotations
 
@@ -189,7 +191,8 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
     assert list(contents(tmp_path)) == [RESULT]
 
 
-# --- metrics.jsonl -----------------------------------------------------------------------------------------------
+# --- metrics.jsonl
+# -----------------------------------------------------------------------------------------------
 
 
 def line(stage: str, step: int, kind: str = "step") -> str:

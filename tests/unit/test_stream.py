@@ -37,7 +37,9 @@ Row = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """43 training sequences in shards of 6 (so windows of 12, 12, 12 and 7), histories of 2 to 14 items."""
+    """43 training sequences in shards of 6 (so windows of 12, 12, 12 and 7), histories of 2 to 14
+    items.
+    """
     root = tmp_path_factory.mktemp("stream")
     random = np.random.default_rng(0)
     lines = [
@@ -128,7 +130,8 @@ def same(left: list[StepBatches], right: list[StepBatches]) -> bool:
     )
 
 
-# --- exactness ---------------------------------------------------------------------------------------------------
+# --- exactness
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,8 @@ def test_ranks_get_nearly_equal_work(folder: Path) -> None:
         assert abs(longest[0] - longest[1]) <= 4
 
 
-# --- order -------------------------------------------------------------------------------------------------------
+# --- order
+# ------------------------------------------------------------
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(folder: Path) -> None:
@@ -243,7 +247,8 @@ def test_windows_hold_every_shard_once_and_shuffle_shards_together(folder: Path)
     assert not in_order
 
 
-# --- resume ------------------------------------------------------------------------------------------------------
+# --- resume
+# ------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -266,7 +271,9 @@ def test_resuming_at_any_step_equals_going_on(
 
 @pytest.mark.parametrize("size", [4, 6, 12])
 def test_resuming_at_window_boundaries(folder: Path, size: int) -> None:
-    """Windows end after 12, 24 and 36 sequences or, where the last shard (of 1) comes earlier, 5 before."""
+    """Windows end after 12, 24 and 36 sequences or, where the last shard (of 1) comes earlier, 5
+    before.
+    """
     whole = list(stream(folder, size).epoch(0))
     for start in range(len(whole) + 1):
         assert same(list(stream(folder, size).epoch(0, start)), whole[start:])
@@ -290,7 +297,8 @@ def test_resuming_reads_no_shard_that_is_not_needed(
     assert len(read) <= 3
 
 
-# --- content -----------------------------------------------------------------------------------------------------
+# --- content
+# ------------------------------------------------------------
 
 
 def test_targets_are_the_next_items_and_the_last_item_is_only_a_target(folder: Path) -> None:
@@ -362,7 +370,8 @@ def test_more_ranks_than_sequences_is_an_error(folder: Path) -> None:
     assert "fewer ranks" in caught.value.remedy
 
 
-# --- ranking -----------------------------------------------------------------------------------------------------
+# --- ranking
+# ------------------------------------------------------------
 
 
 def ranked(batch: RankingBatch) -> list[tuple[tuple[int, ...], int, tuple[int, ...]]]:
@@ -414,7 +423,8 @@ def test_ranking_cuts_the_history_but_not_what_was_seen(folder: Path, max_len: i
     assert batches.num_users == len(users) == NUM_USERS
 
 
-# --- what the objective asks for ---------------------------------------------------------------------------------
+# --- what the objective asks for
+# ---------------------------------------------------------------------------------
 
 RATIOS = ViewRatios(0.5, 0.5, 0.5)
 
@@ -534,7 +544,8 @@ def test_a_group_that_does_not_fit_a_micro_batch_is_an_error(folder: Path) -> No
     assert "backbone.cl4srec.contrast_group" in caught.value.remedy
 
 
-# --- loader workers ----------------------------------------------------------------------------------------------
+# --- loader workers
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -587,7 +598,8 @@ def test_damage_met_by_a_worker_is_the_same_error(folder: Path, tmp_path: Path) 
         assert "prepare" in caught.value.remedy
 
 
-# --- last batch, long histories, length ---------------------------------------------------------------------------
+# --- last batch, long histories, length
+# ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("world", "pool"), [(1, 1), (2, 1), (2, 3)])
@@ -733,7 +745,9 @@ BEAUTY = {
     40: 300,
     80: 200,
 }
-"""About how many training histories of Amazon Beauty have how many items: 22,340 histories, 6.9 items on average."""
+"""About how many training histories of Amazon Beauty have how many items: 22,340 histories, 6.9
+items on average.
+"""
 
 
 def padding(steps: list[StepBatches], width: int | None = None) -> float:
@@ -804,7 +818,9 @@ def test_batches_of_like_length_are_exact_too(folder: Path, pool: int) -> None:
 
 
 def test_the_shuffle_comes_close_to_a_full_one(like_beauty: Path) -> None:
-    """With 8 of 22 shards in a window: where a batch's samples lie in the store, against a full shuffle of all."""
+    """With 8 of 22 shards in a window: where a batch's samples lie in the store, against a full
+    shuffle of all.
+    """
     order = EpochOrder(
         np.array(
             [shard.num_sequences for shard in load_manifest(like_beauty).splits["train"].shards]

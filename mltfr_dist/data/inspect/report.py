@@ -1,4 +1,6 @@
-"""`mltfr inspect`: what a prepared folder holds, as a table, as PNG plots and as a TensorBoard page."""
+"""`mltfr inspect`: what a prepared folder holds, as a table, as PNG plots and as a TensorBoard
+page.
+"""
 
 from __future__ import annotations
 
@@ -95,12 +97,14 @@ def table(folder: Path, facts: Facts) -> str:
     rows.append(
         (
             "popularity",
-            f"top 1% of items: {top:.1%} of training; {int((facts.counts == 0).sum()):,} items never in it",
+            f"top 1% of items: {top:.1%} of training; {int((facts.counts == 0).sum()):,} items "
+            f"never in it",
         )
     )
     lines = [f"{folder}", *(f"  {name:<20}{value}" for name, value in rows), ""]
     lines.append(
-        f"  {'split':<8}{'sequences':>12}{'items':>14}{'median':>8}{'mean':>8}{'longest':>9}{'shards':>8}{'cold targets':>22}"
+        f"  {'split':<8}{'sequences':>12}{'items':>14}{'median':>8}{'mean':>8}{'longest':>9}"
+        f"{'shards':>8}{'cold targets':>22}"
     )
     for name, split in manifest.splits.items():
         cold, total = facts.cold.get(name, (0, 0))
@@ -112,7 +116,8 @@ def table(folder: Path, facts: Facts) -> str:
         )
         mean = split.num_items / max(1, split.num_sequences)
         lines.append(
-            f"  {name:<8}{split.num_sequences:>12,}{split.num_items:>14,}{median:>8}{mean:>8.1f}{split.max_length:>9,}"
+            f"  {name:<8}{split.num_sequences:>12,}{split.num_items:>14,}{median:>8}{mean:>8.1f}"
+            f"{split.max_length:>9,}"
             f"{len(split.shards):>8}{note:>22}"
         )
     return "\n".join(
@@ -172,7 +177,9 @@ def write_plots(facts: Facts, folder: Path) -> list[Path]:
 
 
 def write_board(folder: Path, facts: Facts, plots: list[Path], text: str) -> None:
-    """A TensorBoard page in ``folder``: the table, the plots, the lengths and counts as histograms."""
+    """A TensorBoard page in ``folder``: the table, the plots, the lengths and counts as
+    histograms.
+    """
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 

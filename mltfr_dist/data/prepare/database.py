@@ -1,4 +1,6 @@
-"""The database of a preparation: for one plan alone, within limits, and with lines on long queries."""
+"""The database of a preparation: for one plan alone, within limits, and with lines on long
+queries.
+"""
 
 from __future__ import annotations
 

@@ -116,7 +116,8 @@ def check_space(place: Path, source_bytes: int, log: Callable[[str], None]) -> N
     if free < _LEAST_SHARE * source_bytes:
         raise DiskError(
             f"The disk is too small: {need}.",
-            rule="A preparation often takes twice its source's size there, never less than a tenth.",
+            rule="A preparation often takes twice its source's size there, never less than a "
+            "tenth.",
             remedy="Free some room, or name a folder on another disk with --temp-dir.",
         )
     if free < _USUAL_SHARE * source_bytes:

@@ -1,8 +1,10 @@
-"""Written training shards, read back and compared with the interactions: does any hold what lies at or after its cut?
+"""Written training shards, read back and compared with the interactions: does any hold what lies at
+or after its cut?
 
-The check of splits.py proves the plan; this one proves the files, and trusts nothing that was made from that plan. A sequence
-that is, item for item, the beginning of its user's history and no longer than what lies before the cut holds nothing else.
-Of ``user_map`` it takes the numbers of users, of ``item_map`` those of items, and all else from ``ordered``.
+The check of splits.py proves the plan; this one proves the files, and trusts nothing that was made
+from that plan. A sequence that is, item for item, the beginning of its user's history and no longer
+than what lies before the cut holds nothing else. Of ``user_map`` it takes the numbers of users, of
+``item_map`` those of items, and all else from ``ordered``.
 """
 
 from __future__ import annotations
@@ -41,14 +43,16 @@ def check_train_shards(
     num_items: int,
     cut: Decimal | None,
 ) -> int:
-    """Read the training shards in ``folder`` and compare each sequence with its user's interactions before the cut.
+    """Read the training shards in ``folder`` and compare each sequence with its user's interactions
+    before the cut.
 
     Args:
         connection: holds ``ordered``, ``user_map`` and ``item_map``.
         folder: where the shards are.
         shards: their entries for the manifest.
         num_items: greatest item id.
-        cut: time of the first cut; None: leave one out, which cuts before a user's last two of three or more.
+        cut: time of the first cut; None: leave one out, which cuts before a user's last two of
+            three or more.
 
     Returns:
         interactions compared.
@@ -106,14 +110,18 @@ def _histories(
     last: int,
     cut: Decimal | None,
 ) -> _Histories:
-    """The histories of the users ``first`` to ``last``, in the order of time itself and not of the recorded positions."""
+    """The histories of the users ``first`` to ``last``, in the order of time itself and not of the
+    recorded positions.
+    """
     codes = connection.execute(
-        "SELECT user_code FROM user_map WHERE user_index >= $1 AND user_index <= $2 ORDER BY user_index",
+        "SELECT user_code FROM user_map WHERE user_index >= $1 AND user_index <= $2 ORDER BY "
+        "user_index",
         [first, last],
     ).fetchnumpy()["user_code"]
     before = "true" if cut is None else f"timestamp < CAST('{cut}' AS DECIMAL(38, 9))"
     rows = connection.execute(
-        f"SELECT user_code, item_code, {before} AS before FROM ordered WHERE user_code >= $1 AND user_code <= $2 "
+        f"SELECT user_code, item_code, {before} AS before FROM ordered WHERE user_code >= $1 AND "
+        f"user_code <= $2 "
         "ORDER BY user_code, timestamp, position",
         [int(codes[0]), int(codes[-1])],
     ).fetchnumpy()
@@ -127,6 +135,8 @@ def _histories(
 def _leak(path: Path, user: int, holds: str) -> DataError:
     return DataError(
         f"{path}: the training sequence of user {user} (user_index) holds {holds}.",
-        rule="A training sequence is the beginning of its user's history, and all of it lies before the cut.",
-        remedy="Prepare again into a new folder; if it happens there too, please report it as a defect.",
+        rule="A training sequence is the beginning of its user's history, and all of it lies "
+        "before the cut.",
+        remedy="Prepare again into a new folder; if it happens there too, please report it as a "
+        "defect.",
     )

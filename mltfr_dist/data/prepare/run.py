@@ -1,4 +1,5 @@
-"""`mltfr prepare`: raw interactions -> shards, id maps and manifest, out of core in DuckDB, restartable.
+"""`mltfr prepare`: raw interactions -> shards, id maps and manifest, out of core in DuckDB,
+restartable.
 
 See steps.py for the tables and the order of ids, workspace.py for what survives an interruption.
 """
@@ -47,13 +48,15 @@ def prepare(
 ) -> Manifest:
     """Prepare ``source`` into the folder ``output``: complete, or not there at all.
 
-    Equal input and configuration give equal bytes in every file, whatever the resources. Interrupted (by a crash, not by bad
-    input), the same call goes on behind the last finished step or shard.
+    Equal input and configuration give equal bytes in every file, whatever the resources.
+    Interrupted (by a crash, not by bad input), the same call goes on behind the last finished step
+    or shard.
 
     Args:
         source: one or several of what :func:`gather` finds files of (paths, folders, patterns,
             URLs, `-`), or a named set (see ``sources.NAMED_SETS``).
-        output: folder to write, or its URL; one that holds the same data already is verified and reused.
+        output: folder to write, or its URL; one that holds the same data already is verified and
+            reused.
         config: what to keep and how to split.
         resources: memory, threads and the folder for temporary files.
         packages_dir: where named sets' packages were unpacked; None: where this Python finds them.

@@ -1,12 +1,15 @@
-"""Train, validation and test sequences as prefixes of each user's history, and the proof that nothing leaks.
+"""Train, validation and test sequences as prefixes of each user's history, and the proof that
+nothing leaks.
 
-Every sequence of every split is a prefix of one user's interactions in time order, so a split is one small table
-``prefixes``: where the user's sequence of each split ends. A prefix of length 0 is not stored.
+Every sequence of every split is a prefix of one user's interactions in time order, so a split is
+one small table ``prefixes``: where the user's sequence of each split ends. A prefix of length 0 is
+not stored.
 
 * ``train``: every item is history; sequences of one item teach nothing and are not stored.
 * ``valid`` and ``test``: the last item is the target, everything before it is the history.
 
-Everything here reads ``ordered(user_code, item_code, timestamp, position)`` with positions 1.. per user.
+Everything here reads ``ordered(user_code, item_code, timestamp, position)`` with positions 1.. per
+user.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ Cuts = tuple[Decimal, Decimal]
 
 
 class LeakError(AssertionError):
-    """A training sequence or a history holds what it must predict: a defect of this program, not of the data."""
+    """A training sequence or a history holds what it must predict: a defect of this program, not of
+    the data.
+    """
 
 
 def leave_one_out_sql() -> str:
@@ -39,18 +44,20 @@ def leave_one_out_sql() -> str:
         SQL with columns user_code, length, train_length, train_end, valid_end, test_end.
     """
     return _prefixes_sql(
-        "SELECT user_code, count(*) AS length, CASE WHEN count(*) >= 3 THEN count(*) - 2 ELSE count(*) END AS train_length, "
+        "SELECT user_code, count(*) AS length, CASE WHEN count(*) >= 3 THEN count(*) - 2 ELSE "
+        "count(*) END AS train_length, "
         "CASE WHEN count(*) >= 3 THEN count(*) - 1 ELSE 0 END AS valid_end, "
-        "CASE WHEN count(*) >= 3 THEN count(*) ELSE 0 END AS test_end FROM ordered GROUP BY user_code"
+        "CASE WHEN count(*) >= 3 THEN count(*) ELSE 0 END AS test_end FROM ordered GROUP BY "
+        "user_code"
     )
 
 
 def global_temporal_sql(cuts: Cuts) -> str:
     """SELECT for ``prefixes``: two points in time cut all users alike.
 
-    Training is what lies before the first cut. The validation target is a user's first interaction from the first cut
-    on and before the second, the test target the first from the second cut on; all before a target is its history,
-    which must not be empty.
+    Training is what lies before the first cut. The validation target is a user's first interaction
+    from the first cut on and before the second, the test target the first from the second cut on;
+    all before a target is its history, which must not be empty.
 
     Args:
         cuts: first and second cut, in the unit of ``ordered.timestamp``.
@@ -64,21 +71,27 @@ def global_temporal_sql(cuts: Cuts) -> str:
     )
     return _prefixes_sql(
         f"SELECT user_code, count(*) AS length, {before_first} AS train_length, "
-        f"CASE WHEN {before_first} > 0 AND {before_second} > {before_first} THEN {before_first} + 1 ELSE 0 END AS valid_end, "
-        f"CASE WHEN {before_second} > 0 AND count(*) > {before_second} THEN {before_second} + 1 ELSE 0 END AS test_end "
+        f"CASE WHEN {before_first} > 0 AND {before_second} > {before_first} THEN {before_first} + "
+        f"1 ELSE 0 END AS valid_end, "
+        f"CASE WHEN {before_second} > 0 AND count(*) > {before_second} THEN {before_second} + 1 "
+        f"ELSE 0 END AS test_end "
         "FROM ordered GROUP BY user_code"
     )
 
 
 def _prefixes_sql(ends: str) -> str:
     train_end = f"CASE WHEN train_length >= {MIN_TRAIN_LENGTH} THEN train_length ELSE 0 END"
-    return f"SELECT user_code, length, train_length, {train_end} AS train_end, valid_end, test_end FROM ({ends})"
+    return (
+        f"SELECT user_code, length, train_length, {train_end} AS train_end, valid_end, test_end "
+        f"FROM ({ends})"
+    )
 
 
 def find_cuts(
     connection: duckdb.DuckDBPyConnection, valid_fraction: float, test_fraction: float
 ) -> Cuts:
-    """The two cut times, so that about these fractions of all interactions lie between and after them.
+    """The two cut times, so that about these fractions of all interactions lie between and after
+    them.
 
     Interactions of one moment stay together, so coarse times (days) move the fractions.
 
@@ -91,7 +104,8 @@ def find_cuts(
         # A running count per moment, not a sort of all rows in memory.
         row = one(
             connection,
-            "SELECT min(timestamp) FROM (SELECT timestamp, sum(count(*)) OVER (ORDER BY timestamp) AS up_to "
+            "SELECT min(timestamp) FROM (SELECT timestamp, sum(count(*)) OVER (ORDER BY timestamp) "
+            "AS up_to "
             "FROM ordered GROUP BY timestamp) WHERE up_to > $1",
             [min(rank, total - 1)],
         )
@@ -101,7 +115,8 @@ def find_cuts(
     second = at(math.floor(total * (1 - test_fraction) + 1e-9))
     if not earliest < first < second:
         raise DataError(
-            f"The times do not separate training, validation and test: the earliest is {time_text(Decimal(earliest))}, "
+            f"The times do not separate training, validation and test: the earliest is "
+            f"{time_text(Decimal(earliest))}, "
             f"the cuts fall at {time_text(first)} and {time_text(second)}.",
             rule="global_temporal needs earliest < first cut < second cut.",
             remedy="Use finer times, other `--valid-fraction` and `--test-fraction`, or "
@@ -126,14 +141,17 @@ def make_prefixes(
         find_cuts(connection, valid_fraction, test_fraction) if split == "global_temporal" else None
     )
     connection.execute(
-        f"CREATE OR REPLACE TABLE prefixes AS {global_temporal_sql(cuts) if cuts else leave_one_out_sql()}"
+        f"CREATE OR REPLACE TABLE prefixes AS "
+        f"{global_temporal_sql(cuts) if cuts else leave_one_out_sql()}"
     )
     for name in SPLITS:
         if not one(connection, f"SELECT count(*) FROM prefixes WHERE {name}_end > 0")[0]:
             longest = one(connection, "SELECT max(length) FROM prefixes")[0]
             raise DataError(
-                f"The {split} split leaves no {name} sequence (the longest history has {longest} interactions).",
-                rule="Training needs 2 items of a user, and validation and test a target with a history before it: "
+                f"The {split} split leaves no {name} sequence (the longest history has {longest} "
+                f"interactions).",
+                rule="Training needs 2 items of a user, and validation and test a target with a "
+                "history before it: "
                 "leave_one_out gives a user with 4 interactions all three.",
                 remedy="Give more data, or another split or fractions.",
             )
@@ -141,24 +159,27 @@ def make_prefixes(
 
 
 def check_no_leak(connection: duckdb.DuckDBPyConnection, cuts: Cuts | None) -> None:
-    """Prove on the tables ``ordered`` and ``prefixes`` that no sequence holds what lies at or after its cut.
+    """Prove on the tables ``ordered`` and ``prefixes`` that no sequence holds what lies at or after
+    its cut.
 
-    It compares interactions with the cut itself (leave one out: the user's last two; else the cut times) and does not
-    trust how ``prefixes`` was made.
+    It compares interactions with the cut itself (leave one out: the user's last two; else the cut
+    times) and does not trust how ``prefixes`` was made.
 
     Raises:
         LeakError: with the number of interactions that leak.
     """
     facts = (
         "SELECT o.position, o.timestamp, p.train_end, p.valid_end, p.test_end, "
-        "count(*) OVER users AS total, row_number() OVER (PARTITION BY o.user_code ORDER BY o.timestamp DESC, o.position DESC) "
-        "AS from_end FROM ordered o JOIN prefixes p USING (user_code) WINDOW users AS (PARTITION BY o.user_code)"
+        "count(*) OVER users AS total, row_number() OVER (PARTITION BY o.user_code ORDER BY "
+        "o.timestamp DESC, o.position DESC) "
+        "AS from_end FROM ordered o JOIN prefixes p USING (user_code) WINDOW users AS (PARTITION "
+        "BY o.user_code)"
     )
     parameters: list[Any] = []
     if cuts is None:
         rules = {
             "train": "position <= train_end AND total >= 3 AND from_end <= 2",
-            "valid": "position <= valid_end AND (from_end = 1 OR (position = valid_end) <> (from_end = 2))",
+            "valid": "position <= valid_end AND (from_end = 1 OR (position = valid_end) <> (from_end = 2))",  # noqa: E501
             "test": "position <= test_end AND (position = test_end) <> (from_end = 1)",
         }
     else:
@@ -166,7 +187,7 @@ def check_no_leak(connection: duckdb.DuckDBPyConnection, cuts: Cuts | None) -> N
         parameters = [str(cut) for cut in cuts]
         rules = {
             "train": f"position <= train_end AND timestamp >= {first}",
-            "valid": f"position <= valid_end AND ((position = valid_end) <> (timestamp >= {first}) OR timestamp >= {second})",
+            "valid": f"position <= valid_end AND ((position = valid_end) <> (timestamp >= {first}) OR timestamp >= {second})",  # noqa: E501
             "test": f"position <= test_end AND (position = test_end) <> (timestamp >= {second})",
         }
         if not cuts[0] < cuts[1]:
@@ -176,5 +197,6 @@ def check_no_leak(connection: duckdb.DuckDBPyConnection, cuts: Cuts | None) -> N
     if any(found):
         broken = ", ".join(f"{count} in {name}" for name, count in zip(rules, found) if count)
         raise LeakError(
-            f"Interactions on the wrong side of their cut: {broken}. Please report this as a defect."
+            f"Interactions on the wrong side of their cut: {broken}. Please report this as a "
+            f"defect."
         )

@@ -3,8 +3,10 @@
 Tables, in the order they are made (all in a database file that is removed at the end)::
 
     interactions  row_number, user_id, item_id, timestamp           as read, ids as text
-    events        row_number, user_code, item_code, timestamp       without duplicates; then only the k-core
-    ordered       user_code, item_code, timestamp, position         position 1.. in time; ties keep file order
+    events        row_number, user_code, item_code, timestamp
+                  without duplicates; then only the k-core
+    ordered       user_code, item_code, timestamp, position
+                  position 1.. in time; ties keep file order
     prefixes      user_code, length, train_end, ...                 see splits.py
     item_map      item_code, item_index, item_id, title, ...        item_index 1..num_items
     user_map      user_code, user_index, user_id, length, ends      user_index 0..num_users-1
@@ -52,25 +54,30 @@ def drop_duplicates(connection: duckdb.DuckDBPyConnection, mode: str) -> int:
     """``interactions`` -> ``events`` with integer codes; returns the rows that are left.
 
     Args:
-        connection: holds ``interactions``, which is dropped; ``user_codes`` and ``item_codes`` are made.
+        connection: holds ``interactions``, which is dropped; ``user_codes`` and ``item_codes`` are
+            made.
         mode: exact, first or keep (see ``PrepareConfig.duplicates``).
     """
     for kind in ("user", "item"):
         connection.execute(
-            f"CREATE TABLE {kind}_codes AS SELECT CAST(row_number() OVER (ORDER BY {kind}_id) AS INTEGER) AS {kind}_code, "
-            f"{kind}_id, {kind}_key FROM (SELECT CAST({kind}_id AS VARCHAR) AS {kind}_id, {kind}_id AS {kind}_key "
+            f"CREATE TABLE {kind}_codes AS SELECT CAST(row_number() OVER (ORDER BY {kind}_id) AS "
+            f"INTEGER) AS {kind}_code, "
+            f"{kind}_id, {kind}_key FROM (SELECT CAST({kind}_id AS VARCHAR) AS {kind}_id, "
+            f"{kind}_id AS {kind}_key "
             f"FROM (SELECT DISTINCT {kind}_id FROM interactions))"
         )
     coded = (
         "SELECT row_number, user_code, item_code, timestamp FROM interactions "
-        "JOIN user_codes ON interactions.user_id = user_key JOIN item_codes ON interactions.item_id = item_key"
+        "JOIN user_codes ON interactions.user_id = user_key JOIN item_codes ON "
+        "interactions.item_id = item_key"
     )
     kept = {
         "keep": coded,
         "exact": "SELECT min(row_number) AS row_number, user_code, item_code, timestamp "
         f"FROM ({coded}) GROUP BY user_code, item_code, timestamp",
         "first": f"SELECT * FROM ({coded}) "
-        "QUALIFY row_number() OVER (PARTITION BY user_code, item_code ORDER BY timestamp, row_number) = 1",
+        "QUALIFY row_number() OVER (PARTITION BY user_code, item_code ORDER BY timestamp, "
+        "row_number) = 1",
     }[mode]
     connection.execute(f"CREATE TABLE events AS {kept}")
     for kind in ("user", "item"):
@@ -79,15 +86,26 @@ def drop_duplicates(connection: duckdb.DuckDBPyConnection, mode: str) -> int:
     return count_rows(connection, "SELECT count(*) FROM events")
 
 
+def _lower_counts(connection: duckdb.DuckDBPyConnection, kind: str) -> None:
+    """Take the interactions in ``gone`` off the counts of users or of items."""
+    connection.execute(
+        f"CREATE OR REPLACE TABLE {kind}_counts AS SELECT {kind}_code, "
+        f"number - coalesce(fewer, 0) AS number FROM {kind}_counts LEFT JOIN "
+        f"(SELECT {kind}_code, count(*) AS fewer FROM gone GROUP BY {kind}_code) "
+        f"USING ({kind}_code) WHERE number > coalesce(fewer, 0)"
+    )
+
+
 def k_core(
     connection: duckdb.DuckDBPyConnection,
     user_core: int,
     item_core: int,
     steps: StepLog | None = None,
 ) -> tuple[CoreRound, ...]:
-    """Remove from ``events``, in rounds, users and items with too few interactions, until none is left to remove.
+    """Remove from ``events``, in rounds, users and items with too few interactions.
 
-    A round counts users and items in the same state and removes both. Counts are made once, and lowered by what goes.
+    A round counts users and items in the same state and removes both. Counts are made once, and
+    lowered by what goes.
 
     Raises:
         DataError: nothing is left; it says after which round, and what was there before.
@@ -97,13 +115,15 @@ def k_core(
     least = {"user": user_core, "item": item_core}
     for kind in least:
         connection.execute(
-            f"CREATE TABLE {kind}_counts AS SELECT {kind}_code, count(*) AS number FROM events GROUP BY {kind}_code"
+            f"CREATE TABLE {kind}_counts AS SELECT {kind}_code, count(*) AS number FROM events "
+            f"GROUP BY {kind}_code"
         )
     while True:
         removed, before = {}, {}
         for kind, core in least.items():
             connection.execute(
-                f"CREATE OR REPLACE TABLE few_{kind} AS SELECT {kind}_code FROM {kind}_counts WHERE number < {core:d}"
+                f"CREATE OR REPLACE TABLE few_{kind} AS SELECT {kind}_code FROM {kind}_counts "
+                f"WHERE number < {core:d}"
             )
             removed[kind] = count_rows(connection, f"SELECT count(*) FROM few_{kind}")
             before[kind] = count_rows(connection, f"SELECT count(*) FROM {kind}_counts")
@@ -115,11 +135,7 @@ def k_core(
         )
         connection.execute("DELETE FROM events WHERE rowid IN (SELECT row FROM gone)")
         for kind in least:
-            connection.execute(
-                f"CREATE OR REPLACE TABLE {kind}_counts AS SELECT {kind}_code, number - coalesce(fewer, 0) AS number "
-                f"FROM {kind}_counts LEFT JOIN (SELECT {kind}_code, count(*) AS fewer FROM gone GROUP BY {kind}_code) "
-                f"USING ({kind}_code) WHERE number > coalesce(fewer, 0)"
-            )
+            _lower_counts(connection, kind)
         was, left = left, count_rows(connection, "SELECT count(*) FROM events")
         rounds.append(
             CoreRound(
@@ -127,12 +143,14 @@ def k_core(
             )
         )
         if steps:
-            note = f"{removed['user']:,} users below {user_core}, {removed['item']:,} items below {item_core}"
+            users = f"{removed['user']:,} users below {user_core}"
+            note = f"{users}, {removed['item']:,} items below {item_core}"
             steps.done(f"k-core round {len(rounds)}", left, was - left, note)
         if not left:
             raise DataError(
-                f"Nothing is left after round {len(rounds)} of the k-core; before that round there were {was:,} interactions "
-                f"of {before['user']:,} users with {before['item']:,} items.",
+                f"Nothing is left after round {len(rounds)} of the k-core; before that round there "
+                f"were {was:,} interactions of {before['user']:,} users with {before['item']:,} "
+                "items.",
                 rule=f"Every kept user has at least {user_core} interactions (--user-core) "
                 f"and every item {item_core} (--item-core).",
                 remedy="Lower --user-core or --item-core, or give more data.",
@@ -140,11 +158,15 @@ def k_core(
 
 
 def order_by_time(connection: duckdb.DuckDBPyConnection) -> int:
-    """``events`` -> ``ordered`` with positions 1.. per user, by time, then file order; returns the number of ties."""
+    """``events`` -> ``ordered`` with positions 1.. per user, by time, then file order; returns the
+    number of ties.
+    """
     connection.execute(
-        "CREATE TABLE ordered AS SELECT user_code, item_code, timestamp, row_number() OVER history AS position, "
+        "CREATE TABLE ordered AS SELECT user_code, item_code, timestamp, row_number() OVER history "
+        "AS position, "
         "coalesce(lag(timestamp) OVER history = timestamp, false) AS is_tie FROM events "
-        "WINDOW history AS (PARTITION BY user_code ORDER BY timestamp, row_number) ORDER BY user_code, position"
+        "WINDOW history AS (PARTITION BY user_code ORDER BY timestamp, row_number) ORDER BY "
+        "user_code, position"
     )
     connection.execute("DROP TABLE events")
     return count_rows(connection, "SELECT count(*) FROM ordered WHERE is_tie")
@@ -162,8 +184,10 @@ def make_id_maps(connection: duckdb.DuckDBPyConnection) -> None:
         "FROM counts JOIN item_codes USING (item_code) LEFT JOIN titles USING (item_id)"
     )
     connection.execute(
-        "CREATE TABLE user_map AS SELECT user_code, row_number() OVER (ORDER BY user_code) - 1 AS user_index, user_id, length, "
-        "train_end, valid_end, test_end FROM prefixes JOIN user_codes USING (user_code) ORDER BY user_code"
+        "CREATE TABLE user_map AS SELECT user_code, row_number() OVER (ORDER BY user_code) - 1 AS "
+        "user_index, user_id, length, "
+        "train_end, valid_end, test_end FROM prefixes JOIN user_codes USING (user_code) ORDER BY "
+        "user_code"
     )
 
 
@@ -171,7 +195,8 @@ def count_cold(connection: duckdb.DuckDBPyConnection, split: str) -> int:
     """Targets of ``split`` that no stored training sequence holds."""
     return count_rows(
         connection,
-        "SELECT count(*) FROM ordered JOIN prefixes USING (user_code) JOIN item_map USING (item_code) "
+        "SELECT count(*) FROM ordered JOIN prefixes USING (user_code) JOIN item_map USING "
+        "(item_code) "
         f"WHERE position = {split}_end AND stored = 0",
     )
 

@@ -195,7 +195,8 @@ class Workspace:
         """The database of this plan, within the limits that the user set.
 
         Raises:
-            DataError: another process is preparing the same output, or memory or disk do not suffice.
+            DataError: another process is preparing the same output, or memory or disk do not
+                suffice.
         """
         with open_database(self._work, self._digest, self.resources, self.log) as connection:
             yield connection
@@ -203,7 +204,9 @@ class Workspace:
     def step(
         self, connection: duckdb.DuckDBPyConnection, name: str, work: Callable[[], Any]
     ) -> Any:
-        """Do ``work`` once, all or nothing; its value (as JSON) is kept for when the preparation is started again."""
+        """Do ``work`` once, all or nothing; its value (as JSON) is kept for when the preparation is
+        started again.
+        """
         found = connection.execute("SELECT value FROM done WHERE step = $1", [name]).fetchall()
         if found:
             self.log(f"{name}: done before the interruption")
@@ -218,7 +221,8 @@ class Workspace:
         connection.commit()
         return json.loads(value)
 
-    # --- shards ------------------------------------------------------------------------------------------------
+    # --- shards
+    # --------------------------------------------------------------------------------------------
 
     def record_shard(self, split: str, info: ShardInfo, last_user: int) -> None:
         """Note a finished shard."""
@@ -228,7 +232,9 @@ class Workspace:
             file.write("\n" + json.dumps(values | {"info": info.model_dump()}))
 
     def written_shards(self, split: str) -> list[WrittenShard]:
-        """The finished shards of a split that are still what was written, up to the first that is not."""
+        """The finished shards of a split that are still what was written, up to the first that is
+        not.
+        """
         found: list[WrittenShard] = []
         for line in (
             self._journal.read_text(encoding="utf-8").splitlines() if self._journal.exists() else []
@@ -251,7 +257,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two plans, options as on the command line; empty where nothing does."""
     options = {*PrepareConfig.model_fields, *PrepareResources.model_fields}
     return "; ".join(
-        f"{'--' + key.replace('_', '-') if key in options else key} was {before.get(key)}, now {now[key]}"
+        f"{'--' + key.replace('_', '-') if key in options else key} was {before.get(key)}, now "
+        f"{now[key]}"
         for key in now
         if before.get(key) != now[key]
     )

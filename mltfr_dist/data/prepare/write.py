@@ -34,7 +34,8 @@ def write_splits(
 ) -> dict[str, SplitInfo]:
     """Write the shards of every split, going on behind those that are there.
 
-    A user's sequence in each split is a prefix of the history, so each run of users is read once for all splits.
+    A user's sequence in each split is a prefix of the history, so each run of users is read once
+    for all splits.
     """
     writers: dict[str, SplitWriter] = {}
     next_user: dict[str, int] = {}
@@ -88,7 +89,9 @@ def item_indices(connection: duckdb.DuckDBPyConnection) -> np.ndarray:
 def _histories(
     connection: duckdb.DuckDBPyConnection, indices: np.ndarray, start: int, end: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Items of the users ``start`` up to ``end``, one history after the other, and the users' rows of ``user_map``."""
+    """Items of the users ``start`` up to ``end``, one history after the other, and the users' rows
+    of ``user_map``.
+    """
     users = connection.execute(
         "SELECT user_code, user_index, length, train_end, valid_end, test_end FROM user_map "
         "WHERE user_index >= $1 AND user_index < $2 ORDER BY user_index",
@@ -96,7 +99,8 @@ def _histories(
     ).fetchnumpy()
     codes = [int(users["user_code"][0]), int(users["user_code"][-1])]
     items = connection.execute(
-        "SELECT item_code FROM ordered WHERE user_code >= $1 AND user_code <= $2 ORDER BY user_code, position",
+        "SELECT item_code FROM ordered WHERE user_code >= $1 AND user_code <= $2 ORDER BY "
+        "user_code, position",
         codes,
     ).fetchnumpy()["item_code"]
     return indices[items], users
@@ -105,7 +109,9 @@ def _histories(
 def _prefixes(
     items: np.ndarray, users: dict[str, np.ndarray], end: str, first_user: int
 ) -> PackedSequences:
-    """The sequences of one split: of each user from ``first_user`` on the first ``end`` items, where there are any."""
+    """The sequences of one split: of each user from ``first_user`` on the first ``end`` items,
+    where there are any.
+    """
     starts = np.cumsum(users["length"]) - users["length"]
     chosen = (users[end] > 0) & (users["user_index"] >= first_user)
     lengths = users[end][chosen].astype(np.int64)
@@ -117,7 +123,7 @@ def _prefixes(
 def write_maps(connection: duckdb.DuckDBPyConnection, folder: Path) -> dict[str, str]:
     """Write `items.parquet` and `users.parquet`; returns their sha256 by name."""
     queries = {
-        "items.parquet": "SELECT item_index, item_id, title, count FROM item_map ORDER BY item_index",
+        "items.parquet": "SELECT item_index, item_id, title, count FROM item_map ORDER BY item_index",  # noqa: E501
         "users.parquet": "SELECT user_index, user_id, length FROM user_map ORDER BY user_index",
     }
     for name, query in queries.items():

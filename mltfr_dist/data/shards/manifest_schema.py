@@ -32,7 +32,8 @@ class ShardInfo(Section):
     sha256: str
     lengths: tuple[tuple[int, int], ...] | None = Field(
         None,
-        description="(items, number of sequences with as many), ascending. Manifests of version 1 have none.",
+        description="(items, number of sequences with as many), ascending. Manifests of version 1 "
+        "have none.",
     )
 
     def check_lengths(self) -> None:
@@ -90,7 +91,9 @@ class SplitInfo(Section):
 
 
 class SourceInfo(Section):
-    """What the data was prepared from. File names only: a manifest is the same wherever it was made."""
+    """What the data was prepared from. File names only: a manifest is the same wherever it was
+    made.
+    """
 
     file: str
     bytes: Number

@@ -60,11 +60,14 @@ class PackedSequences:
         )
 
     def take(self, indices: np.ndarray | Sequence[int]) -> PackedSequences:
-        """The sequences at ``indices`` [m], in that order (repeats allowed), without a Python loop."""
+        """The sequences at ``indices`` [m], in that order (repeats allowed), without a Python
+        loop.
+        """
         chosen = np.asarray(indices, dtype=np.int64)
         lengths = self.lengths[chosen]
         offsets = _offsets(lengths)
-        # Position j of the result belongs to sequence i; it lies j - offsets[i] after that sequence's old start.
+        # Position j of the result belongs to sequence i; it lies j - offsets[i] after that
+        # sequence's old start.
         sources = np.repeat(self.offsets[:-1][chosen] - offsets[:-1], lengths) + np.arange(
             offsets[-1]
         )

@@ -1,4 +1,6 @@
-"""Shards that are bad: found before training, left out on all ranks alike, and their loss counted."""
+"""Shards that are bad: found before training, left out on all ranks alike, and their loss
+counted.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def find_bad_shards(folder: Path, manifest: Manifest, retries: RetryPolicy) -> d
 
 
 def loss_report(folder: Path, manifest: Manifest, left_out: Mapping[str, str]) -> str:
-    """What is lost with the shards ``left_out`` (file name to reason), a line each and a line a split.
+    """What is lost with the shards ``left_out`` (file name to reason), a line each and a line a
+    split.
 
     Raises:
         DataError: a split would be empty.
@@ -45,7 +48,8 @@ def loss_report(folder: Path, manifest: Manifest, left_out: Mapping[str, str]) -
         )
         if sequences:
             lines.append(
-                f"  {name} loses {sequences:,} of {split.num_sequences:,} sequences ({sequences / split.num_sequences:.2%}) "
+                f"  {name} loses {sequences:,} of {split.num_sequences:,} sequences "
+                f"({sequences / split.num_sequences:.2%}) "
                 f"and {items:,} of {split.num_items:,} items"
             )
     return "\n".join(lines)

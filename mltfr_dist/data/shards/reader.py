@@ -86,7 +86,8 @@ def _decode_block(path: Path, sample: dict[str, Any], num_items: int) -> PackedS
         if array.ndim != 1 or array.dtype.kind != "u":
             raise damaged(
                 path,
-                f"block {key}: {name} is {array.dtype}{list(array.shape)}, not a flat unsigned array",
+                f"block {key}: {name} is {array.dtype}{list(array.shape)}, not a flat unsigned "
+                f"array",
             )
     if (
         len(offsets) != len(users) + 1
@@ -96,7 +97,8 @@ def _decode_block(path: Path, sample: dict[str, Any], num_items: int) -> PackedS
     ):
         raise damaged(
             path,
-            f"block {key}: the offsets do not rise from 0 to {len(items)} over {len(users)} sequences",
+            f"block {key}: the offsets do not rise from 0 to {len(items)} over {len(users)} "
+            f"sequences",
         )
     if len(items) and not 1 <= items.min() <= items.max() <= num_items:
         raise damaged(
@@ -107,7 +109,8 @@ def _decode_block(path: Path, sample: dict[str, Any], num_items: int) -> PackedS
 
 
 def _from_npy(content: bytes) -> np.ndarray:
-    """The array of an npy file, a view of its bytes. No size that its header claims is believed, and no code of it run.
+    """The array of an npy file, a view of its bytes. No size that its header claims is believed,
+    and no code of it run.
 
     Raises:
         ValueError: malformed, of objects, or the header claims another size than there is.

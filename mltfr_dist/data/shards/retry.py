@@ -39,8 +39,10 @@ def read_with_retries(path: Path, retries: RetryPolicy) -> bytes:
         reason = outcome
     raise DataError(
         f"{path} could not be read in {retries.attempts} attempts: {reason}.",
-        rule="An attempt fails with an error of the file system, or after data.read_timeout seconds.",
-        remedy="Look after the disk or the network; raise data.read_attempts or data.read_timeout where it is merely slow.",
+        rule="An attempt fails with an error of the file system, or after data.read_timeout "
+        "seconds.",
+        remedy="Look after the disk or the network; raise data.read_attempts or data.read_timeout "
+        "where it is merely slow.",
     )
 
 
@@ -54,7 +56,8 @@ def _attempt(path: Path, timeout: float) -> bytes | str:
         except OSError as error:
             outcome.append(error.strerror or str(error))
 
-    # A read that hangs cannot be stopped; a daemon thread at least does not keep the process from ending.
+    # A read that hangs cannot be stopped; a daemon thread at least does not keep the process from
+    # ending.
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     reader.join(timeout)

@@ -16,7 +16,9 @@ from mltfr_dist.files import file_sha256
 
 
 class SplitWriter:
-    """Writes `<split>-000000.tar`, ... of one split. Equal sequences give equal bytes, however they are handed in."""
+    """Writes `<split>-000000.tar`, ... of one split. Equal sequences give equal bytes, however they
+    are handed in.
+    """
 
     def __init__(
         self,

@@ -162,7 +162,8 @@ def _refuse_twins(connection: duckdb.DuckDBPyConnection, name: str, locate: Loca
     found = connection.execute(
         "WITH pairs AS (SELECT plain.id AS id, plain.row AS row, ids.id AS other, "
         "ids.row AS other_row FROM plain JOIN ids ON plain.normal = ids.id "
-        "UNION ALL SELECT a.id, a.row, b.id, b.row FROM plain a JOIN plain b ON a.normal = b.normal AND a.id <> b.id) "
+        "UNION ALL SELECT a.id, a.row, b.id, b.row FROM plain a JOIN plain b ON a.normal = "
+        "b.normal AND a.id <> b.id) "
         "SELECT * FROM pairs ORDER BY greatest(row, other_row), row LIMIT 1"
     ).fetchall()
     connection.unregister("plain")

@@ -188,7 +188,8 @@ def _verify(path: Path, target: Path, found: PublicSet) -> None:
             "was expected.",
             rule="A set is used only as it is known, or as it was first fetched.",
             remedy="Fetch again, without that file; if its owners have changed the set, look at "
-            f"it, and prepare it by its path{'' if found.checksum else f', or remove {record_path}'}.",
+            f"it, and prepare it by its "
+            f"path{'' if found.checksum else f', or remove {record_path}'}.",
         )
     values = {"url": found.url, "bytes": path.stat().st_size, "sha256": sha256}
     write_atomically(record_path, json.dumps(values, indent=2) + "\n")

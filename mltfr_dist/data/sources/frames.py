@@ -1,4 +1,5 @@
-"""Tables in memory (pandas, polars, Arrow and others) -> a Parquet file that is read like any other.
+"""Tables in memory (pandas, polars, Arrow and others) -> a Parquet file that is read like any
+other.
 
 Neither pandas nor polars is imported: a frame hands out its columns by Arrow's C stream protocol
 (`__arrow_c_stream__`), or by the older `__dataframe__`.

@@ -1,7 +1,9 @@
-"""Raw files and named public sets -> a DuckDB table ``interactions(row_number, user_id, item_id, timestamp)``.
+"""Raw files and named public sets -> a DuckDB table ``interactions(row_number, user_id, item_id,
+timestamp)``.
 
-Text formats are read as text first, so that a bad value can be named together with the line that holds it.
-``row_number`` counts rows in file order from 1: nothing later depends on the order in which DuckDB returns rows.
+Text formats are read as text first, so that a bad value can be named together with the line that
+holds it. ``row_number`` counts rows in file order from 1: nothing later depends on the order in
+which DuckDB returns rows.
 """
 
 from __future__ import annotations
@@ -115,13 +117,14 @@ def load_interactions(
 ) -> int:
     """Create ``interactions(row_number, user_id, item_id, timestamp)``; returns its number of rows.
 
-    Rows are numbered through all files, in the order of ``files``; rows left out leave gaps. Ids are
-    text, or 64-bit integers if all files are Parquet with integer ids. ``timestamp``: integers of
-    Parquet as they are; other numbers as DECIMAL(38, 9); dates and date-times as microseconds since
-    1970 UTC; and where there is no time, places in the file, or in the user's list.
+    Rows are numbered through all files, in the order of ``files``; rows left out leave gaps. Ids
+    are text, or 64-bit integers if all files are Parquet with integer ids. ``timestamp``: integers
+    of Parquet as they are; other numbers as DECIMAL(38, 9); dates and date-times as microseconds
+    since 1970 UTC; and where there is no time, places in the file, or in the user's list.
 
     Raises:
-        DataError: missing file or column, unparsable row (with its line), empty or impossible value, no rows.
+        DataError: missing file or column, unparsable row (with its line), empty or impossible
+            value, no rows.
         ConfigError: options that do not go together, or with the format.
     """
     source = Source(connection, config, log)
@@ -147,7 +150,8 @@ def load_titles(
     item_column: str,
     title_column: str,
 ) -> None:
-    """Create ``titles(item_id, title)`` from a csv, tsv, parquet or jsonl file; an item's first title counts.
+    """Create ``titles(item_id, title)`` from a csv, tsv, parquet or jsonl file; an item's first
+    title counts.
 
     Without a file the table is empty.
 

@@ -1,4 +1,6 @@
-"""Object stores and other remote places, through fsspec: files are copied here, prepared, and copied there."""
+"""Object stores and other remote places, through fsspec: files are copied here, prepared, and
+copied there.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ PROTOCOLS = (
     "https",
     "hf",
 )
-"""What a URL may begin with: each only moves bytes. Chains (`a::b`) are none of it, nor is what runs a command."""
+"""What a URL may begin with: each only moves bytes. Chains (`a::b`) are none of it, nor is what
+runs a command.
+"""
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?=//|[^/\\])")
 
 
@@ -47,7 +51,8 @@ def is_url(place: str) -> bool:
     if protocol not in PROTOCOLS or "::" in place:
         raise DataError(
             f"The address `{place}` is not of a kind that is read or written.",
-            rule=f"URLs begin with {', '.join(PROTOCOLS)}; addresses that run a command (pipe:) or chain others are refused.",
+            rule=f"URLs begin with {', '.join(PROTOCOLS)}; addresses that run a command (pipe:) or "
+            f"chain others are refused.",
             remedy="Give a path, a glob or such a URL.",
         )
     return True
@@ -134,7 +139,8 @@ def manifest_at(url: str) -> bytes | None:
 
 
 def upload(folder: Path, url: str) -> None:
-    """Copy all files of ``folder`` to a URL, the manifest last, so that a folder with a manifest is complete.
+    """Copy all files of ``folder`` to a URL, the manifest last, so that a folder with a manifest is
+    complete.
 
     Raises:
         DataError: it cannot be written, or arrives with another size.
@@ -157,5 +163,6 @@ def _failed(verb: str, url: str, error: Exception) -> DataError:
     reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return DataError(
         f"{url} cannot be {verb}: {reason}.",
-        remedy="Check the address and the credentials. Each kind of store needs its fsspec package (s3fs, gcsfs, ...).",
+        remedy="Check the address and the credentials. Each kind of store needs its fsspec package "
+        "(s3fs, gcsfs, ...).",
     )

@@ -1,7 +1,7 @@
 """Masks and augmented views of histories, by counter-based random numbers.
 
-Each draw is a hash of (seed, epoch, sample, position), so a sequence gets the same ones at any world size, in any batch
-and after any resume. Shapes: B sequences, L positions.
+Each draw is a hash of (seed, epoch, sample, position), so a sequence gets the same ones at any
+world size, in any batch and after any resume. Shapes: B sequences, L positions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class ViewRatios(NamedTuple):
 
 
 def cloze_mask(draws: Draws, lengths: IntArray, width: int, ratio: float) -> BoolArray:
-    """Which positions are masked: each with probability ``ratio``, and the last one where none would be.
+    """Which positions are masked: each with probability ``ratio``, and the last one where none
+    would be.
 
     Args:
         draws: Keys of the B sequences.
@@ -59,7 +60,8 @@ def cloze_mask(draws: Draws, lengths: IntArray, width: int, ratio: float) -> Boo
 
 
 def augmented_views(draws: Draws, item_ids: IntArray, ratios: ViewRatios, mask_id: int) -> IntArray:
-    """Two views of each history (Xie et al. 2022): each by cropping, masking or reordering, drawn evenly.
+    """Two views of each history (Xie et al. 2022): each by cropping, masking or reordering, drawn
+    evenly.
 
     Args:
         draws: Keys of the B histories.
@@ -89,7 +91,9 @@ def augmented_views(draws: Draws, item_ids: IntArray, ratios: ViewRatios, mask_i
 def _window(
     lengths: IntArray, places: npt.NDArray[np.uint64], ratio: float
 ) -> tuple[IntArray, IntArray]:
-    """Start and size [B, 1] of a run of ``ratio`` of each history, at least one position (none of an empty row)."""
+    """Start and size [B, 1] of a run of ``ratio`` of each history, at least one position (none of
+    an empty row).
+    """
     sizes = np.minimum(np.maximum(1, np.floor(ratio * lengths).astype(np.int64)), lengths)
     starts = (places % (lengths - sizes + 1).astype(np.uint64)).astype(np.int64)
     return starts, sizes

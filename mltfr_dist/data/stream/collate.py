@@ -1,6 +1,8 @@
-"""Sequences of one global batch to one rank's batches: what is predicted, at which positions, against what.
+"""Sequences of one global batch to one rank's batches: what is predicted, at which positions,
+against what.
 
-Everything that is drawn here is a function of (seed, epoch, step or sample, position): the same at any division.
+Everything that is drawn here is a function of (seed, epoch, step or sample, position): the same at
+any division.
 """
 
 from __future__ import annotations
@@ -109,7 +111,9 @@ class Samples(NamedTuple):
 
     @staticmethod
     def join(parts: Sequence[Samples]) -> Samples:
-        """All samples of ``parts``, in order, with copies of the histories they need and nothing else."""
+        """All samples of ``parts``, in order, with copies of the histories they need and nothing
+        else.
+        """
         copies = []
         for part in parts:
             sizes = part.history_ends - part.history_starts
@@ -249,7 +253,9 @@ class Collator:
 
 
 def next_items(samples: Samples, num_rows: int) -> tuple[IntArray, IntArray]:
-    """Histories and, at each position, the item that follows; [num_rows, longest], padded behind."""
+    """Histories and, at each position, the item that follows; [num_rows, longest], padded
+    behind.
+    """
     sizes = samples.lengths - 1
     columns = np.arange(max(1, int(sizes.max(initial=0))) + 1)
     found = runs(samples.items, samples.starts, len(columns))

@@ -1,4 +1,6 @@
-"""Loader workers: processes that make the steps of an epoch ahead of training, in the order in which they are due."""
+"""Loader workers: processes that make the steps of an epoch ahead of training, in the order in
+which they are due.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _AHEAD = 4
 
 
 class _Refusal(NamedTuple):
-    """A user's error on its way out of a worker; a raised one would arrive with the worker's traceback."""
+    """A user's error on its way out of a worker; a raised one would arrive with the worker's
+    traceback.
+    """
 
     what: str
     rule: str
@@ -58,7 +62,8 @@ def steps_from_workers(
         num_workers=num_workers,
         prefetch_factor=_AHEAD,
         collate_fn=_same,
-        multiprocessing_context="fork",  # workers inherit the stream; they use neither the accelerator nor a process group
+        # workers inherit the stream; they use neither the accelerator nor a process group
+        multiprocessing_context="fork",
     )
     try:
         for step in loader:
@@ -68,7 +73,9 @@ def steps_from_workers(
     except RuntimeError as error:
         raise DataError(
             f"A loader worker has died: {error}.",
-            rule="Each worker makes every data.num_workers-th batch, so training cannot go on without it.",
-            remedy="Look for the out-of-memory killer (`dmesg`); lower data.num_workers or data.shuffle_shards. "
+            rule="Each worker makes every data.num_workers-th batch, so training cannot go on "
+            "without it.",
+            remedy="Look for the out-of-memory killer (`dmesg`); lower data.num_workers or "
+            "data.shuffle_shards. "
             "The run goes on from its last checkpoint.",
         ) from None

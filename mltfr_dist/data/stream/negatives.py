@@ -1,7 +1,8 @@
-"""Negative sampling by counter-based random numbers: of each position, or shared by a whole global batch.
+"""Negative sampling by counter-based random numbers: of each position, or shared by a whole global
+batch.
 
-Each draw is a hash of (seed, epoch, sample, position, draw, attempt), or of (seed, epoch, step, draw), so a sequence gets
-the same negatives at any world size, in any batch and after any resume.
+Each draw is a hash of (seed, epoch, sample, position, draw, attempt), or of (seed, epoch, step,
+draw), so a sequence gets the same negatives at any world size, in any batch and after any resume.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ SHARED = 1 << 62
 
 
 def hash_u64(*keys: npt.NDArray[np.uint64] | int) -> npt.NDArray[np.uint64]:
-    """Mix broadcastable integer ``keys`` into uniform 64-bit words (the SplitMix64 finaliser, Steele et al. 2014)."""
+    """Mix broadcastable integer ``keys`` into uniform 64-bit words (the SplitMix64 finaliser,
+    Steele et al. 2014).
+    """
     state = np.asarray(0x9E3779B97F4A7C15, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for key in keys:
@@ -44,8 +47,8 @@ def unit_interval(words: npt.NDArray[np.uint64]) -> FloatArray:
 def log_probability(item_ids: IntArray, proposal: Proposal, num_items: int) -> FloatArray:
     """Logarithm of the probability of each item under ``proposal``.
 
-    uniform: 1 / num_items. log_uniform: log((i + 1) / i) / log(num_items + 1), near Zipf's law, as ids go by popularity
-    in the training split, the most popular first.
+    uniform: 1 / num_items. log_uniform: log((i + 1) / i) / log(num_items + 1), near Zipf's law, as
+    ids go by popularity in the training split, the most popular first.
     """
     if proposal == "uniform":
         return np.full(item_ids.shape, -np.log(num_items))
@@ -90,7 +93,9 @@ class NegativeRule:
         return history_starts, history_ends
 
     def wanted(self, sizes: IntArray, num_positions: int) -> BoolArray:
-        """[B, L] which positions are drawn for, of samples with [B] ``sizes`` excluded items; 0 stands at the others."""
+        """[B, L] which positions are drawn for, of samples with [B] ``sizes`` excluded items; 0
+        stands at the others.
+        """
         return np.ones((len(sizes), num_positions), dtype=bool)
 
     def refused(self, negatives: IntArray) -> BoolArray:
@@ -115,7 +120,8 @@ def sample_negatives(
     """Draw ``num_negatives`` items for every position of every sample.
 
     Args:
-        excluded: B arrays of item ids that are not drawn, as ``rule`` says: each user's *full* training history.
+        excluded: B arrays of item ids that are not drawn, as ``rule`` says: each user's *full*
+            training history.
         sample_ids: [B] key of each sample.
         length: L, positions to draw for.
         num_negatives: N, draws a position.

@@ -1,8 +1,9 @@
 """The order of an epoch, known from the index of shard sizes alone: nothing is read.
 
-It depends on (seed, epoch): the order of shards is shuffled, and the samples of ``shuffle_shards`` consecutive shards (a
-*window*) are shuffled together. A *place* is a position 0.. in that order. Global batch s holds a run of places, or, where
-batches are grouped by length, one of the batches that a *pool* of consecutive places is sorted into.
+It depends on (seed, epoch): the order of shards is shuffled, and the samples of ``shuffle_shards``
+consecutive shards (a *window*) are shuffled together. A *place* is a position 0.. in that order.
+Global batch s holds a run of places, or, where batches are grouped by length, one of the batches
+that a *pool* of consecutive places is sorted into.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def samples_by_shard(split: SplitInfo, config: DataConfig, folder: Path) -> IntA
     for shard in split.shards:
         if shard.lengths is None:
             raise DataError(
-                f"{folder} was prepared by a version that did not count the lengths of its histories.",
+                f"{folder} was prepared by a version that did not count the lengths of its "
+                f"histories.",
                 rule=f"{'data.samples=prefixes' if prefixes else 'data.long_histories=windows'} "
                 "needs them, to know the number of steps without reading.",
                 remedy="Run `mltfr prepare` again with this version, into a new folder.",

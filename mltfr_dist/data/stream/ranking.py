@@ -18,8 +18,9 @@ from mltfr_dist.data.stream.collate import padded_rows
 class RankingStream:
     """Batches of one rank for full ranking of a split ("valid" or "test").
 
-    Batch i holds the same users at any world size, and each rank has a run of consecutive batches, so that it reads only the
-    shards that hold them; ranks that run out get batches of empty rows, so that all take part in every collective.
+    Batch i holds the same users at any world size, and each rank has a run of consecutive batches,
+    so that it reads only the shards that hold them; ranks that run out get batches of empty rows,
+    so that all take part in every collective.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class RankingStream:
 
 
 def ranking_batch(sequences: PackedSequences, max_len: int) -> RankingBatch:
-    """Sequences whose last item is the target -> a batch of their last ``max_len`` history items."""
+    """Sequences whose last item is the target -> a batch of their last ``max_len`` history
+    items.
+    """
     everyone = np.arange(len(sequences))
     starts, ends = sequences.offsets[:-1], sequences.offsets[1:]
     kept = np.minimum(ends - starts, max_len + 1)

@@ -1,12 +1,14 @@
 """Shards to batches: exact, deterministic, resumable.
 
-The order of an epoch depends on (seed, epoch) alone (see order.py). Global batch s holds the same samples at any world size
-and with any number of loader workers. Ranks deal out its samples among themselves by length, so each has the same number of
-steps and nearly the same work; each sample comes exactly once an epoch, and the last batch is filled with empty rows, which
-weigh nothing, or left out.
+The order of an epoch depends on (seed, epoch) alone (see order.py). Global batch s holds the same
+samples at any world size and with any number of loader workers. Ranks deal out its samples among
+themselves by length, so each has the same number of steps and nearly the same work; each sample
+comes exactly once an epoch, and the last batch is filled with empty rows, which weigh nothing, or
+left out.
 
-As an epoch's order is a function, a stream's whole state is (epoch, step), and any step can be made by itself: resuming skips
-through the index of shard sizes and reads nothing that is not needed, and loader workers share nothing.
+As an epoch's order is a function, a stream's whole state is (epoch, step), and any step can be made
+by itself: resuming skips through the index of shard sizes and reads nothing that is not needed, and
+loader workers share nothing.
 """
 
 from __future__ import annotations
@@ -46,10 +48,12 @@ class BatchLayout:
     def __post_init__(self) -> None:
         if self.global_batch_size % (self.world_size * self.micro_batch_size):
             raise ConfigError(
-                f"training.global_batch_size {self.global_batch_size} cannot be dealt out to {self.world_size} ranks in "
+                f"training.global_batch_size {self.global_batch_size} cannot be dealt out to "
+                f"{self.world_size} ranks in "
                 f"micro-batches of {self.micro_batch_size}.",
                 rule="global_batch_size must be a multiple of world_size x micro_batch_size.",
-                remedy="Change training.global_batch_size, training.micro_batch_size or the number of ranks.",
+                remedy="Change training.global_batch_size, training.micro_batch_size or the number "
+                "of ranks.",
             )
 
     @property
@@ -105,7 +109,8 @@ class TrainStream:
         self.split = self.manifest.splits[split]
         if self.split.num_sequences < layout.world_size:
             raise ConfigError(
-                f"There are {layout.world_size} ranks and {self.split.num_sequences} training sequences in {folder}.",
+                f"There are {layout.world_size} ranks and {self.split.num_sequences} training "
+                f"sequences in {folder}.",
                 rule="Every rank needs at least one sequence.",
                 remedy="Start fewer ranks (`--num_gpus`), or prepare more data.",
             )
@@ -123,7 +128,8 @@ class TrainStream:
         self._counts = samples_by_shard(self.split, config, folder)
         if not self.steps_per_epoch:
             raise ConfigError(
-                f"An epoch of {self.num_samples} samples has no whole batch of {layout.global_batch_size}.",
+                f"An epoch of {self.num_samples} samples has no whole batch of "
+                f"{layout.global_batch_size}.",
                 rule="data.last_batch=drop leaves out the last batch if it is not full.",
                 remedy="Lower training.global_batch_size, or set data.last_batch=pad.",
             )
@@ -146,7 +152,8 @@ class TrainStream:
         """This rank's share of each global batch, from ``start_step`` on.
 
         Raises:
-            DataError: A shard is damaged (before any of its sequences is used), or a loader worker has died.
+            DataError: A shard is damaged (before any of its sequences is used), or a loader worker
+                has died.
         """
         steps = range(start_step, self.steps_per_epoch)
         if self.config.num_workers:
@@ -169,7 +176,8 @@ class TrainStream:
         indices = self._indices(self._order, step)
         return self._deal(Step(self._samples(self._order, indices), indices, epoch, step))
 
-    # --- order -------------------------------------------------------------------------------------------------
+    # --- order
+    # --------------------------------------------------------------------------------------------
 
     def windows(self, epoch: int) -> list[list[int]]:
         """Shard numbers of each window of ``epoch``, in order."""
@@ -188,7 +196,9 @@ class TrainStream:
         return first + self._pool[1][step % per_pool]
 
     def _samples(self, order: EpochOrder, indices: IntArray) -> Samples:
-        """What lies at ``indices``; the windows that hold them stay loaded until others are asked for."""
+        """What lies at ``indices``; the windows that hold them stay loaded until others are asked
+        for.
+        """
         first, last = order.window_of(np.array([indices.min(), indices.max()])).tolist()
         needed = range(first, last + 1)
         if self.config.length_pool == 1 or not set(needed) <= self._windows.keys():
@@ -218,7 +228,8 @@ class TrainStream:
         sequences = PackedSequences.concatenate([block for blocks in shards for block in blocks])
         return Samples.of(sequences, self.config).take(order.permutation(number))
 
-    # --- batches -----------------------------------------------------------------------------------------------
+    # --- batches
+    # --------------------------------------------------------------------------------------------
 
     def _deal(self, step: Step) -> StepBatches:
         """Deal out groups of samples of like length to the ranks in turn."""

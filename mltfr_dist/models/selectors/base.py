@@ -1,7 +1,7 @@
 """What an expert reads of its table: the interface of everything that chooses rows.
 
-Shapes: G query blocks, V rows and D_m columns of a table, D hidden size, S candidate rows, K kept rows, E width of an
-expert's memory.
+Shapes: G query blocks, V rows and D_m columns of a table, D hidden size, S candidate rows, K kept
+rows, E width of an expert's memory.
 """
 
 from __future__ import annotations
@@ -37,9 +37,13 @@ class Selection:
     row_ids: Tensor
     """[S] their numbers in the table (of prototypes: their own)."""
     kept: Tensor | None
-    """[G, K] int64, indices of the candidates that each query keeps, best first; None: every query keeps all."""
+    """[G, K] int64, indices of the candidates that each query keeps, best first; None: every query
+    keeps all.
+    """
     log_weights: Tensor
-    """[G, K], log-softmax of the kept scores, added to the expert's attention logits; [1, S] where all are kept."""
+    """[G, K], log-softmax of the kept scores, added to the expert's attention logits; [1, S] where
+    all are kept.
+    """
 
     def memory(self, adapter: nn.Module) -> Memory:
         """What an expert attends to, its ``adapter`` mapping rows [S, D_m] to its space [S, E]."""
@@ -51,7 +55,9 @@ class Selection:
 
 
 class Selector(nn.Module):
-    """Chooses rows of one table on behalf of queries. A strategy is one class and one line of the registry."""
+    """Chooses rows of one table on behalf of queries. A strategy is one class and one line of the
+    registry.
+    """
 
     scales_rows: ClassVar[bool] = False
     """Whether kept rows are multiplied by weights before an expert maps them."""
@@ -59,7 +65,9 @@ class Selector(nn.Module):
     def __init__(
         self, config: FilterConfig, num_rows: int, table_dim: int, hidden_dim: int
     ) -> None:
-        """Args: config: the filter's; num_rows, table_dim: V and D_m of the table; hidden_dim: D."""
+        """Args: config: the filter's; num_rows, table_dim: V and D_m of the table; hidden_dim:
+        D.
+        """
         super().__init__()
 
     @staticmethod
@@ -73,7 +81,9 @@ class Selector(nn.Module):
         return False
 
     def log_tau(self) -> Tensor | None:
-        """[1] logarithm of what scores are divided by (sharded under ZeRO-3); None where there are no scores."""
+        """[1] logarithm of what scores are divided by (sharded under ZeRO-3); None where there are
+        no scores.
+        """
         return None
 
     def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
@@ -81,14 +91,16 @@ class Selector(nn.Module):
 
         Args:
             query: [G, D] user vectors.
-            keys: [G] hashes of the histories up to where the queries are taken, which random draws read; None
-                where no history is given.
+            keys: [G] hashes of the histories up to where the queries are taken, which random draws
+                read; None where no history is given.
             table: The table.
         """
         raise NotImplementedError
 
     def fixed_rows(self, table: PlacedTable) -> Tensor | None:
-        """The candidates [S, D_m] of every selection in evaluation; None where they depend on the queries."""
+        """The candidates [S, D_m] of every selection in evaluation; None where they depend on the
+        queries.
+        """
         return None
 
     def refresh(self, queries: list[Tensor], table: PlacedTable, reduce: Reduce) -> Tensor | None:
@@ -100,8 +112,8 @@ class Selector(nn.Module):
             reduce: Combines what ranks have found.
 
         Returns:
-            [1] mean over queries of the share of the exact top K that the list so far would have found; None where
-            the whole table is searched.
+            [1] mean over queries of the share of the exact top K that the list so far would have
+            found; None where the whole table is searched.
         """
         return None
 
@@ -113,6 +125,8 @@ class Selector(nn.Module):
 
 
 def all_kept(rows: Tensor) -> Selection:
-    """All rows [S, .] for every query, weighed alike; weights sum to 1, so that tables of any size count alike."""
+    """All rows [S, .] for every query, weighed alike; weights sum to 1, so that tables of any size
+    count alike.
+    """
     log_weights = rows.new_full((1, len(rows)), -math.log(len(rows)))
     return Selection(rows, torch.arange(len(rows), device=rows.device), None, log_weights)

@@ -1,4 +1,5 @@
-"""Other ways to choose what a table contributes than the user-guided filter: controls, and the published alternatives.
+"""Other ways to choose what a table contributes than the user-guided filter: controls, and the
+published alternatives.
 
 Shapes: G query blocks, V rows and D_m columns of a table, K kept rows, P prototypes.
 """
@@ -18,10 +19,12 @@ from mltfr_dist.models.selectors.base import Selection, Selector, all_kept
 
 
 class RandomTokens(Selector):
-    """K rows drawn uniformly and independently (a row may come twice) for each query block, weighed alike.
+    """K rows drawn uniformly and independently (a row may come twice) for each query block, weighed
+    alike.
 
-    The draw is a function of the history up to the block's first position, so a user's tokens are the same alone, in any
-    batch and in every evaluation, and no future item shows. Its salt belongs to the state; it follows from the run's seed.
+    The draw is a function of the history up to the block's first position, so a user's tokens are
+    the same alone, in any batch and in every evaluation, and no future item shows. Its salt belongs
+    to the state; it follows from the run's seed.
     """
 
     salt: Tensor
@@ -62,7 +65,9 @@ class AllRows(Selector):
 
 
 class Prototypes(Selector):
-    """A two-layer perceptron over the vocabulary axis maps V rows to P learned rows, which every query attends to."""
+    """A two-layer perceptron over the vocabulary axis maps V rows to P learned rows, which every
+    query attends to.
+    """
 
     def __init__(
         self, config: FilterConfig, num_rows: int, table_dim: int, hidden_dim: int

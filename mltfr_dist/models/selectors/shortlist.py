@@ -1,4 +1,5 @@
-"""The rows of a table that are searched, chosen anew from time to time (docs/method.md, *The shortlist*).
+"""The rows of a table that are searched, chosen anew from time to time (docs/method.md, *The
+shortlist*).
 
 Shapes: S rows of the list, V x D_m the table, G queries.
 """
@@ -17,12 +18,16 @@ RECALL_QUERIES = 64
 
 
 class Shortlist(nn.Module):
-    """Row numbers, part of the model's state and the same on every rank, and the rows themselves."""
+    """Row numbers, part of the model's state and the same on every rank, and the rows
+    themselves.
+    """
 
     row_ids: Tensor
     """[S], ascending."""
     rows: Tensor | None
-    """[S, D_m], fetched once for each list, so that a step needs no other rank's; None until they are needed."""
+    """[S, D_m], fetched once for each list, so that a step needs no other rank's; None until they
+    are needed.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -43,7 +48,8 @@ class Shortlist(nn.Module):
         self.rows = None
 
     def in_doubt(self, relevance: Tensor, tolerance: float) -> Tensor:
-        """Numbers of the rows, ascending, that ``relevance`` [V] does not settle where differences err by ``tolerance``.
+        """Numbers of the rows, ascending, that ``relevance`` [V] does not settle where differences
+        err by ``tolerance``.
 
         None of them but those can change places with another across the end of the list.
         """
@@ -61,7 +67,9 @@ class Shortlist(nn.Module):
     def recall(
         self, queries: Tensor, table: PlacedTable, project: Project, num_kept: int, reduce: Reduce
     ) -> Tensor:
-        """[1], float64: mean over queries [G, D] of all ranks of the share of the exact top K that the list holds."""
+        """[1], float64: mean over queries [G, D] of all ranks of the share of the exact top K that
+        the list holds.
+        """
         exact = table.search(queries, project, num_kept)
         found = torch.isin(exact, self.row_ids).float().mean(1).sum().double().view(1)
         total = reduce.sum(torch.cat([found, found.new_tensor([float(len(queries))])]))

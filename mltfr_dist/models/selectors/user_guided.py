@@ -1,4 +1,5 @@
-"""User-guided token filtering (docs/method.md): the rows of a table nearest to a user's history, with soft weights.
+"""User-guided token filtering (docs/method.md): the rows of a table nearest to a user's history,
+with soft weights.
 
 Shapes: G queries, S candidate rows of one table, V_m x D_m the table, D hidden size, K kept tokens.
 """
@@ -44,8 +45,8 @@ class Projection(nn.Linear):
 class UserGuided(Selector):
     """Scores the rows of one table against user queries and keeps the best K of each.
 
-    Kept tokens have soft weights, so that a gradient always reaches the filter. The search runs without gradient; what
-    is kept is scored again with it.
+    Kept tokens have soft weights, so that a gradient always reaches the filter. The search runs
+    without gradient; what is kept is scored again with it.
     """
 
     log_temperature: Tensor
@@ -123,7 +124,9 @@ class UserGuided(Selector):
         noise: GumbelNoise | None = None,
         kept: Tensor | None = None,
     ) -> Selection:
-        """Keep K of the candidates ``rows`` [S, D_m] for each query; ``kept`` [G, K] where a search has found them."""
+        """Keep K of the candidates ``rows`` [S, D_m] for each query; ``kept`` [G, K] where a search
+        has found them.
+        """
         unit_query, unit_rows = F.normalize(query, dim=-1), self.project(rows)
         if kept is None:
             with torch.no_grad():
@@ -139,7 +142,9 @@ class UserGuided(Selector):
         return None if self.shortlist is None else self.shortlist.candidates(table)
 
     def noise(self, keys: Tensor | None, row_ids: Tensor) -> GumbelNoise | None:
-        """Keyed by (seed, step, user, table); the user is known by the history, for the model has no user ids."""
+        """Keyed by (seed, step, user, table); the user is known by the history, for the model has
+        no user ids.
+        """
         if not self.config.noise or not self.draws_noise:
             return None
         updates = int(self.updates)

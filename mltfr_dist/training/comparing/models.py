@@ -1,4 +1,6 @@
-"""Files of ranks as models with seeds, refused where they cannot be compared. Shapes: S seeds, U users."""
+"""Files of ranks as models with seeds, refused where they cannot be compared. Shapes: S seeds, U
+users.
+"""
 
 from __future__ import annotations
 

@@ -158,7 +158,8 @@ def notes(found: Comparison) -> list[str]:
     tests = len(found.differences)
     said.append(
         f"p: two-sided paired randomisation test over users on {options.metric}, "
-        f"{options.resamples:,} draws; Holm over {tests} comparison{'s' * (tests > 1)}. A difference "
+        f"{options.resamples:,} draws; Holm over {tests} comparison{'s' * (tests > 1)}. A "
+        f"difference "
         "is shown where p (Holm) is below 0.05 and the interval leaves zero out. Effect: mean by "
         "standard deviation of the users' differences. Slices and other metrics are not tested."
     )
@@ -172,7 +173,8 @@ def unpaired(found: Comparison, one: Difference) -> list[str]:
     sizes = (len(model.seeds), len(found.models[0].seeds))
     if 1 in sizes:
         return [
-            f"{label} has one run: it is compared with each of the other's, and how it would differ "
+            f"{label} has one run: it is compared with each of the other's, and how it would "
+            f"differ "
             "between seeds is not in the interval."
             for label, size in ((one.model, sizes[0]), (found.reference, sizes[1]))
             if size == 1 < max(sizes)

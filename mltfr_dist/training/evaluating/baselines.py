@@ -57,7 +57,9 @@ def popularity(train: PackedSequences, num_items: int, *, through: Through = ite
 
 
 def recent_popularity(train: PackedSequences, num_items: int, *, through: Through = iter) -> Scorer:
-    """Every user gets the items that occur most often among the last :data:`RECENT` of a sequence."""
+    """Every user gets the items that occur most often among the last :data:`RECENT` of a
+    sequence.
+    """
     from_end = np.repeat(train.offsets[1:], train.lengths) - np.arange(len(train.items))
     return _same_for_all(np.bincount(train.items[from_end <= RECENT], minlength=num_items + 1))
 
@@ -73,10 +75,11 @@ def _same_for_all(of_items: np.ndarray) -> Scorer:
 
 
 def markov_chain(train: PackedSequences, num_items: int, *, through: Through = iter) -> Scorer:
-    """How often each item follows the last one of the history in training; of equal ones the popular.
+    """How often each item follows the last one of the history in training; of equal ones the
+    popular.
 
-    A chain of the first order (Rendle et al. 2010, without factors). Popularity is added as a share,
-    which is below 1 and so only orders what follows equally often.
+    A chain of the first order (Rendle et al. 2010, without factors). Popularity is added as a
+    share, which is below 1 and so only orders what follows equally often.
     """
     starts = np.zeros(len(train.items) + 1, bool)
     starts[train.offsets] = True
@@ -105,7 +108,8 @@ def item_knn(
     shrinkage: float = 10.0,
     through: Through = iter,
 ) -> Scorer:
-    """Item-based nearest neighbours (Sarwar et al. 2001): sum of similarities to the items of the history.
+    """Item-based nearest neighbours (Sarwar et al. 2001): sum of similarities to the items of the
+    history.
 
     Similarity is the cosine of the items' user sets, shrunk for rare items; each item keeps its
     ``num_neighbours`` nearest (of equal ones those of lower id). A training part of one item adds

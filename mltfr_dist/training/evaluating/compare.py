@@ -24,7 +24,9 @@ PACKAGE = "mltfr_dist.training.evaluating"
 
 
 def ranked(config: RunConfig, split: str, ranks: Ranks, by: str = "") -> UntilStopped[RankingBatch]:
-    """This rank's users of a split, until a rank is asked to stop; ``by`` names the model where it is a baseline."""
+    """This rank's users of a split, until a rank is asked to stop; ``by`` names the model where it
+    is a baseline.
+    """
     doing = f"ranking the {split} split" + (f" by {by}" if by else "")
     return UntilStopped(ranking_stream(config, split, ranks), ranks, doing)
 

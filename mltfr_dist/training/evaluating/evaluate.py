@@ -1,7 +1,7 @@
 """Exact full-ranking evaluation over all ranks.
 
-Every item is a candidate, except (``filter_seen``) those of the user's own full history; the target always is one.
-Shapes: B users of a batch, U users of a split, S slices.
+Every item is a candidate, except (``filter_seen``) those of the user's own full history; the target
+always is one. Shapes: B users of a batch, U users of a split, S slices.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Ranked(NamedTuple):
     """Where each user's target stands: all that metrics are made of, the same on every rank."""
 
     ranks: Tensor
-    """[U] float64 in the order of the split; 1 is the best, half-integral where ties count as their middle."""
+    """[U] float64 in the order of the split; 1 is the best, half-integral where ties count as their
+    middle.
+    """
     members: Tensor
     """[U, S] bool, which users belong to which slices."""
 

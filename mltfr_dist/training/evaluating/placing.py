@@ -20,15 +20,17 @@ from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.tiles import Pairs, exact_scores
 
 Placer = Callable[[RankingBatch, Pairs], Places]
-"""A ranking batch, and the pairs of its rows and items that do not count (each row's target is among
-them, a pair may come twice) -> how many of the other items score higher than each row's target, and
-how many the same; of rows without a target nothing is asked."""
+"""A ranking batch, and the pairs of its rows and items that do not count (each row's target is
+among them, a pair may come twice) -> how many of the other items score higher than each row's
+target, and how many the same; of rows without a target nothing is asked."""
 
 
 Scorer = Callable[[RankingBatch], Tensor]
 """A ranking batch -> scores [B, num_items + 1], column = item id."""
 HELD_SCORES = 1 << 24
-"""Scores of a :data:`Scorer` that are held at a time (64 MiB, and a few copies), or those of one user."""
+"""Scores of a :data:`Scorer` that are held at a time (64 MiB, and a few copies), or those of one
+user.
+"""
 
 
 def excluded(batch: RankingBatch, *, filter_seen: bool) -> Pairs:

@@ -21,8 +21,9 @@ def measure_routing(
     """Mean gate weights and entropy over all real positions; all ranks must call.
 
     Returns:
-        ``entropy`` (nats) and ``largest_weight``, ``largest_top_share``; per gate ``weight/NAME``, its mean weight, and
-        ``top_share/NAME``, the share of positions at which it is the largest. Empty without MLTFR.
+        ``entropy`` (nats) and ``largest_weight``, ``largest_top_share``; per gate ``weight/NAME``,
+        its mean weight, and ``top_share/NAME``, the share of positions at which it is the largest.
+        Empty without MLTFR.
     """
     if model.mltfr is None:
         return {}

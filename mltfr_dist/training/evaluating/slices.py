@@ -1,6 +1,8 @@
-"""Who the test metrics are made of: slices of users by their target's popularity and by the length of their history.
+"""Who the test metrics are made of: slices of users by their target's popularity and by the length
+of their history.
 
-A prior from language models has most to give where training data is thin, so a mean over all users can hide it.
+A prior from language models has most to give where training data is thin, so a mean over all users
+can hide it.
 """
 
 from __future__ import annotations

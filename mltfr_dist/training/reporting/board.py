@@ -1,4 +1,6 @@
-"""A run's TensorBoard: each stage is a TensorBoard run of its own, `tb/train` and `tb/consensus`."""
+"""A run's TensorBoard: each stage is a TensorBoard run of its own, `tb/train` and
+`tb/consensus`.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,9 @@ BACKBONE = "backbone"
 
 
 def rank_places(config: RunConfig, results: Sequence[Result]) -> dict[str, Path]:
-    """The files of ranks of a run's models, the run's own first; empty where its own is not there."""
+    """The files of ranks of a run's models, the run's own first; empty where its own is not
+    there.
+    """
     *baselines, own = results
     places = {own.name: config.folder / RANKS}
     for name, result in zip(config.baselines, baselines, strict=True):
@@ -106,8 +108,10 @@ def differences_section(found: Comparison) -> list[str]:
         *markdown(power(found)),
         "",
         "NDCG@10, paired by user: bootstrap interval, randomisation test with Holm's correction. "
-        "Detectable is the smallest true difference that these users show with 80% power; how seeds "
-        "differ is not in it, for there is one. `mltfr compare` takes several seeds and has slices.",
+        "Detectable is the smallest true difference that these users show with 80% power; how "
+        "seeds "
+        "differ is not in it, for there is one. `mltfr compare` takes several seeds and has "
+        "slices.",
     ]
 
 
@@ -123,7 +127,10 @@ def fingerprint_section(config: RunConfig, inputs: Inputs) -> list[str]:
     """What the run read, so that another can tell whether it has the same."""
     manifest = inputs.manifest
     rows = [["what", "sha256", "of it"]]
-    of_data = f"{manifest.num_users:,} users, {manifest.num_items:,} items, {manifest.num_interactions:,} interactions"
+    of_data = (
+        f"{manifest.num_users:,} users, {manifest.num_items:,} items, "
+        f"{manifest.num_interactions:,} interactions"
+    )
     rows.append(["prepared data (manifest)", inputs.hashes["data"], of_data])
     rows.append(
         [
@@ -149,8 +156,10 @@ def machine_section(result: Result) -> list[str]:
         "## Machine",
         "",
         f"- {platform.system()} {platform.machine()}, {os.cpu_count()} logical processors, "
-        f"{psutil.virtual_memory().total / 2**30:.0f} GiB; GPUs: {accelerator}; {result.world_size} rank(s).",
-        f"- {result.seconds:.0f} s of training with validation, {result.epochs} epochs; peak memory of a rank "
+        f"{psutil.virtual_memory().total / 2**30:.0f} GiB; GPUs: {accelerator}; "
+        f"{result.world_size} rank(s).",
+        f"- {result.seconds:.0f} s of training with validation, {result.epochs} epochs; peak "
+        f"memory of a rank "
         f"{result.peak_memory_bytes / 2**30:.2f} GiB.",
         f"- mltfr_dist {__version__}, Python {sys.version.split()[0]}, {versions}.",
     ]
@@ -160,7 +169,8 @@ def limits_section(config: RunConfig, manifest: Manifest) -> list[str]:
     """What the figures do not say."""
     cold = manifest.report.cold_targets.get("test", 0)
     lines = [
-        f"One seed ({config.training.seed}): how another would come out is not known; repeat with several.",
+        f"One seed ({config.training.seed}): how another would come out is not known; repeat with "
+        f"several.",
         "Offline ranking of the next item of past users: it says nothing of what people would "
         "choose if it were shown to them, nor of new users.",
     ]

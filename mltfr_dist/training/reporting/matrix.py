@@ -2,10 +2,10 @@
 
 Baselines without a training loop have a row for each data set, with ``backbone`` "none" and seed 0.
 
-Columns: dataset, backbone, variant, seed, config_sha256, commit, ranks (the file of its users' ranks, as seen from the
-matrix's folder; None in rows of before), stage, epoch, epochs, seconds, parameters, the gate's
-``gate/entropy``, ``gate/largest_weight`` and ``gate/largest_top_share``, and each metric as ``valid/NDCG@10``,
-``test/NDCG@10``, ``test/item_rare/NDCG@10``.
+Columns: dataset, backbone, variant, seed, config_sha256, commit, ranks (the file of its users'
+ranks, as seen from the matrix's folder; None in rows of before), stage, epoch, epochs, seconds,
+parameters, the gate's ``gate/entropy``, ``gate/largest_weight`` and ``gate/largest_top_share``, and
+each metric as ``valid/NDCG@10``, ``test/NDCG@10``, ``test/item_rare/NDCG@10``.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def is_done(rows: Sequence[Row], variant: str, config: RunConfig) -> bool:
             if row["config_sha256"] == digest:
                 return True
             raise ConfigError(
-                f"The matrix already holds {', '.join(map(str, wanted))}, made with another configuration.",
+                f"The matrix already holds {', '.join(map(str, wanted))}, made with another "
+                f"configuration.",
                 rule="Rows of one matrix differ in data set, backbone, variant and seed only.",
                 remedy="Write to another file, or give the settings it was begun with.",
             )
@@ -140,7 +141,9 @@ def is_done(rows: Sequence[Row], variant: str, config: RunConfig) -> bool:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of its 95% Student t-interval (NaN with one value: nothing is known of the spread)."""
+    """Mean and half width of its 95% Student t-interval (NaN with one value: nothing is known of
+    the spread).
+    """
     n, mean = len(values), math.fsum(values) / len(values)
     if n < 2:
         return mean, math.nan
@@ -149,7 +152,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def summary(paths: Sequence[str | Path], options: Options | None = None) -> str:
-    """Mean and interval over seeds per variant, differences paired by seed, and means by slice of users.
+    """Mean and interval over seeds per variant, differences paired by seed, and means by slice of
+    users.
 
     Args:
         paths: Matrices, taken together.
@@ -186,9 +190,12 @@ def how(options: Options) -> list[str]:
     of = "the observed difference" if options.difference is None else f"{options.difference:g}"
     return [
         "Intervals over users and seeds are bootstrap intervals of the users' ranks, "
-        f"{options.resamples:,} resamples, seed {options.seed}; those over seeds alone are t-intervals.",
-        "p: of the paired randomisation test over users, or of the t-test over seeds; Holm over the "
-        "lines of a table. A difference is shown where p is below 0.05 and the interval leaves zero out.",
+        f"{options.resamples:,} resamples, seed {options.seed}; those over seeds alone are "
+        f"t-intervals.",
+        "p: of the paired randomisation test over users, or of the t-test over seeds; Holm over "
+        "the "
+        "lines of a table. A difference is shown where p is below 0.05 and the interval leaves "
+        "zero out.",
         "Detectable: the smallest true difference that this design finds with 80% power. Seeds "
         f"needed: to find {of} so; `more users` where no number of seeds does.",
     ]
@@ -247,7 +254,9 @@ def group_lines(
 
 
 def slice_means(rows: Sequence[Row]) -> list[list[str]]:
-    """A table with a line a variant and a column a slice, with its number of users; one column where there are none."""
+    """A table with a line a variant and a column a slice, with its number of users; one column
+    where there are none.
+    """
     suffix = "/NDCG@10"
     columns = dict.fromkeys(name for row in rows for name, v in row.items() if v is not None)
     names = [

@@ -1,4 +1,6 @@
-"""Differences of a matrix's variants to one of them: by the users' ranks where the rows have them, else by seeds."""
+"""Differences of a matrix's variants to one of them: by the users' ranks where the rows have them,
+else by seeds.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ class Projected(NamedTuple):
 
 
 def projected(config: RunConfig, model: Recommender) -> Projected | None:
-    """The `tracking.projector_items` most popular items; None where these are 0. All ranks must call.
+    """The `tracking.projector_items` most popular items; None where these are 0. All ranks must
+    call.
 
     Args:
         config: The run.
@@ -55,7 +56,9 @@ def projected(config: RunConfig, model: Recommender) -> Projected | None:
 
 
 def write_projector(place: Path, items: Projected) -> None:
-    """Write items into a folder with an event file: TensorBoard looks for projectors beside those."""
+    """Write items into a folder with an event file: TensorBoard looks for projectors beside
+    those.
+    """
     shown = items.shown
     np.savetxt(place / VECTORS, items.vectors, fmt="%.6g", delimiter="\t")
     rows = zip(shown["title"], shown["item_id"], shown["count"], strict=True)

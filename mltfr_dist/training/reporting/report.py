@@ -27,7 +27,10 @@ PICKED = {
     "valid": "test read once, checkpoints picked on validation",
     "test": "the checkpoint was picked on the test split, as published: its figures are too high",
 }
-GROUNDED = "Items carry the tokens of their titles: a positive control, outside the claim that no item text is needed."
+GROUNDED = (
+    "Items carry the tokens of their titles: a positive control, outside the claim that no "
+    "item text is needed."
+)
 """Said of every run with mltfr.item_tokens.source=titles."""
 
 UNCOUNTED = (
@@ -49,14 +52,17 @@ def opening(config: RunConfig, inputs: Inputs, ranks: Ranks) -> str:
     """What is about to happen."""
     manifest = inputs.manifest
     lines = [
-        f"mltfr_dist {__version__}: run `{config.name}` on {ranks.world_size} rank(s), {hardware()}, "
+        f"mltfr_dist {__version__}: run `{config.name}` on {ranks.world_size} rank(s), "
+        f"{hardware()}, "
         f"{torch.get_num_threads()} thread(s) each, {with_packaged(config.deepspeed)}, "
         f"{config.training.precision}",
-        f"  data    {config.data.path}: {manifest.num_users:,} users, {manifest.num_items:,} items, "
+        f"  data    {config.data.path}: {manifest.num_users:,} users, {manifest.num_items:,} "
+        f"items, "
         f"{manifest.num_interactions:,} interactions",
     ]
     lines += [
-        f"  table   {t.name}: {len(t.rows):,} {'tokens' if t.content == 'real' else t.content + ' rows'} x {t.rows.shape[1]}"
+        f"  table   {t.name}: {len(t.rows):,} "
+        f"{'tokens' if t.content == 'real' else t.content + ' rows'} x {t.rows.shape[1]}"
         for t in inputs.tables
     ]
     if inputs.tables:
@@ -105,14 +111,19 @@ def closing(config: RunConfig, results: list[Result]) -> str:
             for row in table
         ),
     ]
-    rule = f"seen items {'left out' if config.evaluation.filter_seen else 'kept'}, ties {config.evaluation.ties}"
+    rule = (
+        f"seen items {'left out' if config.evaluation.filter_seen else 'kept'}, ties "
+        f"{config.evaluation.ties}"
+    )
     lines += ["", f"Full ranking of every item, {rule}; {PICKED[config.picks_on]}."]
     lines += [GROUNDED] * is_grounded(config)
     lines.append(
-        f"One seed ({config.training.seed}): differences of this size need several to mean anything."
+        f"One seed ({config.training.seed}): differences of this size need several to mean "
+        f"anything."
     )
     lines.append(
-        f"Report: {config.folder / REPORT}   Use it: mltfr recommend {config.folder} --history ID,ID,... --k 10"
+        f"Report: {config.folder / REPORT}   Use it: mltfr recommend {config.folder} --history "
+        f"ID,ID,... --k 10"
     )
     return "\n".join(lines)
 
@@ -133,14 +144,16 @@ def routing_section(result: Result) -> list[str]:
     names = [name.removeprefix(WEIGHT) for name in result.routing if name.startswith(WEIGHT)]
     lines = ["", "## Routing", "", "| gate | mean weight | largest at |", "|---|---|---|"]
     lines += [
-        f"| {n} | {result.routing[WEIGHT + n]:.3f} | {result.routing[TOP_SHARE + n]:.1%} of positions |"
+        f"| {n} | {result.routing[WEIGHT + n]:.3f} | {result.routing[TOP_SHARE + n]:.1%} of "
+        f"positions |"
         for n in names
     ]
     limit = math.log(len(names))
     return [
         *lines,
         "",
-        f"Over the validation histories. Entropy of the gate {result.routing['entropy']:.2f} of at most {limit:.2f} nats "
+        f"Over the validation histories. Entropy of the gate {result.routing['entropy']:.2f} of at "
+        f"most {limit:.2f} nats "
         "(which equal weights have); a gate that is the largest everywhere dominates.",
     ]
 
@@ -179,13 +192,17 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
         f"- Full ranking: every one of {manifest.num_items:,} items is a candidate"
         + (", except those of the user's own history" if config.evaluation.filter_seen else "")
         + f"; among equal scores the target's rank is {config.evaluation.ties}.",
-        f"- Split `{manifest.prepare.split}`; {manifest.splits['test'].num_sequences:,} test users; "
+        f"- Split `{manifest.prepare.split}`; {manifest.splits['test'].num_sequences:,} test "
+        f"users; "
         f"{PICKED[config.picks_on]} (by {config.evaluation.select_by}).",
         *repairs_line(config),
-        f"- The chosen model: stage `{final.stage}`, epoch {final.epoch}, {final.parameters:,} trained parameters.",
+        f"- The chosen model: stage `{final.stage}`, epoch {final.epoch}, {final.parameters:,} "
+        f"trained parameters.",
         *[f"- **{GROUNDED}**"] * is_grounded(config),
-        f"- Seed {config.training.seed}. One seed is no evidence: repeat with several before you compare.",
-        f"- {final.world_size} rank(s), {hardware()}, {config.training.precision}, {config.deepspeed}.",
+        f"- Seed {config.training.seed}. One seed is no evidence: repeat with several before you "
+        f"compare.",
+        f"- {final.world_size} rank(s), {hardware()}, {config.training.precision}, "
+        f"{config.deepspeed}.",
         "",
         "Time is training with validation; baselines without a loop show the time to fit.",
         *card.fingerprint_section(config, inputs),

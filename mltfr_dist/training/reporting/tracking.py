@@ -1,4 +1,6 @@
-"""What a run leaves behind while it goes: metrics.jsonl, TensorBoard, and progress on the screen. Rank 0 only."""
+"""What a run leaves behind while it goes: metrics.jsonl, TensorBoard, and progress on the screen.
+Rank 0 only.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,15 @@ class Tracker:
     ) -> None:
         """Continue the records of ``folder`` at ``step`` of ``stage``.
 
-        Lines written after the checkpoint that the run goes on from are dropped, for they will be written again.
+        Lines written after the checkpoint that the run goes on from are dropped, for they will be
+        written again.
 
         Args:
             folder: The run's folder.
             active: Whether this is rank 0.
             stage: One of :data:`STAGES`.
-            step: Updates already made in the stage; None where it starts anew, without a checkpoint.
+            step: Updates already made in the stage; None where it starts anew, without a
+                checkpoint.
             base_step: Updates of earlier stages: TensorBoard's axis goes on across stages.
         """
         self.active, self.stage, self.base_step = active, stage, base_step
@@ -54,7 +58,9 @@ class Tracker:
             self._board = Board(folder, stage, step, base_step, later)
 
     def open_with(self, config: RunConfig) -> None:
-        """Show the configuration and the stage's begin, lay out the charts, open `tracking.also`."""
+        """Show the configuration and the stage's begin, lay out the charts, open
+        `tracking.also`.
+        """
         if not self.active:
             return
         self._board.open_with(config)
@@ -84,7 +90,9 @@ class Tracker:
         self.board(in_groups(kind, values), step)
 
     def board(self, values: dict[str, float], step: int) -> None:
-        """Write TensorBoard points only: what differs from run to run (speed, memory) and would blur a comparison."""
+        """Write TensorBoard points only: what differs from run to run (speed, memory) and would
+        blur a comparison.
+        """
         if self.active and values:
             self._board.scalars(values, step)
             for service in self._services:
@@ -96,7 +104,9 @@ class Tracker:
             self._board.text(tag, markdown, step)
 
     def flush(self) -> None:
-        """Bring TensorBoard's points to the disk, as before a checkpoint that a run may go on from."""
+        """Bring TensorBoard's points to the disk, as before a checkpoint that a run may go on
+        from.
+        """
         if self.active:
             self._board.flush()
 
@@ -146,7 +156,9 @@ def write_test_line(folder: Path, stage: str, step: int, values: dict[str, float
 
 
 def drop_later_lines(path: Path, stage: str, step: int) -> None:
-    """Keep the lines of earlier stages, and of ``stage`` up to ``step``; a test line only ever ends a file."""
+    """Keep the lines of earlier stages, and of ``stage`` up to ``step``; a test line only ever ends
+    a file.
+    """
     if not path.exists():
         return
     kept = []

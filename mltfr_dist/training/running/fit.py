@@ -59,15 +59,16 @@ def fit(
 ) -> list[Result]:
     """Train and compare as ``config`` says; all ranks must call.
 
-    Everything that can be checked is checked first, on all ranks, before anything is written. A run that was
-    interrupted goes on from its last checkpoint; one that is finished is only reported.
+    Everything that can be checked is checked first, on all ranks, before anything is written. A run
+    that was interrupted goes on from its last checkpoint; one that is finished is only reported.
 
     Args:
         config: The run.
         resume: Whether a run that was begun goes on; otherwise it is refused.
-        verify: Whether data and tables are compared with their recorded hashes; False where the caller has done so.
-        read_test: False leaves the test split unread and report.md unwritten, as a trial of a sweep does; the same run
-            started again with True reads it then.
+        verify: Whether data and tables are compared with their recorded hashes; False where the
+            caller has done so.
+        read_test: False leaves the test split unread and report.md unwritten, as a trial of a sweep
+            does; the same run started again with True reads it then.
         watch: Whether a hang ends this process; a program that only uses this one may not want to.
 
     Returns:

@@ -85,7 +85,9 @@ def before_validation(stage: Stage, progress: Progress) -> Progress:
 
 
 def is_finished(config: RunConfig, progress: Progress, epochs: int) -> bool:
-    """Whether a stage has used up its epochs, or `training.patience` validations without a better one."""
+    """Whether a stage has used up its epochs, or `training.patience` validations without a better
+    one.
+    """
     waited = progress.epoch - progress.best_epoch if progress.best_epoch >= 0 else 0
     return (
         progress.epoch >= epochs
@@ -125,7 +127,10 @@ def train_epoch(stage: Stage, progress: Progress) -> Progress:
         ):
             save_checkpoint(stage, progress)
         if stop:
-            what = f"A signal asked the run to stop; it did after step {progress.step} of stage `{stage.name}`."
+            what = (
+                f"A signal asked the run to stop; it did after step {progress.step} of stage "
+                f"`{stage.name}`."
+            )
             raise stage.ranks.rank0_raises(
                 StoppedError(what, remedy="Start the same command again and it goes on.")
             )
@@ -169,15 +174,18 @@ def note_skipped(stage: Stage, progress: Progress, totals: StepTotals) -> None:
         "skipped", progress.step, values, epoch=progress.epoch, nonfinite=list(totals.nonfinite)
     )
     stage.tracker.say(
-        f"  step {progress.step} of stage `{stage.name}` skipped ({row} in a row), not finite: {names}"
+        f"  step {progress.step} of stage `{stage.name}` skipped ({row} in a row), not finite: "
+        f"{names}"
     )
     if row > limit:
         last = latest(stage.checkpoints, stage.name)
         raise stage.ranks.rank0_raises(
             MltfrError(
-                f"The last {row} steps, up to {progress.step} of stage `{stage.name}`, had no finite loss and gradient; "
+                f"The last {row} steps, up to {progress.step} of stage `{stage.name}`, had no "
+                f"finite loss and gradient; "
                 f"not finite: {names}.",
-                rule=f"More than training.max_skipped_steps ({limit}) stop the run. No parameter was changed by them.",
+                rule=f"More than training.max_skipped_steps ({limit}) stop the run. No parameter "
+                f"was changed by them.",
                 remedy=(f"The run can go on from {last.name}, before them. " if last else "")
                 + "Lower optimizer.learning_rate or set optimizer.max_grad_norm.",
             )
@@ -228,7 +236,8 @@ def validate(stage: Stage, progress: Progress) -> Progress:
     for tag, text in texts.items():
         stage.tracker.text(tag, text, progress.step)
     stage.tracker.say(
-        f"  {stage.name} epoch {progress.epoch}/{stage.epochs}  {SPLIT_WORDS[split]} HR@10 {metrics['HR@10']:.4f}  "
+        f"  {stage.name} epoch {progress.epoch}/{stage.epochs}  {SPLIT_WORDS[split]} HR@10 "
+        f"{metrics['HR@10']:.4f}  "
         f"NDCG@10 {metrics['NDCG@10']:.4f}{' *' if best else ''}  ({progress.train_seconds:.0f} s)"
     )
     return progress

@@ -65,7 +65,9 @@ class Speed:
             self._sums = {key: self._sums.get(key, 0.0) + v for key, v in found.items()}
 
     def take(self) -> dict[str, float]:
-        """What TensorBoard shows of the steps since the last call: seconds a step, rates, share of the peak."""
+        """What TensorBoard shows of the steps since the last call: seconds a step, rates, share of
+        the peak.
+        """
         sums, self._sums = self._sums, {}
         steps = sums.pop("steps", 0.0)
         if not steps:

@@ -1,4 +1,6 @@
-"""The stages of one model: stage 1, Fisher and consensus, stage 2, the choice by validation, the reading of the test split."""
+"""The stages of one model: stage 1, Fisher and consensus, stage 2, the choice by validation, the
+reading of the test split.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ FISHER_FOLDER, CORE, FISHER = "fisher", "core.safetensors", "fisher.safetensors"
 
 
 def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: bool) -> Result:
-    """Train one model through its stages, choose by validation, read the test split once, if at all."""
+    """Train one model through its stages, choose by validation, read test once, if at all."""
     name = f"{config.backbone.name} + MLTFR" if config.mltfr.enabled else config.backbone.name
     finished = result_for_all(config.folder, ranks)
     if finished and (finished.test or not read_test):
@@ -181,7 +183,7 @@ def result_for_all(folder: Path, ranks: Ranks) -> Result | None:
 
 
 def last_checkpoint(folder: Path, stage: str, ranks: Ranks) -> Path | None:
-    """The checkpoint that a stage goes on from, the same on every rank; None where there is none."""
+    """The checkpoint that a stage goes on from, the same on every rank; None for none."""
 
     def find(heartbeat: Callable[[], object]) -> Path | None:
         kept.remove_interrupted(folder, ranks.say)
@@ -204,7 +206,7 @@ def best_for_all(folder: Path, outcomes: Mapping[str, Progress], ranks: Ranks) -
 
 
 def steps_behind(folder: Path, ranks: Ranks) -> int:
-    """Updates of its stage that a checkpoint has behind it; rank 0 reads it, and all ranks must call."""
+    """Updates of its stage behind a checkpoint; rank 0 reads it, and all ranks must call."""
     step = ranks.on_rank0(lambda _: checkpoint.read_header(folder).progress.step)
     return int(ranks.from_main(str(step)))
 

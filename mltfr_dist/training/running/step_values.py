@@ -66,7 +66,9 @@ def reduce_outputs(ranks: Ranks, outputs: list[TrainingOutput], batches: StepBat
 
 
 def exp_or_inf(power: float) -> float:
-    """Exponential of ``power``; infinity where that is no finite number any more, for which math.exp raises."""
+    """Exponential of ``power``; infinity where that is no finite number any more, for which
+    math.exp raises.
+    """
     try:
         return math.exp(power)
     except OverflowError:

@@ -56,7 +56,8 @@ def model_card(loaded: LoadedRun, info: ExportInfo, name: str) -> str:
     lines = [
         f"# {name}",
         "",
-        f"{spec.backbone.name}{mltfr}: recommends the next of {spec.num_items:,} items from a history "
+        f"{spec.backbone.name}{mltfr}: recommends the next of {spec.num_items:,} items from a "
+        f"history "
         f"(the last {spec.max_len} are read). Trained by mltfr_dist {info.mltfr_dist} as the run "
         f"`{loaded.config.name}`, seed {loaded.config.training.seed}.",
         "",
@@ -74,11 +75,13 @@ def model_card(loaded: LoadedRun, info: ExportInfo, name: str) -> str:
         "",
         *_results(loaded),
         "",
-        "Every item is ranked; on one data set and one seed. Items that are not in `items.json` cannot be recommended.",
+        "Every item is ranked; on one data set and one seed. Items that are not in `items.json` "
+        "cannot be recommended.",
         "",
         "## Licences",
         "",
-        "The folder holds ids (and titles, where there are some) of the data above, and numbers made from the rows of "
+        "The folder holds ids (and titles, where there are some) of the data above, and numbers "
+        "made from the rows of "
         "token tables: the terms of both apply.",
         "",
         *(

@@ -1,4 +1,6 @@
-"""The page of `mltfr explain`: one HTML file that loads nothing else. Every name and token is escaped."""
+"""The page of `mltfr explain`: one HTML file that loads nothing else. Every name and token is
+escaped.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ code { background: #eef0f3; padding: 0 .25rem; border-radius: 3px; white-space: 
 .tokens code { display: inline-block; margin-right: .2rem }
 .note { color: #555 } .key i { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 .9rem }
 svg { display: block; margin: .4rem 0; max-width: 100% } details { margin: .5rem 0 } summary { cursor: pointer }
-"""
+"""  # noqa: E501
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class Group:
     gates: dict[str, float]
     """Mean gate weight of each table at the last position."""
     tokens: list[tuple[str, str, float, float]]
-    """Table, token, share of what is read in this group, and over all; those of the largest difference."""
+    """Table, token, share of what is read in this group, and over all; those of the largest
+    difference.
+    """
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ def page(explained: Explained) -> str:
     if explained.groups:
         parts.append("<h2>Which tokens serve which items</h2>")
         parts.append(
-            '<p class="note">Users of the validation split by the popularity of their first recommendation: items in '
-            "three equal groups. Shares are of kept weight times gate; listed are the tokens whose share in the group "
+            '<p class="note">Users of the validation split by the popularity of their first recommendation: items in '  # noqa: E501
+            "three equal groups. Shares are of kept weight times gate; listed are the tokens whose "
+            "share in the group "
             "exceeds that over all users by most.</p>"
         )
         parts += [group_part(group) for group in explained.groups]
@@ -98,7 +103,8 @@ def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
     note = (
         "One seed each: differences need several to mean anything (`mltfr compare`)."
         if len(metrics) > 1
-        else "No control was given. A run with `mltfr.table_content=random` and `--control` stands beside it here: "
+        else "No control was given. A run with `mltfr.table_content=random` and `--control` stands "
+        "beside it here: "
         "without one, nothing below says that real tokens are better than random rows."
     )
     head = ["run", *(f"test {name}" for name in METRICS)]

@@ -1,4 +1,6 @@
-"""`mltfr explain`: sample users of a run and the whole model, as a page and as TensorBoard texts."""
+"""`mltfr explain`: sample users of a run and the whole model, as a page and as TensorBoard
+texts.
+"""
 
 from __future__ import annotations
 

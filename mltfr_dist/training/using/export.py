@@ -1,4 +1,6 @@
-"""`mltfr export`: a finished run's chosen model as a folder that needs neither the run nor DeepSpeed (exported.py)."""
+"""`mltfr export`: a finished run's chosen model as a folder that needs neither the run nor
+DeepSpeed (exported.py).
+"""
 
 from __future__ import annotations
 
@@ -174,7 +176,8 @@ def size_line(info: ExportInfo, folder: Path) -> str:
     if not info.folded:
         return f"{size / 1e6:.1f} MB"
     return (
-        f"{size / 1e6:.1f} MB in place of {(size + info.folded_bytes) / 1e6:.1f} MB with the rows of "
+        f"{size / 1e6:.1f} MB in place of {(size + info.folded_bytes) / 1e6:.1f} MB with the rows "
+        f"of "
         f"{', '.join(info.folded)}"
     )
 

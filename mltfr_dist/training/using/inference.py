@@ -224,7 +224,8 @@ def explanation_lines(run: Ranker, history: Sequence[str]) -> list[str]:
     if run.model.mltfr is None:
         return ["This run is a bare backbone: no token tables."]
     lines = [
-        "What the token filter keeps for this history, and how much the router listens to each table:"
+        "What the token filter keeps for this history, and how much the router listens to each "
+        "table:"
     ]
     for view in run.explain(history):
         tokens = ", ".join(f"{token!r} {weight:.2f}" for token, weight in view.tokens)

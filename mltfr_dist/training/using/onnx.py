@@ -1,4 +1,6 @@
-"""`mltfr export --format onnx`: the model for programs without Python or PyTorch, checked with onnxruntime."""
+"""`mltfr export --format onnx`: the model for programs without Python or PyTorch, checked with
+onnxruntime.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def _published(published: PublishedConfig) -> list[str]:
 
 
 def write_onnx(loaded: LoadedRun, folder: Path) -> None:
-    """`model.onnx`: item_ids [batch, length] int64, padding behind -> scores [batch, num_items + 1], user_vectors [batch, D]."""
+    """`model.onnx`: item_ids [batch, length] int64, padding behind -> scores [batch, num_items +
+    1], user_vectors [batch, D].
+    """
     model = DenseModel(loaded.model.cpu(), loaded.max_len).eval()
     example = torch.ones(2, min(2, loaded.max_len), dtype=torch.int64)
     batch = torch.export.Dim("batch")
@@ -86,7 +90,8 @@ def write_onnx(loaded: LoadedRun, folder: Path) -> None:
 
 
 def check_onnx(loaded: LoadedRun, folder: Path) -> None:
-    """Score histories of all lengths with onnxruntime, in batches of 1, 2 and more, and with the run's model.
+    """Score histories of all lengths with onnxruntime, in batches of 1, 2 and more, and with the
+    run's model.
 
     Raises:
         CheckpointError: A score differs by more than :data:`TOLERANCE`.

@@ -1,4 +1,6 @@
-"""`mltfr compare`: what it reads, what it refuses, and numbers that a reader can work out by hand."""
+"""`mltfr compare`: what it reads, what it refuses, and numbers that a reader can work out by
+hand.
+"""
 
 from __future__ import annotations
 

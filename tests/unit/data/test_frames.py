@@ -1,4 +1,6 @@
-"""A table in memory is prepared as a Parquet file with the same columns: same bytes, same refusals."""
+"""A table in memory is prepared as a Parquet file with the same columns: same bytes, same
+refusals.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Written training shards are read back: what the plan allows and what the files hold are two things."""
+"""Written training shards are read back: what the plan allows and what the files hold are two
+things.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def run(folder: Path, split: str) -> list[str]:
 
 
 def rewrite(monkeypatch: pytest.MonkeyPatch, change: Callable[[PackedSequences], None]) -> None:
-    """Let the training shards be written as usual and then again, whole and in order, with ``change`` made to the second."""
+    """Let the training shards be written as usual and then again, whole and in order, with
+    ``change`` made to the second.
+    """
     real = module.write_splits
 
     def tampering(
@@ -86,7 +90,8 @@ def test_one_interaction_too_many_is_found(tmp_path, monkeypatch, split):
     monkeypatch.setattr(module, "make_id_maps", tampering)
     with pytest.raises(
         DataError,
-        match=r"train-000001\.tar: .* user 50 .* holds \d+ items, of which 1 lie at or after the cut",
+        match=r"train-000001\.tar: .* user 50 .* holds \d+ items, of which 1 lie at or after the "
+        r"cut",
     ):
         run(tmp_path, split)
     assert [path.name for path in tmp_path.iterdir()] == ["raw.csv"]
@@ -101,7 +106,8 @@ def test_the_target_in_place_of_an_item_is_found(tmp_path, monkeypatch, split):
     rewrite(monkeypatch, change)
     with pytest.raises(
         DataError,
-        match=r"train-000001\.tar: .* user 43 .* holds item \d+ at place \d+, where its history has",
+        match=r"train-000001\.tar: .* user 43 .* holds item \d+ at place \d+, where its history "
+        r"has",
     ):
         run(tmp_path, split)
 

@@ -1,4 +1,6 @@
-"""A manifest that was edited, or lies beside other files than its own, is refused by whoever reads it."""
+"""A manifest that was edited, or lies beside other files than its own, is refused by whoever reads
+it.
+"""
 
 from __future__ import annotations
 

@@ -76,13 +76,17 @@ def core_of(
 ) -> tuple[set, tuple[CoreRound, ...]]:
     with duckdb.connect() as connection:
         connection.execute(
-            "CREATE TABLE interactions(row_number BIGINT, user_id VARCHAR, item_id VARCHAR, timestamp BIGINT)"
+            "CREATE TABLE interactions(row_number BIGINT, user_id VARCHAR, item_id VARCHAR, "
+            "timestamp BIGINT)"
         )
         rows = [(index, user, item, 0) for index, (user, item) in enumerate(pairs)]
         connection.executemany("INSERT INTO interactions VALUES (?, ?, ?, ?)", rows)
         drop_duplicates(connection, "keep")
         rounds = k_core(connection, user_core, item_core)
-        query = "SELECT user_id, item_id FROM events JOIN user_codes USING (user_code) JOIN item_codes USING (item_code)"
+        query = (
+            "SELECT user_id, item_id FROM events JOIN user_codes USING (user_code) JOIN "
+            "item_codes USING (item_code)"
+        )
         return set(connection.execute(query).fetchall()), rounds
 
 
@@ -180,7 +184,8 @@ def test_k_core_removes_users_and_items_of_one_round_together():
 def test_empty_after_k_core_says_when_and_what_to_change(tmp_path):
     with pytest.raises(
         DataError,
-        match=r"after round 1 of the k-core.*10 interactions of 3 users with 4 items.*Lower --user-core or --item-core",
+        match=r"after round 1 of the k-core.*10 interactions of 3 users with 4 items.*Lower "
+        r"--user-core or --item-core",
     ):
         run(tmp_path, SMALL, user_core=5, item_core=5)
     assert not (tmp_path / "out").exists()

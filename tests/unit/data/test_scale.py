@@ -1,4 +1,6 @@
-"""Preparation beyond memory, over interruptions, and in other places than this machine's folders."""
+"""Preparation beyond memory, over interruptions, and in other places than this machine's
+folders.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,8 @@ def test_too_little_memory_says_so_and_can_go_on(
             validate(PrepareResources, {"memory_limit": limit}, source="a test")
 
 
-# --- interruptions ------------------------------------------------------------------------------------------------
+# --- interruptions
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,10 @@ def test_two_at_once_are_refused(source: Path, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "out", PrepareResources(), quiet, source=["raw.csv"])
     workspace.claim({})
     database = str(next(workspace.folder.glob("plan-*")) / "prepare.duckdb")
-    script = f"import duckdb, time; c = duckdb.connect({database!r}); print(1, flush=True); time.sleep(60)"
+    script = (
+        f"import duckdb, time; c = duckdb.connect({database!r}); print(1, flush=True); "
+        f"time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
@@ -221,7 +227,8 @@ def test_two_at_once_are_refused(source: Path, tmp_path: Path) -> None:
     assert "other process" in caught.value.remedy
 
 
-# --- other places -------------------------------------------------------------------------------------------------
+# --- other places
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_glob_of_files_is_one_source(

@@ -22,10 +22,13 @@ FRACTIONS = {"valid_fraction": 0.1, "test_fraction": 0.1}
 
 
 def ordered(histories: dict[int, list[int]]) -> duckdb.DuckDBPyConnection:
-    """A database with the table `ordered`: per user the times of the interactions; item codes are 1, 2, ..."""
+    """A database with the table `ordered`: per user the times of the interactions; item codes are
+    1, 2, ...
+    """
     connection = duckdb.connect()
     connection.execute(
-        "CREATE TABLE ordered(user_code BIGINT, item_code BIGINT, timestamp DECIMAL(38, 9), position BIGINT)"
+        "CREATE TABLE ordered(user_code BIGINT, item_code BIGINT, timestamp DECIMAL(38, 9), "
+        "position BIGINT)"
     )
     rows = [
         (user, position, time, position)

@@ -1,4 +1,6 @@
-"""What an interrupted preparation leaves belongs to it alone; odd places and full disks are said plainly."""
+"""What an interrupted preparation leaves belongs to it alone; odd places and full disks are said
+plainly.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,8 @@ def interrupted(
             prepared(source, output, config, **resources)
 
 
-# --- whose work is it? --------------------------------------------------------------------------------------------
+# --- whose work is it?
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", ["k_core", "order_by_time", "write_maps"])
@@ -160,7 +163,10 @@ def test_another_process_in_the_left_folder_is_not_disturbed(source: Path, tmp_p
     temporary = tmp_path / "temporary"
     interrupted("k_core", source, tmp_path / "out", temp_dir=temporary)
     (database,) = temporary.glob("*/plan-*/prepare.duckdb")
-    script = f"import duckdb, time; c = duckdb.connect({str(database)!r}); print(1, flush=True); time.sleep(60)"
+    script = (
+        f"import duckdb, time; c = duckdb.connect({str(database)!r}); print(1, flush=True); "
+        f"time.sleep(60)"
+    )
     shutil.rmtree(tmp_path / ".out.partial")
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -185,7 +191,8 @@ def test_a_moved_folder_and_a_damaged_database_lose_no_correctness(
     assert contents(tmp_path / "after" / "out") == expected
 
 
-# --- odd places ---------------------------------------------------------------------------------------------------
+# --- odd places
+# ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -302,7 +309,8 @@ def test_bad_input_leaves_no_folder_that_was_made_for_it(source: Path, tmp_path:
     assert not any(tmp_path.iterdir())
 
 
-# --- full disks ---------------------------------------------------------------------------------------------------
+# --- full disks
+# ------------------------------------------------------------------------------------------------
 
 
 @contextmanager

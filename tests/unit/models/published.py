@@ -1,9 +1,10 @@
-"""The published method, stated plainly: a reference to compare an implementation with, tensor for tensor.
+"""The published method, stated plainly: a reference to compare an implementation with, tensor for
+tensor.
 
-It follows the released procedure, its faults included, and imports nothing of what it is to judge. Everything is float64 and
-differentiable by autograd; there is no dropout. B users, L positions, D hidden size, V tokens of width D_m in a table, K kept
-tokens, M tables. Linear maps are a weight [out, in] and a bias [out].
-"""
+It follows the released procedure, its faults included, and imports nothing of what it is to judge.
+Everything is float64 and differentiable by autograd; there is no dropout. B users, L positions, D
+hidden size, V tokens of width D_m in a table, K kept tokens, M tables. Linear maps are a weight
+[out, in] and a bias [out]."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from torch.nn.functional import logsigmoid
 
 
 def user_vectors(x: Tensor, valid: Tensor) -> Tensor:
-    """The mean of all of a user's real positions, later ones included: [B, L, D], bool [B, L] -> [B, D].
+    """The mean of all of a user's real positions, later ones included: [B, L, D], bool [B, L] ->
+    [B, D].
 
     Every user needs a real position; one with none gets NaN.
     """
@@ -44,8 +46,9 @@ def kept(
         k: Number of tokens to keep.
 
     Returns:
-        Ids [B, K], the most probable first, and their weights [B, K]. A weight's value is 1 / (K + 1e-8) whatever the scores;
-        the gradient is that of the probabilities, through the normalisation too.
+        Ids [B, K], the most probable first, and their weights [B, K]. A weight's value is 1 / (K +
+        1e-8) whatever the scores; the gradient is that of the probabilities, through the
+        normalisation too.
     """
     projected = table @ weight.T + bias
     ids, weights = [], []
@@ -60,7 +63,9 @@ def kept(
 
 
 def memory(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """The weighted rows of all users, one user after another: [V, D_m], [B, K], [B, K] -> [B * K, D_m]."""
+    """The weighted rows of all users, one user after another: [V, D_m], [B, K], [B, K] -> [B * K,
+    D_m].
+    """
     return torch.stack(
         [
             w * table[v]
@@ -78,8 +83,8 @@ def expert(
     Args:
         x: [B, L, D].
         memory: [R, D_m].
-        params: ``query``, ``key``, ``value`` (to ``num_heads * head_dim``, head after head) and ``out`` (back to D), each with
-            ``.weight`` and ``.bias``.
+        params: ``query``, ``key``, ``value`` (to ``num_heads * head_dim``, head after head) and
+            ``out`` (back to D), each with ``.weight`` and ``.bias``.
         num_heads: Heads.
         head_dim: Size of one.
 
@@ -100,7 +105,9 @@ def expert(
 
 
 def gate(x: Tensor, weight: Tensor, bias: Tensor, times: int = 1) -> Tensor:
-    """How much each expert counts: [B, L, D] -> [B, L, M]; the softmax is applied ``times`` over."""
+    """How much each expert counts: [B, L, D] -> [B, L, M]; the softmax is applied ``times``
+    over.
+    """
     pi = x @ weight.T + bias
     for _ in range(times):
         pi = torch.softmax(pi, dim=-1)
@@ -108,7 +115,9 @@ def gate(x: Tensor, weight: Tensor, bias: Tensor, times: int = 1) -> Tensor:
 
 
 def output(pi: Tensor, experts: Sequence[Tensor], consensus: Tensor | None, lam: float) -> Tensor:
-    """The gated sum of the experts plus ``lam`` times the consensus expert: [B, L, M], M times [B, L, D] -> [B, L, D]."""
+    """The gated sum of the experts plus ``lam`` times the consensus expert: [B, L, M], M times [B,
+    L, D] -> [B, L, D].
+    """
     total = torch.zeros_like(experts[0])
     for m in range(len(experts)):
         total = total + pi[..., m, None] * experts[m]
@@ -123,10 +132,12 @@ def consensus_memory(memories: Sequence[Tensor]) -> Tensor:
 def batch_mean_fisher(
     losses: Iterable[Tensor], parameters: Sequence[Mapping[str, Tensor]]
 ) -> list[dict[str, Tensor]]:
-    """The mean over batches of the squared gradient of the batch's *mean* loss, for each expert's parameters.
+    """The mean over batches of the squared gradient of the batch's *mean* loss, for each expert's
+    parameters.
 
     Args:
-        losses: A scalar for each batch, in evaluation mode; at least one, and each depends on all parameters.
+        losses: A scalar for each batch, in evaluation mode; at least one, and each depends on all
+            parameters.
         parameters: An entry for each expert.
 
     Returns:
@@ -144,7 +155,9 @@ def batch_mean_fisher(
 def merge(
     thetas: Sequence[Mapping[str, Tensor]], fishers: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The consensus expert's parameters: the experts' mean weighted by their Fisher, element by element."""
+    """The consensus expert's parameters: the experts' mean weighted by their Fisher, element by
+    element.
+    """
     merged = {}
     for name in thetas[0]:
         above, below = torch.zeros_like(thetas[0][name]), torch.zeros_like(thetas[0][name])

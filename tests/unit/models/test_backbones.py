@@ -1,4 +1,6 @@
-"""What every backbone must hold: causality or masking, blindness to padding and other rows, one injection point."""
+"""What every backbone must hold: causality or masking, blindness to padding and other rows, one
+injection point.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,8 @@ def ranking(histories: list[list[int]], width: int = 0) -> RankingBatch:
     return RankingBatch(padded(histories, width), torch.ones(len(histories)).long(), none, none)
 
 
-# --- what holds for all ------------------------------------------------------------------------------------------
+# --- what holds for all
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -263,7 +266,8 @@ def test_dropout_acts_in_training_only(name: str) -> None:
     assert fresh.item_embedding.weight[0].abs().sum() == 0
 
 
-# --- each one's own ----------------------------------------------------------------------------------------------
+# --- each one's own
+# ----------------------------------------------------------------------------------------------
 
 
 def test_esasrec_gates_what_a_sub_layer_adds() -> None:
@@ -357,7 +361,9 @@ def test_bsarecs_fields_have_an_effect(change: dict[str, float]) -> None:
 def test_bert4rec_reads_both_sides_and_never_a_masked_item(
     history: list[int], data: st.DataObject
 ) -> None:
-    """The hidden item is nowhere in the input: what stands at a masked place is the mask, with MLTFR's query as well."""
+    """The hidden item is nowhere in the input: what stands at a masked place is the mask, with
+    MLTFR's query as well.
+    """
     model = recommender("bert4rec", True)
     place = data.draw(st.integers(0, len(history) - 1))
     masked = [*history[:place], MASK, *history[place + 1 :]]
@@ -417,7 +423,8 @@ def test_cl4srec_ranks_as_sasrec_does() -> None:
     torch.testing.assert_close(contrasting.hidden(item_ids)[0], found)
 
 
-# --- losses through the whole recommender ------------------------------------------------------------------------
+# --- losses through the whole recommender
+# ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].negatives != "none"])
@@ -508,7 +515,8 @@ def test_contrast_is_of_the_states_at_the_ends_of_the_views() -> None:
     assert "contrast_loss" not in made(batch._replace(view_ids=None)).terms
 
 
-# --- adding one --------------------------------------------------------------------------------------------------
+# --- adding one
+# ------------------------------------------------------------------------------------------------
 
 
 def test_the_example_of_contributing_is_a_backbone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,9 @@ def test_a_whole_sequence_filter_shows_the_future(name: str) -> None:
 
 
 def test_padding_that_acts_as_items_is_what_padding_items_would_be() -> None:
-    """A history is read as the same one with so many items of id 0 behind it, wherever it stands."""
+    """A history is read as the same one with so many items of id 0 behind it, wherever it
+    stands.
+    """
     model, plain = bert4rec(attending_padding=True), bert4rec()
     short = torch.tensor([[3, 1, 4]])
     assert (scores(model, short) - scores(plain, short)).abs().max() > 1e-3

@@ -1,4 +1,6 @@
-"""An item table whose lookups are what training differentiates, and the optimizer that steps its rows."""
+"""An item table whose lookups are what training differentiates, and the optimizer that steps its
+rows.
+"""
 
 from __future__ import annotations
 

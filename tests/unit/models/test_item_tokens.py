@@ -1,4 +1,6 @@
-"""Item-side tokens: what a backbone reads and is scored against, whatever the loss and the backbone."""
+"""Item-side tokens: what a backbone reads and is scored against, whatever the loss and the
+backbone.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def make(
 
 
 def folded(model: Recommender) -> Recommender:
-    """A model without item tokens, whose embedding holds what item tokens make of it: the naive restatement."""
+    """A model without item tokens, whose embedding holds what item tokens make of it: the naive
+    restatement.
+    """
     vectors = model.backbone.item_embedding
     assert isinstance(vectors, ItemVectors)
     state = {

@@ -1,4 +1,6 @@
-"""The mixture's options: experts of a table, top-k routing, null expert, expert dropout, lambda, group, noise."""
+"""The mixture's options: experts of a table, top-k routing, null expert, expert dropout, lambda,
+group, noise.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""MLTFR in repaired form: properties of the method, and a restatement of its formulas, loop by loop."""
+"""MLTFR in repaired form: properties of the method, and a restatement of its formulas, loop by
+loop.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def make(
     spread: float = 0.3,
     **fields: object,
 ) -> Recommender:
-    """A model whose parameters are moved far from their start, so that nothing is near zero by accident."""
+    """A model whose parameters are moved far from their start, so that nothing is near zero by
+    accident.
+    """
     torch.manual_seed(0)
     fields = {"top_k": TOP_K, "temperature": 0.1} | fields
     config = MLTFRConfig(
@@ -161,7 +165,8 @@ def some_histories(count: int = 6, seed: int = 0) -> list[list[int]]:
     ]
 
 
-# --- properties of the repaired method ---------------------------------------------------------------------------
+# --- properties of the repaired method
+# ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("query_every", EVERY)
@@ -259,7 +264,8 @@ def test_every_parameter_gets_a_gradient(consensus: bool, spread: float) -> None
         if p.grad is not None
     }
     assert set(largest) == {name for name, _ in mltfr_of(model).named_parameters()}
-    # A key's bias adds q.b to every logit of a row alike, and softmax does not change when all its logits shift.
+    # A key's bias adds q.b to every logit of a row alike, and softmax does not change when all its
+    # logits shift.
     key_biases = {name for name in largest if name.endswith("key.bias")}
     assert len(key_biases) == len(SHAPES)
     scale = max(largest.values())
@@ -388,7 +394,8 @@ def test_a_batch_of_padding_costs_nothing_and_gives_finite_gradients() -> None:
     )
 
 
-# --- the formulas, restated --------------------------------------------------------------------------------------
+# --- the formulas, restated
+# --------------------------------------------------------------------------------------
 
 
 def norm_by_hand(row: Tensor, layer: nn.LayerNorm) -> Tensor:
@@ -399,7 +406,9 @@ def norm_by_hand(row: Tensor, layer: nn.LayerNorm) -> Tensor:
 
 
 def kept_by_hand(mltfr: MLTFR, m: int, query: Tensor) -> tuple[list[int], Tensor]:
-    """Row numbers of the K largest cosines of the whole table, best first, and their log-weights."""
+    """Row numbers of the K largest cosines of the whole table, best first, and their
+    log-weights.
+    """
     table, one, query = mltfr.table(m).rows, mltfr.selectors[m], query.detach()
     cosines = []
     for row in table:
@@ -572,7 +581,9 @@ def as_they_are(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def test_equal_rows_are_kept_by_number_however_many() -> None:
-    """More equal rows than are looked at beside the best: the lower numbers win, in parts of the table as in the whole."""
+    """More equal rows than are looked at beside the best: the lower numbers win, in parts of the
+    table as in the whole.
+    """
     torch.manual_seed(0)
     query, rows = torch.randn(7, DIM), torch.randn(100, DIM)
     rows[5:95] = rows[3]
@@ -628,7 +639,8 @@ def test_a_shortlist_is_that_of_float64(spread: float) -> None:
     assert torch.equal(selector.shortlist.row_ids, expected)
 
 
-# --- shortlist and explanation -----------------------------------------------------------------------------------
+# --- shortlist and explanation
+# -----------------------------------------------------------------------------------
 
 
 def test_set_shortlist_keeps_the_rows_of_highest_relevance() -> None:
@@ -732,7 +744,8 @@ def test_explain_agrees_with_forward(query_every: int, shortlist: int | None) ->
             torch.testing.assert_close(mixed, added[user, last], rtol=0, atol=1e-5)
 
 
-# --- the whole recommender ---------------------------------------------------------------------------------------
+# --- the whole recommender
+# ---------------------------------------------------------------------------------------
 
 
 def test_scores_are_products_of_the_last_hidden_state_and_item_vectors() -> None:

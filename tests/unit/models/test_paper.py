@@ -1,4 +1,6 @@
-"""The published form equals an independent statement of it (`published.py`), forward and gradient, in float64."""
+"""The published form equals an independent statement of it (`published.py`), forward and gradient,
+in float64.
+"""
 
 from __future__ import annotations
 
@@ -210,7 +212,9 @@ def test_the_noise_is_the_stated_gumbel_noise_and_is_keyed_by_step_user_and_tabl
 
 
 def test_a_user_depends_on_the_batch_and_on_the_future() -> None:
-    """Published, and so brought back: the properties that the repaired form has, this one must not have."""
+    """Published, and so brought back: the properties that the repaired form has, this one must not
+    have.
+    """
     mltfr, x = make(3), embeddings().detach()
     together = mltfr(x, item_ids() != 0, item_ids())[0]
     alone = mltfr(x[:1], item_ids()[:1] != 0, item_ids()[:1])[0]
@@ -234,7 +238,9 @@ def test_bce_equals_the_statement() -> None:
 
 
 def test_fisher_and_merge_equal_the_statement(tmp_path: Path) -> None:
-    """Over two batches of a real stream, in evaluation mode; the same at any division into micro-batches."""
+    """Over two batches of a real stream, in evaluation mode; the same at any division into
+    micro-batches.
+    """
     config = as_published(tiny_config(tmp_path, mltfr__consensus__enabled=False), scopes=["method"])
     inputs = load_inputs(config)
     model = build_model(config, inputs, with_consensus=False).double()
@@ -269,7 +275,9 @@ def test_fisher_and_merge_equal_the_statement(tmp_path: Path) -> None:
 def procedure(
     config: RunConfig, model_of: Callable[[bool], Recommender], *, by_statement: bool
 ) -> dict[str, Tensor]:
-    """Both stages by plain Adam on whole batches: losses, Fisher, consensus expert, and the parameters at each stage's end."""
+    """Both stages by plain Adam on whole batches: losses, Fisher, consensus expert, and the
+    parameters at each stage's end.
+    """
     found: dict[str, Tensor] = {}
     merged: dict[str, Tensor] = {}
     for stage in ("train", "consensus"):
@@ -322,7 +330,9 @@ def procedure(
 
 
 def test_the_two_stages_equal_the_statement(tmp_path: Path) -> None:
-    """Stage 1 with a random consensus expert, Fisher, merge, and stage 2 from a fresh start, tables trained throughout."""
+    """Stage 1 with a random consensus expert, Fisher, merge, and stage 2 from a fresh start, tables
+    trained throughout.
+    """
     tables = [
         write_table(tmp_path / "tables", name, num_rows=50, dim=12, seed=7 + i)
         for i, name in enumerate("abc")

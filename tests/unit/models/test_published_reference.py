@@ -1,4 +1,6 @@
-"""The reference itself: numbers worked out by hand, second formulations, and the published defects it must show."""
+"""The reference itself: numbers worked out by hand, second formulations, and the published defects
+it must show.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ def expert_params(seed: int) -> dict[str, Tensor]:
     return params
 
 
-# --- user vectors, noise -----------------------------------------------------------------------------------------
+# --- user vectors, noise
+# -----------------------------------------------------------------------------------------
 
 
 def test_user_vectors_pool_all_real_positions_and_no_padding() -> None:
@@ -65,11 +68,13 @@ def test_gumbel_at_known_points_and_on_average() -> None:
     assert published.gumbel(t(1 - 2.0**-53)).isfinite().all()
 
 
-# --- filter ------------------------------------------------------------------------------------------------------
+# --- filter
+# ------------------------------------------------------------
 
 
 def test_kept_by_cosine_and_noise_in_the_projected_space() -> None:
-    # The map swaps the columns and the bias shifts the second: rows become (1, 0), (0, 5), (-1, 0); cosines to u 1, 0, -1.
+    # The map swaps the columns and the bias shifts the second: rows become (1, 0), (0, 5), (-1, 0);
+    # cosines to u 1, 0, -1.
     table, weight, bias, u = t([-1, 1], [4, 0], [-1, -1]), t([0, 1], [1, 0]), t(0, 1), t([7, 0])
     ids, weights = published.kept(u, table, weight, bias, t([0, 0, 0]), 0.5, 2)
     assert ids.tolist() == [[0, 1]]
@@ -79,7 +84,9 @@ def test_kept_by_cosine_and_noise_in_the_projected_space() -> None:
 
 
 def filter_gradients(k: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Gradients of u, map and bias for given gradients of the weights: by autograd, and by the chain rule written out."""
+    """Gradients of u, map and bias for given gradients of the weights: by autograd, and by the
+    chain rule written out.
+    """
     users, size, tau = 3, 7, 0.5
     u, table, weight, bias = (
         drawn(i, *s)
@@ -94,7 +101,8 @@ def filter_gradients(k: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         lengths, user_lengths = projected.norm(dim=1), u.norm(dim=1, keepdim=True)
         cosine = (projected / lengths[:, None]) @ (u / user_lengths).T  # [V, B]
         y = torch.softmax((cosine.T + noise) / tau, dim=1)
-        # Each kept weight's value is one, so d w_i / d y_j = [i = j] / (K + e) - 1 / (K + e)^2, put together for K = 1.
+        # Each kept weight's value is one, so d w_i / d y_j = [i = j] / (K + e) - 1 / (K + e)^2, put
+        # together for K = 1.
         total, rest = k + 1e-8, upstream.sum(1, keepdim=True) - upstream
         at_y = torch.zeros_like(y).scatter(1, ids, (upstream * (k - 1 + 1e-8) - rest) / total**2)
         at_cosine = y * (at_y - (y * at_y).sum(1, keepdim=True)) / tau
@@ -129,7 +137,8 @@ def test_in_float32_one_kept_token_leaves_no_gradient_at_all() -> None:
     assert gradient.abs().max() == 0
 
 
-# --- memory and experts ------------------------------------------------------------------------------------------
+# --- memory and experts
+# ------------------------------------------------------------------------------------------
 
 
 def test_memory_holds_one_users_rows_after_anothers() -> None:
@@ -139,7 +148,8 @@ def test_memory_holds_one_users_rows_after_anothers() -> None:
 
 
 def test_expert_by_hand() -> None:
-    # One head of size 4; q = (2 ln 3, 0, 0, 0), first key 1, second 0: logits ln 3 and 0, so 3/4 and 1/4 of the values 4 and 8.
+    # One head of size 4; q = (2 ln 3, 0, 0, 0), first key 1, second 0: logits ln 3 and 0, so 3/4
+    # and 1/4 of the values 4 and 8.
     params = {
         "query.weight": t([1], [0], [0], [0]),
         "query.bias": t(LN3, 0, 0, 0),
@@ -205,7 +215,8 @@ def test_the_expert_trains_the_filter_from_two_kept_tokens_on() -> None:
     assert norms[2] > 1e-2
 
 
-# --- gate, output ------------------------------------------------------------------------------------------------
+# --- gate, output
+# ------------------------------------------------------------------------------------------------
 
 
 def test_gate_once_and_twice() -> None:
@@ -229,7 +240,8 @@ def test_output_weighs_experts_by_position_and_adds_the_consensus() -> None:
     close(published.output(pi, experts, t([[10, 20], [0, -10]]), 0.1), t([[4, 9], [2, 2]]))
 
 
-# --- consensus ---------------------------------------------------------------------------------------------------
+# --- consensus
+# ------------------------------------------------------------------------------------------------
 
 
 def test_consensus_memory_is_the_plain_mean() -> None:
@@ -250,7 +262,8 @@ def test_fisher_of_two_batches_by_hand() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_fisher_of_the_batch_mean_shrinks_with_the_batch(size: int) -> None:
-    # Samples of gradient +1 and -1: the squared mean of n of them, over all 2^n batches, is 1/n; the true Fisher is 1.
+    # Samples of gradient +1 and -1: the squared mean of n of them, over all 2^n batches, is 1/n;
+    # the true Fisher is 1.
     theta = t(0.3).requires_grad_()
     batches = itertools.product([-1.0, 1.0], repeat=size)
     (found,) = published.batch_mean_fisher(
@@ -267,7 +280,8 @@ def test_merge_by_hand_and_where_the_fisher_vanishes() -> None:
     close(merged["b"], t(0.1))
 
 
-# --- loss --------------------------------------------------------------------------------------------------------
+# --- loss
+# ------------------------------------------------------------
 
 
 def test_bce_by_hand() -> None:

@@ -1,4 +1,6 @@
-"""Filter strategies: each causal, the same alone and in any batch, repeatable to the bit, and trained in full."""
+"""Filter strategies: each causal, the same alone and in any batch, repeatable to the bit, and
+trained in full.
+"""
 
 from __future__ import annotations
 
@@ -175,7 +177,8 @@ def test_a_shared_memory_equals_a_copy_for_every_query() -> None:
     torch.testing.assert_close(shared, copied, rtol=0, atol=1e-12)
 
 
-# --- random tokens -----------------------------------------------------------------------------------------------
+# --- random tokens
+# -----------------------------------------------------------------------------------------------
 
 
 def test_history_keys_are_of_the_prefix_with_its_order() -> None:
@@ -224,7 +227,8 @@ def test_random_tokens_do_not_depend_on_what_is_learned() -> None:
     assert len({tuple(e.kept_ids[0].tolist()) for e in before.explain(ids)}) > 1
 
 
-# --- prototypes --------------------------------------------------------------------------------------------------
+# --- prototypes
+# ------------------------------------------------------------------------------------------------
 
 
 def test_prototypes_by_hand() -> None:
@@ -241,7 +245,8 @@ def test_prototypes_by_hand() -> None:
     assert made.log_weights.exp().sum().item() == pytest.approx(1)
 
 
-# --- seed words, limits and whole runs ---------------------------------------------------------------------------
+# --- seed words, limits and whole runs
+# ---------------------------------------------------------------------------
 
 
 def test_seed_words_keep_their_rows_and_the_nearest(tmp_path: Path) -> None:

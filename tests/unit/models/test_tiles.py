@@ -1,4 +1,6 @@
-"""Ranking in tiles: to the bit what scores that are all at hand give, whatever the tiling, the ties and the division."""
+"""Ranking in tiles: to the bit what scores that are all at hand give, whatever the tiling, the ties
+and the division.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +151,9 @@ def test_no_user_and_no_item_count_as_nothing() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["hidden", "item", "target"])
 def test_what_is_not_finite_has_no_rank(value: float, where: str) -> None:
-    """A NaN compares false with everything, so an unchecked model that diverged would rank first."""
+    """A NaN compares false with everything, so an unchecked model that diverged would rank
+    first.
+    """
     hidden, vectors, target = torch.randn(3, 4), torch.randn(9, 4), torch.zeros(3)
     {"hidden": hidden[1], "item": vectors[5], "target": target}[where][1] = value
     with pytest.raises(ValueError, match="diverged"):

@@ -207,7 +207,8 @@ def test_the_kind_of_vocabulary_is_said(
     assert any("tokens from tokenizer.json (byte-level BPE); licence" in line for line in lines)
 
 
-# The peak is VmHWM and not ru_maxrss: a child's ru_maxrss starts at its parent's size, which would hide any growth.
+# The peak is VmHWM and not ru_maxrss: a child's ru_maxrss starts at its parent's size, which would
+# hide any growth.
 MEASURE = """
 import sys
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Control tables: what they keep of the real one, what they destroy, and that they are made, never stored."""
+"""Control tables: what they keep of the real one, what they destroy, and that they are made, never
+stored.
+"""
 
 from __future__ import annotations
 

@@ -118,7 +118,8 @@ def test_no_known_name_lists_the_candidates(tmp_path: Path) -> None:
     write_single(tmp_path, table(), name="words")
     with pytest.raises(
         DataError,
-        match=r"No tensor has a known name.*words \[8, 32\], lm_head\.weight \[8, 32\]\..*--tensor NAME",
+        match=r"No tensor has a known name.*words \[8, 32\], lm_head\.weight \[8, "
+        r"32\]\..*--tensor NAME",
     ):
         extract_table(str(tmp_path), RAW)
     assert torch.equal(extract_table(str(tmp_path), TableConfig(tensor="words")).rows, table()[4:7])

@@ -1,4 +1,6 @@
-"""`mltfr report` of every kind of folder; what is not finished names the command that goes on with it."""
+"""`mltfr report` of every kind of folder; what is not finished names the command that goes on with
+it.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ def test_running_trials_are_in_the_time_that_is_left() -> None:
 
 def test_waiting_trials_take_the_slots_that_are_free_first() -> None:
     running = [Running(began=0.0, first=0, epoch=5), Running(began=80.0, first=0, epoch=0)]
-    # 100 s are left of the first; the second has shown nothing, and takes the mean of 200 s, so 180 s are left of it.
+    # 100 s are left of the first; the second has shown nothing, and takes the mean of 200 s, so 180
+    # s are left of it.
     left = seconds_left(100.0, running, [200.0], 1, 2, 10, stops=False)
     assert left == pytest.approx(100 + 200)
     assert seconds_left(100.0, running, [200.0], 2, 2, 10, stops=False) == pytest.approx(380)

@@ -176,7 +176,8 @@ WHEN: dict[str, Any] = {
 @pytest.mark.parametrize("algorithm", ["random", "tpe", "grid"])
 def test_a_field_is_searched_only_when_those_above_it_say_so(algorithm: str) -> None:
     drawn = run_space(space_of(sweep_of(algorithm, search=WHEN)), 99)
-    # per_table 1: one point; 2 and 3: weight .1 with the base's table, weight .3 with three choices of tables.
+    # per_table 1: one point; 2 and 3: weight .1 with the base's table, weight .3 with three choices
+    # of tables.
     assert len(drawn) == 1 + 2 * (1 + 3)
     for values in drawn:
         if values["mltfr.expert.per_table"] == 1:
