@@ -75,7 +75,7 @@ def inspect_tables(
             listed = ", ".join(f"{token.strip()} {cosine:.2f}" for token, cosine in near)
             lines += [f"  {table.name:<14}{listed}"]
     if pictures is not None:
-        lines += ["", f"{pictures / PICTURE}; vectors: tensorboard --logdir {pictures}"]
+        lines += ["", f"{pictures / PICTURE}; the words' vectors for TensorBoard: {pictures}"]
     return "\n".join(lines)
 
 

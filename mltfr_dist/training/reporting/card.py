@@ -16,6 +16,7 @@ import torch
 from mltfr_dist import __version__
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.shards.manifest import Manifest
+from mltfr_dist.distributed.devices import uses_gpus
 from mltfr_dist.statistics.spread import bootstrap_interval
 from mltfr_dist.training.comparing.compare import (
     RESAMPLES,
@@ -148,7 +149,7 @@ def fingerprint_section(config: RunConfig, inputs: Inputs) -> list[str]:
 
 def machine_section(result: Result) -> list[str]:
     """Where and with what it ran."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if uses_gpus() else 0
     accelerator = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "none"
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return [

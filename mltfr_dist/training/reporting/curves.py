@@ -39,7 +39,8 @@ def write_curves(path: Path, records: Mapping[str, Path], metric: str) -> None:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("updates")
         axes.grid(color="0.9")
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     figure.tight_layout()
     with replacing(path) as partial:
         figure.savefig(partial, format="png", metadata={"Software": None})
