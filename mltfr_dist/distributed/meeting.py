@@ -208,6 +208,8 @@ def say_why(error: MltfrError) -> int:
             elif isinstance(error, OtherRankError):
                 store.wait([SPOKEN], timedelta(seconds=SPEAK_SECONDS))
                 store.set(f"{SPOKEN}/{rank}", "")
+                # torchrun takes for the cause what failed first, and compares whole seconds.
+                time.sleep(1.1)
     return code
 
 
