@@ -348,6 +348,7 @@ def kill_node(node: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_a_lost_node_costs_its_trial_no_epoch(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

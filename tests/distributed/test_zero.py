@@ -124,7 +124,7 @@ def test_every_deepspeed_file_trains_alike_and_offloaded_states_resume(folder: P
             ), name
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_optimizer_trains_alike_under_deepspeed_and_resumes(folder: Path) -> None:
     one, two = findings(WORKER, "optimizers", folder, 1), findings(WORKER, "optimizers", folder, 2)
