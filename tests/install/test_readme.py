@@ -45,7 +45,7 @@ NOT_RUN = {
 """Beginning of a command: why it is not typed here."""
 
 SUBSTITUTES = (
-    (r"^make demo$", f"python train.py --preset demo{TINY}"),
+    (r"^make demo$", f"python train.py --preset demo{TINY}".replace("=[]", "=[backbone]")),
     (r"^deepspeed (.*)$", rf"deepspeed --num_gpus 2 --master_port $PORT \1{TINY}"),
     (r"^(python train.py .*) --print-config", rf"\1{TINY} --print-config"),
     (r"^(python train.py --preset sasrec_beauty .*)$", rf"\1 data.path=data/mine{TINY}"),
@@ -140,6 +140,9 @@ def write_inputs(folder: Path) -> None:
     users, items, times = (list(column) for column in zip(*rows, strict=True))
     events = pa.table({"user": users, "sku": items, "ts": times})
     pa.parquet.write_table(events, folder / "events.parquet")
+    histories = [[str(i) for u, i, _ in rows if u == user] for user in range(60)]
+    table_of_users = pa.table({"user_id": list(range(60)), "history": histories})
+    pa.parquet.write_table(table_of_users, folder / "users.parquet")
     lists = [
         " ".join(str(word) for word in (user, *(i for u, i, _ in rows if u == user)))
         for user in range(60)
