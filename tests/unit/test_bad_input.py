@@ -199,7 +199,7 @@ def test_checkpoint_of_another_schema_version(
     config = run / "config.yaml"
     message = refused(folder, capsys, lambda: train.main(["--config", str(config)]))
     assert "99" in message
-    assert f"version {content['schema_version']}" in message
+    assert f"this program reads {content['schema_version']}" in message
 
 
 def test_checkpoint_of_a_release_that_draws_dropout_otherwise(
