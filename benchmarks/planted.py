@@ -40,11 +40,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import DataError, MltfrError, fail
 from mltfr_dist.resolve import resolve_config
+from mltfr_dist.statistics.power import detectable
+from mltfr_dist.statistics.spread import seeds_alone
 from mltfr_dist.tables.store import TokenTable, load_table
 from mltfr_dist.tables.titles import title_features
 from mltfr_dist.training.reporting.matrix import (
@@ -209,24 +210,6 @@ def paired(rows: Sequence[Row], dial: float, arm: str, reference: str) -> list[f
     ]
 
 
-def detectable(differences: Sequence[float], power: float = 0.8) -> float:
-    """The smallest mean difference that so many pairs of this spread show with that power, at 5%,
-    two-sided.
-
-    By the noncentral t-distribution; NaN with fewer than two pairs.
-    """
-    n = len(differences)
-    if n < 2:
-        return math.nan
-    critical = float(stats.t.ppf(0.975, n - 1))
-    low, high = 0.0, 100.0
-    for _ in range(60):  # bisection on the noncentrality
-        middle = (low + high) / 2
-        shown = stats.nct.sf(critical, n - 1, middle) + stats.nct.cdf(-critical, n - 1, middle)
-        low, high = (middle, high) if shown < power else (low, middle)
-    return high * float(np.std(differences, ddof=1)) / math.sqrt(n)
-
-
 def report(options: argparse.Namespace) -> None:
     """Print, write and draw the curves of the rows that are there."""
     rows = read_rows(options.matrix)
@@ -244,11 +227,13 @@ def report(options: argparse.Namespace) -> None:
         for arm, reference in COMPARISONS:
             if values := paired(rows, dial, arm, reference):
                 mean, half = interval(values)
+                found = seeds_alone(np.array(values))
+                shown = detectable(found.error, found.freedom) if len(values) > 1 else math.nan
                 compared[f"{arm} - {reference}"] = {
                     "seeds": len(values),
                     "difference": mean,
                     "half_width": half,
-                    "detectable": detectable(values),
+                    "detectable": shown,
                 }
         curves.append({"dial": dial, "arms": arms, "differences": compared})
     for curve in curves:

@@ -9,9 +9,9 @@ import difflib
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 from mltfr_dist.errors import DataError
+from mltfr_dist.tables.geometry import nearest
 from mltfr_dist.tables.row_file import BLOCK_ENTRIES
 from mltfr_dist.tables.store import TokenTable, load_table
 
@@ -36,11 +36,12 @@ def inspect_table(folder: str | Path, word: str | None = None) -> str:
             for row in range(step // 2, len(table.rows), step)
         ][:NUM_SAMPLES]
         return "\n".join(lines)
-    for row, (scores, places) in zip(rows, neighbours(table.rows, rows), strict=True):
+    count = min(NUM_NEIGHBOURS, len(table.rows) - 1)
+    for row, cosines, places in zip(rows, *nearest(table.rows, rows, count), strict=True):
         lines.append(f"  nearest to {table.vocabulary[row]!r} (row {row:,}), by cosine")
         lines += [
-            f"  {score:>10.3f}  {table.vocabulary[place]!r}"
-            for score, place in zip(scores, places, strict=True)
+            f"  {float(cosine):>10.3f}  {table.vocabulary[int(place)]!r}"
+            for cosine, place in zip(cosines, places, strict=True)
         ]
     return "\n".join(lines)
 
@@ -108,17 +109,6 @@ def near_tokens(vocabulary: tuple[str, ...], word: str) -> list[str]:
     near = difflib.get_close_matches(folded, list(candidates), NUM_NEAR, cutoff=0.5)
     keys = dict.fromkeys([*([folded] if folded in candidates else []), *near])
     return [token for key in keys for token in candidates[key]][:NUM_NEAR]
-
-
-def neighbours(rows: torch.Tensor, of: list[int]) -> list[tuple[list[float], list[int]]]:
-    """Cosines and numbers of the rows [V, D] nearest to each of the rows ``of`` [W], exactly."""
-    words = F.normalize(rows[of].double(), dim=1)  # [W, D]
-    scores = torch.cat(
-        [F.normalize(block.double(), dim=1) @ words.T for block in _blocks(rows)]
-    )  # [V, W]
-    scores[of, torch.arange(len(of))] = -torch.inf  # a row is no neighbour of itself
-    best = scores.topk(min(NUM_NEIGHBOURS, len(rows) - 1), dim=0)
-    return list(zip(best.values.T.tolist(), best.indices.T.tolist(), strict=True))
 
 
 def _blocks(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -73,14 +73,3 @@ def test_a_world_is_a_function_of_its_arguments(table: TokenTable) -> None:
 def test_a_table_of_too_few_words_is_refused(table: TokenTable) -> None:
     with pytest.raises(DataError, match="holds 144 whole words; 146 are needed"):
         planted.make_world(table, 1.0, 0, items=73, users=2)
-
-
-def test_what_is_detectable_agrees_with_simulation() -> None:
-    """A true difference of that size is shown by a t-test of five pairs in four of five samples."""
-    random = np.random.default_rng(0)
-    spread = np.array([-1.0, -0.5, 0.0, 0.5, 1.0]) * 0.02
-    deviation = spread.std(ddof=1)
-    size = planted.detectable(spread.tolist())
-    samples = random.normal(size, deviation, (4_000, 5))
-    t = samples.mean(1) / (samples.std(1, ddof=1) / np.sqrt(5))
-    assert np.mean(np.abs(t) > 2.776) == pytest.approx(0.8, abs=0.03)

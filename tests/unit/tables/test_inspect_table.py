@@ -10,7 +10,8 @@ from support import write_data
 from test_store import save
 
 from mltfr_dist.cli import main
-from mltfr_dist.tables.inspect import neighbours, row_norms, rows_of_word
+from mltfr_dist.tables.geometry import nearest
+from mltfr_dist.tables.inspect import row_norms, rows_of_word
 from mltfr_dist.tables.store import TokenTable, load_table, save_table
 
 TOKENS = (" king", "king", "queen", " Queen", "apple ", " banana")
@@ -61,12 +62,12 @@ def test_neighbours_of_every_spelling(stored: Path, capsys: pytest.CaptureFixtur
 def test_neighbours_are_exact_over_blocks() -> None:
     rows = torch.randn(9000, 60, generator=torch.Generator().manual_seed(0))  # three blocks
     unit = torch.nn.functional.normalize(rows.double())
-    for row, (scores, places) in zip((3, 8999), neighbours(rows, [3, 8999]), strict=True):
+    for row, scores, places in zip((3, 8999), *nearest(rows, [3, 8999], 10), strict=True):
         cosines = unit @ unit[row]
         cosines[row] = -2
         best = cosines.topk(10)
-        assert places == best.indices.tolist()
-        assert scores == pytest.approx(best.values.tolist())
+        assert places.tolist() == best.indices.tolist()
+        assert scores.tolist() == pytest.approx(best.values.tolist(), abs=1e-6)
     norms = rows.norm(dim=1)
     assert row_norms(rows) == pytest.approx(
         (float(norms.min()), float(norms.median()), float(norms.max()))
@@ -115,4 +116,5 @@ def test_a_damaged_table_is_not_shown(stored: Path, capsys: pytest.CaptureFixtur
 def test_a_table_of_two_rows(tmp_path: Path) -> None:
     save(tmp_path, torch.eye(2), name="two")
     table: TokenTable = load_table(tmp_path / "two")
-    assert neighbours(table.rows, [0]) == [([0.0], [1])]
+    cosines, places = nearest(table.rows, [0], 1)
+    assert (cosines.tolist(), places.tolist()) == ([[0.0]], [[1]])
