@@ -255,9 +255,12 @@ class _Progress:
             log(f"{work.num_parts - self._before} of {work.num_parts} parts are done already")
 
     def show(self) -> None:
-        now, missing = time.monotonic(), len(self._work.missing)
+        now = time.monotonic()
+        if now - self._said < self._line.pause:
+            return
+        missing = len(self._work.missing)  # looks for every part: not for each that is written
         done = self._before - missing
-        if now - self._said < self._line.pause or not done:
+        if not done:
             return
         self._said, rate = now, done * PART_ROWS / (now - self._began)
         self._line.show(
