@@ -149,24 +149,24 @@ class Ranker:
         numbers = np.zeros((len(found), k), dtype=np.int64)
         scores = np.full((len(found), k), -np.inf, dtype=np.float32)
         for places in chunks(found.numbers, self.items.num_items):
-            values, columns = best_items(self._candidate_scores(places, candidates), k)
-            kept = values.isfinite()
-            numbers[places] = (columns * kept).numpy()
-            scores[places] = values.numpy()
+            for part in candidates.alike(places):
+                values, item_ids = self._best(part, candidates, k)
+                numbers[part], scores[part] = item_ids.numpy(), values.numpy()
         many = Recommendations(self.items, numbers, scores, found.users, found.dropped)
         return many[0] if single else many
 
-    def _candidate_scores(self, places: list[int], candidates: Candidates) -> Tensor:
-        """[b, num_items + 1] scores of some histories' candidates on the CPU, -inf for all else."""
+    def _best(self, places: list[int], candidates: Candidates, k: int) -> tuple[Tensor, Tensor]:
+        """Scores and item ids [b, k] of the best candidates of histories that are all told or all
+        empty; -inf and 0 where fewer are left.
+        """
         rows = [candidates.histories.numbers[place] for place in places]
-        scores = torch.empty(len(rows), self.items.num_items + 1)
-        told = torch.tensor([bool(row) for row in rows])
-        if told.any():
-            item_ids = padded([row for row in rows if row], self.max_len)
-            scores[told] = score_histories(self.serving, item_ids).float().cpu()
-        if not told.all():
-            scores[~told] = candidates.popularity()
-        return candidates.mask(scores, places)
+        if rows[0]:
+            hidden = user_vectors(self.serving, padded(rows, self.max_len))
+            vectors = item_vectors(self.serving)[1:]
+        else:  # a count is a score of one column
+            hidden, vectors = torch.ones(len(rows), 1), candidates.popularity()[:, None]
+        left_out, allowed = candidates.left_out(places), candidates.allowed(places[0])
+        return best_items(hidden, vectors, k, left_out, allowed)
 
     def scores(self, histories: Any, *, unknown: Unknown = "refuse") -> Tensor:
         """Scores of every item after each history, seen ones too.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mltfr_dist.errors import DataError
+from mltfr_dist.models.tiles import Pairs
 from mltfr_dist.serving.histories import Histories, check_choice, is_single
 from mltfr_dist.serving.items import ItemMap, as_list
 
@@ -82,25 +83,34 @@ class Candidates:
         return min(len(set(row)) for row in self.allow)
 
     def popularity(self) -> Tensor:
-        """[I + 1] fp32 counts of the items."""
+        """[I] fp32 counts of items 1..I."""
         assert self.items.counts is not None
-        counts = torch.from_numpy(self.items.counts).float()
-        counts[0] = -torch.inf
-        return counts
+        return torch.from_numpy(self.items.counts).float()[1:]
 
-    def mask(self, scores: Tensor, places: Sequence[int]) -> Tensor:
-        """Set scores [b, I + 1] of what is no candidate of the histories at ``places`` to -inf."""
-        for row, place in zip(scores, places, strict=True):
-            if self.filter_seen:
-                row[self.histories.numbers[place]] = -torch.inf
-            if self.exclude is not None:
-                row[self.exclude[place % len(self.exclude)]] = -torch.inf
-            if self.allow is not None:
-                allowed = self.allow[place % len(self.allow)]
-                kept = row[allowed].clone()
-                row.fill_(-torch.inf)
-                row[allowed] = kept
-        return scores
+    def alike(self, places: Sequence[int]) -> list[list[int]]:
+        """``places`` of histories in parts of the same allowed items, empty ones by themselves."""
+        if self.allow is not None and len(self.allow) > 1:
+            return [[place] for place in places]
+        told = [place for place in places if self.histories.numbers[place]]
+        empty = [place for place in places if not self.histories.numbers[place]]
+        return [part for part in (told, empty) if part]
+
+    def allowed(self, place: int) -> Tensor | None:
+        """[n] ids of what alone the history at ``place`` may get, ascending; None: all items."""
+        if self.allow is None:
+            return None
+        return torch.tensor(sorted(set(self.allow[place % len(self.allow)])))
+
+    def left_out(self, places: Sequence[int]) -> Pairs:
+        """Seen and excluded items of the histories at ``places``, whose rows go from 0."""
+        rows: list[int] = []
+        ids: list[int] = []
+        for row, place in enumerate(places):
+            seen = self.histories.numbers[place] if self.filter_seen else ()
+            more = () if self.exclude is None else self.exclude[place % len(self.exclude)]
+            ids += [*seen, *more]
+            rows += [row] * (len(seen) + len(more))
+        return Pairs(*(torch.tensor(part, dtype=torch.int64) for part in (rows, ids)))
 
 
 def _lists(name: str, given: Any, items: ItemMap, count: int) -> list[list[int]] | None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.models.search import best
+from mltfr_dist.models.tiles import Pairs
+from mltfr_dist.models.top_items import top_items
 
 COMPARED = 32
 """Histories on which two forms of a model are compared."""
@@ -60,17 +61,33 @@ def item_vectors(model: Recommender) -> Tensor:
     return model.backbone.item_embedding.weight[: model.num_items + 1].detach()
 
 
-def best_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of scores [B, I + 1] and their columns, best first; of equal ones the lower
-    column.
+@torch.no_grad()
+def best_items(
+    hidden: Tensor, vectors: Tensor, k: int, left_out: Pairs, allowed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The best items by :func:`top_items`, of all or of some of them.
+
+    Args:
+        hidden: [B, D].
+        vectors: [I, D] of items 1..I.
+        k: Items of each history.
+        left_out: Pairs that are no candidates.
+        allowed: [n] ids of what alone is a candidate, ascending; None: all.
+
+    Returns:
+        Scores and item ids [B, k] on the CPU; -inf and 0 where fewer are left.
     """
-    values, columns = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-    tied = (values[:, k - 1] == values[:, -1]) & values[:, -1].isfinite() & (values.shape[1] > k)
-    values, columns = best(values, columns, k)
-    if tied.any():  # on the edge: which of the equal ones came in is not said
-        order = scores[tied].sort(dim=1, descending=True, stable=True)
-        values[tied], columns[tied] = order.values[:, :k], order.indices[:, :k]
-    return values, columns
+    left_out = Pairs(*(part.to(hidden.device) for part in left_out))
+    if allowed is None:
+        values, ids = top_items(hidden, vectors, k, exclude=left_out)
+        return values.float().cpu(), ids.cpu()
+    allowed = allowed.to(hidden.device)
+    places = torch.searchsorted(allowed, left_out.item_ids)
+    here = allowed[places.clamp(max=len(allowed) - 1)] == left_out.item_ids
+    exclude = Pairs(left_out.rows[here], places[here])
+    values, places = top_items(hidden, vectors[allowed - 1], k, exclude=exclude, first_id=0)
+    ids = allowed[places].where(values > -torch.inf, 0)
+    return values.float().cpu(), ids.cpu()
 
 
 def drawn_histories(num_items: int, max_len: int) -> Tensor:

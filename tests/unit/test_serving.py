@@ -19,6 +19,7 @@ import mltfr_dist
 from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.errors import CheckpointError, ConfigError, DataError
 from mltfr_dist.models.folded import folded
+from mltfr_dist.models.tiles import Pairs
 from mltfr_dist.ranking import Ranker
 from mltfr_dist.serving.scoring import best_items, padded, score_histories
 from mltfr_dist.training.running.fit import fit
@@ -159,11 +160,18 @@ def test_empty_histories(rec: Ranker) -> None:
 
 
 def test_of_equal_scores_the_lower_item_comes_first() -> None:
-    scores = torch.tensor([[-torch.inf, 1, 3, 3, 3, 1], [-torch.inf, 2, -torch.inf, 0, 0, 0]])
-    values, columns = best_items(scores, 2)
-    assert columns.tolist() == [[2, 3], [1, 3]]
-    assert values.tolist() == [[3, 3], [2, 0]]
-    assert best_items(scores, 6)[1][0, :5].tolist() == [2, 3, 4, 1, 5]
+    hidden = torch.eye(2)
+    vectors = torch.tensor([[1, 2], [3, 9], [3, 0], [3, 0], [1, 0]], dtype=torch.float32)
+    nothing = torch.empty(0, dtype=torch.int64)
+    none, second = Pairs(nothing, nothing), Pairs(torch.tensor([1]), torch.tensor([2]))
+    for allowed in (None, torch.arange(1, 6)):
+        values, ids = best_items(hidden, vectors, 2, second, allowed)
+        assert ids.tolist() == [[2, 3], [1, 3]]
+        assert values.tolist() == [[3, 3], [2, 0]]
+        assert best_items(hidden, vectors, 5, none, allowed)[1][0].tolist() == [2, 3, 4, 1, 5]
+    values, ids = best_items(hidden, vectors, 3, second, torch.tensor([2, 5]))
+    assert ids.tolist() == [[2, 5, 0], [5, 0, 0]]
+    assert values.tolist() == [[3, 1, -torch.inf], [0, -torch.inf, -torch.inf]]
 
 
 def test_threads_get_what_one_caller_gets(rec: Ranker) -> None:
