@@ -1,4 +1,4 @@
-"""An item table divided by rows over the ranks: lookups, the full softmax, and scores.
+"""An item table divided by rows over the ranks: lookups, the full softmax, and places.
 
 A step of a rank that reads U distinct rows asks their owners for them (8 bytes a row) and gets them
 (D numbers a row); their gradients go home the same way after the backward pass. The full softmax
@@ -74,25 +74,6 @@ class RankDivision(Division):
         """Softmax cross-entropy over items 1..num_items, summed over this rank's positions."""
         result: Tensor = _DividedCrossEntropy.apply(hidden, own, targets, weights, num_items, self)  # type: ignore[no-untyped-call]
         return result
-
-    def scores(self, final: Tensor, own: Tensor) -> Tensor:
-        """[B, R] for this rank's users [B, D]; the others' score theirs with this rank's rows
-        meanwhile.
-        """
-        counts = self.exchange.counts(len(final))
-        part = at_least_fp32(
-            self.exchange.gather(final, counts) @ own.to(final.dtype).T
-        )  # [sum of B, O]
-        widths = [end - start for start, end in pairwise(self.layout.bounds)]
-        padded = part.new_zeros(len(part), max(widths))
-        padded[:, : part.shape[1]] = part
-        found = self.exchange.deal(padded, counts, [len(final)] * len(counts))
-        of_ranks = found.view(len(counts), len(final), -1)
-        scores = part.new_empty(len(final), self.layout.num_rows)
-        for rank, (first, end) in enumerate(pairwise(self.layout.bounds)):
-            ids = self.layout.ids_between(first, end).to(scores.device)
-            scores[:, ids] = of_ranks[rank, :, : end - first]
-        return scores
 
     def count_better(
         self,

@@ -84,10 +84,6 @@ class Division:
         """
         raise NotImplementedError
 
-    def scores(self, final: Tensor, own: Tensor) -> Tensor:
-        """Scores of all rows [B, R] for this process's hidden states [B, D], fp32 at least."""
-        raise NotImplementedError
-
 
 class DividedRows(ItemRows):
     """Takes the place of an ``nn.Embedding``. ``weight`` is this process's rows alone, and no part

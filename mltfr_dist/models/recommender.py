@@ -110,10 +110,10 @@ class Recommender(nn.Module):
         Args:
             batch: What to train on, or whose next item to rank.
             weights: [B, L] weight of each position in the loss; 1 where not given.
-            read: What to make of a ranking batch's states [B, D] and the vectors of items 1..I [I,
-                D], whose products are scores: in here, for under ZeRO-3 nobody has all vectors
-                    afterwards. Of a divided item table it
-                gets the vectors of this process's rows.
+            read: What to make of a ranking batch's states [B, D] and the vectors of items 1..I
+                [I, D], whose products are scores; called in here, for under ZeRO-3 nobody has all
+                vectors afterwards. Of a divided item table it gets the vectors of this process's
+                rows.
 
         Returns:
             :class:`TrainingOutput`; for a :class:`RankingBatch` what ``read`` makes of it, or
@@ -182,11 +182,9 @@ class Recommender(nn.Module):
 
     def _scores(self, final: Tensor) -> Tensor:
         table = self.backbone.item_embedding
-        if (division := division_of(table)) is not None:
-            scores = division.scores(final, own_vectors(table))[:, : self.num_items + 1]
-        else:
-            item_vectors = table.weight[: self.num_items + 1].to(final.dtype)
-            scores = at_least_fp32(final @ item_vectors.T)  # [B, I + 1]
+        assert division_of(table) is None, "nobody has all rows: rank by `read`"
+        item_vectors = table.weight[: self.num_items + 1].to(final.dtype)
+        scores = at_least_fp32(final @ item_vectors.T)  # [B, I + 1]
         scores[:, PADDING_IDX] = -torch.inf
         return scores
 

@@ -100,7 +100,8 @@ titles: list[str | None] = [found.title for found in run.load().recommend(["a", 
 export(run.folder, "model")
 for model in (load_run("runs/demo"), load_exported("model")):
     best: list[str] = [found.item_id for found in model.recommend(["a"])]
-    reveal_type(model.recommend)
+    reveal_type(model.recommend(["a"], k=3))
+    reveal_type(model.recommend([["a"], [7]]))
 fit(3)
 """
 
@@ -115,7 +116,9 @@ def test_types_are_seen_by_a_strict_checker(tmp_path: Path) -> None:
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=800
     )
     own = [line for line in done.stdout.splitlines() if line.startswith("user.py")]
-    assert "list[mltfr_dist.ranking.Recommendation]" in "\n".join(own)
+    revealed = "\n".join(own)
+    assert "list[mltfr_dist.serving.results.Recommendation]" in revealed
+    assert "mltfr_dist.serving.results.Recommendations" in revealed
     errors = [line for line in own if ": error:" in line]
     assert len(errors) == 1, done.stdout
     assert '"fit" has incompatible type "int"' in errors[0]
@@ -304,7 +307,8 @@ def test_a_run_and_its_export_are_used_alike(fitted: Any, tmp_path: Path) -> Non
     assert len(everything) == 39
     assert len(run.recommend(["i1"], 40, filter_seen=False)) == 40
     column, one = run.scores([["i1"]])[0], run.item_ids.index("i1")
-    assert everything[0].score == max(column[i].item() for i in range(1, 41) if i != one)
+    largest = max(column[i].item() for i in range(1, 41) if i != one)
+    assert everything[0].score == pytest.approx(largest, rel=1e-6)
     assert run.evaluate() == fitted.test
     assert run.evaluate("valid") == fitted.valid
     assert fitted.load().recommend(["i1"], 3) == everything[:3]
