@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mltfr_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +86,30 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".partial-{path.name}")
     yield partial
     partial.rename(path)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Where to write what then becomes ``folder`` in one step; after an error nothing of it stays.
+
+    Raises:
+        ConfigError: The disk does not take it.
+    """
+    partial = folder.with_name(f".partial-{folder.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise ConfigError(
+            f"{folder} cannot be written: {error}.",
+            rule="A folder is complete or absent; nothing of it was left behind.",
+            remedy="Make room, or name a folder on another disk.",
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

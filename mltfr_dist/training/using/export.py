@@ -5,12 +5,9 @@ DeepSpeed (exported.py).
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from mltfr_dist import __version__
 from mltfr_dist.data.shards.manifest import MANIFEST_NAME
@@ -18,18 +15,16 @@ from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.exported import (
     CARD,
     CONFIG,
-    COUNTS,
     FEATURES,
     ITEM_TOKENS,
     ITEMS,
     MODEL,
     TABLES,
-    TITLES,
     TOKENS,
     ExportInfo,
     load_exported,
 )
-from mltfr_dist.files import file_sha256, save_tensors
+from mltfr_dist.files import file_sha256, new_folder, save_tensors
 from mltfr_dist.models.folded import is_folded
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.serving.scoring import drawn_histories, score_histories
@@ -89,21 +84,15 @@ def publish(
 
     Raises:
         CheckpointError: The exported model does not score as the run's.
+        ConfigError: The disk does not take it.
     """
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as partial:
         (write or write_model)(loaded, partial)
-        write_items(loaded, partial)
+        loaded.items.write(partial / ITEMS)
         info = export_info(loaded, partial, format)
         (partial / CONFIG).write_text(info.model_dump_json(indent=2) + "\n")
         (partial / CARD).write_text(model_card(loaded, info, folder.name), encoding="utf-8")
         (check or check_scores)(loaded, partial)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    partial.rename(folder)
     return info
 
 
@@ -118,16 +107,6 @@ def write_model(loaded: LoadedRun, folder: Path) -> None:
         save_tensors({FEATURES: inputs.item_features}, folder / ITEM_TOKENS)
     if inputs.tables:
         (folder / TOKENS).write_text(json.dumps(_token_names(loaded)) + "\n")
-
-
-def write_items(loaded: LoadedRun, folder: Path) -> None:
-    """Raw ids, titles where there are some, and counts."""
-    items = loaded.items
-    (folder / ITEMS).write_text(json.dumps(items.ids) + "\n")
-    if any(items.titles):
-        (folder / TITLES).write_text(json.dumps(items.titles) + "\n")
-    if items.counts is not None:
-        save_tensors({"counts": torch.from_numpy(items.counts)}, folder / COUNTS)
 
 
 def export_info(loaded: LoadedRun, folder: Path, format: Format) -> ExportInfo:
