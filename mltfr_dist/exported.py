@@ -104,7 +104,7 @@ def load_exported(folder: str | Path) -> Exported:
     model.load_state_dict(load_file(folder / MODEL))
     return Exported(
         model.eval(),
-        ItemMap.of(pq.read_table(folder / ITEMS), str(folder / ITEMS)),
+        ItemMap.of(pq.ParquetFile(folder / ITEMS), str(folder / ITEMS)),
         info.spec.max_len,
         info,
         _named_rows(folder, info),

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +23,25 @@ def file_sha256(path: Path, after_block: Callable[[], object] = lambda: None) ->
     """sha256 of a file, hexadecimal; ``after_block`` is called after each :data:`BLOCK_BYTES`, and
     at the end of the last.
     """
+    with path.open("rb", buffering=0) as file:
+        return content_sha256(file, after_block)
+
+
+def content_sha256(
+    file: RawIOBase | BufferedReader, after_block: Callable[[], object] = lambda: None
+) -> str:
+    """The same of what is left of an open file."""
     digest, buffer, unsaid = (
         hashlib.sha256(),
         memoryview(bytearray(min(READ_BYTES, BLOCK_BYTES))),
         0,
     )
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
-            unsaid += size
-            if unsaid >= BLOCK_BYTES:
-                after_block()
-                unsaid = 0
+    while size := file.readinto(buffer):
+        digest.update(buffer[:size])
+        unsaid += size
+        if unsaid >= BLOCK_BYTES:
+            after_block()
+            unsaid = 0
     if unsaid:
         after_block()
     return digest.hexdigest()

@@ -22,11 +22,9 @@ ECHOED_ITEMS = 10
 """Unknown ids that an error names."""
 NEAREST = 100_000
 """Most popular items among which the nearest to an unknown id is sought."""
-PADDING: tuple[tuple[str, str | None], ...] = (("item_id", ""), ("title", None))
-"""Columns of texts, and what stands at index 0."""
 
 WRITTEN = 1 << 20
-"""Items that are written together."""
+"""Items that are read or written together."""
 TYPES: dict[str, pa.DataType] = {
     "item_index": pa.int64(),
     "item_id": pa.string(),
@@ -54,16 +52,19 @@ class ItemMap:
     """[num_items + 1] interactions of each item in the data."""
 
     @classmethod
-    def of(cls, table: Any, listed_in: str) -> ItemMap:
-        """The items of an Arrow table with the columns of `items.parquet`."""
-        numbers = table["item_index"].to_numpy()
-        if not np.array_equal(numbers, np.arange(1, len(numbers) + 1)):
-            table = table.sort_by("item_index")
-        padded = [
-            pa.chunked_array([[text], *table[name].chunks], pa.string()) for name, text in PADDING
-        ]
-        counts = np.concatenate([[0], table["count"].to_numpy()])
-        return cls(Texts(padded[0]), Texts(padded[1]), listed_in, counts)
+    def of(cls, file: pq.ParquetFile, listed_in: str) -> ItemMap:
+        """The items of a file as :meth:`write` writes it, read some at a time."""
+        counts = np.zeros(file.metadata.num_rows + 1, dtype=np.int64)
+        ids: list[Any] = [pa.array([""])]
+        titles: list[Any] = [pa.array([None], pa.string())]
+        for part in file.iter_batches(WRITTEN):
+            numbers = part["item_index"].to_numpy()
+            assert numbers[0] == sum(map(len, ids)), "items go by their numbers"
+            counts[numbers] = part["count"].to_numpy()
+            ids.append(part["item_id"])
+            titles.append(part["title"])
+        columns = (pa.chunked_array(chunks, pa.string()) for chunks in (ids, titles))
+        return cls(Texts(next(columns)), Texts(next(columns)), listed_in, counts)
 
     def write(self, path: Path) -> None:
         """Write a file with the columns of `items.parquet`, some items at a time."""

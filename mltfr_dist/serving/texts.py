@@ -59,8 +59,7 @@ class Texts(Sequence[T], Generic[T]):
 
     def at(self, places: npt.NDArray[np.int64]) -> list[T]:
         """The texts at [n] places."""
-        found: list[T] = self.column.take(pa.array(places)).to_pylist()
-        return found
+        return [self[place] for place in places.tolist()]
 
     @property
     def any(self) -> bool:
@@ -73,10 +72,10 @@ class Lookup:
 
     def __init__(self, texts: Texts[str]) -> None:
         """Args: texts: [I], no two alike."""
-        self._texts = texts.column
+        self._texts = texts
         hashes = np.empty(len(texts), dtype=np.uint64)
         for start in range(0, len(texts), BLOCK):
-            block = self._texts.slice(start, BLOCK).combine_chunks()
+            block = texts.column.slice(start, BLOCK).combine_chunks()
             hashes[start : start + BLOCK] = hashed(block)
         order = hashes.argsort()
         self._order = order.astype(np.min_scalar_type(len(texts)))
@@ -84,21 +83,15 @@ class Lookup:
 
     def find(self, asked: Sequence[str]) -> npt.NDArray[np.int64]:
         """[n] place of each text; -1 where it is none of them."""
-        texts = pa.array(asked, pa.string())
-        found, hashes = np.full(len(asked), -1), hashed(texts)
+        found, hashes = np.full(len(asked), -1), hashed(pa.array(asked, pa.string()))
         first = np.searchsorted(self._hashes, hashes)
-        open_ = np.arange(len(asked))
-        for step in range(len(self._order)):  # beyond the first only where hashes are equal
-            place = first[open_] + step
-            open_, place = open_[place < len(self._order)], place[place < len(self._order)]
-            same = self._hashes[place] == hashes[open_]
-            open_, place = open_[same], self._order[place[same]].astype(np.int64)
-            if not len(open_):
-                break
-            equal = pc.equal(self._texts.take(pa.array(place)), texts.take(pa.array(open_)))
-            is_it = equal.to_numpy(zero_copy_only=False)
-            found[open_[is_it]] = place[is_it]
-            open_ = open_[~is_it]
+        for number, (text, word) in enumerate(zip(asked, hashes, strict=True)):
+            for place in range(first[number], len(self._hashes)):
+                if self._hashes[place] != word:
+                    break
+                if self._texts[int(self._order[place])] == text:  # hashes may meet
+                    found[number] = self._order[place]
+                    break
         return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.data.shards.manifest import ITEMS_NAME, read_manifest, read_map
+from mltfr_dist.data.shards.manifest import ITEMS_NAME, open_map, read_manifest
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.serving.items import ItemMap
 from mltfr_dist.tables.store import TokenTable
@@ -22,8 +22,8 @@ def load_items(config: RunConfig) -> ItemMap:
         DataError: `items.parquet` is not what the manifest says.
     """
     folder = config.data.path
-    table = read_map(folder, read_manifest(folder), ITEMS_NAME)
-    return ItemMap.of(table, f"{folder}/{ITEMS_NAME}")
+    with open_map(folder, read_manifest(folder), ITEMS_NAME) as file:
+        return ItemMap.of(file, f"{folder}/{ITEMS_NAME}")
 
 
 def item_features(config: RunConfig, tables: Sequence[TokenTable]) -> torch.Tensor | None:
