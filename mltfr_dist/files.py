@@ -88,12 +88,24 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what then takes the place of ``path`` in one step: a reader sees the old file
-    or the new.
+    """Where to write what then takes the place of ``path`` in one step: a file, of which a reader
+    sees the old or the new, or a new folder. If that fails, nothing of it stays.
     """
     partial = path.with_name(f".partial-{path.name}")
-    yield partial
-    partial.rename(path)
+    _remove(partial)  # of a process that was killed
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -103,16 +115,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         ConfigError: The disk does not take it.
     """
-    partial = folder.with_name(f".partial-{folder.name}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder) as partial:
+            partial.mkdir()
+            yield partial
+    except OSError as error:
         raise ConfigError(
             f"{folder} cannot be written: {error}.",
             rule="A folder is complete or absent; nothing of it was left behind.",
