@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import LossConfig
-from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
+from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch, sent
 from mltfr_dist.models.backbone import Backbone
 from mltfr_dist.models.divided_rows import divided_rows, division_of, own_vectors
 from mltfr_dist.models.explain import Explanation, explain
@@ -236,6 +236,8 @@ class Recommender(nn.Module):
                 there is no gate.
         """
         if self.mltfr is not None:
+            if gate_weights is not None:
+                gate_weights = sent(gate_weights, next(self.parameters()).device)
             self.mltfr.after_update(gate_weights)
 
     @torch.no_grad()
