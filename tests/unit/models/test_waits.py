@@ -1,4 +1,4 @@
-"""Where a training step asks the device for a number, and so waits for it: each place, and why.
+"""Where a pass asks the device for a number, and so waits for it: each place, and why.
 
 On the CPU nothing waits; the operators are those that wait on a GPU.
 """
