@@ -70,6 +70,8 @@ class Stopwatch:
 
     def take(self) -> dict[str, float]:
         """Phase to seconds since the last call; on a GPU, once it has come past the last mark."""
+        if self._on_gpu and self._marks:
+            self._marks[-1][1].synchronize()
         seconds: dict[str, float] = {}
         for (phase, start), (_, end) in zip(self._marks, self._marks[1:]):
             passed = start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
