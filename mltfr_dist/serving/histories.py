@@ -64,7 +64,7 @@ def encode(given: object, items: ItemMap, unknown: Unknown = "refuse") -> Histor
             if unknown == "refuse":
                 where = f" in history {place} of {len(rows)}" if len(rows) > 1 else ""
                 strange = [raw for raw in raw_ids if raw not in items.numbers]
-                raise items.unknown(strange, where)
+                raise items.unknown(strange, where, "unknown=drop")
             dropped += len(raw_ids) - len(found)
         numbers.append(found)
     return Histories(numbers, users, dropped)

@@ -63,13 +63,15 @@ class ItemMap:
         numbers = self.numbers
         return [numbers[raw] for raw in raw_ids if raw in numbers]
 
-    def unknown(self, raw_ids: Sequence[str], where: str = "") -> DataError:
+    def unknown(self, raw_ids: Sequence[str], where: str = "", drop: str = "") -> DataError:
         """The error for ids that are not known.
 
         Args:
             raw_ids: At least one.
             where: Which of several histories holds them.
+            drop: What leaves them out, where anything does.
         """
+        or_else = f"; {drop} leaves them out and counts them." if drop else "."
         more = len(raw_ids) - ECHOED_ITEMS
         return DataError(
             f"Unknown item id{'s' if len(raw_ids) > 1 else ''} "
@@ -79,7 +81,7 @@ class ItemMap:
             + f"{or_nearest(raw_ids[0], self.numbers)}.",
             rule="Ids are those of the raw data that preparation kept "
             f"({self.listed_in} lists them).",
-            remedy="Leave them out or correct them; unknown=drop leaves them out and counts them.",
+            remedy=f"Leave them out or correct them{or_else}",
         )
 
 

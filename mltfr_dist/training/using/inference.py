@@ -219,8 +219,9 @@ def recommendation_text(
     run: Ranker, history: Sequence[str], *, k: int, explain: bool, keep_seen: bool
 ) -> str:
     """What `mltfr recommend` prints."""
+    numbers = run.items.encode(history)
     found = run.recommend(history, k, filter_seen=not keep_seen)
-    lines = [history_line(run, run.items.encode(history)), ""]
+    lines = [history_line(run, numbers), ""]
     if found:
         lines.append(f"{'rank':>4}  {'score':>8}  {'item':<10}  title")
     for rank, item in enumerate(found, 1):
