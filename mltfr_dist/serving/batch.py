@@ -171,8 +171,7 @@ def _begin(work: Work, rank: int) -> None:
     stored = plan.read_text()
     if not _goes_on(stored, text):
         raise ConfigError(
-            f"{work.folder} holds parts of another call: other histories, options or another "
-            f"model.",
+            f"{work.folder} holds parts of another call: other histories, options or model.",
             rule="Parts of one output are made alike.",
             remedy="Repeat that call to its end, or delete the folder to begin anew.",
         )
@@ -181,9 +180,7 @@ def _begin(work: Work, rank: int) -> None:
 
 
 def _goes_on(stored: str, asked: str) -> bool:
-    """Whether parts that were made by one plan fit another: a part that was made where `unknown` or
-    `empty` refuses has no row that they would change.
-    """
+    """Whether parts fit: made where `unknown` or `empty` refuses, no row asks for either."""
     before, now = json.loads(stored), json.loads(asked)
     for option in ("unknown", "empty"):
         if before["options"].get(option) == "refuse":
