@@ -147,11 +147,8 @@ def _is_complete(work: Work) -> bool:
         return False
     plan = work.folder / PLAN
     if not plan.exists() or plan.read_text() != work.plan():
-        raise ConfigError(
-            f"{work.output} exists.",
-            rule="Recommendations never overwrite.",
-            remedy="Name another file, or delete it.",
-        )
+        rule, remedy = "Recommendations never overwrite.", "Name another file, or delete it."
+        raise ConfigError(f"{work.output} exists.", rule=rule, remedy=remedy)
     shutil.rmtree(work.folder)
     return True
 
@@ -175,7 +172,7 @@ def _begin(work: Work, rank: int) -> None:
             rule="Parts of one output are made alike.",
             remedy="Repeat that call to its end, or delete the folder to begin anew.",
         )
-    if rank == 0 and stored != text:
+    if rank == 0:
         write_atomically(plan, text)
 
 
@@ -227,18 +224,18 @@ def _encoded(work: Work, rows: list[Row]) -> Histories:
             raise DataError(
                 f"{error.what[:-1]}{where}.", rule=error.rule, remedy=error.remedy
             ) from None
-        found = items.known(raw_ids)
-        if len(found) < len(raw_ids) and work.options.unknown == "refuse":
-            strange = [raw for raw in raw_ids if raw not in items.numbers]
-            raise items.unknown(strange, where, "`--unknown drop`")
-        if not found and work.options.empty == "refuse":
+        found = items.find(raw_ids)
+        if not all(found) and work.options.unknown == "refuse":
+            raise items.unknown(raw_ids, found, where, "`--unknown drop`")
+        known = [number for number in found if number]
+        if not known and work.options.empty == "refuse":
             raise DataError(
                 f"No history{where}.",
                 rule="A model reads at least one item that it knows.",
                 remedy="Leave the row out; `--empty popular` answers by popularity.",
             )
-        dropped += len(raw_ids) - len(found)
-        numbers.append(found)
+        dropped += len(found) - len(known)
+        numbers.append(known)
     return Histories(numbers, None, dropped)
 
 
@@ -292,7 +289,9 @@ class _Progress:
 
 def model_hash(model: Ranker) -> str:
     """sha256 of the weights and the items."""
-    digest = hashlib.sha256("\0".join(model.item_ids).encode())
+    digest = hashlib.sha256()
+    for raw in model.item_ids:
+        digest.update(f"{raw}\0".encode())
     for name, tensor in sorted(model.serving.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().numpy().data)
