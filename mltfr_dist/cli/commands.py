@@ -161,12 +161,12 @@ def command_evaluate(options: argparse.Namespace) -> None:
     from mltfr_dist.distributed.launch import expected_rank
     from mltfr_dist.distributed.meeting import lost_ranks_told, start_ranks
     from mltfr_dist.distributed.watchdog import watched
-    from mltfr_dist.training.using.inference import evaluate_run, save_ranks
+    from mltfr_dist.training.using.inference import evaluate_run
 
     with watched(expected_rank(), TrainingConfig().hang_seconds), lost_ranks_told():
         ranks = start_ranks()
-        evaluate = save_ranks if options.save_ranks else evaluate_run
-        metrics = evaluate(Path(options.run), options.split, ranks)
+        more = {"keep_ranks": options.save_ranks, "lists": options.lists}
+        metrics = evaluate_run(Path(options.run), options.split, ranks, **more)
         ranks.say(json.dumps(metrics, indent=2))
 
 

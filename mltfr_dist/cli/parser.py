@@ -83,6 +83,12 @@ def _add_evaluate(commands: Commands) -> None:
         action="store_true",
         help="also write ranks.parquet into the run's folder, for `mltfr compare`",
     )
+    evaluate.add_argument(
+        "--lists",
+        action="store_true",
+        help="also measure what is recommended: coverage, novelty, popularity and, where items "
+        "have titles, diversity",
+    )
 
 
 def _add_recommend(commands: Commands) -> None:

@@ -41,6 +41,9 @@ def command_recommend(options: argparse.Namespace) -> None:
         return
     from mltfr_dist.training.using.inference import open_model, recommendation_text
 
+    for name in ("unknown", "empty"):
+        asked = None if getattr(options, name) == "refuse" else name
+        refuse(asked, f"--{name}", "belongs to --histories", "--history is given")
     history = [part.strip() for part in options.history.split(",") if part.strip()]
     model = open_model(Path(options.run))
     print(

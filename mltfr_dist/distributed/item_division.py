@@ -24,7 +24,9 @@ from mltfr_dist.distributed.row_layout import RowLayout
 from mltfr_dist.distributed.table_shards import Exchange
 from mltfr_dist.models.divided_rows import Division
 from mltfr_dist.models.places import LogNormaliser, Places, count_better
+from mltfr_dist.models.search import best
 from mltfr_dist.models.tiles import Pairs
+from mltfr_dist.models.top_items import top_of_some
 from mltfr_dist.numerics import at_least_fp32
 
 CPU_LOGITS, GPU_LOGITS = 1 << 21, 1 << 26
@@ -109,6 +111,27 @@ class RankDivision(Division):
         largest = self.reduce(normaliser.value.clone(), dist.ReduceOp.MAX)
         total = self.reduce((normaliser.value - largest).exp(), dist.ReduceOp.SUM)
         return places, (largest + total.log())[mine]
+
+    def top_items(
+        self, hidden: Tensor, own: Tensor, k: int, exclude: Pairs, num_items: int
+    ) -> tuple[Tensor, Tensor]:
+        """The best of this rank's users: every rank finds the best in its own rows for all users,
+        and each user's rank keeps the best of those.
+        """
+        counts, pairs = (self.exchange.counts(len(part)) for part in (hidden, exclude.rows))
+        start = list(accumulate(counts, initial=0))[self.ranks.rank]
+        every = self.exchange.gather(hidden, counts)
+        rows = self.exchange.gather(exclude.rows + start, pairs)
+        left_out = Pairs(rows, self.exchange.gather(exclude.item_ids, pairs))
+        ids, order = self.own_ids.sort()
+        items = (ids >= 1) & (ids <= num_items)
+        found = top_of_some(every, own[order[items]], ids[items], k, left_out)
+        homes = [len(hidden)] * len(counts)
+        values, ids = (self.exchange.deal(part, counts, homes) for part in found)  # [N B, k]
+        values, ids = (
+            part.view(len(counts), -1, k).transpose(0, 1).flatten(1) for part in (values, ids)
+        )
+        return best(values, ids, k)
 
     def reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         """``values`` of all ranks as one, in place."""

@@ -84,6 +84,23 @@ class Division:
         """
         raise NotImplementedError
 
+    def top_items(
+        self, hidden: Tensor, own: Tensor, k: int, exclude: Pairs, num_items: int
+    ) -> tuple[Tensor, Tensor]:
+        """What :func:`mltfr_dist.models.top_items.top_items` finds, in the rows of all processes.
+
+        Args:
+            hidden: [B, D] states of this process's users.
+            own: [O, D] output vectors of this process's rows.
+            k: Items of each user.
+            exclude: Pairs that must not be found.
+            num_items: I.
+
+        Returns:
+            Scores and item ids [B, k]; -inf and 0 where fewer than k items are left.
+        """
+        raise NotImplementedError
+
 
 class DividedRows(ItemRows):
     """Takes the place of an ``nn.Embedding``. ``weight`` is this process's rows alone, and no part

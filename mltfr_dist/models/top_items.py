@@ -72,6 +72,19 @@ def top_items(
     return values, ids.where(values > -torch.inf, 0)
 
 
+def top_of_some(
+    hidden: Tensor, vectors: Tensor, item_ids: Tensor, k: int, exclude: Pairs
+) -> tuple[Tensor, Tensor]:
+    """:func:`top_items` of the items ``item_ids`` [R], ascending, whose vectors are [R, D]."""
+    places = torch.searchsorted(item_ids, exclude.item_ids)
+    padded = F.pad(item_ids, (0, 1), value=-1)  # of ids beyond the last
+    here = padded[places] == exclude.item_ids
+    left_out = Pairs(exclude.rows[here], places[here])
+    values, places = top_items(hidden, vectors, k, exclude=left_out, first_id=0)
+    there = values > -torch.inf
+    return values, torch.zeros_like(places).masked_scatter(there, item_ids[places[there]])
+
+
 def _candidates(tiles: Tiles, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each user the ``count`` largest scores as computed, their places [B, count], and their
     error [B].

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mltfr_dist import __version__
-from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.errors import ConfigError, DataError, MltfrError
 from mltfr_dist.files import replacing, write_atomically
 from mltfr_dist.progress import SECONDS_IN_LOG, StatusLine, duration, say
 from mltfr_dist.ranking import Ranker
@@ -115,10 +115,15 @@ def recommend_file(
     _begin(work, rank)
     progress = _Progress(work, log if rank == 0 else lambda _: None)
     mine = {number for number in work.missing if number % world_size == rank}
-    for number, rows in enumerate(_parts(histories)):
-        if number in mine:
-            _write_part(work, number, rows)
-            progress.show()
+    try:
+        for number, rows in enumerate(_parts(histories)):
+            if number in mine:
+                _write_part(work, number, rows)
+                progress.show()
+    except MltfrError:
+        if world_size == 1 and len(work.missing) == work.num_parts:
+            shutil.rmtree(work.folder)  # a corrected call finds nothing of this one
+        raise
     if rank:
         return
     while work.missing:  # other processes; where one fails, the launcher ends all
@@ -142,11 +147,8 @@ def _is_complete(work: Work) -> bool:
         return False
     plan = work.folder / PLAN
     if not plan.exists() or plan.read_text() != work.plan():
-        raise ConfigError(
-            f"{work.output} exists.",
-            rule="Recommendations never overwrite.",
-            remedy="Name another file, or delete it.",
-        )
+        rule, remedy = "Recommendations never overwrite.", "Name another file, or delete it."
+        raise ConfigError(f"{work.output} exists.", rule=rule, remedy=remedy)
     shutil.rmtree(work.folder)
     return True
 
@@ -163,13 +165,24 @@ def _begin(work: Work, rank: int) -> None:
         write_atomically(plan, text)
     while not plan.exists():
         time.sleep(WAIT_SECONDS)
-    if plan.read_text() != text:
+    stored = plan.read_text()
+    if not _goes_on(stored, text):
         raise ConfigError(
-            f"{work.folder} holds parts of another call: other histories, options or another "
-            f"model.",
+            f"{work.folder} holds parts of another call: other histories, options or model.",
             rule="Parts of one output are made alike.",
             remedy="Repeat that call to its end, or delete the folder to begin anew.",
         )
+    if rank == 0:
+        write_atomically(plan, text)
+
+
+def _goes_on(stored: str, asked: str) -> bool:
+    """Whether parts fit: made where `unknown` or `empty` refuses, no row asks for either."""
+    before, now = json.loads(stored), json.loads(asked)
+    for option in ("unknown", "empty"):
+        if before["options"].get(option) == "refuse":
+            before["options"][option] = now["options"][option]
+    return bool(before == now)
 
 
 def _parts(histories: Path) -> Iterator[list[Row]]:
@@ -213,7 +226,7 @@ def _encoded(work: Work, rows: list[Row]) -> Histories:
             ) from None
         found = items.find(raw_ids)
         if not all(found) and work.options.unknown == "refuse":
-            raise items.unknown(raw_ids, found, where)
+            raise items.unknown(raw_ids, found, where, "`--unknown drop`")
         known = [number for number in found if number]
         if not known and work.options.empty == "refuse":
             raise DataError(

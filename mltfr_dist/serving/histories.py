@@ -68,7 +68,7 @@ def encode(given: object, items: ItemMap, unknown: Unknown = "refuse") -> Histor
         found = items.find(raw_ids)
         if not all(found) and unknown == "refuse":
             where = f" in history {place} of {len(rows)}" if len(rows) > 1 else ""
-            raise items.unknown(raw_ids, found, where)
+            raise items.unknown(raw_ids, found, where, "unknown=drop")
         known = [number for number in found if number]
         dropped += len(found) - len(known)
         numbers.append(known)

@@ -112,14 +112,18 @@ class ItemMap:
             raise self.unknown(raw_ids, numbers)
         return numbers
 
-    def unknown(self, raw_ids: Sequence[str], numbers: Sequence[int], where: str = "") -> DataError:
+    def unknown(
+        self, raw_ids: Sequence[str], numbers: Sequence[int], where: str = "", drop: str = ""
+    ) -> DataError:
         """The error for ids that are not known.
 
         Args:
             raw_ids: Some ids.
             numbers: What :meth:`find` gave for them, at least one 0.
             where: Which of several histories holds them.
+            drop: What leaves them out, where anything does.
         """
+        or_else = f"; {drop} leaves them out and counts them." if drop else "."
         raw_ids = [raw for raw, number in zip(raw_ids, numbers, strict=True) if not number]
         more = len(raw_ids) - ECHOED_ITEMS
         return DataError(
@@ -130,7 +134,7 @@ class ItemMap:
             + f"{or_nearest(raw_ids[0], self.ids[1:NEAREST])}.",
             rule="Ids are those of the raw data that preparation kept "
             f"({self.listed_in} lists them).",
-            remedy="Leave them out or correct them; unknown=drop leaves them out and counts them.",
+            remedy=f"Leave them out or correct them{or_else}",
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.tiles import Pairs
-from mltfr_dist.models.top_items import top_items
+from mltfr_dist.models.top_items import top_items, top_of_some
 
 COMPARED = 32
 """Histories on which two forms of a model are compared."""
@@ -82,11 +82,7 @@ def best_items(
         values, ids = top_items(hidden, vectors, k, exclude=left_out)
         return values.float().cpu(), ids.cpu()
     allowed = allowed.to(hidden.device)
-    places = torch.searchsorted(allowed, left_out.item_ids)
-    here = allowed[places.clamp(max=len(allowed) - 1)] == left_out.item_ids
-    exclude = Pairs(left_out.rows[here], places[here])
-    values, places = top_items(hidden, vectors[allowed - 1], k, exclude=exclude, first_id=0)
-    ids = allowed[places].where(values > -torch.inf, 0)
+    values, ids = top_of_some(hidden, vectors[allowed - 1], allowed, k, left_out)
     return values.float().cpu(), ids.cpu()
 
 

@@ -31,6 +31,7 @@ from mltfr_dist.models.divided_rows import DividedRows, divided_rows
 from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.places import LogNormaliser, count_better
 from mltfr_dist.models.tiles import Pairs, exact_scores
+from mltfr_dist.models.top_items import top_items
 
 SAMPLED = {"loss__name": "sampled_softmax", "loss__num_negatives": 8}
 SPARSE = SAMPLED | {"optimizer__item_gradients": "sparse"}
@@ -200,8 +201,8 @@ def cross_entropy(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 
 
 def places(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """Differences of counts and normalisers from those over whole items, ties included; one rank
-    has no user.
+    """Differences of counts and normalisers from those over whole items, ties included, and lists
+    that are the same; one rank has no user.
     """
     generator = torch.Generator().manual_seed(5)
     distinct = torch.randn(NUM_ITEMS // 3, DIM, generator=generator)
@@ -230,10 +231,20 @@ def places(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         normalise=True,
     )
     assert found.better.dtype == torch.int64
+    best = top_items(hidden, weight[1 : NUM_ITEMS + 1], LISTED, exclude=exclude)
+    seen_here = Pairs(exclude.rows[mine] - start, exclude.item_ids[mine])
+    own = division.top_items(
+        hidden[start:end], weight[division.own_ids], LISTED, seen_here, NUM_ITEMS
+    )
+    assert all(torch.equal(a, b[start:end]) for a, b in zip(own, best, strict=True))
     differences = [largest(a - b[start:end]) for a, b in zip(found, expected, strict=True)]
     differences.append(largest(value - whole.value[start:end]))
     everyone = ranks.max(torch.tensor(differences, dtype=torch.float64)).tolist()
     return {"differences": everyone, "ties": [float(expected.equal.sum())]}
+
+
+LISTED = NUM_ITEMS - 5
+"""More than are left to users who have seen many."""
 
 
 def largest(values: torch.Tensor) -> float:

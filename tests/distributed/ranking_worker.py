@@ -14,8 +14,12 @@ from worker import make_engine, no_dropout
 
 from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.list_metrics import list_metrics
 from mltfr_dist.training.evaluating.evaluate import rank_users
+from mltfr_dist.training.evaluating.lists import lister, recommended
 from mltfr_dist.training.evaluating.placing import ByModel, MeanLoss
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.items import load_items
 from mltfr_dist.training.streams import ranking_stream
 
 CASES = {"sasrec": {}, "bert4rec": {"backbone__name": "bert4rec"}}
@@ -24,13 +28,16 @@ BATCHES = {0: (7, 120), 3: (7,)}
 
 
 def ranked(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """By backbone, ZeRO stage and batch: metrics, ranks of all users, and the mean loss."""
+    """By backbone, ZeRO stage and batch: metrics, lists and ranks of all users, and the mean
+    loss.
+    """
     found = {}
     for name, changes in CASES.items():
         for stage, sizes in BATCHES.items():
             config = no_dropout(folder, stage, **changes)
             engine = make_engine(config, ranks)
             engine.deepspeed.eval()
+            manifest, titles = load_inputs(config).manifest, load_items(config).titles
             for size in sizes:
                 evaluation = config.evaluation.model_copy(update={"batch_size": size})
                 stream = ranking_stream(
@@ -39,8 +46,11 @@ def ranked(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
                 loss = MeanLoss(ranks)
                 users = rank_users(ByModel(engine.module, loss), stream, evaluation, ranks)
                 metrics = users.metrics(evaluation.cutoffs)
+                best = lister(engine.module, manifest.num_items, 10, filter_seen=True)
+                lists = recommended(best, stream, config, manifest, ranks, titles)
+                listed = [*list_metrics(lists, (5, 10)).values(), *lists.items.ravel().tolist()]
                 key = f"{name}, ZeRO {stage}, {size} users"
-                found[key] = [*metrics.values(), *users.ranks.tolist(), loss.mean()]
+                found[key] = [*metrics.values(), *listed, *users.ranks.tolist(), loss.mean()]
             engine.destroy()
     return found
 

@@ -27,7 +27,7 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.errors import EXIT_BAD_INPUT
 from mltfr_dist.training.run_folder import RANKS, Result, dump_config, load_result
-from mltfr_dist.training.using.inference import save_ranks
+from mltfr_dist.training.using.inference import evaluate_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -213,7 +213,7 @@ def test_evaluate_on_two_ranks_prints_once(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("NDCG@10") == 1
-    save_ranks(tmp_path / "copy", "test", ALONE)
+    evaluate_run(tmp_path / "copy", "test", ALONE, keep_ranks=True)
     saved, alone = (pq.read_table(folder / RANKS) for folder in (run, tmp_path / "copy"))
     assert saved.equals(alone, check_metadata=True)
     assert len(saved) == 240

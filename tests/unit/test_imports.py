@@ -21,6 +21,7 @@ LAYERS = {
     "baselines": 0,
     "selectors": 0,
     "optimizers": 0,
+    "list_metrics": 0,
     "losses": 0,
     "metrics": 0,
     "routers": 0,

@@ -132,17 +132,70 @@ def test_unknown_and_empty_histories(
     rows = {"user_id": ["a", "b", "c"], "history": [["i1", "x1"], ["x2"], ["i2"]]}
     source, output = write(tmp_path / "users.parquet", rows), tmp_path / "recs.parquet"
     assert mltfr(command(config, source, output)) == EXIT_BAD_INPUT
-    assert f"Unknown item id x1 in row 1 of {source}" in capsys.readouterr().err
-    (tmp_path / ".parts-recs.parquet" / "plan.json").unlink()
+    printed = capsys.readouterr().err
+    assert f"Unknown item id x1 in row 1 of {source}" in printed
+    assert "`--unknown drop` leaves them out" in printed
+    assert not (tmp_path / ".parts-recs.parquet").exists(), "nothing was made"
     assert mltfr(command(config, source, output, "--unknown", "drop")) == EXIT_BAD_INPUT
     assert f"No history in row 2 of {source}" in capsys.readouterr().err
-    (tmp_path / ".parts-recs.parquet" / "plan.json").unlink()
     more = ("--unknown", "drop", "--empty", "popular")
     assert mltfr(command(config, source, output, *more)) == 0
     assert "2 unknown item ids were left out" in capsys.readouterr().out
     popular = pq.read_table(output).to_pylist()[1]
     assert popular["scores"] == sorted(popular["scores"], reverse=True)
     assert popular["scores"][0] > 20, "a count"
+
+
+def test_a_strange_row_far_behind_loses_nothing(
+    config: RunConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Parts that hold no strange row are the same by either rule; the other way round they are
+    not.
+    """
+    monkeypatch.setattr(batch, "PART_ROWS", 4)
+    given = users(10)
+    given["history"][9] = ["i1", "x1"]
+    source, output = write(tmp_path / "users.parquet", given), tmp_path / "recs.parquet"
+    assert mltfr(command(config, source, output)) == EXIT_BAD_INPUT
+    parts = tmp_path / ".parts-recs.parquet"
+    assert len(list(parts.glob("part-*"))) == 2
+    assert mltfr(command(config, source, output, "--unknown", "drop", "--k", "4")) == EXIT_BAD_INPUT
+    assert "parts of another call" in capsys.readouterr().err
+    made = batch._write_part
+    monkeypatch.setattr(batch, "_write_part", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        mltfr(command(config, source, output, "--unknown", "drop"))
+    monkeypatch.setattr(batch, "_write_part", made)
+    assert mltfr(command(config, source, output)) == EXIT_BAD_INPUT
+    assert "parts of another call" in capsys.readouterr().err
+    assert mltfr(command(config, source, output, "--unknown", "drop")) == 0
+    assert "2 of 3 parts are done already" in capsys.readouterr().out
+    assert pq.read_table(output)["user_id"].to_pylist() == given["user_id"]
+
+
+def stopped(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("option", "value"), [("--unknown", "drop"), ("--empty", "popular")])
+def test_one_history_has_no_such_option(
+    config: RunConfig, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["recommend", str(config.folder), "--history", "i1", option, value]
+    assert mltfr(given) == EXIT_BAD_INPUT
+    assert f"{option} belongs to --histories" in capsys.readouterr().err
+
+
+def test_one_history_is_refused_in_the_words_of_its_command(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mltfr(["recommend", str(config.folder), "--history", "i1,x1"]) == EXIT_BAD_INPUT
+    printed = capsys.readouterr().err
+    assert "Unknown item id x1" in printed
+    assert "drop" not in printed
 
 
 BAD: dict[str, tuple[list[str], str]] = {
@@ -161,7 +214,7 @@ def test_bad_use(
     source, output = write(tmp_path / "users.parquet", users(3)), tmp_path / "recs.parquet"
     assert mltfr(command(config, source, output, *more)) == EXIT_BAD_INPUT
     assert words in capsys.readouterr().err
-    assert not output.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [source.name], "nothing half written"
 
 
 FILES: dict[str, tuple[str, str, str]] = {

@@ -76,7 +76,7 @@ def rank_users(
         nothing = present.new_zeros(len(present), 0)
         groups.append((nothing if members is None else members(batch))[present])
     everyone, user_ranks, of_slices = (
-        _of_all_ranks(torch.cat(parts), ranks) for parts in (numbers, found, groups)
+        of_all_ranks(torch.cat(parts), ranks) for parts in (numbers, found, groups)
     )
     order = everyone.argsort(stable=True)
     return Ranked(user_ranks[order], of_slices[order].bool())
@@ -120,7 +120,7 @@ def evaluate_slices(
     return metrics
 
 
-def _of_all_ranks(own: Tensor, ranks: Ranks) -> Tensor:
+def of_all_ranks(own: Tensor, ranks: Ranks) -> Tensor:
     """[n, ...] of each rank, of different n -> all of them, on the CPU of every rank."""
     own = own.to(torch.uint8) if own.dtype == torch.bool else own
     sizes = ranks.gather(torch.tensor([len(own)])).flatten().tolist()

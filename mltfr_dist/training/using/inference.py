@@ -18,11 +18,13 @@ from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError
 from mltfr_dist.exported import CONFIG as EXPORTED
 from mltfr_dist.exported import load_exported
 from mltfr_dist.invocation import train_command
+from mltfr_dist.list_metrics import list_metrics
 from mltfr_dist.ranking import Ranker
 from mltfr_dist.serving.explaining import Tokens
 from mltfr_dist.training.build import load_model
 from mltfr_dist.training.evaluating.compare import final_metrics
 from mltfr_dist.training.evaluating.evaluate import ALL, evaluate
+from mltfr_dist.training.evaluating.lists import lister, recommended
 from mltfr_dist.training.evaluating.placing import ByModel
 from mltfr_dist.training.inputs import Inputs, check_recorded, load_inputs
 from mltfr_dist.training.items import load_items
@@ -57,16 +59,20 @@ class LoadedRun(Ranker):
         """The token tables' names of rows; none for a bare backbone."""
         return self.inputs.tables
 
-    def evaluate(self, split: str = "test") -> dict[str, float]:
+    def evaluate(self, split: str = "test", *, lists: bool = False) -> dict[str, float]:
         """The metrics of the chosen model on a split, as the run reported them; in one process.
 
         Args:
             split: "valid" or "test".
+            lists: Whether what is recommended is measured, too (list_metrics.py): coverage,
+                novelty, popularity, and diversity where items have titles.
 
         Raises:
             ConfigError: Another split.
         """
-        return evaluate_model(self, split, Ranks(0, 1, self.device))
+        alone = Ranks(0, 1, self.device)
+        metrics = evaluate_model(self, split, alone)
+        return metrics | measure_lists(self, split, alone) if lists else metrics
 
 
 def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
@@ -137,28 +143,41 @@ def finished(folder: Path) -> tuple[RunConfig, Result]:
     return config, result
 
 
-def evaluate_run(folder: str | Path, split: str, ranks: Ranks | None = None) -> dict[str, float]:
+def evaluate_run(
+    folder: str | Path,
+    split: str,
+    ranks: Ranks | None = None,
+    *,
+    keep_ranks: bool = False,
+    lists: bool = False,
+) -> dict[str, float]:
     """The metrics of a run's chosen model on a split, as the run reported them. All must call.
 
     Args:
         folder: Of the run.
         split: "valid" or "test".
         ranks: All processes; None: those that a launcher started, or this one alone.
+        keep_ranks: Whether `ranks.parquet` is written, see :func:`save_ranks`.
+        lists: Whether :func:`measure_lists` is asked for, too.
     """
     ranks = ranks or start_ranks()
-    return evaluate_model(load_run(folder, ranks), split, ranks)
+    run = load_run(folder, ranks)
+    if keep_ranks:
+        metrics = save_ranks(run, Path(folder), split, ranks)
+    else:
+        metrics = evaluate_model(run, split, ranks)
+    return metrics | measure_lists(run, split, ranks) if lists else metrics
 
 
-def save_ranks(folder: str | Path, split: str, ranks: Ranks) -> dict[str, float]:
-    """:func:`evaluate_run`, and `ranks.parquet` of both splits in the run's folder. All must call.
+def save_ranks(run: LoadedRun, folder: Path, split: str, ranks: Ranks) -> dict[str, float]:
+    """:func:`evaluate_model`, and `ranks.parquet` of both splits in the run's folder. All must
+    call.
 
     A run that left the test split unread leaves it unread here, too.
 
     Raises:
         ConfigError: ``split`` is the unread one.
     """
-    folder = Path(folder)
-    run = load_run(folder, ranks)
     result = ranks.on_rank0(lambda _: load_result(folder))
     read_test = bool(ranks.from_main("read" if result and result.test else ""))
     if split == "test" and not read_test:
@@ -186,12 +205,23 @@ def evaluate_model(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]
     return evaluate(ByModel(run.model), stream, run.config.evaluation, ranks)
 
 
+def measure_lists(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]:
+    """What the lists of a split's users are like (list_metrics.py). All must call."""
+    config, manifest = run.config, run.inputs.manifest
+    k, filter_seen = max(config.evaluation.cutoffs), config.evaluation.filter_seen
+    best = lister(run.model, manifest.num_items, k, filter_seen=filter_seen)
+    stream = ranking_stream(config, split, ranks)
+    found = recommended(best, stream, config, manifest, ranks, run.items.titles)
+    return list_metrics(found, config.evaluation.cutoffs)
+
+
 def recommendation_text(
     run: Ranker, history: Sequence[str], *, k: int, explain: bool, keep_seen: bool
 ) -> str:
     """What `mltfr recommend` prints."""
+    numbers = run.items.encode(history)
     found = run.recommend(history, k, filter_seen=not keep_seen)
-    lines = [history_line(run, run.items.encode(history)), ""]
+    lines = [history_line(run, numbers), ""]
     if found:
         lines.append(f"{'rank':>4}  {'score':>8}  {'item':<10}  title")
     for rank, item in enumerate(found, 1):
