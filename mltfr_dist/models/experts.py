@@ -139,7 +139,7 @@ class ExpertCore(nn.Module):
         weights = torch.softmax(
             at_least_fp32(logits) + at_least_fp32(log_weights)[:, None, None, :], dim=-1
         ).to(query.dtype)
-        mixed = self.attention_dropout(weights) @ split(values)  # [G, H, n, d]
+        mixed: Tensor = self.attention_dropout(weights) @ split(values)  # [G, H, n, d]
         return mixed.transpose(1, 2).reshape(groups, positions, width)
 
     def _project(self, parameter: str, memory: Memory, copies: int) -> Tensor:

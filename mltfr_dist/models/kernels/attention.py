@@ -44,7 +44,7 @@ class _Attention(torch.autograd.Function):
         return mixed
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         kernels = library()
         assert kernels is not None
@@ -103,7 +103,7 @@ class _KeptProducts(torch.autograd.Function):
         return scores
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         kernels = library()
         assert kernels is not None
@@ -128,4 +128,4 @@ def _inside(indices: Tensor, count: int) -> bool:
     if indices.dtype != torch.int64 or not indices.numel():
         return False
     least, largest = torch.aminmax(indices)
-    return 0 <= int(least) and int(largest) < count
+    return int(least) >= 0 and int(largest) < count
