@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -77,12 +78,24 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what then takes the place of ``path`` in one step: a reader sees the old file
-    or the new.
+    """Where to write what then takes the place of ``path`` in one step: a file, of which a reader
+    sees the old or the new, or a new folder. If that fails, nothing of it stays.
     """
     partial = path.with_name(f".partial-{path.name}")
-    yield partial
-    partial.rename(path)
+    _remove(partial)  # of a process that was killed
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

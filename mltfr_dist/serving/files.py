@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from mltfr_dist.errors import DataError
+from mltfr_dist.files import unique_keys
 from mltfr_dist.serving.histories import HISTORY, USER
 
 READ_ROWS = 1024
@@ -60,25 +61,36 @@ def read_rows(path: Path) -> Iterator[Row]:
     """All rows, in order.
 
     Raises:
-        DataError: It cannot be read, or has no column of histories.
+        DataError: It cannot be read, has no column of histories, or a user without an id.
     """
+    for row in _rows(path):
+        if row.user is None or row.user == "":
+            raise DataError(
+                f"Row {row.number} of {path} has no {USER}.",
+                rule="A row is answered by its user's id; without the column, by its number.",
+                remedy="Fill it in, or leave the row or the whole column out.",
+            )
+        yield row
+
+
+def _rows(path: Path) -> Iterator[Row]:
     kind = _suffix(path)
     if kind == ".jsonl":
         yield from _json_rows(path)
         return
     number = 0
     for batch in _parquet(path) if kind == ".parquet" else _csv(path):
-        _check_columns(path, batch.schema.names)
         histories = batch.column(HISTORY).to_pylist()
         if USER in batch.schema.names:
             users = batch.column(USER).to_pylist()
         else:
             users = list(range(number + 1, number + 1 + len(histories)))
+            users = users if kind == ".parquet" else [str(user) for user in users]
         for user, history in zip(users, histories, strict=True):
             number += 1
             if isinstance(history, str):
                 history = [part for part in re.split(r"[\s,]+", history) if part]
-            yield Row(number, user if kind == ".parquet" else str(user), history)
+            yield Row(number, user, history)
 
 
 def _suffix(path: Path) -> str:
@@ -95,14 +107,15 @@ def _suffix(path: Path) -> str:
 
 def _opened(path: Path) -> Any:
     try:
-        return pq.ParquetFile(path)
+        file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from None
+    _check_columns(path, file.schema_arrow.names)
+    return file
 
 
 def _parquet(path: Path) -> Iterator[Any]:
     file = _opened(path)
-    _check_columns(path, file.schema_arrow.names)
     columns = [name for name in (USER, HISTORY) if name in file.schema_arrow.names]
     try:
         yield from file.iter_batches(batch_size=READ_ROWS, columns=columns)
@@ -114,27 +127,43 @@ def _csv(path: Path) -> Iterator[Any]:
     texts = pyarrow.csv.ConvertOptions(column_types={USER: pa.string(), HISTORY: pa.string()})
     read = pyarrow.csv.ReadOptions(block_size=1 << 20)
     try:
-        yield from pyarrow.csv.open_csv(path, convert_options=texts, read_options=read)
+        batches = pyarrow.csv.open_csv(path, convert_options=texts, read_options=read)
+        _check_columns(path, batches.schema.names)
+        yield from batches
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from None
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
     number = 0
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for place, line in enumerate(file, 1):
             if not line.strip():
                 continue
             number += 1
             try:
-                row = json.loads(line)
+                text = line.decode("utf-8-sig" if place == 1 else "utf-8")
+                row = json.loads(text, object_pairs_hook=unique_keys)
             except ValueError as error:
                 raise _unreadable(path, f"line {place}: {error}") from None
-            _check_columns(path, row if isinstance(row, dict) else ())
-            yield Row(number, str(row.get(USER, number)), row[HISTORY])
+            _check_columns(path, list(row) if isinstance(row, dict) else [])
+            user = row.get(USER, number)
+            if isinstance(user, bool | float | list | dict):
+                raise DataError(
+                    f"Line {place} of {path} has the {USER} {user!r}.",
+                    rule="A user's id is a text or a whole number.",
+                    remedy="Write it as one.",
+                )
+            yield Row(number, None if user is None else str(user), row[HISTORY])
 
 
-def _check_columns(path: Path, names: Any) -> None:
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    for name in (HISTORY, USER):
+        if names.count(name) > 1:
+            raise DataError(
+                f"{path} has {names.count(name)} columns `{name}`.",
+                remedy="Leave one of them, or rename the others.",
+            )
     if HISTORY not in names:
         raise DataError(
             f"{path} has no column `{HISTORY}` (it has {', '.join(names) or 'none'}).",
@@ -145,4 +174,6 @@ def _check_columns(path: Path, names: Any) -> None:
 
 
 def _unreadable(path: Path, error: object) -> DataError:
-    return DataError(f"{path} cannot be read: {error}.", remedy="Restore or convert the file.")
+    return DataError(
+        f"{path} cannot be read: {str(error).rstrip('.')}.", remedy="Restore or convert the file."
+    )

@@ -5,7 +5,7 @@ None of pandas and polars is imported: tables hand out their columns by Arrow's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -58,6 +58,12 @@ def encode(given: object, items: ItemMap, unknown: Unknown = "refuse") -> Histor
         raise DataError("There are no histories.", remedy="Give at least one.")
     numbers, dropped = [], 0
     for place, row in enumerate(rows):
+        if isinstance(row, Set):
+            raise DataError(
+                f"History {place} is a set.",
+                rule="A history has an order, oldest first.",
+                remedy="Give a list.",
+            )
         raw_ids = as_texts(row)
         found = items.known(raw_ids)
         if len(found) < len(raw_ids):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -87,9 +87,9 @@ def as_list(values: object) -> list[object]:
     """What a history, or a list of ids, holds.
 
     Raises:
-        DataError: One text, or nothing that can be gone through.
+        DataError: One text, a mapping, or nothing that can be gone through.
     """
-    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
         raise DataError(
             f"{values!r} is no list of ids.",
             rule="A history is a list of item ids, oldest first.",

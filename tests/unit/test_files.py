@@ -37,3 +37,33 @@ def test_tensors_are_as_readable_as_any_new_file(tmp_path: Path, umask: int) -> 
         os.umask(before)
     assert (tmp_path / "t.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
     assert torch.equal(load_file(tmp_path / "t.safetensors")["t"], torch.arange(6).view(2, 3).T)
+
+
+@pytest.mark.parametrize("of_folder", [False, True])
+def test_what_fails_on_its_way_leaves_the_old_and_nothing_else(
+    tmp_path: Path, of_folder: bool
+) -> None:
+    target = tmp_path / "name"
+
+    def write(target: Path, text: str, error: BaseException | None = None) -> None:
+        with files.replacing(target) as partial:
+            if of_folder:
+                partial.mkdir()
+            (partial / "inside" if of_folder else partial).write_text(text)
+            if error:
+                raise error
+
+    def there() -> dict[str, str]:
+        return {str(p): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+
+    write(target, "old")
+    before = there()
+    assert list(before.values()) == ["old"]
+    with pytest.raises(KeyboardInterrupt):
+        write(target, "new", KeyboardInterrupt())
+    assert there() == before
+    leftover = tmp_path / ".partial-another"  # of a process that was killed
+    leftover.mkdir()
+    (leftover / "more").write_text("half")
+    write(tmp_path / "another", "whole")
+    assert sorted(there().values()) == ["old", "whole"]

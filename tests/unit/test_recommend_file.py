@@ -169,6 +169,14 @@ FILES: dict[str, tuple[str, str, str]] = {
     "line": ("users.jsonl", '{"history": ["i1"]}\n{"history"\n', "line 2"),
     "no list": ("users.jsonl", '{"history": 7}\n', "7 is no list of ids in row 1"),
     "ending": ("users.txt", "i1\n", "has the ending `.txt`"),
+    "mapping": ("users.jsonl", '{"history": {"i1": 2}}\n', "is no list of ids in row 1"),
+    "twice": ("users.jsonl", '{"history": ["i1"], "history": ["i2"]}\n', "stands twice"),
+    "columns": ("users.csv", "history,history\ni1,i2\n", "2 columns `history`"),
+    "no rows": ("users.csv", "user_id,items\n", "no column `history`"),
+    "null": ("users.jsonl", '{"user_id": null, "history": ["i1"]}\n', "Row 1 of"),
+    "user": ("users.jsonl", '{"user_id": [1], "history": ["i1"]}\n', "has the user_id [1]"),
+    "carriage return": ("users.jsonl", '{"history": ["i1"]}\r{"history": []}\r', "line 1"),
+    "encoding": ("users.jsonl", '{"user_id": "\udce9", "history": ["i1"]}\n', "can't decode"),
     "damage": ("users.parquet", "none", "users.parquet cannot be read"),
 }
 
@@ -178,10 +186,17 @@ def test_bad_files(
     config: RunConfig, tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, content, words = FILES[wrong]
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
     output = tmp_path / "recs.parquet"
     assert mltfr(command(config, tmp_path / name, output)) == EXIT_BAD_INPUT
     assert words in capsys.readouterr().err
     assert mltfr(command(config, tmp_path / "none.csv", output)) == EXIT_BAD_INPUT
     assert "none.csv is not there" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_a_mark_of_byte_order_is_no_text(config: RunConfig, tmp_path: Path) -> None:
+    source, output = tmp_path / "users.jsonl", tmp_path / "recs.parquet"
+    source.write_bytes(b'\xef\xbb\xbf{"user_id": 7, "history": ["i1"]}\n')
+    assert mltfr(command(config, source, output)) == 0
+    assert pq.read_table(output)["user_id"].to_pylist() == ["7"]

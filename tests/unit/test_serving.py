@@ -200,6 +200,9 @@ BAD = {
     ),
     "no histories": (lambda r: r.scores([]), "no histories"),
     "empty": (lambda r: r.recommend([]), "The history is empty"),
+    "a mapping": (lambda r: r.recommend({"i1": 3, "i2": 1}), "is no list of ids"),
+    "a set": (lambda r: r.recommend({"i1", "i2"}), "is a set.*an order"),
+    "sets": (lambda r: r.scores([["i1"], {"i2"}]), "History 1 is a set"),
 }
 
 

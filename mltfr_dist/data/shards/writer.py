@@ -12,7 +12,7 @@ import webdataset
 
 from mltfr_dist.data.shards.manifest import ShardInfo, SplitInfo
 from mltfr_dist.data.shards.packed import PackedSequences, length_counts, unsigned_type
-from mltfr_dist.files import file_sha256
+from mltfr_dist.files import file_sha256, replacing
 
 
 class SplitWriter:
@@ -89,9 +89,9 @@ class SplitWriter:
         path = self.folder / f"{self.split}-{len(self.shards):06d}.tar"
         first_block = sum(shard.num_blocks for shard in self.shards)
         starts = range(0, len(sequences), self.per_block)
-        partial = path.with_name(f".{path.name}")
         # An open file, not a name: webdataset would run a name that begins with `pipe:`.
         with (
+            replacing(path) as partial,
             partial.open("wb") as stream,
             webdataset.TarWriter(stream, user="", group="", mtime=0, encoder=False) as tar,
         ):
@@ -102,7 +102,6 @@ class SplitWriter:
                         f"{self.split}-{number:08d}", block, self.num_items, self.num_users
                     )
                 )
-        partial.rename(path)
         info = ShardInfo(
             file=path.name,
             num_sequences=len(sequences),

@@ -131,11 +131,9 @@ def read_ranks(path: Path, split: str) -> Measured:
             f"{path} holds no ranks of the {split} split.",
             remedy="Name the other with --split, or evaluate the run on this one.",
         )
-    slicing: dict[str, Floats] = {
-        name: table[name].to_numpy().astype(np.float64) for name in SLICING if name in schema.names
-    }
+    slicing = {name: _numbers(table, name, path) for name in SLICING if name in schema.names}
     about = json.loads((schema.metadata or {}).get(KEY, b"{}"))
-    users, targets = (table[name].cast(pa.string()).combine_chunks() for name in ("user", "target"))
+    users, targets = (_ids(table, name, path) for name in ("user", "target"))
     found = Measured(path, about, users, targets, _checked(table, path), slicing)
     if len(users.unique()) < len(users):
         twice = Counter(users.to_pylist()).most_common(1)[0][0]
@@ -147,9 +145,54 @@ def read_ranks(path: Path, split: str) -> Measured:
     return found
 
 
+def _numbers(table: Any, name: str, path: Path) -> Floats:
+    """A column of numbers without gaps.
+
+    Raises:
+        DataError: It is none.
+    """
+    of = table[name].type
+    if not (pa.types.is_integer(of) or pa.types.is_floating(of) or pa.types.is_decimal(of)):
+        raise DataError(
+            f"{path} has a column {name} of type {of}.",
+            rule=f"{name} is a number.",
+            remedy="Write the column as integers or floating-point numbers.",
+        )
+    values: Floats = table[name].to_numpy().astype(np.float64)
+    if np.isnan(values).any():
+        raise DataError(
+            f"{path} has no {name} for user {table['user'][int(np.isnan(values).argmax())]}.",
+            rule=f"{name} is known for each user, or the column is not there.",
+            remedy=f"Fill it in, or leave out the {'row' if name in NEEDED else 'column'}.",
+        )
+    return values
+
+
+def _ids(table: Any, name: str, path: Path) -> Any:
+    """A column of raw ids without gaps, as texts.
+
+    Raises:
+        DataError: It is none.
+    """
+    column = table[name]
+    of = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_integer(of) or pa.types.is_string(of) or pa.types.is_large_string(of)):
+        raise DataError(
+            f"{path} has a column {name} of type {of}.",
+            rule="Raw ids are texts or integers.",
+            remedy="Write them as the raw data has them.",
+        )
+    if column.null_count:
+        raise DataError(
+            f"{path} has {column.null_count:,} rows without a {name}.",
+            remedy="Fill it in, or leave the rows out.",
+        )
+    return column.cast(pa.string()).combine_chunks()
+
+
 def _checked(table: Any, path: Path) -> Floats:
-    ranks: Floats = table["rank"].to_numpy().astype(np.float64)
-    wrong = ~(ranks >= 1)  # NaN, which nulls become, too
+    ranks = _numbers(table, "rank", path)
+    wrong = ~(ranks >= 1)
     if wrong.any():
         row = int(wrong.argmax())
         raise DataError(

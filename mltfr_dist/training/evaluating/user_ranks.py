@@ -32,6 +32,7 @@ from mltfr_dist.data.shards.manifest import (
 from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.files import file_sha256, replacing
+from mltfr_dist.tables.info import read_info
 from mltfr_dist.training.evaluating.evaluate import Keep
 from mltfr_dist.training.evaluating.slices import training_counts
 from mltfr_dist.training.run_folder import CHANGEABLE, leaf_values
@@ -159,5 +160,6 @@ def model_sha256(config: RunConfig, baseline: str = "") -> str:
     """Hash of what makes a model, its seed aside: runs of equal hash are one model's."""
     left = {*CHANGEABLE, "baselines", "training.seed", "data.path"}  # `protocol` has the data
     values: Any = {key: value for key, value in leaf_values(config).items() if key not in left}
-    values["mltfr.tables"] = [path.name for path in config.mltfr.tables]
+    tables = config.mltfr.tables if config.mltfr.enabled else ()
+    values["mltfr.tables"] = [read_info(path).rows_sha256 for path in tables]  # wherever they lie
     return hashlib.sha256(json.dumps(baseline or values, sort_keys=True).encode()).hexdigest()

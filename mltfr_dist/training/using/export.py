@@ -5,7 +5,6 @@ DeepSpeed (exported.py).
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -29,7 +28,7 @@ from mltfr_dist.exported import (
     ExportInfo,
     load_exported,
 )
-from mltfr_dist.files import file_sha256, save_tensors
+from mltfr_dist.files import file_sha256, replacing, save_tensors
 from mltfr_dist.models.folded import is_folded
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.serving.scoring import drawn_histories, score_histories
@@ -90,20 +89,15 @@ def publish(
     Raises:
         CheckpointError: The exported model does not score as the run's.
     """
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as partial:
+        partial.mkdir()
         (write or write_model)(loaded, partial)
         write_items(loaded, partial)
         info = export_info(loaded, partial, format)
         (partial / CONFIG).write_text(info.model_dump_json(indent=2) + "\n")
         (partial / CARD).write_text(model_card(loaded, info, folder.name), encoding="utf-8")
         (check or check_scores)(loaded, partial)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    partial.rename(folder)
     return info
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support import tiny_config
+from support import tiny_config, write_table
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.metrics import metric_sums
+from mltfr_dist.schema import changed
 from mltfr_dist.training.evaluating import user_ranks
 from mltfr_dist.training.evaluating.compare import baseline_result, final_metrics
 from mltfr_dist.training.evaluating.placing import ByScores
@@ -66,6 +67,21 @@ def test_what_the_file_says_of_itself(config: RunConfig, tmp_path: Path) -> None
     assert (own["model"], baseline["model"]) == ("sasrec + MLTFR", "popularity")
     seeds = [config.model_copy(update={"name": f"s{n}"}) for n in range(2)]
     assert len({user_ranks.model_sha256(one) for one in seeds}) == 1
+
+
+def test_tables_are_known_by_their_rows_and_not_by_their_names(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    same, other = (
+        write_table(tmp_path / name, "first", num_rows=90, dim=12, seed=seed)
+        for name, seed in (("same", 1), ("other", 3))
+    )
+    second = config.mltfr.tables[1]
+    hashes = [
+        user_ranks.model_sha256(changed(config, {"mltfr.tables": [first, second]}, source="a test"))
+        for first in (config.mltfr.tables[0], same, other)
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_a_baseline_writes_them_where_it_is_told(config: RunConfig, tmp_path: Path) -> None:
