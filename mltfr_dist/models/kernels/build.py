@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL | None:
     except (CannotBuildError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             warnings.warn(
-                f"MLTFR runs without its CPU kernels, and takes about twice as long: {error}. "
+                f"MLTFR runs without its CPU kernels, and slower: {error}. "
                 f"Results are the same to rounding. {SWITCH}=off says that this is meant.",
                 stacklevel=2,
             )
