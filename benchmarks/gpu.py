@@ -45,7 +45,7 @@ from mltfr_dist.training.build import build_model
 from mltfr_dist.training.evaluating.evaluate import evaluate
 from mltfr_dist.training.evaluating.placing import ByModel
 from mltfr_dist.training.inputs import load_inputs
-from mltfr_dist.training.running.step_values import reduce_outputs
+from mltfr_dist.training.running.step_values import step_totals
 from mltfr_dist.training.seeds import seed_all
 from mltfr_dist.training.streams import ranking_stream, train_stream
 
@@ -166,7 +166,7 @@ def train_step(engine: Engine, batches: StepBatches, step: int) -> None:
     """A whole step as a run makes it, but for what it logs."""
     seed_all(0, 0, step, engine.ranks.rank)
     engine.module.before_update(step, batches.micro_batches, engine.ranks)
-    totals = reduce_outputs(engine.ranks, engine.update(batches, step), batches)
+    totals = step_totals(engine.update(batches, step), batches)
     engine.stopwatch.take()
     engine.module.after_update(None if totals.routing is None else totals.routing.gate)
 

@@ -199,6 +199,8 @@ def main() -> None:
             f"| {way} | {min(seconds):.1f} | {statistics.median(seconds):.1f} | "
             f"{bare / min(seconds):.2f} | {memory:,.0f} |"
         )
+    if not options.peers:
+        print("RecTools was not measured: --peers names no Python.")
     if len({found[way][0]["sum"] for way in ("tiles", "whole scores")}) > 1:
         print("Ranks differ where the last bits of whole scores decide.")
     return None

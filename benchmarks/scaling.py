@@ -53,12 +53,13 @@ ranks.
 """
 
 
-def count_collectives(counted: Counter[str]) -> None:
-    """Let torch.distributed count what it is asked to do."""
+def count_collectives(counted: Counter[str], calls: Counter[str]) -> None:
+    """Let torch.distributed count the bytes of what it is asked to do, and how often it is."""
 
     def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*given: Any, **named: Any) -> Any:
             output: torch.Tensor = [*given, *named.values()][0]
+            calls[name] += 1
             counted[name] += round(
                 RECEIVED[name](output.numel() * output.element_size(), dist.get_world_size())
             )
@@ -72,8 +73,8 @@ def count_collectives(counted: Counter[str]) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """One rank's part: train some steps and write what they took."""
-    counted: Counter[str] = Counter()
-    count_collectives(counted)
+    counted, calls = Counter[str](), Counter[str]()
+    count_collectives(counted, calls)
     ranks = start_ranks(1)
     config = validate(
         RunConfig,
@@ -99,6 +100,7 @@ def measure(options: argparse.Namespace) -> None:
     ):
         if step == 2:  # warm
             counted.clear()
+            calls.clear()
         ranks.barrier()
         started = time.perf_counter()
         engine.update(batches, step)
@@ -111,6 +113,7 @@ def measure(options: argparse.Namespace) -> None:
             "seconds": sum(times[2:]) / steps,
             "trained": trained,
             "bytes": {k: v / steps for k, v in counted.items()},
+            "calls": {k: v / steps for k, v in calls.items()},
         }
         Path(options.output).write_text(json.dumps(found))
     stop_ranks()
@@ -178,7 +181,7 @@ def main() -> None:
         )
         bound = 2 * found["trained"] * (num_ranks - 1) / num_ranks
         sent = ", ".join(
-            f"{name} {size / 1e6:.3f} MB"
+            f"{found['calls'][name]:.0f} {name} {size / 1e6:.3f} MB"
             for name, size in sorted(found["bytes"].items())
             if size >= 1
         )

@@ -7,9 +7,15 @@ shortlist's refresh (every `mltfr.filter.shortlist_refresh_steps`) shared out ov
 matrix products are the three of the loss over all items, chunk by chunk: less work no full softmax
 can do.
 
+With --peers, other libraries train the same SASRec on the same sequences by their own code, in
+environments of their own that the first call makes. After each round each has a turn over
+--peer-share of its epoch's batches, for a whole one takes minutes; its fastest turn counts. A
+sample of RecBole is a prefix with one target, one of RecTools a sequence; seconds an epoch and
+positions a second can be compared.
+
     python benchmarks/train_speed.py --data data/ml-100k --tables data/tables
     # bare backbone only
-    python benchmarks/train_speed.py --data data/beauty --batch 256 --max-len 50
+    python benchmarks/train_speed.py --data data/beauty --batch 256 --max-len 50 --peers
     python benchmarks/train_speed.py --data data/ml-100k --tables data/tables --profile shortlist
 """
 
@@ -23,8 +29,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from peers import INSTALL, Peer, Process
 from quality import bare, paper_frozen_tables, vary
 from torch import Tensor
 
@@ -159,14 +167,16 @@ class Contest:
             return 0.0
         return min(timed(lambda: module.before_update(0, batches, self.ranks)) for _ in range(2))
 
-    def seconds(self, rounds: int) -> dict[str, float]:
-        """Mean over the steps of the fastest time of each."""
+    def seconds(self, rounds: int, peers: list[Process]) -> dict[str, float]:
+        """Mean over the steps of the fastest time of each; peers have a turn after each round."""
         fastest: dict[tuple[str, int], float] = {}
         for number in range(rounds):
             for i, batches in enumerate(self.batches):
                 for name in (*self.engines, PRODUCTS):
                     taken = timed(lambda: self._step(name, batches, i))  # noqa: B023
                     fastest[name, i] = min(taken, fastest.get((name, i), taken))
+            for peer in peers:
+                peer.turn()
             self.ranks.say(f"  round {number + 1}/{rounds}")
         count = len(self.batches)
         return {
@@ -180,9 +190,9 @@ class Contest:
         else:
             self.engines[name].update(batches, number)
 
-    def costs(self, rounds: int) -> list[Cost]:
-        """Of all contestants."""
-        seconds = self.seconds(rounds)
+    def costs(self, rounds: int, peers: list[Process]) -> list[Cost]:
+        """Of all contestants but the peers."""
+        seconds = self.seconds(rounds, peers)
         sequences = sum(b.num_sequences for b in self.batches) / len(self.batches)
         positions = sum(b.num_targets for b in self.batches) / len(self.batches)
         found: dict[str, tuple[float, float]] = {}
@@ -230,17 +240,43 @@ class Contest:
         return "\n".join([f"{name}, by phase (with the profiler's own cost):", *lines, table])
 
 
-def plot(costs: list[Cost], path: Path) -> None:
-    """Milliseconds a step as bars."""
+def peer_settings(contest: Contest, options: argparse.Namespace) -> dict[str, Any]:
+    """What peers train: the same sizes, by as many threads."""
+    backbone = next(iter(contest.configs.values())).backbone
+    return {
+        "batch": options.batch,
+        "max_len": options.max_len,
+        "dim": backbone.hidden_dim,
+        "layers": backbone.num_layers,
+        "heads": backbone.num_heads,
+        "threads": torch.get_num_threads(),
+        "share": options.peer_share,
+    }
+
+
+def say_peers(peers: list[Peer], bare_epoch: float, say: Callable[[str], None]) -> None:
+    """A table of them."""
+    for p in peers:
+        say(
+            f"{p.name:<10} {'':>9} {p.seconds:>6.1f} s {p.samples_s:>12,.0f} "
+            f"{p.positions_s:>12,.0f} "
+            f"{p.seconds / bare_epoch:>7.2f}x {'':>12} {'':>9} {p.peak_gib:>5.2f} GiB  "
+            f"(timed: {p.timed})"
+        )
+
+
+def plot(epochs: dict[str, float], path: Path) -> None:
+    """Seconds an epoch as bars."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 0.5 * len(costs) + 1))
-    bars = axes.barh([c.name for c in costs], [c.step_ms for c in costs])
-    axes.bar_label(bars, [f"{c.of_bare:.2f} x bare" for c in costs], padding=3)
-    axes.set_xlabel("milliseconds a step")
+    figure, axes = pyplot.subplots(figsize=(6, 0.5 * len(epochs) + 1))
+    bars = axes.barh(list(epochs), list(epochs.values()))
+    of_bare = {name: seconds / epochs["bare"] for name, seconds in epochs.items()}
+    axes.bar_label(bars, [f"{ratio:.2f} x bare" for ratio in of_bare.values()], padding=3)
+    axes.set_xlabel("seconds an epoch")
     axes.margins(x=0.2)
     axes.invert_yaxis()
     figure.tight_layout()
@@ -263,6 +299,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="times that each step is made")
     parser.add_argument("--steps", type=int, default=8, help="steps of a round")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--peers", nargs="*", choices=INSTALL, help="without a name: all")
+    parser.add_argument(
+        "--peer-cache",
+        type=Path,
+        default=Path("~/.cache/mltfr-peers").expanduser(),
+        help="where their environments are (3 GB)",
+    )
+    parser.add_argument(
+        "--peer-share", type=float, default=1 / 16, help="of an epoch's batches, in each turn"
+    )
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--plot", type=Path, help="where a plot goes (PNG, SVG)")
     parser.add_argument("--profile", choices=VARIANTS, help="also show where its steps go")
@@ -274,7 +320,11 @@ def main() -> None:
     options = parse()
     ranks: Ranks = start_ranks(options.threads)
     contest = Contest(options, ranks)
-    costs = contest.costs(options.rounds)
+    names = [] if options.peers is None else options.peers or list(INSTALL)
+    settings = peer_settings(contest, options)
+    waiting = [Process(n, options.peer_cache, options.data, settings) for n in names]
+    costs = contest.costs(options.rounds, waiting)
+    peers = [process.end() for process in waiting]
     speed = matrix_speed(ranks)
     flops = sum(contest.products.flops(b) for b in contest.batches) / len(contest.batches)
     machine = (
@@ -294,7 +344,10 @@ def main() -> None:
             f"{c.positions_s:>12,.0f} {c.of_bare:>7.2f}x {c.of_products:>11.2f}x "
             f"{c.refresh_ms:>6.0f} ms {c.peak_gib:>5.2f} GiB"
         )
-    share = {c.name: flops / (1e-3 * c.step_ms) / speed for c in costs}
+    epochs = {c.name: c.epoch_s for c in costs} | {p.name: p.seconds for p in peers}
+    say_peers(peers, epochs.get("bare", costs[0].epoch_s), ranks.say)
+    work = flops * contest.steps_per_epoch / speed
+    share = {name: work / seconds for name, seconds in epochs.items()}
     ranks.say(
         f"Matrix speed {speed / 1e9:.0f} GFLOP/s; the loss's products alone are, of a step's time "
         f"at it: " + ", ".join(f"{name} {value:.0%}" for name, value in share.items())
@@ -308,10 +361,11 @@ def main() -> None:
             "matrix_gflops": speed / 1e9,
             "share_of_matrix_speed": share,
             "costs": [asdict(c) for c in costs],
+            "peers": [asdict(p) for p in peers],
         }
         options.json.write_text(json.dumps(record, indent=2) + "\n")
     if ranks.is_main and options.plot:
-        plot(costs, options.plot)
+        plot(epochs, options.plot)
     stop_ranks()
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mltfr_dist.library.runs import (
         export,
         fit,
+        index,
         load,
         load_exported,
         load_run,
@@ -29,6 +30,7 @@ __all__ = [
     "build_table",
     "export",
     "fit",
+    "index",
     "load",
     "load_exported",
     "load_run",
@@ -41,7 +43,7 @@ _ROOMS = {
     "RunConfig": "config",
     **dict.fromkeys(("build_table", "prepare"), "library.inputs"),
     **dict.fromkeys(
-        ("export", "fit", "load", "load_exported", "load_run", "preset", "push_to_hub"),
+        ("export", "fit", "index", "load", "load_exported", "load_run", "preset", "push_to_hub"),
         "library.runs",
     ),
 }

@@ -1,9 +1,9 @@
 """Exported models: a folder that is read without DeepSpeed, the data or the token tables' folders.
 
-It has the layout of the Hugging Face hub (config.json, model.safetensors, README.md), holds tensors
-and JSON alone, and nothing in it is executed. Tables are folded (models/folded.py): of rows that a
-history may be given it holds what the model makes of them; a table that is searched as a whole
-stays.
+It has the layout of the Hugging Face hub (config.json, model.safetensors, README.md), holds
+tensors, JSON and the items as Parquet, and nothing in it is executed. Tables are folded
+(models/folded.py): of rows that a history may be given it holds what the model makes of them; a
+table that is searched as a whole stays.
 
 exported = load_exported("model")
 exported.recommend(["i1", "i7"], k=5)
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
@@ -30,21 +31,15 @@ from mltfr_dist.schema import Section
 from mltfr_dist.serving.explaining import NamedRows, Tokens
 from mltfr_dist.spec import ModelSpec
 
-SCHEMA_VERSION = 5
-CONFIG, MODEL, TABLES, ITEM_TOKENS, ITEMS, TITLES = (
+SCHEMA_VERSION = 6
+CONFIG, MODEL, TABLES, ITEM_TOKENS, ITEMS = (
     "config.json",
     "model.safetensors",
     "tables.safetensors",
     "item_tokens.safetensors",
-    "items.json",
-    "titles.json",
+    "items.parquet",
 )
-COUNTS, TOKENS, CARD, ONNX_MODEL = (
-    "item_counts.safetensors",
-    "tokens.json",
-    "README.md",
-    "model.onnx",
-)
+TOKENS, CARD, ONNX_MODEL = "tokens.json", "README.md", "model.onnx"
 FEATURES = "features"
 """Name of the one tensor of ``item_tokens.safetensors``, [num_items + 1, C]."""
 
@@ -108,7 +103,11 @@ def load_exported(folder: str | Path) -> Exported:
         model = folded(model)
     model.load_state_dict(load_file(folder / MODEL))
     return Exported(
-        model.eval(), read_items(folder, info), info.spec.max_len, info, _named_rows(folder, info)
+        model.eval(),
+        ItemMap.of(pq.ParquetFile(folder / ITEMS), str(folder / ITEMS)),
+        info.spec.max_len,
+        info,
+        _named_rows(folder, info),
     )
 
 
@@ -125,16 +124,6 @@ def check_files(folder: Path, info: ExportInfo) -> None:
                 rule=f"Its sha256 must equal the one in {CONFIG}.",
                 remedy="Export the run again.",
             )
-
-
-def read_items(folder: Path, info: ExportInfo) -> ItemMap:
-    """The items of an export."""
-    ids: list[str] = json.loads((folder / ITEMS).read_text())
-    titles: list[str | None] = [None] * len(ids)
-    if TITLES in info.sha256:
-        titles = json.loads((folder / TITLES).read_text())
-    counts = load_file(folder / COUNTS)["counts"].numpy() if COUNTS in info.sha256 else None
-    return ItemMap(ids, titles, str(folder / ITEMS), counts)
 
 
 def _named_rows(folder: Path, info: ExportInfo) -> tuple[NamedRows, ...]:

@@ -7,8 +7,11 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mltfr_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,18 +23,25 @@ def file_sha256(path: Path, after_block: Callable[[], object] = lambda: None) ->
     """sha256 of a file, hexadecimal; ``after_block`` is called after each :data:`BLOCK_BYTES`, and
     at the end of the last.
     """
+    with path.open("rb", buffering=0) as file:
+        return content_sha256(file, after_block)
+
+
+def content_sha256(
+    file: RawIOBase | BufferedReader, after_block: Callable[[], object] = lambda: None
+) -> str:
+    """The same of what is left of an open file."""
     digest, buffer, unsaid = (
         hashlib.sha256(),
         memoryview(bytearray(min(READ_BYTES, BLOCK_BYTES))),
         0,
     )
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
-            unsaid += size
-            if unsaid >= BLOCK_BYTES:
-                after_block()
-                unsaid = 0
+    while size := file.readinto(buffer):
+        digest.update(buffer[:size])
+        unsaid += size
+        if unsaid >= BLOCK_BYTES:
+            after_block()
+            unsaid = 0
     if unsaid:
         after_block()
     return digest.hexdigest()
@@ -96,6 +106,26 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Where to write what then becomes ``folder`` in one step; after an error nothing of it stays.
+
+    Raises:
+        ConfigError: The disk does not take it.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder) as partial:
+            partial.mkdir()
+            yield partial
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written: {error}.",
+            rule="A folder is complete or absent; nothing of it was left behind.",
+            remedy="Make room, or name a folder on another disk.",
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -17,6 +17,9 @@ class Entry(NamedTuple):
     the start. A checkpoint holds these, and the number of updates."""
     elementwise: bool = True
     """Whether a number's update depends on no other number: ZeRO hands an optimizer flat pieces."""
+    skips_on_device: bool = False
+    """Whether its fused kernel leaves parameters and state as they are where ``found_inf`` is 1, in
+    a first update too: nobody then has to know on the host, before it, that it is skipped."""
     by_rows: bool = False
     """Whether `distributed/row_adam.py` is its form for `optimizer.item_gradients=sparse`."""
 
@@ -26,12 +29,14 @@ OPTIMIZERS: dict[str, Entry] = {
         "optim:adamw",
         "Loshchilov and Hutter 2019, Adam with decoupled weight decay",
         state=("exp_avg", "exp_avg_sq"),
+        skips_on_device=True,
         by_rows=True,
     ),
     "adam": Entry(
         "optim:adam",
         "Kingma and Ba 2015, weight decay as a part of the gradient",
         state=("exp_avg", "exp_avg_sq"),
+        skips_on_device=True,
         by_rows=True,
     ),
     "sgd": Entry(

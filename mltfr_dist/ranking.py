@@ -56,7 +56,7 @@ class Ranker:
     """Items of a history that the model reads, the most recent ones."""
 
     @property
-    def item_ids(self) -> list[str]:
+    def item_ids(self) -> Sequence[str]:
         """Raw ids of the items; index 0 is padding."""
         return self.items.ids
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from mltfr_dist.cli.fields import section_from
+from mltfr_dist.cli.serving_commands import (
+    command_explain,
+    command_export,
+    command_index,
+    command_recommend,
+    refuse,
+)
 from mltfr_dist.config import (
     PrepareConfig,
     PrepareResources,
@@ -57,21 +63,16 @@ def command_inspect(options: argparse.Namespace) -> None:
     if (folder / "table.json").exists():
         from mltfr_dist.tables.inspect import inspect_table
 
-        _refuse(options.output, "--output", "plots prepared data", f"{folder} is a token table")
+        refuse(options.output, "--output", "plots prepared data", f"{folder} is a token table")
         print(inspect_table(folder, options.neighbours))
     elif (folder / "manifest.json").exists():
         from mltfr_dist.data.inspect.report import inspect
 
         words = "looks up a word in a token table"
-        _refuse(options.neighbours, "--neighbours", words, f"{folder} is prepared data")
+        refuse(options.neighbours, "--neighbours", words, f"{folder} is prepared data")
         print(inspect(folder, options.output))
     else:
         raise _neither(folder)
-
-
-def _refuse(value: object, option: str, does: str, but: str) -> None:
-    if value is not None:
-        raise ConfigError(f"{option} {does}, but {but}.", remedy=f"Leave {option} out.")
 
 
 def _neither(folder: Path) -> DataError:
@@ -108,8 +109,8 @@ def command_tables(options: argparse.Namespace) -> None:
         return
     from mltfr_dist.tables.build import build_tables
 
-    _refuse(options.words, "--words", "belongs to --inspect", "tables are to be built")
-    _refuse(options.pictures, "--pictures", "belongs to --inspect", "tables are to be built")
+    refuse(options.words, "--words", "belongs to --inspect", "tables are to be built")
+    refuse(options.pictures, "--pictures", "belongs to --inspect", "tables are to be built")
 
     build_tables(
         options.sources,
@@ -169,76 +170,6 @@ def command_evaluate(options: argparse.Namespace) -> None:
         ranks.say(json.dumps(metrics, indent=2))
 
 
-def command_recommend(options: argparse.Namespace) -> None:
-    """The best items after a history, or after each of a file of them."""
-    if (options.history is None) == (options.histories is None):
-        raise ConfigError(
-            "Give one of --history and --histories.",
-            rule="--history is one list of ids, --histories a file of many.",
-            remedy="As in `--history 50,172,181`, or `--histories users.parquet --output "
-            "recs.parquet`.",
-        )
-    if (options.histories is None) != (options.output is None):
-        raise ConfigError(
-            "--histories and --output go together.", remedy="Give both, or --history alone."
-        )
-    if options.histories is not None:
-        _recommend_file(options)
-        return
-    from mltfr_dist.training.using.inference import open_model, recommendation_text
-
-    history = [part.strip() for part in options.history.split(",") if part.strip()]
-    model = open_model(Path(options.run))
-    print(
-        recommendation_text(
-            model, history, k=options.k, explain=options.explain, keep_seen=options.keep_seen
-        )
-    )
-
-
-def _recommend_file(options: argparse.Namespace) -> None:
-    from mltfr_dist.distributed.devices import local_device
-    from mltfr_dist.distributed.launch import is_launched
-    from mltfr_dist.serving.batch import BatchOptions, recommend_file
-    from mltfr_dist.training.using.inference import open_model
-
-    _refuse(options.explain or None, "--explain", "explains one history", "--histories is given")
-    launched = is_launched()
-    rank, world_size = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
-    recommend_file(
-        open_model(Path(options.run), local_device()),
-        options.histories,
-        options.output,
-        BatchOptions(options.k, not options.keep_seen, options.unknown, options.empty),
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-def command_explain(options: argparse.Namespace) -> None:
-    """What a run's filter keeps for sample users, and what each table and each item changes: a
-    page, and TensorBoard texts.
-    """
-    from mltfr_dist.training.using.explain_run import explain_run
-
-    page = explain_run(Path(options.run), options.output, options.control, options.users)
-    print(f"{page}: open it in a browser; TensorBoard has it in short (texts of `explain`)")
-
-
-def command_export(options: argparse.Namespace) -> None:
-    """The chosen model of a finished run, to be used without DeepSpeed, the data or the tables'
-    folders.
-    """
-    from mltfr_dist.training.using.export import export, size_line
-
-    info = export(Path(options.run), Path(options.output), options.format)
-    spec = info.spec
-    print(
-        f"{options.output}: {spec.backbone.name}, {spec.num_items} items, "
-        f"{len(spec.tables)} token tables, {size_line(info, Path(options.output))}"
-    )
-
-
 def command_report(options: argparse.Namespace) -> None:
     """The report of a run, a sweep or a trial; for matrices of runs (.parquet) means, intervals,
     paired differences, slices.
@@ -253,7 +184,7 @@ def command_report(options: argparse.Namespace) -> None:
         return
     for name in ("margin", "difference"):
         words = "belongs to differences between the runs of a matrix"
-        _refuse(getattr(options, name), f"--{name}", words, f"{paths[0]} is no matrix")
+        refuse(getattr(options, name), f"--{name}", words, f"{paths[0]} is no matrix")
     if len(paths) > 1:
         raise ConfigError(
             f"{len(paths)} names were given, not all of them matrices.",
@@ -291,6 +222,7 @@ COMMANDS = {
     "recommend": command_recommend,
     "explain": command_explain,
     "export": command_export,
+    "index": command_index,
     "report": command_report,
     "compare": command_compare,
 }

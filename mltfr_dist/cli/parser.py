@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from mltfr_dist import __version__
 from mltfr_dist.cli.commands import COMMANDS
 from mltfr_dist.cli.completion import add_completion
+from mltfr_dist.cli.fields import add_section
 from mltfr_dist.cli.help import Parser, add_config_help, add_sweep_help
 from mltfr_dist.cli.input_parsers import add_fetch, add_inspect, add_prepare, add_tables
+from mltfr_dist.config.index import IndexConfig
 from mltfr_dist.files import packaged_names
 from mltfr_dist.invocation import command
 from mltfr_dist.presets import PRESETS
@@ -154,6 +156,25 @@ def _add_export(commands: Commands) -> None:
     )
 
 
+def _add_index(commands: Commands) -> None:
+    index = commands.add_parser(
+        "index",
+        help="item vectors for searches of nearest neighbours",
+        description=COMMANDS["index"].__doc__,
+    )
+    index.add_argument("run", help="run folder, such as runs/demo, or an exported model")
+    index.add_argument(
+        "--output", type=Path, required=True, help="folder to write; it must not exist"
+    )
+    index.add_argument(
+        "--histories",
+        type=Path,
+        help="file of histories that recall is measured on, as `mltfr recommend` takes it "
+        "(default: the validation histories of the run's data)",
+    )
+    add_section(index, IndexConfig)
+
+
 def _add_report(commands: Commands) -> None:
     report = commands.add_parser(
         "report", help="show a run's report, or a matrix's", description=COMMANDS["report"].__doc__
@@ -228,6 +249,7 @@ def build_parser() -> Parser:
         _add_recommend,
         _add_explain,
         _add_export,
+        _add_index,
         _add_report,
         _add_compare,
     ):

@@ -16,6 +16,17 @@ PADDING_IDX = 0
 """Item id of an empty position. Real items are ``1..num_items``."""
 
 
+class Counts(NamedTuple):
+    """What the loader knows of a batch, so that nobody has to ask a device for it and wait."""
+
+    lengths: tuple[int, ...]
+    """Real positions of each row [B]."""
+    num_targets: int
+    """Positions that are scored."""
+    view_lengths: tuple[int, ...] | None = None
+    """Real positions of each view [2 B], where there are views."""
+
+
 class SequenceBatch(NamedTuple):
     """Histories to train on, with what the model is to predict at which positions."""
 
@@ -38,11 +49,31 @@ class SequenceBatch(NamedTuple):
     """[S] logarithm of the probability with which each of them is drawn."""
     view_ids: Tensor | None = None
     """[B, 2, L] int64, two augmented views of each history, where the loss contrasts them."""
+    counts: Counts | None = None
+    """Of the tensors above; None: not known, and looked up where they are needed."""
 
     @property
     def num_targets(self) -> int:
         """Positions that are scored."""
+        if self.counts is not None:
+            return self.counts.num_targets
         return int((self.target_ids != PADDING_IDX).sum())
+
+    @property
+    def lengths(self) -> tuple[int, ...] | None:
+        """Real positions of each row, where they are known."""
+        return None if self.counts is None else self.counts.lengths
+
+    def counted(self) -> SequenceBatch:
+        """The same batch with its counts; of tensors on the CPU."""
+        views = self.view_ids
+        return self._replace(
+            counts=Counts(
+                tuple(lengths(self.item_ids).tolist()),
+                int((self.target_ids != PADDING_IDX).sum()),
+                None if views is None else tuple(lengths(views.flatten(0, 1)).tolist()),
+            )
+        )
 
     @property
     def sampled(self) -> tuple[Tensor | None, Tensor | None]:
@@ -51,7 +82,7 @@ class SequenceBatch(NamedTuple):
 
     def to(self, device: torch.device) -> SequenceBatch:
         """The same batch on ``device``."""
-        moved = (None if t is None else t.to(device, non_blocking=True) for t in self)
+        moved = (sent(t, device) if isinstance(t, Tensor) else t for t in self)
         return SequenceBatch(*moved)  # type: ignore[arg-type]
 
 
@@ -73,8 +104,15 @@ class RankingBatch(NamedTuple):
 
     def to(self, device: torch.device) -> RankingBatch:
         """The same batch on ``device``."""
-        moved = (None if t is None else t.to(device, non_blocking=True) for t in self)
+        moved = (sent(t, device) if isinstance(t, Tensor) else t for t in self)
         return RankingBatch(*moved)  # type: ignore[arg-type]
+
+
+def sent(t: Tensor, device: torch.device) -> Tensor:
+    """``t`` on ``device``; on its way to a GPU from pinned memory, which nobody waits for."""
+    if device.type == "cuda" and t.device.type == "cpu":
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
 
 
 def lengths(item_ids: Tensor) -> Tensor:

@@ -47,23 +47,39 @@ class Health:
         optimizer: torch.optim.Optimizer,
         ranks: Ranks,
         row_tables: Sequence[str] = (),
+        *,
+        skips_on_device: bool = False,
     ) -> None:
-        """Args: row_tables: name of the table that is stepped by rows, where there is one, as it
-        has no such gradient.
+        """Watch the parameters of ``module``, and hold back ``optimizer`` where one is not finite.
+
+        Args:
+            module: What is trained.
+            optimizer: The one that DeepSpeed steps.
+            ranks: All processes.
+            row_tables: Name of the table that is stepped by rows, where there is one, as it has no
+                such gradient.
+            skips_on_device: Whether ``optimizer`` heeds ``found_inf``: :attr:`verdict` is then read
+                once the update is on its way, and the device waits for nobody.
         """
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.ranks, self.verdict = ranks, Verdict()
+        self._skips_on_device = skips_on_device
         self.names = (LOSS, *(name for name, _ in trained), *row_tables)
         self._sums = torch.zeros(
             len(self.names), device=ranks.device
         )  # a sum of magnitudes is finite if all of them are
         for index, (_, parameter) in enumerate(trained, 1):
             parameter.register_hook(partial(self._note, index))  # type: ignore[no-untyped-call]
+        self._found_inf = torch.zeros((), device=ranks.device)
         update = optimizer.step
 
         def step(closure: None = None) -> float | None:
             """DeepSpeed goes through its own step all the same, and clears its gradients."""
-            return None if self.verdict.nonfinite else update(closure)
+            if skips_on_device:
+                optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
+            elif self.verdict.nonfinite:
+                return None
+            return update(closure)
 
         optimizer.step = step  # type: ignore[assignment, method-assign]  # DeepSpeed warns of subclasses
 
@@ -78,22 +94,43 @@ class Health:
     def _note(self, index: int, values: Tensor) -> None:
         self._sums[index] += torch.linalg.vector_norm(values.detach(), ord=torch.inf)
 
-    def agree(self) -> None:
-        """Agree with all ranks on what was seen since the last call: the new ``verdict``. All ranks
+    def agree(self, sums: Tensor) -> Tensor:
+        """Agree with all ranks, before an update, on what was seen since the last call. All ranks
         must call.
+
+        Args:
+            sums: [S] float64, of this rank, which travel in the same message.
+
+        Returns:
+            What :meth:`read` reads, after the update.
         """
-        mine = torch.cat(
-            [
-                ~torch.isfinite(self._sums),
-                self._sums.new_tensor([signals.stop_requested()], dtype=torch.bool),
-            ]
-        )
+        stop = self._sums.new_full((1,), float(signals.stop_requested()))
+        flags = torch.cat([(~torch.isfinite(self._sums)).to(stop.dtype), stop])
         self._sums.zero_()
-        found = self.ranks.max(mine.float()).tolist()
-        nonfinite = tuple(name for name, bad in zip(self.names, found[:-1], strict=True) if bad)
-        self.verdict = Verdict(nonfinite, stop=bool(found[-1]))
+        told = self.ranks.sum(torch.cat([flags.double(), sums]))  # a flag's sum is 0 where all are
+        if self._skips_on_device:
+            self._found_inf.copy_(told[: len(self.names)].any())
+        else:
+            told = told.cpu()
+            self.read(told)
+        return told
+
+    def read(self, told: Tensor) -> Tensor:
+        """Set ``verdict``: the one place of a step that waits for the device.
+
+        Args:
+            told: From :meth:`agree`.
+
+        Returns:
+            [S] the sums over all ranks, on the CPU.
+        """
+        told, count = told.cpu(), len(self.names)
+        *bad, stop = told[: count + 1].tolist()
+        nonfinite = tuple(name for name, some in zip(self.names, bad, strict=True) if some)
+        self.verdict = Verdict(nonfinite, stop=bool(stop))
         if self.verdict.stop:
             signals.request_stop()
+        return told[count + 1 :]
 
 
 def watch_neighbours(ranks: Ranks) -> None:

@@ -35,6 +35,14 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
+def forget_peak_memory() -> None:
+    """Begin :func:`peak_memory_bytes` anew, in a process that goes from one run to the next."""
+    if uses_gpus():
+        torch.cuda.reset_peak_memory_stats()
+    elif (record := Path("/proc/self/clear_refs")).exists():
+        record.write_text("5")  # proc(5): the peak is set to what is resident now
+
+
 def memory_gib() -> dict[str, float]:
     """This process's memory now and at most, in GiB: resident, and of the GPU where there is
     one.
@@ -62,6 +70,8 @@ class Stopwatch:
 
     def take(self) -> dict[str, float]:
         """Phase to seconds since the last call; on a GPU, once it has come past the last mark."""
+        if self._on_gpu and self._marks:
+            self._marks[-1][1].synchronize()
         seconds: dict[str, float] = {}
         for (phase, start), (_, end) in zip(self._marks, self._marks[1:]):
             passed = start.elapsed_time(end) / 1e3 if self._on_gpu else end - start

@@ -25,6 +25,11 @@ def request_stop() -> None:
     _requested.set()
 
 
+def forget_request() -> None:
+    """Begin anew, in a process that goes from one run to the next."""
+    _requested.clear()
+
+
 @contextmanager
 def stop_signals() -> Iterator[None]:
     """Take the stop signals as a request while a run goes, and as before afterwards.

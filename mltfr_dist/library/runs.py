@@ -20,6 +20,7 @@ from mltfr_dist.training.run_folder import CONFIG, REPORT, Result
 
 if TYPE_CHECKING:  # these import torch
     from mltfr_dist.exported import Exported, ExportInfo
+    from mltfr_dist.training.using.index import IndexInfo
     from mltfr_dist.training.using.inference import LoadedRun
 
 StrPath = str | os.PathLike[str]
@@ -148,6 +149,34 @@ def export(
 
     with words_of_a_call():
         return write(path_text(run, "run"), path_text(folder, "folder"), format)
+
+
+def index(
+    model: StrPath, folder: StrPath, *, histories: StrPath | None = None, **options: Any
+) -> IndexInfo:
+    """Write a model's item vectors and a FAISS index of them to ``folder``, as `mltfr index` does.
+
+    Args:
+        model: Folder of a finished run, or of an export.
+        folder: To write.
+        histories: File of histories that recall is measured on; None: those of the run's validation
+            split.
+        options: Fields of :class:`~mltfr_dist.config.index.IndexConfig`, such as ``type="ivf"``.
+
+    Raises:
+        ConfigError: ``folder`` exists, FAISS is missing, an export without ``histories``, or
+            options that do not fit.
+        CheckpointError: Neither of both, an unfinished run, or a damaged checkpoint.
+        DataError: The run's data, or the histories, cannot be used.
+    """
+    from mltfr_dist.config.index import IndexConfig
+    from mltfr_dist.training.using.index import write_index
+
+    with words_of_a_call():
+        config = validate(IndexConfig, options, source="the call")
+        given = None if histories is None else Path(path_text(histories, "histories"))
+        found, output = Path(path_text(model, "model")), Path(path_text(folder, "folder"))
+        return write_index(found, output, config, given)
 
 
 def load_exported(folder: StrPath) -> Exported:

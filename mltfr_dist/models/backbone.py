@@ -15,7 +15,7 @@ from mltfr_dist.models.dropout import Dropout
 from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.item_tokens import ItemVectors
-from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.packing import Lengths, Packing
 from mltfr_dist.models.transformer import init_weights
 from mltfr_dist.registry import load
 
@@ -62,24 +62,31 @@ class Backbone(nn.Module):
         """
         return item_ids
 
-    def contrast(self, first: Tensor, second: Tensor, present: Tensor) -> tuple[Tensor, float]:
+    def contrast(
+        self, first: Tensor, second: Tensor, present: Tensor, num_present: int | None = None
+    ) -> tuple[Tensor, float]:
         """The contrastive term over two views of each history, and its weight in the loss.
 
         Args:
             first: [B, D] states of the first views at their last positions.
             second: [B, D] of the second views.
             present: [B] bool, False for a row that only fills the batch.
+            num_present: How many rows are present, where it is known.
 
         Returns:
             Scalar, the sum over present histories, and the weight.
         """
         raise NotImplementedError
 
-    def pack(self, item_ids: Tensor) -> Packing:
+    def pack(self, item_ids: Tensor, lengths: Lengths = None) -> Packing:
         """The positions that blocks compute on; those of :attr:`Packing.read` are read by MLTFR and
         scored.
+
+        Args:
+            item_ids: [B, L].
+            lengths: Of its rows, where they are known.
         """
-        return Packing(item_ids)
+        return Packing(item_ids, lengths)
 
     def inputs(self, item_ids: Tensor) -> Tensor:
         """Item ids [B, L] -> input embeddings [B, L, D], zero at padding: what MLTFR reads."""

@@ -26,7 +26,9 @@ class CL4SRec(SASRec):
         super().__init__(config, num_items, max_len)
         self.settings = config.cl4srec
 
-    def contrast(self, first: Tensor, second: Tensor, present: Tensor) -> tuple[Tensor, float]:
+    def contrast(
+        self, first: Tensor, second: Tensor, present: Tensor, num_present: int | None = None
+    ) -> tuple[Tensor, float]:
         """NT-Xent over the views of each group."""
         total = contrastive(
             first,
@@ -34,5 +36,6 @@ class CL4SRec(SASRec):
             present,
             group_size=self.settings.contrast_group,
             temperature=self.settings.contrast_temperature,
+            num_present=num_present,
         )
         return total, self.settings.contrast_weight

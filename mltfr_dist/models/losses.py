@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from mltfr_dist.losses import LOSSES
 from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.divided_rows import division_of, own_vectors
+from mltfr_dist.models.packing import places
 from mltfr_dist.models.scored import Negatives, Scored
 from mltfr_dist.numerics import at_least_fp32
 from mltfr_dist.registry import load
@@ -166,7 +167,13 @@ def tempered_items(scored: Scored) -> Tensor:
 
 
 def contrastive(
-    first: Tensor, second: Tensor, present: Tensor, *, group_size: int, temperature: float
+    first: Tensor,
+    second: Tensor,
+    present: Tensor,
+    *,
+    group_size: int,
+    temperature: float,
+    num_present: int | None = None,
 ) -> Tensor:
     """NT-Xent over two views of each sequence (Chen et al. 2020; CL4SRec, Xie et al. 2022), in
     groups.
@@ -182,6 +189,7 @@ def contrastive(
         present: [P] bool, False for a row that only fills the batch.
         group_size: Sequences of a group; divides P.
         temperature: Products are divided by it.
+        num_present: How many rows are present, where it is known.
 
     Returns:
         Scalar, in fp32 at least: the sum over present sequences of the mean of both views' losses.
@@ -194,9 +202,9 @@ def contrastive(
     itself = numbers[:, None] == numbers
     logits = logits.masked_fill(itself | ~here[:, None, :], -torch.inf)
     other = (numbers ^ 1).expand(views.shape[:2])  # views 2i and 2i + 1 belong together
+    kept = places(here, None if num_present is None else 2 * num_present)  # each has its positive
     kept_logits, kept_other = (
-        logits[here],
-        other[here],
-    )  # rows of present views: each has its positive
-    losses = torch.logsumexp(kept_logits, dim=1) - kept_logits.gather(1, kept_other[:, None])[:, 0]
+        t.flatten(0, 1).index_select(0, kept) for t in (logits, other[..., None])
+    )
+    losses = torch.logsumexp(kept_logits, dim=1) - kept_logits.gather(1, kept_other)[:, 0]
     return losses.sum() / 2

@@ -22,6 +22,7 @@ from mltfr_dist.models.experts import (
     router_class,
     shared_experts,
 )
+from mltfr_dist.models.packing import Lengths
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
 from mltfr_dist.models.routing import Routing
@@ -31,7 +32,7 @@ from mltfr_dist.models.selectors import Reduce, Selection, Selector, selector_cl
 class Parts(NamedTuple):
     """What MLTFR is put together from, beside its configuration; the published form has others."""
 
-    blocks: Callable[[Tensor, Tensor, int], QueryBlocks] = QueryBlocks
+    blocks: Callable[[Tensor, Tensor, int, Lengths], QueryBlocks] = QueryBlocks
     selector: type[Selector] | None = None
     """None: that of the strategy."""
     experts: Callable[[ExpertConfig, int, Sequence[int]], Experts] = shared_experts
@@ -136,9 +137,9 @@ class MLTFR(nn.Module):
 
     # --- forward -----------------------------------------------------------------------------
 
-    def blocks(self, x: Tensor, valid_mask: Tensor) -> QueryBlocks:
+    def blocks(self, x: Tensor, valid_mask: Tensor, lengths: Lengths = None) -> QueryBlocks:
         """Positions [B, L, D] in blocks that share a query."""
-        return self.parts.blocks(x, valid_mask, self.config.filter.query_every)
+        return self.parts.blocks(x, valid_mask, self.config.filter.query_every, lengths)
 
     def selections(self, queries: Tensor, keys: Tensor | None) -> list[Selection]:
         """What each table contributes for ``queries`` [G, D] of histories with hashes ``keys``
@@ -157,7 +158,11 @@ class MLTFR(nn.Module):
         ]
 
     def forward(
-        self, x: Tensor, valid_mask: Tensor, item_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        valid_mask: Tensor,
+        item_ids: Tensor | None = None,
+        lengths: Lengths = None,
     ) -> tuple[Tensor, Routing]:
         """What is added to block 0's output: sum_m pi_m E_m + lambda C.
 
@@ -166,11 +171,12 @@ class MLTFR(nn.Module):
             valid_mask: [B, L].
             item_ids: [B, L] the history itself, which only random draws read: strategy
                 random_tokens, and noise.
+            lengths: Positions of each row that ``valid_mask`` names, where they are known.
 
         Returns:
             [B, L, D], zero at padding, and what is known of the gate and the filters.
         """
-        blocks = self.blocks(x, valid_mask)
+        blocks = self.blocks(x, valid_mask, lengths)
         selections = self.selections(blocks.queries, blocks.keys(item_ids))
         memories = self.memories(selections)
         outputs = torch.stack(

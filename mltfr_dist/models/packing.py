@@ -6,6 +6,7 @@ Shapes: B users, L positions, N real positions of the batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,6 +22,22 @@ padding.
 """
 
 
+Lengths = Sequence[int] | None
+"""Real positions of each row, where they are known without asking a device."""
+
+
+def places(mask: Tensor, count: int | None = None) -> Tensor:
+    """[n] int64, where a mask of any shape holds, in the order of its flat places.
+
+    Args:
+        mask: bool.
+        count: n, where it is known: a GPU is then not waited for.
+    """
+    if count is None:
+        return mask.flatten().nonzero()[:, 0]
+    return torch.nonzero_static(mask.flatten(), size=count)[:, 0]
+
+
 class Part(NamedTuple):
     """Consecutive rows of like length."""
 
@@ -33,17 +50,26 @@ class Part(NamedTuple):
 class Packing:
     """The way between a padded batch [B, L, ...] and its real positions [N, ...], row by row."""
 
-    def __init__(self, item_ids: Tensor, counted: Tensor | None = None) -> None:
+    lengths: Lengths = None
+    """Positions of each row that are computed on, where they are known."""
+
+    def __init__(self, item_ids: Tensor, lengths: Lengths = None, *, whole: bool = False) -> None:
         """Pack the positions that are computed on.
 
         Args:
             item_ids: [B, L], padding behind the real positions.
-            counted: [B, L] bool, what is computed on; None: the real positions.
+            lengths: Real positions of each row, where they are known.
+            whole: Whether padding is computed on, too.
         """
         real = item_ids != PADDING_IDX
-        self.valid_mask = real if counted is None else counted
+        self.valid_mask = torch.ones_like(real) if whole else real
         self.batch_shape = item_ids.shape
-        self._places = self.valid_mask.flatten().nonzero()[:, 0]  # [N]
+        self.lengths = [item_ids.shape[1]] * len(item_ids) if whole else lengths
+        self._places = (  # [N]
+            torch.arange(item_ids.numel(), device=item_ids.device)
+            if whole
+            else places(real, None if lengths is None else sum(lengths))
+        )
         counts = self.valid_mask.sum(1)
         before = counts.cumsum(0) - counts  # [B] packed positions of earlier rows
         self.item_ids = item_ids
@@ -80,13 +106,13 @@ class Packing:
         whole = [Part(len(self._places), self)]
         if self.item_ids.device.type != "cpu" or type(self) is not Packing:
             return whole
-        lengths = self.num_items.tolist()
+        lengths = self.num_items.tolist() if self.lengths is None else list(self.lengths)
         if not any(lengths) or lengths != sorted(lengths, reverse=True):
             return whole
         parts, first = [], 0
         for row in range(1, len(lengths) + 1):
             if row == len(lengths) or lengths[row] < SHORTEST * lengths[first]:
-                rows = Packing(self.item_ids[first:row, : lengths[first]])
+                rows = Packing(self.item_ids[first:row, : lengths[first]], lengths[first:row])
                 parts.append(Part(sum(lengths[first:row]), rows))
                 first = row
         return [part for part in parts if part.size]
@@ -126,15 +152,19 @@ class Padded(Packing):
     Shapes: N here all B W positions, and R the real ones among them.
     """
 
-    def __init__(self, item_ids: Tensor, width: int, *, in_front: bool) -> None:
-        """Args: item_ids: [B, L], padding behind; width: W >= L; in_front: where it goes."""
-        self._read = Packing(item_ids)
+    def __init__(
+        self, item_ids: Tensor, width: int, lengths: Lengths = None, *, in_front: bool
+    ) -> None:
+        """Args: item_ids: [B, L], padding behind; width: W >= L; lengths: of the rows; in_front:
+        where padding goes.
+        """
+        self._read = Packing(item_ids, lengths)
         item_ids = F.pad(item_ids, (0, width - item_ids.shape[1]))
         if in_front:  # a stable sort: padding first, items in their order
             order = (item_ids != PADDING_IDX).to(torch.uint8).sort(dim=1, stable=True).indices
             item_ids = item_ids.gather(1, order)
-        super().__init__(item_ids, torch.ones_like(item_ids, dtype=torch.bool))
-        self._real = (item_ids != PADDING_IDX).flatten().nonzero()[:, 0]
+        super().__init__(item_ids, lengths, whole=True)
+        self._real = places(item_ids != PADDING_IDX, None if lengths is None else sum(lengths))
 
     @property
     def read(self) -> Packing:

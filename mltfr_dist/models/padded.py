@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig
 from mltfr_dist.models.backbone import PositionalBackbone
-from mltfr_dist.models.packing import Packing, Padded
+from mltfr_dist.models.packing import Lengths, Packing, Padded
 
 EPS = 1e-12
 """Of the released layer norms."""
@@ -41,6 +41,6 @@ class PaddedBackbone(PositionalBackbone):
             if isinstance(module, nn.LayerNorm):
                 module.eps = EPS
 
-    def pack(self, item_ids: Tensor) -> Packing:
+    def pack(self, item_ids: Tensor, lengths: Lengths = None) -> Packing:
         """Whole sequences, padding included."""
-        return Padded(item_ids, self.width, in_front=self.pads_in_front)
+        return Padded(item_ids, self.width, lengths, in_front=self.pads_in_front)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mltfr_dist.models.draws import history_keys
+from mltfr_dist.models.packing import Lengths, places
 
 
 def prefix_mean(x: Tensor, valid_mask: Tensor) -> Tensor:
@@ -40,12 +41,17 @@ class QueryBlocks:
     real: Tensor
     """[G, n], which of their positions are real."""
 
-    def __init__(self, x: Tensor, valid_mask: Tensor, block_len: int) -> None:
-        """Args: x: [B, L, D] input embeddings; valid_mask: [B, L]; block_len: n."""
+    def __init__(
+        self, x: Tensor, valid_mask: Tensor, block_len: int, lengths: Lengths = None
+    ) -> None:
+        """Args: x: [B, L, D] input embeddings; valid_mask: [B, L]; block_len: n; lengths: positions
+        of each row that ``valid_mask`` names, where they are known.
+        """
         self.valid_mask, self.block_len = valid_mask, block_len
         self.occupied = self._cut(valid_mask)[..., 0]  # sequences start at 0 and have no gaps
-        # Once: how many there are must come from the device.
-        self._places = self.occupied.flatten().nonzero()[:, 0]
+        self._num_real = None if lengths is None else sum(lengths)
+        num_blocks = None if lengths is None else sum(-(-n // block_len) for n in lengths)
+        self._places = places(self.occupied, num_blocks)
         self.positions = self._held(self._cut(x))
         self.queries = self._held(self.at_queries(prefix_mean(x, valid_mask)))
         self.real = self._held(self._cut(valid_mask))
@@ -62,7 +68,7 @@ class QueryBlocks:
 
     def at_real(self, t: Tensor) -> Tensor:
         """What stands at the real positions, row by row: [G, n, ...] -> [N, ...]."""
-        return t.flatten(0, 1).index_select(0, self.real.flatten().nonzero()[:, 0])
+        return t.flatten(0, 1).index_select(0, places(self.real, self._num_real))
 
     def at_queries(self, t: Tensor) -> Tensor:
         """What stands where the queries are taken: [B, L, ...] -> [B, ceil(L / n), ...]."""

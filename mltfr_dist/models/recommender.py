@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import LossConfig
-from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
+from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch, sent
 from mltfr_dist.models.backbone import Backbone
 from mltfr_dist.models.divided_rows import divided_rows, division_of, own_vectors
 from mltfr_dist.models.explain import Explanation, explain
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.losses import loss_sum
 from mltfr_dist.models.mltfr import MLTFR
-from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.packing import Lengths, Packing, places
 from mltfr_dist.models.routing import Routing, RoutingSums, routing_sums
 from mltfr_dist.models.scored import Scored
 from mltfr_dist.models.selectors import Reduce
@@ -79,21 +79,23 @@ class Recommender(nn.Module):
         if rows is not None:
             rows.look_up(torch.cat([ids.flatten() for ids in item_ids if ids is not None]))
 
-    def hidden(self, item_ids: Tensor) -> tuple[Tensor, Packing, Routing | None]:
+    def hidden(
+        self, item_ids: Tensor, lengths: Lengths = None
+    ) -> tuple[Tensor, Packing, Routing | None]:
         """Item ids [B, L] -> hidden states of the real positions [N, D], where they stand, and how
         MLTFR routed.
 
         The one place where MLTFR joins a backbone: it reads the input embeddings, and adds to the
         first block's output.
         """
-        layout = self.backbone.pack(item_ids)
+        layout = self.backbone.pack(item_ids, lengths)
         real = layout.read
         inputs = self.backbone.enter(layout)
         first, *further = self.backbone.blocks
         hidden, routing = first(inputs, layout), None
         if self.mltfr is not None:
             x = real.unpack(layout.real(inputs))  # [B, L, D]
-            added, routing = self.mltfr(x, real.valid_mask, real.item_ids)
+            added, routing = self.mltfr(x, real.valid_mask, real.item_ids, real.lengths)
             hidden = hidden + layout.spread(real.pack(added))
         for block in further:
             hidden = block(hidden, layout)
@@ -128,7 +130,7 @@ class Recommender(nn.Module):
         if weights is None:
             weights = torch.ones_like(batch.target_ids, dtype=torch.float32)
         self.look_up(batch.item_ids, batch.target_ids, batch.view_ids, *batch.sampled)
-        hidden, packing, routing = self.hidden(batch.item_ids)
+        hidden, packing, routing = self.hidden(batch.item_ids, batch.lengths)
         total = self._loss(hidden, batch, packing, packing.pack(weights))
         terms = {"loss": Term(total, "targets", 1.0)}
         if routing is not None and self.mltfr is not None:
@@ -147,7 +149,8 @@ class Recommender(nn.Module):
         target.
         """
         targets = packing.pack(batch.target_ids)
-        scored = (targets != PADDING_IDX).nonzero()[:, 0]
+        counts = batch.counts
+        scored = places(targets != PADDING_IDX, None if counts is None else counts.num_targets)
         hidden, targets, weights = (t.index_select(0, scored) for t in (hidden, targets, weights))
         drawn, shared = batch.negative_ids, batch.shared_negative_ids
         log_probability = batch.shared_log_probability
@@ -169,9 +172,14 @@ class Recommender(nn.Module):
         and its weight.
         """
         assert batch.view_ids is not None
-        hidden, packing, _ = self.hidden(batch.view_ids.flatten(0, 1))  # one pass: [2 B, L]
+        counts = batch.counts
+        lengths = None if counts is None else counts.view_lengths
+        num_present = None if counts is None else sum(length > 0 for length in counts.lengths)
+        hidden, packing, _ = self.hidden(
+            batch.view_ids.flatten(0, 1), lengths
+        )  # one pass: [2 B, L]
         first, second = packing.last(hidden).view(len(batch.view_ids), 2, -1).unbind(1)
-        return self.backbone.contrast(first, second, batch.sample_ids >= 0)
+        return self.backbone.contrast(first, second, batch.sample_ids >= 0, num_present)
 
     def _item_vectors(self) -> Tensor:
         """[I, D] vectors of items 1..I; of a divided table [O, D] those of this process's rows."""
@@ -228,6 +236,8 @@ class Recommender(nn.Module):
                 there is no gate.
         """
         if self.mltfr is not None:
+            if gate_weights is not None:
+                gate_weights = sent(gate_weights, next(self.parameters()).device)
             self.mltfr.after_update(gate_weights)
 
     @torch.no_grad()

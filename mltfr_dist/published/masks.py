@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import BackboneConfig
 from mltfr_dist.models.bert4rec import BERT4Rec
-from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.packing import Lengths, Packing
 
 
 class ReadsBeforeMask(BERT4Rec):
@@ -34,19 +34,18 @@ class AttendsToPadding(BERT4Rec):
         super().__init__(config, num_items, max_len)
         self.width = max_len + self.num_special_positions
 
-    def pack(self, item_ids: Tensor) -> Packing:
+    def pack(self, item_ids: Tensor, lengths: Lengths = None) -> Packing:
         """[B, L] -> all positions up to W."""
-        return Widened(item_ids, self.width)
+        return Widened(item_ids, self.width, lengths)
 
 
 class Widened(Packing):
     """Histories padded to W, every position of which counts, for the blocks and for MLTFR."""
 
-    def __init__(self, item_ids: Tensor, width: int) -> None:
-        """Args: item_ids: [B, L]; width: W >= L."""
+    def __init__(self, item_ids: Tensor, width: int, lengths: Lengths = None) -> None:
+        """Args: item_ids: [B, L]; width: W >= L; lengths: of the rows."""
         self.width = width
-        item_ids = self._widened(item_ids)
-        super().__init__(item_ids, torch.ones_like(item_ids, dtype=torch.bool))
+        super().__init__(self._widened(item_ids), lengths, whole=True)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, L, ...], L <= W, -> [N, ...], zero behind L."""

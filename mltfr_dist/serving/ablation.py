@@ -119,9 +119,7 @@ def _effect(
 ) -> Effect:
     ids = [found.item_id for found in best]
     others = other.recommend(rest, k=len(best), exclude=history)
-    entered = [
-        model.items.name(model.items.numbers[r.item_id]) for r in others if r.item_id not in ids
-    ]
+    entered = [r.title or r.item_id for r in others if r.item_id not in ids]
     change = other.score([rest], ids) - model.score([history], ids)
     return Effect(what, len(best) - len(entered), entered, float(abs(change).mean()))
 

@@ -211,17 +211,18 @@ def _encoded(work: Work, rows: list[Row]) -> Histories:
             raise DataError(
                 f"{error.what[:-1]}{where}.", rule=error.rule, remedy=error.remedy
             ) from None
-        found = items.known(raw_ids)
-        if len(found) < len(raw_ids) and work.options.unknown == "refuse":
-            raise items.unknown([raw for raw in raw_ids if raw not in items.numbers], where)
-        if not found and work.options.empty == "refuse":
+        found = items.find(raw_ids)
+        if not all(found) and work.options.unknown == "refuse":
+            raise items.unknown(raw_ids, found, where)
+        known = [number for number in found if number]
+        if not known and work.options.empty == "refuse":
             raise DataError(
                 f"No history{where}.",
                 rule="A model reads at least one item that it knows.",
                 remedy="Leave the row out; `--empty popular` answers by popularity.",
             )
-        dropped += len(raw_ids) - len(found)
-        numbers.append(found)
+        dropped += len(found) - len(known)
+        numbers.append(known)
     return Histories(numbers, None, dropped)
 
 
@@ -275,7 +276,9 @@ class _Progress:
 
 def model_hash(model: Ranker) -> str:
     """sha256 of the weights and the items."""
-    digest = hashlib.sha256("\0".join(model.item_ids).encode())
+    digest = hashlib.sha256()
+    for raw in model.item_ids:
+        digest.update(f"{raw}\0".encode())
     for name, tensor in sorted(model.serving.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().numpy().data)

@@ -45,8 +45,8 @@ class Candidates:
         """Check what is asked for.
 
         Raises:
-            DataError: An empty history that is refused, popularity that is not known, unknown ids,
-                or lists for another number of histories.
+            DataError: An empty history that is refused, unknown ids, or lists for another number of
+                histories.
             ConfigError: ``empty`` is none of its values.
         """
         check_choice("empty", empty, get_args(Empty))
@@ -60,11 +60,6 @@ class Candidates:
                 else "The history is empty.",
                 rule="A model reads at least one item that it knows.",
                 remedy="Give at least one item id; empty=popular answers by popularity.",
-            )
-        if without and items.counts is None:
-            raise DataError(
-                "The popularity of items is not known here, so empty=popular cannot answer.",
-                remedy="Export the run again with this release, or leave empty histories out.",
             )
         count = len(histories)
         return cls(
@@ -84,7 +79,6 @@ class Candidates:
 
     def popularity(self) -> Tensor:
         """[I] fp32 counts of items 1..I."""
-        assert self.items.counts is not None
         return torch.from_numpy(self.items.counts).float()[1:]
 
     def alike(self, places: Sequence[int]) -> list[list[int]]:

@@ -24,7 +24,7 @@ from mltfr_dist.models.fmlp import SequenceFilter
 from mltfr_dist.models.fmlp_original import SpectralFilter
 from mltfr_dist.models.folded import Stored, folded
 from mltfr_dist.models.mltfr import MLTFR
-from mltfr_dist.models.packing import Packing, Padded
+from mltfr_dist.models.packing import Lengths, Packing, Padded
 from mltfr_dist.models.padded import PaddedBackbone
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.query_blocks import QueryBlocks, prefix_mean
@@ -122,8 +122,10 @@ class DensePadded(Padded):
 class DenseBlocks(QueryBlocks):
     """All blocks of all histories, occupied or not."""
 
-    def __init__(self, x: Tensor, valid_mask: Tensor, block_len: int) -> None:
-        """Args: x: [B, W, D]; valid_mask: [B, W]; block_len: n."""
+    def __init__(
+        self, x: Tensor, valid_mask: Tensor, block_len: int, lengths: Lengths = None
+    ) -> None:
+        """Args: x: [B, W, D]; valid_mask: [B, W]; block_len: n; lengths: not looked at."""
         self.valid_mask, self.block_len = valid_mask, block_len
         self.positions = self._cut(x).flatten(0, 1)
         self.queries = self.at_queries(prefix_mean(x, valid_mask)).flatten(0, 1)
@@ -219,9 +221,9 @@ def _dense(model: Recommender, max_len: int) -> Recommender:
         width += backbone.num_special_positions
     if isinstance(backbone, PaddedBackbone):
         in_front = backbone.pads_in_front
-        backbone.pack = lambda item_ids: DensePadded(item_ids, in_front=in_front)  # type: ignore[method-assign]
+        backbone.pack = lambda item_ids, lengths=None: DensePadded(item_ids, in_front=in_front)  # type: ignore[method-assign]
     else:
-        backbone.pack = Dense  # type: ignore[method-assign]
+        backbone.pack = lambda item_ids, lengths=None: Dense(item_ids)  # type: ignore[method-assign]
     dim = vectors.shape[1]
     for parent in list(backbone.modules()):
         for name, child in list(parent.named_children()):

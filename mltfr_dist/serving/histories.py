@@ -65,14 +65,13 @@ def encode(given: object, items: ItemMap, unknown: Unknown = "refuse") -> Histor
                 remedy="Give a list.",
             )
         raw_ids = as_texts(row)
-        found = items.known(raw_ids)
-        if len(found) < len(raw_ids):
-            if unknown == "refuse":
-                where = f" in history {place} of {len(rows)}" if len(rows) > 1 else ""
-                strange = [raw for raw in raw_ids if raw not in items.numbers]
-                raise items.unknown(strange, where)
-            dropped += len(raw_ids) - len(found)
-        numbers.append(found)
+        found = items.find(raw_ids)
+        if not all(found) and unknown == "refuse":
+            where = f" in history {place} of {len(rows)}" if len(rows) > 1 else ""
+            raise items.unknown(raw_ids, found, where)
+        known = [number for number in found if number]
+        dropped += len(found) - len(known)
+        numbers.append(known)
     return Histories(numbers, users, dropped)
 
 

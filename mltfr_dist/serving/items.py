@@ -5,15 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from mltfr_dist.data.batch import PADDING_IDX
 from mltfr_dist.errors import DataError
 from mltfr_dist.schema import or_nearest
+from mltfr_dist.serving.texts import Lookup, Texts
 
 ECHOED_ITEMS = 10
 """Unknown ids that an error names."""
+NEAREST = 100_000
+"""Most popular items among which the nearest to an unknown id is sought."""
+
+WRITTEN = 1 << 20
+"""Items that are read or written together."""
+TYPES: dict[str, pa.DataType] = {
+    "item_index": pa.int64(),
+    "item_id": pa.string(),
+    "title": pa.string(),
+    "count": pa.int64(),
+}
 
 ItemId = str | int
 """A raw item id; a whole number stands for its digits."""
@@ -21,14 +38,47 @@ ItemId = str | int
 
 @dataclass(frozen=True)
 class ItemMap:
-    """Raw ids and titles of items 1..num_items; index 0 is padding."""
+    """Raw ids and titles of items 1..num_items; index 0 is padding.
 
-    ids: list[str]
-    titles: list[str | None]
+    Memory: the bytes of ids and titles, 4 a text, 8 a count; from the first id that is looked up,
+    12 an item more.
+    """
+
+    ids: Texts[str]
+    titles: Texts[str | None]
     listed_in: str
     """File that lists the ids, for messages."""
-    counts: npt.NDArray[np.int64] | None = None
-    """[num_items + 1] interactions of each item in the data; None where they are not known."""
+    counts: npt.NDArray[np.int64]
+    """[num_items + 1] interactions of each item in the data."""
+
+    @classmethod
+    def of(cls, file: pq.ParquetFile, listed_in: str) -> ItemMap:
+        """The items of a file as :meth:`write` writes it, read some at a time."""
+        counts = np.zeros(file.metadata.num_rows + 1, dtype=np.int64)
+        ids: list[Any] = [pa.array([""])]
+        titles: list[Any] = [pa.array([None], pa.string())]
+        for part in file.iter_batches(WRITTEN):
+            numbers = part["item_index"].to_numpy()
+            assert numbers[0] == sum(map(len, ids)), "items go by their numbers"
+            counts[numbers] = part["count"].to_numpy()
+            ids.append(part["item_id"])
+            titles.append(part["title"])
+        columns = (pa.chunked_array(chunks, pa.string()) for chunks in (ids, titles))
+        return cls(Texts(next(columns)), Texts(next(columns)), listed_in, counts)
+
+    def write(self, path: Path) -> None:
+        """Write a file with the columns of `items.parquet`, some items at a time."""
+        schema = pa.schema(TYPES)
+        with pq.ParquetWriter(path, schema) as file:
+            for start in range(1, len(self.ids), WRITTEN):
+                stop = min(start + WRITTEN, len(self.ids))
+                columns = {
+                    "item_index": np.arange(start, stop),
+                    "item_id": self.ids.column.slice(start, WRITTEN),
+                    "title": self.titles.column.slice(start, WRITTEN),
+                    "count": self.counts[start:stop],
+                }
+                file.write_table(pa.table(columns, schema))
 
     @property
     def num_items(self) -> int:
@@ -36,9 +86,13 @@ class ItemMap:
         return len(self.ids) - 1
 
     @cached_property
-    def numbers(self) -> dict[str, int]:
-        """Raw id to 1..num_items."""
-        return {raw: index for index, raw in enumerate(self.ids) if index}
+    def _lookup(self) -> Lookup:
+        return Lookup(self.ids)
+
+    def find(self, raw_ids: Sequence[str]) -> list[int]:
+        """Number of each raw id, 1..num_items; 0 where it is not known."""
+        found: list[int] = self._lookup.find(raw_ids).clip(min=PADDING_IDX).tolist()
+        return found
 
     def name(self, item: int) -> str:
         """Title where there is one, raw id otherwise."""
@@ -53,30 +107,27 @@ class ItemMap:
         raw_ids = as_texts(history)
         if not raw_ids:
             raise DataError("The history is empty.", remedy="Give at least one item id.")
-        numbers = self.known(raw_ids)
-        if len(numbers) < len(raw_ids):
-            raise self.unknown([raw for raw in raw_ids if raw not in self.numbers])
+        numbers = self.find(raw_ids)
+        if not all(numbers):
+            raise self.unknown(raw_ids, numbers)
         return numbers
 
-    def known(self, raw_ids: Sequence[str]) -> list[int]:
-        """Numbers of the ids that are known; the others are left out."""
-        numbers = self.numbers
-        return [numbers[raw] for raw in raw_ids if raw in numbers]
-
-    def unknown(self, raw_ids: Sequence[str], where: str = "") -> DataError:
+    def unknown(self, raw_ids: Sequence[str], numbers: Sequence[int], where: str = "") -> DataError:
         """The error for ids that are not known.
 
         Args:
-            raw_ids: At least one.
+            raw_ids: Some ids.
+            numbers: What :meth:`find` gave for them, at least one 0.
             where: Which of several histories holds them.
         """
+        raw_ids = [raw for raw, number in zip(raw_ids, numbers, strict=True) if not number]
         more = len(raw_ids) - ECHOED_ITEMS
         return DataError(
             f"Unknown item id{'s' if len(raw_ids) > 1 else ''} "
             + ", ".join(raw_ids[:ECHOED_ITEMS])
             + f" and {more} more" * (more > 0)
             + where
-            + f"{or_nearest(raw_ids[0], self.numbers)}.",
+            + f"{or_nearest(raw_ids[0], self.ids[1:NEAREST])}.",
             rule="Ids are those of the raw data that preparation kept "
             f"({self.listed_in} lists them).",
             remedy="Leave them out or correct them; unknown=drop leaves them out and counts them.",

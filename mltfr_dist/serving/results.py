@@ -65,13 +65,16 @@ class Recommendations(Sequence[list[Recommendation]]):
     @property
     def item_ids(self) -> list[list[str]]:
         """Raw ids of each history's items, best first."""
-        ids = self.items.ids
-        return [[ids[number] for number in row if number] for row in self.numbers.tolist()]
+        return [[raw for raw in row if raw] for row in self._texts().tolist()]
 
     def to_numpy(self) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.float32]]:
         """Raw ids [B, k] (empty where there is no item) and scores [B, k]."""
-        chosen = [[self.items.ids[number] for number in row] for row in self.numbers.tolist()]
-        return np.array(chosen, dtype=np.str_).reshape(self.numbers.shape), self.scores
+        return self._texts().astype(np.str_), self.scores
+
+    def _texts(self) -> npt.NDArray[np.object_]:
+        """[B, k] raw ids; empty where there is no item."""
+        found = np.array(self.items.ids.at(self.numbers.ravel()), dtype=np.object_)
+        return found.reshape(self.numbers.shape)
 
     def to_arrow(self) -> pa.Table:
         """A row an item: ``user_id`` (the history's place where there are none), ``rank`` from 1,
@@ -85,11 +88,11 @@ class Recommendations(Sequence[list[Recommendation]]):
         columns: dict[str, Any] = {
             "user_id": users,
             "rank": (places + 1).astype(np.int32),
-            "item_id": [self.items.ids[number] for number in chosen.tolist()],
+            "item_id": self.items.ids.at(chosen),
             "score": self.scores[rows, places],
         }
-        if any(self.items.titles):
-            columns["title"] = [self.items.titles[number] for number in chosen.tolist()]
+        if self.items.titles.any:
+            columns["title"] = self.items.titles.at(chosen)
         return pa.table(columns)
 
     def to_pandas(self) -> Any:

@@ -30,9 +30,7 @@ from mltfr_dist.tables.seeds import seed_tables
 from mltfr_dist.tables.store import TokenTable, load_table
 from mltfr_dist.training.checks import check_tables
 from mltfr_dist.training.items import item_features
-from mltfr_dist.training.run_folder import CHECKPOINTS
-
-INPUTS = "inputs.json"
+from mltfr_dist.training.run_folder import CHECKPOINTS, INPUTS
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.data.shards.manifest import ITEMS_NAME, read_manifest, read_map
+from mltfr_dist.data.shards.manifest import ITEMS_NAME, open_map, read_manifest
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.serving.items import ItemMap
 from mltfr_dist.tables.store import TokenTable
@@ -23,14 +22,8 @@ def load_items(config: RunConfig) -> ItemMap:
         DataError: `items.parquet` is not what the manifest says.
     """
     folder = config.data.path
-    columns = read_map(folder, read_manifest(folder), ITEMS_NAME).to_pydict()
-    order = np.argsort(columns["item_index"])
-    return ItemMap(
-        ["", *(columns["item_id"][i] for i in order)],
-        [None, *(columns["title"][i] for i in order)],
-        f"{folder}/{ITEMS_NAME}",
-        np.array([0, *(columns["count"][i] for i in order)], dtype=np.int64),
-    )
+    with open_map(folder, read_manifest(folder), ITEMS_NAME) as file:
+        return ItemMap.of(file, f"{folder}/{ITEMS_NAME}")
 
 
 def item_features(config: RunConfig, tables: Sequence[TokenTable]) -> torch.Tensor | None:
@@ -43,7 +36,7 @@ def item_features(config: RunConfig, tables: Sequence[TokenTable]) -> torch.Tens
     if not config.mltfr.enabled or config.mltfr.item_tokens.source == "none":
         return None
     titles = load_items(config).titles
-    if not any(titles):
+    if not titles.any:
         raise ConfigError(
             f"mltfr.item_tokens.source=titles, but the prepared data {config.data.path} has no "
             f"item titles.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import differing_fields, leaf_values, read_yaml
 from mltfr_dist.tuning.records import BASE
 from mltfr_dist.tuning.source import SWEEP
-from mltfr_dist.tuning.space import SweepConfig, with_values
+from mltfr_dist.tuning.space import SweepConfig, encoded, with_values
 
 SET_BY_THE_SWEEP = ("name", "runs_dir", "baselines")
 """Fields that a sweep sets itself."""
@@ -71,6 +72,8 @@ def check_space(sweep: SweepConfig, base: RunConfig) -> None:
             )
         for value in domain.samples():
             check_value(sweep, base, key, value)
+    for key in sweep.search:
+        check_when(sweep, key, leaves)
     check_metric(sweep, base)
 
 
@@ -92,6 +95,32 @@ def check_value(sweep: SweepConfig, base: RunConfig, key: str, value: Any) -> No
             with_values(base, {key: value, **dict(zip(others, some))})
             return
     raise alone
+
+
+def check_when(sweep: SweepConfig, key: str, base: Mapping[str, Any]) -> None:
+    """Refuse a condition on a value that its field never has: the searched field would keep its
+    base value in every trial.
+
+    Args:
+        sweep: The sweep.
+        key: The searched field.
+        base: The base's value of each field, which one that does not apply keeps.
+
+    Raises:
+        ConfigError: There is such a value.
+    """
+    for above, wanted in sweep.search[key].when.items():
+        domain = sweep.search[above]
+        for value in wanted if isinstance(wanted, list) else [wanted]:
+            if domain.holds(value) or (domain.when and value == base[above]):
+                continue
+            options = domain.options()
+            has = ", ".join(map(encoded, options)) if options else f"{domain.ends}"
+            raise ConfigError(
+                f"search.{key}.when wants {above} to be {encoded(value)}, which it never is.",
+                rule=f"`{above}` is searched over {has}.",
+                remedy="Name one of its values, or a list of some.",
+            )
 
 
 def check_metric(sweep: SweepConfig, base: RunConfig) -> None:

@@ -9,7 +9,14 @@ from pathlib import Path
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.invocation import train_command
 from mltfr_dist.training.run_folder import CONFIG, REPORT, Result, load_config, load_result
-from mltfr_dist.tuning.records import METRICS, TRIALS, load_trials, read_validations
+from mltfr_dist.tuning.records import (
+    METRICS,
+    TRIALS,
+    Trial,
+    load_trial,
+    load_trials,
+    read_validations,
+)
 from mltfr_dist.tuning.source import SWEEP
 
 
@@ -56,6 +63,11 @@ def unfinished_run(folder: Path) -> ConfigError:
     epochs = len(read_validations(folder / METRICS))
     what = f"The run {folder} is not finished: {epochs} epochs are validated."
     if sweep is not None:
+        number = folder.name[:4]
+        if (folder.parent / f"{number}.json").exists():  # else it was deleted
+            trial = load_trial(folder.parents[1], int(number))
+            if trial.record.ended is not None:
+                return ended_trial(trial, sweep / SWEEP, epochs)
         return ConfigError(
             what,
             rule="It is a trial of a sweep; run by itself it would read the test split.",
@@ -63,6 +75,21 @@ def unfinished_run(folder: Path) -> ConfigError:
         )
     owner = folder.parent if (folder.parent / CONFIG).exists() else folder
     return ConfigError(what, remedy=f"Go on: `{train_command()} --config {owner / CONFIG}`.")
+
+
+def ended_trial(trial: Trial, sweep: Path, epochs: int) -> ConfigError:
+    """The error for a trial that was stopped early or failed: the sweep does not go on with it."""
+    assert trial.record.ended is not None
+    state, reason = trial.record.ended.state, trial.record.ended.reason
+    how = "was stopped early" if state == "stopped" else "failed"
+    remedy = f"`mltfr sweep {sweep} --retry-failed` has failed trials go on."
+    if state == "stopped":
+        remedy = f"`mltfr report {sweep.parent}` has its place among the others, "
+        remedy += f"{trial.folder / METRICS} all of its validations."
+    return ConfigError(
+        f"The trial {trial.folder} {how} ({reason.rstrip('.')}): {epochs} epochs are validated.",
+        remedy=remedy,
+    )
 
 
 def unfinished_sweep(folder: Path) -> ConfigError:

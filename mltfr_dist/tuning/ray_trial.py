@@ -8,13 +8,11 @@ the run's last checkpoint, and replays nothing.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +20,19 @@ from typing import Any
 from ray import tune
 from ray.exceptions import RayActorError
 from ray.train import RunConfig as RayRunConfig
-from ray.train import get_context
-from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.errors import EXIT_BAD_INPUT, ConfigError, MltfrError, OtherRankError
+from mltfr_dist.errors import EXIT_BAD_INPUT, MltfrError, OtherRankError
 from mltfr_dist.files import write_atomically
-from mltfr_dist.schema import changed, validate
-from mltfr_dist.training.inputs import INPUTS
-from mltfr_dist.training.run_folder import CHECKPOINTS, CONFIG, dump_config
+from mltfr_dist.schema import changed
+from mltfr_dist.training.run_folder import CHECKPOINTS, CONFIG, INPUTS, dump_config
 from mltfr_dist.tuning.environment import set_environment
+from mltfr_dist.tuning.rank import POLL_SECONDS, train_worker
 from mltfr_dist.tuning.records import DIED, METRICS, TRIALS, Trial, Validation, load_trial
 from mltfr_dist.tuning.space import SweepConfig, with_values
-from mltfr_dist.tuning.train_group import KeepGroup, Trainer, release, scaling
+from mltfr_dist.tuning.train_group import TorchRanks, Trainer, scaling
+from mltfr_dist.tuning.workers import TrialWorkers, release, release_waiting
 
 EPOCH, OBJECTIVE, NUMBER = "epoch", "objective", "trial"
 OWNER = "owner"
@@ -47,13 +44,13 @@ NOTHING: dict[str, Any] = {EPOCH: 0, OBJECTIVE: 0.0}
 STOP = "stop"
 """File in the sweep's folder: every running trial saves, and ends."""
 
-POLL_SECONDS = 0.5
 STOP_SECONDS = 300.0
 """How long a trial that was asked to stop may take to save."""
 
+END_SECONDS = 30.0
+"""How long a trial that was stopped early may take to save; then its processes end with it."""
+
 COPY_ATTEMPTS = 3
-LOCK_SECONDS = 120.0
-"""How long a trial waits for the process of an earlier attempt to be gone."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,17 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Called by Tune where the process gets another trial, which saves the start of one."""
-        self.cleanup()
+        """Called by Tune where the process gets another trial, which saves the start of one, and of
+        the workers where these end theirs in time.
+        """
+        if self.attempt is not None and self.attempt.is_alive():  # the trial was stopped early
+            self.workers.ask_to_stop()
+            self.attempt.join(END_SECONDS)
+            if self.attempt.is_alive():
+                release(self.group)
+                self.attempt.join(END_SECONDS)
+                release_waiting()  # had it ended in this moment: its group is gone
+        self.group.unlink(missing_ok=True)
         self._take(new_config)
         return True
 
@@ -113,6 +119,7 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         self.group = self.setting.folder / TRIALS / f"{config[NUMBER]:04d}.group"
         self.seen = len(self.record.validations())
         self.attempt: Attempt | None = None
+        self.workers = TrialWorkers(self.group)
         release(self.group)  # of an attempt that was lost with its node
         self.record.failure.unlink(missing_ok=True)
 
@@ -185,6 +192,7 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         if self.attempt is not None and (self.setting.folder / STOP).exists():
             self.attempt.join(STOP_SECONDS)
         release(self.group)
+        release_waiting()
 
     def _result(self, validations: list[Validation]) -> dict[str, Any]:
         name = self.setting.sweep.metric_name
@@ -202,65 +210,14 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         return Trainer(
             train_worker,
             train_loop_config=given,
-            torch_config=TorchConfig(timeout_s=int(config.training.hang_seconds) + 60),
+            backend_config=TorchRanks(resources.gpus > 0, int(config.training.hang_seconds) + 60),
             scaling_config=scaling(resources),
             run_config=RayRunConfig(
                 name=f"{self.trial_id}-{self.record.name}",
                 storage_path=str(self.setting.folder / "ray"),
-                callbacks=[KeepGroup(self.group)],
+                callbacks=[self.workers],
             ),
         )
-
-
-def train_worker(given: dict[str, Any]) -> None:
-    """One rank of a trial: the run that train.py would make."""
-    from mltfr_dist.training.running.fit import fit
-
-    os.chdir(given["directory"])
-    config = validate(RunConfig, given["config"], source="the sweep")
-    threading.Thread(
-        target=stop_when_told, args=(Path(given["stop"]),), name="stop", daemon=True
-    ).start()
-    with one_attempt(Path(given["log"])):
-        fit(config, verify=False, read_test=given["read_test"])
-
-
-def stop_when_told(flag: Path) -> None:
-    """Ask this process to save and stop once ``flag`` is there."""
-    from mltfr_dist.distributed.signals import request_stop
-
-    while not flag.exists():
-        time.sleep(POLL_SECONDS)
-    request_stop()
-
-
-@contextmanager
-def one_attempt(log: Path) -> Iterator[None]:
-    """Rank 0 writes to ``log``, alone: an earlier attempt's process may live on for a moment after
-    its driver was killed.
-
-    Raises:
-        ConfigError: It does not go.
-    """
-    if get_context().get_world_rank():
-        yield
-        return
-    with log.open("a", buffering=1) as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ConfigError(
-                        f"{log} is held by another process since {LOCK_SECONDS:.0f} s.",
-                        rule="One process writes a trial's run.",
-                        remedy="End the other sweep over this folder.",
-                    ) from None
-                time.sleep(POLL_SECONDS)
-        with redirect_stdout(file):
-            yield
 
 
 def root_cause(error: BaseException) -> BaseException:

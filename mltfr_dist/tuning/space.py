@@ -219,24 +219,35 @@ def base_values(sweep: SweepConfig, base: RunConfig) -> Values | None:
 
 
 def typed_choices(sweep: SweepConfig) -> SweepConfig:
-    """The sweep with its choices as their fields hold them: the text "0.001" of a rate becomes a
-    number.
+    """The sweep with its choices, and the values in `when`, as their fields hold them: the text
+    "0.001" of a rate becomes a number.
 
-    Choices that are no value of their field stay as they are, for the check of the space to refuse.
+    What is no value of its field stays as it is, for the check of the space to refuse.
     """
+    typed = {key for key, domain in sweep.search.items() if domain.choices}
+
+    def wanted(above: str, values: Any) -> Any:
+        if above not in typed:
+            return values
+        many = isinstance(values, list)
+        return [_typed(above, value) for value in values] if many else _typed(above, values)
+
     search = {}
     for key, domain in sweep.search.items():
-        field = field_at(RunConfig, key)
-        if field is not None and domain.choices:
-            described: Any = Annotated[field.annotation, field]
-            adapter: TypeAdapter[Any] = TypeAdapter(described)
-            choices = tuple(_typed(adapter, value) for value in domain.choices)
-            domain = domain.model_copy(update={"choices": choices})
-        search[key] = domain
+        changes: Values = {
+            "choices": tuple(_typed(key, value) for value in domain.choices),
+            "when": {above: wanted(above, values) for above, values in domain.when.items()},
+        }
+        search[key] = domain.model_copy(update=changes)
     return sweep.model_copy(update={"search": search})
 
 
-def _typed(adapter: TypeAdapter[Any], value: Any) -> Any:
+def _typed(key: str, value: Any) -> Any:
+    field = field_at(RunConfig, key)
+    if field is None:
+        return value
+    described: Any = Annotated[field.annotation, field]
+    adapter: TypeAdapter[Any] = TypeAdapter(described)
     try:
         return adapter.dump_python(adapter.validate_python(value), mode="json")
     except ValidationError:

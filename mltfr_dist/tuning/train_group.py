@@ -1,29 +1,28 @@
 """A trial's workers: Ray Train as far as a sweep needs it.
 
-Each process that Ray starts imports PyTorch, which takes as long as a small trial's training; so
-none is started that our runs have no use for.
+Each process that Ray starts imports for seconds, as long as a small trial trains; so none is
+started that our runs have no use for, and the watching one does without PyTorch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray.train import Result, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGroupCallback
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroup, state, worker_group
-from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
+from ray.train.v2._internal.execution.worker_group import state, worker_group
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from mltfr_dist.files import write_atomically
+from mltfr_dist.tuning.rank import join_group, on_its_device
 from mltfr_dist.tuning.space import TrialResources
-
-INHERITED = dict(os.environ)
-"""This process's environment as Ray started it; its workers have that, too."""
+from mltfr_dist.tuning.workers import Group
 
 
 def scaling(resources: TrialResources) -> ScalingConfig:
@@ -40,7 +39,7 @@ Ray's own data sets.
 """
 
 
-class Trainer(TorchTrainer):  # type: ignore[misc]
+class Trainer(DataParallelTrainer):  # type: ignore[misc]
     """Ray Train's trainer without its own watch over placement groups, and without a process of its
     own.
 
@@ -48,10 +47,10 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
     when the whole sweep ends. A detached actor of Ray Train's should free it sooner, but asks the
     dashboard whether the trial is alive, and where there is no dashboard waits for ever. Each trial
     that was stopped early then kept its CPUs, and the next stayed pending until the sweep was
-    restored. Here the trial frees its own (:func:`release`).
+    restored. Here the trial frees its own (:func:`~mltfr_dist.tuning.workers.release`).
 
-    Ray Train watches the workers from one more process, which imports PyTorch again before they
-    start. The process of :class:`SweepTrial` does nothing but wait, and does it as well.
+    Ray Train watches the workers from one more process, which would import everything again before
+    they start. The process of :class:`SweepTrial` does nothing but wait, and does it as well.
     """
 
     def _initialize_and_run_controller(self, **given: Any) -> Result:
@@ -65,6 +64,45 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         return [
             c for c in super()._create_default_callbacks() if type(c).__name__ not in NOT_NEEDED
         ]
+
+
+@dataclass
+class TorchRanks(BackendConfig):  # type: ignore[misc]
+    """PyTorch's process group, as Ray's TorchConfig, of which this process imports nothing."""
+
+    gpus: bool
+    """Whether each rank has one."""
+    seconds: int
+    """How long a collective may take."""
+
+    @property
+    def backend_cls(self) -> type[Meeting]:
+        """What forms it."""
+        return Meeting
+
+    @property
+    def train_func_context(self) -> Any:
+        """What the training is done in."""
+        return on_its_device
+
+
+class Meeting(Backend):  # type: ignore[misc]
+    """Lets the workers form their group; each leaves it itself."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: TorchRanks) -> None:
+        """Called by Ray Train once the workers are there."""
+        place = worker_group.execute_single(0, get_address_and_port)
+        backend = "nccl" if backend_config.gpus else "gloo"
+        size = len(worker_group)
+        joins = [
+            worker_group.execute_single_async(
+                rank, join_group, *place, rank, backend, backend_config.seconds, size
+            )
+            for rank in range(size)
+        ]
+        ray.get(joins)
 
 
 class Nobody:
@@ -94,38 +132,7 @@ class FixedSize(FixedScalingPolicy):  # type: ignore[misc]
         pass
 
 
-class Group(WorkerGroup):  # type: ignore[misc]
-    """Workers that may be processes started in advance: Ray has these for one environment."""
-
-    @staticmethod
-    def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
-        env = dict(WorkerGroup._get_worker_runtime_env(custom_runtime_env))
-        more = {k: v for k, v in env.pop("env_vars").items() if INHERITED.get(k) != v}
-        return env | ({"env_vars": more} if more else {})
-
-
 class Controller(TrainController):  # type: ignore[misc]
-    """Ray Train's, over a :class:`Group`."""
+    """Ray Train's, over a :class:`~mltfr_dist.tuning.workers.Group`."""
 
     worker_group_cls = Group
-
-
-class KeepGroup(WorkerGroupCallback):  # type: ignore[misc]
-    """Notes the placement group of a trial's workers in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        """Called by Ray Train once the workers are there."""
-        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
-        write_atomically(self.path, group.id.hex())
-
-
-def release(path: Path) -> None:
-    """Free the placement group that ``path`` names, and with it the workers; nothing where there is
-    none.
-    """
-    if path.exists():
-        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(path.read_text()))))
-        path.unlink()

@@ -24,11 +24,12 @@ from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.row_adam import RowAdam
+from mltfr_dist.distributed.step_sums import StepSums
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.optim import parameter_groups
 from mltfr_dist.training.build import build_model
 from mltfr_dist.training.inputs import load_inputs
-from mltfr_dist.training.running.loop import reduce_outputs
+from mltfr_dist.training.running.step_values import step_totals
 from mltfr_dist.training.streams import train_stream
 
 SAMPLED = {"loss__name": "sampled_softmax", "loss__num_negatives": 8}
@@ -145,7 +146,8 @@ def reference(config: RunConfig, ranks: Ranks) -> list[float]:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        totals = reduce_outputs(ranks, [output], batches)
+        sums = StepSums([output])
+        totals = step_totals(sums.output(sums.vector), batches)
         model.after_update(totals.routing.gate)
         found.append(totals.loss)
     return found

@@ -175,6 +175,34 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(load_trials(folder)) == 6
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_its_processes_serve_trial_after_trial(tmp_path: Path) -> None:
+    # The second trial learns nothing and is stopped early; all three run in the same two processes.
+    search = {"optimizer.learning_rate": {"choices": [0.001, 1e-7, 0.003]}}
+    asha = {"grace_epochs": 1, "reduction_factor": 2}
+    path = write_space(tmp_path, search, algorithm="grid", asha=asha, final_seeds=[])
+    process, workers = start(path), set()
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if "RayTrainWorker" in " ".join(child.cmdline()):
+                    workers.add(child.pid)
+        time.sleep(0.2)
+    assert process.returncode == 0, path.with_suffix(".log").read_text()[-6000:]
+    trials = load_trials(tmp_path / "sweeps" / "sweep")
+    assert [trial.state for trial in trials] == ["finished", "stopped", "finished"]
+    assert len(workers) == 2
+    last = trials[-1]
+    config = str(last.folder / "config.yaml")
+    options = ("--config", config, f"runs_dir={tmp_path / 'by-hand'}")
+    run_ranks(2, REPOSITORY / "train.py", *options)
+    by_hand = read_lines(tmp_path / "by-hand" / last.name / "metrics.jsonl")
+    assert read_lines(last.folder / "metrics.jsonl") == [
+        line for line in by_hand if line["kind"] != "test"
+    ]
+
+
 @pytest.mark.timeout(900)
 def test_a_failing_trial_is_recorded_and_a_signal_saves(tmp_path: Path) -> None:
     # The second rate is one with which no step is finite: that trial fails when it has skipped too
@@ -293,10 +321,31 @@ def test_a_population_larger_than_its_slots_takes_turns(tmp_path: Path) -> None:
     trials = load_trials(tmp_path / "sweeps" / "sweep")
     assert [trial.state for trial in trials] == ["finished"] * 3, text[-4000:]
     assert any(trial.record.generation for trial in trials), "a trial took over another's weights"
-    # In turns: every trial has begun before any is finished.
+    assert begun_before_any_ended(text) == {"0000", "0001", "0002"}
+
+
+def begun_before_any_ended(text: str) -> set[str]:
+    """Numbers of the trials that a sweep's output names before one is finished."""
     events = [line for line in text.splitlines() if line.startswith("  trial 000")]
     first_end = next(i for i, line in enumerate(events) if " finished" in line)
-    assert {line.split()[1][:4] for line in events[:first_end]} == {"0000", "0001", "0002"}
+    return {line.split()[1][:4] for line in events[:first_end]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_ready_made_population_of_eight_exchanges_on_two_cpus(tmp_path: Path) -> None:
+    ready = yaml.safe_load((REPOSITORY / "tuning/spaces/population.yaml").read_text())
+    ready.pop("preset")
+    search, lasting = ready.pop("search"), {"training.epochs": 9, "training.patience": 9}
+    more = ready | {"final_seeds": [], "max_concurrent": 2, "overrides": lasting, "name": "sweep"}
+    path = write_space(tmp_path, search, **more)
+    process = start(path)
+    assert process.wait(timeout=3500) == 0, path.with_suffix(".log").read_text()[-6000:]
+    text = path.with_suffix(".log").read_text()
+    trials = load_trials(tmp_path / "sweeps" / "sweep")
+    assert [trial.state for trial in trials] == ["finished"] * 8, text[-4000:]
+    assert any(trial.record.generation for trial in trials), "a trial took over another's weights"
+    assert begun_before_any_ended(text) == {f"{number:04d}" for number in range(8)}
 
 
 @pytest.mark.timeout(900)

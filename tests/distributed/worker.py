@@ -31,7 +31,7 @@ from mltfr_dist.optimizers import OPTIMIZERS
 from mltfr_dist.published.consensus import batch_mean_squares
 from mltfr_dist.training.build import build_model
 from mltfr_dist.training.inputs import load_inputs
-from mltfr_dist.training.running.loop import reduce_outputs
+from mltfr_dist.training.running.step_values import step_totals
 from mltfr_dist.training.streams import train_stream
 
 STEPS = 20
@@ -57,8 +57,7 @@ def steps(engine: Engine, config: RunConfig, ranks: Ranks, start: int, end: int)
     losses = []
     for step in range(start, end):
         batches = next(stream.epoch(step // per_epoch, step % per_epoch))
-        outputs = engine.update(batches, step)
-        totals = reduce_outputs(ranks, outputs, batches)
+        totals = step_totals(engine.update(batches, step), batches)
         skipped = totals.routing is None or engine.verdict.nonfinite
         engine.module.after_update(None if skipped else totals.routing.gate)
         losses.append(totals.loss + totals.terms.get("contrast_loss", 0.0))
@@ -345,7 +344,7 @@ def placements(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
             nothing = batch._replace(
                 item_ids=torch.zeros_like(batch.item_ids),
                 target_ids=torch.zeros_like(batch.target_ids),
-            )
+            ).counted()
             values = [refreshed(model, batch, ranks)] if model.mltfr.uses_shortlist else []
             for given in (batch, batch if ranks.is_main else nothing):
                 model.zero_grad()

@@ -61,6 +61,8 @@ def test_what_is_copied_is_there_and_is_all_that_the_package_needs() -> None:
     }
     assert copied == {line.split()[0] for line in sections(DEFINITION)["files"]}
     assert all((REPOSITORY / name).exists() for name in copied)
+    sent = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    assert {line.removeprefix("!") for line in sent if line.startswith("!")} == copied
     links = [path for path in (REPOSITORY / "mltfr_dist").rglob("*") if path.is_symlink()]
     assert len(links) == 2
     for link in links:

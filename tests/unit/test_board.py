@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import json
 import math
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ from mltfr_dist.data.shards.manifest import read_manifest, read_map
 from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.distributed.resources import MatrixWork, Stopwatch, matrix_peak, memory_gib
-from mltfr_dist.errors import ConfigError
+from mltfr_dist.distributed.signals import forget_request, request_stop
+from mltfr_dist.errors import ConfigError, StoppedError
 from mltfr_dist.models.routing import Routing, routing_sums
 from mltfr_dist.training.evaluating.placing import ByModel, MeanLoss, excluded
 from mltfr_dist.training.reporting import services
@@ -419,6 +422,30 @@ def test_a_missing_package_is_refused_at_the_start(tmp_path: Path, name: str) ->
     check_services(tiny_config(tmp_path))
 
 
+OFFLINE = {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+def test_an_installed_service_takes_a_run_by_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    pytest.importorskip(name, reason=f"needs `pip install {name}`")
+    places = {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+    }
+    for key, value in (OFFLINE | places).items():
+        monkeypatch.setenv(key, value)
+    config = tiny_config(tmp_path, tracking__also=[name])
+    fit(config)
+    assert "gets nothing more" not in capsys.readouterr().out
+    for stage in ("train", "consensus"):
+        sent = json.loads((config.folder / f"{name}-{stage}.json").read_text())["sent"]
+        assert "valid/NDCG@10" in sent
+    assert sent["final/test_NDCG@10"] > 0
+
+
 class Notebook:
     """A service of our own: one line a number, in a file."""
 
@@ -503,3 +530,37 @@ def test_a_stage_and_the_outcome_reach_the_service_and_no_projector_is_written(
     assert f"{result.step} final/test_NDCG@10" in log
     assert [p.name[:6] for p in (config.folder / SESSION).iterdir()] == ["events"]
     assert (run.folder / SESSION / "projector_config.pbtxt").exists()
+
+
+def test_the_service_is_closed_by_a_run_that_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Notebook] = []
+
+    def opening(name: str, known: str | None, config: RunConfig) -> Notebook:
+        opened.append(Notebook(name, known, config))
+        return opened[-1]
+
+    monkeypatch.setitem(services.CLIENTS, "notebook", opening)
+    config = tiny_config(tmp_path)
+    config = config.model_copy(
+        update={"tracking": config.tracking.model_copy(update={"also": ("notebook",)})}
+    )
+    monkeypatch.setattr("mltfr_dist.training.running.fit.check_services", lambda _config: None)
+    raised: list[BaseException] = []
+
+    def run() -> None:  # in a thread signals are not taken, and the request stays
+        try:
+            fit(config)
+        except StoppedError as error:
+            raised.append(error)
+
+    request_stop()
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    finally:
+        forget_request()
+    assert len(raised) == len(opened) == 1
+    assert opened[0]._file.closed

@@ -12,7 +12,7 @@ from support import REPOSITORY, clean_environment, write_table
 
 import train
 from mltfr_dist.cli import build_parser, main, parse_intermixed
-from mltfr_dist.distributed.engine import read_deepspeed_file
+from mltfr_dist.distributed.deepspeed_file import read_deepspeed_file
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.files import with_packaged
 from mltfr_dist.tables.store import load_table

@@ -9,134 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import REPOSITORY, read_lines, tiny_config
+from changes import CHANGES, WITH
+from support import read_lines, tiny_config
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.config.published import NEEDS
 from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.schema import Section, field_paths
 from mltfr_dist.training.running.fit import fit
-
-CHANGES: dict[str, Any] = {
-    "data.max_len": 5,
-    "data.shuffle_shards": 1,
-    "data.long_histories": "windows",
-    "data.samples": "prefixes",
-    "data.length_pool": 2,
-    "data.last_batch": "drop",
-    "data.left_out": ["train-000001.tar"],
-    "backbone.hidden_dim": 8,
-    "backbone.num_layers": 1,
-    "backbone.num_heads": 4,
-    "backbone.dropout": 0.6,
-    "backbone.name": "linrec",
-    "backbone.bert4rec.mask_ratio": 0.9,
-    "backbone.bsarec.low_frequencies": 2,
-    "backbone.bsarec.inductive_bias": 0.1,
-    "backbone.cl4srec.crop_ratio": 0.3,
-    "backbone.cl4srec.mask_ratio": 0.9,
-    "backbone.cl4srec.reorder_ratio": 0.9,
-    "backbone.cl4srec.contrast_weight": 2.0,
-    "backbone.cl4srec.contrast_temperature": 0.3,
-    "backbone.cl4srec.contrast_group": 8,
-    "mltfr.enabled": False,
-    "mltfr.table_content": "random",
-    "mltfr.filter.strategy": "random_tokens",
-    "mltfr.filter.noise": 0.5,
-    "mltfr.filter.noise_steps": 2,
-    "mltfr.filter.num_prototypes": 5,
-    "mltfr.filter.seed_words": ["first-7", "second-7"],
-    "mltfr.filter.seed_neighbours": 3,
-    "mltfr.filter.top_k": 3,
-    "mltfr.filter.filter_ratio": 0.1,
-    "mltfr.filter.temperature": 0.5,
-    "mltfr.filter.learn_temperature": False,
-    "mltfr.filter.query_every": 1,
-    "mltfr.filter.shortlist_size": 5,
-    "mltfr.filter.shortlist_refresh_steps": 1,
-    "mltfr.expert.per_table": 2,
-    "mltfr.item_tokens.source": "titles",
-    "mltfr.expert.num_heads": 4,
-    "mltfr.expert.head_dim": 8,
-    "mltfr.expert.dropout": 0.7,
-    "mltfr.router.balance_weight": 3.0,
-    "mltfr.router.name": "sigmoid",
-    "mltfr.router.top_k": 2,
-    "mltfr.router.null_expert": True,
-    "mltfr.router.expert_dropout": 0.4,
-    "mltfr.consensus.enabled": False,
-    "mltfr.consensus.group": ["second"],
-    "mltfr.consensus.learn_weight": True,
-    "mltfr.consensus.weight": 2.0,
-    "mltfr.consensus.fisher_sequences": 3,
-    "loss.name": "bce",
-    "loss.num_negatives": 4,
-    "loss.proposal": "log_uniform",
-    "loss.calibration": 0.1,
-    "optimizer.learning_rate": 0.01,
-    "optimizer.name": "adam",
-    "optimizer.betas": [0.5, 0.9],
-    "optimizer.momentum": 0.5,
-    "optimizer.weight_decay": 0.5,
-    "optimizer.warmup_steps": 3,
-    "optimizer.schedule": "cosine",
-    "optimizer.max_grad_norm": 0.01,
-    "optimizer.item_gradients": "sparse",
-    "training.seed": 1,
-    "training.global_batch_size": 40,
-    "training.precision": "bf16",
-    "training.epochs": 3,
-    "training.consensus_epochs": 2,
-    "training.patience": 1,
-    "training.log_every_steps": 3,
-    "evaluation.cutoffs": [10],
-    "evaluation.filter_seen": False,
-    "evaluation.every_epochs": 2,
-    "checkpoint.every_steps": 3,
-    "checkpoint.keep_last": 1,
-    "checkpoint.keep_best": 2,
-    "deepspeed": str(REPOSITORY / "ds_configs" / "zero3.json"),
-    "baselines": ["popularity"],
-    **{f"published.{name}": True for name in NEEDS},
-}
-"""What each field is changed to."""
-
-SEED_WORDS = {
-    "mltfr.filter.strategy": "seed_words",
-    "mltfr.filter.seed_words": ["first-3", "second-3"],
-}
-
-WITH: dict[str, dict[str, Any]] = {
-    "mltfr.filter.filter_ratio": {"mltfr.filter.top_k": None, "mltfr.filter.filter_ratio": 0.2},
-    "mltfr.filter.num_prototypes": {"mltfr.filter.strategy": "learned_prototypes"},
-    "mltfr.filter.seed_words": SEED_WORDS,
-    "mltfr.filter.seed_neighbours": SEED_WORDS,
-    "mltfr.filter.noise_steps": {"mltfr.filter.noise": 0.5},
-    "mltfr.router.top_k": {"mltfr.expert.per_table": 2},
-    **{
-        path: {"backbone.name": path.split(".")[1]}
-        for path in CHANGES
-        if path.startswith(("backbone.bert4rec", "backbone.bsarec", "backbone.cl4srec"))
-    },
-    "published.noise_in_evaluation": {"mltfr.filter.noise": 0.5},
-    "published.whole_sequence_filter": {"backbone.name": "bsarec"},
-    "published.read_before_mask": {"backbone.name": "bert4rec"},
-    "published.attending_padding": {"backbone.name": "bert4rec"},
-    "published.unaligned_experts": {"mltfr.consensus.group": ["first"]},
-    "published.fisher_at_last_epoch": {"optimizer.learning_rate": 0.3, "training.epochs": 3},
-    "published.train_on_validation": {"published.pick_on_test": True},
-    "published.negatives_outside_inputs": {"loss.name": "bce"},
-    "data.long_histories": {"data.max_len": 5},
-    "loss.num_negatives": {"loss.name": "bce"},
-    "loss.proposal": {"loss.name": "sampled_softmax", "loss.num_negatives": 8},
-    "loss.calibration": {"loss.name": "gbce", "loss.num_negatives": 2},
-    "optimizer.item_gradients": {"loss.name": "sampled_softmax", "loss.num_negatives": 8},
-    "optimizer.name": {"optimizer.weight_decay": 0.5},
-    "optimizer.momentum": {"optimizer.name": "sgd"},
-    "training.patience": {"training.epochs": 6, "optimizer.learning_rate": 1e-9},
-    "checkpoint.keep_last": {"checkpoint.every_steps": 3},
-}
-"""What else must hold, in both runs, for a field to matter."""
 
 ELSEWHERE = {
     "name": "names the folder: test_run_folder",

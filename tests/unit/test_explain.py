@@ -5,9 +5,11 @@ alone.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from support import tiny_config, write_data
@@ -20,6 +22,7 @@ from mltfr_dist.errors import EXIT_BAD_INPUT
 from mltfr_dist.models.folded import shallow
 from mltfr_dist.ranking import Ranker, score_histories
 from mltfr_dist.serving.ablation import answer, gates, without_table
+from mltfr_dist.serving.texts import Texts
 from mltfr_dist.training.using.explain_page import Explained, page
 from mltfr_dist.training.using.explain_run import validation_histories
 
@@ -61,7 +64,7 @@ def test_an_answer_counts_what_changes(rec: Ranker) -> None:
     assert found.best == rec.recommend(HISTORY, k=10)
     assert [effect.what for effect in found.tables] == ["first", "second"]
     assert [effect.what for effect in found.items] == [
-        rec.items.name(rec.items.numbers[raw]) for raw in HISTORY[1:]
+        rec.items.name(number) for number in rec.items.find(HISTORY[1:])
     ]
     rest = [*HISTORY[:3]]
     ids = {item.item_id for item in found.best}
@@ -124,7 +127,8 @@ def test_the_command_writes_a_page_and_texts(
 def test_names_are_escaped(config: RunConfig) -> None:
     rec = mltfr_dist.load(config.folder)
     evil = "<script>alert('x')</script> & \"more\""
-    rec.items.titles[1:] = [evil] * rec.items.num_items
+    titles = Texts(pa.chunked_array([[None, *[evil] * rec.items.num_items]], pa.string()))
+    rec = replace(rec, items=replace(rec.items, titles=titles))
     history = validation_histories(rec, 1)[0]  # type: ignore[arg-type]
     explained = Explained(
         rec, [answer(rec, evil, history, 2)], [], {evil: {"HR@10": 0.1, "NDCG@10": 0.1}}

@@ -74,7 +74,7 @@ def page_blocks() -> list[str]:
 
 def test_the_page_has_every_name() -> None:
     text = PAGE.read_text()
-    assert len(page_blocks()) == 8
+    assert len(page_blocks()) == 9
     assert set(re.findall(r"^```(\w+)$", text, re.MULTILINE)) == {"python", "bash"}
     for name in mltfr_dist._ROOMS:
         assert f"`{name}" in text, name

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from support import tiny_config
@@ -96,8 +96,7 @@ def test_onnxruntime_scores_as_the_run(folder: Path, tmp_path: Path, arm: str) -
     run = loaded_run(tiny_config(folder, **ARMS[arm]))
     publish(run, tmp_path / "model", write_onnx, check_onnx, "onnx")
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
-        *("README.md", "config.json", "items.json", "item_counts.safetensors"),
-        *("model.onnx", "titles.json"),
+        *("README.md", "config.json", "items.parquet", "model.onnx"),
     }
     assert read_info(tmp_path / "model").format == "onnx"
     with pytest.raises(CheckpointError, match=r"is an ONNX export.*Open .*with onnxruntime"):
@@ -105,8 +104,8 @@ def test_onnxruntime_scores_as_the_run(folder: Path, tmp_path: Path, arm: str) -
     run.model.backbone.item_embedding.weight.data += 0.01
     with pytest.raises(CheckpointError, match="scores differ from those of the run"):
         check_onnx(run, tmp_path / "model")
-    ids = json.loads((tmp_path / "model" / "items.json").read_text())
-    assert ids == run.item_ids
+    ids = pq.read_table(tmp_path / "model" / "items.parquet")["item_id"].to_pylist()
+    assert ids == run.item_ids[1:]
 
 
 REFUSED: dict[str, dict[str, Any]] = {

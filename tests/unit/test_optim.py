@@ -13,7 +13,7 @@ from torch import nn
 
 from mltfr_dist.config import OptimizerConfig
 from mltfr_dist.data.stream.training import BatchLayout
-from mltfr_dist.distributed.engine import deepspeed_config
+from mltfr_dist.distributed.deepspeed_file import deepspeed_config
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.optim import build_optimizer, learning_rate
 from mltfr_dist.optimizers import OPTIMIZERS, Entry

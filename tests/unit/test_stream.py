@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mltfr_dist.config import DataConfig, PrepareConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch
@@ -124,7 +125,7 @@ def same(left: list[StepBatches], right: list[StepBatches]) -> bool:
         strict=True,
     )
     return all(
-        (a is None and b is None) or torch.equal(a, b)
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b
         for x, y in pairs
         for a, b in zip(x, y, strict=True)
     )

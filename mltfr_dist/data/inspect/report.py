@@ -53,25 +53,22 @@ def gather(folder: Path) -> Facts:
     }
     counts = np.zeros(manifest.num_items + 1, dtype=np.int64)
     repeats = 0
-    targets = {name: np.zeros(manifest.num_items + 1, dtype=np.int64) for name in ("valid", "test")}
-    for name, split in manifest.splits.items():
-        for info in split.shards:
+    cold = {"valid": (0, 0), "test": (0, 0)}
+    for name in ("train", *cold):  # training first, which decides what is cold
+        for info in manifest.splits[name].shards:
             sequences = read_shard(folder, info, num_items=manifest.num_items)
             lengths[name] += np.bincount(sequences.lengths, minlength=len(lengths[name]))
             if name == "train":
-                counts += np.bincount(sequences.items, minlength=len(counts))
+                np.add.at(counts, sequences.items, 1)
                 owners = np.repeat(np.arange(len(sequences)), sequences.lengths)
                 pairs = owners * (manifest.num_items + 1) + sequences.items
                 repeats += len(pairs) - len(np.unique(pairs))
             else:
-                targets[name] += np.bincount(
-                    sequences.items[sequences.offsets[1:] - 1], minlength=len(counts)
-                )
-    cold = {
-        name: (int(found[counts == 0].sum()), int(found.sum())) for name, found in targets.items()
-    }
-    counts += np.bincount(one_item_parts(folder, manifest, counts), minlength=len(counts))
-    return Facts(manifest, lengths, np.sort(counts[1:])[::-1], cold, repeats)
+                unseen = counts[sequences.items[sequences.offsets[1:] - 1]] == 0
+                cold[name] = (cold[name][0] + int(unseen.sum()), cold[name][1] + len(unseen))
+    np.add.at(counts, one_item_parts(folder, manifest, counts), 1)
+    counts[1:].sort()
+    return Facts(manifest, lengths, counts[:0:-1], cold, repeats)
 
 
 def table(folder: Path, facts: Facts) -> str:

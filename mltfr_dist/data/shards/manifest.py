@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mltfr_dist.data.shards.manifest_schema import (
     checksum_of,
 )
 from mltfr_dist.errors import DataError
-from mltfr_dist.files import file_sha256
+from mltfr_dist.files import content_sha256, file_sha256
 from mltfr_dist.headers import parse_header
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "check_size",
     "damaged",
     "load_manifest",
+    "open_map",
     "parse_manifest",
     "read_manifest",
     "read_map",
@@ -158,19 +159,30 @@ def _check_rows(path: Path, expected: int) -> None:
         raise damaged(path, f"it has {rows:,} rows, the manifest says {expected:,}")
 
 
-def read_map(folder: Path, manifest: Manifest, name: str) -> pa.Table:
-    """`items.parquet` or `users.parquet`, hashed, compared and parsed from the same bytes.
+@contextmanager
+def open_map(folder: Path, manifest: Manifest, name: str) -> Iterator[pq.ParquetFile]:
+    """`items.parquet` or `users.parquet`, hashed and compared, to be read by range: one file,
+    opened once.
 
     Raises:
         DataError: it is missing, or not what was written.
     """
     path = folder / name
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            check_hash(path, content_sha256(file), manifest.files[name])
+            file.seek(0)
+            yield pq.ParquetFile(file)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.", remedy=_REMEDY) from None
-    check_hash(path, hashlib.sha256(content).hexdigest(), manifest.files[name])
-    return pq.read_table(pa.BufferReader(content))
+
+
+def read_map(
+    folder: Path, manifest: Manifest, name: str, columns: list[str] | None = None
+) -> pa.Table:
+    """:func:`open_map`, and all rows of some columns; None: of all."""
+    with open_map(folder, manifest, name) as file:
+        return file.read(columns)
 
 
 def verify_maps(folder: Path, manifest: Manifest) -> None:

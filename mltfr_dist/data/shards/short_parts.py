@@ -35,7 +35,9 @@ def one_item_parts(folder: Path, manifest: Manifest, stored: IntArray) -> IntArr
         return np.zeros(0, np.int64)
     recorded = recorded_counts(folder, manifest)
     if recorded is not None and stored.sum() == read_manifest(folder).splits["train"].num_items:
-        return np.repeat(np.arange(len(stored)), recorded - stored)
+        recorded -= stored
+        found_here = np.flatnonzero(recorded)
+        return np.repeat(found_here, recorded[found_here])
     found = [np.zeros(0, np.int64)]
     for info in manifest.splits["valid"].shards:
         sequences = read_shard(folder, info, num_items=manifest.num_items)
@@ -55,9 +57,9 @@ def recorded_counts(folder: Path, manifest: Manifest) -> IntArray | None:
     """
     path = folder / "items.parquet"
     check_hash(path, file_sha256(path), manifest.files[path.name])
-    columns = pq.read_table(path, columns=["item_index", "count"])
     counts = np.zeros(manifest.num_items + 1, np.int64)
-    counts[columns["item_index"].to_numpy()] = columns["count"].to_numpy()
+    for part in pq.ParquetFile(path).iter_batches(columns=["item_index", "count"]):
+        counts[part["item_index"].to_numpy()] = part["count"].to_numpy()
     whole = read_manifest(folder)
     all_of_them = whole.splits["train"].num_items + whole.report.short_train_sequences
     return counts if counts.sum() == all_of_them else None

@@ -190,7 +190,7 @@ class Collator:
             self._negatives(step, samples, step.sample_ids[chosen], history.shape[1]),
             *shared,
             self._views(step, chosen, history),
-        )
+        ).counted()
 
     def _draws(self, step: Step, chosen: IntArray) -> Draws:
         return Draws(self.seed, step.epoch, step.sample_ids[chosen])

@@ -82,8 +82,7 @@ def training_counts(config: RunConfig, manifest: Manifest) -> tuple[IntArray, In
     lengths = [np.zeros(0, np.int64)]
     for info in manifest.splits["train"].shards:
         sequences = read_shard(config.data.path, info, num_items=manifest.num_items)
-        counts += np.bincount(sequences.items, minlength=len(counts))
+        np.add.at(counts, sequences.items, 1)
         lengths.append(sequences.lengths)
-    parts = one_item_parts(config.data.path, manifest, counts)
-    counts += np.bincount(parts, minlength=len(counts))
+    np.add.at(counts, one_item_parts(config.data.path, manifest, counts), 1)
     return counts, np.concatenate(lengths)

@@ -9,7 +9,13 @@ import numpy as np
 import torch
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.data.shards.manifest import ITEMS_NAME, read_manifest, read_map
+from mltfr_dist.data.shards.manifest import (
+    ITEMS_NAME,
+    Manifest,
+    open_map,
+    read_manifest,
+    read_map,
+)
 from mltfr_dist.files import write_atomically
 from mltfr_dist.models.recommender import Recommender
 
@@ -46,13 +52,26 @@ def projected(config: RunConfig, model: Recommender) -> Projected | None:
     if not config.tracking.projector_items:
         return None
     folder = config.data.path
-    items = read_map(folder, read_manifest(folder), ITEMS_NAME)
+    manifest = read_manifest(folder)
+    items = read_map(folder, manifest, ITEMS_NAME, ["item_index", "count"])
     numbers, counts = items["item_index"].to_numpy(), items["count"].to_numpy()
     chosen = np.lexsort((numbers, -counts))[: config.tracking.projector_items]
     with torch.no_grad():
         ids = torch.from_numpy(numbers[chosen].copy())
         vectors = model.vectors(ids).float().cpu().numpy()
-    return Projected(vectors, items.take(chosen).to_pydict())
+    return Projected(vectors, _rows(folder, manifest, chosen))
+
+
+def _rows(folder: Path, manifest: Manifest, places: np.ndarray) -> dict[str, list[Any]]:
+    """Rows of `items.parquet`, of which only the row groups that hold them are read."""
+    with open_map(folder, manifest, ITEMS_NAME) as file:
+        sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+        ends = np.cumsum(sizes)
+        groups = np.searchsorted(ends, places, side="right")
+        needed = np.unique(groups)
+        starts = np.cumsum([0, *(sizes[n] for n in needed)])[:-1]  # in what is read
+        moved = places - (ends - sizes)[groups] + starts[np.searchsorted(needed, groups)]
+        return file.read_row_groups(needed.tolist()).take(moved).to_pydict()
 
 
 def write_projector(place: Path, items: Projected) -> None:

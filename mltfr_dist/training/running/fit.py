@@ -14,7 +14,8 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.config.published import MLTFR, without
 from mltfr_dist.data.shards.manifest import verify_folder
 from mltfr_dist.distributed import checkpoint
-from mltfr_dist.distributed.engine import batch_layout, deepspeed_config, versions
+from mltfr_dist.distributed.deepspeed_file import deepspeed_config
+from mltfr_dist.distributed.engine import batch_layout, versions
 from mltfr_dist.distributed.health import watch_neighbours
 from mltfr_dist.distributed.item_placement import check_items_divide, resolve_items
 from mltfr_dist.distributed.launch import expected_rank

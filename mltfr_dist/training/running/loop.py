@@ -26,7 +26,7 @@ from mltfr_dist.training.running.speed import Speed
 from mltfr_dist.training.running.step_values import (
     StepTotals,
     board_values,
-    reduce_outputs,
+    step_totals,
     step_values,
 )
 from mltfr_dist.training.seeds import seed_all
@@ -149,8 +149,8 @@ def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
         stage.tracker.log("filter", step + 1, dict(zip(names, recall.tolist(), strict=True)))
     seed_all(config.training.seed, STAGES.index(stage.name), step, ranks.rank)
     with stage.speed.counted():
-        outputs = engine.update(batches, step)
-    totals = reduce_outputs(ranks, outputs, batches)
+        found = engine.update(batches, step)
+    totals = step_totals(found, batches)
     if engine.verdict.nonfinite:
         totals.nonfinite = engine.verdict.nonfinite
     gate = None if totals.nonfinite or totals.routing is None else totals.routing.gate

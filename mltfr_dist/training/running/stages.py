@@ -8,6 +8,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -155,8 +156,8 @@ def run_stage(
     stage = Stage(
         name, epochs, config, folder, ranks, engine, stream, valid, tracker, names, speed, sample
     )
-    progress = train_stage(stage, progress)
-    tracker.close()
+    with closing(tracker):  # also of a stage that is stopped: its process may go on to another run
+        progress = train_stage(stage, progress)
     engine.destroy()
     del stage, engine, model
     gc.collect()

@@ -6,12 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.distributed.engine import Engine
-from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.state import whole_parameter
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.recommender import TrainingOutput
@@ -35,21 +31,11 @@ class StepTotals:
         return self.terms["loss"]
 
 
-def reduce_outputs(ranks: Ranks, outputs: list[TrainingOutput], batches: StepBatches) -> StepTotals:
-    """Sum a step's outputs over micro-batches and ranks, in one collective."""
-    sums: dict[str, Tensor] = {}
-    for output in outputs:
-        found = {name: term.sum.detach().view(1) for name, term in output.terms.items()}
-        found |= {} if output.routing is None else output.routing._asdict()
-        for name, value in found.items():
-            sums[name] = sums[name] + value.double() if name in sums else value.double()
-    total = ranks.sum(torch.cat(list(sums.values()))).cpu()
-    sizes = [len(value) for value in sums.values()]
-    reduced = dict(zip(sums, torch.split(total, sizes), strict=True))
+def step_totals(found: TrainingOutput, batches: StepBatches) -> StepTotals:
+    """Means over the global batch, of the sums that :meth:`Engine.update` returns."""
     counts: dict[str, float] = {**batches.counts()}
-    routing = None
-    if outputs[0].routing is not None:
-        summed = RoutingSums(*(reduced[name] for name in RoutingSums._fields))
+    routing, summed = None, found.routing
+    if summed is not None:
         positions = summed.gate.sum()  # the gates of a position sum to 1, so it counts positions
         counts["positions"] = float(positions)
         routing = RoutingSums(
@@ -59,9 +45,7 @@ def reduce_outputs(ranks: Ranks, outputs: list[TrainingOutput], batches: StepBat
             kept_entropy=(summed.kept_entropy / summed.num_queries).float(),
             num_queries=summed.num_queries,
         )
-    terms = {
-        name: float(reduced[name]) / counts[term.over] for name, term in outputs[0].terms.items()
-    }
+    terms = {name: float(term.sum) / counts[term.over] for name, term in found.terms.items()}
     return StepTotals(terms, routing)
 
 

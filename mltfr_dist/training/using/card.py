@@ -25,15 +25,14 @@ model = mltfr_dist.load("{name}")
 model.recommend([{history}], k=10)
 ```
 
-Tensors and JSON; nothing in the folder is executed.
+Tensors, JSON and Parquet; nothing in the folder is executed.
 """,
     "onnx": """```python
-import json
-
 import numpy as np
 import onnxruntime
+import pyarrow.parquet as pq
 
-ids = json.load(open("{name}/items.json"))
+ids = ["", *pq.read_table("{name}/items.parquet")["item_id"].to_pylist()]
 session = onnxruntime.InferenceSession("{name}/model.onnx")
 history = np.array([[ids.index(raw) for raw in [{history}]]])  # [B, L], L <= {max_len}; 0 behind
 scores, user_vectors = session.run(None, {{"item_ids": history}})  # column = index in ids
@@ -75,7 +74,7 @@ def model_card(loaded: LoadedRun, info: ExportInfo, name: str) -> str:
         "",
         *_results(loaded),
         "",
-        "Every item is ranked; on one data set and one seed. Items that are not in `items.json` "
+        "Every item is ranked; on one data set and one seed. Items that are not in `items.parquet` "
         "cannot be recommended.",
         "",
         "## Licences",

@@ -9,26 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from mltfr_dist import __version__
 from mltfr_dist.data.shards.manifest import MANIFEST_NAME
 from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.exported import (
     CARD,
     CONFIG,
-    COUNTS,
     FEATURES,
     ITEM_TOKENS,
     ITEMS,
     MODEL,
     TABLES,
-    TITLES,
     TOKENS,
     ExportInfo,
     load_exported,
 )
-from mltfr_dist.files import file_sha256, replacing, save_tensors
+from mltfr_dist.files import file_sha256, new_folder, save_tensors
 from mltfr_dist.models.folded import is_folded
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.serving.scoring import drawn_histories, score_histories
@@ -88,12 +84,11 @@ def publish(
 
     Raises:
         CheckpointError: The exported model does not score as the run's.
+        ConfigError: The disk does not take it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(folder) as partial:
-        partial.mkdir()
+    with new_folder(folder) as partial:
         (write or write_model)(loaded, partial)
-        write_items(loaded, partial)
+        loaded.items.write(partial / ITEMS)
         info = export_info(loaded, partial, format)
         (partial / CONFIG).write_text(info.model_dump_json(indent=2) + "\n")
         (partial / CARD).write_text(model_card(loaded, info, folder.name), encoding="utf-8")
@@ -112,16 +107,6 @@ def write_model(loaded: LoadedRun, folder: Path) -> None:
         save_tensors({FEATURES: inputs.item_features}, folder / ITEM_TOKENS)
     if inputs.tables:
         (folder / TOKENS).write_text(json.dumps(_token_names(loaded)) + "\n")
-
-
-def write_items(loaded: LoadedRun, folder: Path) -> None:
-    """Raw ids, titles where there are some, and counts."""
-    items = loaded.items
-    (folder / ITEMS).write_text(json.dumps(items.ids) + "\n")
-    if any(items.titles):
-        (folder / TITLES).write_text(json.dumps(items.titles) + "\n")
-    if items.counts is not None:
-        save_tensors({"counts": torch.from_numpy(items.counts)}, folder / COUNTS)
 
 
 def export_info(loaded: LoadedRun, folder: Path, format: Format) -> ExportInfo:

@@ -205,7 +205,7 @@ def test_mltfr_joins_after_the_first_block_only(name: str) -> None:
     model, item_ids = recommender.__wrapped__(name, False), padded([[1, 2, 3], [4]])
     backbone, seen = model.backbone, []
 
-    def mltfr(x: Tensor, valid_mask: Tensor, ids: Tensor) -> tuple[Tensor, None]:
+    def mltfr(x: Tensor, valid_mask: Tensor, ids: Tensor, _: None) -> tuple[Tensor, None]:
         seen.append(x)
         assert torch.equal(valid_mask, item_ids != 0)
         assert torch.equal(ids, item_ids)

@@ -1,4 +1,4 @@
-"""Where a training step asks the device for a number, and so waits for it: each place, and why.
+"""Where a pass asks the device for a number, and so waits for it: each place, and why.
 
 On the CPU nothing waits; the operators are those that wait on a GPU.
 """
@@ -33,13 +33,8 @@ WAITING = (
 )
 NUM_TABLES = 2
 
-BARE = {
-    ("models/packing.py", "__init__", "nonzero"): 1,  # how many positions are real
-    ("models/recommender.py", "_loss", "nonzero"): 1,  # how many of them are scored
-}
-WITH_SHORTLIST = BARE | {
-    ("models/query_blocks.py", "__init__", "nonzero"): 1,  # how many blocks hold a position
-    ("models/query_blocks.py", "at_real", "nonzero"): 1,  # which places of these are real
+BARE: dict[tuple[str, str, str], int] = {}
+WITH_SHORTLIST = {
     # Whether computed scores tell the best rows apart: those that do not are looked at again.
     ("models/search.py", "_separated", "_local_scalar_dense"): NUM_TABLES,
     # Which queries have near-ties that float64 tells apart: of a shortlist on a CPU only.
@@ -101,7 +96,7 @@ def waits(shortlist: int | None, *, enabled: bool) -> dict[tuple[str, str, str],
     model.train()
     # Shortest first, which leaves the rows in one part, as on a GPU.
     item_ids = torch.tensor([[1, 2, 0, 0, 0, 0], [3, 4, 5, 0, 0, 0], [6, 7, 8, 9, 10, 11]])
-    batch = SequenceBatch(item_ids, (item_ids + 1) * (item_ids > 0), torch.arange(3))
+    batch = SequenceBatch(item_ids, (item_ids + 1) * (item_ids > 0), torch.arange(3)).counted()
     with Waits() as counted:
         output = model(batch)
         assert isinstance(output, TrainingOutput)

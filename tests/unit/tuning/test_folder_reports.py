@@ -5,6 +5,7 @@ it.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from support import tiny_config
@@ -13,6 +14,7 @@ from mltfr_dist.cli import main
 from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.training.run_folder import CONFIG, REPORT, RESULT, Result, dump_config
 from mltfr_dist.tuning.folders import folder_report
+from mltfr_dist.tuning.records import Record, Trial
 
 
 def make_run(folder: Path, *, finished: bool, test: bool = True) -> Path:
@@ -59,6 +61,23 @@ def test_an_unfinished_trial_sends_to_its_sweep(tmp_path: Path) -> None:
         folder_report(trial)
     with pytest.raises(ConfigError, match=r"The sweep .* not finished: 0 trials \(none begun\)"):
         folder_report(tmp_path / "sweep")
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "message"),
+    [
+        ("stopped", "asha after epoch 1", r"stopped early \(asha after epoch 1\).*mltfr report"),
+        ("failed", "ConfigError: no.", r"failed \(ConfigError: no\).*sweep\.yaml --retry-failed`"),
+    ],
+)
+def test_a_trial_that_is_over_without_a_result_says_why(
+    tmp_path: Path, state: Literal["stopped", "failed"], reason: str, message: str
+) -> None:
+    folder = make_run(tmp_path / "sweep" / "trials" / "0001", finished=False)
+    (tmp_path / "sweep" / "sweep.yaml").write_text("name: sweep\n")
+    Trial(tmp_path / "sweep", 1, Record(values={})).save().end(state, reason)
+    with pytest.raises(ConfigError, match=message):
+        folder_report(folder)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

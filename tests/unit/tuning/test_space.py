@@ -21,7 +21,7 @@ from mltfr_dist.tuning.checks import (
 )
 from mltfr_dist.tuning.domain import Domain
 from mltfr_dist.tuning.source import base_config, load_sweep
-from mltfr_dist.tuning.space import SweepConfig, base_values, shown, with_values
+from mltfr_dist.tuning.space import SweepConfig, base_values, shown, typed_choices, with_values
 from mltfr_dist.tuning.sweep import claimed, plan_sweep
 
 
@@ -285,3 +285,47 @@ def test_a_dry_run_lists_what_would_run_and_writes_nothing(base_file: Path) -> N
         ["0001", "filter.top_k=2"],
     ]
     assert not sweep.folder.exists()
+
+
+NARROWED = {
+    "mltfr.enabled": {"choices": [True, False]},
+    "mltfr.filter.top_k": {"choices": [2, 4]},
+    "training.seed": {"integers": [3, 5]},
+}
+
+
+@pytest.mark.parametrize(
+    ("above", "value", "message"),
+    [
+        ("mltfr.enabled", "maybe", 'wants mltfr.enabled to be "maybe", which it never is'),
+        ("mltfr.filter.top_k", [2, 3], "wants mltfr.filter.top_k to be 3"),
+        ("training.seed", 6, "wants training.seed to be 6"),
+    ],
+)
+def test_a_condition_that_never_holds_is_refused(
+    base_file: Path, above: str, value: Any, message: str
+) -> None:
+    rate = {"log_uniform": [1e-4, 1e-2], "when": {above: value}}
+    sweep = sweep_of(base_file, {**NARROWED, "optimizer.learning_rate": rate})
+    with pytest.raises(ConfigError, match=message):
+        check_space(sweep, base_config(sweep))
+
+
+@pytest.mark.parametrize("value", [True, ["false"], 1, "on"])
+def test_a_condition_is_read_as_its_field_is(base_file: Path, value: Any) -> None:
+    rate = {"choices": ["2e-3"], "when": {"mltfr.enabled": value}}
+    search = {"mltfr.enabled": {"choices": ["on", "off"]}, "optimizer.learning_rate": rate}
+    sweep = typed_choices(sweep_of(base_file, search))
+    check_space(sweep, base_config(sweep))
+    on = {"mltfr.enabled": True}
+    assert sweep.search["optimizer.learning_rate"].applies(on) is (value != ["false"])
+
+
+def test_a_field_that_does_not_apply_may_be_asked_for_its_base_value(base_file: Path) -> None:
+    search = {
+        "mltfr.enabled": {"choices": [True, False]},
+        "training.seed": {"choices": [7, 8], "when": {"mltfr.enabled": True}},
+        "optimizer.learning_rate": {"choices": [2e-3], "when": {"training.seed": 0}},
+    }
+    sweep = sweep_of(base_file, search)
+    check_space(sweep, base_config(sweep))  # where MLTFR is off, the seed is the base's, 0

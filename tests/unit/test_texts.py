@@ -1,0 +1,58 @@
+"""Texts and their places in Arrow arrays are those that lists and dictionaries give."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mltfr_dist.serving import texts as module
+from mltfr_dist.serving.texts import Lookup, Texts, hashed
+
+WORDS = st.text(st.characters(codec="utf-8"), max_size=6)
+
+
+def column(words: list[str | None], size: int = 3) -> pa.ChunkedArray:
+    """In chunks, as Parquet files give them."""
+    parts = [words[start : start + size] for start in range(0, len(words), size)]
+    return pa.chunked_array(parts, pa.string())
+
+
+@settings(deadline=None)
+@given(st.lists(WORDS, unique=True, max_size=30), st.lists(WORDS, max_size=10))
+def test_places_are_those_of_a_dictionary(words: list[str], others: list[str]) -> None:
+    places = {word: place for place, word in enumerate(words)}
+    asked = [*others, *words[::-1]]
+    found = Lookup(Texts(column(words))).find(asked)
+    assert found.tolist() == [places.get(word, -1) for word in asked]
+
+
+def test_texts_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [f"w{n}" for n in range(40)]
+    monkeypatch.setattr(module, "hashed", lambda t: np.zeros(len(t), np.uint64))
+    lookup = Lookup(Texts(column(words)))
+    assert lookup.find([*words, "w40", ""]).tolist() == [*range(40), -1, -1]
+
+
+def test_hashes_do_not_depend_on_neighbours_and_rarely_meet() -> None:
+    words = [*(str(n) for n in range(200_000)), *(f"\x00{n}" for n in range(1000)), "", "\x00"]
+    together = hashed(pa.array(words))
+    assert len(np.unique(together)) == len(words)
+    assert np.array_equal(together[777:999], hashed(pa.array(words[777:999])))
+    assert np.array_equal(together[777:999], hashed(pa.array(words).slice(777, 222)))
+
+
+def test_a_column_reads_as_a_list() -> None:
+    words = ["", "a", None, "b", "\u00e4", "c", None]
+    texts: Texts[str | None] = Texts(column(words))
+    assert texts == words
+    assert texts[1:6:2] == words[1:6:2]
+    assert texts[-1] is None
+    assert texts[4] == words[4]
+    assert texts.index("b") == 3
+    assert texts != [*words, "d"]
+    assert texts.any
+    assert not Texts(column(["", None])).any
+    assert not Texts(column([])).any
