@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.models.draws import GumbelNoise
 from mltfr_dist.models.placed_table import PlacedTable, WholeTable
-from mltfr_dist.models.search import Project, best, row_relevance, search_rows
+from mltfr_dist.models.search import Project, best, nearest_rows, row_relevance, search_rows
 
 
 def row_bounds(num_rows: int, world_size: int) -> list[int]:
@@ -127,11 +127,12 @@ class RowSharded(PlacedTable):
             1
         ]
 
-    def relevance(self, query: Tensor, project: Project) -> Tensor:
+    def relevance(self, query: Tensor, project: Project, needed: int | None = None) -> Tensor:
         """[V] largest cosine of each row with any query of any rank."""
         queries = self.exchange.gather(query, self.exchange.counts(len(query)))
         shares = [end - start for start, end in pairwise(self.bounds)]
-        return self.exchange.gather(row_relevance(queries, self.rows, project), shares)
+        own = row_relevance(queries, self.rows, project, needed=needed)
+        return self.exchange.gather(own, shares)
 
     def cast(self, dtype: torch.dtype) -> None:
         """Bring this rank's share to ``dtype``."""
@@ -167,12 +168,13 @@ class ZeroTable(WholeTable):
         self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
     ) -> Tensor:
         """[G, K] numbers of the rows of highest score for each query, best first."""
-        found = self(lambda rows: search_rows(query, rows, project, num_kept, noise)[1])
+        found = self(lambda rows: nearest_rows(query, rows, project, num_kept, noise))
         return found  # type: ignore[no-any-return]
 
-    def relevance(self, query: Tensor, project: Project) -> Tensor:
+    def relevance(self, query: Tensor, project: Project, needed: int | None = None) -> Tensor:
         """[V] largest cosine of each row with any of the queries."""
-        return self(lambda rows: row_relevance(query, rows, project))  # type: ignore[no-any-return]
+        found = self(lambda rows: row_relevance(query, rows, project, needed=needed))
+        return found  # type: ignore[no-any-return]
 
     def cast(self, dtype: torch.dtype) -> None:
         """Nothing: DeepSpeed casts parameters."""

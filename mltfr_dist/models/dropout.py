@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,12 @@ class Dropout(nn.Dropout):
         if input.device.type != "cpu":
             return F.dropout(input, self.p)
         return input * scaled_mask(input.shape, self.p).to(input.dtype)
+
+    def mask(self, shape: Sequence[int]) -> Tensor | None:
+        """What :meth:`forward` would multiply fp32 numbers of ``shape`` with on the CPU; None: with
+        1.
+        """
+        return scaled_mask(torch.Size(shape), self.p) if self.training and self.p else None
 
 
 def scaled_mask(shape: torch.Size, p: float) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import ExpertConfig, RouterConfig
 from mltfr_dist.models.dropout import Dropout
+from mltfr_dist.models.kernels import attend, usable
 from mltfr_dist.models.transformer import init_weights
 from mltfr_dist.numerics import at_least_fp32
 from mltfr_dist.registry import load
@@ -87,7 +89,33 @@ class ExpertCore(nn.Module):
         Returns:
             [G, n, D].
         """
-        groups, positions, _ = x.shape
+        query = self._tap("query", x, self.query(x))
+        mixed = self._attended_in_place(query, memories)
+        if mixed is None:
+            mixed = self._attended(query, memories)
+        return self.output_dropout(self._tap("out", mixed, self.out(mixed)))  # type: ignore[no-any-return]
+
+    def _attended_in_place(self, query: Tensor, memories: list[Memory]) -> Tensor | None:
+        """[G, n, H*d] what queries of that shape read, without a copy of the kept rows; None where
+        there is no kernel for it, or copies are asked for.
+        """
+        if self._taps is not None or usable(query) is None:
+            return None
+        if any(m.kept is None or len(m.log_weights) != len(query) for m in memories):
+            return None
+        keys = torch.cat([self.key(m.rows) for m in memories])  # [S of all, H*d]
+        values = torch.cat([self.value(m.rows) for m in memories])
+        starts = accumulate((len(m.rows) for m in memories), initial=0)
+        kept = torch.cat(
+            [m.kept + start for m, start in zip(memories, starts) if m.kept is not None], dim=1
+        )
+        log_weights = torch.cat([m.log_weights for m in memories], dim=1)
+        draw_mask = self.attention_dropout.mask
+        return attend(query, keys, values, kept, log_weights, draw_mask, self.num_heads)
+
+    def _attended(self, query: Tensor, memories: list[Memory]) -> Tensor:
+        """[G, n, H*d] what queries of that shape read of rows copied for each of them."""
+        groups, positions, width = query.shape
         # Rows are projected once and then gathered: S products in place of G * K. One copy serves
         # all queries that share it.
         shared = self._taps is None and all(m.kept is None for m in memories)
@@ -99,7 +127,6 @@ class ExpertCore(nn.Module):
         log_weights = torch.cat(
             [m.log_weights.expand(copies, -1) for m in memories], dim=1
         )  # [G or 1, K]
-        query = self._tap("query", x, self.query(x))
 
         def split(t: Tensor) -> Tensor:
             return t.view(t.shape[0], t.shape[1], self.num_heads, self.head_dim).transpose(
@@ -111,10 +138,9 @@ class ExpertCore(nn.Module):
         logits = split(query) @ split(keys).transpose(2, 3) / self.head_dim**0.5
         weights = torch.softmax(
             at_least_fp32(logits) + at_least_fp32(log_weights)[:, None, None, :], dim=-1
-        ).to(x.dtype)
-        mixed = self.attention_dropout(weights) @ split(values)  # [G, H, n, d]
-        mixed = mixed.transpose(1, 2).reshape(groups, positions, self.num_heads * self.head_dim)
-        return self.output_dropout(self._tap("out", mixed, self.out(mixed)))  # type: ignore[no-any-return]
+        ).to(query.dtype)
+        mixed: Tensor = self.attention_dropout(weights) @ split(values)  # [G, H, n, d]
+        return mixed.transpose(1, 2).reshape(groups, positions, width)
 
     def _project(self, parameter: str, memory: Memory, copies: int) -> Tensor:
         """[G or 1, K, H*d] keys or values of what each query attends to."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.models.draws import GumbelNoise
-from mltfr_dist.models.search import Project, row_relevance, search_rows
+from mltfr_dist.models.search import Project, nearest_rows, row_relevance
 
 
 class PlacedTable(nn.Module):
@@ -40,9 +40,11 @@ class PlacedTable(nn.Module):
         """
         raise NotImplementedError
 
-    def relevance(self, query: Tensor, project: Project) -> Tensor:
+    def relevance(self, query: Tensor, project: Project, needed: int | None = None) -> Tensor:
         """[V] largest cosine of each row with any of the queries [G, D], of this rank's at
         least.
+
+        Only the ``needed`` highest count (None: all); others may be given lower.
         """
         raise NotImplementedError
 
@@ -69,11 +71,11 @@ class OwnTable(WholeTable):
         self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
     ) -> Tensor:
         """[G, K] numbers of the rows of highest score for each query [G, D], best first."""
-        return search_rows(query, self.rows, project, num_kept, noise)[1]
+        return nearest_rows(query, self.rows, project, num_kept, noise)
 
-    def relevance(self, query: Tensor, project: Project) -> Tensor:
+    def relevance(self, query: Tensor, project: Project, needed: int | None = None) -> Tensor:
         """[V] largest cosine of each row with any of the queries [G, D]."""
-        return row_relevance(query, self.rows, project)
+        return row_relevance(query, self.rows, project, needed=needed)
 
 
 class ReplicatedTable(OwnTable):

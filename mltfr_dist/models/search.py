@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mltfr_dist.models.draws import GumbelNoise
+from mltfr_dist.models.kernels import largest_products, nearest
 
 CACHED_ELEMENTS = 1 << 21
 """Scores held at a time on a CPU (8 MiB in fp32), so that they stay in its cache."""
@@ -59,23 +60,33 @@ def best(scores: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def search(
     unit_query: Tensor, unit_rows: Tensor, num_kept: int, noise: GumbelNoise | None = None
 ) -> Tensor:
-    """[G, K] indices of the K largest products (plus noise) per query as computed, of equal ones
-    the lower indices.
+    """[G, K] indices of the K largest products (plus noise) per query, of equal ones the lower
+    indices.
+
+    In fp32 on a CPU near-ties are told apart in float64; elsewhere products count as computed.
     """
+    found = nearest(unit_query, unit_rows, num_kept) if noise is None else None
+    if found is not None:
+        return found[1]
+    settled = unit_query.device.type == "cpu" and unit_query.dtype == torch.float32
+    tolerance = TOLERANCE[torch.float32] if settled else 0.0
 
-    def top(count: int) -> tuple[Tensor, Tensor]:
-        return _top(unit_query, unit_rows, count, noise)
+    def exact(doubtful: Tensor, indices: Tensor) -> Tensor:
+        return _products(unit_query[doubtful], unit_rows.double(), indices)
 
-    return best(*_separated(top, len(unit_rows), num_kept, 0.0), num_kept)[1]
+    top = _best_of(unit_query, unit_rows, noise)
+    near = _separated(top, len(unit_rows), num_kept, tolerance, margin=4 if settled else 1)
+    if not settled:
+        return best(*near, num_kept)[1]
+    return _ordered(*near, num_kept, tolerance, exact, noise)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
     """[G, count] indices of the largest of ``scores`` [G, S], best first; of equal ones the lower
     indices.
     """
-    return best(
-        *_separated(lambda width: top_of(scores, width), scores.shape[1], count, 0.0), count
-    )[1]
+    found = _separated(lambda width: top_of(scores, width), scores.shape[1], count, 0.0, margin=1)
+    return best(*found, count)[1]
 
 
 def search_rows(
@@ -87,37 +98,91 @@ def search_rows(
     ``project`` is called twice, whatever there is to find: it may gather sharded parameters.
     """
     num_kept = min(num_kept, len(rows))
-    unit_query, unit_rows = F.normalize(query, dim=-1), project(rows)
-
-    def top(count: int) -> tuple[Tensor, Tensor]:
-        return _top(unit_query, unit_rows, count, noise)
-
-    _, indices = _separated(top, len(rows), num_kept, TOLERANCE[query.dtype])
-    present, indices_present = torch.unique(indices, return_inverse=True)
-    exact_rows = project(rows[present.to(rows.device)], torch.float64)  # [U, D]
-    exact_query = F.normalize(query.double(), dim=-1)
-    chunk = queries_at_once(2 * exact_rows.shape[1] * indices.shape[1], indices.device)
-    parts = [
-        torch.einsum("gd,gcd->gc", q, F.embedding(p, exact_rows))
-        for q, p in zip(
-            torch.split(exact_query, chunk), torch.split(indices_present, chunk), strict=True
-        )
-    ]
-    scores = torch.cat(parts)
+    _, indices = _near(query, rows, project, num_kept, noise)
+    scores = _cosines(query, rows, project, indices)
     if noise is not None:
         scores = scores + noise.at(indices)
     return best(scores.float(), indices, num_kept)
 
 
+def nearest_rows(
+    query: Tensor, rows: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
+) -> Tensor:
+    """The indices of :func:`search_rows`: float64 only for queries whose best rows do not come
+    apart without.
+    """
+    num_kept = min(num_kept, len(rows))
+
+    def exact(doubtful: Tensor, indices: Tensor) -> Tensor:
+        return _cosines(query[doubtful], rows, project, indices)
+
+    found = _near(query, rows, project, num_kept, noise)
+    return _ordered(*found, num_kept, TOLERANCE[query.dtype], exact, noise)
+
+
+def _near(
+    query: Tensor, rows: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None
+) -> tuple[Tensor, Tensor]:
+    """Computed scores and indices [G, C] of the rows that may be among the best, best first."""
+    top = _best_of(F.normalize(query, dim=-1), project(rows), noise)
+    margin = max(4 if query.dtype == torch.float32 else MARGIN, num_kept // 4)
+    return _separated(top, len(rows), num_kept, TOLERANCE[query.dtype], margin)
+
+
+def _cosines(query: Tensor, rows: Tensor, project: Project, indices: Tensor) -> Tensor:
+    """[G, C] in float64, of each query [G, D] with the rows at ``indices``."""
+    present, places = torch.unique(indices, return_inverse=True)
+    exact_rows = project(rows[present.to(rows.device)], torch.float64)  # [U, D]
+    return _products(F.normalize(query.double(), dim=-1), exact_rows, places)
+
+
+def _products(query: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
+    """[G, C] products in float64 of each query [G, D] with the ``rows`` [S, D] at ``indices``."""
+    chunk = queries_at_once(2 * rows.shape[1] * indices.shape[1], indices.device)
+    parts = [
+        torch.einsum("gd,gcd->gc", q.double(), F.embedding(p, rows))
+        for q, p in zip(torch.split(query, chunk), torch.split(indices, chunk), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _ordered(
+    scores: Tensor,
+    indices: Tensor,
+    num_kept: int,
+    tolerance: float,
+    exact: Callable[[Tensor, Tensor], Tensor],
+    noise: GumbelNoise | None,
+) -> Tensor:
+    """[G, K] the best of ``indices`` [G, C], given best first by computed ``scores``.
+
+    ``exact`` scores some queries and their indices again, without noise: those of which two
+    neighbours differ by no more than ``tolerance``. It is called once, maybe for no query.
+    """
+    near = -scores.diff(dim=1)[:, :num_kept] <= tolerance
+    doubtful = near.any(dim=1).nonzero()[:, 0]
+    some = indices[doubtful]
+    again = exact(doubtful, some)
+    if noise is not None:
+        again = again + noise._replace(keys=noise.keys[doubtful]).at(some)
+    found = indices[:, :num_kept].contiguous()
+    found[doubtful] = best(again.float(), some, num_kept)[1]
+    return found
+
+
 def _separated(
-    top: Callable[[int], tuple[Tensor, Tensor]], num_rows: int, num_kept: int, tolerance: float
+    top: Callable[[int], tuple[Tensor, Tensor]],
+    num_rows: int,
+    num_kept: int,
+    tolerance: float,
+    margin: int,
 ) -> tuple[Tensor, Tensor]:
     """Scores and indices [G, C] of all rows that may be among the best K, where a difference may
     err by ``tolerance``.
 
-    ``top`` gives the [G, n] largest of the ``num_rows`` scores, and their indices.
+    ``top`` gives the [G, n] largest of the ``num_rows`` scores, and their indices; at first it is
+    asked for ``margin`` more than K.
     """
-    margin = max(MARGIN, num_kept // 4) if tolerance else 1
     width = min(num_rows, num_kept + margin)
     while True:
         scores, indices = top(width)
@@ -125,6 +190,18 @@ def _separated(
         if width == num_rows or bool(clear.all()):
             return scores, indices
         width = min(num_rows, 2 * width)
+
+
+def _best_of(
+    unit_query: Tensor, unit_rows: Tensor, noise: GumbelNoise | None
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """What gives the [G, n] largest products (plus noise) and their indices, best first."""
+
+    def top(count: int) -> tuple[Tensor, Tensor]:
+        found = nearest(unit_query, unit_rows, count) if noise is None else None
+        return _top(unit_query, unit_rows, count, noise) if found is None else found
+
+    return top
 
 
 @torch.no_grad()
@@ -172,20 +249,41 @@ def top_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def row_relevance(
-    query: Tensor, rows: Tensor, project: Project, dtype: torch.dtype | None = None
+    query: Tensor,
+    rows: Tensor,
+    project: Project,
+    dtype: torch.dtype | None = None,
+    needed: int | None = None,
 ) -> Tensor:
     """[S] fp32, largest cosine of each row with any of the queries [G, D]; -1 where there is no
     query.
 
-    Computed in ``dtype``; None: that of the parameters.
+    Args:
+        query: [G, D].
+        rows: [S, D_m].
+        project: Computes unit vectors.
+        dtype: In which it does; None: that of the parameters.
+        needed: How many of the highest are wanted; what cannot be among them, or within the
+            tolerance of the last, may be given lower than it is. None: all.
     """
     unit_rows = project(rows, dtype)
     unit_query = F.normalize(query.to(unit_rows.dtype), dim=-1)
+    bounds = None if needed is None else largest_products(unit_query, unit_rows)
+    if bounds is None or needed is None:
+        return _largest_cosines(unit_query, unit_rows).float()
+    found, error = bounds
+    last = found.topk(min(needed, len(found))).values[-1] - 4 * TOLERANCE[torch.float32]
+    near = (found + error >= last).nonzero()[:, 0]
+    return found.index_copy_(0, near, _largest_cosines(unit_query, unit_rows[near]))
+
+
+def _largest_cosines(unit_query: Tensor, unit_rows: Tensor) -> Tensor:
+    """[S] largest product of each row with any query."""
     found = unit_rows.new_full((len(unit_rows),), -1.0)
     chunk = queries_at_once(len(unit_rows), unit_rows.device)
-    kept = unit_query.new_empty(min(chunk, len(query)), len(unit_rows))
+    kept = unit_query.new_empty(min(chunk, len(unit_query)), len(unit_rows))
     for part in torch.split(unit_query, chunk):
         if len(part):
             scores = torch.mm(part, unit_rows.T, out=kept[: len(part)])
             torch.maximum(found, scores.amax(dim=0), out=found)
-    return found.float()
+    return found

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.draws import LARGEST, GumbelNoise, mix
+from mltfr_dist.models.kernels import kept_products
 from mltfr_dist.models.placed_table import PlacedTable
-from mltfr_dist.models.search import TOLERANCE, row_relevance, search
+from mltfr_dist.models.search import TOLERANCE, Project, row_relevance, search
 from mltfr_dist.models.selectors.base import Reduce, Selection, Selector
 from mltfr_dist.models.selectors.shortlist import RECALL_QUERIES, Shortlist
 from mltfr_dist.numerics import at_least_fp32
@@ -40,6 +41,23 @@ class Projection(nn.Linear):
             ]
         )
         return F.normalize(projected, dim=-1)
+
+
+class Once:
+    """A projection that keeps what it made of the rows it was given last, in their own format."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.rows: Tensor | None = None
+        self.unit: Tensor | None = None
+
+    def __call__(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows [S, D_m] -> unit vectors [S, D]."""
+        if dtype is not None:
+            return self.project(rows, dtype)
+        if self.unit is None or self.rows is not rows:
+            self.rows, self.unit = rows, self.project(rows)
+        return self.unit
 
 
 class UserGuided(Selector):
@@ -131,7 +149,7 @@ class UserGuided(Selector):
         if kept is None:
             with torch.no_grad():
                 kept = search(unit_query, unit_rows, self.num_kept, noise)
-        scores = torch.einsum("gd,gkd->gk", unit_query, F.embedding(kept, unit_rows))
+        scores = kept_products(unit_query, unit_rows, kept)
         if noise is not None:
             scores = scores + noise.at(kept).to(scores.dtype)
         scores = at_least_fp32(scores) / at_least_fp32(self.temperature)
@@ -158,14 +176,15 @@ class UserGuided(Selector):
         """Choose the shortlist anew."""
         if self.shortlist is None:
             return None
+        project, needed = Once(self.project), len(self.shortlist.row_ids)
         # Of the outgoing list, on users that it was not made from.
         first = queries[0][:RECALL_QUERIES]
-        recall = self.shortlist.recall(first, table, self.project, self.num_kept, reduce)
-        relevance = [table.relevance(part, self.project) for part in queries]
+        recall = self.shortlist.recall(first, table, project, self.num_kept, reduce)
+        relevance = [table.relevance(part, project, needed) for part in queries]
         found = reduce.max(torch.stack(relevance).amax(0))
         in_doubt = self.shortlist.in_doubt(found, TOLERANCE[queries[0].dtype])
         rows = table.take(in_doubt)
-        exact = [row_relevance(part, rows, self.project, torch.float64) for part in queries]
+        exact = [row_relevance(part, rows, project, torch.float64) for part in queries]
         found[in_doubt] = reduce.max(torch.stack(exact).amax(0)).to(found)
         self.shortlist.choose(found)
         return recall

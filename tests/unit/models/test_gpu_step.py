@@ -24,8 +24,9 @@ WAITS = {
 SEARCHES = {
     # Whether computed scores tell the best rows apart: those that do not are looked at again.
     "models/search.py _separated: number",
-    # Rows that may be among the best, each scored in float64 once for all queries.
-    "models/search.py search_rows: unique",
+    # Queries whose best rows fp32 does not tell apart: their rows are scored in float64.
+    "models/search.py _ordered: nonzero",
+    "models/search.py _cosines: unique",
     # Rows that are kept, each adapted once for all queries.
     "models/selectors/user_guided.py forward: unique",
 }

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mltfr_dist
 from mltfr_dist.config import BackboneConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig
 from mltfr_dist.data.batch import SequenceBatch
+from mltfr_dist.models.kernels import build
 from mltfr_dist.models.recommender import TrainingOutput
 
 PACKAGE = Path(mltfr_dist.__file__).parent
@@ -36,10 +37,12 @@ BARE: dict[tuple[str, str, str], int] = {}
 WITH_SHORTLIST = {
     # Whether computed scores tell the best rows apart: those that do not are looked at again.
     ("models/search.py", "_separated", "_local_scalar_dense"): NUM_TABLES,
+    # Which queries have near-ties that float64 tells apart: of a shortlist on a CPU only.
+    ("models/search.py", "_ordered", "nonzero"): NUM_TABLES,
 }
 EXACT = WITH_SHORTLIST | {
-    # Rows that may be among the best, each scored in float64 once for all queries.
-    ("models/search.py", "search_rows", "_unique2"): NUM_TABLES,
+    # Rows that may be among the best where fp32 leaves doubt, each scored in float64 once.
+    ("models/search.py", "_cosines", "_unique2"): NUM_TABLES,
     # Rows that are kept, each adapted once for all queries.
     ("models/selectors/user_guided.py", "forward", "_unique2"): NUM_TABLES,
 }
@@ -107,6 +110,10 @@ def waits(shortlist: int | None, *, enabled: bool) -> dict[tuple[str, str, str],
     ids=["bare", "shortlist", "exact"],
 )
 def test_a_pass_waits_where_it_must(
-    enabled: bool, shortlist: int | None, expected: dict[tuple[str, str, str], int]
+    enabled: bool,
+    shortlist: int | None,
+    expected: dict[tuple[str, str, str], int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(build, "library", lambda: None)  # kernels are for the CPU alone
     assert waits(shortlist, enabled=enabled) == expected

@@ -1,0 +1,131 @@
+"""Attention to kept rows where they stand, and scores of kept rows, without a copy of the rows.
+
+Shapes: G query blocks of n positions, S rows, K kept rows, H heads, D numbers of all heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from mltfr_dist.models.kernels.build import library, pointer, sizes, usable
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        kept: Tensor,
+        log_weights: Tensor,
+        mask: Tensor | None,
+        num_heads: int,
+    ) -> Tensor:
+        kernels = library()
+        assert kernels is not None
+        query, keys, values, kept, log_weights = (
+            t.contiguous() for t in (query, keys, values, kept, log_weights)
+        )
+        groups, positions, width = query.shape
+        shape = (groups, positions, num_heads, width // num_heads, kept.shape[1])
+        weights = query.new_empty(groups, num_heads, positions, kept.shape[1])
+        mixed = torch.empty_like(query)
+        read = (query, keys, values, kept, log_weights, mask)
+        kernels.attend(*map(pointer, (*read, weights, mixed)), *sizes(*shape))
+        ctx.save_for_backward(query, keys, values, kept, weights, mask)
+        ctx.shape = shape
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        kernels = library()
+        assert kernels is not None
+        query, keys, values, kept, weights, mask = ctx.saved_tensors
+        groups, _, num_heads, _, count = ctx.shape
+        made = (torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values))
+        by_head = query.new_empty(groups, num_heads, count)
+        read = (gradient.contiguous(), query, keys, values, kept, mask, weights)
+        kernels.attend_backward(*map(pointer, (*read, *made, by_head)), *sizes(*ctx.shape))
+        return *made, None, by_head.sum(1), None, None
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    kept: Tensor,
+    log_weights: Tensor,
+    draw_mask: Callable[[tuple[int, ...]], Tensor | None],
+    num_heads: int,
+) -> Tensor | None:
+    """softmax(query keys^T / sqrt(D / H) + log_weights) values of each head.
+
+    Args:
+        query: [G, n, D].
+        keys: [S, D].
+        values: [S, D].
+        kept: [G, K] rows that each block attends to.
+        log_weights: [G, K].
+        draw_mask: Gives [G, H, n, K] that the weights are multiplied with; None: with 1.
+        num_heads: H.
+
+    Returns:
+        [G, n, D]; None where there is no kernel for it.
+    """
+    if usable(query, keys, values, log_weights) is None or not _inside(kept, len(keys)):
+        return None
+    mask = draw_mask((len(query), num_heads, query.shape[1], kept.shape[1]))
+    found: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+        query, keys, values, kept, log_weights, mask, num_heads
+    )
+    return found
+
+
+class _KeptProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
+        kernels = library()
+        assert kernels is not None
+        query, rows, kept = query.contiguous(), rows.contiguous(), kept.contiguous()
+        scores = query.new_empty(kept.shape)
+        shape = (len(query), query.shape[1], kept.shape[1])
+        kernels.kept_products(*map(pointer, (query, rows, kept, scores)), *sizes(*shape))
+        ctx.save_for_backward(query, rows, kept)
+        ctx.shape = shape
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        kernels = library()
+        assert kernels is not None
+        query, rows, kept = ctx.saved_tensors
+        made = (torch.zeros_like(query), torch.zeros_like(rows))
+        read = (gradient.contiguous(), query, rows, kept)
+        kernels.kept_products_backward(*map(pointer, (*read, *made)), *sizes(*ctx.shape))
+        return *made, None
+
+
+def kept_products(query: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
+    """Products [G, K] of each query [G, D] with the ``rows`` [S, D] that it keeps, ``kept``
+    [G, K].
+    """
+    if usable(query, rows) is None or not _inside(kept, len(rows)):
+        return torch.einsum("gd,gkd->gk", query, F.embedding(kept, rows))
+    return _KeptProducts.apply(query, rows, kept)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _inside(indices: Tensor, count: int) -> bool:
+    """Whether all are places of ``count`` rows; torch's own operators say what is wrong."""
+    if indices.dtype != torch.int64 or not indices.numel():
+        return False
+    least, largest = torch.aminmax(indices)
+    return int(least) >= 0 and int(largest) < count

@@ -1,0 +1,323 @@
+// The rows of largest product with each query, found by products of 8-bit numbers whose error is
+// bounded; what the bound leaves open is computed in float64.
+//
+// A query is rounded to whole numbers of at most 64, a row to such of at most 127, so that a sum of
+// products stays below 2^15 (by Cauchy and Schwarz) and sixteen of them fit a register. For rounded
+// q' and r' it holds |q r - q' r'| <= |q - q'| |r| + |q'| |r - r'|.
+//
+// G queries and S rows of D numbers, K rows sought.
+
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "common.h"
+
+namespace {
+
+constexpr int64_t LANES = 16;    // rows in a register
+constexpr int64_t TILE = 2048;   // rows looked at together: 128 KiB where D = 64
+constexpr int64_t QUERIES = 4;   // queries looked at together
+constexpr int64_t POOL = 512;    // candidates of a query, before those that fell behind are dropped
+constexpr float LARGEST_QUERY = 64, LARGEST_ROW = 127, ROW_NORM = 200, LARGEST_SUM = 32767;
+
+// Largest absolute number and norm of a vector.
+void measure(const float* v, int64_t dim, float& largest, float& norm) {
+  double squares = 0;
+  float top = 0;
+  for (int64_t c = 0; c < dim; ++c) {
+    top = std::max(top, std::fabs(v[c]));
+    squares += (double)v[c] * v[c];
+  }
+  largest = top;
+  norm = (float)std::sqrt(squares);
+}
+
+struct RoundedRows {
+  int64_t count, pairs, tiles;
+  float scale = 1, norm = 0, error = 0;
+  std::vector<uint8_t> bytes;  // [blocks, pairs, LANES, 2], plus 128
+
+  RoundedRows(const float* rows, int64_t count, int64_t dim)
+      : count(count), pairs((dim + 1) / 2), tiles((count + TILE - 1) / TILE) {
+    float top = 0, largest, size;
+    for (int64_t r = 0; r < count; ++r) {
+      measure(rows + r * dim, dim, largest, size);
+      top = std::max(top, largest);
+      norm = std::max(norm, size);
+    }
+    scale = std::min(LARGEST_ROW / std::max(top, 1e-30f), ROW_NORM / std::max(norm, 1e-30f));
+    bytes.assign((count + 31) / 32 * 32 * pairs * 2, 128);
+    double worst = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      uint8_t* to = &bytes[(r / LANES * pairs * LANES + r % LANES) * 2];
+      double squares = 0;
+      for (int64_t c = 0; c < dim; ++c) {
+        const float exact = rows[r * dim + c] * scale, rounded = std::rint(exact);
+        to[c / 2 * LANES * 2 + c % 2] = (uint8_t)(int)(rounded + 128.0f);
+        squares += (double)(exact - rounded) * (exact - rounded);
+      }
+      worst = std::max(worst, squares);
+    }
+    error = (float)std::sqrt(worst) / scale;
+  }
+};
+
+struct RoundedQuery {
+  float scale, error;            // error: of the product with any row
+  int16_t shift;                 // what 128 added to each row's numbers adds to the sum
+  std::vector<int32_t> pairs;    // two numbers, twice
+
+  RoundedQuery(const float* query, int64_t dim, const RoundedRows& rows, float at_most)
+      : pairs(rows.pairs) {
+    float largest, norm;
+    measure(query, dim, largest, norm);
+    scale = std::min(at_most, RoundedQuery::limit(largest, norm, dim, rows));
+    double squares = 0;
+    int total = 0;
+    std::vector<int8_t> rounded(2 * rows.pairs, 0);
+    for (int64_t c = 0; c < dim; ++c) {
+      const float exact = query[c] * scale, whole = std::rint(exact);
+      rounded[c] = (int8_t)whole;
+      total += (int)whole;
+      squares += (double)(exact - whole) * (exact - whole);
+    }
+    for (int64_t p = 0; p < rows.pairs; ++p) {
+      const uint32_t pair = (uint8_t)rounded[2 * p] | (uint32_t)(uint8_t)rounded[2 * p + 1] << 8;
+      pairs[p] = (int32_t)(pair | pair << 16);
+    }
+    shift = (int16_t)(uint16_t)(128 * total);
+    const float own = (float)std::sqrt(squares) / scale;
+    // The last term covers the roundings of this arithmetic itself.
+    error = own * rows.norm + (norm + own) * rows.error + 1e-5f * norm * rows.norm;
+  }
+
+  static float limit(float largest, float norm, int64_t dim, const RoundedRows& rows) {
+    const float slack = 0.5f * std::sqrt((float)dim) + 1;
+    const float room = LARGEST_SUM / (rows.norm * rows.scale + slack) - slack;
+    return std::min(LARGEST_QUERY / std::max(largest, 1e-30f), room / std::max(norm, 1e-30f));
+  }
+};
+
+// [QUERIES, TILE] sums of whole numbers of some queries with the rows of a tile.
+void products(const RoundedRows& rows, int64_t first, int64_t some,
+              const RoundedQuery* const* queries, int16_t* out) {
+  for (int64_t start = 0; start < some; start += 2 * LANES) {
+    const uint8_t* block = &rows.bytes[(first + start) * rows.pairs * 2];
+    const uint8_t* next = block + rows.pairs * LANES * 2;
+    __m256i sums[QUERIES][2];
+    for (int64_t j = 0; j < QUERIES; ++j)
+      sums[j][0] = sums[j][1] = _mm256_set1_epi16((int16_t)-queries[j]->shift);
+    for (int64_t p = 0; p < rows.pairs; ++p) {
+      const __m256i left = _mm256_loadu_si256((const __m256i*)(block + p * 32));
+      const __m256i right = _mm256_loadu_si256((const __m256i*)(next + p * 32));
+      for (int64_t j = 0; j < QUERIES; ++j) {
+        const __m256i pair = _mm256_set1_epi32(queries[j]->pairs[p]);
+        sums[j][0] = _mm256_add_epi16(sums[j][0], _mm256_maddubs_epi16(left, pair));
+        sums[j][1] = _mm256_add_epi16(sums[j][1], _mm256_maddubs_epi16(right, pair));
+      }
+    }
+    for (int64_t j = 0; j < QUERIES; ++j) {
+      _mm256_storeu_si256((__m256i*)(out + j * TILE + start), sums[j][0]);
+      _mm256_storeu_si256((__m256i*)(out + j * TILE + start + LANES), sums[j][1]);
+    }
+  }
+}
+
+// What may be among the best of one query.
+struct Candidates {
+  int64_t sought, groups, tiles = 0;
+  int window, behind = -32768;  // candidates are larger than ``behind``
+  std::vector<int16_t> values, largest;
+  std::vector<int32_t> ids;
+
+  Candidates(int64_t sought, int window)
+      : sought(sought), groups(sought <= 32 ? 8 : 16), window(window),
+        largest(groups * LANES, -32768) {}
+
+  // A bound from the largest of groups of rows: K groups hold K rows at least that large.
+  void bound(const int16_t* sums, int64_t some) {
+    __m256i* best = (__m256i*)largest.data();
+    for (int64_t start = 0; start + groups * LANES <= some; start += groups * LANES)
+      for (int64_t i = 0; i < groups; ++i) {
+        const __m256i found = _mm256_loadu_si256((const __m256i*)(sums + start + i * LANES));
+        _mm256_storeu_si256(best + i, _mm256_max_epi16(_mm256_loadu_si256(best + i), found));
+      }
+    ++tiles;
+    if ((tiles & (tiles - 1)) || sought > groups * LANES) return;  // at 1, 2, 4, 8, ...
+    int16_t copy[16 * LANES];
+    std::copy(largest.begin(), largest.end(), copy);
+    std::nth_element(copy, copy + sought - 1, copy + largest.size(), std::greater<int16_t>());
+    behind = std::max(behind, copy[sought - 1] - window - 1);
+  }
+
+  void take(const int16_t* sums, int64_t first, int64_t some) {
+    const int64_t whole = some / LANES * LANES;
+    __m256i limit = _mm256_set1_epi16((int16_t)std::max(behind, -32768));
+    for (int64_t start = 0; start < some; start += LANES) {
+      const __m256i found = _mm256_loadu_si256((const __m256i*)(sums + start));
+      unsigned above = (unsigned)_mm256_movemask_epi8(_mm256_cmpgt_epi16(found, limit));
+      if (start >= whole) above &= (1u << 2 * (some - start)) - 1;
+      while (above) {
+        const int lane = __builtin_ctz(above) / 2;
+        values.push_back(sums[start + lane]);
+        ids.push_back((int32_t)(first + start + lane));
+        above &= ~(3u << 2 * lane);
+      }
+    }
+    if ((int64_t)values.size() > std::max(POOL, 8 * sought)) drop();
+  }
+
+  void drop() {
+    if ((int64_t)values.size() <= sought) return;
+    std::vector<int16_t> copy = values;
+    std::nth_element(copy.begin(), copy.begin() + sought - 1, copy.end(), std::greater<int16_t>());
+    behind = std::max(behind, copy[sought - 1] - window - 1);
+    int64_t kept = 0;
+    for (size_t i = 0; i < values.size(); ++i)
+      if (values[i] > behind) {
+        values[kept] = values[i];
+        ids[kept++] = ids[i];
+      }
+    values.resize(kept);
+    ids.resize(kept);
+  }
+};
+
+// The product in float64, rounded once.
+float exact_product(const float* a, const float* b, int64_t dim) {
+  __m256d even = _mm256_setzero_pd(), odd = even;
+  int64_t c = 0;
+  for (; c + 8 <= dim; c += 8) {
+    const __m256d x = _mm256_cvtps_pd(_mm_loadu_ps(a + c)), y = _mm256_cvtps_pd(_mm_loadu_ps(b + c));
+    even = _mm256_fmadd_pd(x, y, even);
+    odd = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(a + c + 4)),
+                          _mm256_cvtps_pd(_mm_loadu_ps(b + c + 4)), odd);
+  }
+  double parts[4];
+  _mm256_storeu_pd(parts, _mm256_add_pd(even, odd));
+  double total = (parts[0] + parts[2]) + (parts[1] + parts[3]);
+  for (; c < dim; ++c) total += (double)a[c] * b[c];
+  return (float)total;
+}
+
+float quick_product(const float* a, const float* b, int64_t dim) {
+  Floats even{}, odd{};
+  int64_t c = 0;
+  for (; c + 16 <= dim; c += 16) {
+    even += load(a + c) * load(b + c);
+    odd += load(a + c + 8) * load(b + c + 8);
+  }
+  float total = sum(even + odd);
+  for (; c < dim; ++c) total += a[c] * b[c];
+  return total;
+}
+
+bool finite(const float* v, int64_t count) {
+  float zero = 0;
+  for (int64_t i = 0; i < count; ++i) zero += v[i] * 0.0f;
+  return zero == 0;
+}
+
+// The best of one query's candidates, by fp32 products first: those whose error cannot matter.
+void settle(const float* query, const float* rows, int64_t dim, float largest_row, Candidates& of,
+            float* scores, int64_t* ids) {
+  of.drop();
+  for (const int32_t id : of.ids) __builtin_prefetch(rows + id * dim);
+  const size_t count = of.ids.size();
+  std::vector<float> quick(count), copy;
+  for (size_t i = 0; i < count; ++i) quick[i] = quick_product(query, rows + of.ids[i] * dim, dim);
+  copy = quick;
+  std::nth_element(copy.begin(), copy.begin() + of.sought - 1, copy.end(), std::greater<float>());
+  float largest, norm;
+  measure(query, dim, largest, norm);
+  const float slack = 2.0f * (float)(dim + 16) * 6e-8f * norm * largest_row;
+  const float least = copy[of.sought - 1] - slack;
+  std::vector<std::pair<float, int32_t>> found;
+  for (size_t i = 0; i < count; ++i)
+    if (quick[i] >= least)
+      found.emplace_back(-exact_product(query, rows + of.ids[i] * dim, dim), of.ids[i]);
+  std::sort(found.begin(), found.end());
+  for (int64_t k = 0; k < of.sought; ++k) {
+    scores[k] = -found[k].first;
+    ids[k] = found[k].second;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// The K <= S best of each query: scores and ids [G, K], best first, of equal scores the lower ids.
+// Returns 0, or 1 where a number is not finite or too many to a sum, and nothing was found.
+int nearest(const float* queries, const float* rows, float* scores, int64_t* ids, int64_t groups,
+            int64_t count, int64_t dim, int64_t sought, int64_t threads) {
+  if (!finite(queries, groups * dim) || !finite(rows, count * dim)) return 1;
+  const RoundedRows rounded(rows, count, dim);
+  if (RoundedQuery::limit(0, 1, dim, rounded) < 16) return 1;
+  divided(groups, threads, [&](int64_t begin, int64_t end) {
+    std::vector<RoundedQuery> some;
+    std::vector<Candidates> found;
+    for (int64_t g = begin; g < end; ++g) {
+      some.emplace_back(queries + g * dim, dim, rounded, 1e30f);
+      const double window = 2.0 * some.back().error * some.back().scale * rounded.scale;
+      found.emplace_back(sought, (int)std::ceil(std::min(window, 65536.0)) + 1);
+    }
+    std::vector<int16_t> sums(QUERIES * TILE);
+    for (int64_t first = 0; first < count; first += TILE) {
+      const int64_t whole = std::min(TILE, count - first);
+      for (int64_t g = 0; g < end - begin; g += QUERIES) {
+        const int64_t together = std::min(QUERIES, end - begin - g);
+        const RoundedQuery* four[QUERIES];
+        for (int64_t j = 0; j < QUERIES; ++j) four[j] = &some[g + std::min(j, together - 1)];
+        products(rounded, first, (whole + 31) / 32 * 32, four, sums.data());
+        for (int64_t j = 0; j < together; ++j) {
+          found[g + j].bound(&sums[j * TILE], whole);
+          found[g + j].take(&sums[j * TILE], first, whole);
+        }
+      }
+    }
+    for (int64_t g = 0; g < end - begin; ++g)
+      settle(queries + (begin + g) * dim, rows, dim, rounded.norm, found[g],
+             scores + (begin + g) * sought, ids + (begin + g) * sought);
+  });
+  return 0;
+}
+
+// For each row [S] a bound from below of its largest product with any query, and in ``error`` [1]
+// how far the product may lie above it. Returns as ``nearest`` does.
+int largest_products(const float* queries, const float* rows, float* bounds, float* error,
+                     int64_t groups, int64_t count, int64_t dim, int64_t threads) {
+  if (!finite(queries, groups * dim) || !finite(rows, count * dim)) return 1;
+  const RoundedRows rounded(rows, count, dim);
+  if (RoundedQuery::limit(0, 1, dim, rounded) < 16) return 1;
+  float scale = 1e30f, largest, norm, worst = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    measure(queries + g * dim, dim, largest, norm);
+    scale = std::min(scale, RoundedQuery::limit(largest, norm, dim, rounded));
+  }
+  std::vector<RoundedQuery> all;
+  for (int64_t g = 0; g < groups; ++g) {
+    all.emplace_back(queries + g * dim, dim, rounded, scale);
+    worst = std::max(worst, all.back().error);
+  }
+  *error = 2 * worst;
+  divided(rounded.tiles, threads, [&](int64_t begin, int64_t end) {
+    std::vector<int16_t> sums(QUERIES * TILE), best(TILE);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * TILE, whole = std::min(TILE, count - first);
+      std::fill(best.begin(), best.end(), -32768);
+      for (int64_t g = 0; g < groups; g += QUERIES) {
+        const RoundedQuery* four[QUERIES];
+        for (int64_t j = 0; j < QUERIES; ++j) four[j] = &all[std::min(g + j, groups - 1)];
+        products(rounded, first, (whole + 31) / 32 * 32, four, sums.data());
+        for (int64_t j = 0; j < QUERIES; ++j)
+          for (int64_t r = 0; r < TILE; ++r) best[r] = std::max(best[r], sums[j * TILE + r]);
+      }
+      for (int64_t r = 0; r < whole; ++r)
+        bounds[first + r] = (float)best[r] / (scale * rounded.scale) - worst;
+    }
+  });
+  return 0;
+}
+}

@@ -1,0 +1,260 @@
+"""The CPU kernels against plain torch in float64, and the plain path where there are none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import REPOSITORY, new_model
+from torch import Tensor
+from torch.nn import functional as F
+
+from mltfr_dist.config import BackboneConfig, FilterConfig, LossConfig, MLTFRConfig
+from mltfr_dist.data.batch import SequenceBatch
+from mltfr_dist.models.kernels import attend, build, kept_products, largest_products, nearest
+from mltfr_dist.models.placed_table import ReplicatedTable
+from mltfr_dist.models.search import nearest_rows, row_relevance, search, search_rows
+from mltfr_dist.models.selectors.user_guided import UserGuided
+
+pytestmark = pytest.mark.skipif(
+    build.library() is None, reason="no C++ compiler or no AVX2: there are no kernels to test"
+)
+few = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+class Alone:
+    """One process."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        return values
+
+
+def plain_attention(
+    query: Tensor, keys: Tensor, values: Tensor, weights: Tensor, kept: Tensor, mask: Tensor | None
+) -> Tensor:
+    """As the formula says, with copies of the kept rows."""
+    groups, positions, heads = *query.shape[:2], HEADS
+
+    def split(t: Tensor) -> Tensor:
+        return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    logits = split(query) @ split(keys[kept]).mT / (query.shape[2] // heads) ** 0.5
+    shares = torch.softmax(logits + weights[:, None, None], dim=-1)
+    shares = shares if mask is None else shares * mask
+    return (shares @ split(values[kept])).transpose(1, 2).reshape(groups, positions, -1)
+
+
+HEADS = 3
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("positions", "dim", "kept"), [(4, 16, 16), (1, 32, 9), (3, 5, 33), (2, 8, 1), (5, 1, 2)]
+)
+def test_attention_and_its_gradients(positions: int, dim: int, kept: int, masked: bool) -> None:
+    torch.manual_seed(0)
+    groups, rows = 11, 20
+    shapes = [(groups, positions, HEADS * dim), *[(rows, HEADS * dim)] * 2, (groups, kept)]
+    given = [torch.randn(*shape).requires_grad_() for shape in shapes]
+    which = torch.randint(rows, (groups, kept))  # rows may come twice
+    mask = (torch.rand(groups, HEADS, positions, kept) > 0.2) / 0.8 if masked else None
+    gradient = torch.randn(shapes[0])
+
+    def run(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        found = attend(*given[:3], which, given[3], lambda shape: mask, HEADS)
+        assert found is not None
+        return [found, *torch.autograd.grad(found, given, gradient)]
+
+    before = torch.get_num_threads()
+    single, several = run(1), run(3)
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(single, several, strict=True))
+    exact = [t.detach().double().requires_grad_() for t in given]
+    expected = plain_attention(*exact, which, mask)
+    expected = [expected, *torch.autograd.grad(expected, exact, gradient.double())]
+    for found, wanted in zip(single, expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("width", [64, 3, 21])
+def test_products_with_kept_rows_and_their_gradients(width: int) -> None:
+    torch.manual_seed(0)
+    query, rows = (torch.randn(n, width, requires_grad=True) for n in (9, 14))
+    kept = torch.randint(14, (9, 6))
+    exact = [t.detach().double().requires_grad_() for t in (query, rows)]
+    found, expected = kept_products(query, rows, kept), (exact[0][:, None] * exact[1][kept]).sum(-1)
+    gradient = torch.randn(9, 6)
+    got = [found, *torch.autograd.grad(found, [query, rows], gradient)]
+    wanted = [expected, *torch.autograd.grad(expected, exact, gradient.double())]
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    with pytest.raises(IndexError):  # torch says so, and no memory is read
+        kept_products(query, rows, kept + 14)
+
+
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "spread": lambda v: v,
+    "alike": lambda v: v[:1] + 0.01 * v,  # fp32 and 8 bits tell few apart
+    "equal": lambda v: v[torch.arange(len(v)) % 3],
+    "spiky": lambda v: v**9,  # one number holds nearly all
+    "zero": lambda v: v * (torch.arange(len(v)) % 2)[:, None],
+}
+
+
+@few
+@given(
+    rows=st.integers(1, 5000),
+    width=st.sampled_from([1, 2, 9, 64, 65, 200]),
+    count=st.integers(1, 40),
+    kind=st.sampled_from(sorted(KINDS)),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_the_nearest_are_those_of_float64(
+    rows: int, width: int, count: int, kind: str, threads: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    query = F.normalize(KINDS[kind](torch.randn(37, width)), dim=1)
+    table = F.normalize(KINDS[kind](torch.randn(rows, width)), dim=1)
+    count = min(count, rows)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found, bounds = nearest(query, table, count), largest_products(query, table)
+    torch.set_num_threads(before)
+    assert found is not None
+    assert bounds is not None
+    products = query.double() @ table.double().T
+    expected = products.float().sort(dim=1, descending=True, stable=True)
+    torch.testing.assert_close(found[0], expected.values[:, :count], rtol=0, atol=1e-7)
+    same = expected.indices[:, :count] == found[1]
+    # Sums in another order may round to another fp32 number: only true near-ties may differ.
+    chosen = products.gather(1, found[1])
+    assert ((chosen - products.gather(1, expected.indices[:, :count])).abs()[~same] < 2e-7).all()
+    assert same.float().mean() > 0.99 or kind == "alike"
+    largest = products.amax(0)
+    assert (bounds[0] <= largest + 1e-7).all()
+    assert (largest <= bounds[0] + bounds[1]).all()
+
+
+def test_numbers_that_are_not_finite_are_left_to_torch() -> None:
+    query, rows = torch.randn(40, 8), torch.randn(50, 8)
+    assert nearest(query, rows, 3) is not None
+    rows[7, 2] = torch.nan
+    assert nearest(query, rows, 3) is None
+    assert largest_products(query, rows) is None
+    assert nearest(query.double(), rows.double(), 3) is None
+
+
+def as_they_are(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return rows.to(dtype)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_both_paths_keep_the_same_rows(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    query = F.normalize(torch.randn(1, 24) + torch.randn(300, 24), dim=1)
+    rows = torch.randn(1, 24) + spread * torch.randn(3000, 24)
+    rows[2000:] = rows[1000:2000]  # equal ones: the lower numbers win
+    rows = F.normalize(rows, dim=1)
+
+    def kept() -> list[Tensor]:
+        return [search(query, rows, 9), nearest_rows(query, rows, as_they_are, 9)]
+
+    by_kernel = kept()
+    monkeypatch.setattr(build, "library", lambda: None)
+    plain = kept()
+    whole = search_rows(query, rows, as_they_are, 9)[1]
+    exact = (F.normalize(query.double(), dim=1) @ rows.double().T).float()
+    expected = exact.sort(dim=1, descending=True, stable=True).indices[:, :9]
+    assert torch.equal(whole, expected)
+    assert all(torch.equal(found, expected) for found in (by_kernel[1], plain[1]))
+    assert torch.equal(by_kernel[0], plain[0])
+
+
+def test_a_shortlist_by_bounds_is_that_of_all_products() -> None:
+    torch.manual_seed(0)
+    selector, rows = UserGuided(FilterConfig(top_k=4, shortlist_size=60), 5000, 12, 16), None
+    rows = torch.randn(5000, 12)
+    queries = [torch.randn(80, 16), torch.randn(50, 16)]
+    selector.refresh(queries, ReplicatedTable(rows), Alone())
+    relevance = row_relevance(torch.cat(queries), rows, selector.project, torch.float64)
+    assert selector.shortlist is not None
+    expected = relevance.sort(descending=True, stable=True).indices[:60].sort().values
+    assert torch.equal(selector.shortlist.row_ids, expected)
+
+
+@pytest.mark.parametrize("shortlist", [200, None])
+def test_a_step_is_the_same_by_both_paths(
+    shortlist: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout's draws included."""
+
+    def step() -> list[Tensor]:
+        torch.manual_seed(0)
+        config = MLTFRConfig(tables=("a", "b"), filter=FilterConfig(shortlist_size=shortlist))
+        model = new_model(
+            BackboneConfig(hidden_dim=32, num_layers=2, num_heads=2),
+            config,
+            LossConfig(),
+            num_items=50,
+            max_len=20,
+            table_rows=[torch.randn(900, 12), torch.randn(700, 20)],
+        ).train()
+        item_ids = torch.randint(1, 50, (16, 20))
+        output = model(SequenceBatch(item_ids, item_ids.roll(-1, 1), torch.arange(16)))
+        loss = output.terms["loss"].sum / item_ids.numel()
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    by_kernel = step()
+    monkeypatch.setattr(build, "library", lambda: None)
+    for found, expected in zip(by_kernel, step(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+SAYS = """
+import warnings
+import torch
+from mltfr_dist.models.kernels import nearest
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        assert nearest(torch.randn(40, 8), torch.randn(50, 8), 3) is None
+print(*[str(w.message) for w in said], sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"CXX": "false"}, "false failed: it says nothing"),
+        ({"CXX": "no-such-compiler"}, "no-such-compiler did not run"),
+        ({"ATEN_CPU_CAPABILITY": "default"}, "has no AVX2"),
+        ({build.SWITCH: "off"}, ""),
+    ],
+    ids=["compiler fails", "no compiler", "no AVX2", "switched off"],
+)
+def test_a_machine_without_kernels_says_so_once(
+    environment: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SAYS],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)} | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
+    assert len(done.stdout.strip().splitlines()) == bool(expected)
