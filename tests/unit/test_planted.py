@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +21,9 @@ ITEMS, USERS = 60, 80
 WORDS = [f"{a}{b}{c}" for a in "abcdef" for b in "ghijkl" for c in "mnop"]
 
 
-@pytest.fixture
-def table(tmp_path: Path) -> TokenTable:
-    rows = torch.randn(len(WORDS), 4, generator=torch.Generator().manual_seed(0))
+def made_table(folder: Path, words: Sequence[str], dim: int) -> TokenTable:
+    """A table of random rows, a word each."""
+    rows = torch.randn(len(words), dim, generator=torch.Generator().manual_seed(0))
     described = {
         "source_files": ("made",),
         "source_sha256": "0" * 64,
@@ -34,8 +37,13 @@ def table(tmp_path: Path) -> TokenTable:
         "mean_cosine_after": 0.0,
         "config": TableConfig(),
     }
-    save_table(tmp_path, rows, [f" {word}" for word in WORDS], name="words", **described)
-    return load_table(tmp_path / "words")
+    save_table(folder, rows, [f" {word}" for word in words], name="words", **described)
+    return load_table(folder / "words")
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> TokenTable:
+    return made_table(tmp_path, WORDS, 4)
 
 
 def cosines(world: planted.World, table: TokenTable) -> np.ndarray:
@@ -73,3 +81,29 @@ def test_a_world_is_a_function_of_its_arguments(table: TokenTable) -> None:
 def test_a_table_of_too_few_words_is_refused(table: TokenTable) -> None:
     with pytest.raises(DataError, match="holds 144 whole words; 146 are needed"):
         planted.make_world(table, 1.0, 0, items=73, users=2)
+
+
+@pytest.mark.slow  # twelve runs
+@pytest.mark.timeout(1800)
+def test_both_ends_of_the_dial_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts = ("abcdefghijkl", "aeiou", "bcdfgklmnp", "aeiou")
+    words = ["".join(letters) for letters in product(*parts)][:1600]
+    made_table(tmp_path, words, 8)
+    command = [
+        *("--tables", "words", "--worlds", "worlds", "--items", "600", "--users", "600"),
+        *("--dials", "0", "1", "--seeds", "0", "1", "2"),
+        *("--variants", "grounded", "grounded_random", "--jobs", "2"),
+        *("--set", "training.epochs=8", "backbone.hidden_dim=32", "training.global_batch_size=64"),
+    ]
+    assert planted.main(command) == 0
+    nothing, full = (
+        curve["differences"]["grounded - grounded_random"]
+        for curve in json.loads(Path("planted.json").read_text())
+    )
+    assert full["seeds"] == nothing["seeds"] == 3
+    assert full["difference"] > full["half_width"], "where tokens are all that counts, they help"
+    assert abs(nothing["difference"]) < nothing["half_width"], "where they say nothing, they do not"
+    assert full["difference"] > 3 * abs(nothing["difference"])
