@@ -54,6 +54,7 @@ def own_state() -> Iterator[None]:
     """
     import torch
 
+    from mltfr_dist.distributed.devices import uses_gpus
     from mltfr_dist.distributed.guest import leave_group
     from mltfr_dist.distributed.resources import forget_peak_memory
     from mltfr_dist.distributed.signals import forget_request
@@ -63,7 +64,7 @@ def own_state() -> Iterator[None]:
     yield
     leave_group()
     gc.collect()
-    if torch.cuda.is_available():
+    if uses_gpus():
         torch.cuda.empty_cache()
 
 

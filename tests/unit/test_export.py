@@ -224,9 +224,10 @@ def test_folded_tables_are_gone(folder: Path, tmp_path: Path) -> None:
     assert card.startswith("---\nlibrary_name: mltfr_dist\n")
     assert "- first: its source states none" in card
     assert sorted(path.suffix for path in (tmp_path / "model").iterdir()) == [
-        *[".json"] * 4,
+        *[".json"] * 2,
         ".md",
-        *[".safetensors"] * 3,
+        ".parquet",
+        *[".safetensors"] * 2,
     ]
 
 

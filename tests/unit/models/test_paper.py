@@ -287,7 +287,7 @@ def procedure(
         if merged:
             mltfr.consensus.load_state_dict(merged)
         if by_statement:
-            mltfr.forward = lambda x, valid, ids, m=mltfr: (
+            mltfr.forward = lambda x, valid, ids, lengths, m=mltfr: (
                 stated(m, x, ids),
                 Routing(m.router(x)[valid], [torch.ones(1, 1)] * len(WIDTHS), len(x)),
             )
