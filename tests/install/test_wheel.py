@@ -122,7 +122,10 @@ def test_wheel_and_sdist_hold_the_package_and_its_files(built: tuple[Path, Path]
     package = REPOSITORY / "mltfr_dist"
     expected = {
         f"mltfr_dist/{path.relative_to(package)}"
-        for pattern in ("**/*.py", "py.typed", "ds_configs/*.json", "tuning/spaces/*.yaml")
+        for pattern in (
+            *("**/*.py", "py.typed", "ds_configs/*.json", "tuning/spaces/*.yaml"),
+            *("models/kernels/*.cpp", "models/kernels/*.h"),
+        )
         for path in package.glob(pattern)
     }
     assert packed == expected
