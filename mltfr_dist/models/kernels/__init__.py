@@ -1,5 +1,5 @@
 """Kernels in C++ for fp32 on a CPU; each has a plain path in torch beside it, which gives the
-same.
+same but for rounding.
 """
 
 from __future__ import annotations
