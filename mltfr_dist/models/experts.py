@@ -98,6 +98,9 @@ class ExpertCore(nn.Module):
     def _attended_in_place(self, query: Tensor, memories: list[Memory]) -> Tensor | None:
         """[G, n, H*d] what queries of that shape read, without a copy of the kept rows; None where
         there is no kernel for it, or copies are asked for.
+
+        The batch has no say in it, for every rank must call the linear maps equally often: ZeRO-3
+        gathers their parameters from all.
         """
         if self._taps is not None or usable(query) is None:
             return None

@@ -9,7 +9,8 @@
 
 namespace {
 
-// exp of numbers <= 0 (Cephes' polynomial after reduction by ln 2), to 2 units in the last place.
+// exp of numbers <= 0 (Cephes' polynomial after reduction by ln 2), to 2 units in the last place;
+// NaN of NaN, so that a broken number is seen in the loss.
 inline Floats exponential(Floats x) {
   typedef int32_t Ints __attribute__((vector_size(32)));
   const Floats low = Floats{} - 87.0f;
@@ -25,7 +26,7 @@ inline Floats exponential(Floats x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const Ints exponent = (__builtin_convertvector(power, Ints) + 127) << 23;
-  return (Floats)((Ints)(p * (Floats)exponent) & (x > low));
+  return (Floats)(((Ints)(p * (Floats)exponent) & (x > low)) | ((Ints)x & (x != x)));
 }
 
 struct Shape {

@@ -65,7 +65,7 @@ def attend(
     log_weights: Tensor,
     draw_mask: Callable[[tuple[int, ...]], Tensor | None],
     num_heads: int,
-) -> Tensor | None:
+) -> Tensor:
     """softmax(query keys^T / sqrt(D / H) + log_weights) values of each head.
 
     Args:
@@ -78,10 +78,13 @@ def attend(
         num_heads: H.
 
     Returns:
-        [G, n, D]; None where there is no kernel for it.
+        [G, n, D].
+
+    Raises:
+        IndexError: ``kept`` names a row that there is not.
     """
-    if usable(query, keys, values, log_weights) is None or not _inside(kept, len(keys)):
-        return None
+    if not _inside(kept, len(keys)):
+        raise IndexError(f"rows are kept that are not among the {len(keys)} that there are")
     mask = draw_mask((len(query), num_heads, query.shape[1], kept.shape[1]))
     found: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
         query, keys, values, kept, log_weights, mask, num_heads
@@ -118,14 +121,14 @@ def kept_products(query: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
     """Products [G, K] of each query [G, D] with the ``rows`` [S, D] that it keeps, ``kept``
     [G, K].
     """
-    if usable(query, rows) is None or not _inside(kept, len(rows)):
+    if usable(query, rows) is None or not _inside(kept, len(rows)):  # torch says what is wrong
         return torch.einsum("gd,gkd->gk", query, F.embedding(kept, rows))
     return _KeptProducts.apply(query, rows, kept)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _inside(indices: Tensor, count: int) -> bool:
-    """Whether all are places of ``count`` rows; torch's own operators say what is wrong."""
+    """Whether all are places of ``count`` rows, in the format that the kernels read."""
     if indices.dtype != torch.int64 or not indices.numel():
-        return False
+        return indices.dtype == torch.int64
     least, largest = torch.aminmax(indices)
     return int(least) >= 0 and int(largest) < count

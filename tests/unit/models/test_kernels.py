@@ -13,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import REPOSITORY, new_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mltfr_dist.config import BackboneConfig, FilterConfig, LossConfig, MLTFRConfig
+from mltfr_dist.config import BackboneConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig
 from mltfr_dist.data.batch import SequenceBatch
+from mltfr_dist.models.experts import ExpertCore, Memory
 from mltfr_dist.models.kernels import attend, build, kept_products, largest_products, nearest
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.search import nearest_rows, row_relevance, search, search_rows
@@ -73,7 +74,6 @@ def test_attention_and_its_gradients(positions: int, dim: int, kept: int, masked
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
         found = attend(*given[:3], which, given[3], lambda shape: mask, HEADS)
-        assert found is not None
         return [found, *torch.autograd.grad(found, given, gradient)]
 
     before = torch.get_num_threads()
@@ -85,6 +85,43 @@ def test_attention_and_its_gradients(positions: int, dim: int, kept: int, masked
     expected = [expected, *torch.autograd.grad(expected, exact, gradient.double())]
     for found, wanted in zip(single, expected, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=3e-6)
+
+
+def test_attention_says_what_is_wrong_and_hides_nothing() -> None:
+    query, rows = torch.randn(2, 4, HEADS * 5), torch.randn(7, HEADS * 5)
+    kept, weights = torch.randint(7, (2, 3)), torch.randn(2, 3)
+
+    def nothing(shape: object) -> None:
+        return None
+
+    for which in (kept + 7, kept - 7, kept.int()):
+        with pytest.raises(IndexError, match="among the 7"):
+            attend(query, rows, rows, which, weights, nothing, HEADS)
+    for place in range(3):  # one broken row is enough, wherever it stands
+        broken = rows.clone()
+        broken[kept[0, place]] = torch.nan
+        found = attend(query, broken, rows, kept, weights, nothing, HEADS)
+        assert found[0].isnan().all()
+
+
+@pytest.mark.parametrize("groups", [0, 5])
+def test_no_batch_changes_how_often_a_linear_map_is_called(groups: int) -> None:
+    """ZeRO-3 gathers its parameters at each call, from every rank: also from one whose batch is
+    empty.
+    """
+    torch.manual_seed(0)
+    core = ExpertCore(ExpertConfig(num_heads=2, head_dim=8), hidden_dim=8, memory_dim=8)
+    called: list[nn.Module] = []
+    for module in core.modules():
+        module.register_forward_hook(lambda module, *_: called.append(module))
+    rows = torch.randn(6, 8, requires_grad=True)
+    kept = torch.zeros(groups, 3, dtype=torch.int64)
+    x = torch.randn(groups, 4, 8, requires_grad=True)
+    found = core(x, [Memory(rows, kept, torch.zeros(groups, 3))])
+    assert found.shape == x.shape
+    assert called == [core.query, core.key, core.value, core.out, core.output_dropout, core]
+    found.sum().backward()
+    assert all(p.grad is not None for p in core.parameters())
 
 
 @pytest.mark.parametrize("width", [64, 3, 21])
