@@ -142,7 +142,8 @@ class ExpertCore(nn.Module):
         weights = torch.softmax(
             at_least_fp32(logits) + at_least_fp32(log_weights)[:, None, None, :], dim=-1
         ).to(query.dtype)
-        mixed: Tensor = self.attention_dropout(weights) @ split(values)  # [G, H, n, d]
+        # No call of the module, for with kernels there is none: a rank may have them, another not.
+        mixed: Tensor = self.attention_dropout.forward(weights) @ split(values)  # [G, H, n, d]
         return mixed.transpose(1, 2).reshape(groups, positions, width)
 
     def _project(self, parameter: str, memory: Memory, copies: int) -> Tensor:

@@ -104,12 +104,17 @@ def test_attention_says_what_is_wrong_and_hides_nothing() -> None:
         assert found[0].isnan().all()
 
 
+@pytest.mark.parametrize("with_kernels", [True, False])
 @pytest.mark.parametrize("groups", [0, 5])
-def test_no_batch_changes_how_often_a_linear_map_is_called(groups: int) -> None:
-    """ZeRO-3 gathers its parameters at each call, from every rank: also from one whose batch is
-    empty.
+def test_every_rank_calls_the_same_modules(
+    groups: int, with_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeRO-3 gathers parameters at each call, from every rank: also from one whose batch is empty,
+    or that has no compiler.
     """
     torch.manual_seed(0)
+    if not with_kernels:
+        monkeypatch.setattr(build, "library", lambda: None)
     core = ExpertCore(ExpertConfig(num_heads=2, head_dim=8), hidden_dim=8, memory_dim=8)
     called: list[nn.Module] = []
     for module in core.modules():
