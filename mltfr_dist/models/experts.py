@@ -50,6 +50,13 @@ class Tap(NamedTuple):
     """[G, r, D_out], part of the graph."""
 
 
+class Output(NamedTuple):
+    """What an expert says [G, n, D], and what it is still to be multiplied with; None: nothing."""
+
+    values: Tensor
+    mask: Tensor | None
+
+
 class ExpertCore(nn.Module):
     """Multi-head cross-attention from positions to kept tokens.
 
@@ -80,20 +87,25 @@ class ExpertCore(nn.Module):
             self._taps = None
 
     def forward(self, x: Tensor, memories: list[Memory]) -> Tensor:
-        """Attend from every position to the kept tokens of all ``memories`` at once.
-
-        Args:
-            x: [G, n, D] positions, in blocks that share a query.
-            memories: One for an expert; one per table for the consensus expert.
-
-        Returns:
-            [G, n, D].
+        """Positions [G, n, D], in blocks that share a query, attend to the kept tokens of all
+        ``memories`` at once (one for an expert, one per table for the consensus expert) -> [G, n,
+        D].
         """
+        output = self.output(x, memories)
+        return output.values if output.mask is None else output.values * output.mask
+
+    def output(self, x: Tensor, memories: list[Memory]) -> Output:
+        """:meth:`forward`; where there are kernels, its dropout is left to who mixes."""
         query = self._tap("query", x, self.query(x))
         mixed = self._attended_in_place(query, memories)
         if mixed is None:
             mixed = self._attended(query, memories)
-        return self.output_dropout(self._tap("out", mixed, self.out(mixed)))  # type: ignore[no-any-return]
+        values = self._tap("out", mixed, self.out(mixed))
+        # No call of the dropout's module, for with kernels there is none: a rank may have them,
+        # another not.
+        if usable(values) is None:
+            return Output(self.output_dropout.forward(values), None)
+        return Output(values, self.output_dropout.mask(values.shape))
 
     def _attended_in_place(self, query: Tensor, memories: list[Memory]) -> Tensor | None:
         """[G, n, H*d] what queries of that shape read, without a copy of the kept rows; None where
@@ -142,7 +154,7 @@ class ExpertCore(nn.Module):
         weights = torch.softmax(
             at_least_fp32(logits) + at_least_fp32(log_weights)[:, None, None, :], dim=-1
         ).to(query.dtype)
-        # No call of the module, for with kernels there is none: a rank may have them, another not.
+        # No call of the module, as in `output`.
         mixed: Tensor = self.attention_dropout.forward(weights) @ split(values)  # [G, H, n, d]
         return mixed.transpose(1, 2).reshape(groups, positions, width)
 

@@ -22,6 +22,7 @@ from mltfr_dist.models.experts import (
     router_class,
     shared_experts,
 )
+from mltfr_dist.models.kernels import mix
 from mltfr_dist.models.packing import Lengths
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
@@ -86,6 +87,12 @@ class MLTFR(nn.Module):
         assert isinstance(selector, Selector)
         return selector
 
+    def core(self, e: int) -> ExpertCore:
+        """Core of expert e."""
+        core = self.cores[e]
+        assert isinstance(core, ExpertCore)
+        return core
+
     def experts_of(self, tables: Sequence[int]) -> list[int]:
         """Experts that read ``tables``."""
         return [m * self.per_table + i for m in tables for i in range(self.per_table)]
@@ -112,9 +119,7 @@ class MLTFR(nn.Module):
         self.consensus_members = self.experts_of(
             range(self.num_tables) if tables is None else tables
         )
-        core = self.cores[self.consensus_members[0]]
-        assert isinstance(core, ExpertCore)
-        width = core.key.in_features
+        width = self.core(self.consensus_members[0]).key.in_features
         consensus = self.parts.consensus(self.config.expert, self.hidden_dim, width)
         self.consensus = consensus.train(self.training)
         freeze(self.consensus)
@@ -179,11 +184,10 @@ class MLTFR(nn.Module):
         blocks = self.blocks(x, valid_mask, lengths)
         selections = self.selections(blocks.queries, blocks.keys(item_ids))
         memories = self.memories(selections)
-        outputs = torch.stack(
-            [core(blocks.positions, [m]) for core, m in zip(self.cores, memories)], dim=-1
-        )
+        outputs = [self.core(e).output(blocks.positions, [m]) for e, m in enumerate(memories)]
         gate = self.router(blocks.positions)  # [G, n, E]
-        mixed = torch.einsum("gnde,gne->gnd", outputs, gate[..., : self.num_experts])
+        of_experts, masks = zip(*outputs, strict=True)
+        mixed = mix(of_experts, masks, gate[..., : self.num_experts])
         if self.consensus is not None:
             members = self.parts.of_consensus([memories[e] for e in self.consensus_members])
             mixed = mixed + self._lambda() * self.consensus(blocks.positions, members)

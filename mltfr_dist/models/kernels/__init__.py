@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from mltfr_dist.models.kernels.attention import attend, kept_products
 from mltfr_dist.models.kernels.build import usable
+from mltfr_dist.models.kernels.mixing import mix
 from mltfr_dist.models.kernels.nearest import largest_products, nearest
 
-__all__ = ["attend", "kept_products", "largest_products", "nearest", "usable"]
+__all__ = ["attend", "kept_products", "largest_products", "mix", "nearest", "usable"]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from mltfr_dist.config import BackboneConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig
 from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.models.experts import ExpertCore, Memory
-from mltfr_dist.models.kernels import attend, build, kept_products, largest_products, nearest
+from mltfr_dist.models.kernels import attend, build, kept_products, largest_products, mix, nearest
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.search import nearest_rows, row_relevance, search, search_rows
 from mltfr_dist.models.selectors.user_guided import UserGuided
@@ -87,6 +87,29 @@ def test_attention_and_its_gradients(positions: int, dim: int, kept: int, masked
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=3e-6)
 
 
+@pytest.mark.parametrize("with_kernels", [True, False])
+@pytest.mark.parametrize(("dim", "experts"), [(64, 3), (13, 2), (3, 1)])
+def test_mixing_and_its_gradients(
+    dim: int, experts: int, with_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    if not with_kernels:
+        monkeypatch.setattr(build, "library", lambda: None)
+    outputs = [torch.randn(7, 4, dim, requires_grad=True) for _ in range(experts)]
+    masks = [(torch.rand(7, 4, dim) > 0.2) / 0.8 if e != 1 else None for e in range(experts)]
+    gate = torch.rand(7, 4, experts + 1, requires_grad=True)  # a null expert stands last
+    gradient = torch.randn(7, 4, dim)
+    found = mix(outputs, masks, gate[..., :experts])
+    made = [found, *torch.autograd.grad(found, [gate, *outputs], gradient)]
+    exact = [t.detach().double().requires_grad_() for t in (gate, *outputs)]
+    total = torch.zeros(7, 4, dim).double()
+    for e, mask in enumerate(masks):
+        total = total + exact[0][..., e : e + 1] * exact[1 + e] * (1 if mask is None else mask)
+    wanted = [total, *torch.autograd.grad(total, exact, gradient.double())]
+    for one, other in zip(made, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=3e-6)
+
+
 def test_attention_says_what_is_wrong_and_hides_nothing() -> None:
     query, rows = torch.randn(2, 4, HEADS * 5), torch.randn(7, HEADS * 5)
     kept, weights = torch.randint(7, (2, 3)), torch.randn(2, 3)
@@ -124,7 +147,7 @@ def test_every_rank_calls_the_same_modules(
     x = torch.randn(groups, 4, 8, requires_grad=True)
     found = core(x, [Memory(rows, kept, torch.zeros(groups, 3))])
     assert found.shape == x.shape
-    assert called == [core.query, core.key, core.value, core.out, core.output_dropout, core]
+    assert called == [core.query, core.key, core.value, core.out, core]
     found.sum().backward()
     assert all(p.grad is not None for p in core.parameters())
 
@@ -300,3 +323,20 @@ def test_a_machine_without_kernels_says_so_once(
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
     assert len(done.stdout.strip().splitlines()) == bool(expected)
+
+
+def test_where_gradients_are_wanted_only_kept_rows_go_on() -> None:
+    """The same rows with the same weights as without; no other row is adapted."""
+    torch.manual_seed(0)
+    table = ReplicatedTable(torch.randn(300, 24))
+    selector = UserGuided(FilterConfig(top_k=4, shortlist_size=100), 300, 24, 16)
+    query = torch.randn(20, 16, requires_grad=True)
+    narrow = selector(query, None, table)
+    with torch.no_grad():
+        whole = selector(query, None, table)
+    assert narrow.kept is not None and whole.kept is not None
+    assert len(whole.candidates) == 100
+    assert torch.equal(narrow.row_ids[narrow.kept], whole.row_ids[whole.kept])
+    assert torch.equal(narrow.row_ids, narrow.row_ids[narrow.kept].unique())
+    assert torch.equal(narrow.candidates, table.rows[narrow.row_ids])
+    torch.testing.assert_close(narrow.log_weights, whole.log_weights, rtol=1e-5, atol=1e-5)
