@@ -334,7 +334,8 @@ def test_where_gradients_are_wanted_only_kept_rows_go_on() -> None:
     narrow = selector(query, None, table)
     with torch.no_grad():
         whole = selector(query, None, table)
-    assert narrow.kept is not None and whole.kept is not None
+    assert narrow.kept is not None
+    assert whole.kept is not None
     assert len(whole.candidates) == 100
     assert torch.equal(narrow.row_ids[narrow.kept], whole.row_ids[whole.kept])
     assert torch.equal(narrow.row_ids, narrow.row_ids[narrow.kept].unique())
