@@ -30,6 +30,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "large": lambda v: v * 1e17,
     "underflowing": lambda v: v * 1e-22,
     "of all sizes": lambda v: v * 10.0 ** torch.randint(-12, 8, (len(v), 1)),
+    "cancelling": lambda v: v.sign() * 2.0 ** (29 * torch.randint(3, v.shape[1:])),  # order decides
     "negative": lambda v: -v.abs(),
 }
 
