@@ -20,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from mltfr_dist.distributed.adoption import adopt_process_group
 from mltfr_dist.distributed.devices import sees_gpus, share_of_cores, take_gpu, uses_gpus
+from mltfr_dist.distributed.freed_memory import keep_freed_memory
 from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.launch import expected_rank, is_launched
 from mltfr_dist.distributed.ranks import Ranks
@@ -82,6 +83,7 @@ def start_ranks(threads: int | None = None) -> Ranks:
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     if on_gpu:
         return Ranks(rank, world_size, torch.device("cuda", torch.cuda.current_device()))
+    keep_freed_memory()
     ranks = Ranks(rank, world_size, torch.device("cpu"))
     torch.set_num_threads(threads or share_of_cores(ranks.gather, rank))
     return ranks
