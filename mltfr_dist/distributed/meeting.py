@@ -112,7 +112,7 @@ def _meet(backend: str) -> None:
     Raises:
         ConfigError: The port is taken, or not all ranks came.
     """
-    place = f"MASTER_ADDR:MASTER_PORT {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    address = f"MASTER_ADDR:MASTER_PORT {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, rank, world_size = next(
             iter(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))
@@ -132,7 +132,7 @@ def _meet(backend: str) -> None:
         taken = "EADDRINUSE" in str(error)
         raise ConfigError(
             f"Rank {os.environ['RANK']} on {socket.gethostname()} cannot meet the other ranks at "
-            f"{place}: " + ("the port is taken." if taken else f"{str(error).splitlines()[0]}."),
+            f"{address}: " + ("the port is taken." if taken else f"{str(error).splitlines()[0]}."),
             rule=f"Rank 0 listens there, and all {os.environ['WORLD_SIZE']} ranks come within "
             f"{RENDEZVOUS_SECONDS} s.",
             remedy="Give a free port (`deepspeed --master_port`, `torchrun --master_port`, "

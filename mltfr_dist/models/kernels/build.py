@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 SOURCES = (
-    *("common.h", "registers.h", "rounded.h"),
-    *("attention.cpp", "mixing.cpp", "products.cpp", "search.cpp"),
+    *("common.h", "panels.h", "registers.h", "rounded.h"),
+    *("attention.cpp", "counting.cpp", "leading.cpp", "mixing.cpp"),
+    *("products.cpp", "search.cpp"),
 )
 FLAGS = (
     *("-O3", "-std=c++17", "-mavx2", "-mfma", "-fno-math-errno", "-fno-trapping-math"),
