@@ -106,6 +106,11 @@ class PrepareConfig(Options):
         description="leave_one_out: a user's last item is test, the one before it validation. "
         "global_temporal: two points in time cut all users alike.",
     )
+    targets: Literal["next", "all"] = Field(
+        "next",
+        description="global_temporal: what is to be predicted of a user in a period: next, the "
+        "first interaction; all, every item of it (one that comes again counts once).",
+    )
     valid_fraction: Fraction = Field(
         0.1, description="global_temporal: share of interactions in the validation period."
     )
@@ -126,6 +131,20 @@ class PrepareConfig(Options):
         ):
             raise ValueError(f"must be {least} to {longest} bytes of text without line ends")
         return value
+
+    @property
+    def split_in_words(self) -> str:
+        """The rule that a protocol names: figures of two rules are not comparable."""
+        return self.split + ", all targets of a period" * (self.targets == "all")
+
+    @model_validator(mode="after")
+    def _has_periods(self) -> PrepareConfig:
+        if self.targets == "all" and self.split != "global_temporal":
+            raise ValueError(
+                f"--targets all needs --split global_temporal: {self.split} holds out one item "
+                "each for validation and test"
+            )
+        return self
 
     @model_validator(mode="after")
     def _leaves_training_data(self) -> PrepareConfig:

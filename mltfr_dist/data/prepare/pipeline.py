@@ -127,6 +127,7 @@ def _split(
     cuts = splits.make_prefixes(
         connection,
         config.split,
+        targets=config.targets,
         valid_fraction=config.valid_fraction,
         test_fraction=config.test_fraction,
     )

@@ -12,8 +12,8 @@ from pydantic import Field, field_validator, model_validator
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.schema import Count, Section
 
-SCHEMA_VERSION = 3
-READABLE_VERSIONS = (1, 2, SCHEMA_VERSION)
+SCHEMA_VERSION = 4
+READABLE_VERSIONS = (1, 2, 3, SCHEMA_VERSION)
 SPLITS = ("train", "valid", "test")
 ITEMS_NAME, USERS_NAME = "items.parquet", "users.parquet"
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
@@ -34,6 +34,10 @@ class ShardInfo(Section):
         None,
         description="(items, number of sequences with as many), ascending. Manifests of version 1 "
         "have none.",
+    )
+    num_targets: Count | None = Field(
+        None,
+        description="Targets of its users, one that comes again once; None: one a user.",
     )
 
     def check_lengths(self) -> None:
@@ -79,6 +83,14 @@ class SplitInfo(Section):
                     f"two shards have the same {name}, {max(values, key=values.count)}"
                 )
         return self
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of all users; of a split that is ranked."""
+        return sum(
+            shard.num_sequences if shard.num_targets is None else shard.num_targets
+            for shard in self.shards
+        )
 
     def without(self, files: Collection[str]) -> SplitInfo:
         """The split without some of its shards."""

@@ -77,7 +77,8 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
     place, manifest = config.folder / RANKS, inputs.manifest
     valid, test_slices = final_metrics(ByModel(model), config, manifest, ranks, read_test, place)
     test = test_slices.pop(ALL, {})
-    routing = measure_routing(model, ranked(config, "valid", ranks), ranks, inputs.table_names)
+    users = ranked(config, "valid", ranks, once_a_user=True)
+    routing = measure_routing(model, users, ranks, inputs.table_names)
     memory = ranks.max(torch.tensor([float(peak_memory_bytes())], dtype=torch.float64))
     result = Result(
         name=name,
