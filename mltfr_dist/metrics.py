@@ -95,7 +95,8 @@ def metric_sums(
 ) -> dict[str, float]:
     """Sums over users of each of :func:`metric_names`; over the number of users, the metric.
 
-    Equal targets are counted first and sums are rounded once, so no order changes a bit.
+    Equal ranks of users with one target are counted first, and sums are rounded once, so no order
+    changes a bit.
 
     Args:
         ranks: [T] ranks from :func:`target_ranks`.
@@ -104,18 +105,14 @@ def metric_sums(
     """
     import torch  # configuration and help texts read this file, and need no torch
 
+    counts = ranks.new_ones((), dtype=torch.int64)
     if users is None:
-        distinct, counts = torch.unique(ranks.double(), return_counts=True)
-        targets = Targets.among(distinct, None)
-    else:
-        parts = torch.stack(Targets.among(ranks, users))
-        parts, counts = torch.unique(parts, dim=1, return_counts=True)
-        targets = Targets(*parts)
-    sums = {}
+        ranks, counts = torch.unique(ranks.double(), return_counts=True)
+    targets, sums = Targets.among(ranks, users), {}
     for full_name in metric_names(cutoffs):
         name, _, k = full_name.partition("@")
-        values = METRICS[name].value(targets, int(k or 0))
-        sums[full_name] = math.fsum((values * counts).tolist())
+        values = METRICS[name].value(targets, int(k or 0)) * counts
+        sums[full_name] = math.fsum(values[values != 0].tolist())
     return sums
 
 

@@ -178,9 +178,15 @@ def test_metrics_by_hand() -> None:
     assert sum(by_definition([3, 12, 1], 3).values()) == pytest.approx(sum(sums.values()) - 1 / 4)
 
 
-def test_one_target_a_user_gives_the_same_bits_either_way() -> None:
-    ranks = torch.randint(1, 500, (3000,), generator=torch.Generator().manual_seed(0)).double()
-    assert metric_sums(ranks, (5, 10)) == metric_sums(ranks, (5, 10), torch.arange(3000))
+def test_one_target_a_user_and_no_order_changes_the_figures() -> None:
+    draws = torch.Generator().manual_seed(0)
+    ranks = torch.randint(1, 500, (3000,), generator=draws).double()
+    alone = metric_sums(ranks, (5, 10), torch.arange(3000))
+    assert alone == pytest.approx(metric_sums(ranks, (5, 10)), rel=1e-13)
+    order, users = torch.randperm(3000, generator=draws), torch.arange(3000) // 4
+    ranks += torch.arange(3000) % 4 * 500  # of one user all different
+    mixed = metric_sums(ranks[order], (5, 10), users[order])
+    assert mixed == metric_sums(ranks, (5, 10), users)
 
 
 @pytest.mark.parametrize(
