@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mltfr_dist.schema import Count, Fraction, Options
 
@@ -131,6 +138,14 @@ class PrepareConfig(Options):
         ):
             raise ValueError(f"must be {least} to {longest} bytes of text without line ends")
         return value
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``targets`` where they are the next items: such data keeps its manifest's bytes,
+        by which runs know it, and earlier releases read it.
+        """
+        values: dict[str, Any] = handler(self)
+        return {k: v for k, v in values.items() if (k, v) != ("targets", "next")}
 
     @property
     def split_in_words(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import chain
 from pathlib import Path
@@ -64,6 +65,7 @@ def expected(prepared: Prepared, split: str) -> list[tuple[list[int], list[int]]
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_the_shards_hold_every_item_of_the_period(prepared: Prepared, split: str) -> None:
+    assert prepared.manifest.schema_version == 4
     assert prepared.manifest.report.cut_times == (str(CUT), str(SECOND_CUT))
     info, users = prepared.manifest.splits[split], expected(prepared, split)
     stored = []
@@ -92,6 +94,10 @@ def test_next_is_the_first_item_of_the_period_and_as_it_was(prepared: Prepared) 
     numbers = numbers_of(folder, manifest)
     assert numbers == numbers_of(prepared.folder, prepared.manifest)
     assert manifest.splits["train"] == prepared.manifest.splits["train"]  # to the byte
+    written = json.loads((folder / "manifest.json").read_text())
+    assert written["schema_version"] == 3
+    assert "targets" not in written["prepare"]
+    assert not any("num_targets" in s for s in written["splits"]["test"]["shards"])
     info = manifest.splits["test"]
     assert all(shard.num_targets is None for shard in info.shards)
     packed = [read_shard(folder, shard, num_items=NUM_ITEMS) for shard in info.shards]

@@ -22,6 +22,8 @@ from mltfr_dist.data.prepare.steps import (
 from mltfr_dist.data.prepare.workspace import Workspace
 from mltfr_dist.data.prepare.write import write_maps, write_splits
 from mltfr_dist.data.shards.manifest import (
+    SCHEMA_VERSION,
+    SEVERAL_TARGETS_VERSION,
     CoreRound,
     Manifest,
     PrepareReport,
@@ -79,7 +81,9 @@ def run_steps(
     report = workspace.step(connection, "split", lambda: _split(connection, config, kept, steps))
     cut = Decimal(report["cut_times"][0]) if report["cut_times"] else None
     sizes, written, files = _write(connection, workspace, config, cut, steps)
+    several = config.targets == "all"
     return Manifest(
+        schema_version=SEVERAL_TARGETS_VERSION if several else SCHEMA_VERSION,
         **sizes,
         num_interactions=kept,
         splits=written,

@@ -7,13 +7,21 @@ import json
 from collections.abc import Collection
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.schema import Count, Section
 
-SCHEMA_VERSION = 4
-READABLE_VERSIONS = (1, 2, 3, SCHEMA_VERSION)
+SCHEMA_VERSION = 3
+SEVERAL_TARGETS_VERSION = 4
+"""Of data whose users may have several targets, which earlier releases cannot read."""
+READABLE_VERSIONS = (1, 2, SCHEMA_VERSION, SEVERAL_TARGETS_VERSION)
 SPLITS = ("train", "valid", "test")
 ITEMS_NAME, USERS_NAME = "items.parquet", "users.parquet"
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
@@ -39,6 +47,12 @@ class ShardInfo(Section):
         None,
         description="Targets of its users, one that comes again once; None: one a user.",
     )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``num_targets`` where there is one a user, as earlier releases write it."""
+        values: dict[str, Any] = handler(self)
+        return {k: v for k, v in values.items() if (k, v) != ("num_targets", None)}
 
     def check_lengths(self) -> None:
         """Whether ``lengths``, where there are any, agree with the other numbers.

@@ -84,7 +84,7 @@ def test_every_single_value_is_under_the_checksum(folder: Path) -> None:
 def test_the_checksum_is_of_canonical_json(folder: Path) -> None:
     values = values_of(folder)
     assert values.pop("checksum") == checksum_of(dict(reversed(values.items())))
-    assert values["schema_version"] == 4
+    assert values["schema_version"] == 3
     put(folder, values)
     with pytest.raises(DataError, match=r"not what `mltfr prepare` wrote.*it holds None"):
         load_manifest(folder)
