@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from mltfr_dist.config import EvaluationConfig, PrepareConfig
 from mltfr_dist.data.batch import RankingBatch
-from mltfr_dist.data.shards.manifest import Manifest, load_manifest, read_map
+from mltfr_dist.data.shards.manifest import Manifest, SplitInfo, load_manifest, read_map
+from mltfr_dist.data.shards.packed import PackedSequences
 from mltfr_dist.data.shards.reader import read_shard
+from mltfr_dist.data.shards.writer import SplitWriter
 from mltfr_dist.data.stream.ranking import RankingStream
 from mltfr_dist.distributed.ranks import ALONE
+from mltfr_dist.errors import DataError
 from mltfr_dist.metrics import metric_sums, target_ranks
 from mltfr_dist.training.evaluating.evaluate import Ranked, rank_users
 from mltfr_dist.training.evaluating.placing import ByScores
@@ -104,6 +108,28 @@ def test_next_is_the_first_item_of_the_period_and_as_it_was(prepared: Prepared) 
     assert all(part.targets is None for part in packed)
     found = [(part[n][:-1].tolist(), int(part[n][-1])) for part in packed for n in range(len(part))]
     assert found == [(history, targets[0]) for history, targets in expected(prepared, "test")]
+
+
+def test_shards_whose_targets_cannot_be_are_refused(tmp_path: Path) -> None:
+    def written(name: str, *targets: int) -> SplitInfo:
+        writer = SplitWriter(
+            tmp_path, name, num_items=9, num_users=2, sequences_per_block=2, sequences_per_shard=2
+        )
+        items, offsets = np.array([1, 2, 3, 4, 5, 5]), np.array([0, 3, 6])
+        writer.add(PackedSequences(items, offsets, np.arange(2), np.array(targets)))
+        return writer.finish()
+
+    for name, number in (("none", 0), ("all", 3)):
+        (info,) = written(name, number, 1).shards
+        with pytest.raises(DataError, match="no target, or no history before its targets"):
+            read_shard(tmp_path, info, num_items=9)
+    (info,) = written("whole", 1, 2).shards
+    assert info.num_targets == 2  # item 5 comes again
+    assert read_shard(tmp_path, info, num_items=9).num_targets.tolist() == [1, 2]
+    for number, said in ((3, "it has 2 targets, the manifest says 3"), (None, "targets.npy")):
+        changed = info.model_copy(update={"num_targets": number})
+        with pytest.raises(DataError, match=said):
+            read_shard(tmp_path, changed, num_items=9)
 
 
 def test_only_periods_have_several_targets() -> None:
