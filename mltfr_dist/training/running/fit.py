@@ -278,9 +278,9 @@ def compare(
         bare, own = bare_config(config), Inputs(inputs.manifest, (), inputs.hashes)
         with held_folder(bare, own, ranks, resume=True):
             return fit_model(bare, own, ranks, read_test=read_test)
-    place = config.folder / f"ranks-{name}.parquet"
+    ranks_file = config.folder / f"ranks-{name}.parquet"
     return baseline_result(
-        name, config, inputs.manifest, ranks, read_test=read_test, ranks_file=place
+        name, config, inputs.manifest, ranks, read_test=read_test, ranks_file=ranks_file
     )
 
 
