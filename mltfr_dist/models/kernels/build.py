@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 SOURCES = (
-    *("common.h", "panels.h", "rounded.h"),
+    *("common.h", "panels.h", "registers.h", "rounded.h"),
     *("attention.cpp", "counting.cpp", "leading.cpp", "products.cpp", "search.cpp"),
 )
 FLAGS = (
