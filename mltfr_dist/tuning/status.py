@@ -13,12 +13,12 @@ from ray.tune.experiment import Trial as RayTrial
 
 from mltfr_dist.progress import duration
 from mltfr_dist.tuning.hparams import write_hparams
-from mltfr_dist.tuning.ray_trial import EPOCH, NUMBER, STOP, TrialSetting
+from mltfr_dist.tuning.ray_trial import EPOCH, GENERATION, NUMBER, STOP, TrialSetting
 from mltfr_dist.tuning.ray_watch import room_is_low
 from mltfr_dist.tuning.records import Trial, load_trial, load_trials
-from mltfr_dist.tuning.schedulers import most_epochs
 from mltfr_dist.tuning.space import shown
 from mltfr_dist.tuning.suggest import Space
+from mltfr_dist.tuning.turns import most_epochs
 
 STATUS_SECONDS = 30.0
 """Seconds between two lines that say how far the sweep is, where no trial ends."""
@@ -85,6 +85,9 @@ class Progress(Callback):  # type: ignore[misc]
         ours = load_trial(self.setting.folder, number)
         behind = ours.validations()
         going_on = f", going on after epoch {behind[-1].epoch}" if behind else ""
+        if trial.config[GENERATION] > ours.record.generation:  # not before it has begun
+            values = {key: trial.config[key] for key in self.setting.sweep.search}
+            ours = ours.next_generation(values)
         done = behind[-1].epoch if behind else 0
         self.running.setdefault(number, Running(time.monotonic(), done, done))
         print(f"  trial {ours.name}  {shown(ours.values)}{going_on}", flush=True)
