@@ -11,9 +11,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune import FailureConfig, Stopper, TuneConfig, Tuner
 from ray.tune import RunConfig as TuneRunConfig
+from ray.tune.execution.class_cache import _ActorClassCache
 from ray.tune.search import Searcher
 
 from mltfr_dist.config import RunConfig
@@ -96,6 +98,7 @@ def run_trials(
 
 def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -> Tuner:
     """Ray Tune over the trials that are missing."""
+    _ActorClassCache.get = in_any_process
     sweep, folder = setting.sweep, setting.folder
     population = sweep.scheduler == "pbt"
     search = FolderSearch(
@@ -136,6 +139,13 @@ def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -
 def given(trial: Trial) -> dict[str, Any]:
     """A trial as Tune has it."""
     return {NUMBER: trial.number, GENERATION: trial.record.generation, **trial.values}
+
+
+def in_any_process(_cache: Any, trainable: type) -> Any:
+    """A trainable as Ray's actor. Tune gives it an environment of its own, and so those that it
+    starts: Ray's processes that wait since its start would be of no use to any of them.
+    """
+    return ray.remote(trainable)
 
 
 class FolderSearch(Searcher):  # type: ignore[misc]

@@ -23,9 +23,11 @@ def test_turns_end_at_exchanges_and_with_the_trial(tmp_path: Path) -> None:
     pbt = SweepConfig.model_validate(
         {
             "name": "s",
+            "preset": "smoke",
             "search": {"optimizer.learning_rate": {"choices": [0.1, 0.2]}},
             "scheduler": "pbt",
             "pbt": {"every_epochs": 3},
+            "num_trials": 4,
         }
     )
     turns = Turns.of(pbt, base)
