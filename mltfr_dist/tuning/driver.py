@@ -16,6 +16,7 @@ from ray import tune
 from ray.tune import FailureConfig, Stopper, TuneConfig, Tuner
 from ray.tune import RunConfig as TuneRunConfig
 from ray.tune.execution.class_cache import _ActorClassCache
+from ray.tune.experiment import Trial as RayTrial
 from ray.tune.search import Searcher
 
 from mltfr_dist.config import RunConfig
@@ -48,6 +49,8 @@ workers.
 
 Were it a CPU, as many watchers as there are CPUs could start and wait for workers that have none
 left. """
+
+HANDLE_ERROR = RayTrial.handle_error
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -88,7 +91,7 @@ def run_trials(
                 raise
             raise no_room("what is finished stays.") from None
     if progress.no_room:
-        raise no_room("running trials have saved.")
+        raise no_room("what is finished stays, and no process for the rest can start.")
     if (folder / STOP).exists():
         raise StoppedError(
             f"A signal asked the sweep `{sweep.name}` to stop; its running trials have saved.",
@@ -98,7 +101,7 @@ def run_trials(
 
 def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -> Tuner:
     """Ray Tune over the trials that are missing."""
-    _ActorClassCache.get = in_any_process
+    _ActorClassCache.get, RayTrial.handle_error = in_any_process, note_error
     sweep, folder = setting.sweep, setting.folder
     population = sweep.scheduler == "pbt"
     search = FolderSearch(
@@ -146,6 +149,15 @@ def in_any_process(_cache: Any, trainable: type) -> Any:
     starts: Ray's processes that wait since its start would be of no use to any of them.
     """
     return ray.remote(trainable)
+
+
+def note_error(trial: RayTrial, error: Exception | None = None) -> None:
+    """Tune's count of a trial's failures, also where no room is left for its own note of them."""
+    try:
+        HANDLE_ERROR(trial, error)
+    except OSError as full:
+        if not is_full(full):
+            raise
 
 
 class FolderSearch(Searcher):  # type: ignore[misc]

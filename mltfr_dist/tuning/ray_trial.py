@@ -27,7 +27,7 @@ from mltfr_dist.schema import changed
 from mltfr_dist.training.run_folder import load_result
 from mltfr_dist.tuning.environment import set_environment
 from mltfr_dist.tuning.rank import POLL_SECONDS, train_worker
-from mltfr_dist.tuning.records import DIED, TRIALS, Trial, Validation, load_trial
+from mltfr_dist.tuning.records import DIED, Trial, Validation, group_path, load_trial
 from mltfr_dist.tuning.snapshots import make_run, take_snapshot
 from mltfr_dist.tuning.space import SweepConfig, with_values
 from mltfr_dist.tuning.train_group import TorchRanks, Trainer, scaling
@@ -132,7 +132,7 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         self.values = {k: v for k, v in config.items() if k not in (NUMBER, GENERATION)}
         self.record = load_trial(self.setting.folder, config[NUMBER])
         self.turns = Turns.of(self.setting.sweep, self.setting.config(self.record))
-        self.group = self.setting.folder / TRIALS / f"{config[NUMBER]:04d}.group"
+        self.group = group_path(self.setting.folder, config[NUMBER])
         found = self.record.validations()
         self.seen = len(found) - self.turns.ended(found)  # an exchange may not have been done
         self.attempt: Attempt | None = None

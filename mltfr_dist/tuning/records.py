@@ -142,6 +142,11 @@ def record_path(sweep: Path, number: int) -> Path:
     return sweep / TRIALS / f"{number:04d}.json"
 
 
+def group_path(sweep: Path, number: int) -> Path:
+    """Where the placement group of a trial's workers is noted while they train."""
+    return sweep / TRIALS / f"{number:04d}.group"
+
+
 def load_trial(sweep: Path, number: int) -> Trial:
     """The trial of that number.
 
