@@ -11,6 +11,7 @@ from mltfr_dist.errors import MltfrError
 from mltfr_dist.invocation import command, is_first
 from mltfr_dist.presets import PRESETS
 from mltfr_dist.resolve import resolve_config
+from mltfr_dist.startup import start_up
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,6 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="dotted keys, such as optimizer.learning_rate=0.0005",
     )
     options = parse_intermixed(parser, arguments)
+    with start_up():
+        return _train(options)
+
+
+def _train(options: argparse.Namespace) -> int:
     from mltfr_dist.distributed.last_word import record_traceback
     from mltfr_dist.distributed.meeting import say_why, stop_ranks  # imports torch: not for --help
 

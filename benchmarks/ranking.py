@@ -1,22 +1,24 @@
-"""Users ranked against many items: by tiles, by whole scores as before, by the bare product, and by
-a peer.
+"""Users ranked against many items, with and without kernels, by whole scores as before, by the bare
+product, and by a peer.
 
 Random states and item vectors; each user has a target and some seen items. Every way runs in a
 process of its own, with the same threads, in turns, so that what else the machine does falls on
-all; shown are the fastest and the median of the rounds. The bare product forms the same scores in
-tiles and throws them away. Memory is what a process needs beyond inputs and imports.
+all; shown are the fastest and the median of the rounds. On a busy machine read processor times
+(the least of the rounds, of all threads), by which speeds are compared. The bare product forms the
+same scores in tiles and throws them away. Memory is what a process needs beyond inputs and imports.
 
 RecTools' ranker finds the ten best of each user (it has no ranks); `--peers PYTHON` names the
 interpreter of an environment with it, made as `stream_speed.py` tells.
 
     python benchmarks/ranking.py [--users 10000 --items 1000000 --dim 64 --threads 2]
-        [--peers rt/bin/python]
+        [--peers rt/bin/python] [--leave-out "ranks by whole scores"]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -60,7 +62,7 @@ def random_case(options: argparse.Namespace) -> Case:
     )
 
 
-def by_tiles(case: Case) -> Tensor:
+def ranks(case: Case) -> Tensor:
     """Ranks [B], as `mltfr_dist` finds them."""
     from mltfr_dist.models.places import count_better
     from mltfr_dist.models.tiles import Pairs, exact_scores
@@ -80,7 +82,7 @@ def ten_best(case: Case) -> Tensor:
     return top_items(case.hidden, case.vectors, 10, exclude=Pairs(case.rows, case.item_ids))[1]
 
 
-def by_whole_scores(case: Case) -> Tensor:
+def ranks_by_whole_scores(case: Case) -> Tensor:
     """Ranks [B], as `mltfr_dist` found them before: all scores of a batch of users."""
     found, padded = [], torch.cat([torch.zeros(1, case.vectors.shape[1]), case.vectors])
     for start in range(0, len(case.hidden), BATCH):
@@ -122,38 +124,38 @@ def rectools_ten_best(case: Case) -> None:
     users, items = len(case.hidden), len(case.vectors)
     pairs = case.rows.numpy(), case.item_ids.numpy() - 1
     seen = sparse.csr_matrix((np.ones(len(pairs[0]), np.float32), pairs), shape=(users, items))
-    ranker = TorchRanker(
-        distance=Distance.DOT,
-        device="cpu",
-        subject_factors=case.hidden,
-        object_factors=case.vectors,
-        batch_size=128,
-    )
+    ranker = TorchRanker(Distance.DOT, "cpu", case.hidden, case.vectors, batch_size=128)
     ranker.rank(subject_ids=np.arange(users), k=10, filter_pairs_csr=seen)
 
 
+PLAIN = ", no kernels"
 WAYS: dict[str, Callable[[Case], object]] = {
     "bare product": bare_product,
-    "tiles": by_tiles,
-    "whole scores": by_whole_scores,
+    "ranks": ranks,
+    f"ranks{PLAIN}": ranks,
+    "ranks by whole scores": ranks_by_whole_scores,
     "ten best": ten_best,
+    f"ten best{PLAIN}": ten_best,
     "RecTools, ten best": rectools_ten_best,
 }
 
 
 def measure(options: argparse.Namespace) -> None:
-    """One way, in this process: seconds, and memory beyond the inputs."""
+    """One way, in this process: seconds by the clock and of processors, and memory beyond the
+    inputs.
+    """
     torch.set_num_threads(options.threads)
     few = argparse.Namespace(**(vars(options) | {"users": 2, "items": 1000}))
     WAYS[options.way](random_case(few))  # imports, and what else comes once
     case = random_case(options)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     found = WAYS[options.way](case)
-    seconds = time.perf_counter() - started
+    seconds, processor = time.perf_counter() - started, time.process_time() - used
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     checksum = int(found.sum()) if isinstance(found, Tensor) else 0
-    print(json.dumps({"seconds": seconds, "bytes": more, "sum": checksum}))
+    result = {"seconds": seconds, "processor": processor, "bytes": more, "sum": checksum}
+    print(json.dumps(result))
 
 
 def run_way(way: str, options: argparse.Namespace) -> dict[str, float]:
@@ -161,11 +163,28 @@ def run_way(way: str, options: argparse.Namespace) -> dict[str, float]:
     python = options.peers if way.startswith("RecTools") else sys.executable
     sizes = [f"--{n}={getattr(options, n)}" for n in ("users", "items", "dim", "seen", "threads")]
     command = [python, str(Path(__file__).resolve()), *sizes, "--way", way]
-    done = subprocess.run(command, capture_output=True, text=True)
+    kernels = {"MLTFR_KERNELS": "off"} if way.endswith(PLAIN) else {}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | kernels)
     if done.returncode:
         raise SystemExit(f"{way} failed:\n{done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def print_table(found: dict[str, list[dict[str, float]]]) -> None:
+    """A line for each way, measured in some rounds."""
+    bare = min(one["processor"] for one in found["bare product"])
+    names = ("way", "fastest, s", "median, s", "processor, s", "of the bare product's speed")
+    print(f"| {' | '.join(names)} | memory, MiB |")
+    print("|---|---|---|---|---|---|")
+    for way, measured in found.items():
+        seconds = [one["seconds"] for one in measured]
+        processor = min(one["processor"] for one in measured)
+        memory = max(one["bytes"] for one in measured) / MIB
+        print(
+            f"| {way} | {min(seconds):.1f} | {statistics.median(seconds):.1f} | {processor:.1f} | "
+            f"{bare / processor:.2f} | {memory:,.0f} |"
+        )
 
 
 def main() -> None:
@@ -180,28 +199,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", help="Python of an environment with RecTools")
+    parser.add_argument("--leave-out", nargs="*", choices=WAYS, default=[], help="ways")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
         return measure(options)
-    ways = [way for way in WAYS if options.peers or not way.startswith("RecTools")]
+    ways = [way for way in WAYS if way not in options.leave_out]
+    if not options.peers:
+        ways.remove("RecTools, ten best")
     found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(options.rounds):
         for way in ways:
             found[way].append(run_way(way, options))
-    bare = min(one["seconds"] for one in found["bare product"])
-    print("| way | fastest, s | median, s | of the bare product's speed | memory, MiB |")
-    print("|---|---|---|---|---|")
-    for way, measured in found.items():
-        seconds = [one["seconds"] for one in measured]
-        memory = max(one["bytes"] for one in measured) / MIB
-        print(
-            f"| {way} | {min(seconds):.1f} | {statistics.median(seconds):.1f} | "
-            f"{bare / min(seconds):.2f} | {memory:,.0f} |"
-        )
+    print_table(found)
     if not options.peers:
         print("RecTools was not measured: --peers names no Python.")
-    if len({found[way][0]["sum"] for way in ("tiles", "whole scores")}) > 1:
+    sums = {way: found[way][0]["sum"] for way in ways}
+    for what in ("ranks", "ten best"):
+        if what in sums and sums.get(what + PLAIN, sums[what]) != sums[what]:
+            raise SystemExit(f"{what} differ with and without kernels")
+    if len({sums[way] for way in ("ranks", "ranks by whole scores") if way in sums}) > 1:
         print("Ranks differ where the last bits of whole scores decide.")
     return None
 

@@ -148,24 +148,24 @@ class Ranker:
         check_k(k, candidates)
         numbers = np.zeros((len(found), k), dtype=np.int64)
         scores = np.full((len(found), k), -np.inf, dtype=np.float32)
-        for places in chunks(found.numbers, self.items.num_items):
-            for part in candidates.alike(places):
+        for indices in chunks(found.numbers, self.items.num_items):
+            for part in candidates.alike(indices):
                 values, item_ids = self._best(part, candidates, k)
                 numbers[part], scores[part] = item_ids.numpy(), values.numpy()
         many = Recommendations(self.items, numbers, scores, found.users, found.dropped)
         return many[0] if single else many
 
-    def _best(self, places: list[int], candidates: Candidates, k: int) -> tuple[Tensor, Tensor]:
+    def _best(self, indices: list[int], candidates: Candidates, k: int) -> tuple[Tensor, Tensor]:
         """Scores and item ids [b, k] of the best candidates of histories that are all told or all
         empty; -inf and 0 where fewer are left.
         """
-        rows = [candidates.histories.numbers[place] for place in places]
+        rows = [candidates.histories.numbers[index] for index in indices]
         if rows[0]:
             hidden = user_vectors(self.serving, padded(rows, self.max_len))
             vectors = item_vectors(self.serving)[1:]
         else:  # a count is a score of one column
             hidden, vectors = torch.ones(len(rows), 1), candidates.popularity()[:, None]
-        left_out, allowed = candidates.left_out(places), candidates.allowed(places[0])
+        left_out, allowed = candidates.left_out(indices), candidates.allowed(indices[0])
         return best_items(hidden, vectors, k, left_out, allowed)
 
     def scores(self, histories: Any, *, unknown: Unknown = "refuse") -> Tensor:
@@ -179,9 +179,9 @@ class Ranker:
         """
         found = self._told(histories, unknown)
         scores = torch.empty(len(found), self.items.num_items + 1)
-        for places in chunks(found.numbers, self.items.num_items):
-            item_ids = padded([found.numbers[place] for place in places], self.max_len)
-            scores[places] = score_histories(self.serving, item_ids).float().cpu()
+        for indices in chunks(found.numbers, self.items.num_items):
+            item_ids = padded([found.numbers[index] for index in indices], self.max_len)
+            scores[indices] = score_histories(self.serving, item_ids).float().cpu()
         return scores
 
     def score(
@@ -194,9 +194,9 @@ class Ranker:
         """
         found, columns = self._told(histories, unknown), self.items.encode(items)
         scores = np.empty((len(found), len(columns)), dtype=np.float32)
-        for places in chunks(found.numbers, self.items.num_items):
-            item_ids = padded([found.numbers[place] for place in places], self.max_len)
-            scores[places] = score_histories(self.serving, item_ids)[:, columns].float().cpu()
+        for indices in chunks(found.numbers, self.items.num_items):
+            item_ids = padded([found.numbers[index] for index in indices], self.max_len)
+            scores[indices] = score_histories(self.serving, item_ids)[:, columns].float().cpu()
         return scores
 
     def user_vectors(self, histories: Any, *, unknown: Unknown = "refuse") -> Floats:
@@ -207,9 +207,9 @@ class Ranker:
         """
         found = self._told(histories, unknown)
         vectors = np.empty((len(found), item_vectors(self.serving).shape[1]), dtype=np.float32)
-        for places in chunks(found.numbers, self.items.num_items):
-            item_ids = padded([found.numbers[place] for place in places], self.max_len)
-            vectors[places] = user_vectors(self.serving, item_ids).float().cpu()
+        for indices in chunks(found.numbers, self.items.num_items):
+            item_ids = padded([found.numbers[index] for index in indices], self.max_len)
+            vectors[indices] = user_vectors(self.serving, item_ids).float().cpu()
         return vectors
 
     def user_vector(self, history: Sequence[ItemId]) -> Floats:

@@ -65,8 +65,8 @@ def read_configuration(file: Path) -> dict[str, Any]:
 
 
 def _lies_in(folder: Path, values: dict[str, Any]) -> bool:
-    place = Path(str(values["runs_dir"])) / str(values.get("name", "run"))
-    return os.path.realpath(place) == os.path.realpath(folder)
+    chosen = Path(str(values["runs_dir"])) / str(values.get("name", "run"))
+    return os.path.realpath(chosen) == os.path.realpath(folder)
 
 
 def merge_values(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

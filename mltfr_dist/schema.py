@@ -173,10 +173,10 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
         *sections, leaf = key.split(".")
-        place = found
+        node = found
         for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = value
+            node = node.setdefault(section, {})
+        node[leaf] = value
     return found
 
 

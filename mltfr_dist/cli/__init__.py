@@ -10,6 +10,7 @@ from mltfr_dist.cli.fields import add_section, section_from
 from mltfr_dist.cli.help import Parser, add_config_help
 from mltfr_dist.cli.parser import build_parser, parse_intermixed
 from mltfr_dist.errors import MltfrError, fail, quiet_pipe
+from mltfr_dist.startup import start_up
 
 __all__ = [
     "Parser",
@@ -27,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with quiet_pipe() as pipe:
         options = parse_intermixed(build_parser(), arguments)
         if options.command in ("train", "evaluate"):
-            return _run_on_ranks(options)
+            with start_up():
+                return _run_on_ranks(options)
         try:
             COMMANDS[options.command](options)
         except MltfrError as error:

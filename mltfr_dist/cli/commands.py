@@ -22,6 +22,7 @@ from mltfr_dist.config import (
 )
 from mltfr_dist.errors import ConfigError, DataError
 from mltfr_dist.resolve import resolve_config
+from mltfr_dist.startup import started
 
 
 def command_prepare(options: argparse.Namespace) -> None:
@@ -165,6 +166,7 @@ def command_evaluate(options: argparse.Namespace) -> None:
 
     with watched(expected_rank(), TrainingConfig().hang_seconds), lost_ranks_told():
         ranks = start_ranks()
+        started()
         more = {"keep_ranks": options.save_ranks, "lists": options.lists}
         metrics = evaluate_run(Path(options.run), options.split, ranks, **more)
         ranks.say(json.dumps(metrics, indent=2))

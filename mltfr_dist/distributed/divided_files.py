@@ -116,8 +116,8 @@ def read_run(
                 rows = opened.get_slice(name)
                 if rows.get_shape() != [stop - start, into.shape[1]]:
                     raise SafetensorError(f"{name} has the shape {rows.get_shape()}")
-                for place, part in positions(into[low - first : high - first], low - start):
-                    part.copy_(rows[place : place + len(part)])
+                for begin, part in positions(into[low - first : high - first], low - start):
+                    part.copy_(rows[begin : begin + len(part)])
                     heartbeat()
         except (OSError, SafetensorError) as error:
             raise DamagedError(

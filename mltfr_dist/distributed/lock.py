@@ -97,9 +97,9 @@ class Lock:
         # What cannot be deleted is taken over later; `lock/` stays where another has a file in it.
         with suppress(OSError):
             for number in range(1, self.number):
-                _place(self.folder, number).unlink(missing_ok=True)  # taken over from
+                _path(self.folder, number).unlink(missing_ok=True)  # taken over from
             if self._holder.is_same(read_holder(self.folder, self.number)):
-                _place(self.folder, self.number).unlink(missing_ok=True)
+                _path(self.folder, self.number).unlink(missing_ok=True)
             (self.folder / LOCK).rmdir()
 
     def _live(self) -> None:
@@ -110,7 +110,7 @@ class Lock:
             # A sign of life that fails is like one that does not come.
             with suppress(OSError):
                 write_atomically(
-                    _place(self.folder, self.number), self._holder.model_dump_json() + "\n"
+                    _path(self.folder, self.number), self._holder.model_dump_json() + "\n"
                 )
 
 
@@ -165,14 +165,14 @@ def _try(folder: Path, say: Callable[[str], None], heartbeat: Callable[[], objec
         born=own.born,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    place = _place(folder, before + 1)
+    path = _path(folder, before + 1)
     try:
-        with place.open("x") as file:
+        with path.open("x") as file:
             file.write(holder.model_dump_json() + "\n")
     except (FileExistsError, FileNotFoundError):  # made by another start; or `lock/` just deleted
         return None
-    if newest_number(folder) > before + 1 or (before and _text(_place(folder, before)) != left):
-        place.unlink()  # what this start looked at was no longer so
+    if newest_number(folder) > before + 1 or (before and _text(_path(folder, before)) != left):
+        path.unlink()  # what this start looked at was no longer so
         return None
     return Lock(folder, before + 1, holder)
 
@@ -188,7 +188,7 @@ def wait_for_end(
     Raises:
         ConfigError: It goes on.
     """
-    path = _place(folder, number)
+    path = _path(folder, number)
     text, holder = _text(path), read_holder(folder, number)
     who = holder.who if holder else "a process that was cut off before it said who it is"
     here = holder is not None and holder.machine == machine() != ""
@@ -235,7 +235,7 @@ def newest_number(folder: Path) -> int:
 def read_holder(folder: Path, number: int) -> Holder | None:
     """Who holds; None where the file says nothing, or is not there."""
     try:
-        return Holder.model_validate_json(_text(_place(folder, number)) or "")
+        return Holder.model_validate_json(_text(_path(folder, number)) or "")
     except ValidationError:
         return None
 
@@ -250,5 +250,5 @@ def _text(path: Path) -> str | None:
         return ""
 
 
-def _place(folder: Path, number: int) -> Path:
+def _path(folder: Path, number: int) -> Path:
     return folder / LOCK / f"{number:06d}.json"

@@ -20,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from mltfr_dist.distributed.adoption import adopt_process_group
 from mltfr_dist.distributed.devices import sees_gpus, share_of_cores, take_gpu, uses_gpus
+from mltfr_dist.distributed.freed_memory import keep_freed_memory
 from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.launch import expected_rank, is_launched
 from mltfr_dist.distributed.ranks import Ranks
@@ -82,6 +83,7 @@ def start_ranks(threads: int | None = None) -> Ranks:
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     if on_gpu:
         return Ranks(rank, world_size, torch.device("cuda", torch.cuda.current_device()))
+    keep_freed_memory()
     ranks = Ranks(rank, world_size, torch.device("cpu"))
     torch.set_num_threads(threads or share_of_cores(ranks.gather, rank))
     return ranks
@@ -110,7 +112,7 @@ def _meet(backend: str) -> None:
     Raises:
         ConfigError: The port is taken, or not all ranks came.
     """
-    place = f"MASTER_ADDR:MASTER_PORT {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    address = f"MASTER_ADDR:MASTER_PORT {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, rank, world_size = next(
             iter(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))
@@ -130,7 +132,7 @@ def _meet(backend: str) -> None:
         taken = "EADDRINUSE" in str(error)
         raise ConfigError(
             f"Rank {os.environ['RANK']} on {socket.gethostname()} cannot meet the other ranks at "
-            f"{place}: " + ("the port is taken." if taken else f"{str(error).splitlines()[0]}."),
+            f"{address}: " + ("the port is taken." if taken else f"{str(error).splitlines()[0]}."),
             rule=f"Rank 0 listens there, and all {os.environ['WORLD_SIZE']} ranks come within "
             f"{RENDEZVOUS_SECONDS} s.",
             remedy="Give a free port (`deepspeed --master_port`, `torchrun --master_port`, "

@@ -172,11 +172,11 @@ class Ranks:
             for name, differing in zip(values, differs.any(0).tolist(), strict=True)
             if differing
         ]
-        places = [f"rank {r} ({hosts[r]})" for r in differs.any(1).nonzero()[:, 0].tolist()]
+        others = [f"rank {r} ({hosts[r]})" for r in differs.any(1).nonzero()[:, 0].tolist()]
         raise self.rank0_raises(
             ConfigError(
                 f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not the same on "
-                f"{', '.join(places)} as on "
+                f"{', '.join(others)} as on "
                 f"rank 0 ({hosts[0]}).",
                 rule=rule,
                 remedy=remedy,

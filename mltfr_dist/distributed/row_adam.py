@@ -165,10 +165,10 @@ class RowAdam:
         whole = torch.empty(self.rows.weight.shape)
         whole[:: self.ranks.world_size] = own.cpu()
         for rank in range(1, self.ranks.world_size):
-            place = whole[rank :: self.ranks.world_size]
-            part = own.new_empty(place.shape)
+            view = whole[rank :: self.ranks.world_size]
+            part = own.new_empty(view.shape)
             dist.recv(part, rank)
-            place.copy_(part)
+            view.copy_(part)
         return whole
 
     def restore(self, key: str, whole: Tensor) -> None:

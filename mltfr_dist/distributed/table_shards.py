@@ -112,12 +112,12 @@ class RowSharded(PlacedTable):
         if noise is not None:
             own_ids = torch.arange(self.first, self.first + len(self.rows), device=query.device)
             noise = noise._replace(keys=self.exchange.gather(noise.keys, counts), row_ids=own_ids)
-        scores, places = search_rows(
+        scores, indices = search_rows(
             queries, self.rows, project, num_kept, noise
         )  # [sum of G, K or fewer]
         missing = num_kept - scores.shape[1]
         scores = nn.functional.pad(scores, (0, missing), value=-torch.inf)
-        ids = nn.functional.pad(places + self.first, (0, missing), value=self.num_rows)
+        ids = nn.functional.pad(indices + self.first, (0, missing), value=self.num_rows)
         found = torch.stack([scores.view(torch.int32), ids.int()], dim=-1)  # [sum of G, K, 2]
         found = self.exchange.deal(found, counts, [len(query)] * len(counts))
         found = (

@@ -41,12 +41,12 @@ STDERR = 2
 _current: Watchdog | None = None
 
 
-def heartbeat(place: str | None = None) -> None:
-    """Tell the watchdog, where there is one, that this rank goes on; ``place`` is where it stands
+def heartbeat(at: str | None = None) -> None:
+    """Tell the watchdog, where there is one, that this rank goes on; ``at`` is where it stands
     now.
     """
     if _current is not None:
-        _current.heartbeat(place)
+        _current.heartbeat(at)
 
 
 @contextmanager
@@ -79,15 +79,15 @@ class Watchdog:
         self.rank, self.seconds = rank, seconds
         self.neighbours: dict[int, Seen] = {}
         self._limit = max(seconds, START_SECONDS)
-        self._place, self._beats = "the start", 0
+        self._at, self._beats = "the start", 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def heartbeat(self, place: str | None = None) -> None:
+    def heartbeat(self, at: str | None = None) -> None:
         """Note progress."""
-        if place is not None:
-            self._place, self._limit = place, self.seconds
+        if at is not None:
+            self._at, self._limit = at, self.seconds
         self._beats += 1
 
     def stop(self) -> None:
@@ -136,7 +136,7 @@ class Watchdog:
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         time.sleep(LINGER_SECONDS / 2)
         text = (
-            f"{rank} has made no progress for {self._limit:g} s; last: {self._place}. It is stuck, "
+            f"{rank} has made no progress for {self._limit:g} s; last: {self._at}. It is stuck, "
             f"or waits for a rank "
             "that is stuck, dead or cut off from the network: compare the ranks' stack traces "
             "above. Start the same command "

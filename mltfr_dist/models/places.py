@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mltfr_dist.models.tiles import UNIT, Pairs, Tile, Tiles
+from mltfr_dist.models.kernels import LeftOut, count_between, counts_in_registers
+from mltfr_dist.models.tiles import PART_ELEMENTS, UNIT, Pairs, Tile, Tiles
 
 OPEN_PAIRS = 1 << 16
 """Near-ties that are gathered before they are settled together."""
@@ -82,7 +83,12 @@ def count_better(
     Raises:
         ValueError: A score is NaN or not finite: the model has diverged.
     """
+    if not target_scores.isfinite().all():
+        raise ValueError("a target has no finite score: the model has diverged")
     tiles = Tiles(hidden, item_vectors, first_id, exclude, tile)
+    if normaliser is None and counts_in_registers(tiles.hidden, target_scores):
+        items = max(1, PART_ELEMENTS // hidden.shape[1]) if tile is None else tiles.shape[1]
+        return _counted_in_registers(tiles, target_scores, items)
     counts = _Counts(tiles, target_scores)
     for found in tiles:
         if normaliser is not None:
@@ -93,28 +99,45 @@ def count_better(
     return Places(counts.better.long(), counts.equal.long())
 
 
+def _counted_in_registers(tiles: Tiles, target_scores: Tensor, items: int) -> Places:
+    """The same by a kernel that writes no scores, some ``items`` at a time."""
+    counts = torch.zeros(2, len(target_scores), dtype=torch.int64)
+    left_out = LeftOut(*tiles.excluded_by_user())
+    for start, vectors, error in tiles.parts(items):
+        low, high = _limits(target_scores, error)
+        count_between(tiles.hidden, vectors, low, high, target_scores, left_out, start, counts)
+    return Places(*counts)
+
+
+def _limits(target_scores: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """What a computed score [B] in fp32 is above if it may be as high as the target's, and what if
+    it certainly is higher, where ``error`` [B] bounds that of any score.
+    """
+    target = target_scores.double()
+    error = error + 8 * UNIT[target_scores.dtype] * target.abs()  # the limits are rounded, too
+    return (target - error).to(target_scores.dtype), (target + error).to(target_scores.dtype)
+
+
 class _Counts:
     """Counts of all tiles so far, but for near-ties that are still open."""
 
     def __init__(self, tiles: Tiles, target_scores: Tensor) -> None:
         """Args: tiles: what is counted in; target_scores: [B]."""
-        if not target_scores.isfinite().all():
-            raise ValueError("a target has no finite score: the model has diverged")
         self._tiles, self._targets = tiles, target_scores
-        self._slack = 8 * UNIT[tiles.hidden.dtype] * target_scores.double().abs()
         self._above = tiles.hidden.new_empty(tiles.shape[0] * tiles.shape[1])
         self._open: list[tuple[Tensor, Tensor]] = []
         self._num_open = 0
-        self.better = torch.zeros_like(self._slack)  # as floats, which hold them up to 2^53
-        self.equal = torch.zeros_like(self._slack)
+        # As floats, which hold them up to 2^53.
+        self.better = torch.zeros_like(target_scores, dtype=torch.float64)
+        self.equal = torch.zeros_like(self.better)
 
     def add(self, tile: Tile) -> None:
         """Take in a tile, whose scores are overwritten."""
         scores, users = tile.scores, tile.users
-        target, error = self._targets[users].double(), tile.error + self._slack[users]
-        high, low = ((target + e).to(scores.dtype)[:, None] for e in (error, -error))
-        above = torch.gt(scores, high, out=self._above[: scores.numel()].view_as(scores))
-        may_be = scores.gt_(low)  # 1.0 or 0.0, as `above`: no other format, which would take longer
+        low, high = _limits(self._targets[users], tile.error)
+        above = torch.gt(scores, high[:, None], out=self._above[: scores.numel()].view_as(scores))
+        # 1.0 or 0.0, as `above`: another format would take longer.
+        may_be = scores.gt_(low[:, None])
         num_above = above.sum(1)
         self.better[users] += num_above
         near = (may_be.sum(1) != num_above).nonzero()[:, 0]

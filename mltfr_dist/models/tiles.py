@@ -12,6 +12,7 @@ Shapes: B users, D hidden size, R items at hand, b users and T items of a tile, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ GPU_ELEMENTS = 1 << 25
 """Scores of a tile on a GPU (128 MiB)."""
 USERS = 1024
 """Users of a tile at most."""
+PART_ELEMENTS = 1 << 19
+"""Numbers of the items that a kernel looks at together (2 MiB)."""
 EXACT_ELEMENTS = 1 << 21
 """Products that :meth:`Tiles.exact` forms at a time (16 MiB)."""
 
@@ -97,8 +100,7 @@ class Tiles:
             users = max(1, min(len(hidden), USERS))
             elements = CPU_ELEMENTS if hidden.device.type == "cpu" else GPU_ELEMENTS
             shape = (users, min(max(1, elements // users), max(1, len(vectors))))
-        self.shape = shape
-        self._excluded = None if exclude is None else self._by_tile(exclude)
+        self.shape, self._exclude = shape, exclude
 
     def __iter__(self) -> Iterator[Tile]:
         """All tiles, those of the same items in a row.
@@ -108,9 +110,7 @@ class Tiles:
         """
         users, items = self.shape
         buffer = self.hidden.new_empty(users * items)
-        for start in range(0, len(self.vectors), items):
-            vectors = self._rows(slice(start, start + items))
-            error = self._error(vectors)
+        for start, vectors, error in self.parts(items):
             for first in range(0, len(self.hidden), users):
                 block = slice(first, first + users)
                 hidden = self.hidden[block]
@@ -118,11 +118,22 @@ class Tiles:
                 torch.mm(hidden, vectors.T, out=scores)
                 yield Tile(block, start, scores, error[block])
 
+    def parts(self, items: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Some ``items`` at a time: the place of the first, their vectors [T, D] and the error [B]
+        of their scores.
+
+        Raises:
+            ValueError: A score may not be finite.
+        """
+        for start in range(0, len(self.vectors), items):
+            vectors = self._rows(slice(start, start + items))
+            yield start, vectors, self._error(vectors)
+
     def leave_out(self, tile: Tile) -> None:
         """Set the scores of excluded pairs to -inf, in place."""
-        if self._excluded is None:
+        if self._exclude is None:
             return
-        places, bounds, per_row = self._excluded
+        places, bounds, per_row = self._excluded_by_tile
         cell = tile.start // self.shape[1] * per_row + tile.users.start // self.shape[0]
         within = places[bounds[cell] : bounds[cell + 1]]
         rows, items = within[:, 0] - tile.users.start, within[:, 1] - tile.start
@@ -156,13 +167,31 @@ class Tiles:
         error += torch.finfo(torch.float32).tiny * vectors.shape[1]  # where products underflow
         return error
 
-    def _by_tile(self, pairs: Pairs) -> tuple[Tensor, list[int], int]:
+    def excluded_by_user(self) -> tuple[Tensor, Tensor]:
+        """Where the excluded places of each user begin [B + 1], and these places, ascending for
+        each user, none twice.
+        """
+        rows, places = self._excluded.unbind(1)
+        items = max(1, len(self.vectors))
+        found = torch.unique(rows * items + places)
+        users = torch.arange(len(self.hidden) + 1, device=found.device)
+        return torch.searchsorted(found, users * items), found % items
+
+    @property
+    def _excluded(self) -> Tensor:
+        """[S, 2] rows and places of the excluded pairs whose items are at hand."""
+        if self._exclude is None:
+            return torch.zeros(0, 2, dtype=torch.int64, device=self.hidden.device)
+        pairs = torch.stack([self._exclude.rows, self._exclude.item_ids - self.first_id], dim=1)
+        return pairs[(pairs[:, 1] >= 0) & (pairs[:, 1] < len(self.vectors))]
+
+    @cached_property
+    def _excluded_by_tile(self) -> tuple[Tensor, list[int], int]:
         """Excluded (row, place) [S, 2] in the order of tiles, where each tile's begin, and tiles in
         a row.
         """
         users, items = self.shape
-        places = torch.stack([pairs.rows, pairs.item_ids - self.first_id], dim=1)
-        places = places[(places[:, 1] >= 0) & (places[:, 1] < len(self.vectors))]
+        places = self._excluded
         per_row = -(-len(self.hidden) // users)
         cells = places[:, 1] // items * per_row + places[:, 0] // users
         cells, order = cells.sort()

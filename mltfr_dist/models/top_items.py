@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mltfr_dist.models.kernels import LeftOut, leaders, leads_in_registers
 from mltfr_dist.models.search import best
-from mltfr_dist.models.tiles import CPU_ELEMENTS, UNIT, Pairs, Tiles
+from mltfr_dist.models.tiles import CPU_ELEMENTS, PART_ELEMENTS, UNIT, USERS, Pairs, Tiles
 
 MARGIN = 16
 """Items looked at beyond the k best, at least, whose order a product of matrices may have wrong."""
@@ -49,13 +50,48 @@ def top_items(
     Raises:
         ValueError: A score is NaN or not finite: the model has diverged.
     """
-    if tile is None and hidden.device.type == "cpu":
+    on_cpu = tile is None and hidden.device.type == "cpu"
+    if on_cpu:
         users = max(1, min(len(hidden), CPU_USERS))
         tile = users, max(1, min(CPU_ELEMENTS // users, len(item_vectors)))
     tiles = Tiles(hidden, item_vectors, first_id, exclude, tile)
-    computed, places, error = _candidates(tiles, min(k + max(MARGIN, k // 4), len(item_vectors)))
+    if tiles.format == torch.float32 and leads_in_registers(tiles.hidden, item_vectors):
+        items = max(1, PART_ELEMENTS // hidden.shape[1]) if on_cpu else tiles.shape[1]
+        values, places = _in_registers(tiles, min(k, len(item_vectors)), items)
+    else:
+        values, places = _in_tiles(tiles, exclude, k)
+    missing = k - values.shape[1]
+    values = F.pad(values, (0, missing), value=-torch.inf)
+    ids = F.pad(places, (0, missing)) + first_id
+    return values, ids.where(values > -torch.inf, 0)
+
+
+def _in_registers(tiles: Tiles, k: int, items: int) -> tuple[Tensor, Tensor]:
+    """Scores and places [B, k] by a kernel that writes no scores, some ``items`` at a time."""
+    error = torch.zeros(len(tiles.hidden), dtype=torch.float64)
+    for _, _, of_part in tiles.parts(items):
+        error = torch.maximum(error, of_part)
+    bounds, excluded = tiles.excluded_by_user()
+    found = [
+        leaders(
+            tiles.hidden[first : first + USERS],
+            tiles.vectors,
+            error[first : first + USERS],
+            LeftOut(bounds[first : first + USERS + 1], excluded),
+            k,
+            items,
+        )
+        for first in range(0, len(tiles.hidden), USERS)
+    ]
+    return torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
+
+
+def _in_tiles(tiles: Tiles, exclude: Pairs | None, k: int) -> tuple[Tensor, Tensor]:
+    """The same from tiles of scores; fewer than k where fewer are looked at."""
+    count = min(k + max(MARGIN, k // 4), len(tiles.vectors))
+    computed, places, error = _candidates(tiles, count)
     there = computed > -torch.inf
-    rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(places)
+    rows = torch.arange(len(places), device=places.device)[:, None].expand_as(places)
     scores = torch.full_like(computed, -torch.inf)
     scores[there] = tiles.exact(rows[there], places[there])
     values, places = best(scores, places, k)
@@ -66,10 +102,7 @@ def top_items(
         if len(close):
             again = _of_rows(tiles, close, exclude)
             values[close], places[close] = _best_above(again, values[close, -1], k)
-    missing = k - values.shape[1]
-    values = F.pad(values, (0, missing), value=-torch.inf)
-    ids = F.pad(places, (0, missing)) + first_id
-    return values, ids.where(values > -torch.inf, 0)
+    return values, places
 
 
 def top_of_some(

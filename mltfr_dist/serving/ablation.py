@@ -99,9 +99,9 @@ def answer(model: Ranker, user: str, history: list[str], num_items: int) -> Answ
         tables.append(_effect(view.table, model, history, best, other, history))
     items = []
     if len(history) > 1:
-        for place in range(max(0, len(history) - num_items), len(history)):
-            rest = history[:place] + history[place + 1 :]
-            items.append(_effect(names[place], model, history, best, model, rest))
+        for index in range(max(0, len(history) - num_items), len(history)):
+            rest = history[:index] + history[index + 1 :]
+            items.append(_effect(names[index], model, history, best, model, rest))
     return Answer(user, names, best, views, gates(model, history), tables, items)
 
 

@@ -50,7 +50,7 @@ class Candidates:
             ConfigError: ``empty`` is none of its values.
         """
         check_choice("empty", empty, get_args(Empty))
-        without = [place for place, row in enumerate(histories.numbers) if not row]
+        without = [index for index, row in enumerate(histories.numbers) if not row]
         if without and empty == "refuse":
             many = len(histories) > 1
             raise DataError(
@@ -81,27 +81,27 @@ class Candidates:
         """[I] fp32 counts of items 1..I."""
         return torch.from_numpy(self.items.counts).float()[1:]
 
-    def alike(self, places: Sequence[int]) -> list[list[int]]:
-        """``places`` of histories in parts of the same allowed items, empty ones by themselves."""
+    def alike(self, indices: Sequence[int]) -> list[list[int]]:
+        """``indices`` of histories in parts of the same allowed items, empty ones by themselves."""
         if self.allow is not None and len(self.allow) > 1:
-            return [[place] for place in places]
-        told = [place for place in places if self.histories.numbers[place]]
-        empty = [place for place in places if not self.histories.numbers[place]]
+            return [[index] for index in indices]
+        told = [index for index in indices if self.histories.numbers[index]]
+        empty = [index for index in indices if not self.histories.numbers[index]]
         return [part for part in (told, empty) if part]
 
-    def allowed(self, place: int) -> Tensor | None:
-        """[n] ids of what alone the history at ``place`` may get, ascending; None: all items."""
+    def allowed(self, index: int) -> Tensor | None:
+        """[n] ids of what alone the history at ``index`` may get, ascending; None: all items."""
         if self.allow is None:
             return None
-        return torch.tensor(sorted(set(self.allow[place % len(self.allow)])))
+        return torch.tensor(sorted(set(self.allow[index % len(self.allow)])))
 
-    def left_out(self, places: Sequence[int]) -> Pairs:
-        """Seen and excluded items of the histories at ``places``, whose rows go from 0."""
+    def left_out(self, indices: Sequence[int]) -> Pairs:
+        """Seen and excluded items of the histories at ``indices``, whose rows go from 0."""
         rows: list[int] = []
         ids: list[int] = []
-        for row, place in enumerate(places):
-            seen = self.histories.numbers[place] if self.filter_seen else ()
-            more = () if self.exclude is None else self.exclude[place % len(self.exclude)]
+        for row, index in enumerate(indices):
+            seen = self.histories.numbers[index] if self.filter_seen else ()
+            more = () if self.exclude is None else self.exclude[index % len(self.exclude)]
             ids += [*seen, *more]
             rows += [row] * (len(seen) + len(more))
         return Pairs(*(torch.tensor(part, dtype=torch.int64) for part in (rows, ids)))

@@ -45,8 +45,8 @@ class Dense(Packing):
     @property
     def columns(self) -> Tensor:
         """[B W] position in the history."""
-        places = torch.arange(self.batch_shape[1], device=self.item_ids.device)
-        return places.expand(self.batch_shape).flatten()
+        positions = torch.arange(self.batch_shape[1], device=self.item_ids.device)
+        return positions.expand(self.batch_shape).flatten()
 
     def divided(self, packed: Tensor) -> list[tuple[Tensor, Packing]]:
         """All of it, in one part."""
@@ -78,19 +78,20 @@ class DensePadded(Padded):
         """Args: item_ids: [B, W], padding behind; in_front: where it goes."""
         self._read = Dense(item_ids)
         self.batch_shape, self.in_front = item_ids.shape, in_front
-        width, places = item_ids.shape[1], torch.arange(item_ids.shape[1], device=item_ids.device)
+        width = item_ids.shape[1]
+        positions = torch.arange(width, device=item_ids.device)
         missing = (width - self._read.num_items)[:, None] * in_front  # [B, 1]
-        self._place = (places + missing).clamp(max=width - 1)  # [B, W] of each read position
-        self._origin = places - missing  # [B, W] the read position of each place
+        self._index = (positions + missing).clamp(max=width - 1)  # [B, W] of each read position
+        self._origin = positions - missing  # [B, W] the read position of each position
         moved = item_ids.gather(1, self._origin.clamp(min=0))
         self.item_ids = torch.where(self._origin >= 0, moved, PADDING_IDX)
         self.valid_mask = torch.ones_like(item_ids, dtype=torch.bool)
 
     @property
     def columns(self) -> Tensor:
-        """[B W] place in the sequence."""
-        places = torch.arange(self.batch_shape[1], device=self._place.device)
-        return places.expand(self.batch_shape).flatten()
+        """[B W] position in the sequence."""
+        positions = torch.arange(self.batch_shape[1], device=self._index.device)
+        return positions.expand(self.batch_shape).flatten()
 
     def divided(self, packed: Tensor) -> list[tuple[Tensor, Packing]]:
         """All of it, in one part."""
@@ -105,18 +106,18 @@ class DensePadded(Padded):
         return packed.reshape(*self.batch_shape, *packed.shape[1:])
 
     def real(self, x: Tensor) -> Tensor:
-        """[B W, D] in places -> [B W, D] in read positions."""
-        return self._moved(x, self._place).flatten(0, 1)
+        """[B W, D] in sequence positions -> [B W, D] in read positions."""
+        return self._moved(x, self._index).flatten(0, 1)
 
     def spread(self, x: Tensor) -> Tensor:
-        """[B W, D] in read positions -> [B W, D] in places, zero at padding."""
+        """[B W, D] in read positions -> [B W, D] in sequence positions, zero at padding."""
         moved = self._moved(x, self._origin.clamp(min=0))
         real = (self.item_ids != PADDING_IDX)[..., None]
         return torch.where(real, moved, moved.new_zeros(())).flatten(0, 1)
 
-    def _moved(self, x: Tensor, places: Tensor) -> Tensor:
+    def _moved(self, x: Tensor, positions: Tensor) -> Tensor:
         padded = x.reshape(*self.batch_shape, *x.shape[1:])
-        return padded.gather(1, places[..., None].expand(-1, -1, padded.shape[-1]))
+        return padded.gather(1, positions[..., None].expand(-1, -1, padded.shape[-1]))
 
 
 class DenseBlocks(QueryBlocks):

@@ -137,20 +137,20 @@ def _csv(path: Path) -> Iterator[Any]:
 def _json_rows(path: Path) -> Iterator[Row]:
     number = 0
     with path.open("rb") as file:
-        for place, line in enumerate(file, 1):
+        for line_number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             number += 1
             try:
-                text = line.decode("utf-8-sig" if place == 1 else "utf-8")
+                text = line.decode("utf-8-sig" if line_number == 1 else "utf-8")
                 row = json.loads(text, object_pairs_hook=unique_keys)
             except ValueError as error:
-                raise _unreadable(path, f"line {place}: {error}") from None
+                raise _unreadable(path, f"line {line_number}: {error}") from None
             _check_columns(path, list(row) if isinstance(row, dict) else [])
             user = row.get(USER, number)
             if isinstance(user, bool | float | list | dict):
                 raise DataError(
-                    f"Line {place} of {path} has the {USER} {user!r}.",
+                    f"Line {line_number} of {path} has the {USER} {user!r}.",
                     rule="A user's id is a text or a whole number.",
                     remedy="Write it as one.",
                 )

@@ -57,17 +57,17 @@ def encode(given: object, items: ItemMap, unknown: Unknown = "refuse") -> Histor
     if not rows:
         raise DataError("There are no histories.", remedy="Give at least one.")
     numbers, dropped = [], 0
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if isinstance(row, Set):
             raise DataError(
-                f"History {place} is a set.",
+                f"History {index} is a set.",
                 rule="A history has an order, oldest first.",
                 remedy="Give a list.",
             )
         raw_ids = as_texts(row)
         found = items.find(raw_ids)
         if not all(found) and unknown == "refuse":
-            where = f" in history {place} of {len(rows)}" if len(rows) > 1 else ""
+            where = f" in history {index} of {len(rows)}" if len(rows) > 1 else ""
             raise items.unknown(raw_ids, found, where, "unknown=drop")
         known = [number for number in found if number]
         dropped += len(found) - len(known)

@@ -46,21 +46,21 @@ class Recommendations(Sequence[list[Recommendation]]):
         return len(self.numbers)
 
     @overload
-    def __getitem__(self, place: int) -> list[Recommendation]: ...
+    def __getitem__(self, index: int) -> list[Recommendation]: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[list[Recommendation]]: ...
+    def __getitem__(self, index: slice) -> list[list[Recommendation]]: ...
 
-    def __getitem__(self, place: int | slice) -> list[Recommendation] | list[list[Recommendation]]:
+    def __getitem__(self, index: int | slice) -> list[Recommendation] | list[list[Recommendation]]:
         """Those of one history, or of several."""
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        pairs = zip(self.numbers[place].tolist(), self.scores[place].tolist(), strict=True)
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        pairs = zip(self.numbers[index].tolist(), self.scores[index].tolist(), strict=True)
         ids, titles = self.items.ids, self.items.titles
         return [Recommendation(ids[n], titles[n], score) for n, score in pairs if n]
 
     def __iter__(self) -> Iterator[list[Recommendation]]:
-        return (self[place] for place in range(len(self)))
+        return (self[index] for index in range(len(self)))
 
     @property
     def item_ids(self) -> list[list[str]]:
@@ -77,19 +77,19 @@ class Recommendations(Sequence[list[Recommendation]]):
         return found.reshape(self.numbers.shape)
 
     def to_arrow(self) -> pa.Table:
-        """A row an item: ``user_id`` (the history's place where there are none), ``rank`` from 1,
+        """A row an item: ``user_id`` (the history's index where there are none), ``rank`` from 1,
         ``item_id``, ``score``, and ``title`` where the data has titles.
         """
         import pyarrow as pa
 
-        rows, places = (self.numbers > 0).nonzero()
-        chosen = self.numbers[rows, places]
+        rows, indices = (self.numbers > 0).nonzero()
+        chosen = self.numbers[rows, indices]
         users = rows if self.users is None else [self.users[row] for row in rows.tolist()]
         columns: dict[str, Any] = {
             "user_id": users,
-            "rank": (places + 1).astype(np.int32),
+            "rank": (indices + 1).astype(np.int32),
             "item_id": self.items.ids.at(chosen),
-            "score": self.scores[rows, places],
+            "score": self.scores[rows, indices],
         }
         if self.items.titles.any:
             columns["title"] = self.items.titles.at(chosen)

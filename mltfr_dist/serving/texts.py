@@ -34,16 +34,16 @@ class Texts(Sequence[T], Generic[T]):
         return len(self.column)
 
     @overload
-    def __getitem__(self, place: int) -> T: ...
+    def __getitem__(self, index: int) -> T: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[T]: ...
+    def __getitem__(self, index: slice) -> list[T]: ...
 
-    def __getitem__(self, place: int | slice) -> T | list[T]:
+    def __getitem__(self, index: int | slice) -> T | list[T]:
         """One text, or a list of several."""
-        if isinstance(place, slice):
-            return list(self.at(np.arange(*place.indices(len(self)))))
-        text: T = self.column[place].as_py()
+        if isinstance(index, slice):
+            return list(self.at(np.arange(*index.indices(len(self)))))
+        text: T = self.column[index].as_py()
         return text
 
     def __iter__(self) -> Iterator[T]:
@@ -57,9 +57,9 @@ class Texts(Sequence[T], Generic[T]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def at(self, places: npt.NDArray[np.int64]) -> list[T]:
-        """The texts at [n] places."""
-        return [self[place] for place in places.tolist()]
+    def at(self, indices: npt.NDArray[np.int64]) -> list[T]:
+        """The texts at [n] indices."""
+        return [self[index] for index in indices.tolist()]
 
     @property
     def any(self) -> bool:
@@ -82,15 +82,15 @@ class Lookup:
         self._hashes = hashes[order]
 
     def find(self, asked: Sequence[str]) -> npt.NDArray[np.int64]:
-        """[n] place of each text; -1 where it is none of them."""
+        """[n] index of each text; -1 where it is none of them."""
         found, hashes = np.full(len(asked), -1), hashed(pa.array(asked, pa.string()))
         first = np.searchsorted(self._hashes, hashes)
         for number, (text, word) in enumerate(zip(asked, hashes, strict=True)):
-            for place in range(first[number], len(self._hashes)):
-                if self._hashes[place] != word:
+            for index in range(first[number], len(self._hashes)):
+                if self._hashes[index] != word:
                     break
-                if self._texts[int(self._order[place])] == text:  # hashes may meet
-                    found[number] = self._order[place]
+                if self._texts[int(self._order[index])] == text:  # hashes may meet
+                    found[number] = self._order[index]
                     break
         return found
 
@@ -105,9 +105,9 @@ def hashed(texts: Any) -> Words:
     ends = ends - ends[0]
     lengths = np.diff(ends)
     powers = np.full(int(lengths.max()) + 1, FACTOR, dtype=np.uint64).cumprod()
-    place = np.arange(len(read)) - np.repeat(ends[:-1], lengths)
+    index = np.arange(len(read)) - np.repeat(ends[:-1], lengths)
     sums = np.zeros(len(read) + 1, dtype=np.uint64)
-    np.cumsum((read + np.uint64(1)) * powers[place], out=sums[1:])
+    np.cumsum((read + np.uint64(1)) * powers[index], out=sums[1:])
     words = sums[ends[1:]] - sums[ends[:-1]]
     words = (words ^ (words >> np.uint64(32))) * np.uint64(FACTOR)
     mixed: Words = words ^ (words >> np.uint64(29))

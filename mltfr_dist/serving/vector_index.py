@@ -63,7 +63,7 @@ def plan(config: IndexConfig, num_items: int, dim: int) -> Plan:
         if value is not None and value > num_items:
             raise ConfigError(
                 f"{name} is {value:,}, and the model has {num_items:,} items.",
-                rule="A list, and a place among the best, needs an item.",
+                rule="A list, and a rank among the best, needs an item.",
                 remedy=f"Give {name} at most {num_items}.",
             )
     coarse, code, nlist = "", "Flat", None
@@ -121,8 +121,8 @@ def _drawn(vectors: Floats, count: int) -> Floats:
     """About ``count`` of the rows, all where there are not more."""
     if count >= len(vectors):
         return np.ascontiguousarray(vectors)
-    places = np.unique(np.random.default_rng(0).integers(0, len(vectors), count))
-    return vectors[places]
+    indices = np.unique(np.random.default_rng(0).integers(0, len(vectors), count))
+    return vectors[indices]
 
 
 def set_nprobe(index: Any, nprobe: int) -> None:

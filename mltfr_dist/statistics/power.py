@@ -95,7 +95,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     number = len(p_values)
     corrected = np.empty(number)
     largest = 0.0
-    for place, index in enumerate(np.argsort(p_values, kind="stable")):
-        largest = max(largest, min(1.0, (number - place) * p_values[index]))
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (number - rank) * p_values[index]))
         corrected[index] = largest
     return [float(p) for p in corrected]

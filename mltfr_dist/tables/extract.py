@@ -61,13 +61,13 @@ class OpenTable:
         """
         done, num_bad, first = 0, 0, ""
         for start, block in self.source.blocks(digest):
-            places = self.kept[start : start + len(block)].nonzero()[:, 0]  # [n]
-            rows = block[places]
+            indices = self.kept[start : start + len(block)].nonzero()[:, 0]  # [n]
+            rows = block[indices]
             bad = (~rows.abs().amax(dim=1).isfinite()).nonzero()[:, 0]
             if len(bad) and not first:
-                place = int(bad[0])
-                token = self.vocabulary[done + place]
-                first = f"row {start + int(places[place])} (token {token!r})"
+                index = int(bad[0])
+                token = self.vocabulary[done + index]
+                first = f"row {start + int(indices[index])} (token {token!r})"
             num_bad += len(bad)
             done += len(rows)
             yield start, rows

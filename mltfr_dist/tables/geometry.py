@@ -100,41 +100,42 @@ def shared_words(tables: Sequence[TokenTable]) -> list[str]:
 
 def sampled(words: Sequence[str]) -> list[str]:
     """At most SAMPLED_WORDS of the words, evenly spaced."""
-    places = np.linspace(0, len(words) - 1, min(SAMPLED_WORDS, len(words))).astype(int)
-    return [words[place] for place in places]
+    indices = np.linspace(0, len(words) - 1, min(SAMPLED_WORDS, len(words))).astype(int)
+    return [words[index] for index in indices]
 
 
 def spread(table: TokenTable, words: Sequence[str]) -> Spread:
     """How the rows of ``table`` spread; nearest rows are looked up for ``words``."""
     lookup = words_of(table)
-    places = [lookup[word] for word in words]
+    indices = [lookup[word] for word in words]
     control = with_content(table, "random", seed=0)
     _, covariance = moments(table.rows.numpy())
     values = torch.from_numpy(np.linalg.eigvalsh(covariance)).flip(0).clamp(min=0)
     return Spread(
         shares=values / values.sum(),
         mean_cosine=(table.info.mean_cosine_before, table.info.mean_cosine_after),
-        nearest=nearest(table.rows, places, 1)[0][:, 0],
-        nearest_random=nearest(control.rows, places, 1)[0][:, 0],
+        nearest=nearest(table.rows, indices, 1)[0][:, 0],
+        nearest_random=nearest(control.rows, indices, 1)[0][:, 0],
     )
 
 
-def nearest(rows: Tensor, places: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and numbers [W, k] of the rows [V, D] nearest to those at ``places`` [W], not itself.
+def nearest(rows: Tensor, indices: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and numbers [W, k] of the rows [V, D] nearest to those at ``indices`` [W], without
+    themselves.
 
     In blocks of rows: memory is [W, block], not [W, V].
     """
-    own = torch.tensor(places)
+    own = torch.tensor(indices)
     queries = F.normalize(rows[own], dim=1)  # [W, D]
-    best = torch.full((len(places), k), -torch.inf)
-    numbers = torch.zeros((len(places), k), dtype=torch.int64)
-    size = max(k, BLOCK_ENTRIES // max(rows.shape[1], len(places)))
+    best = torch.full((len(indices), k), -torch.inf)
+    numbers = torch.zeros((len(indices), k), dtype=torch.int64)
+    size = max(k, BLOCK_ENTRIES // max(rows.shape[1], len(indices)))
     for start in range(0, len(rows), size):
         block = F.normalize(rows[start : start + size], dim=1)
         scores = queries @ block.T  # [W, block]
         inside = (own >= start) & (own < start + len(block))
         scores[inside.nonzero()[:, 0], own[inside] - start] = -torch.inf
-        here = torch.arange(start, start + len(block)).expand(len(places), -1)
+        here = torch.arange(start, start + len(block)).expand(len(indices), -1)
         best, order = torch.cat([best, scores], 1).topk(k, dim=1)
         numbers = torch.cat([numbers, here], 1).gather(1, order)
     return best, numbers

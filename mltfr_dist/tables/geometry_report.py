@@ -124,10 +124,10 @@ def draw(
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     bins = np.linspace(0, 1, 51)
-    for place, (name, found) in enumerate(spreads.items()):
+    for index, (name, found) in enumerate(spreads.items()):
         axis = np.arange(1, len(found.shares) + 1)
-        left.plot(axis, found.shares.cumsum(0), label=name, color=f"C{place}")
-        shape = {"bins": bins, "histtype": "step", "color": f"C{place}"}
+        left.plot(axis, found.shares.cumsum(0), label=name, color=f"C{index}")
+        shape = {"bins": bins, "histtype": "step", "color": f"C{index}"}
         middle.hist(found.nearest.clamp(0, 1).numpy(), **shape, label=name)
         middle.hist(found.nearest_random.clamp(0, 1).numpy(), **shape, linestyle=":")
     left.set(xscale="log", xlabel="principal axes", ylabel="share of the variance, summed")

@@ -133,10 +133,10 @@ def read_info(folder: Path) -> TableInfo:
 
 def near_tables(folder: Path) -> str | None:
     """Where the table that was meant may lie: by name alone, or misspelt; None: unknown."""
-    for place in dict.fromkeys((folder.parent, DEFAULT_OUTPUT)):
-        found = sorted(file.parent.name for file in place.glob(f"*/{INFO_FILE}"))
-        if place != folder.parent and folder.name in found:
-            return f"Did you mean {place / folder.name}?"
+    for parent in dict.fromkeys((folder.parent, DEFAULT_OUTPUT)):
+        found = sorted(file.parent.name for file in parent.glob(f"*/{INFO_FILE}"))
+        if parent != folder.parent and folder.name in found:
+            return f"Did you mean {parent / folder.name}?"
         if near := nearest_key(folder.name, found):
-            return f"The tables in {place} are {', '.join(found)}; did you mean {place / near}?"
+            return f"The tables in {parent} are {', '.join(found)}; did you mean {parent / near}?"
     return None

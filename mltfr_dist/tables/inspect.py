@@ -37,11 +37,11 @@ def inspect_table(folder: str | Path, word: str | None = None) -> str:
         ][:NUM_SAMPLES]
         return "\n".join(lines)
     count = min(NUM_NEIGHBOURS, len(table.rows) - 1)
-    for row, cosines, places in zip(rows, *nearest(table.rows, rows, count), strict=True):
+    for row, cosines, indices in zip(rows, *nearest(table.rows, rows, count), strict=True):
         lines.append(f"  nearest to {table.vocabulary[row]!r} (row {row:,}), by cosine")
         lines += [
-            f"  {float(cosine):>10.3f}  {table.vocabulary[int(place)]!r}"
-            for cosine, place in zip(cosines, places, strict=True)
+            f"  {float(cosine):>10.3f}  {table.vocabulary[int(index)]!r}"
+            for cosine, index in zip(cosines, indices, strict=True)
         ]
     return "\n".join(lines)
 

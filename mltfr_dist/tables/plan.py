@@ -57,8 +57,8 @@ def check_output(output: Path) -> None:
         DataError: it is no folder, lies in none, or may not be written.
     """
     with writing(output):
-        places = (output.absolute(), *output.absolute().parents)
-        present = next(place for place in places if place.exists() or place.is_symlink())
+        paths = (output.absolute(), *output.absolute().parents)
+        present = next(path for path in paths if path.exists() or path.is_symlink())
         if not present.is_dir():
             raise NotADirectoryError(0, f"{present} is no folder")
         if not os.access(present, os.W_OK | os.X_OK):

@@ -25,17 +25,17 @@ BLOCK_ENTRIES = 1 << 18
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn what the file system refuses into an error for the user.
 
     Raises:
-        DataError: ``place`` cannot be written: no permission, no space, no folder.
+        DataError: ``path`` cannot be written: no permission, no space, no folder.
     """
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{place} cannot be written: {error.strerror or error}.",
+            f"{path} cannot be written: {error.strerror or error}.",
             remedy="Give a folder with --output that can, and that has space for the table.",
         ) from None
 

@@ -61,7 +61,7 @@ def title_features(titles: Sequence[str | None], table: TokenTable) -> Tensor:
     mean over items, which says nothing of any one of them, is taken off.
 
     Args:
-        titles: Of items 1..I; place 0 is padding.
+        titles: Of items 1..I; index 0 is padding.
         table: Its vocabulary and rows; of a control table the links are the real tokens', the rows
             are not.
 

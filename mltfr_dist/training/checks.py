@@ -76,12 +76,12 @@ def consensus_tables(config: RunConfig, tables: Sequence[TokenTable]) -> list[in
                 f"run{or_nearest(name, names)}.",
                 remedy=f"Tables: {', '.join(names)}.",
             )
-    places = [names.index(name) for name in mltfr.consensus.group or names]
+    indices = [names.index(name) for name in mltfr.consensus.group or names]
     selector = selector_class(mltfr.filter.strategy)
     shapes = {
         names[m]: (tables[m].rows.shape[1], selector.rows_kept(mltfr.filter, len(tables[m].rows)))
-        for m in places
+        for m in indices
     }
     if mltfr.consensus.enabled:
         check_group(config.published, shapes)
-    return places
+    return indices

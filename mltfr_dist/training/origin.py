@@ -66,9 +66,9 @@ def check_located(values: Values, folder: Path) -> None:
     begins = origins(folder)
     for path in _inputs(values) if len(begins) > 1 else ():
         if not Path(path).is_absolute() and not Path(path).exists():
-            places = ", nor ".join(str(begin / path) for begin in begins)
+            paths = ", nor ".join(str(begin / path) for begin in begins)
             raise DataError(
-                f"{path}, which the run in {folder} reads, is not at {places}.",
+                f"{path}, which the run in {folder} reads, is not at {paths}.",
                 rule="Relative paths of a run begin where it was started, as its "
                 f"{ORIGIN} says, or else where a command is typed.",
                 remedy="Put it back at one of these places.",

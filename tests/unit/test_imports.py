@@ -32,6 +32,7 @@ LAYERS = {
     "numerics": 0,
     "progress": 0,
     "statistics": 0,
+    "startup": 0,
     "schema": 1,
     "config": 1,
     "repairs": 1,

@@ -155,12 +155,12 @@ def write_plots(facts: Facts, folder: Path) -> list[Path]:
     """`lengths.png` and `popularity.png` into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     histogram = facts.lengths["train"]
-    places = np.flatnonzero(histogram)
+    present = np.flatnonzero(histogram)
     ranks = np.arange(1, len(facts.counts) + 1)
     seen = facts.counts > 0
     lengths, popularity = folder / "lengths.png", folder / "popularity.png"
     line_plot(
-        lengths, places, histogram[places], "training sequences by length", "items", "sequences"
+        lengths, present, histogram[present], "training sequences by length", "items", "sequences"
     )
     line_plot(
         popularity,

@@ -40,11 +40,11 @@ def is_full(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def disk_errors(places: Sequence[Path]) -> Iterator[None]:
+def disk_errors(folders: Sequence[Path]) -> Iterator[None]:
     """Turn what the operating system refuses into one paragraph.
 
     Args:
-        places: folders that are written to; they need not exist.
+        folders: folders that are written to; they need not exist.
 
     Raises:
         DiskError: the disk is full, or a file cannot be read or written.
@@ -55,17 +55,17 @@ def disk_errors(places: Sequence[Path]) -> Iterator[None]:
         raise
     except (OSError, duckdb.Error, DataError) as error:
         if is_full(error) and not isinstance(error, DiskError):
-            free = {place: free_bytes(place) for place in places}
-            place = min(free, key=lambda place: free[place])
+            free = {folder: free_bytes(folder) for folder in folders}
+            folder = min(free, key=lambda folder: free[folder])
             raise DiskError(
-                f"The disk is full: {megabytes(free[place])} are free now for {place}.",
+                f"The disk is full: {megabytes(free[folder])} are free now for {folder}.",
                 rule="What was done so far is kept there, and nothing that is half written counts.",
                 remedy="Free some room and start the same command again: "
                 "it goes on where it stopped.",
             ) from None
         if isinstance(error, OSError):
             raise DiskError(
-                f"{error.filename or places[0]}: {error.strerror or error}.",
+                f"{error.filename or folders[0]}: {error.strerror or error}.",
                 rule="The source must be readable, and the output and --temp-dir writable.",
                 remedy="Put that right and start the same command again: "
                 "it goes on where it stopped.",
@@ -105,14 +105,14 @@ def check_writable(folder: Path, given: str) -> None:
         ) from None
 
 
-def check_space(place: Path, source_bytes: int, log: Callable[[str], None]) -> None:
-    """Compare the free disk at ``place`` with a rough need.
+def check_space(folder: Path, source_bytes: int, log: Callable[[str], None]) -> None:
+    """Compare the free disk at ``folder`` with a rough need.
 
     Raises:
         DiskError: there is too little, whatever the data is like.
     """
-    free = free_bytes(place)
-    need = f"{megabytes(free)} are free for {place}, and the source has {megabytes(source_bytes)}"
+    free = free_bytes(folder)
+    need = f"{megabytes(free)} are free for {folder}, and the source has {megabytes(source_bytes)}"
     if free < _LEAST_SHARE * source_bytes:
         raise DiskError(
             f"The disk is too small: {need}.",
@@ -124,9 +124,9 @@ def check_space(place: Path, source_bytes: int, log: Callable[[str], None]) -> N
         log(f"The disk may not suffice: {need}; often twice that is needed.")
 
 
-def free_bytes(place: Path) -> int:
-    """Free bytes where ``place`` lies, or would lie; no limit where the file system tells none."""
-    usage = shutil.disk_usage(_existing(place))
+def free_bytes(folder: Path) -> int:
+    """Free bytes where ``folder`` lies, or would lie; no limit where the file system tells none."""
+    usage = shutil.disk_usage(_existing(folder))
     return usage.free if usage.total else sys.maxsize
 
 
@@ -137,4 +137,4 @@ def megabytes(size: int) -> str:
 
 def _existing(path: Path) -> Path:
     """The nearest of ``path`` and the folders above it that exists."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -89,17 +89,17 @@ def _check_run(
             sequences.users[longer[0]],
             f"{held} items, of which {held - allowed} lie at or after the cut",
         )
-    places = np.repeat(histories.starts[users] - sequences.offsets[:-1], lengths) + np.arange(
+    indices = np.repeat(histories.starts[users] - sequences.offsets[:-1], lengths) + np.arange(
         len(sequences.items)
     )
-    other = np.flatnonzero(histories.items[places] != sequences.items)
+    other = np.flatnonzero(histories.items[indices] != sequences.items)
     if len(other):
         row = int(np.searchsorted(sequences.offsets, other[0], side="right")) - 1
-        item, place = sequences.items[other[0]], other[0] - sequences.offsets[row]
+        item, position = sequences.items[other[0]], other[0] - sequences.offsets[row]
         raise _leak(
             path,
             sequences.users[row],
-            f"item {item} at place {place}, where its history has another",
+            f"item {item} at place {position}, where its history has another",
         )
 
 

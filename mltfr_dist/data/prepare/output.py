@@ -66,17 +66,17 @@ def check_apart(sources: Sequence[str], output: Path, resources: PrepareResource
         DataError: it does not.
     """
     temp_dir = resources.temp_dir
-    places = {f"The output {output}": output}
+    outputs = {f"The output {output}": output}
     if temp_dir is not None:
-        places[f"--temp-dir {temp_dir}"] = temp_dir
+        outputs[f"--temp-dir {temp_dir}"] = temp_dir
         if temp_dir.resolve().is_relative_to(output.resolve()):
             raise DataError(
                 f"--temp-dir {temp_dir} lies in the output {output}.",
                 rule="The output holds what was prepared and nothing else.",
                 remedy="Give another --temp-dir.",
             )
-    for (name, place), source in itertools.product(places.items(), sources):
-        if Path(source).is_dir() and place.resolve().is_relative_to(Path(source).resolve()):
+    for (name, path), source in itertools.product(outputs.items(), sources):
+        if Path(source).is_dir() and path.resolve().is_relative_to(Path(source).resolve()):
             raise DataError(
                 f"{name} lies in the source {source}.",
                 rule="What is written must not be read as interactions the next time.",

@@ -15,7 +15,7 @@ from mltfr_dist.schema import changed
 
 
 def resolve(
-    places: Sequence[str],
+    given: Sequence[str],
     output: Path,
     config: PrepareConfig,
     packages_dir: str | Path | None,
@@ -23,25 +23,25 @@ def resolve(
     frames: Mapping[str, object] = {},
 ) -> tuple[Source, PrepareConfig]:
     """The files to read, and the configuration with a named set's columns and titles filled in."""
-    if len(places) == 1 and places[0] in sources.NAMED_SETS:
-        return _named(places[0], config, packages_dir)
+    if len(given) == 1 and given[0] in sources.NAMED_SETS:
+        return _named(given[0], config, packages_dir)
     try:
-        return _gathered(places, output, config, workspace, frames)
+        return _gathered(given, output, config, workspace, frames)
     except (ConfigError, DataError):
         workspace.drop_fetched()
         raise
 
 
 def _gathered(
-    places: Sequence[str],
+    given: Sequence[str],
     output: Path,
     config: PrepareConfig,
     workspace: Workspace,
     frames: Mapping[str, object],
 ) -> tuple[Source, PrepareConfig]:
-    """The files of ``places``, all of one format, and the configuration with that format."""
+    """The files of ``given``, all of one format, and the configuration with that format."""
     found = gather(
-        places,
+        given,
         config.titles,
         format=config.format,
         partitions=config.partitions,

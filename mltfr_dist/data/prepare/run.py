@@ -74,13 +74,13 @@ def prepare(
         return _prepare_remotely(source, str(output), config, resources, packages_dir, frames, log)
     output = Path(output)
     check_name(output)
-    places = [source] if isinstance(source, str) else list(source)
-    workspace = Workspace(output, resources, log, source=places)
+    named = [source] if isinstance(source, str) else list(source)
+    workspace = Workspace(output, resources, log, source=named)
     with workspace.errors():
         if not holds_data(output):
-            check_apart([p for p in places if p not in frames], output, resources)
+            check_apart([p for p in named if p not in frames], output, resources)
             workspace.check_places()
-        found, config = resolve(places, output, config, packages_dir, workspace, frames)
+        found, config = resolve(named, output, config, packages_dir, workspace, frames)
         info, recorded = found.info(), _recorded(config)
         if _is_reusable(workspace, info, recorded):
             manifest = verify_folder(output)
@@ -139,9 +139,9 @@ def _prepare_remotely(
     content = remote.manifest_at(url)
     if content is not None:
         manifest = parse_manifest(content, url)
-        places = [source] if isinstance(source, str) else list(source)
-        workspace = Workspace(local, resources, log, source=places)
-        found, config = resolve(places, local, config, packages_dir, workspace, frames)
+        named = [source] if isinstance(source, str) else list(source)
+        workspace = Workspace(local, resources, log, source=named)
+        found, config = resolve(named, local, config, packages_dir, workspace, frames)
         _refuse_other(manifest, url, found.info(), _recorded(config))
         workspace.remove()
         log(f"{url} already holds this data, from the same source and configuration.")
@@ -184,7 +184,7 @@ def _is_reusable(workspace: Workspace, info: SourceInfo, recorded: PrepareConfig
 
 
 def _refuse_other(
-    manifest: Manifest, place: str, info: SourceInfo, recorded: PrepareConfig
+    manifest: Manifest, folder: str, info: SourceInfo, recorded: PrepareConfig
 ) -> None:
     changed = differences(
         manifest.source.model_dump() | manifest.prepare.model_dump(),
@@ -192,7 +192,7 @@ def _refuse_other(
     )
     if changed:
         raise DataError(
-            f"{place} holds data prepared differently: {changed}.",
+            f"{folder} holds data prepared differently: {changed}.",
             rule="Prepared data is never overwritten, since runs may depend on it.",
             remedy="Give another output folder, or remove this one.",
         )

@@ -54,9 +54,9 @@ class Workspace:
             source: the places that the user named; copies made of another source are not used.
         """
         self.output, self.resources, self.log = output, resources, log
-        place = output.resolve()
-        name = f".{place.name}.partial"
-        self._beside, self._inside = place.parent / name, place / name
+        target = output.resolve()
+        name = f".{target.name}.partial"
+        self._beside, self._inside = target.parent / name, target / name
         is_inside = output.is_dir() and not (output / MANIFEST_NAME).exists()
         self.folder = self._inside if is_inside else self._beside
         self.out, self._plan, self._journal = (
@@ -65,7 +65,7 @@ class Workspace:
         self.temporary = self.folder
         if resources.temp_dir:
             # Outputs of one name may share a temp_dir, so the name alone does not do.
-            key = f"{place.name[:40]}-{_digest(str(place))}.partial"
+            key = f"{target.name[:40]}-{_digest(str(target))}.partial"
             self.temporary = resources.temp_dir.resolve() / key
         self.fetched = self.temporary / f"fetched-{_digest(json.dumps(list(source)))}"
         """Where copies of remote sources and frames go."""

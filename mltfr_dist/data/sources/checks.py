@@ -89,10 +89,10 @@ def check_ids(
     connection.execute("DROP TABLE ids")
 
 
-def missing(name: str, place: str) -> DataError:
+def missing(name: str, where: str) -> DataError:
     """The error for a row without a user, an item or a time."""
     return DataError(
-        f"{place}: `{name}` is empty.",
+        f"{where}: `{name}` is empty.",
         rule="Every row needs a user, an item and a time.",
         remedy="Complete or remove that row, or leave out all such rows with --missing drop.",
     )

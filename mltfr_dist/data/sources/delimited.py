@@ -64,13 +64,13 @@ def open_delimited(
     given = constants(file, first if layout.header else [])
     own = [name for name in columns if name not in given]
     if layout.header:
-        places = [column_index(file, name, first, titles="title" in aliases) for name in own]
-        _refuse_row_as_header(file, layout, first, places)
+        indices = [column_index(file, name, first, titles="title" in aliases) for name in own]
+        _refuse_row_as_header(file, layout, first, indices)
     else:
-        places = [_number(file, name, len(first), first, layout) for name in own]
-        _refuse_header_as_row(file, layout, first, second, places)
+        indices = [_number(file, name, len(first), first, layout) for name in own]
+        _refuse_header_as_row(file, layout, first, second, indices)
     rejects = f"rejects_{aliases[-1]}"
-    values = given | {name: f"c{place}" for name, place in zip(own, places)}
+    values = given | {name: f"c{index}" for name, index in zip(own, indices)}
     fields = [
         f"{value_sql(values[name], layout.null)} AS {alias}"
         for name, alias in zip(columns, aliases)
@@ -192,15 +192,15 @@ def _is_value(cell: str) -> bool:
 
 
 def _refuse_row_as_header(
-    file: InputFile, layout: Format, header: list[str], places: list[int]
+    file: InputFile, layout: Format, header: list[str], indices: list[int]
 ) -> None:
     """A first line of numbers and dates is a row; but pandas writes 0, 1, 2 for no names."""
     if header == [str(index) for index in range(len(header))]:
         return
-    for place in places:
-        if _is_value(header[place]):
+    for index in indices:
+        if _is_value(header[index]):
             raise DataError(
-                f"{file.name}: the column name `{header[place]}` looks like a value, so its first "
+                f"{file.name}: the column name `{header[index]}` looks like a value, so its first "
                 "line seems to be a row.",
                 rule="The first line of csv and tsv names the columns; a row there would be lost.",
                 remedy=f"Without a header: {_no_header(header)}. If it is one, rename the columns.",
@@ -212,12 +212,12 @@ def _refuse_header_as_row(
     layout: Format,
     first: list[str],
     second: list[str] | None,
-    places: list[int],
+    indices: list[int],
 ) -> None:
     """With --no-header: a first line of names above numbers is a header, and would become a row."""
     if second is None or len(second) != len(first):
         return
-    above, below = ([row[place].strip() for place in places] for row in (first, second))
+    above, below = ([row[index].strip() for index in indices] for row in (first, second))
     if all(map(_is_value, below)) and not any(map(_is_value, above)) and all(above):
         raise DataError(
             f"{file.name}, line {layout.skip_rows + 1}: `{', '.join(above)}` looks like column "

@@ -16,31 +16,31 @@ _NO_DATA = "Names that begin with _ or . and endings .crc are marks of other pro
 _TABLES = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 
 
-def find_files(place: str, output: Path, log: Callable[[str], None]) -> list[Given]:
+def find_files(source: str, output: Path, log: Callable[[str], None]) -> list[Given]:
     """The data files of a path, a folder, a pattern, or an archive, in the order of their names.
 
     Args:
-        place: as the user typed it; no URL and no stream.
+        source: as the user typed it; no URL and no stream.
         output: where prepared data goes, which must not be read.
         log: told of files that are left out.
 
     Raises:
         DataError: nothing is there, or it is of a kind that would be read wrongly.
     """
-    path = Path(place)
+    path = Path(source)
     try:
         exists = path.exists()
     except (OSError, ValueError) as error:
-        raise DataError(f"`{place}` is no path: {error}.", remedy="Correct it.") from None
+        raise DataError(f"`{source}` is no path: {error}.", remedy="Correct it.") from None
     if exists:
         found = _folder(path, output, log) if path.is_dir() else [path]
     elif (archive := _archive_of(path)) is not None:
         return _members(archive, str(archive), path.relative_to(archive).as_posix())
-    elif glob.has_magic(place):
-        found = _matches(place, output, log)
+    elif glob.has_magic(source):
+        found = _matches(source, output, log)
     else:
         raise DataError(
-            f"There is no file {place}.",
+            f"There is no file {source}.",
             remedy="Give the path of a data file, a folder, a pattern, a URL, or a set that "
             "`mltfr fetch` lists.",
         )
@@ -66,10 +66,10 @@ def is_mark(name: str) -> bool:
     return name.startswith(("_", ".")) or name.lower().endswith(".crc")
 
 
-def _say_left_out(place: str, names: Sequence[str], log: Callable[[str], None]) -> None:
+def _say_left_out(source: str, names: Sequence[str], log: Callable[[str], None]) -> None:
     if names:
         more = ", ..." if len(names) > 3 else ""
-        log(f"{place}: {len(names)} left out ({', '.join(names[:3])}{more}). {_NO_DATA}")
+        log(f"{source}: {len(names)} left out ({', '.join(names[:3])}{more}). {_NO_DATA}")
 
 
 def _folder(folder: Path, output: Path, log: Callable[[str], None]) -> list[Path]:

@@ -98,7 +98,7 @@ def _joint_hash(hashes: Sequence[str]) -> str:
 
 
 def gather(
-    places: Sequence[str],
+    sources: Sequence[str],
     titles: Path | None,
     *,
     format: str = "auto",
@@ -108,36 +108,36 @@ def gather(
     log: Log,
     frames: Mapping[str, object] = {},
 ) -> Source:
-    """Find all files of ``places``; what comes from elsewhere, or can be read once only, is copied.
+    """Find all files of ``sources``; what is elsewhere, or can be read once only, is copied.
 
     Args:
-        places: paths, folders, patterns, zip files, URLs, FIFOs, or `-`, in the order of rows.
+        sources: paths, folders, patterns, zip files, URLs, FIFOs, or `-`, in the order of rows.
         titles: file of item titles.
         format: as the user named it, or `auto`.
         partitions: whether folder names `key=value` are columns.
         output: where prepared data goes.
         copies: folder for copies of URLs, streams and frames.
         log: told of what is left out or decided.
-        frames: the tables in memory among ``places`` and ``titles``, by their names there.
+        frames: the tables in memory among ``sources`` and ``titles``, by their names there.
 
     Raises:
         DataError: nothing is there, a file is there twice, or it cannot be read.
     """
-    wanted = [*places, *([str(titles)] if titles else [])]
+    wanted = [*sources, *([str(titles)] if titles else [])]
     streams = _streams(wanted, frames)
     found: dict[str, list[Given]] = {}
-    for place in wanted:
-        if place in frames:
-            found[place] = [write_frame(frames[place], place, copies)]
-        elif remote.is_url(place):
-            copied = remote.fetch(place, copies)
-            found[place] = [given for path, name in copied for given in files_in(path, name)]
-        elif place not in streams:
-            found[place] = find_files(place, output, log)
-    for place in streams:  # last: nothing else can be wrong then
-        named = "auto" if titles and place == str(titles) else format
-        found[place] = [spool_stream(place, named, copies, log)]
-    files = [file for place in places for file in found[place]]
+    for source in wanted:
+        if source in frames:
+            found[source] = [write_frame(frames[source], source, copies)]
+        elif remote.is_url(source):
+            copied = remote.fetch(source, copies)
+            found[source] = [given for path, name in copied for given in files_in(path, name)]
+        elif source not in streams:
+            found[source] = find_files(source, output, log)
+    for source in streams:  # last: nothing else can be wrong then
+        named = "auto" if titles and source == str(titles) else format
+        found[source] = [spool_stream(source, named, copies, log)]
+    files = [file for source in sources for file in found[source]]
     refuse_twice(files)
     if partitions:
         files = with_partitions(files)
@@ -148,30 +148,30 @@ def gather(
         raise DataError(
             f"{titles} holds {len(titled)} files.", remedy="Give the one with the titles."
         )
-    return Source(_label(places), tuple(files), titled[0] if titled else None)
+    return Source(_label(sources), tuple(files), titled[0] if titled else None)
 
 
 def _streams(wanted: Sequence[str], frames: Mapping[str, object]) -> list[str]:
     """Those of ``wanted`` that can be read only once, after a look at all names."""
-    if not all(place.strip() for place in wanted):
+    if not all(source.strip() for source in wanted):
         raise DataError(
             "The name of a source is empty.",
             rule="An empty name would mean the folder you are in.",
             remedy="Name the source; `.` is this folder.",
         )
-    streams = [place for place in wanted if place not in frames and is_stream(place)]
-    for place in streams:
-        if streams.count(place) > 1:
+    streams = [source for source in wanted if source not in frames and is_stream(source)]
+    for source in streams:
+        if streams.count(source) > 1:
             raise DataError(
-                f"{place} is given twice, and can be read only once.",
+                f"{source} is given twice, and can be read only once.",
                 remedy="Give each source once.",
             )
     return streams
 
 
-def _label(places: Sequence[str]) -> str:
+def _label(sources: Sequence[str]) -> str:
     names = [
-        "standard input" if place == STANDARD_INPUT else place.rstrip("/").rpartition("/")[2]
-        for place in places
+        "standard input" if source == STANDARD_INPUT else source.rstrip("/").rpartition("/")[2]
+        for source in sources
     ]
     return ", ".join(names) if len(names) < 4 else f"{names[0]} ... {names[-1]} ({len(names)})"

@@ -89,12 +89,12 @@ def given_file(path: Path, name: str, member: str | None = None) -> Given:
     return Given(path, name, member, tuple(compressions), suffix)
 
 
-def is_stream(place: str) -> bool:
-    """Whether ``place`` can be read only once: standard input, a FIFO, a socket or a device."""
-    if place == STANDARD_INPUT:
+def is_stream(source: str) -> bool:
+    """Whether ``source`` can be read only once: standard input, a FIFO, a socket or a device."""
+    if source == STANDARD_INPUT:
         return True
     try:
-        mode = Path(place).stat().st_mode
+        mode = Path(source).stat().st_mode
     except (OSError, ValueError):
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode)

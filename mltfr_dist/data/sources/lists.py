@@ -80,7 +80,7 @@ def open_pairs(connection: duckdb.DuckDBPyConnection, file: InputFile, layout: F
             rule="Each line of pairs is `user item`, and the lines are in order of time.",
             remedy="Correct or remove that line; for one line a user, --format sequences.",
         )
-    user, item = (value_sql(f"fields[{place}]", layout.null) for place in (1, 2))
+    user, item = (value_sql(f"fields[{index}]", layout.null) for index in (1, 2))
     connection.execute(
         f"CREATE OR REPLACE TABLE raw AS SELECT row_number() OVER (ORDER BY line_number) AS "
         f"row_number, {user} AS user_id, {item} AS item_id, line_number FROM fields"

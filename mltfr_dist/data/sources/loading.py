@@ -47,7 +47,7 @@ class Source:
         self._connection, self._config, self._log = connection, config, log
         self._read = 0
         self._time_kind, self._names = "", list[str]()
-        self._places: list[tuple[int, InputFile, str]] = []
+        self._starts: list[tuple[int, InputFile, str]] = []
         self._kinds: dict[str, tuple[str, str]] = {}
         self._as_text: frozenset[str] = frozenset()
         if config.time_format is not None:
@@ -74,7 +74,7 @@ class Source:
         chosen = layout(format, self._config)
         if format in NAMED:
             refuse_other_format(file, format)
-        if format == "mind" and self._places:
+        if format == "mind" and self._starts:
             raise DataError(
                 f"{file.name} is a second file of {format}.",
                 rule="The histories of several files hold the same clicks.",
@@ -108,10 +108,10 @@ class Source:
         if not count:
             scan.close()
             raise no_rows(file)
-        if not self._places:
+        if not self._starts:
             self._say(format, chosen, kind)
         self._time_kind = kind
-        self._places.append((self._read, file, format))
+        self._starts.append((self._read, file, format))
         self._refuse_missing(scan, kind, chosen)
         self.rows += count
         self._read += count if total is None else total
@@ -135,7 +135,7 @@ class Source:
     def locate(self, row: int) -> str:
         """`file, line N` of a row of the source; it opens the file again."""
         before, file, format = max(
-            (place for place in self._places if place[0] < row), key=lambda place: place[0]
+            (start for start in self._starts if start[0] < row), key=lambda start: start[0]
         )
         return self._open(file, format, layout(format, self._config)).where(row - before)
 
@@ -165,11 +165,11 @@ class Source:
         for alias, name in zip(_ALIASES, scan.names):
             if alias not in scan.kinds:
                 continue
-            kind, place = scan.kinds[alias]
-            other, before = self._kinds.setdefault(alias, (kind, place))
+            kind, where = scan.kinds[alias]
+            other, before = self._kinds.setdefault(alias, (kind, where))
             if other != kind:
                 raise DataError(
-                    f"{place}: its ids or times are of another kind than those of the files before "
+                    f"{where}: its ids or times are of another kind than those of the files before "
                     f"it: `{name}` is {kind}, and {other} in {before}.",
                     rule="All files of a source have the same columns, of the same types.",
                     remedy="Convert the files to one type, or prepare them apart.",
@@ -231,24 +231,24 @@ class Source:
         for name, row in zip(scan.names, rows[:3]):
             if row is None:
                 continue
-            place = self.locate(row)
+            where = self.locate(row)
             if name != scan.names[-1] or row != rows[2]:
-                raise missing(name, place)
+                raise missing(name, where)
             (value,) = one(
                 self._connection,
                 f"SELECT CAST(time AS VARCHAR) FROM ({scan.sql}) "
                 f"WHERE row_number = {row - self._read}",
             )
             if value is None or not value.strip():
-                raise missing(name, place)
+                raise missing(name, where)
             raise bad_time(
                 self._connection,
-                place,
+                where,
                 name,
                 value,
                 kind,
                 chosen.time_format,
-                is_first=len(self._places) == 1 and row == rows[3],
+                is_first=len(self._starts) == 1 and row == rows[3],
             )
 
     def _refuse_known_users(self, scan: Scan, file: InputFile, format: str, chosen: Format) -> None:

@@ -44,11 +44,11 @@ _SPARE = 64 << 20
 # --- streams --------------------------------------------------------------------------------------
 
 
-def spool_stream(place: str, configured: str, folder: Path, log: Log) -> Given:
+def spool_stream(source: str, configured: str, folder: Path, log: Log) -> Given:
     """Copy standard input, or a FIFO, into ``folder``, once; a compression shows at its beginning.
 
     Args:
-        place: `-`, or the path of the FIFO.
+        source: `-`, or the path of the FIFO.
         configured: the format that the user names, or `auto`.
         folder: for the copy.
         log: told what the first bytes show.
@@ -56,13 +56,13 @@ def spool_stream(place: str, configured: str, folder: Path, log: Log) -> Given:
     Raises:
         DataError: it is empty, cut off, or its format is neither named nor to be seen.
     """
-    is_standard = place == STANDARD_INPUT
-    name = "standard input" if is_standard else place
+    is_standard = source == STANDARD_INPUT
+    name = "standard input" if is_standard else source
     if is_standard and sys.stdin is None:
         raise DataError("Standard input is closed.", remedy="Pipe the data in, or give a file.")
     copy = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}.stream"
     try:
-        with nullcontext(sys.stdin.buffer) if is_standard else Path(place).open("rb") as stream:
+        with nullcontext(sys.stdin.buffer) if is_standard else Path(source).open("rb") as stream:
             start = stream.read(4096)
             given = _given_stream(copy, name, start)
             if not given.ending and configured == "auto":
@@ -134,12 +134,12 @@ def plain_files(
 
 
 def _plain_file(
-    file: Given, marks: TextMarks, place: Path, log: Log, is_sequences: bool
+    file: Given, marks: TextMarks, target: Path, log: Log, is_sequences: bool
 ) -> InputFile:
     path = file.path
     if file.member is not None or file.compressions:
-        path, marks = place.with_suffix(".unpacked"), TextMarks()
-        _check_room(file, place.parent)
+        path, marks = target.with_suffix(".unpacked"), TextMarks()
+        _check_room(file, target.parent)
         if not has_checksum(file):
             log(f"{file.name} carries no checksum: damage to it would not show.")
         _write(path, _watched(unpacked(file), marks), file.name, file)
@@ -161,7 +161,7 @@ def _plain_file(
             "each ends a line.",
             remedy="Replace them by line feeds or by blanks.",
         )
-    copy = place.with_suffix(".text")
+    copy = target.with_suffix(".text")
     log(f"{file.name} has {reason}: a copy in UTF-8 with line ends LF is read.")
     _write(copy, _normalised(path, marks.encoding), file.name)
     if path != file.path:

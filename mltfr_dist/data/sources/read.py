@@ -120,7 +120,7 @@ def load_interactions(
     Rows are numbered through all files, in the order of ``files``; rows left out leave gaps. Ids
     are text, or 64-bit integers if all files are Parquet with integer ids. ``timestamp``: integers
     of Parquet as they are; other numbers as DECIMAL(38, 9); dates and date-times as microseconds
-    since 1970 UTC; and where there is no time, places in the file, or in the user's list.
+    since 1970 UTC; and where there is no time, positions in the file, or in the user's list.
 
     Raises:
         DataError: missing file or column, unparsable row (with its line), empty or impossible

@@ -1,4 +1,4 @@
-"""Object stores and other remote places, through fsspec: files are copied here, prepared, and
+"""Object stores and other remote addresses, through fsspec: files are copied here, prepared, and
 copied there.
 """
 
@@ -38,19 +38,19 @@ runs a command.
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*):(?=//|[^/\\])")
 
 
-def is_url(place: str) -> bool:
-    """Whether ``place`` is a URL and not a path.
+def is_url(address: str) -> bool:
+    """Whether ``address`` is a URL and not a path.
 
     Raises:
         DataError: a URL of a kind that is not read: `pipe:`, other commands, chains.
     """
-    found = _URL.match(place)
-    if not found or Path(place).exists():
+    found = _URL.match(address)
+    if not found or Path(address).exists():
         return False
     protocol = found[1].lower()
-    if protocol not in PROTOCOLS or "::" in place:
+    if protocol not in PROTOCOLS or "::" in address:
         raise DataError(
-            f"The address `{place}` is not of a kind that is read or written.",
+            f"The address `{address}` is not of a kind that is read or written.",
             rule=f"URLs begin with {', '.join(PROTOCOLS)}; addresses that run a command (pipe:) or "
             f"chain others are refused.",
             remedy="Give a path, a glob or such a URL.",
@@ -116,7 +116,7 @@ def manifest_at(url: str) -> bytes | None:
     """The manifest of a prepared folder at a URL, or None where there is none.
 
     Raises:
-        DataError: the place cannot be read, or holds something else.
+        DataError: the address cannot be read, or holds something else.
     """
     try:
         system, path = fsspec.core.url_to_fs(url.rstrip("/"))

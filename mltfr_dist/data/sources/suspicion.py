@@ -26,10 +26,10 @@ _FIRST_OF_LOG, _LAST_OF_LOG = 3, 8
 def refuse_log(connection: duckdb.DuckDBPyConnection, file: InputFile) -> None:
     """Refuse ``fields(line_number, fields)`` where each line looks like one interaction.
 
-    Real sequences of one length hold items of one kind in all places; a log does not.
+    Real sequences of one length hold items of one kind in all positions; a log does not.
 
     Raises:
-        DataError: with the place of the times or ratings, and how such a file is read.
+        DataError: with the position of the times or ratings, and how such a file is read.
     """
     looks = recognise(file)
     if looks not in (None, "pairs"):
@@ -44,44 +44,44 @@ def refuse_log(connection: duckdb.DuckDBPyConnection, file: InputFile) -> None:
     if least != most or not _FIRST_OF_LOG <= least <= _LAST_OF_LOG:
         return
     names = "line_number > (SELECT min(line_number) FROM fields)" if lines > 2 else "true"
-    places = range(2, least + 1)
+    indices = range(2, least + 1)
     counts = one(
         connection,
         "SELECT "
         + ", ".join(
-            f"count(*) FILTER (regexp_full_match(fields[{place}], '{pattern}'))"
+            f"count(*) FILTER (regexp_full_match(fields[{index}], '{pattern}'))"
             for pattern in (_MOMENT, _RATING)
-            for place in places
+            for index in indices
         )
         + f", count(*) FROM fields WHERE {names}",
     )
-    total, width = counts[-1], len(places)
-    moments = [place for place, count in zip(places, counts[:width]) if count == total]
-    ratings = [place for place, count in zip(places, counts[width:-1]) if count == total]
+    total, width = counts[-1], len(indices)
+    moments = [index for index, count in zip(indices, counts[:width]) if count == total]
+    ratings = [index for index, count in zip(indices, counts[width:-1]) if count == total]
     what = "times" if moments and len(moments) < width else ""
-    place = moments[-1] if moments else 0
+    index = moments[-1] if moments else 0
     if not what and lines > 2 and least == 3 and ratings == [3]:
-        what, place = "ratings", 3
+        what, index = "ratings", 3
     if what:
         raise DataError(
-            f"{file.name}: each line has {least} fields, and field {place} of all is like one of "
+            f"{file.name}: each line has {least} fields, and field {index} of all is like one of "
             f"{what}, not an item: this looks like a log with one interaction a line.",
             rule=_RULE,
-            remedy=f"Read it with {_as_log(file, place, what)}; or, if these are items, "
+            remedy=f"Read it with {_as_log(file, index, what)}; or, if these are items, "
             "--times any.",
         )
 
 
-def _as_log(file: InputFile, place: int, what: str) -> str:
+def _as_log(file: InputFile, index: int, what: str) -> str:
     """The options that read such a log; a first line without a time (a rating) is its header."""
     first = head(file)[0]
     tabbed = "\t" in first
     fields = first.split("\t") if tabbed else first.split(" ")
     pattern = _MOMENT if what == "times" else _RATING
-    has_header = not re.fullmatch(pattern, fields[place - 1])
+    has_header = not re.fullmatch(pattern, fields[index - 1])
     names = fields if has_header else [str(number) for number in range(1, len(fields) + 1)]
-    others = [name for number, name in enumerate(names, 1) if number != place][:2]
+    others = [name for number, name in enumerate(names, 1) if number != index][:2]
     text = "--format tsv" if tabbed else "--format csv --delimiter ' '"
     header = "" if has_header else " --no-header"
-    order = f"--time-column {names[place - 1]}" if what == "times" else "--order file"
+    order = f"--time-column {names[index - 1]}" if what == "times" else "--order file"
     return f"{text}{header} --user-column {others[0]} --item-column {others[1]} {order}"

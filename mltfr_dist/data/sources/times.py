@@ -2,7 +2,7 @@
 
 A source has one kind: ``integers`` (Parquet's), ``numbers`` (text or floating point, as
 DECIMAL(38, 9)), ``dates``, ``pattern`` (--time-format) and ``moments`` (Parquet's) as microseconds
-since 1970 UTC, or ``order`` (no times but places).
+since 1970 UTC, or ``order`` (no times but positions).
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def suggested(connection: duckdb.DuckDBPyConnection, value: str) -> list[str]:
 
 def bad_time(
     connection: duckdb.DuckDBPyConnection,
-    place: str,
+    where: str,
     column: str,
     value: str,
     kind: str,
@@ -159,7 +159,7 @@ def bad_time(
     elif is_first:
         remedy += " For other ways to write times, --time-format."
     return DataError(
-        f"{place}: the time `{value}` in column `{column}` is not {wanted}.",
+        f"{where}: the time `{value}` in column `{column}` is not {wanted}.",
         rule="All times are numbers (without exponent, at most 9 decimals), or all are dates "
         "(2024-05-31) or date-times (2024-05-31 10:00:00, to the microsecond; Z, UTC or +02:00).",
         remedy=remedy,

@@ -79,30 +79,32 @@ def augmented_views(draws: Draws, item_ids: IntArray, ratios: ViewRatios, mask_i
     for number in range(2):
         key = (draws.seed, draws.epoch, VIEW, rows, number)
         kind = hash_u64(*key, 0) % np.uint64(3)  # [B, 1]
-        places = hash_u64(*key, 1)
+        start_words = hash_u64(*key, 1)
         words = hash_u64(*key, 2, columns.astype(np.uint64))  # [B, L]
-        view = np.where(kind == 0, _crop(item_ids, lengths, places, ratios.crop), item_ids)
+        view = np.where(kind == 0, _crop(item_ids, lengths, start_words, ratios.crop), item_ids)
         view = np.where(kind == 1, _mask(item_ids, lengths, words, ratios.mask, mask_id), view)
-        view = np.where(kind == 2, _reorder(item_ids, lengths, places, words, ratios.reorder), view)
+        view = np.where(
+            kind == 2, _reorder(item_ids, lengths, start_words, words, ratios.reorder), view
+        )
         views.append(view)
     return np.stack(views, axis=1)
 
 
 def _window(
-    lengths: IntArray, places: npt.NDArray[np.uint64], ratio: float
+    lengths: IntArray, start_words: npt.NDArray[np.uint64], ratio: float
 ) -> tuple[IntArray, IntArray]:
     """Start and size [B, 1] of a run of ``ratio`` of each history, at least one position (none of
     an empty row).
     """
     sizes = np.minimum(np.maximum(1, np.floor(ratio * lengths).astype(np.int64)), lengths)
-    starts = (places % (lengths - sizes + 1).astype(np.uint64)).astype(np.int64)
+    starts = (start_words % (lengths - sizes + 1).astype(np.uint64)).astype(np.int64)
     return starts, sizes
 
 
 def _crop(
-    item_ids: IntArray, lengths: IntArray, places: npt.NDArray[np.uint64], ratio: float
+    item_ids: IntArray, lengths: IntArray, start_words: npt.NDArray[np.uint64], ratio: float
 ) -> IntArray:
-    starts, sizes = _window(lengths, places, ratio)
+    starts, sizes = _window(lengths, start_words, ratio)
     columns = np.arange(item_ids.shape[1])
     moved = np.take_along_axis(
         item_ids, np.minimum(starts + columns, item_ids.shape[1] - 1), axis=1
@@ -124,11 +126,11 @@ def _mask(
 def _reorder(
     item_ids: IntArray,
     lengths: IntArray,
-    places: npt.NDArray[np.uint64],
+    start_words: npt.NDArray[np.uint64],
     words: npt.NDArray[np.uint64],
     ratio: float,
 ) -> IntArray:
-    starts, sizes = _window(lengths, places, ratio)
+    starts, sizes = _window(lengths, start_words, ratio)
     columns = np.arange(item_ids.shape[1])
     inside = (columns >= starts) & (columns < starts + sizes)
     order = np.lexsort((np.where(inside, words, 0), np.where(inside, starts, columns)), axis=-1)

@@ -118,9 +118,9 @@ class Samples(NamedTuple):
         for part in parts:
             sizes = part.history_ends - part.history_starts
             begins = np.cumsum(sizes) - sizes
-            places = np.repeat(part.history_starts - begins, sizes) + np.arange(sizes.sum())
+            indices = np.repeat(part.history_starts - begins, sizes) + np.arange(sizes.sum())
             moved = begins - part.history_starts
-            copies.append((part.items[places], *(array + moved for array in part[1:])))
+            copies.append((part.items[indices], *(array + moved for array in part[1:])))
         shifts = np.cumsum([0, *(len(copy[0]) for copy in copies[:-1])])
         rest = (
             np.concatenate([copy[i] + shift for copy, shift in zip(copies, shifts)])

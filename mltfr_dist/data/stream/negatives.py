@@ -137,7 +137,7 @@ def sample_negatives(
         DataError: (Nearly) every item is excluded, so that no negative can be found.
     """
     rows = sample_ids.astype(np.uint64)[:, None]
-    places = np.arange(length * num_negatives)[None]  # [1, L * N]
+    columns = np.arange(length * num_negatives)[None]  # [1, L * N]
     sizes = np.array([len(items) for items in excluded])
     owners = np.repeat(np.arange(len(excluded)), sizes)
     taken = np.unique(owners * (num_items + 1) + np.concatenate(excluded).astype(np.int64))
@@ -145,7 +145,7 @@ def sample_negatives(
     wanted = np.repeat(rule.wanted(sizes, length), num_negatives, axis=1)  # [B, L * N]
     negatives, pending = np.zeros(wanted.shape, dtype=np.int64), wanted
     for attempt in range(MAX_ATTEMPTS):
-        words = hash_u64(seed, epoch, rows, places.astype(np.uint64), attempt)
+        words = hash_u64(seed, epoch, rows, columns.astype(np.uint64), attempt)
         draws = (words % np.uint64(num_items)).astype(np.int64) + 1
         negatives = np.where(pending, draws, negatives)
         pending = np.isin(negatives + row_base, taken) & wanted

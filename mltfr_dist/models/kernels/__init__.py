@@ -7,5 +7,23 @@ from __future__ import annotations
 from mltfr_dist.models.kernels.attention import attend, kept_products
 from mltfr_dist.models.kernels.build import usable
 from mltfr_dist.models.kernels.nearest import largest_products, nearest
+from mltfr_dist.models.kernels.ranking import (
+    LeftOut,
+    count_between,
+    counts_in_registers,
+    leaders,
+    leads_in_registers,
+)
 
-__all__ = ["attend", "kept_products", "largest_products", "nearest", "usable"]
+__all__ = [
+    "LeftOut",
+    "attend",
+    "count_between",
+    "counts_in_registers",
+    "kept_products",
+    "largest_products",
+    "leaders",
+    "leads_in_registers",
+    "nearest",
+    "usable",
+]

@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "common.h"
+#include "registers.h"
 
 namespace {
 
@@ -31,6 +31,7 @@ inline Floats exponential(Floats x) {
 
 struct Shape {
   int64_t groups, positions, heads, dim, kept;
+  int64_t places() const { return padded(kept); }
   int64_t width() const { return heads * dim; }
   int64_t row(int64_t g, int64_t i, int64_t h) const {  // where a position's numbers of a head are
     return (g * positions + i) * width() + h * dim;
@@ -40,80 +41,110 @@ struct Shape {
   }
 };
 
-// Numbers are few: a call of memcpy would cost more than the copy.
-inline void copy(float* to, const float* from, int64_t count) {
+constexpr int64_t TOGETHER = 4;  // positions of a block that share what is read of its rows
+
+// As many positions together as there are: work(first, how many), which is known to the compiler.
+template <typename Work>
+inline void in_fours(int64_t positions, const Work& work) {
   int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH) store(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = from[i];
+  for (; i + TOGETHER <= positions; i += TOGETHER)
+    work(i, std::integral_constant<int64_t, TOGETHER>());
+  for (; i < positions; ++i) work(i, std::integral_constant<int64_t, 1>());
 }
 
-// Numbers behind whose ``count`` zeros follow, to whole registers.
-struct Padded : std::vector<float> {
-  explicit Padded(int64_t count) : std::vector<float>(padded(count)) {}
-  const float* filled(const float* from, int64_t count) {
-    float* to = data();
-    copy(to, from, count);
-    return to;
-  }
-};
-
-// to += factor * from, of whole registers.
-template <int64_t FIXED>
-inline void add_scaled(float* to, float factor, const float* from, int64_t count) {
-  const int64_t end = FIXED ? FIXED : count;
-  for (int64_t i = 0; i < end; i += WIDTH) store(to + i, load(to + i) + factor * load(from + i));
+// Columns of a head two registers at a time: work(first, mask), null where all sixteen are there.
+template <typename Work>
+inline void in_columns(int64_t dim, const Work& work) {
+  int64_t c = 0;
+  for (; c + 2 * WIDTH <= dim; c += 2 * WIDTH) work(c, All());
+  if (c < dim) work(c, Some(dim - c));
 }
 
-// Rows of one head that a block keeps, as [K, d] or transposed, padded with zeros. DIMS: d where it
-// is known beforehand, else 0.
-template <int64_t DIMS>
-struct Rows {
-  int64_t dim, kept, padded_dim, places;
-  std::vector<float> numbers;
+// The rows of one head that a block keeps: where they stand, and a transposed copy.
+struct Kept {
+  int64_t dim, kept, places;
+  std::vector<const float*> rows;
+  std::vector<float> transposed;  // [d, K], zero behind
 
-  Rows(const Shape& s)
-      : dim(s.dim), kept(s.kept), padded_dim(padded(dim)), places(padded(kept)),
-        numbers(places * padded_dim) {}
+  explicit Kept(const Shape& s)
+      : dim(s.dim), kept(s.kept), places(s.places()), rows(kept),
+        transposed(padded(dim) * places) {}
 
-  int64_t dims() const { return DIMS ? DIMS : padded_dim; }
-
-  void gather(const float* all, const Shape& s, int64_t head, const int64_t* ids) {
-    for (int64_t k = 0; k < kept; ++k)
-      copy(&numbers[k * dims()], all + ids[k] * s.width() + head * dim, DIMS ? DIMS : dim);
+  void at(const float* all, const Shape& s, int64_t head, const int64_t* ids) {
+    for (int64_t k = 0; k < kept; ++k) rows[k] = all + ids[k] * s.width() + head * dim;
   }
 
-  void gather_transposed(const float* all, const Shape& s, int64_t head, const int64_t* ids) {
-    float* to = numbers.data();
-    const int64_t step = places, end = DIMS ? DIMS : dim;
-    for (int64_t k = 0; k < kept; ++k) {
-      const float* row = all + ids[k] * s.width() + head * dim;
-      for (int64_t c = 0; c < end; ++c) to[c * step + k] = row[c];
-    }
-  }
-
-  // [K] products of the rows, which stand transposed, with ``vector`` [d].
-  void products(const float* vector, float* out) const {
-    const float* from = numbers.data();
-    const int64_t step = places, end = dims();
-    for (int64_t k = 0; k < step; k += WIDTH) {
-      Floats even{}, odd{};
-      for (int64_t c = 0; c < end; c += 2) {
-        even += vector[c] * load(from + c * step + k);
-        odd += vector[c + 1] * load(from + (c + 1) * step + k);
+  void transpose() {
+    for (int64_t k = 0; k < places; k += WIDTH)
+      for (int64_t c = 0; c < dim; c += WIDTH) {
+        const int64_t columns = std::min(WIDTH, dim - c), some = std::min(WIDTH, kept - k);
+        Floats block[WIDTH];
+        if (columns == WIDTH && some == WIDTH)
+          for (int64_t j = 0; j < WIDTH; ++j) block[j] = load(rows[k + j] + c);
+        else
+          for (int64_t j = 0; j < WIDTH; ++j)
+            block[j] = j < some ? load_some(rows[k + j] + c, columns) : Floats{};
+        transpose_block(block);
+        for (int64_t j = 0; j < WIDTH; ++j) store(&transposed[(c + j) * places + k], block[j]);
       }
-      store(out + k, even + odd);
-    }
   }
 
-  // [d] sum of the rows, weighed by ``weights`` [K].
-  void mixed(const float* weights, float* out) const {
-    const float* from = numbers.data();
-    const int64_t end = dims(), count = kept;
-    for (int64_t c = 0; c < end; c += WIDTH) {
-      Floats total{};
-      for (int64_t k = 0; k < count; ++k) total += weights[k] * load(from + k * end + c);
-      store(out + c, total);
-    }
+  // [P, K] products of the rows with P vectors [d], which stand ``step`` numbers apart.
+  template <int64_t P>
+  void products(const float* vectors, int64_t step, float* out) const {
+    int64_t k = 0;
+    for (; k + 2 * WIDTH <= places; k += 2 * WIDTH) products<P, 2>(vectors, step, out, k);
+    if (k < places) products<P, 1>(vectors, step, out, k);
+  }
+
+  template <int64_t P, int64_t R>
+  void products(const float* vectors, int64_t step, float* out, int64_t k) const {
+    Floats sums[P][R] = {};
+    for (int64_t c = 0; c < dim; ++c)
+      for (int64_t r = 0; r < R; ++r) {
+        const Floats column = load(&transposed[c * places + k + r * WIDTH]);
+        for (int64_t i = 0; i < P; ++i) sums[i][r] += vectors[i * step + c] * column;
+      }
+    for (int64_t i = 0; i < P; ++i)
+      for (int64_t r = 0; r < R; ++r) store(out + i * places + k + r * WIDTH, sums[i][r]);
+  }
+
+  // P sums [d] of the rows, weighed by ``weights`` [P, K]; they stand ``step`` numbers apart.
+  template <int64_t P>
+  void mixed(const float* weights, float* out, int64_t step) const {
+    in_columns(dim, [&](int64_t c, const auto& some) {
+      Floats sums[P][2] = {};
+      for (int64_t k = 0; k < kept; ++k) {
+        const Floats left = some.left(rows[k] + c), right = some.right(rows[k] + c);
+        for (int64_t i = 0; i < P; ++i) {
+          sums[i][0] += weights[i * places + k] * left;
+          sums[i][1] += weights[i * places + k] * right;
+        }
+      }
+      for (int64_t i = 0; i < P; ++i) some.put(out + i * step + c, sums[i][0], sums[i][1]);
+    });
+  }
+
+  // Adds P vectors [d], weighed by ``weights`` [P, K], to the rows ``ids`` of ``all``.
+  template <int64_t P>
+  void spread(const float* weights, const float* vectors, int64_t step, float* all, int64_t width,
+              const int64_t* ids) const {
+    in_columns(dim, [&](int64_t c, const auto& some) {
+      Floats left[P], right[P];
+      for (int64_t i = 0; i < P; ++i) {
+        left[i] = some.left(vectors + i * step + c);
+        right[i] = some.right(vectors + i * step + c);
+      }
+      for (int64_t k = 0; k < kept; ++k) {
+        float* row = all + ids[k] * width + c;
+        Floats first = some.left(row), second = some.right(row);
+        for (int64_t i = 0; i < P; ++i) {
+          first += weights[i * places + k] * left[i];
+          second += weights[i * places + k] * right[i];
+        }
+        some.put(row, first, second);
+      }
+    });
   }
 };
 
@@ -137,122 +168,87 @@ void softmax(float* logits, int64_t kept, int64_t places) {
   for (int64_t k = 0; k < places; k += WIDTH) store(logits + k, load(logits + k) * inverse);
 }
 
-template <int64_t DIMS>
 void forward(const float* query, const float* keys, const float* values, const int64_t* kept,
              const float* log_weights, const float* mask, float* weights, float* mixed,
              const Shape& s, int64_t threads) {
   const float scale = 1.0f / std::sqrt((float)s.dim);
+  const int64_t places = s.places();
   divided(s.groups, threads, [&](int64_t begin, int64_t end) {
-    Rows<DIMS> key(s), value(s);
-    Padded row(s.kept), logs(s.kept), dropped(s.kept), vector(s.dim), out(s.dim);
+    Kept key(s), value(s);
+    std::vector<float> rows(TOGETHER * places), logs(places);
     for (int64_t g = begin; g < end; ++g) {
       const int64_t* ids = kept + g * s.kept;
-      logs.filled(log_weights + g * s.kept, s.kept);
+      copy(logs.data(), log_weights + g * s.kept, s.kept);
       for (int64_t h = 0; h < s.heads; ++h) {
-        key.gather_transposed(keys, s, h, ids);
-        value.gather(values, s, h, ids);
-        for (int64_t i = 0; i < s.positions; ++i) {
-          const int64_t cell = s.cell(g, i, h);
-          key.products(vector.filled(query + s.row(g, i, h), s.dim), row.data());
-          for (int64_t k = 0; k < key.places; k += WIDTH)
-            store(&row[k], load(&row[k]) * scale + load(&logs[k]));
-          softmax(row.data(), s.kept, key.places);
-          copy(weights + cell, row.data(), s.kept);
-          if (mask) {
-            dropped.filled(mask + cell, s.kept);
-            for (int64_t k = 0; k < key.places; k += WIDTH)
-              store(&row[k], load(&row[k]) * load(&dropped[k]));
+        key.at(keys, s, h, ids);
+        key.transpose();
+        value.at(values, s, h, ids);
+        in_fours(s.positions, [&](int64_t first, auto together) {
+          constexpr int64_t P = decltype(together)::value;
+          const int64_t at = s.row(g, first, h), cell = s.cell(g, first, h);
+          key.products<P>(query + at, s.width(), rows.data());
+          for (int64_t i = 0; i < P; ++i) {
+            float* row = &rows[i * places];
+            for (int64_t k = 0; k < places; k += WIDTH)
+              store(row + k, load(row + k) * scale + load(&logs[k]));
+            softmax(row, s.kept, places);
+            copy(weights + cell + i * s.kept, row, s.kept);
+            if (mask) multiply(row, mask + cell + i * s.kept, s.kept);
           }
-          value.mixed(row.data(), out.data());
-          copy(mixed + s.row(g, i, h), out.data(), s.dim);
-        }
+          value.mixed<P>(rows.data(), mixed + at, s.width());
+        });
       }
     }
   });
 }
 
-// What one block and head adds to the gradients of its rows, and of its logarithms of weights.
-template <int64_t DIMS>
-struct BlockGradient {
-  const Shape& s;
-  Rows<DIMS> key, value;
-  Padded weight, masked, row, incoming, vector, out, logs;
-  std::vector<float> of_keys, of_values;
-
-  explicit BlockGradient(const Shape& s)
-      : s(s), key(s), value(s), weight(s.kept), masked(s.kept), row(s.kept), incoming(s.dim),
-        vector(s.dim), out(s.dim), logs(s.kept), of_keys(s.kept * key.dims()),
-        of_values(s.kept * key.dims()) {}
-
-  void begin() {
-    std::fill(of_keys.begin(), of_keys.end(), 0.0f);
-    std::fill(of_values.begin(), of_values.end(), 0.0f);
-    std::fill(logs.begin(), logs.end(), 0.0f);
+// Of one position: what its output's gradient makes of ``row`` [K], its products with the values,
+// the gradient of the logits; their own sum goes to ``logs``.
+void through_softmax(const float* weights, const float* mask, float* row, float* masked, float* logs,
+                     float scale, int64_t kept, int64_t places) {
+  copy(masked, weights, kept);
+  if (mask) multiply(row, mask, kept);
+  Floats total{};
+  for (int64_t k = 0; k < places; k += WIDTH) total += load(masked + k) * load(row + k);
+  const float inner = sum(total);
+  for (int64_t k = 0; k < places; k += WIDTH) {
+    const Floats found = load(masked + k) * (load(row + k) - inner);
+    store(logs + k, load(logs + k) + found);
+    store(row + k, found * scale);
   }
+  if (mask) multiply(masked, mask, kept);
+}
 
-  // Of one position: its gradient, query, weights and mask (or null) -> gradient of its query.
-  void position(const float* gradient, const float* query, const float* weights, const float* mask,
-                float* of_query) {
-    const float scale = 1.0f / std::sqrt((float)s.dim);
-    incoming.filled(gradient, s.dim);
-    vector.filled(query, s.dim);
-    weight.filled(weights, s.kept);
-    value.products(incoming.data(), row.data());
-    masked.filled(weights, s.kept);
-    if (mask) {
-      for (int64_t k = 0; k < s.kept; ++k) {
-        masked[k] *= mask[k];
-        row[k] *= mask[k];
-      }
-    }
-    Floats total{};
-    for (int64_t k = 0; k < key.places; k += WIDTH) total += load(&weight[k]) * load(&row[k]);
-    const float inner = sum(total);
-    for (int64_t k = 0; k < key.places; k += WIDTH) {
-      const Floats found = load(&weight[k]) * (load(&row[k]) - inner);
-      store(&logs[k], load(&logs[k]) + found);
-      store(&row[k], found * scale);
-    }
-    float *to_values = of_values.data(), *to_keys = of_keys.data();
-    const float *kept_weights = masked.data(), *kept_logits = row.data();
-    const float *g = incoming.data(), *q = vector.data();
-    const int64_t step = key.dims(), count = s.kept;
-    for (int64_t k = 0; k < count; ++k) {
-      add_scaled<DIMS>(to_values + k * step, kept_weights[k], g, step);
-      add_scaled<DIMS>(to_keys + k * step, kept_logits[k], q, step);
-    }
-    key.mixed(row.data(), out.data());
-    copy(of_query, out.data(), s.dim);
-  }
-};
-
-template <int64_t DIMS>
 void backward(const float* gradient, const float* query, const float* keys, const float* values,
               const int64_t* kept, const float* mask, const float* weights, float* of_query,
               float* of_keys, float* of_values, float* of_log_weights, const Shape& s,
               int64_t threads) {
+  const float scale = 1.0f / std::sqrt((float)s.dim);
+  const int64_t places = s.places(), width = s.width();
   divided(s.heads, threads, [&](int64_t begin, int64_t end) {
-    BlockGradient<DIMS> block(s);
-    for (int64_t h = begin; h < end; ++h) {
-      for (int64_t g = 0; g < s.groups; ++g) {
-        const int64_t* ids = kept + g * s.kept;
-        block.key.gather(keys, s, h, ids);
-        block.value.gather_transposed(values, s, h, ids);
-        block.begin();
-        for (int64_t i = 0; i < s.positions; ++i) {
-          const int64_t row = s.row(g, i, h), cell = s.cell(g, i, h);
-          block.position(gradient + row, query + row, weights + cell, mask ? mask + cell : nullptr,
-                         of_query + row);
-        }
-        copy(of_log_weights + (g * s.heads + h) * s.kept, block.logs.data(), s.kept);
-        for (int64_t k = 0; k < s.kept; ++k) {
-          float *to_key = of_keys + ids[k] * s.width() + h * s.dim,
-                *to_value = of_values + ids[k] * s.width() + h * s.dim;
-          for (int64_t c = 0; c < s.dim; ++c) {
-            to_key[c] += block.of_keys[k * block.key.dims() + c];
-            to_value[c] += block.of_values[k * block.key.dims() + c];
+    Kept key(s), value(s);
+    std::vector<float> rows(TOGETHER * places), masked(TOGETHER * places), logs(places);
+    for (int64_t g = 0; g < s.groups; ++g) {
+      const int64_t* ids = kept + g * s.kept;
+      for (int64_t h = begin; h < end; ++h) {
+        key.at(keys, s, h, ids);
+        value.at(values, s, h, ids);
+        value.transpose();
+        std::fill(logs.begin(), logs.end(), 0.0f);
+        in_fours(s.positions, [&](int64_t first, auto together) {
+          constexpr int64_t P = decltype(together)::value;
+          const int64_t at = s.row(g, first, h), cell = s.cell(g, first, h);
+          value.products<P>(gradient + at, width, rows.data());
+          for (int64_t i = 0; i < P; ++i) {
+            const int64_t own = cell + i * s.kept;
+            through_softmax(weights + own, mask ? mask + own : nullptr, &rows[i * places],
+                            &masked[i * places], logs.data(), scale, s.kept, places);
           }
-        }
+          value.spread<P>(masked.data(), gradient + at, width, of_values + h * s.dim, width, ids);
+          key.spread<P>(rows.data(), query + at, width, of_keys + h * s.dim, width, ids);
+          key.mixed<P>(rows.data(), of_query + at, width);
+        });
+        copy(of_log_weights + (g * s.heads + h) * s.kept, logs.data(), s.kept);
       }
     }
   });
@@ -268,9 +264,8 @@ void attend(const float* query, const float* keys, const float* values, const in
             const float* log_weights, const float* mask, float* weights, float* mixed,
             int64_t groups, int64_t positions, int64_t heads, int64_t dim, int64_t count,
             int64_t threads) {
-  const auto run = dim == 16 ? forward<16> : dim == 32 ? forward<32> : forward<0>;
-  run(query, keys, values, kept, log_weights, mask, weights, mixed,
-      {groups, positions, heads, dim, count}, threads);
+  forward(query, keys, values, kept, log_weights, mask, weights, mixed,
+          {groups, positions, heads, dim, count}, threads);
 }
 
 // Gradients of ``attend`` by its inputs, ``of_log_weights`` [G, H, K] by head; ``of_keys`` and
@@ -280,8 +275,7 @@ void attend_backward(const float* gradient, const float* query, const float* key
                      const float* weights, float* of_query, float* of_keys, float* of_values,
                      float* of_log_weights, int64_t groups, int64_t positions, int64_t heads,
                      int64_t dim, int64_t count, int64_t threads) {
-  const auto run = dim == 16 ? backward<16> : dim == 32 ? backward<32> : backward<0>;
-  run(gradient, query, keys, values, kept, mask, weights, of_query, of_keys, of_values,
-      of_log_weights, {groups, positions, heads, dim, count}, threads);
+  backward(gradient, query, keys, values, kept, mask, weights, of_query, of_keys, of_values,
+           of_log_weights, {groups, positions, heads, dim, count}, threads);
 }
 }

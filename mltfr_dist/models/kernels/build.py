@@ -19,7 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-SOURCES = ("common.h", "rounded.h", "attention.cpp", "products.cpp", "search.cpp")
+SOURCES = (
+    *("common.h", "panels.h", "registers.h", "rounded.h"),
+    *("attention.cpp", "counting.cpp", "leading.cpp", "products.cpp", "search.cpp"),
+)
 FLAGS = (
     *("-O3", "-std=c++17", "-mavx2", "-mfma", "-fno-math-errno", "-fno-trapping-math"),
     *("-shared", "-fPIC", "-pthread"),

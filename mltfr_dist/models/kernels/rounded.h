@@ -5,11 +5,9 @@
 // q' and r' it holds |q r - q' r'| <= |q - q'| |r| + |q'| |r - r'|.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cmath>
 
-#include "common.h"
+#include "registers.h"
 
 namespace {
 
@@ -17,18 +15,51 @@ constexpr int64_t LANES = 16;    // rows in a register
 constexpr int64_t TILE = 2048;   // rows looked at together: 128 KiB where D = 64
 constexpr int64_t QUERIES = 4;   // queries looked at together
 constexpr int64_t POOL = 512;    // candidates of a query, before those that fell behind are dropped
+constexpr int64_t RESERVED = 128;  // candidates that a query has room for from the start
 constexpr float LARGEST_QUERY = 64, LARGEST_ROW = 127, ROW_NORM = 200, LARGEST_SUM = 32767;
+
+inline void add_squares(__m256d& total, Floats v) {
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+  const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+  total = _mm256_fmadd_pd(high, high, _mm256_fmadd_pd(low, low, total));
+}
+
+inline double total_of(__m256d v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+// Eight numbers of a vector from ``c`` on; zeros behind its end.
+inline Floats eight(const float* v, int64_t c, int64_t dim) {
+  return c + WIDTH <= dim ? load(v + c) : load_some(v + c, dim - c);
+}
 
 // Largest absolute number and norm of a vector.
 void measure(const float* v, int64_t dim, float& largest, float& norm) {
-  double squares = 0;
-  float top = 0;
-  for (int64_t c = 0; c < dim; ++c) {
-    top = std::max(top, std::fabs(v[c]));
-    squares += (double)v[c] * v[c];
+  __m256d squares = _mm256_setzero_pd();
+  Floats top{};
+  for (int64_t c = 0; c < dim; c += WIDTH) {
+    const Floats some = eight(v, c, dim), size = some < 0 ? -some : some;
+    top = size > top ? size : top;
+    add_squares(squares, some);
   }
-  largest = top;
-  norm = (float)std::sqrt(squares);
+  largest = top[0];
+  for (int64_t i = 1; i < WIDTH; ++i) largest = std::max(largest, top[i]);
+  norm = (float)std::sqrt(total_of(squares));
+}
+
+// Eight numbers times ``scale``, rounded to whole ones; what that changes adds to ``squares``.
+inline __m256i whole_numbers(Floats v, float scale, __m256d& squares) {
+  const Floats exact = v * scale;
+  const __m256i whole = _mm256_cvtps_epi32((__m256)exact);
+  add_squares(squares, exact - (Floats)_mm256_cvtepi32_ps(whole));
+  return whole;
+}
+
+// Eight of them as bytes, which hold them; ``shift`` is added first.
+inline uint64_t bytes_of(__m256i whole, int shift) {
+  const __m256i moved = _mm256_add_epi32(whole, _mm256_set1_epi32(shift));
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(moved), _mm256_extracti128_si256(moved, 1));
+  const __m128i bytes = shift ? _mm_packus_epi16(halves, halves) : _mm_packs_epi16(halves, halves);
+  return (uint64_t)_mm_cvtsi128_si64(bytes);
 }
 
 struct RoundedRows {
@@ -49,13 +80,15 @@ struct RoundedRows {
     double worst = 0;
     for (int64_t r = 0; r < count; ++r) {
       uint8_t* to = &bytes[(r / LANES * pairs * LANES + r % LANES) * 2];
-      double squares = 0;
-      for (int64_t c = 0; c < dim; ++c) {
-        const float exact = rows[r * dim + c] * scale, rounded = std::rint(exact);
-        to[c / 2 * LANES * 2 + c % 2] = (uint8_t)(int)(rounded + 128.0f);
-        squares += (double)(exact - rounded) * (exact - rounded);
+      __m256d squares = _mm256_setzero_pd();
+      for (int64_t c = 0; c < dim; c += WIDTH) {
+        const uint64_t some = bytes_of(whole_numbers(eight(rows + r * dim, c, dim), scale, squares), 128);
+        for (int64_t p = 0; p < std::min<int64_t>(4, pairs - c / 2); ++p) {
+          const uint16_t pair = (uint16_t)(some >> 16 * p);
+          std::memcpy(to + (c / 2 + p) * LANES * 2, &pair, sizeof pair);
+        }
       }
-      worst = std::max(worst, squares);
+      worst = std::max(worst, total_of(squares));
     }
     error = (float)std::sqrt(worst) / scale;
   }
@@ -71,21 +104,22 @@ struct RoundedQuery {
     float largest, norm;
     measure(query, dim, largest, norm);
     scale = std::min(at_most, RoundedQuery::limit(largest, norm, dim, rows));
-    double squares = 0;
-    int total = 0;
-    std::vector<int8_t> rounded(2 * rows.pairs, 0);
-    for (int64_t c = 0; c < dim; ++c) {
-      const float exact = query[c] * scale, whole = std::rint(exact);
-      rounded[c] = (int8_t)whole;
-      total += (int)whole;
-      squares += (double)(exact - whole) * (exact - whole);
+    __m256d squares = _mm256_setzero_pd();
+    __m256i total = _mm256_setzero_si256();
+    for (int64_t c = 0; c < dim; c += WIDTH) {
+      const __m256i whole = whole_numbers(eight(query, c, dim), scale, squares);
+      total = _mm256_add_epi32(total, whole);
+      const uint64_t bytes = bytes_of(whole, 0);
+      for (int64_t p = 0; p < std::min<int64_t>(4, rows.pairs - c / 2); ++p) {
+        const uint32_t pair = (uint16_t)(bytes >> 16 * p);
+        pairs[c / 2 + p] = (int32_t)(pair | pair << 16);
+      }
     }
-    for (int64_t p = 0; p < rows.pairs; ++p) {
-      const uint32_t pair = (uint8_t)rounded[2 * p] | (uint32_t)(uint8_t)rounded[2 * p + 1] << 8;
-      pairs[p] = (int32_t)(pair | pair << 16);
-    }
-    shift = (int16_t)(uint16_t)(128 * total);
-    const float own = (float)std::sqrt(squares) / scale;
+    int added = 0, parts[WIDTH];
+    std::memcpy(parts, &total, sizeof parts);
+    for (const int part : parts) added += part;
+    shift = (int16_t)(uint16_t)(128 * added);
+    const float own = (float)std::sqrt(total_of(squares)) / scale;
     // The last term covers the roundings of this arithmetic itself.
     error = own * rows.norm + (norm + own) * rows.error + 1e-5f * norm * rows.norm;
   }

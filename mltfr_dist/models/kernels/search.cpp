@@ -7,16 +7,49 @@
 
 namespace {
 
+constexpr int NONE = -32768;  // smaller than all other 16-bit numbers
+
+// The k-th largest of 16-bit numbers, ``count`` of them, a multiple of 16: bit by bit, as what k of
+// them reach.
+int kth_largest(const int16_t* numbers, int64_t count, int64_t k) {
+  int found = NONE;
+  for (int bit = 1 << 15; bit; bit >>= 1) {
+    const __m256i below = _mm256_set1_epi16((int16_t)(found + bit - 1));
+    __m256i reaching = _mm256_setzero_si256();
+    for (int64_t i = 0; i < count; i += LANES) {
+      const __m256i some = _mm256_loadu_si256((const __m256i*)(numbers + i));
+      reaching = _mm256_sub_epi16(reaching, _mm256_cmpgt_epi16(some, below));
+    }
+    __m256i pairs = _mm256_madd_epi16(reaching, _mm256_set1_epi16(1));
+    pairs = _mm256_hadd_epi32(pairs, pairs);
+    pairs = _mm256_hadd_epi32(pairs, pairs);
+    const int total = _mm256_extract_epi32(pairs, 0) + _mm256_extract_epi32(pairs, 4);
+    found += total >= k ? bit : 0;
+  }
+  return found;
+}
+
+int kth_largest(std::vector<int16_t>& numbers, int64_t k) {
+  const size_t count = numbers.size();
+  numbers.resize((count + LANES - 1) / LANES * LANES, NONE);
+  const int found = kth_largest(numbers.data(), (int64_t)numbers.size(), k);
+  numbers.resize(count);
+  return found;
+}
+
 // What may be among the best of one query.
 struct Candidates {
   int64_t sought, groups, tiles = 0;
-  int window, behind = -32768;  // candidates are larger than ``behind``
+  int window, behind = NONE;  // candidates are larger than ``behind``
   std::vector<int16_t> values, largest;
   std::vector<int32_t> ids;
 
   Candidates(int64_t sought, int window)
       : sought(sought), groups(sought <= 32 ? 8 : 16), window(window),
-        largest(groups * LANES, -32768) {}
+        largest(groups * LANES, NONE) {
+    values.reserve(RESERVED);
+    ids.reserve(RESERVED);
+  }
 
   // A bound from the largest of groups of rows: K groups hold K rows at least that large.
   void bound(const int16_t* sums, int64_t some) {
@@ -28,15 +61,12 @@ struct Candidates {
       }
     ++tiles;
     if ((tiles & (tiles - 1)) || sought > groups * LANES) return;  // at 1, 2, 4, 8, ...
-    int16_t copy[16 * LANES];
-    std::copy(largest.begin(), largest.end(), copy);
-    std::nth_element(copy, copy + sought - 1, copy + largest.size(), std::greater<int16_t>());
-    behind = std::max(behind, copy[sought - 1] - window - 1);
+    behind = std::max(behind, kth_largest(largest, sought) - window - 1);
   }
 
   void take(const int16_t* sums, int64_t first, int64_t some) {
     const int64_t whole = some / LANES * LANES;
-    __m256i limit = _mm256_set1_epi16((int16_t)std::max(behind, -32768));
+    __m256i limit = _mm256_set1_epi16((int16_t)std::max(behind, NONE));
     for (int64_t start = 0; start < some; start += LANES) {
       const __m256i found = _mm256_loadu_si256((const __m256i*)(sums + start));
       unsigned above = (unsigned)_mm256_movemask_epi8(_mm256_cmpgt_epi16(found, limit));
@@ -53,9 +83,7 @@ struct Candidates {
 
   void drop() {
     if ((int64_t)values.size() <= sought) return;
-    std::vector<int16_t> copy = values;
-    std::nth_element(copy.begin(), copy.begin() + sought - 1, copy.end(), std::greater<int16_t>());
-    behind = std::max(behind, copy[sought - 1] - window - 1);
+    behind = std::max(behind, kth_largest(values, sought) - window - 1);
     int64_t kept = 0;
     for (size_t i = 0; i < values.size(); ++i)
       if (values[i] > behind) {
@@ -97,33 +125,70 @@ float quick_product(const float* a, const float* b, int64_t dim) {
 }
 
 bool finite(const float* v, int64_t count) {
-  float zero = 0;
-  for (int64_t i = 0; i < count; ++i) zero += v[i] * 0.0f;
-  return zero == 0;
+  Floats zeros{};
+  for (int64_t i = 0; i < count; i += WIDTH) zeros += eight(v, i, count) * 0.0f;
+  return sum(zeros) == 0;
+}
+
+// What orders candidates: the product, largest first, then the id.
+int64_t place(float product, int32_t id) {
+  const float size = -product + 0.0f;  // no negative zero
+  int32_t bits;
+  std::memcpy(&bits, &size, sizeof bits);
+  return (int64_t)(bits ^ (bits >> 31 & 0x7fffffff)) << 32 | (uint32_t)id;
+}
+
+float product_of(int64_t place) {
+  const int32_t ordered = (int32_t)(place >> 32), bits = ordered ^ (ordered >> 31 & 0x7fffffff);
+  float size;
+  std::memcpy(&size, &bits, sizeof size);
+  return -size;
+}
+
+// Room for the candidates of one query, used again for the next.
+struct Room {
+  std::vector<float> quick;
+  std::vector<int16_t> rounded;
+  std::vector<int64_t> places, ordered;
+};
+
+// Ascending. Few are counted, for what a comparison says cannot be foreseen.
+void order(Room& room) {
+  const auto& places = room.places;
+  room.ordered = places;
+  if (places.size() > 64) return std::sort(room.ordered.begin(), room.ordered.end());
+  for (const int64_t one : places) {
+    int64_t smaller = 0;
+    for (const int64_t other : places) smaller += other < one;
+    room.ordered[smaller] = one;
+  }
 }
 
 // The best of one query's candidates, by fp32 products first: those whose error cannot matter.
 void settle(const float* query, const float* rows, int64_t dim, float largest_row, Candidates& of,
-            float* scores, int64_t* ids) {
+            Room& room, float* scores, int64_t* ids) {
   of.drop();
   for (const int32_t id : of.ids) __builtin_prefetch(rows + id * dim);
   const size_t count = of.ids.size();
-  std::vector<float> quick(count), copy;
-  for (size_t i = 0; i < count; ++i) quick[i] = quick_product(query, rows + of.ids[i] * dim, dim);
-  copy = quick;
-  std::nth_element(copy.begin(), copy.begin() + of.sought - 1, copy.end(), std::greater<float>());
   float largest, norm;
   measure(query, dim, largest, norm);
+  const float scale = 32000.0f / std::max(norm * largest_row, 1e-30f);
+  room.quick.resize(count);
+  room.rounded.resize(count);
+  for (size_t i = 0; i < count; ++i) {
+    room.quick[i] = quick_product(query, rows + of.ids[i] * dim, dim);
+    room.rounded[i] = (int16_t)std::floor(room.quick[i] * scale);
+  }
   const float slack = 2.0f * (float)(dim + 16) * 6e-8f * norm * largest_row;
-  const float least = copy[of.sought - 1] - slack;
-  std::vector<std::pair<float, int32_t>> found;
+  const float least = (float)kth_largest(room.rounded, of.sought) / scale - slack;
+  room.places.clear();
   for (size_t i = 0; i < count; ++i)
-    if (quick[i] >= least)
-      found.emplace_back(-exact_product(query, rows + of.ids[i] * dim, dim), of.ids[i]);
-  std::sort(found.begin(), found.end());
+    if (room.quick[i] >= least)
+      room.places.push_back(place(exact_product(query, rows + of.ids[i] * dim, dim), of.ids[i]));
+  order(room);
   for (int64_t k = 0; k < of.sought; ++k) {
-    scores[k] = -found[k].first;
-    ids[k] = found[k].second;
+    scores[k] = product_of(room.ordered[k]);
+    ids[k] = (int32_t)(uint32_t)room.ordered[k];
   }
 }
 
@@ -141,6 +206,8 @@ int nearest(const float* queries, const float* rows, float* scores, int64_t* ids
   divided(groups, threads, [&](int64_t begin, int64_t end) {
     std::vector<RoundedQuery> some;
     std::vector<Candidates> found;
+    some.reserve(end - begin);
+    found.reserve(end - begin);
     for (int64_t g = begin; g < end; ++g) {
       some.emplace_back(queries + g * dim, dim, rounded, 1e30f);
       const double window = 2.0 * some.back().error * some.back().scale * rounded.scale;
@@ -160,8 +227,9 @@ int nearest(const float* queries, const float* rows, float* scores, int64_t* ids
         }
       }
     }
+    Room room;
     for (int64_t g = 0; g < end - begin; ++g)
-      settle(queries + (begin + g) * dim, rows, dim, rounded.norm, found[g],
+      settle(queries + (begin + g) * dim, rows, dim, rounded.norm, found[g], room,
              scores + (begin + g) * sought, ids + (begin + g) * sought);
   });
   return 0;

@@ -130,3 +130,15 @@ def all_kept(rows: Tensor) -> Selection:
     """
     log_weights = rows.new_full((1, len(rows)), -math.log(len(rows)))
     return Selection(rows, torch.arange(len(rows), device=rows.device), None, log_weights)
+
+
+def those_kept(kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[U], ascending: which of ``count`` rows any query keeps; and ``kept`` [G, K] as places among
+    them.
+    """
+    if kept.device.type != "cpu":
+        used, places = torch.unique(kept, return_inverse=True)
+        return used, places
+    flat = kept.flatten()
+    held = torch.zeros(count, dtype=torch.bool).index_fill_(0, flat, True)
+    return held.nonzero()[:, 0], (held.cumsum(0) - 1).index_select(0, flat).view_as(kept)

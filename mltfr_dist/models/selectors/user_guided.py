@@ -17,7 +17,7 @@ from mltfr_dist.models.draws import LARGEST, GumbelNoise, mix
 from mltfr_dist.models.kernels import kept_products
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.search import TOLERANCE, Project, row_relevance, search
-from mltfr_dist.models.selectors.base import Reduce, Selection, Selector
+from mltfr_dist.models.selectors.base import Reduce, Selection, Selector, those_kept
 from mltfr_dist.models.selectors.shortlist import RECALL_QUERIES, Shortlist
 from mltfr_dist.numerics import at_least_fp32
 
@@ -34,13 +34,11 @@ class Projection(nn.Linear):
     def forward(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[S, D_in] -> [S, D_out] in ``dtype`` (None: that of the parameters)."""
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        projected = torch.cat(
-            [
-                F.linear(part.to(self.weight).to(weight), weight, bias)
-                for part in torch.split(rows, PROJECTED_ROWS)
-            ]
-        )
-        return F.normalize(projected, dim=-1)
+        parts = [
+            F.normalize(F.linear(part.to(self.weight).to(weight), weight, bias), dim=-1)
+            for part in torch.split(rows, PROJECTED_ROWS)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Once:
@@ -58,6 +56,13 @@ class Once:
         if self.unit is None or self.rows is not rows:
             self.rows, self.unit = rows, self.project(rows)
         return self.unit
+
+
+def _narrows(query: Tensor) -> bool:
+    """Whether only rows that some query keeps go on from a shortlist: where gradients cost more
+    than projecting those rows twice. A GPU would have to be asked how many there are.
+    """
+    return torch.is_grad_enabled() and query.device.type == "cpu"
 
 
 class UserGuided(Selector):
@@ -130,7 +135,7 @@ class UserGuided(Selector):
             noise = self.noise(keys, torch.arange(table.num_rows, device=query.device))
         with torch.no_grad():
             found = table.search(query, self.project, self.num_kept, noise)  # [G, K]
-        row_ids, kept = torch.unique(found, return_inverse=True)
+        row_ids, kept = those_kept(found, table.num_rows)
         noise = None if noise is None else noise._replace(row_ids=row_ids)
         return self.select(query, table.take(row_ids), row_ids, noise, kept)
 
@@ -145,7 +150,14 @@ class UserGuided(Selector):
         """Keep K of the candidates ``rows`` [S, D_m] for each query; ``kept`` [G, K] where a search
         has found them.
         """
-        unit_query, unit_rows = F.normalize(query, dim=-1), self.project(rows)
+        unit_query = F.normalize(query, dim=-1)
+        if kept is None and _narrows(query):
+            with torch.no_grad():
+                found = search(unit_query, self.project(rows), self.num_kept, noise)
+            used, kept = those_kept(found, len(rows))
+            rows, row_ids = rows.index_select(0, used), row_ids.index_select(0, used)
+            noise = None if noise is None else noise._replace(row_ids=row_ids)
+        unit_rows = self.project(rows)
         if kept is None:
             with torch.no_grad():
                 kept = search(unit_query, unit_rows, self.num_kept, noise)

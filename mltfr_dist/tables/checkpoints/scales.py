@@ -132,8 +132,8 @@ def find_scale(
 
 def _power(size: int, parts: int) -> int:
     """Places that share a scale if ``size`` is divided into ``parts`` without doubt; else 0."""
-    places, rest = divmod(size, parts)
-    return places if not rest and (places & (places - 1) == 0 or parts == 1) else 0
+    length, rest = divmod(size, parts)
+    return length if not rest and (length & (length - 1) == 0 or parts == 1) else 0
 
 
 def _quantisation(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

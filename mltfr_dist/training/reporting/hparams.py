@@ -35,10 +35,10 @@ def write_session(
     Returns:
         The session's folder.
     """
-    place = folder / SESSION
-    shutil.rmtree(place, ignore_errors=True)
+    session = folder / SESSION
+    shutil.rmtree(session, ignore_errors=True)
     shown = {key: shown_field(value) for key, value in fields.items()}
-    writer = SummaryWriter(str(place))
+    writer = SummaryWriter(str(session))
     assert writer.file_writer is not None
     for summary in hparams(shown, dict.fromkeys(metrics, 0.0)):
         if summary.value[0].tag != EXPERIMENT:
@@ -46,7 +46,7 @@ def write_session(
     for tag, value in metrics.items():
         writer.add_scalar(tag, value, step)
     writer.close()
-    return place
+    return session
 
 
 def shown_field(value: Any) -> int | float | str:

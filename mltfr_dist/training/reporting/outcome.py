@@ -22,9 +22,9 @@ def show_outcome(config: RunConfig, items: Projected | None, result: Result, sta
     metrics |= {f"final/valid_{name}": value for name, value in result.valid.items()}
     metrics |= {"run/epochs": float(result.epochs), "run/seconds": result.seconds}
     fields = {k: v for k, v in leaf_values(config).items() if k not in ("name", "runs_dir")}
-    place = write_session(config.folder, fields, metrics, result.step)
+    session = write_session(config.folder, fields, metrics, result.step)
     if items is not None:
-        write_projector(place, items)
+        write_projector(session, items)
     for service in open_services(config, stage, anew=False, say=print):
         service.send(metrics, result.step)
         service.close()

@@ -62,28 +62,28 @@ def projected(config: RunConfig, model: Recommender) -> Projected | None:
     return Projected(vectors, _rows(folder, manifest, chosen))
 
 
-def _rows(folder: Path, manifest: Manifest, places: np.ndarray) -> dict[str, list[Any]]:
+def _rows(folder: Path, manifest: Manifest, indices: np.ndarray) -> dict[str, list[Any]]:
     """Rows of `items.parquet`, of which only the row groups that hold them are read."""
     with open_map(folder, manifest, ITEMS_NAME) as file:
         sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
         ends = np.cumsum(sizes)
-        groups = np.searchsorted(ends, places, side="right")
+        groups = np.searchsorted(ends, indices, side="right")
         needed = np.unique(groups)
         starts = np.cumsum([0, *(sizes[n] for n in needed)])[:-1]  # in what is read
-        moved = places - (ends - sizes)[groups] + starts[np.searchsorted(needed, groups)]
+        moved = indices - (ends - sizes)[groups] + starts[np.searchsorted(needed, groups)]
         return file.read_row_groups(needed.tolist()).take(moved).to_pydict()
 
 
-def write_projector(place: Path, items: Projected) -> None:
+def write_projector(folder: Path, items: Projected) -> None:
     """Write items into a folder with an event file: TensorBoard looks for projectors beside
     those.
     """
     shown = items.shown
-    np.savetxt(place / VECTORS, items.vectors, fmt="%.6g", delimiter="\t")
+    np.savetxt(folder / VECTORS, items.vectors, fmt="%.6g", delimiter="\t")
     rows = zip(shown["title"], shown["item_id"], shown["count"], strict=True)
     lines = [f"{field(t or i)}\t{field(i)}\t{count}" for t, i, count in rows]
-    write_atomically(place / LABELS, "\n".join(["title\titem_id\tcount", *lines]) + "\n")
-    write_atomically(place / CONFIG, DESCRIPTION)
+    write_atomically(folder / LABELS, "\n".join(["title\titem_id\tcount", *lines]) + "\n")
+    write_atomically(folder / CONFIG, DESCRIPTION)
 
 
 def field(text: str) -> str:

@@ -30,6 +30,7 @@ from mltfr_dist.files import file_sha256, with_packaged
 from mltfr_dist.progress import say
 from mltfr_dist.published.checks import check_division
 from mltfr_dist.schema import changed
+from mltfr_dist.startup import started
 from mltfr_dist.training.evaluating.compare import baseline_result
 from mltfr_dist.training.inputs import Inputs, leave_out_bad_shards, load_inputs, record_inputs
 from mltfr_dist.training.reporting import report
@@ -235,6 +236,7 @@ def same_everywhere(config: RunConfig, ranks: Ranks) -> None:
 
 def run(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: bool) -> list[Result]:
     """Train and compare; the outcomes in the report's order."""
+    started()
     ranks.say(report.opening(config, inputs, ranks))
     results = [
         compare(name, config, inputs, ranks, read_test=read_test) for name in config.baselines
@@ -276,9 +278,9 @@ def compare(
         bare, own = bare_config(config), Inputs(inputs.manifest, (), inputs.hashes)
         with held_folder(bare, own, ranks, resume=True):
             return fit_model(bare, own, ranks, read_test=read_test)
-    place = config.folder / f"ranks-{name}.parquet"
+    ranks_file = config.folder / f"ranks-{name}.parquet"
     return baseline_result(
-        name, config, inputs.manifest, ranks, read_test=read_test, ranks_file=place
+        name, config, inputs.manifest, ranks, read_test=read_test, ranks_file=ranks_file
     )
 
 

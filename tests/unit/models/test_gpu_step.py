@@ -28,7 +28,7 @@ SEARCHES = {
     "models/search.py _ordered: nonzero",
     "models/search.py _cosines: unique",
     # Rows that are kept, each adapted once for all queries.
-    "models/selectors/user_guided.py forward: unique",
+    "models/selectors/base.py those_kept: unique",
 }
 """Of MLTFR's search alone."""
 

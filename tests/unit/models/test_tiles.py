@@ -11,12 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from mltfr_dist.models.kernels import build, ranking
 from mltfr_dist.models.places import LogNormaliser, Places, count_better
 from mltfr_dist.models.tiles import Pairs, exact_scores
 from mltfr_dist.models.top_items import top_items
 
 NO = -math.inf
 SHAPES = ((6, 17), (5, 64), (64, 1000), (100, 333), None)
+
+
+@pytest.fixture(autouse=True, params=["kernels", "tiles"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test goes both ways; with kernels also where few users would not pay."""
+    if request.param == "tiles":
+        monkeypatch.setattr(build, "library", lambda: None)
+    elif build.library() is None:
+        pytest.skip("no C++ compiler or no AVX2: there are no kernels to test")
+    monkeypatch.setattr(ranking, "MIN_USERS", 1)
+    return str(request.param)
 
 
 def draw(seed: int, users: int, items: int, dim: int) -> tuple[Tensor, Tensor, Pairs, Tensor]:
