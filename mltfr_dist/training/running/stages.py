@@ -141,7 +141,7 @@ def run_stage(
     engine = Engine(model.to(ranks.device), config, ranks, layout, epochs * stream.steps_per_epoch)
     if last:
         saving.restore_optimizer(last, engine)
-    base = before.step if before else 0
+    base, behind = (before.step, before.epoch) if before else (0, 0)
     tracker = Tracker(
         config.folder,
         active=ranks.is_main,
@@ -154,8 +154,9 @@ def run_stage(
     sample = TokenSample.load(config, inputs, ranks)
     tracker.open_with(config)
     names = inputs.table_names
+    place = (config, folder, ranks)
     stage = Stage(
-        name, epochs, config, folder, ranks, engine, stream, valid, tracker, names, speed, sample
+        name, behind, epochs, *place, engine, stream, valid, tracker, names, speed, sample
     )
     with closing(tracker):  # also of a stage that is stopped: its process may go on to another run
         progress = train_stage(stage, progress)
