@@ -70,9 +70,8 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         )
         outcomes[CONSENSUS] = run_stage(CONSENSUS, config, inputs, ranks, outcomes[TRAIN], merged)
     best = best_for_all(folder, outcomes, ranks)
-    before = outcomes[TRAIN].step if best.stage == CONSENSUS else 0
-    step = before + steps_behind(folder / best.name, ranks)
     second = best.stage == CONSENSUS
+    step = steps_behind(folder / best.name, ranks) + second * outcomes[TRAIN].step
     model = load_model(config, inputs, folder / best.name, ranks, with_consensus=second)
     place, manifest = config.folder / RANKS, inputs.manifest
     valid, test_slices = final_metrics(ByModel(model), config, manifest, ranks, read_test, place)
