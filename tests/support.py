@@ -72,6 +72,34 @@ def write_data(
     return folder / "data"
 
 
+def write_periods(folder: Path, name: str, *, targets: str) -> list[tuple[str, str, int]]:
+    """Random interactions of 40 users with 30 items, one a moment, who take items again, prepared
+    with cuts at 700 and 850 of a thousand.
+
+    Returns:
+        user, item, time of each.
+    """
+    draws = np.random.default_rng(0)
+    rows = [
+        (f"u{draws.integers(40):02}", f"i{draws.integers(30):02}", time) for time in range(1000)
+    ]
+    source = folder / "periods.csv"
+    lines = [f"{user},{item},{time}\n" for user, item, time in rows]
+    source.write_text("user_id,item_id,timestamp\n" + "".join(lines))
+    config = PrepareConfig(
+        user_core=1,
+        item_core=1,
+        split="global_temporal",
+        targets=targets,
+        valid_fraction=0.15,
+        test_fraction=0.15,
+        sequences_per_shard=7,
+        sequences_per_block=3,
+    )
+    prepare(str(source), folder / name, config, log=lambda _: None)
+    return rows
+
+
 def write_table(
     folder: Path, name: str, *, num_rows: int, dim: int, seed: int, num_distinct: int | None = None
 ) -> Path:

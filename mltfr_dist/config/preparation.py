@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mltfr_dist.schema import Count, Fraction, Options
 
@@ -106,6 +113,11 @@ class PrepareConfig(Options):
         description="leave_one_out: a user's last item is test, the one before it validation. "
         "global_temporal: two points in time cut all users alike.",
     )
+    targets: Literal["next", "all"] = Field(
+        "next",
+        description="global_temporal: what is to be predicted of a user in a period: next, the "
+        "first interaction; all, every item of it (one that comes again counts once).",
+    )
     valid_fraction: Fraction = Field(
         0.1, description="global_temporal: share of interactions in the validation period."
     )
@@ -126,6 +138,28 @@ class PrepareConfig(Options):
         ):
             raise ValueError(f"must be {least} to {longest} bytes of text without line ends")
         return value
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``targets`` where they are the next items: such data keeps its manifest's bytes,
+        by which runs know it, and earlier releases read it.
+        """
+        values: dict[str, Any] = handler(self)
+        return {k: v for k, v in values.items() if (k, v) != ("targets", "next")}
+
+    @property
+    def split_in_words(self) -> str:
+        """The rule that a protocol names: figures of two rules are not comparable."""
+        return self.split + ", all targets of a period" * (self.targets == "all")
+
+    @model_validator(mode="after")
+    def _has_periods(self) -> PrepareConfig:
+        if self.targets == "all" and self.split != "global_temporal":
+            raise ValueError(
+                f"--targets all needs --split global_temporal: {self.split} holds out one item "
+                "each for validation and test"
+            )
+        return self
 
     @model_validator(mode="after")
     def _leaves_training_data(self) -> PrepareConfig:

@@ -111,9 +111,9 @@ class EvaluationConfig(Section):
     """Full ranking: every item is a candidate."""
 
     cutoffs: tuple[Count, ...] = Field(
-        (5, 10, 20), description="K of HR@K and NDCG@K; 10 must be among them."
+        (5, 10, 20), description="K of HR@K, NDCG@K and all others; 10 must be among them."
     )
-    batch_size: Count = Field(256, description="Users ranked at a time.")
+    batch_size: Count = Field(256, description="Targets ranked at a time.")
     select_by: str = Field(
         "NDCG@10",
         description="Metric that picks the checkpoint, at one of the cutoffs: "
@@ -123,7 +123,7 @@ class EvaluationConfig(Section):
         + ".",
     )
     filter_seen: bool = Field(
-        True, description="Items of the history are no candidates (the target always is)."
+        True, description="Items of the history are no candidates (targets always are)."
     )
     ties: Literal["pessimistic", "mean", "optimistic"] = Field(
         "pessimistic", description="Rank of a target among equal scores: last, middle, first."

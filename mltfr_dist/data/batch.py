@@ -87,20 +87,28 @@ class SequenceBatch(NamedTuple):
 
 
 class RankingBatch(NamedTuple):
-    """Histories whose next item is to be ranked among all items."""
+    """Histories whose next items are to be ranked among all items: B histories, T targets."""
 
     item_ids: Tensor
     """[B, L] int64, oldest first."""
     target_ids: Tensor
-    """[B] int64, the true next item; ``PADDING_IDX`` marks a row that only fills the batch and
-    counts for nothing.
+    """[T] int64, true next items, one of each row unless ``target_rows`` says whose they are;
+    ``PADDING_IDX`` marks a row that only fills the batch and counts for nothing.
     """
     seen_rows: Tensor
-    """[S] int64, row of each (user, item) pair of the *full* histories."""
+    """[S] int64, ascending, row of each (user, item) pair of the *full* histories."""
     seen_items: Tensor
     """[S] int64, item of each of those pairs."""
     numbers: Tensor | None = None
     """[B] int64, place of each row's user in the split, where it is one of a split."""
+    target_rows: Tensor | None = None
+    """[T] int64, ascending, row of each target's history; None: row i has target i."""
+    seen_targets: Tensor | None = None
+    """[S] bool, whether a pair's item is one of the user's targets, too; with ``target_rows``."""
+
+    def of_targets(self, of_rows: Tensor) -> Tensor:
+        """What rows have [B, ...] -> what their targets have [T, ...]."""
+        return of_rows if self.target_rows is None else of_rows[self.target_rows]
 
     def to(self, device: torch.device) -> RankingBatch:
         """The same batch on ``device``."""

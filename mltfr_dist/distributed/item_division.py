@@ -33,6 +33,8 @@ CPU_LOGITS, GPU_LOGITS = 1 << 21, 1 << 26
 """Logits held at a time."""
 MIN_CHUNK_ROWS = 64
 """Positions of a chunk at least: each passes over all rows and their gradient."""
+SUMMED = 2048
+"""Items over which a product sums in fp32 at most: over ten thousand, sums lose a digit."""
 
 
 class RankDivision(Division):
@@ -244,6 +246,17 @@ class _Logits:
             given = torch.where(self.is_here[chunk], -weights[chunk], 0)
             slope.scatter_add_(1, self.columns[chunk, None], given[:, None])
             slope = slope.to(self.hidden.dtype)
-            to_hidden[chunk] = slope @ self.own
+            to_hidden[chunk] = _product_in_parts(slope, self.own)
             to_own += slope.T @ self.hidden[chunk]
         return to_hidden, to_own
+
+
+def _product_in_parts(left: Tensor, right: Tensor) -> Tensor:
+    """Product of [n, O] and [O, D], whose sums in fp32 are formed in parts."""
+    if left.dtype != torch.float32:
+        return left @ right
+    product = left.new_zeros(len(left), right.shape[1])
+    parts = torch.split(left, SUMMED, dim=1), torch.split(right, SUMMED)
+    for part, rows in zip(*parts, strict=True):
+        product += part @ rows
+    return product

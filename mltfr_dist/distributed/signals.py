@@ -1,5 +1,5 @@
 """SIGUSR1 and SIGTERM ask a run to save and stop; the ranks agree on the step (health.py), then
-stop there.
+stop there. A run may also be told in advance after which epoch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 _requested = threading.Event()
+_pause: list[int] = []
+"""Epochs after which the run stops; at most one number."""
 
 
 def stop_requested() -> bool:
@@ -25,9 +27,22 @@ def request_stop() -> None:
     _requested.set()
 
 
+def pause_after(epochs: int) -> None:
+    """Ask the next run to save and stop once it has validated and has ``epochs`` or more behind it,
+    over both stages. All ranks must call.
+    """
+    _pause[:] = [epochs]
+
+
+def pauses_after(epochs: int) -> bool:
+    """Whether a run stops that has so many epochs behind it."""
+    return any(epochs >= wanted for wanted in _pause)
+
+
 def forget_request() -> None:
     """Begin anew, in a process that goes from one run to the next."""
     _requested.clear()
+    _pause.clear()
 
 
 @contextmanager

@@ -13,8 +13,10 @@ from mltfr_dist.models.backbone import backbone_class
 from mltfr_dist.published.negatives import published_negatives
 
 
-def ranking_stream(config: RunConfig, split: str, ranks: Ranks) -> RankingStream:
-    """This rank's users of a split."""
+def ranking_stream(
+    config: RunConfig, split: str, ranks: Ranks, *, once_a_user: bool = False
+) -> RankingStream:
+    """This rank's targets of a split; or, for who reads histories alone, each user once."""
     return RankingStream(
         config.data.path,
         split,
@@ -23,6 +25,7 @@ def ranking_stream(config: RunConfig, split: str, ranks: Ranks) -> RankingStream
         rank=ranks.rank,
         world_size=ranks.world_size,
         left_out=config.data.left_out,
+        once_a_user=once_a_user,
     )
 
 

@@ -4,18 +4,19 @@ is.
 
 from __future__ import annotations
 
-import math
 import signal
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune import FailureConfig, Stopper, TuneConfig, Tuner
 from ray.tune import RunConfig as TuneRunConfig
+from ray.tune.execution.class_cache import _ActorClassCache
+from ray.tune.experiment import Trial as RayTrial
 from ray.tune.search import Searcher
 
 from mltfr_dist.config import RunConfig
@@ -23,7 +24,15 @@ from mltfr_dist.errors import StoppedError
 from mltfr_dist.tuning.cluster import Cluster
 from mltfr_dist.tuning.hparams import write_all
 from mltfr_dist.tuning.plan import known_trials, make_space, space_lines
-from mltfr_dist.tuning.ray_trial import NUMBER, OBJECTIVE, STOP, SweepTrial, TrialSetting
+from mltfr_dist.tuning.population import Everyone, population_resources, whole_population
+from mltfr_dist.tuning.ray_trial import (
+    GENERATION,
+    NUMBER,
+    OBJECTIVE,
+    STOP,
+    SweepTrial,
+    TrialSetting,
+)
 from mltfr_dist.tuning.ray_watch import is_full, no_room
 from mltfr_dist.tuning.records import Record, Trial, load_trial, load_trials, next_number
 from mltfr_dist.tuning.schedulers import make_scheduler
@@ -40,6 +49,8 @@ workers.
 
 Were it a CPU, as many watchers as there are CPUs could start and wait for workers that have none
 left. """
+
+HANDLE_ERROR = RayTrial.handle_error
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -74,15 +85,13 @@ def run_trials(
     with stop_signals(folder / STOP) as take_signals:
         progress = Progress(setting, space, cluster.concurrent(sweep), missing, take_signals)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Consider boosting PBT")  # by reuse_actors
-                make_tuner(setting, trials, progress).fit()
+            make_tuner(setting, trials, progress).fit()
         except OSError as error:
             if not is_full(error):
                 raise
             raise no_room("what is finished stays.") from None
     if progress.no_room:
-        raise no_room("running trials have saved.")
+        raise no_room("what is finished stays, and no process for the rest can start.")
     if (folder / STOP).exists():
         raise StoppedError(
             f"A signal asked the sweep `{sweep.name}` to stop; its running trials have saved.",
@@ -92,32 +101,34 @@ def run_trials(
 
 def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -> Tuner:
     """Ray Tune over the trials that are missing."""
+    _ActorClassCache.get, RayTrial.handle_error = in_any_process, note_error
     sweep, folder = setting.sweep, setting.folder
     population = sweep.scheduler == "pbt"
     search = FolderSearch(
         setting, progress.space, [t.number for t in trials if t.state == "unfinished"]
     )
-    resources = population_resources(progress.concurrent) if population else TRIAL_RESOURCES
+    resources = TRIAL_RESOURCES
+    if population:
+        resources = population_resources(progress.concurrent, HEAD)
+    keys = (GENERATION, *sweep.search)
     return Tuner(
         tune.with_resources(tune.with_parameters(SweepTrial, setting=setting), resources),
-        param_space=whole_population(search) if population else None,
+        param_space=whole_population(lambda: search.suggest(""), keys) if population else None,
         tune_config=TuneConfig(
             num_samples=1 if population else progress.missing,
-            search_alg=None if population else search,
+            search_alg=Everyone() if population else search,
             scheduler=make_scheduler(sweep, setting.base, trials),
             # Of a population, those that pause must not count: its slots are those of its
             # resources.
             max_concurrent_trials=None if population else progress.concurrent,
-            # A watcher takes the next trial and need not start, but not where trials pause.
-            reuse_actors=not population,
+            reuse_actors=True,  # a watcher takes the next trial and need not start
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=TuneRunConfig(
             name="tune",
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=sweep.max_failures),
-            # PBT saves where it exchanges. All are kept: one deleted while another trial starts
-            # from it would fail that trial.
+            # PBT saves where it exchanges; what it saves says where a snapshot lies.
             checkpoint_config=tune.CheckpointConfig(
                 num_to_keep=None, checkpoint_frequency=0, checkpoint_at_end=False
             ),
@@ -128,31 +139,25 @@ def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -
     )
 
 
-def population_resources(concurrent: int) -> dict[str, float]:
-    """What each trial of a population holds, so that ``concurrent`` of them run and the others
-    wait.
+def given(trial: Trial) -> dict[str, Any]:
+    """A trial as Tune has it."""
+    return {NUMBER: trial.number, GENERATION: trial.record.generation, **trial.values}
 
-    PBT pauses a trial that has trained as far as the next exchange while others wait, so all share
-    the slots in turn.
+
+def in_any_process(_cache: Any, trainable: type) -> Any:
+    """A trainable as Ray's actor. Tune gives it an environment of its own, and so those that it
+    starts: Ray's processes that wait since its start would be of no use to any of them.
     """
-    return {HEAD: math.floor(1e4 / concurrent) / 1e4}  # Ray counts in steps of 1e-4
+    return ray.remote(trainable)
 
 
-def whole_population(search: FolderSearch) -> dict[str, Any]:
-    """Every trial that is missing, for PBT, which takes no search algorithm: it wants its
-    population at once.
-    """
-    found = []
-    while isinstance(trial := search.suggest(""), dict):
-        found.append(trial)
-    by_number = {trial[NUMBER]: trial for trial in found}
-
-    def value_of(key: str) -> Any:
-        return tune.sample_from(lambda spec: by_number[spec.config[NUMBER]][key])
-
-    return {NUMBER: tune.grid_search(list(by_number))} | {
-        key: value_of(key) for key in search.setting.sweep.search
-    }
+def note_error(trial: RayTrial, error: Exception | None = None) -> None:
+    """Tune's count of a trial's failures, also where no room is left for its own note of them."""
+    try:
+        HANDLE_ERROR(trial, error)
+    except OSError as full:
+        if not is_full(full):
+            raise
 
 
 class FolderSearch(Searcher):  # type: ignore[misc]
@@ -166,15 +171,13 @@ class FolderSearch(Searcher):  # type: ignore[misc]
         """The next trial's number and values."""
         folder, sweep = self.setting.folder, self.setting.sweep
         if self.waiting:
-            trial = load_trial(folder, self.waiting.pop(0))
-            return {NUMBER: trial.number, **trial.values}
+            return given(load_trial(folder, self.waiting.pop(0)))
         number = next_number(folder)
         known = known_trials(load_trials(folder), sweep.metric_name)
         values: Values | None = suggest(self.space, known, number)
         if values is None:
             return str(Searcher.FINISHED)
-        trial = Trial(folder, number, Record(values=values)).save()
-        return {NUMBER: trial.number, **trial.values}
+        return given(Trial(folder, number, Record(values=values)).save())
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

@@ -28,17 +28,20 @@ LOCK_SECONDS = 120.0
 
 
 def train_worker(given: dict[str, Any]) -> None:
-    """Train, as one rank of all. A trial that was stopped early ends without an error.
+    """Train, as one rank of all. A trial that pauses or was stopped early ends without an error.
 
     Raises:
         MltfrError: As :func:`~mltfr_dist.training.running.fit.fit`; among them StoppedError, where
             the sweep is asked to stop.
     """
+    from mltfr_dist.distributed.signals import pause_after
     from mltfr_dist.training.running.fit import fit
 
     os.chdir(given["directory"])
     config, sweep_stops = validate(RunConfig, given["config"], source="the sweep"), given["stop"]
     with own_state(), told_to_stop(Path(sweep_stops)), one_attempt(Path(given["log"])):
+        if given["until"] is not None:
+            pause_after(given["until"])
         try:
             fit(config, verify=False, read_test=given["read_test"])
         except (StoppedError, OtherRankError):  # the latter's reason is raised by the first rank

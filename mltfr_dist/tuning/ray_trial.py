@@ -9,10 +9,8 @@ the run's last checkpoint, and replays nothing.
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +24,19 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import EXIT_BAD_INPUT, MltfrError, OtherRankError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import changed
-from mltfr_dist.training.run_folder import CHECKPOINTS, CONFIG, INPUTS, dump_config
+from mltfr_dist.training.run_folder import load_result
 from mltfr_dist.tuning.environment import set_environment
 from mltfr_dist.tuning.rank import POLL_SECONDS, train_worker
-from mltfr_dist.tuning.records import DIED, METRICS, TRIALS, Trial, Validation, load_trial
+from mltfr_dist.tuning.records import DIED, Trial, Validation, group_path, load_trial
+from mltfr_dist.tuning.snapshots import make_run, take_snapshot
 from mltfr_dist.tuning.space import SweepConfig, with_values
 from mltfr_dist.tuning.train_group import TorchRanks, Trainer, scaling
+from mltfr_dist.tuning.turns import Turns
 from mltfr_dist.tuning.workers import TrialWorkers, release, release_waiting
 
-EPOCH, OBJECTIVE, NUMBER = "epoch", "objective", "trial"
-OWNER = "owner"
-"""File in a checkpoint of Tune's: the number of the trial that made it."""
+EPOCH, OBJECTIVE, NUMBER, GENERATION = "epoch", "objective", "trial", "generation"
+SNAPSHOT = "snapshot"
+"""File in a checkpoint of Tune's: where the snapshot lies."""
 
 NOTHING: dict[str, Any] = {EPOCH: 0, OBJECTIVE: 0.0}
 """What a trial reports that fails before its first validation."""
@@ -49,8 +49,6 @@ STOP_SECONDS = 300.0
 
 END_SECONDS = 30.0
 """How long a trial that was stopped early may take to save; then its processes end with it."""
-
-COPY_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -73,19 +71,36 @@ class TrialSetting:
 
 
 class Attempt(threading.Thread):
-    """The training of a trial, in a thread of the process that watches it."""
+    """The training of a trial, or a turn of it, in a thread of the process that watches it."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, group: Path, until: int | None) -> None:
+        """Begins with :meth:`start`.
+
+        Args:
+            trainer: Of its workers.
+            group: File that names their placement group; gone once they have done well, for then
+                they wait for another trial.
+            until: Epochs after which the run pauses; None: it goes to its end.
+        """
         super().__init__(name="train", daemon=True)
-        self.trainer = trainer
+        self.trainer, self.group, self.until = trainer, group, until
         self.error: BaseException | None = None
 
     def run(self) -> None:
         """Train, and keep what was raised."""
         try:
             self.trainer.fit()
+            self.group.unlink(missing_ok=True)
         except BaseException as error:
             self.error = error
+
+    def ended_well(self) -> bool:
+        """Whether it is over, and its workers wait for another trial."""
+        return not self.is_alive() and self.error is None
+
+    def pauses_after(self, epochs: int) -> bool:
+        """Whether the run pauses once it has so many behind it."""
+        return self.until is not None and epochs >= self.until
 
 
 class SweepTrial(tune.Trainable):  # type: ignore[misc]
@@ -109,64 +124,66 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
                 release(self.group)
                 self.attempt.join(END_SECONDS)
                 release_waiting()  # had it ended in this moment: its group is gone
-        self.group.unlink(missing_ok=True)
         self._take(new_config)
         return True
 
     def _take(self, config: dict[str, Any]) -> None:
-        self.values = {key: value for key, value in config.items() if key != NUMBER}
+        self.generation = config[GENERATION]
+        self.values = {k: v for k, v in config.items() if k not in (NUMBER, GENERATION)}
         self.record = load_trial(self.setting.folder, config[NUMBER])
-        self.group = self.setting.folder / TRIALS / f"{config[NUMBER]:04d}.group"
-        self.seen = len(self.record.validations())
+        self.turns = Turns.of(self.setting.sweep, self.setting.config(self.record))
+        self.group = group_path(self.setting.folder, config[NUMBER])
+        found = self.record.validations()
+        self.seen = len(found) - self.turns.ended(found)  # an exchange may not have been done
         self.attempt: Attempt | None = None
         self.workers = TrialWorkers(self.group)
-        release(self.group)  # of an attempt that was lost with its node
-        self.record.failure.unlink(missing_ok=True)
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next validation.
+        """Wait for the next validation; for one after which the run pauses until it has.
 
         Raises:
             RuntimeError: The run failed; in its own words.
         """
-        if self.attempt is None:
-            self.attempt = Attempt(self._trainer())
-            self.attempt.start()
         while True:
             # Asked before reading: what a thread that has ended wrote is there.
-            running = self.attempt.is_alive()
+            attempt = self.attempt
+            running = attempt is not None and attempt.is_alive()
             found = self.record.validations()
-            if len(found) > self.seen:
+            new = found[self.seen : self.seen + 1]
+            if new and not (running and attempt and attempt.pauses_after(new[0].epoch)):
                 self.seen += 1
                 return self._result(found[: self.seen])
-            if not running:
-                if self.attempt.error is None:
-                    return self._result(found) | {"done": True}
-                reason, cause = describe(self.attempt.error), root_cause(self.attempt.error)
-                write_atomically(self.record.failure, reason + "\n")
-                if not can_pass(cause):
-                    self.record = self.record.end("failed", reason)
-                    return (self._result(found) if found else NOTHING) | {"done": True}
-                raise RuntimeError(reason) from None
+            if attempt is None or (not running and self._goes_on(attempt, found)):
+                # Of an attempt that was lost with its node. Not before a step: Tune may start two
+                # of these processes for a trial, and use one.
+                release(self.group)
+                self.record.failure.unlink(missing_ok=True)
+                until = self.turns.end_after(found[-1].epoch if found else 0)
+                self.attempt = Attempt(self._trainer(until), self.group, until)
+                self.attempt.start()
+            elif not running:
+                return self._ended(attempt, found)
             time.sleep(POLL_SECONDS)
+
+    def _goes_on(self, attempt: Attempt, found: list[Validation]) -> bool:
+        paused = bool(found) and attempt.pauses_after(found[-1].epoch)
+        return paused and attempt.ended_well() and load_result(self.record.folder) is None
+
+    def _ended(self, attempt: Attempt, found: list[Validation]) -> dict[str, Any]:
+        if attempt.error is None:
+            return self._result(found) | {"done": True}
+        reason, cause = describe(attempt.error), root_cause(attempt.error)
+        write_atomically(self.record.failure, reason + "\n")
+        if not can_pass(cause):
+            self.record = self.record.end("failed", reason)
+            return (self._result(found) if found else NOTHING) | {"done": True}
+        raise RuntimeError(reason) from None
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """PBT: all that another trial needs to go on in this one's place."""
-        run, place = self.record.folder, Path(checkpoint_dir)
-        for _ in range(COPY_ATTEMPTS):
-            with suppress(
-                shutil.Error, FileNotFoundError
-            ):  # the run deletes superseded checkpoints as it goes
-                shutil.copytree(
-                    run / CHECKPOINTS,
-                    place / CHECKPOINTS,
-                    ignore=shutil.ignore_patterns(".partial-*"),
-                )
-                break
-            shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)
-        for name in (METRICS, INPUTS):
-            shutil.copy(run / name, place)
-        (place / OWNER).write_text(str(self.record.number))
+        epochs = self.record.validations()[self.seen - 1].epoch
+        place = take_snapshot(self.record, epochs)
+        (Path(checkpoint_dir) / SNAPSHOT).write_text(str(place))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """PBT: go on from another trial's checkpoint with this one's new values, as a run of its
@@ -174,15 +191,11 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
 
         Where PBT only paused the trial, its own run goes on.
         """
-        place = Path(checkpoint)
-        if (
-            int((place / OWNER).read_text()) == self.record.number
-            and self.values == self.record.values
-        ):
-            return
-        self.record = self.record.next_generation(self.values)
-        shutil.copytree(place, self.record.folder, ignore=shutil.ignore_patterns(OWNER, ".*"))
-        write_atomically(self.record.folder / CONFIG, dump_config(self.setting.config(self.record)))
+        if self.generation > self.record.record.generation:
+            self.record = self.record.next_generation(self.values)
+            snapshot = Path((Path(checkpoint) / SNAPSHOT).read_text())
+            make_run(self.setting.config(self.record), snapshot)
+            self.record.save()
         self.seen = len(self.record.validations())
 
     def cleanup(self) -> None:
@@ -191,14 +204,15 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         """
         if self.attempt is not None and (self.setting.folder / STOP).exists():
             self.attempt.join(STOP_SECONDS)
-        release(self.group)
+        if self.attempt is not None and not self.attempt.ended_well():
+            release(self.group)  # else its trial may go on elsewhere by now, with another group
         release_waiting()
 
     def _result(self, validations: list[Validation]) -> dict[str, Any]:
         name = self.setting.sweep.metric_name
         return {EPOCH: validations[-1].epoch, OBJECTIVE: max(v.metrics[name] for v in validations)}
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self, until: int | None) -> Trainer:
         resources, config = self.setting.sweep.resources_per_trial, self.setting.config(self.record)
         given = {
             "config": config.model_dump(mode="json"),
@@ -206,6 +220,7 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
             "stop": str(self.setting.folder / STOP),
             "log": str(self.record.folder.with_suffix(".log")),
             "read_test": self.setting.read_test,
+            "until": until,
         }
         return Trainer(
             train_worker,

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +19,10 @@ import ray
 from mltfr_dist.errors import EXIT_LOST, LostRankError, StoppedError, fail
 
 LOW = 8 * 2**20
-"""Bytes free in Ray's folder below which a sweep stops: Ray would wait for ever for processes."""
+"""Bytes free in Ray's folder below which no process may start: Ray waits for it for ever."""
+
+STUCK_SECONDS = 90.0
+"""How long a sweep waits without room while no trial trains."""
 
 WATCH_SECONDS = 0.1
 
@@ -52,6 +56,30 @@ def session_folder() -> Path:
 def room_is_low() -> bool:
     """Whether Ray's folder is all but full."""
     return shutil.disk_usage(session_folder()).free < LOW
+
+
+class Room:
+    """Watches the room in Ray's folder. Trials go on without any, one after the other, as long as
+    no process has to start.
+    """
+
+    def __init__(self) -> None:
+        self._told, self._since = False, 0.0
+
+    def is_needed(self, *, trains: bool) -> bool:
+        """Whether the sweep cannot go on; ``trains`` says whether a trial does now. Asked again and
+        again.
+        """
+        if not room_is_low():
+            self._told, self._since = False, 0.0
+            return False
+        if not self._told:
+            self._told = True
+            what = "no process can start, trials go on in those that are there"
+            print(f"  Ray's folder {session_folder()} is full: {what}", flush=True)
+        if trains or not self._since:
+            self._since = time.monotonic()
+        return time.monotonic() - self._since > STUCK_SECONDS
 
 
 def is_full(error: OSError) -> bool:

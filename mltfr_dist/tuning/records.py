@@ -110,8 +110,8 @@ class Trial:
         return self._changed(ended=Ended(state=state, reason=reason))
 
     def next_generation(self, values: Values) -> Trial:
-        """Record that it goes on with other values, as another run."""
-        return self._changed(values=values, generation=self.record.generation + 1)
+        """The trial as it goes on with other values, as another run; not saved yet."""
+        return self._with(values=values, generation=self.record.generation + 1)
 
     def again(self) -> Trial:
         """Record that a trial which failed goes on, from its last checkpoint."""
@@ -131,12 +131,20 @@ class Trial:
         return f"{DIED}; its output is in {self.name}.log"
 
     def _changed(self, **changes: Any) -> Trial:
-        return replace(self, record=self.record.model_copy(update=changes)).save()
+        return self._with(**changes).save()
+
+    def _with(self, **changes: Any) -> Trial:
+        return replace(self, record=self.record.model_copy(update=changes))
 
 
 def record_path(sweep: Path, number: int) -> Path:
     """Where the record of a trial lies."""
     return sweep / TRIALS / f"{number:04d}.json"
+
+
+def group_path(sweep: Path, number: int) -> Path:
+    """Where the placement group of a trial's workers is noted while they train."""
+    return sweep / TRIALS / f"{number:04d}.group"
 
 
 def load_trial(sweep: Path, number: int) -> Trial:

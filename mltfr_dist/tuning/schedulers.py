@@ -11,21 +11,15 @@ from typing import Any
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
-    PopulationBasedTraining,
     TrialScheduler,
 )
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.tuning.domain import Domain
+from mltfr_dist.tuning.population import Population
 from mltfr_dist.tuning.ray_trial import EPOCH, NUMBER, OBJECTIVE
 from mltfr_dist.tuning.records import Trial
 from mltfr_dist.tuning.space import SweepConfig, base_values
-
-
-def most_epochs(base: RunConfig) -> int:
-    """Epochs of a trial that nothing stops, over both stages."""
-    second = base.mltfr.enabled and base.mltfr.consensus.enabled
-    return base.training.epochs + (base.training.consensus_epochs if second else 0)
+from mltfr_dist.tuning.turns import most_epochs
 
 
 def make_scheduler(sweep: SweepConfig, base: RunConfig, trials: Sequence[Trial]) -> TrialScheduler:
@@ -34,46 +28,8 @@ def make_scheduler(sweep: SweepConfig, base: RunConfig, trials: Sequence[Trial])
         base_first = sweep.include_base and base_values(sweep, base) is not None
         return Asha(sweep, most_epochs(base), trials, base_first=base_first)
     if sweep.scheduler == "pbt":
-        return Population(sweep)
+        return Population(sweep, base, trials)
     return FIFOScheduler()
-
-
-def mutation(domain: Domain) -> Any:
-    """A domain as PBT takes it: a list of values, or a distribution."""
-    from ray import tune
-
-    if domain.log_uniform:
-        return tune.loguniform(*domain.log_uniform)
-    return tune.uniform(*domain.uniform) if domain.uniform else domain.options()
-
-
-class Population(PopulationBasedTraining):  # type: ignore[misc]
-    """PBT whose trials keep their own numbers, and whose values stay in the space."""
-
-    def __init__(self, sweep: SweepConfig) -> None:
-        super().__init__(
-            time_attr=EPOCH,
-            metric=OBJECTIVE,
-            mode="max",
-            perturbation_interval=sweep.pbt.every_epochs,
-            quantile_fraction=sweep.pbt.quantile,
-            hyperparam_mutations={key: mutation(domain) for key, domain in sweep.search.items()},
-            log_config=False,
-        )
-        self._search = dict(sweep.search)
-
-    def _get_new_config(
-        self, trial: Any, trial_to_clone: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Tune's values for a trial that goes on from another's weights; Tune copies the other's
-        number as well.
-        """
-        config, operations = super()._get_new_config(trial, trial_to_clone)
-        config[NUMBER] = trial.config[NUMBER]
-        for key, domain in self._search.items():
-            if domain.ends:  # Tune steps by factors, beyond the ends of a range too
-                config[key] = min(max(config[key], domain.ends[0]), domain.ends[1])
-        return config, operations
 
 
 class Asha(AsyncHyperBandScheduler):  # type: ignore[misc]

@@ -13,12 +13,12 @@ from ray.tune.experiment import Trial as RayTrial
 
 from mltfr_dist.progress import duration
 from mltfr_dist.tuning.hparams import write_hparams
-from mltfr_dist.tuning.ray_trial import EPOCH, NUMBER, STOP, TrialSetting
-from mltfr_dist.tuning.ray_watch import room_is_low
-from mltfr_dist.tuning.records import Trial, load_trial, load_trials
-from mltfr_dist.tuning.schedulers import most_epochs
+from mltfr_dist.tuning.ray_trial import EPOCH, GENERATION, NUMBER, STOP, TrialSetting
+from mltfr_dist.tuning.ray_watch import Room, room_is_low
+from mltfr_dist.tuning.records import Trial, group_path, load_trial, load_trials
 from mltfr_dist.tuning.space import shown
 from mltfr_dist.tuning.suggest import Space
+from mltfr_dist.tuning.turns import most_epochs
 
 STATUS_SECONDS = 30.0
 """Seconds between two lines that say how far the sweep is, where no trial ends."""
@@ -57,7 +57,7 @@ class Progress(Callback):  # type: ignore[misc]
         self.began = self.said = time.monotonic()
         self.running: dict[int, Running] = {}
         self.seconds: list[float] = []
-        self.no_room = False
+        self.room, self.no_room = Room(), False
         self.epochs = most_epochs(setting.base)
 
     def setup(
@@ -85,6 +85,9 @@ class Progress(Callback):  # type: ignore[misc]
         ours = load_trial(self.setting.folder, number)
         behind = ours.validations()
         going_on = f", going on after epoch {behind[-1].epoch}" if behind else ""
+        if trial.config[GENERATION] > ours.record.generation:  # not before it has begun
+            values = {key: trial.config[key] for key in self.setting.sweep.search}
+            ours = ours.next_generation(values)
         done = behind[-1].epoch if behind else 0
         self.running.setdefault(number, Running(time.monotonic(), done, done))
         print(f"  trial {ours.name}  {shown(ours.values)}{going_on}", flush=True)
@@ -111,8 +114,17 @@ class Progress(Callback):  # type: ignore[misc]
     def on_trial_error(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
     ) -> None:
-        """Called by Tune where a trial failed for good."""
+        """Called by Tune where a trial failed for good. Without room it is not the trial's fault:
+        it goes on when the sweep is started again.
+        """
         ours = load_trial(self.setting.folder, trial.config[NUMBER])
+        if room_is_low():
+            self.no_room = True
+            self.running.pop(ours.number, None)
+            print(
+                f"  trial {ours.name}  stays unfinished: no room to start its process", flush=True
+            )
+            return
         self._over(ours.end("failed", ours.reason), f"failed: {ours.reason}")
 
     def on_trial_complete(
@@ -132,9 +144,13 @@ class Progress(Callback):  # type: ignore[misc]
 
     def on_step_end(self, iteration: int, trials: list[RayTrial], **info: Any) -> None:
         """Called by Tune all the time."""
-        if not self.no_room and room_is_low():
+        trains = any(
+            trial.status == RayTrial.RUNNING
+            and group_path(self.setting.folder, trial.config[NUMBER]).exists()
+            for trial in trials
+        )
+        if not self.no_room and self.room.is_needed(trains=trains):
             self.no_room = True
-            print("  Ray's folder is full: running trials save, then the sweep ends", flush=True)
             (self.setting.folder / STOP).touch()
         if time.monotonic() - self.said > STATUS_SECONDS:
             self._status()

@@ -72,10 +72,9 @@ def run_sweep(
     set_environment(LOOPBACK if address is None else {})
     from mltfr_dist.tuning.cluster import ray_cluster  # imports Ray, which reads its environment
 
-    imports = Thread(target=import_rest, name="imports")
+    imports = Thread(target=import_module, args=["mltfr_dist.tuning.driver"], name="imports")
     imports.start()  # while Ray's daemons start
     with ray_cluster(sweep, base, address, nodes) as cluster, claimed(sweep, base):
-        from mltfr_dist.tuning import report
         from mltfr_dist.tuning.driver import run_trials
 
         folder = sweep.folder.resolve()
@@ -83,6 +82,8 @@ def run_sweep(
             if trial.state == "failed":
                 trial.again()
         run_trials(sweep, base, folder, cluster)
+        from mltfr_dist.tuning import report  # plots, of no use to the first trial
+
         best = report.choose(sweep, load_trials(folder))
         report.write_best(sweep, resolved_config(sweep), best)
         final_folder = folder / FINAL / best.name
@@ -90,12 +91,6 @@ def run_sweep(
             final_base = with_values(base, best.values)
             run_trials(final_sweep(sweep), final_base, final_folder, cluster, read_test=True)
         return report.write(sweep, load_trials(folder), load_trials(final_folder))
-
-
-def import_rest() -> None:
-    """Import what a sweep needs once Ray runs."""
-    for module in ("driver", "report"):
-        import_module(f"mltfr_dist.tuning.{module}")
 
 
 def plan_sweep(sweep: SweepConfig) -> str:

@@ -22,7 +22,11 @@ from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.items import load_items
 from mltfr_dist.training.streams import ranking_stream
 
-CASES = {"sasrec": {}, "bert4rec": {"backbone__name": "bert4rec"}}
+CASES = {
+    "sasrec": {},
+    "bert4rec": {"backbone__name": "bert4rec"},
+    "several targets": {"data__path": "all"},
+}
 BATCHES = {0: (7, 120), 3: (7,)}
 """ZeRO stage to users at a time."""
 
@@ -35,6 +39,8 @@ def ranked(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     for name, changes in CASES.items():
         for stage, sizes in BATCHES.items():
             config = no_dropout(folder, stage, **changes)
+            data = config.data.model_copy(update={"path": folder / config.data.path})
+            config = config.model_copy(update={"data": data})
             engine = make_engine(config, ranks)
             engine.deepspeed.eval()
             manifest, titles = load_inputs(config).manifest, load_items(config).titles
@@ -47,7 +53,8 @@ def ranked(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
                 users = rank_users(ByModel(engine.module, loss), stream, evaluation, ranks)
                 metrics = users.metrics(evaluation.cutoffs)
                 best = lister(engine.module, manifest.num_items, 10, filter_seen=True)
-                lists = recommended(best, stream, config, manifest, ranks, titles)
+                everyone = ranking_stream(config, "valid", ranks, once_a_user=True)
+                lists = recommended(best, everyone, config, manifest, ranks, titles)
                 listed = [*list_metrics(lists, (5, 10)).values(), *lists.items.ravel().tolist()]
                 key = f"{name}, ZeRO {stage}, {size} users"
                 found[key] = [*metrics.values(), *listed, *users.ranks.tolist(), loss.mean()]

@@ -66,9 +66,7 @@ def test_full_cross_entropy_over_divided_items_is_the_whole_one(
 ) -> None:
     found = findings(WORKER, "cross_entropy", folder, num_ranks)
     assert max(found["torch.float64"]) < 1e-12
-    loss, to_hidden, to_rows = found["torch.float32"]
-    assert loss < 1e-6
-    assert max(to_hidden, to_rows) < 3e-6, "of the largest; float32 sums in another order"
+    assert max(found["torch.float32"]) < 1e-6, "of the largest, against float64"
 
 
 @pytest.mark.parametrize("num_ranks", [3, pytest.param(2, marks=pytest.mark.slow)])

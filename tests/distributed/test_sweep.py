@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -105,6 +107,17 @@ def listening(driver: int) -> set[str]:
     return found
 
 
+def train_workers(process: subprocess.Popen[str]) -> set[int]:
+    """Processes of a sweep in which trials train now."""
+    found = set()
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if "RayTrainWorker" in " ".join(child.cmdline()):
+                    found.add(child.pid)
+    return found
+
+
 @pytest.mark.timeout(1200)
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     # The base, which is tried first, is good, and so is the second; the others learn nothing, and
@@ -184,10 +197,7 @@ def test_its_processes_serve_trial_after_trial(tmp_path: Path) -> None:
     path = write_space(tmp_path, search, algorithm="grid", asha=asha, final_seeds=[])
     process, workers = start(path), set()
     while process.poll() is None:
-        with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                if "RayTrainWorker" in " ".join(child.cmdline()):
-                    workers.add(child.pid)
+        workers |= train_workers(process)
         time.sleep(0.2)
     assert process.returncode == 0, path.with_suffix(".log").read_text()[-6000:]
     trials = load_trials(tmp_path / "sweeps" / "sweep")
@@ -287,6 +297,7 @@ def test_a_population_hands_on_its_weights(tmp_path: Path) -> None:
     assert [trial.state for trial in trials] == ["finished", "finished"], text[-4000:]
     taken = [trial for trial in trials if trial.record.generation]
     assert taken, "a trial went on from another's weights"
+    assert re.findall(r"epoch (\d+), all 2 trials compared", text) == ["15", "30"]
     for trial in taken:
         assert "going on from" in trial.folder.with_suffix(".log").read_text()
         assert trial.validations()[-1].epoch >= 40
@@ -316,8 +327,21 @@ def test_a_population_larger_than_its_slots_takes_turns(tmp_path: Path) -> None:
         "resources_per_trial": {"workers": 1, "cpus": 1},
         "overrides": {"training.epochs": 45, "training.patience": 45},
     }
-    text = finish(write_space(tmp_path, search, **options))
+    path, folder = write_space(tmp_path, search, **options), tmp_path / "sweeps" / "sweep"
+    process = start(path)
+
+    def the_second_turn_has_begun() -> bool:
+        return any(len(valid_lines(trial)) > 15 for trial in load_trials(folder))
+
+    wait_until(process, path, the_second_turn_has_begun)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    text = finish(path)
     assert "1 at a time" in text
+    assert re.findall(r"epoch (\d+), all 3 trials compared: 0001 goes on from", text) == [
+        "15",
+        "30",
+    ]
     trials = load_trials(tmp_path / "sweeps" / "sweep")
     assert [trial.state for trial in trials] == ["finished"] * 3, text[-4000:]
     assert any(trial.record.generation for trial in trials), "a trial took over another's weights"
@@ -332,20 +356,31 @@ def begun_before_any_ended(text: str) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(1200)
 def test_the_ready_made_population_of_eight_exchanges_on_two_cpus(tmp_path: Path) -> None:
     ready = yaml.safe_load((REPOSITORY / "tuning/spaces/population.yaml").read_text())
     ready.pop("preset")
-    search, lasting = ready.pop("search"), {"training.epochs": 9, "training.patience": 9}
+    search, lasting = ready.pop("search"), {"training.epochs": 7, "training.patience": 7}
     more = ready | {"final_seeds": [], "max_concurrent": 2, "overrides": lasting, "name": "sweep"}
-    path = write_space(tmp_path, search, **more)
+    path, workers = write_space(tmp_path, search, **more), set()
     process = start(path)
-    assert process.wait(timeout=3500) == 0, path.with_suffix(".log").read_text()[-6000:]
+    while process.poll() is None:
+        workers |= train_workers(process)
+        time.sleep(0.2)
     text = path.with_suffix(".log").read_text()
+    assert process.returncode == 0, text[-6000:]
     trials = load_trials(tmp_path / "sweeps" / "sweep")
     assert [trial.state for trial in trials] == ["finished"] * 8, text[-4000:]
-    assert any(trial.record.generation for trial in trials), "a trial took over another's weights"
     assert begun_before_any_ended(text) == {f"{number:04d}" for number in range(8)}
+    # Two of the eight, a quarter, take over the weights of two others at each exchange.
+    exchanges = re.findall(r"epoch (\d+), all 8 trials compared: (.*)", text)
+    assert [epoch for epoch, _ in exchanges] == ["3", "6"]
+    taken = [re.findall(r"(\d{4}) goes on from (\d{4})", takes) for _, takes in exchanges]
+    assert [len({target for target, _ in takes}) for takes in taken] == [2, 2]
+    generations = Counter(int(target) for takes in taken for target, _ in takes)
+    assert {t.number: t.record.generation for t in trials if t.record.generation} == generations
+    assert [t.validations()[-1].epoch for t in trials] == [8] * 8, "7 epochs, 1 of the second stage"
+    assert len(workers) == 2, "the same two processes take all turns"
 
 
 @pytest.mark.timeout(900)

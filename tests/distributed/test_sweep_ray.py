@@ -21,7 +21,15 @@ import psutil
 import pytest
 import ray
 from support import clean_environment
-from test_sweep import finish, kill_node, start, valid_lines, wait_until, write_space
+from test_sweep import (
+    finish,
+    kill_node,
+    start,
+    train_workers,
+    valid_lines,
+    wait_until,
+    write_space,
+)
 
 from mltfr_dist.tuning.records import Trial, load_trials
 
@@ -165,8 +173,8 @@ def small_disk(size: str) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_temporary_folder_that_fills_up_loses_nothing(tmp_path: Path) -> None:
-    path = a_space(tmp_path, 40)
+def test_a_full_temporary_folder_stops_no_trial(tmp_path: Path) -> None:
+    path = a_space(tmp_path, 12)
     folder = tmp_path / "sweeps" / "sweep"
     with small_disk("100m") as disk:
         process = start(path, TMPDIR=str(disk))
@@ -178,10 +186,33 @@ def test_a_temporary_folder_that_fills_up_loses_nothing(tmp_path: Path) -> None:
         fill(disk / "fill")
         code = process.wait(timeout=300)
     text = path.with_suffix(".log").read_text()
+    assert code == 0, text[-3000:]
+    assert text.count(" is full: no process can start, trials go on in those that are there") == 1
+    assert [t.state for t in load_trials(folder)] == ["finished"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lost_process_without_room_for_another_ends_the_sweep(tmp_path: Path) -> None:
+    path = a_space(tmp_path, 40)
+    folder = tmp_path / "sweeps" / "sweep"
+    with small_disk("100m") as disk:
+        process = start(path, TMPDIR=str(disk))
+        wait_until(
+            process,
+            path,
+            lambda: bool(load_trials(folder)) and len(valid_lines(load_trials(folder)[0])) > 2,
+        )
+        fill(disk / "fill")
+        (worker,) = train_workers(process)
+        os.kill(worker, signal.SIGKILL)
+        code = process.wait(timeout=300)
+    text = path.with_suffix(".log").read_text()
     assert code == 75, text[-3000:]
     assert "Traceback" not in text
     assert f"There is no room left in {disk}/ray/session" in text.splitlines()[-1]
     assert "TMPDIR" in text.splitlines()[-1]
+    assert "trial 0000  stays unfinished: no room to start its process" in text
     trials: list[Trial] = load_trials(folder)
     assert trials[0].state == "unfinished"
     finish(path)

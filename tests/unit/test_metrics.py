@@ -43,14 +43,17 @@ def test_metrics_by_hand() -> None:
             "HR@1": 1,
             "NDCG@1": 1,
             "MAP@1": 1,
+            "Recall@1": 1,
             "Precision@1": 1,
             "HR@3": 3,
             "NDCG@3": 1 + 1 / math.log2(3) + 1 / 2,
             "MAP@3": 1 + 1 / 2 + 1 / 3,
+            "Recall@3": 3,
             "Precision@3": 3 / 3,
             "HR@10": 4,
             "NDCG@10": 1 + 1 / math.log2(3) + 1 / 2 + 1 / 3,
             "MAP@10": 1 + 1 / 2 + 1 / 3 + 1 / 7,
+            "Recall@10": 4,
             "Precision@10": 4 / 10,
             "MRR": 1 + 1 / 2 + 1 / 3 + 1 / 7,
         }
@@ -82,8 +85,9 @@ def of_a_list(relevant: list[bool]) -> dict[str, float]:
     best = sum(gains[: min(10, total)])
     return {
         "HR@10": float(any(top)),
+        "Recall@10": sum(top) / total,
         "NDCG@10": sum(gain for gain, hit in zip(gains, top, strict=True) if hit) / best,
-        "MAP@10": sum(found) / min(10, total),
+        "MAP@10": sum(found) / total,
         "Precision@10": sum(top) / 10,
         "MRR": 1 / (relevant.index(True) + 1),
     }

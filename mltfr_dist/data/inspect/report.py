@@ -64,7 +64,7 @@ def gather(folder: Path) -> Facts:
                 pairs = owners * (manifest.num_items + 1) + sequences.items
                 repeats += len(pairs) - len(np.unique(pairs))
             else:
-                unseen = counts[sequences.items[sequences.offsets[1:] - 1]] == 0
+                unseen = counts[sequences.distinct_targets()[1]] == 0
                 cold[name] = (cold[name][0] + int(unseen.sum()), cold[name][1] + len(unseen))
     np.add.at(counts, one_item_parts(folder, manifest, counts), 1)
     counts[1:].sort()
@@ -85,7 +85,7 @@ def table(folder: Path, facts: Facts) -> str:
         ),
         ("ties in time", f"{report.ties:,}"),
         ("density", f"{manifest.num_interactions / (manifest.num_users * manifest.num_items):.4%}"),
-        ("split", manifest.prepare.split),
+        ("split", manifest.prepare.split_in_words),
         ("time range", _time_range(manifest)),
     ]
     if report.cut_times:

@@ -22,6 +22,8 @@ from mltfr_dist.data.prepare.steps import (
 from mltfr_dist.data.prepare.workspace import Workspace
 from mltfr_dist.data.prepare.write import write_maps, write_splits
 from mltfr_dist.data.shards.manifest import (
+    SCHEMA_VERSION,
+    SEVERAL_TARGETS_VERSION,
     CoreRound,
     Manifest,
     PrepareReport,
@@ -103,21 +105,23 @@ def _write(
     cut: Decimal | None,
     steps: StepLog,
 ) -> tuple[dict[str, int], dict[str, SplitInfo], dict[str, str]]:
-    """Shards and maps, read back; numbers of users and items, and the manifest's entries."""
+    """Shards and maps, read back; the manifest's version, sizes and entries of both."""
     num_users = count_rows(connection, "SELECT count(*) FROM user_map")
     num_items = count_rows(connection, "SELECT count(*) FROM item_map")
     written = write_splits(connection, workspace, config, num_items=num_items, num_users=num_users)
     files = write_maps(connection, workspace.out)
-    sizes = ", ".join(
+    noted = ", ".join(
         f"{name} {split.num_sequences:,} in {len(split.shards)} shards"
         for name, split in written.items()
     )
-    steps.done("write", sum(split.num_items for split in written.values()), note=sizes)
+    steps.done("write", sum(split.num_items for split in written.values()), note=noted)
     compared = check_train_shards(
         connection, workspace.out, written["train"].shards, num_items=num_items, cut=cut
     )
     steps.done("read back", compared, note="no leak in the training shards as written")
-    return {"num_users": num_users, "num_items": num_items}, written, files
+    version = SEVERAL_TARGETS_VERSION if config.targets == "all" else SCHEMA_VERSION
+    sizes = {"schema_version": version, "num_users": num_users, "num_items": num_items}
+    return sizes, written, files
 
 
 def _split(
@@ -127,6 +131,7 @@ def _split(
     cuts = splits.make_prefixes(
         connection,
         config.split,
+        targets=config.targets,
         valid_fraction=config.valid_fraction,
         test_fraction=config.test_fraction,
     )

@@ -2,11 +2,12 @@
 nothing leaks.
 
 Every sequence of every split is a prefix of one user's interactions in time order, so a split is
-one small table ``prefixes``: where the user's sequence of each split ends. A prefix of length 0 is
-not stored.
+one small table ``prefixes``: where the user's sequence of each split ends, and how many of its last
+interactions are targets. A prefix of length 0 is not stored.
 
 * ``train``: every item is history; sequences of one item teach nothing and are not stored.
-* ``valid`` and ``test``: the last item is the target, everything before it is the history.
+* ``valid`` and ``test``: the last item, or all items of the period, are targets; everything before
+  them is the history.
 
 Everything here reads ``ordered(user_code, item_code, timestamp, position)`` with positions 1.. per
 user.
@@ -41,49 +42,55 @@ def leave_one_out_sql() -> str:
     A user with fewer than 3 interactions has no target to spare and is training only.
 
     Returns:
-        SQL with columns user_code, length, train_length, train_end, valid_end, test_end.
+        SQL with columns user_code, length, train_length, train_end, and of valid and test _end and
+        _targets.
     """
     return _prefixes_sql(
         "SELECT user_code, count(*) AS length, CASE WHEN count(*) >= 3 THEN count(*) - 2 ELSE "
         "count(*) END AS train_length, "
         "CASE WHEN count(*) >= 3 THEN count(*) - 1 ELSE 0 END AS valid_end, "
-        "CASE WHEN count(*) >= 3 THEN count(*) ELSE 0 END AS test_end FROM ordered GROUP BY "
-        "user_code"
+        "CASE WHEN count(*) >= 3 THEN count(*) ELSE 0 END AS test_end, "
+        "1 AS valid_targets, 1 AS test_targets FROM ordered GROUP BY user_code"
     )
 
 
-def global_temporal_sql(cuts: Cuts) -> str:
+def global_temporal_sql(cuts: Cuts, targets: str) -> str:
     """SELECT for ``prefixes``: two points in time cut all users alike.
 
-    Training is what lies before the first cut. The validation target is a user's first interaction
-    from the first cut on and before the second, the test target the first from the second cut on;
-    all before a target is its history, which must not be empty.
+    Training is what lies before the first cut. Validation targets are a user's interactions from
+    the first cut on and before the second, test targets those from the second cut on: the first of
+    them, or all. All before a period is its history, which must not be empty.
 
     Args:
         cuts: first and second cut, in the unit of ``ordered.timestamp``.
+        targets: next or all (see ``PrepareConfig.targets``).
 
     Returns:
-        SQL with columns user_code, length, train_length, train_end, valid_end, test_end.
+        SQL with columns user_code, length, train_length, train_end, and of valid and test _end and
+        _targets.
     """
     first, second = (f"CAST('{cut}' AS DECIMAL(38, 9))" for cut in cuts)
     before_first, before_second = (
         f"count(*) FILTER (timestamp < {cut})" for cut in (first, second)
     )
+    periods = {"valid": (before_first, before_second), "test": (before_second, "count(*)")}
+    columns = []
+    for name, (start, end) in periods.items():
+        number = "1" if targets == "next" else f"{end} - {start}"
+        there = f"{start} > 0 AND {end} > {start}"
+        columns.append(f"CASE WHEN {there} THEN {start} + {number} ELSE 0 END AS {name}_end")
+        columns.append(f"{number} AS {name}_targets")
     return _prefixes_sql(
         f"SELECT user_code, count(*) AS length, {before_first} AS train_length, "
-        f"CASE WHEN {before_first} > 0 AND {before_second} > {before_first} THEN {before_first} + "
-        f"1 ELSE 0 END AS valid_end, "
-        f"CASE WHEN {before_second} > 0 AND count(*) > {before_second} THEN {before_second} + 1 "
-        f"ELSE 0 END AS test_end "
-        "FROM ordered GROUP BY user_code"
+        f"{', '.join(columns)} FROM ordered GROUP BY user_code"
     )
 
 
 def _prefixes_sql(ends: str) -> str:
     train_end = f"CASE WHEN train_length >= {MIN_TRAIN_LENGTH} THEN train_length ELSE 0 END"
     return (
-        f"SELECT user_code, length, train_length, {train_end} AS train_end, valid_end, test_end "
-        f"FROM ({ends})"
+        f"SELECT user_code, length, train_length, {train_end} AS train_end, valid_end, "
+        f"valid_targets, test_end, test_targets FROM ({ends})"
     )
 
 
@@ -129,6 +136,7 @@ def make_prefixes(
     connection: duckdb.DuckDBPyConnection,
     split: str,
     *,
+    targets: str = "next",
     valid_fraction: float,
     test_fraction: float,
 ) -> Cuts | None:
@@ -142,7 +150,7 @@ def make_prefixes(
     )
     connection.execute(
         f"CREATE OR REPLACE TABLE prefixes AS "
-        f"{global_temporal_sql(cuts) if cuts else leave_one_out_sql()}"
+        f"{global_temporal_sql(cuts, targets) if cuts else leave_one_out_sql()}"
     )
     for name in SPLITS:
         if not one(connection, f"SELECT count(*) FROM prefixes WHERE {name}_end > 0")[0]:
@@ -170,6 +178,8 @@ def check_no_leak(connection: duckdb.DuckDBPyConnection, cuts: Cuts | None) -> N
     """
     facts = (
         "SELECT o.position, o.timestamp, p.train_end, p.valid_end, p.test_end, "
+        "p.valid_end - p.valid_targets AS valid_history, "
+        "p.test_end - p.test_targets AS test_history, "
         "count(*) OVER users AS total, row_number() OVER (PARTITION BY o.user_code ORDER BY "
         "o.timestamp DESC, o.position DESC) "
         "AS from_end FROM ordered o JOIN prefixes p USING (user_code) WINDOW users AS (PARTITION "
@@ -187,8 +197,8 @@ def check_no_leak(connection: duckdb.DuckDBPyConnection, cuts: Cuts | None) -> N
         parameters = [str(cut) for cut in cuts]
         rules = {
             "train": f"position <= train_end AND timestamp >= {first}",
-            "valid": f"position <= valid_end AND ((position = valid_end) <> (timestamp >= {first}) OR timestamp >= {second})",  # noqa: E501
-            "test": f"position <= test_end AND (position = test_end) <> (timestamp >= {second})",
+            "valid": f"position <= valid_end AND ((position > valid_history) <> (timestamp >= {first}) OR timestamp >= {second})",  # noqa: E501
+            "test": f"position <= test_end AND (position > test_history) <> (timestamp >= {second})",  # noqa: E501
         }
         if not cuts[0] < cuts[1]:
             raise LeakError(f"The cut times are not in order: {cuts}.")

@@ -186,18 +186,19 @@ def make_id_maps(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute(
         "CREATE TABLE user_map AS SELECT user_code, row_number() OVER (ORDER BY user_code) - 1 AS "
         "user_index, user_id, length, "
-        "train_end, valid_end, test_end FROM prefixes JOIN user_codes USING (user_code) ORDER BY "
-        "user_code"
+        "train_end, valid_end, valid_targets, test_end, test_targets FROM prefixes JOIN user_codes "
+        "USING (user_code) ORDER BY user_code"
     )
 
 
 def count_cold(connection: duckdb.DuckDBPyConnection, split: str) -> int:
-    """Targets of ``split`` that no stored training sequence holds."""
+    """Targets of ``split`` that no stored training sequence holds; a user's again count once."""
     return count_rows(
         connection,
-        "SELECT count(*) FROM ordered JOIN prefixes USING (user_code) JOIN item_map USING "
-        "(item_code) "
-        f"WHERE position = {split}_end AND stored = 0",
+        "SELECT count(DISTINCT (user_code, item_code)) FROM ordered JOIN prefixes USING "
+        "(user_code) JOIN item_map USING (item_code) "
+        f"WHERE position <= {split}_end AND position > {split}_end - {split}_targets "
+        "AND stored = 0",
     )
 
 

@@ -67,7 +67,8 @@ def write_splits(
         end = min(start + per_run, num_users)
         items, users = _histories(connection, indices, start, end)
         for split, writer in writers.items():
-            writer.add(_prefixes(items, users, f"{split}_end", next_user[split]))
+            several = config.targets == "all" and split != "train"
+            writer.add(_prefixes(items, users, split, next_user[split], several=several))
         if time.monotonic() - said > 10:
             said = time.monotonic()
             rate = (end - first) / (said - began)
@@ -93,8 +94,8 @@ def _histories(
     of ``user_map``.
     """
     users = connection.execute(
-        "SELECT user_code, user_index, length, train_end, valid_end, test_end FROM user_map "
-        "WHERE user_index >= $1 AND user_index < $2 ORDER BY user_index",
+        "SELECT user_code, user_index, length, train_end, valid_end, valid_targets, test_end, "
+        "test_targets FROM user_map WHERE user_index >= $1 AND user_index < $2 ORDER BY user_index",
         [start, end],
     ).fetchnumpy()
     codes = [int(users["user_code"][0]), int(users["user_code"][-1])]
@@ -107,17 +108,25 @@ def _histories(
 
 
 def _prefixes(
-    items: np.ndarray, users: dict[str, np.ndarray], end: str, first_user: int
+    items: np.ndarray,
+    users: dict[str, np.ndarray],
+    split: str,
+    first_user: int,
+    *,
+    several: bool,
 ) -> PackedSequences:
-    """The sequences of one split: of each user from ``first_user`` on the first ``end`` items,
-    where there are any.
+    """The sequences of one split: of each user from ``first_user`` on the items up to its end,
+    where there are any; with the number of targets where they may be ``several``.
     """
-    starts = np.cumsum(users["length"]) - users["length"]
-    chosen = (users[end] > 0) & (users["user_index"] >= first_user)
-    lengths = users[end][chosen].astype(np.int64)
+    starts, ends = np.cumsum(users["length"]) - users["length"], users[f"{split}_end"]
+    chosen = (ends > 0) & (users["user_index"] >= first_user)
+    lengths = ends[chosen].astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     places = np.repeat(starts[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return PackedSequences(items[places.astype(np.int64)], offsets, users["user_index"][chosen])
+    targets = users[f"{split}_targets"][chosen].astype(np.int64) if several else None
+    return PackedSequences(
+        items[places.astype(np.int64)], offsets, users["user_index"][chosen], targets
+    )
 
 
 def write_maps(connection: duckdb.DuckDBPyConnection, folder: Path) -> dict[str, str]:

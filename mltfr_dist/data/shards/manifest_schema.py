@@ -7,13 +7,21 @@ import json
 from collections.abc import Collection
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.schema import Count, Section
 
 SCHEMA_VERSION = 3
-READABLE_VERSIONS = (1, 2, SCHEMA_VERSION)
+SEVERAL_TARGETS_VERSION = 4
+"""Of data whose users may have several targets, which earlier releases cannot read."""
+READABLE_VERSIONS = (1, 2, SCHEMA_VERSION, SEVERAL_TARGETS_VERSION)
 SPLITS = ("train", "valid", "test")
 ITEMS_NAME, USERS_NAME = "items.parquet", "users.parquet"
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
@@ -35,6 +43,16 @@ class ShardInfo(Section):
         description="(items, number of sequences with as many), ascending. Manifests of version 1 "
         "have none.",
     )
+    num_targets: Count | None = Field(
+        None,
+        description="Targets of its users, one that comes again once; None: one a user.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``num_targets`` where there is one a user, as earlier releases write it."""
+        values: dict[str, Any] = handler(self)
+        return {k: v for k, v in values.items() if (k, v) != ("num_targets", None)}
 
     def check_lengths(self) -> None:
         """Whether ``lengths``, where there are any, agree with the other numbers.
@@ -79,6 +97,14 @@ class SplitInfo(Section):
                     f"two shards have the same {name}, {max(values, key=values.count)}"
                 )
         return self
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of all users; of a split that is ranked."""
+        return sum(
+            shard.num_sequences if shard.num_targets is None else shard.num_targets
+            for shard in self.shards
+        )
 
     def without(self, files: Collection[str]) -> SplitInfo:
         """The split without some of its shards."""

@@ -8,6 +8,8 @@ A shard is a tar file; a member of it is one block of many sequences (one sequen
 * ``<key>.offsets.npy``: where each sequence begins, from 0, and the end of the last: n + 1 numbers
   (uint32 or uint64)
 * ``<key>.users.npy``: user_index of each sequence (smallest unsigned type that fits)
+* ``<key>.targets.npy``, only where users may have several targets: how many items at the end of
+  each sequence are targets (uint32)
 
 Shapes: n sequences of a block, T items of all of them.
 """
@@ -23,21 +25,25 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 ARRAYS = ("items.npy", "offsets.npy", "users.npy")
+TARGETS = "targets.npy"
 
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Many sequences in three flat arrays.
+    """Many sequences in flat arrays.
 
     Attributes:
         items: [T] item ids, oldest first within a sequence.
         offsets: [n + 1] int64; sequence i is ``items[offsets[i]:offsets[i + 1]]``.
         users: [n] user_index.
+        targets: [n] int64, how many items at the end of each sequence are targets, 1 at least;
+            None: of a validation or test sequence the last.
     """
 
     items: np.ndarray
     offsets: np.ndarray
     users: np.ndarray
+    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -52,11 +58,35 @@ class PackedSequences:
         """[n] int64, items of each sequence."""
         return np.diff(self.offsets)
 
+    @property
+    def num_targets(self) -> np.ndarray:
+        """[n] int64, items at the end of each sequence that are targets."""
+        return np.ones(len(self), np.int64) if self.targets is None else self.targets
+
+    def distinct_targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """The targets of all sequences in order, an item that comes again in one once.
+
+        Returns:
+            [T] number of each one's sequence, ascending, and its item id.
+        """
+        counts, ends = self.num_targets, np.cumsum(self.num_targets)
+        rows = np.repeat(np.arange(len(self)), counts)
+        places = np.arange(len(rows)) + np.repeat(self.offsets[1:] - ends, counts)
+        items = self.items[places].astype(np.int64)
+        if self.targets is None:
+            return rows, items
+        pairs = rows * (int(items.max(initial=0)) + 1) + items
+        first = np.sort(np.unique(pairs, return_index=True)[1])
+        return rows[first], items[first]
+
     def run(self, start: int, end: int) -> PackedSequences:
         """The sequences from ``start`` up to ``end``, views."""
         offsets = self.offsets[start : end + 1]
         return PackedSequences(
-            self.items[offsets[0] : offsets[-1]], offsets - offsets[0], self.users[start:end]
+            self.items[offsets[0] : offsets[-1]],
+            offsets - offsets[0],
+            self.users[start:end],
+            None if self.targets is None else self.targets[start:end],
         )
 
     def take(self, indices: np.ndarray | Sequence[int]) -> PackedSequences:
@@ -71,15 +101,20 @@ class PackedSequences:
         sources = np.repeat(self.offsets[:-1][chosen] - offsets[:-1], lengths) + np.arange(
             offsets[-1]
         )
-        return PackedSequences(self.items[sources], offsets, self.users[chosen])
+        targets = None if self.targets is None else self.targets[chosen]
+        return PackedSequences(self.items[sources], offsets, self.users[chosen], targets)
 
     @staticmethod
     def concatenate(parts: Sequence[PackedSequences]) -> PackedSequences:
-        """All sequences of ``parts``, in order. At least one part is needed."""
+        """All sequences of ``parts``, in order. At least one part is needed, and all or none have
+        ``targets``.
+        """
+        targets = [part.targets for part in parts if part.targets is not None]
         return PackedSequences(
             np.concatenate([part.items for part in parts]),
             _offsets(np.concatenate([part.lengths for part in parts])),
             np.concatenate([part.users for part in parts]),
+            np.concatenate(targets) if targets else None,
         )
 
 

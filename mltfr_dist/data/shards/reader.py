@@ -16,7 +16,7 @@ from numpy.lib import format as npy
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from mltfr_dist.data.shards.manifest import ShardInfo, check_hash, check_size, damaged
-from mltfr_dist.data.shards.packed import ARRAYS, PackedSequences, length_counts
+from mltfr_dist.data.shards.packed import ARRAYS, TARGETS, PackedSequences, length_counts
 from mltfr_dist.data.shards.retry import DEFAULT_RETRIES, RetryPolicy, read_with_retries
 
 
@@ -60,7 +60,7 @@ def read_blocks(
             key = sample["__key__"]
             if key in blocks:
                 raise damaged(path, f"it holds block {key} twice")
-            blocks[key] = _decode_block(path, sample, num_items)
+            blocks[key] = _decode_block(path, sample, num_items, info.num_targets is not None)
     except (tarfile.TarError, ValueError, EOFError, SyntaxError, TokenError) as error:
         raise damaged(path, str(error.args[0] if error.args else error)) from None
     found = (
@@ -73,16 +73,23 @@ def read_blocks(
         raise damaged(path, f"(blocks, sequences, items) are {found}, the manifest says {expected}")
     if info.lengths is not None and length_counts(list(blocks.values())) != info.lengths:
         raise damaged(path, "its sequences have other lengths than the manifest says")
+    if info.num_targets is not None:
+        targets = sum(len(block.distinct_targets()[0]) for block in blocks.values())
+        if targets != info.num_targets:
+            raise damaged(path, f"it has {targets} targets, the manifest says {info.num_targets}")
     return list(blocks.values())
 
 
-def _decode_block(path: Path, sample: dict[str, Any], num_items: int) -> PackedSequences:
-    key = sample["__key__"]
+def _decode_block(
+    path: Path, sample: dict[str, Any], num_items: int, has_targets: bool
+) -> PackedSequences:
+    key, expected = sample["__key__"], (*ARRAYS, *([TARGETS] if has_targets else []))
     names = {name for name in sample if not name.startswith("__")}
-    if names != set(ARRAYS):
-        raise damaged(path, f"block {key} holds {sorted(names)}, not {sorted(ARRAYS)}")
-    items, offsets, users = (_from_npy(sample[name]) for name in ARRAYS)
-    for name, array in zip(ARRAYS, (items, offsets, users)):
+    if names != set(expected):
+        raise damaged(path, f"block {key} holds {sorted(names)}, not {sorted(expected)}")
+    arrays = {name: _from_npy(sample[name]) for name in expected}
+    items, offsets, users = (arrays[name] for name in ARRAYS)
+    for name, array in arrays.items():
         if array.ndim != 1 or array.dtype.kind != "u":
             raise damaged(
                 path,
@@ -105,7 +112,15 @@ def _decode_block(path: Path, sample: dict[str, Any], num_items: int) -> PackedS
             path,
             f"block {key}: item ids are {items.min()}..{items.max()}, not within 1..{num_items}",
         )
-    return PackedSequences(items, offsets.astype(np.int64), users)
+    offsets = offsets.astype(np.int64)
+    if not has_targets:
+        return PackedSequences(items, offsets, users)
+    targets = arrays[TARGETS].astype(np.int64)
+    if len(targets) != len(users) or np.any((targets < 1) | (targets >= np.diff(offsets))):
+        raise damaged(
+            path, f"block {key}: a sequence has no target, or no history before its targets"
+        )
+    return PackedSequences(items, offsets, users, targets)
 
 
 def _from_npy(content: bytes) -> np.ndarray:

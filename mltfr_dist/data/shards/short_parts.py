@@ -41,8 +41,8 @@ def one_item_parts(folder: Path, manifest: Manifest, stored: IntArray) -> IntArr
     found = [np.zeros(0, np.int64)]
     for info in manifest.splits["valid"].shards:
         sequences = read_shard(folder, info, num_items=manifest.num_items)
-        pairs = sequences.offsets[:-1][sequences.lengths == 2]  # one item, then the target
-        found.append(sequences.items[pairs].astype(np.int64))
+        alone = sequences.lengths - sequences.num_targets == 1  # one item before the targets
+        found.append(sequences.items[sequences.offsets[:-1][alone]].astype(np.int64))
     return np.sort(np.concatenate(found))
 
 

@@ -11,7 +11,12 @@ import numpy as np
 import webdataset
 
 from mltfr_dist.data.shards.manifest import ShardInfo, SplitInfo
-from mltfr_dist.data.shards.packed import PackedSequences, length_counts, unsigned_type
+from mltfr_dist.data.shards.packed import (
+    TARGETS,
+    PackedSequences,
+    length_counts,
+    unsigned_type,
+)
 from mltfr_dist.files import file_sha256, replacing
 
 
@@ -110,6 +115,7 @@ class SplitWriter:
             bytes=path.stat().st_size,
             sha256=file_sha256(path),
             lengths=length_counts([sequences]),
+            num_targets=None if sequences.targets is None else len(sequences.distinct_targets()[0]),
         )
         self.shards.append(info)
         self.on_shard(info, int(sequences.users[-1]))
@@ -118,6 +124,7 @@ class SplitWriter:
 def _encode_block(
     key: str, block: PackedSequences, num_items: int, num_users: int
 ) -> dict[str, Any]:
+    several = {} if block.targets is None else {TARGETS: _to_npy(block.targets.astype(np.uint32))}
     return {
         "__key__": key,
         "items.npy": _to_npy(block.items.astype(unsigned_type(num_items))),
@@ -125,6 +132,7 @@ def _encode_block(
             block.offsets.astype(np.uint32 if len(block.items) < 2**32 else np.uint64)
         ),
         "users.npy": _to_npy(block.users.astype(unsigned_type(max(num_users - 1, 0)))),
+        **several,
     }
 
 

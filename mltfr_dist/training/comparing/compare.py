@@ -1,17 +1,16 @@
 """Models against a reference, user by user, and what the design could have shown.
 
-Shapes: S seeds, U users.
+A user has one value of a metric, however many targets. Shapes: S seeds, U users, T targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.metrics import METRICS, is_metric
@@ -28,6 +27,7 @@ from mltfr_dist.statistics.spread import Spread, bootstrap_interval, spread
 from mltfr_dist.training.comparing.load import rank_files, read_ranks
 from mltfr_dist.training.comparing.models import Model, Models, as_models
 from mltfr_dist.training.comparing.slices import user_slices
+from mltfr_dist.training.comparing.values import user_values
 
 SHOWN = ("HR@10", "NDCG@10", "MRR")
 RESAMPLES = 10_000
@@ -84,7 +84,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Slice:
-    """The change among some of the users."""
+    """The change among some of the targets, as if their users had no others."""
 
     name: str
     users: int
@@ -131,6 +131,7 @@ class Comparison:
     options: Options
     split: str
     num_users: int
+    num_targets: int
     protocol: dict[str, str]
     unknown: tuple[str, ...]
     models: tuple[Model, ...]
@@ -173,9 +174,10 @@ def compare_runs(paths: Sequence[str | Path], split: str, options: Options) -> C
 
 def compare_models(found: Models, split: str, options: Options) -> Comparison:
     """Every model against the first."""
-    names = list(dict.fromkeys([options.metric, *SHOWN]))
+    several = found.num_users < len(found.users)
+    names = list(dict.fromkeys([options.metric, *SHOWN, *["Recall@10"] * several]))
     reference, *others = found.models
-    differences = [_difference(model, reference, found.slicing, names, options) for model in others]
+    differences = [_difference(model, reference, found, names, options) for model in others]
     corrected = holm([d.p for d in differences])
     differences = [replace(d, p_holm=p) for d, p in zip(differences, corrected, strict=True)]
     if options.margin is not None:
@@ -185,22 +187,16 @@ def compare_models(found: Models, split: str, options: Options) -> Comparison:
         options,
         split,
         found.num_users,
+        len(found.users),
         found.protocol,
         found.unknown,
         found.models,
         {
-            m.label: {name: float(user_values(m.ranks, name).mean()) for name in names}
+            m.label: {name: float(user_values(m.ranks, name, found.users).mean()) for name in names}
             for m in found.models
         },
         tuple(differences),
     )
-
-
-def user_values(ranks: Floats, metric: str) -> Floats:
-    """The metric of each user by the target's rank, both [S, U]."""
-    name, _, k = metric.partition("@")
-    values: Floats = METRICS[name].value(torch.from_numpy(ranks), int(k or 0)).double().numpy()
-    return values
 
 
 def seed_pairs(model: Model, reference: Model) -> list[tuple[int, int]]:
@@ -223,7 +219,7 @@ def seed_pairs(model: Model, reference: Model) -> list[tuple[int, int]]:
 def _difference(
     model: Model,
     reference: Model,
-    slicing: dict[str, Floats],
+    among: Models,
     names: Sequence[str],
     options: Options,
 ) -> Difference:
@@ -232,8 +228,10 @@ def _difference(
     pairs = seed_pairs(model, reference)
     own, other = [i for i, _ in pairs], [j for _, j in pairs]
 
-    def values(metric: str) -> tuple[Floats, Floats]:
-        return user_values(model.ranks[own], metric), user_values(reference.ranks[other], metric)
+    def values(metric: str, members: Any = slice(None)) -> tuple[Floats, Floats]:
+        users = np.unique(among.users[members], return_inverse=True)[1]
+        mine, theirs = model.ranks[own][:, members], reference.ranks[other][:, members]
+        return user_values(mine, metric, users), user_values(theirs, metric, users)
 
     def change(of: Floats) -> Change:
         low, high = bootstrap_interval(of, options.resamples, random)
@@ -246,17 +244,9 @@ def _difference(
     found, deviation = spread(paired), float(by_user.std(ddof=1))
     wanted = options.difference or abs(found.mean)
     slices = [
-        Slice(
-            name,
-            int(members.sum()),
-            float(theirs[:, members].mean()),
-            float(mine[:, members].mean()),
-            change(paired[:, members]),
-            int((by_user[members] > 0).sum()),
-            int((by_user[members] < 0).sum()),
-        )
-        for name, members in user_slices(slicing)
-        if members.sum() > 1
+        _slice(name, *values(options.metric, members), change)
+        for name, members in user_slices(among.slicing, among.users)
+        if len(np.unique(among.users[members])) > 1
     ]
     p = randomisation_p(by_user, options.resamples, random)
     margin = options.margin
@@ -276,6 +266,20 @@ def _difference(
         seeds_needed(found, wanted) if found.num_seeds > 1 else None,
         None if margin is None else equivalence_p(found.mean, found.error, found.freedom, margin),
         tuple(slices),
+    )
+
+
+def _slice(name: str, mine: Floats, theirs: Floats, change: Callable[[Floats], Change]) -> Slice:
+    """Values [S, U] of the users of a slice, by their targets in it alone."""
+    by_user = (mine - theirs).mean(0)
+    return Slice(
+        name,
+        len(by_user),
+        float(theirs.mean()),
+        float(mine.mean()),
+        change(mine - theirs),
+        int((by_user > 0).sum()),
+        int((by_user < 0).sum()),
     )
 
 

@@ -1,9 +1,8 @@
-"""Ranks of users as files hold them: of runs, of matrices, and from elsewhere."""
+"""Ranks of users' targets as files hold them: of runs, of matrices, and from elsewhere."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mltfr_dist.data.shards.packed import IntArray
 from mltfr_dist.errors import DataError
 from mltfr_dist.invocation import command
 from mltfr_dist.statistics.resampling import Floats
@@ -28,19 +28,24 @@ MATRIX_COLUMN = "ranks"
 
 @dataclass(frozen=True)
 class Measured:
-    """The ranks of one model's users on one split. Shapes: U users."""
+    """The ranks of one model's targets on one split. Shapes: T targets."""
 
     path: Path
     about: dict[str, Any]
     """What the file says of itself; empty for files from elsewhere."""
     users: Any
-    """[U] raw ids, as Arrow texts."""
+    """[T] raw ids, as Arrow texts."""
     targets: Any
-    """[U] raw ids, as Arrow texts."""
+    """[T] raw ids, as Arrow texts."""
     ranks: Floats
-    """[U] 1 is best."""
+    """[T] 1 is best."""
     slicing: dict[str, Floats]
-    """``history_length`` and ``popularity`` [U], as far as the file has them."""
+    """``history_length`` and ``popularity`` [T], as far as the file has them."""
+
+    @property
+    def owners(self) -> IntArray:
+        """[T] number of each target's user, from 0 in the order of their first targets."""
+        return codes(self.users)
 
     @property
     def name(self) -> str:
@@ -111,8 +116,8 @@ def read_ranks(path: Path, split: str) -> Measured:
     """The ranks of a split.
 
     Raises:
-        DataError: Not Parquet, columns that are missing, ranks that are none, a user twice, or no
-            such split.
+        DataError: Not Parquet, columns that are missing, ranks that are none, a user's target
+            twice, or no such split.
     """
     schema = _opened(path)
     missing = [name for name in NEEDED if name not in schema.names]
@@ -135,14 +140,47 @@ def read_ranks(path: Path, split: str) -> Measured:
     about = json.loads((schema.metadata or {}).get(KEY, b"{}"))
     users, targets = (_ids(table, name, path) for name in ("user", "target"))
     found = Measured(path, about, users, targets, _checked(table, path), slicing)
-    if len(users.unique()) < len(users):
-        twice = Counter(users.to_pylist()).most_common(1)[0][0]
-        raise DataError(
-            f"{path} holds user {twice} more than once.",
-            rule="A user has one target in a split.",
-            remedy="Keep one row a user, or name the split's rows by a column `split`.",
-        )
+    _check_targets(found)
     return found
+
+
+def _check_targets(found: Measured) -> None:
+    """Refuse a user's target that comes twice, or with the rank of another.
+
+    Raises:
+        DataError: One does.
+    """
+    owners = found.owners
+    if row := _repeated(owners, codes(found.targets)):
+        raise DataError(
+            f"{found.path} holds user {found.users[row]} with the target {found.targets[row]} more "
+            "than once.",
+            rule="A row is a user's target, and a target that comes again counts once.",
+            remedy="Keep one row a target, or name the split's rows by a column `split`.",
+        )
+    if row := _repeated(owners, np.unique(found.ranks, return_inverse=True)[1]):
+        raise DataError(
+            f"{found.path} gives two targets of user {found.users[row]} the rank "
+            f"{found.ranks[row]:g}.",
+            rule="Ranks are places in one ranking of all candidates, the user's other targets "
+            "among them.",
+            remedy="Give targets of equal score places one after the other.",
+        )
+
+
+def _repeated(owners: IntArray, values: IntArray) -> int:
+    """A row whose user and value (from 0) an earlier row has; 0: there is none."""
+    pairs = owners * (int(values.max()) + 1) + values
+    first = np.unique(pairs, return_index=True)[1]
+    rows = np.ones(len(pairs), bool)
+    rows[first] = False
+    return int(rows.argmax())
+
+
+def codes(ids: Any) -> IntArray:
+    """Raw ids [n] -> numbers [n] of the different ones, from 0 in the order of their coming."""
+    numbers: IntArray = ids.dictionary_encode().indices.to_numpy().astype(np.int64)
+    return numbers
 
 
 def _numbers(table: Any, name: str, path: Path) -> Floats:

@@ -1,5 +1,5 @@
-"""Files of ranks as models with seeds, refused where they cannot be compared. Shapes: S seeds, U
-users.
+"""Files of ranks as models with seeds, refused where they cannot be compared. Shapes: S seeds, T
+targets.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from mltfr_dist.data.shards.packed import IntArray
 from mltfr_dist.errors import DataError
 from mltfr_dist.statistics.resampling import Floats
 from mltfr_dist.training.comparing.load import Measured
@@ -27,16 +28,18 @@ class Model:
     files: tuple[str, ...]
     seeds: tuple[int | None, ...]
     ranks: Floats
-    """[S, U], users in the order of the first file."""
+    """[S, T], targets in the order of the first file."""
     picked_on: str
     """Metric and split that picked the checkpoint; empty where there was none to pick."""
 
 
 @dataclass(frozen=True)
 class Models:
-    """Models over the same users, and by which rules they were ranked."""
+    """Models over the same targets, and by which rules they were ranked."""
 
     models: tuple[Model, ...]
+    users: IntArray
+    """[T] number of each target's user, from 0."""
     protocol: dict[str, str]
     """Empty where no file says."""
     unknown: tuple[str, ...]
@@ -45,8 +48,8 @@ class Models:
 
     @property
     def num_users(self) -> int:
-        """U."""
-        return int(self.models[0].ranks.shape[1])
+        """Users, who are what is compared."""
+        return int(self.users.max()) + 1
 
 
 def as_models(measured: Sequence[Measured], labels: Sequence[str] | None = None) -> Models:
@@ -73,10 +76,11 @@ def as_models(measured: Sequence[Measured], labels: Sequence[str] | None = None)
     told = [one for one in measured if one.about]
     slicing: dict[str, Floats] = {}
     for one in reversed(measured):
-        if one.users.equals(first.users):
+        if one.users.equals(first.users) and one.targets.equals(first.targets):
             slicing |= one.slicing
     return Models(
         tuple(models),
+        first.owners,
         told[0].about["protocol"] if told else {},
         tuple(str(one.path) for one in measured if not one.about),
         slicing,
@@ -141,16 +145,15 @@ def check_protocols(measured: Sequence[Measured]) -> None:
 
 
 def aligned_ranks(one: Measured, first: Measured) -> Floats:
-    """Ranks [U] in the order of another file's users.
+    """Ranks [T] in the order of another file's targets.
 
     Raises:
         DataError: The files hold different users, or different targets of a user.
     """
-    places = pc.index_in(first.users, value_set=one.users)
-    if places.null_count or len(one.users) != len(first.users):
-        lacking = first.users.filter(pc.is_null(places))
-        unknown = pc.index_in(one.users, value_set=first.users)
-        more = one.users.filter(pc.is_null(unknown))
+    own, others = one.users.unique(), first.users.unique()
+    lacking = others.filter(pc.is_null(pc.index_in(others, value_set=own)))
+    more = own.filter(pc.is_null(pc.index_in(own, value_set=others)))
+    if len(lacking) or len(more):
         parts = [
             f"{len(users):,} users {how} ({', '.join(users[:ECHOED_USERS].to_pylist())}"
             + ", ..." * (len(users) > ECHOED_USERS)
@@ -160,18 +163,35 @@ def aligned_ranks(one: Measured, first: Measured) -> Floats:
         ]
         raise DataError(
             f"{one.path} and {first.path} hold different users: {' and '.join(parts)}.",
-            rule="A paired comparison needs each user's rank by every model.",
+            rule="A paired comparison needs each user's ranks by every model.",
             remedy="Evaluate both on the same users, by their raw ids.",
         )
-    targets = one.targets.take(places)
-    if not targets.equals(first.targets):
-        differs = pc.not_equal(targets, first.targets)
-        row = differs.to_pylist().index(True)
+    mine, theirs = (_pairs(file, first) for file in (one, first))
+    differing = np.concatenate([np.setdiff1d(theirs, mine), np.setdiff1d(mine, theirs)])
+    if len(differing):
+        users = np.unique(differing // (len(first.targets) + 1))
+        user = others[int(users[0])]
+        told = [
+            ", ".join(file.targets.filter(pc.equal(file.users, user))[:ECHOED_USERS].to_pylist())
+            for file in (one, first)
+        ]
         raise DataError(
-            f"{one.path} ranks {targets[row]} for user {first.users[row]}, and {first.path} "
-            f"{first.targets[row]}; {differs.true_count:,} users have different targets.",
-            rule="A paired comparison needs the same target of each user.",
+            f"{one.path} ranks {told[0]} for user {user}, and {first.path} {told[1]}; "
+            f"{len(users):,} users have different targets.",
+            rule="A paired comparison needs the same targets of each user.",
             remedy="Evaluate both on the same split, by the raw ids of its items.",
         )
-    ranks: Floats = one.ranks[places.to_numpy()]
+    ranks = np.empty_like(one.ranks)
+    ranks[theirs.argsort()] = one.ranks[mine.argsort()]
     return ranks
+
+
+def _pairs(file: Measured, first: Measured) -> IntArray:
+    """[T] a number of each user and target, the same for two files that hold the same."""
+    values = first.users.unique(), first.targets.unique()
+    users, targets = (
+        pc.fill_null(pc.index_in(ids, value_set=known), -1).to_numpy().astype(np.int64)
+        for ids, known in zip((file.users, file.targets), values, strict=True)
+    )
+    found: IntArray = users * (len(first.targets) + 1) + targets + 1
+    return found

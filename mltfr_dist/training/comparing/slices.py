@@ -1,4 +1,4 @@
-"""Slices of users by their target's popularity and by the length of their history."""
+"""Slices of targets by their popularity and by the length of their user's history."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from mltfr_dist.data.shards.packed import IntArray
 from mltfr_dist.statistics.resampling import Floats
 
 WORDS = {
@@ -15,12 +16,16 @@ WORDS = {
 }
 
 
-def user_slices(slicing: dict[str, Floats]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Names and members [U] of the slices: cold targets, and thirds of the users, as far as known.
+def user_slices(
+    slicing: dict[str, Floats], users: IntArray
+) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Names and members [T] of the slices: cold targets, and thirds of the targets by popularity
+    and of the users by history, as far as known; ``users`` [T] are the targets'.
 
     A third ends at a whole value, so that users of equal value are together; the name has the
     values that it spans.
     """
+    one_row = np.unique(users, return_index=True)[1]  # of each user
     for name, words in WORDS.items():
         if name not in slicing:
             continue
@@ -30,7 +35,8 @@ def user_slices(slicing: dict[str, Floats]) -> Iterator[tuple[str, NDArray[np.bo
             rest = values > 0
         if not rest.any():
             continue
-        ends = np.quantile(values[rest], (1 / 3, 2 / 3), method="higher")
+        divided = values[rest] if name == "popularity" else values[one_row]
+        ends = np.quantile(divided, (1 / 3, 2 / 3), method="higher")
         third = (values > ends[0]).astype(int) + (values > ends[1])
         for number, word in enumerate(words):
             members = rest & (third == number)

@@ -46,7 +46,7 @@ def tables(found: Comparison) -> list[tuple[str, Table]]:
     """Every table with its title."""
     metric, reference = found.options.metric, found.reference
     shown = [
-        (f"{found.split} split, {found.num_users:,} users", means(found)),
+        (f"{found.split} split, {size(found)}", means(found)),
         (f"{metric}, difference to {reference}", differences(found)),
         ("What this design could have shown", power(found)),
         (f"Other metrics, difference to {reference}, 95% interval", other_metrics(found)),
@@ -56,6 +56,12 @@ def tables(found: Comparison) -> list[tuple[str, Table]]:
             title = f"{metric} by slice of the users, {difference.model} and {reference}"
             shown.append((title, slices(difference)))
     return shown
+
+
+def size(found: Comparison) -> str:
+    """Users, and targets where there are more."""
+    more = f", {found.num_targets:,} targets" * (found.num_targets > found.num_users)
+    return f"{found.num_users:,} users{more}"
 
 
 def means(found: Comparison) -> Table:

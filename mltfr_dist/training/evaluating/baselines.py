@@ -69,7 +69,7 @@ def _same_for_all(of_items: np.ndarray) -> Scorer:
     counts[0] = -torch.inf
 
     def score(batch: RankingBatch) -> Tensor:
-        return counts.to(batch.item_ids.device).expand(len(batch.target_ids), -1).clone()
+        return counts.to(batch.item_ids.device).expand(len(batch.item_ids), -1).clone()
 
     return score
 
@@ -138,7 +138,7 @@ def item_knn(
     neighbours = sparse.vstack(blocks, format="csr")
 
     def score(batch: RankingBatch) -> Tensor:
-        users = len(batch.target_ids)
+        users = len(batch.item_ids)
         data = np.ones(len(batch.seen_rows), np.float32)
         history = sparse.csr_matrix(
             (data, (batch.seen_rows.cpu().numpy(), batch.seen_items.cpu().numpy())),

@@ -23,12 +23,15 @@ from mltfr_dist.training.streams import ranking_stream
 PACKAGE = "mltfr_dist.training.evaluating"
 
 
-def ranked(config: RunConfig, split: str, ranks: Ranks, by: str = "") -> UntilStopped[RankingBatch]:
-    """This rank's users of a split, until a rank is asked to stop; ``by`` names the model where it
-    is a baseline.
+def ranked(
+    config: RunConfig, split: str, ranks: Ranks, by: str = "", *, once_a_user: bool = False
+) -> UntilStopped[RankingBatch]:
+    """:func:`ranking_stream`, until a rank is asked to stop; ``by`` names the model where it is a
+    baseline.
     """
     doing = f"ranking the {split} split" + (f" by {by}" if by else "")
-    return UntilStopped(ranking_stream(config, split, ranks), ranks, doing)
+    stream = ranking_stream(config, split, ranks, once_a_user=once_a_user)
+    return UntilStopped(stream, ranks, doing)
 
 
 def baseline_result(

@@ -1,7 +1,8 @@
 """Exact full-ranking evaluation over all ranks.
 
-Every item is a candidate, except (``filter_seen``) those of the user's own full history; the target
-always is one. Shapes: B users of a batch, U users of a split, S slices.
+Every item is a candidate, except (``filter_seen``) those of the user's own full history; targets
+always are. That gives one ranking a user, and a target's rank is its place in it: a user's other
+targets stand in it as all items do. Shapes: T targets of a batch or of a split, S slices.
 """
 
 from __future__ import annotations
@@ -22,25 +23,38 @@ from mltfr_dist.training.evaluating.placing import Placer, excluded
 
 ALL = "all"
 Members = Callable[[RankingBatch], Tensor]
-"""A ranking batch -> [B, S] bool, which users belong to which of S slices."""
+"""A ranking batch -> [T, S] bool, which targets belong to which of S slices."""
 Keep = Callable[[Tensor], object]
-"""Takes the ranks [U] of all users of a split, in its order, on every rank."""
+"""Takes the ranks [T] of all targets of a split, in its order, on every rank."""
 
 
 class Ranked(NamedTuple):
-    """Where each user's target stands: all that metrics are made of, the same on every rank."""
+    """Where each target stands: all that metrics are made of, the same on every rank."""
 
     ranks: Tensor
-    """[U] float64 in the order of the split; 1 is the best, half-integral where ties count as their
+    """[T] float64 in the order of the split; 1 is the best, a fraction where ties count as their
     middle.
     """
     members: Tensor
-    """[U, S] bool, which users belong to which slices."""
+    """[T, S] bool, which targets belong to which slices."""
+    users: Tensor
+    """[T] ascending, place of each target's user in the split."""
 
-    def metrics(self, cutoffs: Sequence[int], slice_number: int | None = None) -> dict[str, float]:
-        """Metric name to mean over users (of one slice, where asked for); 0 where there is none."""
-        ranks = self.ranks if slice_number is None else self.ranks[self.members[:, slice_number]]
-        return {name: v / max(1, len(ranks)) for name, v in metric_sums(ranks, cutoffs).items()}
+    def of_slice(self, number: int) -> Ranked:
+        """A slice's targets alone, as if their users had no others."""
+        chosen = self.members[:, number]
+        return Ranked(self.ranks[chosen], self.members[chosen], self.users[chosen])
+
+    @property
+    def num_users(self) -> int:
+        """Users with a target here."""
+        return int((self.users.diff(prepend=self.users[:1] - 1) > 0).sum())
+
+    def metrics(self, cutoffs: Sequence[int]) -> dict[str, float]:
+        """Metric name to mean over users; 0 where there is none."""
+        users = self.users if self.num_users < len(self.users) else None
+        sums = metric_sums(self.ranks, cutoffs, users)
+        return {name: total / max(1, self.num_users) for name, total in sums.items()}
 
 
 @torch.no_grad()
@@ -51,35 +65,42 @@ def rank_users(
     ranks: Ranks,
     members: Members | None = None,
 ) -> Ranked:
-    """Rank every user's target among all candidates; all ranks must call.
+    """Rank every target among all candidates of its user; all ranks must call.
 
     Args:
         place: The model, or a baseline.
-        stream: This rank's users; the ranks' streams together hold every user once.
+        stream: This rank's targets; the ranks' streams together hold every target once. Batches
+            without numbers of users are of users of their own.
         config: The rules for ties and seen items.
         ranks: All processes.
-        members: Says who belongs to which slice; None: there are none.
+        members: Says what belongs to which slice; None: there are none.
 
     Returns:
-        All users of all ranks. Neither batches nor the number of ranks change their order or ranks
-        (but for what they change of hidden states, in the last bits).
+        All targets of all ranks. Neither batches nor the number of ranks change their order or
+        ranks (but for what they change of hidden states, in the last bits).
     """
-    numbers, found, groups = [], [], []
+    numbers, better, equal, groups, so_far = [], [], [], [], 0
     for batch in stream:
         heartbeat()
         batch = batch.to(ranks.device)
         places = place(batch, excluded(batch, filter_seen=config.filter_seen))
         present = batch.target_ids != PADDING_IDX
-        as_they_come = torch.zeros_like(batch.target_ids)
-        numbers.append((as_they_come if batch.numbers is None else batch.numbers)[present])
-        found.append(target_ranks(places.better, places.equal, config.ties)[present])
+        as_they_come = torch.arange(len(batch.item_ids), device=ranks.device) + so_far
+        so_far += len(as_they_come)
+        users = as_they_come if batch.numbers is None else batch.numbers
+        numbers.append(batch.of_targets(users)[present])
+        better.append(places.better[present])
+        equal.append(places.equal[present])
         nothing = present.new_zeros(len(present), 0)
         groups.append((nothing if members is None else members(batch))[present])
-    everyone, user_ranks, of_slices = (
-        of_all_ranks(torch.cat(parts), ranks) for parts in (numbers, found, groups)
+    everyone, above, beside, of_slices = (
+        of_all_ranks(torch.cat(parts), ranks) for parts in (numbers, better, equal, groups)
     )
     order = everyone.argsort(stable=True)
-    return Ranked(user_ranks[order], of_slices[order].bool())
+    everyone, above, beside = (t[order] for t in (everyone, above, beside))
+    several = bool((everyone[1:] == everyone[:-1]).any())
+    found = target_ranks(above, beside, config.ties, everyone if several else None)
+    return Ranked(found, of_slices[order].bool(), everyone)
 
 
 def evaluate(
@@ -105,7 +126,7 @@ def evaluate_slices(
     members: Members,
     keep: Keep | None = None,
 ) -> dict[str, dict[str, float]]:
-    """:func:`evaluate`, for all users and for slices of them, in one pass.
+    """:func:`evaluate`, for all targets and for slices of them, in one pass.
 
     Returns:
         "all" and each slice's name to its metrics; a slice's also hold ``users``, their number.
@@ -115,8 +136,8 @@ def evaluate_slices(
         keep(found.ranks)
     metrics = {ALL: found.metrics(config.cutoffs)}
     for number, name in enumerate(slice_names):
-        size = float(found.members[:, number].sum())
-        metrics[name] = found.metrics(config.cutoffs, number) | {"users": size}
+        part = found.of_slice(number)
+        metrics[name] = part.metrics(config.cutoffs) | {"users": float(part.num_users)}
     return metrics
 
 

@@ -41,7 +41,7 @@ def interactions(train: PackedSequences, num_items: int) -> sparse.csr_matrix:
 def histories(batch: RankingBatch, num_items: int) -> sparse.csr_matrix:
     """[B, I + 1] 1 where an item is in a user's full history."""
     places = (batch.seen_rows.cpu().numpy(), batch.seen_items.cpu().numpy())
-    shape = (len(batch.target_ids), num_items + 1)
+    shape = (len(batch.item_ids), num_items + 1)
     seen = sparse.csr_matrix((np.ones(len(places[0])), places), shape=shape)
     seen.data[:] = 1.0
     return seen

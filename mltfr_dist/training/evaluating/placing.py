@@ -1,6 +1,6 @@
 """Who places users' targets among all items: a trained model, or whatever has scores.
 
-Shapes: B users, D hidden size, I items, S pairs.
+Shapes: B histories, T targets, D hidden size, I items.
 """
 
 from __future__ import annotations
@@ -20,26 +20,39 @@ from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.tiles import Pairs, exact_scores
 
 Placer = Callable[[RankingBatch, Pairs], Places]
-"""A ranking batch, and the pairs of its rows and items that do not count (each row's target is
-among them, a pair may come twice) -> how many of the other items score higher than each row's
-target, and how many the same; of rows without a target nothing is asked."""
+"""A ranking batch, and the pairs of its targets and items that do not count (each target itself is
+among them, a pair may come twice) -> how many of the other items score higher than each target,
+and how many the same; of rows that only fill the batch nothing is asked."""
 
 
 Scorer = Callable[[RankingBatch], Tensor]
-"""A ranking batch -> scores [B, num_items + 1], column = item id."""
+"""A ranking batch -> scores [B, num_items + 1] of its histories, column = item id."""
 HELD_SCORES = 1 << 24
 """Scores of a :data:`Scorer` that are held at a time (64 MiB, and a few copies), or those of one
-user.
+target.
 """
 
 
 def excluded(batch: RankingBatch, *, filter_seen: bool) -> Pairs:
-    """What is no competitor of a target: itself and, where asked for, the user's own history."""
+    """What is no competitor of a target: itself and, where asked for, the user's own history, but
+    for what is another target of the user. Rows are numbers of targets.
+    """
     rows = (batch.target_ids != PADDING_IDX).nonzero()[:, 0]
     targets = batch.target_ids[rows]
     if not filter_seen:
         return Pairs(rows, targets)
-    return Pairs(torch.cat([rows, batch.seen_rows]), torch.cat([targets, batch.seen_items]))
+    seen_rows, seen_items = batch.seen_rows, batch.seen_items
+    if batch.target_rows is not None:
+        assert batch.seen_targets is not None
+        seen_rows, seen_items = (t[~batch.seen_targets] for t in (seen_rows, seen_items))
+        # A user's pairs lie together: they are taken once for each target.
+        sizes = torch.bincount(seen_rows, minlength=len(batch.item_ids))
+        starts, sizes = (batch.of_targets(t) for t in (sizes.cumsum(0) - sizes, sizes))
+        seen_rows = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        begin = starts - (sizes.cumsum(0) - sizes)
+        places = torch.arange(len(seen_rows), device=sizes.device) + begin[seen_rows]
+        seen_items = seen_items[places]
+    return Pairs(torch.cat([rows, seen_rows]), torch.cat([targets, seen_items]))
 
 
 class MeanLoss:
@@ -51,13 +64,13 @@ class MeanLoss:
         self._sum = torch.zeros(2, dtype=torch.float64, device=ranks.device)
 
     def add(self, losses: Tensor) -> None:
-        """Take in the losses of some users [B]."""
+        """Take in the losses of some targets [T]."""
         self._sum += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
 
     def mean(self) -> float:
-        """Mean over the users of all ranks, in nats; every rank must call."""
-        total, users = self._ranks.sum(self._sum).tolist()
-        return float(total / max(1.0, users))
+        """Mean over the targets of all ranks, in nats; every rank must call."""
+        total, targets = self._ranks.sum(self._sum).tolist()
+        return float(total / max(1.0, targets))
 
 
 class ByModel:
@@ -68,17 +81,18 @@ class ByModel:
         self._model, self._loss = model, loss
 
     def __call__(self, batch: RankingBatch, exclude: Pairs) -> Places:
-        """Place each row's target; under ZeRO-3 all ranks must call."""
-        found: Places = self._model(batch, read=partial(self._count, batch.target_ids, exclude))
+        """Place each target; under ZeRO-3 all ranks must call."""
+        found: Places = self._model(batch, read=partial(self._count, batch, exclude))
         return found
 
     def _count(
-        self, target_ids: Tensor, exclude: Pairs, hidden: Tensor, item_vectors: Tensor
+        self, batch: RankingBatch, exclude: Pairs, hidden: Tensor, item_vectors: Tensor
     ) -> Places:
-        """States [B, D] and item vectors [I or O, D] -> places [B]; 0 for rows without a target."""
+        """States [B, D] and item vectors [I or O, D] -> places [T]; 0 where there is no target."""
+        target_ids = batch.target_ids
         present = target_ids != PADDING_IDX
-        number = present.cumsum(0) - 1  # of a row among those that are ranked
-        hidden, targets = hidden[present], target_ids[present]
+        number = present.cumsum(0) - 1  # of a target among those that are ranked
+        hidden, targets = batch.of_targets(hidden)[present], target_ids[present]
         exclude = Pairs(number[exclude.rows], exclude.item_ids)
         division = division_of(self._model) if isinstance(self._model, nn.Module) else None
         count = self._in_whole if division is None else partial(self._in_parts, division)
@@ -116,23 +130,23 @@ class ByModel:
 
 
 class ByScores:
-    """A scorer as a placer: the scores of some users at a time, however many a batch has."""
+    """A scorer as a placer: the scores of some targets at a time, however many a batch has."""
 
     def __init__(self, score: Scorer, num_items: int) -> None:
         """Args: score: a baseline; num_items: I."""
         self._score, self._at_once = score, max(1, HELD_SCORES // (num_items + 1))
 
     def __call__(self, batch: RankingBatch, exclude: Pairs) -> Places:
-        """Place each row's target.
+        """Place each target.
 
         Raises:
             ValueError: A score is NaN, or a target's is not finite: no rank can be stated.
         """
         parts = []
         for start in range(0, len(batch.target_ids), self._at_once):
-            part = rows_of(batch, start, start + self._at_once)
+            part = targets_of(batch, start, start + self._at_once)
             here = (exclude.rows >= start) & (exclude.rows < start + self._at_once)
-            scores, targets = self._score(part), part.target_ids[:, None]
+            scores, targets = part.of_targets(self._score(part)), part.target_ids[:, None]
             of_targets = scores.gather(1, targets)
             present = part.target_ids != PADDING_IDX
             if scores.isnan().any() or not of_targets[present].isfinite().all():
@@ -143,11 +157,20 @@ class ByScores:
         return Places(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def rows_of(batch: RankingBatch, start: int, stop: int) -> RankingBatch:
-    """The users from ``start`` up to ``stop``."""
-    here, rows = (batch.seen_rows >= start) & (batch.seen_rows < stop), slice(start, stop)
-    numbers = None if batch.numbers is None else batch.numbers[rows]
-    seen_rows, seen_items = batch.seen_rows[here] - start, batch.seen_items[here]
+def targets_of(batch: RankingBatch, start: int, stop: int) -> RankingBatch:
+    """The targets from ``start`` up to ``stop``, with their histories."""
+    first, last, own = start, stop, batch.target_rows
+    if own is not None:
+        own = own[start:stop]
+        first, last = int(own[0]), int(own[-1]) + 1
+        own = own - first
+    here, rows = (batch.seen_rows >= first) & (batch.seen_rows < last), slice(first, last)
     return RankingBatch(
-        batch.item_ids[rows], batch.target_ids[rows], seen_rows, seen_items, numbers
+        batch.item_ids[rows],
+        batch.target_ids[start:stop],
+        batch.seen_rows[here] - first,
+        batch.seen_items[here],
+        None if batch.numbers is None else batch.numbers[rows],
+        own,
+        None if batch.seen_targets is None else batch.seen_targets[here],
     )

@@ -1,5 +1,5 @@
-"""Who the test metrics are made of: slices of users by their target's popularity and by the length
-of their history.
+"""What the test metrics are made of: slices of targets by their popularity and by the length of
+their user's history.
 
 A prior from language models has most to give where training data is thin, so a mean over all users
 can hide it.
@@ -23,7 +23,7 @@ from mltfr_dist.data.shards.short_parts import one_item_parts
 
 @dataclass(frozen=True)
 class Slices:
-    """A user belongs to one third by target and to one by history.
+    """A target belongs to one third by its item and to one by its user's history.
 
     Attributes:
         item_third: [num_items + 1] 0, 1, 2: the third of the items, ordered by training
@@ -47,11 +47,10 @@ class Slices:
     )
 
     def members(self, batch: RankingBatch) -> Tensor:
-        """[B, 6] bool, in the order of ``NAMES``; rows that only fill the batch belong nowhere."""
+        """[T, 6] bool, in the order of ``NAMES``; rows that only fill the batch belong nowhere."""
         third = self.item_third.to(batch.target_ids.device)[batch.target_ids]
-        length = torch.bincount(
-            batch.seen_rows, minlength=len(batch.target_ids)
-        )  # of the full history
+        of_rows = torch.bincount(batch.seen_rows, minlength=len(batch.item_ids))
+        length = batch.of_targets(of_rows)  # of the full history
         by_length = (length > self.short).long() + (length >= self.long).long()
         groups = torch.stack([third, by_length + 3], dim=1)
         member = torch.zeros(

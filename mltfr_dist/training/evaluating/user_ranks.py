@@ -1,10 +1,10 @@
-"""`ranks.parquet`: the rank of each user's target, so that runs can be compared when they are over.
+"""`ranks.parquet`: the ranks of users' targets, so that runs can be compared when they are over.
 
-One row a user and split, in the order of the prepared data, whatever the number of ranks: ``split``
-(valid, test), ``user`` and ``target`` (raw ids), ``rank`` (1 is best; half-integral only with ties
-"mean"), ``history_length`` (items of the full history), ``popularity`` (how often training holds
-the target). The file's metadata, JSON under the key :data:`KEY`, says what it is of, and by which
-rules it came about.
+One row a target and split, in the order of the prepared data, whatever the number of ranks:
+``split`` (valid, test), ``user`` and ``target`` (raw ids), ``rank`` (1 is best; a fraction only
+with ties "mean"), ``history_length`` (items of the full history), ``popularity`` (how often
+training holds the target). The file's metadata, JSON under the key :data:`KEY`, says what it is of,
+and by which rules it came about.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class UserRanks:
     ) -> None:
         """Write what was kept to ``path``, in one step; all must call.
 
-        Memory of rank 0: the ids of users and items, 8 bytes a user, and one shard.
+        Memory of rank 0: the ids of users and items, 8 bytes a target, and one shard.
 
         Args:
             path: The file, which it replaces.
@@ -109,15 +109,15 @@ def _tables(
         start = 0
         for info in manifest.splits[split].shards:
             sequences = read_shard(folder, info, num_items=manifest.num_items)
-            targets = sequences.items[sequences.offsets[1:] - 1].astype(np.int64)
-            end = start + len(sequences)
+            rows, targets = sequences.distinct_targets()
+            end = start + len(targets)
             yield pa.table(
                 {
-                    "split": pa.array([split] * len(sequences)).dictionary_encode(),
-                    "user": users.take(pa.array(sequences.users)),
+                    "split": pa.array([split] * len(targets)).dictionary_encode(),
+                    "user": users.take(pa.array(sequences.users[rows])),
                     "target": items.take(pa.array(targets - 1)),
                     "rank": values[start:end],
-                    "history_length": sequences.lengths - 1,
+                    "history_length": (sequences.lengths - sequences.num_targets)[rows],
                     "popularity": counts[targets],
                 }
             )
@@ -149,7 +149,7 @@ def protocol(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
     left_out = ", ".join(config.data.left_out) or "nothing"
     return {
         "data": f"manifest {file_sha256(config.data.path / MANIFEST_NAME)}, left out: {left_out}",
-        "split": manifest.prepare.split,
+        "split": manifest.prepare.split_in_words,
         "candidates": f"all {manifest.num_items} items",
         "seen items": "left out" if config.evaluation.filter_seen else "kept",
         "ties": config.evaluation.ties,

@@ -24,11 +24,11 @@ from mltfr_dist.training.comparing.compare import (
     Comparison,
     Options,
     compare_models,
-    user_values,
 )
 from mltfr_dist.training.comparing.load import read_ranks
 from mltfr_dist.training.comparing.models import as_models
 from mltfr_dist.training.comparing.text import differences, markdown, power
+from mltfr_dist.training.comparing.values import user_values
 from mltfr_dist.training.inputs import Inputs
 from mltfr_dist.training.reporting.curves import CURVES, write_curves
 from mltfr_dist.training.reporting.matrix import config_sha256
@@ -58,7 +58,7 @@ def protocol_line(config: RunConfig, manifest: Manifest) -> str:
     """By which rules the figures of a report came about."""
     seen = "left out" if config.evaluation.filter_seen else "kept"
     rules = [
-        f"split {manifest.prepare.split}",
+        f"split {manifest.prepare.split_in_words}",
         f"candidates all {manifest.num_items:,} items",
         f"seen items {seen}",
         f"ties {config.evaluation.ties}",
@@ -83,13 +83,13 @@ def results_section(config: RunConfig, results: Sequence[Result]) -> list[str]:
     for name, one in zip(places, measured, strict=True):
         row = [name]
         for metric in SHOWN:
-            values = user_values(one.ranks[None], metric)
+            values = user_values(one.ranks[None], metric, one.owners)
             low, high = bootstrap_interval(values, RESAMPLES, random)
             row.append(f"{values.mean():.4f} [{low:.4f}, {high:.4f}]")
         table.append(row)
     lines = ["", "## Results with intervals", "", *markdown(table), ""]
     lines += [
-        f"95% percentile bootstrap over {len(measured[0].ranks):,} test users, {RESAMPLES:,} "
+        f"95% percentile bootstrap over {values.shape[1]:,} test users, {RESAMPLES:,} "
         "resamples: how other users would change the figure of this trained model.",
     ]
     if len(measured) < 2:

@@ -192,8 +192,8 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
         f"- Full ranking: every one of {manifest.num_items:,} items is a candidate"
         + (", except those of the user's own history" if config.evaluation.filter_seen else "")
         + f"; among equal scores the target's rank is {config.evaluation.ties}.",
-        f"- Split `{manifest.prepare.split}`; {manifest.splits['test'].num_sequences:,} test "
-        f"users; "
+        f"- Split `{manifest.prepare.split_in_words}`; {manifest.splits['test'].num_sequences:,} "
+        f"test users with {manifest.splits['test'].num_targets:,} targets; "
         f"{PICKED[config.picks_on]} (by {config.evaluation.select_by}).",
         *repairs_line(config),
         f"- The chosen model: stage `{final.stage}`, epoch {final.epoch}, {final.parameters:,} "

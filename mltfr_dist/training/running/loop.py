@@ -16,6 +16,7 @@ from mltfr_dist.distributed.kept import latest, prune
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import memory_gib
 from mltfr_dist.distributed.saving import save
+from mltfr_dist.distributed.signals import pauses_after
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import MltfrError, StoppedError
 from mltfr_dist.training.evaluating.evaluate import evaluate
@@ -40,6 +41,8 @@ class Stage:
     """Everything that one stage of training needs."""
 
     name: str
+    epochs_before: int
+    """Of earlier stages."""
     epochs: int
     config: RunConfig
     checkpoints: Path
@@ -64,16 +67,22 @@ def train_stage(stage: Stage, progress: Progress) -> Progress:
         progress = validate(stage, progress)  # what the new expert changes before any training
     while not is_finished(stage.config, progress, stage.epochs):
         progress = train_epoch(stage, progress)
-        if (
-            progress.epoch % stage.config.evaluation.every_epochs == 0
-            or progress.epoch == stage.epochs
-        ):
+        every = stage.config.evaluation.every_epochs
+        validates = progress.epoch % every == 0 or progress.epoch == stage.epochs
+        if validates:
             try:
                 progress = validate(stage, progress)
             except StoppedError:
                 save_checkpoint(stage, before_validation(stage, progress))
                 raise
         save_checkpoint(stage, progress)
+        if validates and pauses_after(stage.epochs_before + progress.epoch):
+            raise stage.ranks.rank0_raises(
+                StoppedError(
+                    f"The run was to pause after epoch {progress.epoch} of stage `{stage.name}`.",
+                    remedy="Start the same command again and it goes on.",
+                )
+            )
     return progress
 
 

@@ -70,14 +70,14 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
         )
         outcomes[CONSENSUS] = run_stage(CONSENSUS, config, inputs, ranks, outcomes[TRAIN], merged)
     best = best_for_all(folder, outcomes, ranks)
-    before = outcomes[TRAIN].step if best.stage == CONSENSUS else 0
-    step = before + steps_behind(folder / best.name, ranks)
     second = best.stage == CONSENSUS
+    step = steps_behind(folder / best.name, ranks) + second * outcomes[TRAIN].step
     model = load_model(config, inputs, folder / best.name, ranks, with_consensus=second)
     place, manifest = config.folder / RANKS, inputs.manifest
     valid, test_slices = final_metrics(ByModel(model), config, manifest, ranks, read_test, place)
     test = test_slices.pop(ALL, {})
-    routing = measure_routing(model, ranked(config, "valid", ranks), ranks, inputs.table_names)
+    users = ranked(config, "valid", ranks, once_a_user=True)
+    routing = measure_routing(model, users, ranks, inputs.table_names)
     memory = ranks.max(torch.tensor([float(peak_memory_bytes())], dtype=torch.float64))
     result = Result(
         name=name,
@@ -140,7 +140,7 @@ def run_stage(
     engine = Engine(model.to(ranks.device), config, ranks, layout, epochs * stream.steps_per_epoch)
     if last:
         saving.restore_optimizer(last, engine)
-    base = before.step if before else 0
+    base, behind = (before.step, before.epoch) if before else (0, 0)
     tracker = Tracker(
         config.folder,
         active=ranks.is_main,
@@ -153,8 +153,9 @@ def run_stage(
     sample = TokenSample.load(config, inputs, ranks)
     tracker.open_with(config)
     names = inputs.table_names
+    place = (config, folder, ranks)
     stage = Stage(
-        name, epochs, config, folder, ranks, engine, stream, valid, tracker, names, speed, sample
+        name, behind, epochs, *place, engine, stream, valid, tracker, names, speed, sample
     )
     with closing(tracker):  # also of a stage that is stopped: its process may go on to another run
         progress = train_stage(stage, progress)

@@ -66,7 +66,7 @@ def model_card(loaded: LoadedRun, info: ExportInfo, name: str) -> str:
         "## Data",
         "",
         f"{manifest.num_users:,} users, {manifest.num_items:,} items, "
-        f"{manifest.num_interactions:,} interactions; split {manifest.prepare.split}.",
+        f"{manifest.num_interactions:,} interactions; split {manifest.prepare.split_in_words}.",
         "",
         *(f"- {key}: `{value}`" for key, value in info.data.items()),
         "",

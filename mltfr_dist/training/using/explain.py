@@ -39,7 +39,7 @@ class TokenSample:
         if not config.mltfr.enabled:
             return None
         alone = Ranks(0, 1, ranks.device)
-        (batch,) = islice(ranking_stream(config, "valid", alone), 1)
+        (batch,) = islice(ranking_stream(config, "valid", alone, once_a_user=True), 1)
         item_ids = batch.item_ids[:SAMPLE_USERS].to(ranks.device)
         item_ids = item_ids[(item_ids != PADDING_IDX).any(1)]
         names, last_items = load_items(config), []

@@ -68,7 +68,8 @@ def explain_run(
 def validation_histories(run: LoadedRun, count: int) -> list[list[str]]:
     """Raw ids of the first users' histories in the validation split, the last ``max_len``."""
     found: list[list[str]] = []
-    for batch in ranking_stream(run.config, "valid", Ranks(0, 1, torch.device("cpu"))):
+    alone = Ranks(0, 1, torch.device("cpu"))
+    for batch in ranking_stream(run.config, "valid", alone, once_a_user=True):
         for row in batch.item_ids.tolist():
             ids = [run.item_ids[number] for number in row if number != PADDING_IDX]
             found += [ids] if ids else []

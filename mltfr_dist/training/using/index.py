@@ -159,6 +159,7 @@ def of_run(model: Ranker, folder: Path, count: int) -> Sample:
         max_len=data.max_len,
         batch_size=min(count, 1024),
         left_out=data.left_out,
+        once_a_user=True,
     )
     numbers: list[list[int]] = []
     for batch in stream:

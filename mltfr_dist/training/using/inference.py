@@ -210,7 +210,7 @@ def measure_lists(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]:
     config, manifest = run.config, run.inputs.manifest
     k, filter_seen = max(config.evaluation.cutoffs), config.evaluation.filter_seen
     best = lister(run.model, manifest.num_items, k, filter_seen=filter_seen)
-    stream = ranking_stream(config, split, ranks)
+    stream = ranking_stream(config, split, ranks, once_a_user=True)
     found = recommended(best, stream, config, manifest, ranks, run.items.titles)
     return list_metrics(found, config.evaluation.cutoffs)
 

@@ -20,9 +20,9 @@ from mltfr_dist.errors import ConfigError, DataError, MltfrError
 from mltfr_dist.training.comparing.compare import (
     Options,
     compare_runs,
-    user_values,
     verdict,
 )
+from mltfr_dist.training.comparing.values import user_values
 from mltfr_dist.training.evaluating.user_ranks import KEY
 
 PROTOCOL = {
@@ -106,8 +106,8 @@ def test_runs_that_differ_in_their_seed_are_one_model(tmp_path: Path) -> None:
     (one,) = found.differences
     assert one.paired_seeds == ((0, 0), (1, 1), (2, 2))
     paired = [
-        user_values(found.models[1].ranks[s], "NDCG@10")
-        - user_values(found.models[0].ranks[s], "NDCG@10")
+        user_values(found.models[1].ranks[[s]], "NDCG@10", np.arange(60))[0]
+        - user_values(found.models[0].ranks[[s]], "NDCG@10", np.arange(60))[0]
         for s in range(3)
     ]
     assert one.spread.mean == pytest.approx(np.mean(paired))
@@ -131,11 +131,14 @@ def test_order_and_kind_of_foreign_ids_do_not_matter(tmp_path: Path) -> None:
         split=["test"] * 50,
     )
     found = compare_runs([ours, theirs], "test", QUICK)
-    values = [user_values(drawn(50, seed), "MRR").mean() for seed in (0, 5)]
+    values = [user_values(drawn(50, seed)[None], "MRR", np.arange(50)).mean() for seed in (0, 5)]
     assert [found.means[name]["MRR"] for name in ("a", "theirs")] == pytest.approx(values)
     assert found.unknown == (str(theirs),)
+    theirs_values, our_values = (
+        user_values(drawn(50, seed)[None], "NDCG@10", np.arange(50))[0] for seed in (5, 0)
+    )
     theirs_p = stats.permutation_test(
-        (user_values(drawn(50, 5), "NDCG@10") - user_values(drawn(50, 0), "NDCG@10"),),
+        (theirs_values - our_values,),
         np.mean,
         permutation_type="samples",
         n_resamples=2_000,
@@ -175,7 +178,14 @@ def test_other_rules_are_refused_and_named(
     [
         ({"user": ["u0", "u1", "u9"]}, r"1 users only in .*a.parquet \(u2\) and 1 users only in"),
         ({"target": ["i0", "i5", "i2"]}, "ranks i5 for user u1.* i1; 1 users"),
-        ({"user": ["u0", "u1", "u1"]}, "holds user u1 more than once"),
+        (
+            {"user": ["u0", "u1", "u1"], "target": ["i0", "i1", "i1"]},
+            "holds user u1 with the target i1 more than once",
+        ),
+        (
+            {"user": ["u0", "u1", "u1"], "rank": [1.0, 2.0, 2.0]},
+            "gives two targets of user u1 the rank 2",
+        ),
         ({"rank": [1.0, 0.0, 2.0]}, "gives user u1 the rank 0"),
         ({"rank": [1.0, None, 2.0]}, "has no rank for user u1"),
         ({"rank": ["1", "two", "3"]}, "a column rank of type string"),

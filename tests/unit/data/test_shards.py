@@ -301,8 +301,8 @@ def test_manifest_refusals(tmp_path):
         ("{", "malformed"),
         ("[]", "not a JSON object"),
         (
-            json.dumps(values | {"schema_version": 4}),
-            "schema version 4; this program reads 1, 2, 3",
+            json.dumps(values | {"schema_version": 5}),
+            "schema version 5; this program reads 1, 2, 3, 4",
         ),
         (json.dumps(values | {"num_items": "many"}), "`num_items`"),
         (json.dumps(values | {"extra": 1}), "`extra`"),

@@ -95,7 +95,7 @@ def test_states_are_read_from_the_files(tmp_path: Path) -> None:
 def test_a_generation_is_a_run_of_its_own(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path)
     first = trial_of(sweep, 0, 0.01, 1, 0.1)
-    second = first.next_generation({RATE: 0.02, LAYERS: 1})
+    second = first.next_generation({RATE: 0.02, LAYERS: 1}).save()
     assert second.name == "0000-2"
     assert second.folder != first.folder
     assert load_trial(sweep.folder, 0) == second
@@ -155,9 +155,9 @@ def test_a_population_keeps_numbers_and_stays_in_the_space(tmp_path: Path) -> No
     )
     weak, strong = FakeTrial(3), FakeTrial(5)
     for trial in (weak, strong):
-        trial.config |= {RATE: 0.095, "backbone.dropout": 0.2}
+        trial.config |= {"generation": 0, RATE: 0.095, "backbone.dropout": 0.2}
     seen = [population._get_new_config(weak, strong)[0] for _ in range(50)]
-    assert {config["trial"] for config in seen} == {3}
+    assert {(config["trial"], config["generation"]) for config in seen} == {(3, 1)}
     assert all(1e-4 <= config[RATE] <= 1e-1 for config in seen)
     assert len({config[RATE] for config in seen}) > 1
     assert {config["backbone.dropout"] for config in seen} <= {0.1, 0.2, 0.3}
