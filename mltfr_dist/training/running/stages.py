@@ -152,8 +152,7 @@ def run_stage(
     speed = Speed(engine, active=ranks.is_main)
     sample = TokenSample.load(config, inputs, ranks)
     tracker.open_with(config)
-    names = inputs.table_names
-    place = (config, folder, ranks)
+    place, names = (config, folder, ranks), inputs.table_names
     stage = Stage(
         name, behind, epochs, *place, engine, stream, valid, tracker, names, speed, sample
     )
