@@ -39,12 +39,13 @@ WITH_SHORTLIST = {
     ("models/search.py", "_separated", "_local_scalar_dense"): NUM_TABLES,
     # Which queries have near-ties that float64 tells apart: of a shortlist on a CPU only.
     ("models/search.py", "_ordered", "nonzero"): NUM_TABLES,
+    # Rows that are kept, each adapted once for all queries. Of a shortlist on a CPU only, and a GPU
+    # forms them by `unique`: test_gpu_step.
+    ("models/selectors/base.py", "those_kept", "nonzero"): NUM_TABLES,
 }
 EXACT = WITH_SHORTLIST | {
     # Rows that may be among the best where fp32 leaves doubt, each scored in float64 once.
     ("models/search.py", "_cosines", "_unique2"): NUM_TABLES,
-    # Rows that are kept, each adapted once for all queries.
-    ("models/selectors/user_guided.py", "forward", "_unique2"): NUM_TABLES,
 }
 
 
