@@ -18,6 +18,7 @@ atexit.register(gc.unfreeze)
 CLUSTERS = ("tests/slurm", "tests/distributed/test_sweep", "tests/distributed/test_nodes")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups then
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `--dist loadgroup`: a file's tests follow each other in one process, and those that start
     Ray, Slurm or hosts of their own all in one, so that no two clusters meet.
