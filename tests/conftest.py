@@ -18,15 +18,13 @@ atexit.register(gc.unfreeze)
 CLUSTERS = ("tests/slurm", "tests/distributed/test_sweep", "tests/distributed/test_nodes")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups then
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """For `--dist loadgroup`: a file's tests follow each other in one process, and those that start
     Ray, Slurm or hosts of their own all in one, so that no two clusters meet.
     """
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        group = "clusters" if file.startswith(CLUSTERS) else file
-        item.add_marker(pytest.mark.xdist_group(group))
+    file = item.nodeid.partition("::")[0]
+    group = "clusters" if file.startswith(CLUSTERS) else file
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
