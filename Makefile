@@ -49,7 +49,7 @@ test: $(BIN)/.ready  ## run the tests (real DeepSpeed processes included)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not integration and not slow"
 
 integration: $(BIN)/.ready  ## run the longer tests: real launchers, killed and resumed runs, Slurm, two hosts
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -rs --durations=15 -m "integration and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs --durations=15 -m "integration and not slow"
 
 lint: $(BIN)/.ready  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # tests/support.py
 
 import pytest
 from support import missing_for_nodes, missing_for_slurm
+from xdist.scheduler import LoadFileScheduling
 
 from mltfr_dist.distributed.meeting import SINGLE_PROCESS
 
@@ -18,13 +19,19 @@ atexit.register(gc.unfreeze)
 CLUSTERS = ("tests/slurm", "tests/distributed/test_sweep", "tests/distributed/test_nodes")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """For `--dist loadgroup`: a file's tests follow each other in one process, and those that start
-    Ray, Slurm or hosts of their own all in one, so that no two clusters meet.
+class ByFile(LoadFileScheduling):
+    """A file's tests follow each other in one process, and those that start Ray, Slurm or hosts of
+    their own all in one, so that no two clusters meet.
     """
-    file = item.nodeid.partition("::")[0]
-    group = "clusters" if file.startswith(CLUSTERS) else file
-    item.add_marker(pytest.mark.xdist_group(group))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "clusters" if file.startswith(CLUSTERS) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile | None:
+    """How `-n 2 --dist loadfile` divides tests."""
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
