@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mltfr_dist.models.experts import ExpertCore, Memory
+from mltfr_dist.models.experts import ExpertCore, Memory, Output
 from mltfr_dist.models.folded import shallow
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.ranking import Ranker
@@ -29,9 +29,9 @@ class Nothing(ExpertCore):
     def __init__(self) -> None:
         nn.Module.__init__(self)
 
-    def forward(self, x: Tensor, memories: list[Memory]) -> Tensor:
+    def output(self, x: Tensor, memories: list[Memory]) -> Output:
         """[G, n, D] zeros."""
-        return torch.zeros_like(x)
+        return Output(torch.zeros_like(x), None)
 
 
 def without_table(model: Recommender, m: int) -> Recommender:

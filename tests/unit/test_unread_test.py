@@ -31,7 +31,7 @@ def test_the_test_split_is_read_when_it_is_asked_for(
     monkeypatch.setattr(
         compare,
         "ranking_stream",
-        lambda c, split, ranks: asked.append(split) or stream(c, split, ranks),
+        lambda c, split, *rest, **more: asked.append(split) or stream(c, split, *rest, **more),
     )
     unread = fit(config, verify=False, read_test=False)
     assert [result.test for result in unread] == [{}, {}, {}]
