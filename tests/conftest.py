@@ -9,7 +9,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # tests/support.py
 
 import pytest
 from support import missing_for_nodes, missing_for_slurm
-from xdist.scheduler import LoadFileScheduling
 
 from mltfr_dist.distributed.meeting import SINGLE_PROCESS
 
@@ -19,18 +18,18 @@ atexit.register(gc.unfreeze)
 CLUSTERS = ("tests/slurm", "tests/distributed/test_sweep", "tests/distributed/test_nodes")
 
 
-class ByFile(LoadFileScheduling):
-    """A file's tests follow each other in one process, and those that start Ray, Slurm or hosts of
-    their own all in one, so that no two clusters meet.
+@pytest.hookimpl(optionalhook=True)  # also where tests run without xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """How `-n 2 --dist loadfile` divides tests: a file's follow each other in one process, and
+    those that start Ray, Slurm or hosts of their own all in one, so that no two clusters meet.
     """
+    from xdist.scheduler import LoadFileScheduling
 
-    def _split_scope(self, nodeid: str) -> str:
-        file: str = super()._split_scope(nodeid)
-        return "clusters" if file.startswith(CLUSTERS) else file
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "clusters" if file.startswith(CLUSTERS) else file
 
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFile | None:
-    """How `-n 2 --dist loadfile` divides tests."""
     return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 

@@ -1,7 +1,7 @@
-"""Freed memory stays with the process, so that a step's tensors need no new pages each time.
+"""Freed memory stays with the process, so that its next tensors need no new pages.
 
 glibc returns every large block to the system when it is freed, and each page of the next one is
-cleared and mapped anew at its first use: a seventh of a step on a CPU.
+cleared and mapped anew at its first use: a seventh of the time in which a shortlist is chosen.
 """
 
 from __future__ import annotations

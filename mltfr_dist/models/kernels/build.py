@@ -1,18 +1,23 @@
 """Builds the kernels at their first use and keeps them; a machine that cannot takes the plain path.
 
 Only a C++ compiler is needed: the kernels read memory alone and include nothing of torch, so that
-they compile in seconds and fit every release of it.
+they compile in half a minute at most and fit every release of it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +31,7 @@ SOURCES = (
 )
 FLAGS = (
     *("-O3", "-std=c++17", "-mavx2", "-mfma", "-fno-math-errno", "-fno-trapping-math"),
-    *("-shared", "-fPIC", "-pthread"),
+    *("-fPIC", "-pthread"),
 )
 SWITCH = "MLTFR_KERNELS"
 """Environment variable: `off` takes the plain path."""
@@ -45,7 +50,7 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(built()))
     except (CannotBuildError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if _speaks():
             warnings.warn(
                 f"MLTFR runs without its CPU kernels, and slower: {error}. "
                 f"Results are the same to rounding. {SWITCH}=off says that this is meant.",
@@ -68,8 +73,18 @@ def built() -> Path:
     name = hashlib.sha256(b"\0".join([*parts, " ".join(FLAGS).encode()])).hexdigest()[:16]
     path = cache_folder() / f"kernels-{name}.so"
     if not path.exists():
+        compiler = find_compiler()
         path.parent.mkdir(parents=True, exist_ok=True)
-        compile_into(path, [str(here / name) for name in SOURCES if name.endswith(".cpp")])
+        if _speaks():
+            print(
+                f"CPU kernels are compiled, once, into {path.parent}: half a minute at most",
+                file=sys.stderr,
+                flush=True,
+            )
+        with _alone(path.with_suffix(".lock")):
+            if not path.exists():
+                sources = [here / name for name in SOURCES if name.endswith(".cpp")]
+                compile_into(path, sources, compiler)
     return path
 
 
@@ -78,26 +93,60 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mltfr_dist"
 
 
-def compile_into(path: Path, sources: list[str]) -> None:
-    """Compile beside ``path``, then move: processes that build at once do not meet.
+def find_compiler() -> list[str]:
+    """The command that compiles C++.
 
     Raises:
-        CannotBuildError: There is no compiler, or it failed.
+        CannotBuildError: There is none.
     """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise CannotBuildError("there is no C++ compiler (c++, g++; CXX names another)")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    return compiler.split()
+
+
+def compile_into(path: Path, sources: Sequence[Path], compiler: Sequence[str]) -> None:
+    """Compile beside ``path``, all sources at once, then move.
+
+    Raises:
+        CannotBuildError: The compiler failed.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor() as pool:
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        commands = [
+            [*compiler, *FLAGS, "-c", str(source), "-o", made]
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        list(pool.map(_run, commands))
         made = Path(folder) / path.name
-        command = [*compiler.split(), *FLAGS, *sources, "-o", str(made)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise CannotBuildError(f"{compiler} did not run: {error}") from error
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["it says nothing"]
-            raise CannotBuildError(f"{compiler} failed: {lines[0]}")
+        _run([*compiler, *FLAGS, "-shared", *objects, "-o", str(made)])
         made.replace(path)
+
+
+def _run(command: Sequence[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotBuildError(f"{command[0]} did not run: {error}") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it says nothing"]
+        raise CannotBuildError(f"{command[0]} failed: {lines[0]}")
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process of a machine at a time: the others wait, and find what it has made.
+
+    The system gives the lock back where its process ends; where it gives none, all compile.
+    """
+    with lock.open("w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _speaks() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def usable(*tensors: Tensor) -> ctypes.CDLL | None:

@@ -325,6 +325,30 @@ def test_a_machine_without_kernels_says_so_once(
     assert len(done.stdout.strip().splitlines()) == bool(expected)
 
 
+def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    counted = tmp_path / "compiler"
+    counted.write_text(f'#!/bin/sh\necho >> {tmp_path}/calls\nexec c++ "$@"\n')
+    counted.chmod(0o755)
+    program = "from mltfr_dist.models.kernels import build; assert build.library() is not None"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(counted), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    sources = [name for name in build.SOURCES if name.endswith(".cpp")]
+    assert len((tmp_path / "calls").read_text().splitlines()) == len(sources) + 1
+    assert said[1] == ""
+    assert [file.suffix for file in sorted((tmp_path / "mltfr_dist").iterdir())] == [".lock", ".so"]
+
+
 def test_where_gradients_are_wanted_only_kept_rows_go_on() -> None:
     """The same rows with the same weights as without; no other row is adapted."""
     torch.manual_seed(0)
