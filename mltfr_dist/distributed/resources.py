@@ -93,6 +93,9 @@ class MatrixWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops = 0
         aten = torch.ops.aten
         self._formulas = dict(flop_registry)
+        # torch has no formula for products that are added in place.
+        self._formulas |= {aten.addmm_: flop_registry[aten.addmm]}
+        self._formulas |= {aten.baddbmm_: flop_registry[aten.baddbmm]}
         forward = aten._scaled_dot_product_flash_attention_for_cpu  # torch has none for these two
         backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
         self._formulas |= {forward: _attention, backward: _attention_backward}

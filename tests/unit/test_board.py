@@ -38,6 +38,7 @@ from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.distributed.resources import MatrixWork, Stopwatch, matrix_peak, memory_gib
 from mltfr_dist.distributed.signals import forget_request, request_stop
 from mltfr_dist.errors import ConfigError, StoppedError
+from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.routing import Routing, routing_sums
 from mltfr_dist.training.evaluating.placing import ByModel, MeanLoss, excluded
 from mltfr_dist.training.reporting import services
@@ -383,6 +384,13 @@ def test_matrix_work_counts_forward_and_backward_and_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plainly, counted, strict=True))
     linear, product = 3 * 2 * 6 * 12 * 20, 2 * (2 * 3) * 5 * 5 * 8
     assert work.flops in (linear + 6 * product, linear + 7 * product)  # flash scores twice
+
+
+def test_matrix_work_counts_all_three_products_of_the_loss() -> None:
+    hidden, weight = torch.randn(40, 8).requires_grad_(), torch.randn(50, 8).requires_grad_()
+    with MatrixWork() as work:
+        full_cross_entropy(hidden, weight, torch.arange(1, 41), torch.ones(40)).backward()
+    assert work.flops == 3 * 2 * 40 * 50 * 8
 
 
 def test_the_matrix_peak_is_measured_fast_and_draws_no_number() -> None:
