@@ -43,7 +43,7 @@ from mltfr_dist.distributed.resources import MatrixWork, matrix_peak
 from mltfr_dist.schema import changed, validate
 from mltfr_dist.training.build import build_model
 from mltfr_dist.training.evaluating.evaluate import evaluate
-from mltfr_dist.training.evaluating.placing import ByModel
+from mltfr_dist.training.evaluating.rankers import ByModel
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.running.step_values import step_totals
 from mltfr_dist.training.seeds import seed_all

@@ -43,7 +43,7 @@ from mltfr_dist.models.divided_rows import DividedRows, divided_rows
 from mltfr_dist.schema import validate
 from mltfr_dist.spec import ModelSpec
 from mltfr_dist.training.evaluating.evaluate import evaluate
-from mltfr_dist.training.evaluating.placing import ByModel
+from mltfr_dist.training.evaluating.rankers import ByModel
 
 Found = dict[str, float]
 

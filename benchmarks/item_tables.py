@@ -39,7 +39,7 @@ from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.resources import peak_memory_bytes
 from mltfr_dist.schema import validate
 from mltfr_dist.spec import ModelSpec
-from mltfr_dist.training.evaluating.placing import ByModel, excluded
+from mltfr_dist.training.evaluating.rankers import ByModel, excluded
 
 GIB = 2**30
 

@@ -28,7 +28,7 @@ def ours(path: Path) -> dict[str, float]:
     from mltfr_dist.data.batch import RankingBatch
     from mltfr_dist.distributed.ranks import ALONE
     from mltfr_dist.training.evaluating.evaluate import rank_users
-    from mltfr_dist.training.evaluating.placing import ByScores
+    from mltfr_dist.training.evaluating.rankers import ByScores
 
     draws = torch.Generator().manual_seed(0)
     scores = torch.randn(USERS, ITEMS + 1, generator=draws)

@@ -64,7 +64,7 @@ def random_case(options: argparse.Namespace) -> Case:
 
 def ranks(case: Case) -> Tensor:
     """Ranks [B], as `mltfr_dist` finds them."""
-    from mltfr_dist.models.places import count_better
+    from mltfr_dist.models.rank_counts import count_better
     from mltfr_dist.models.tiles import Pairs, exact_scores
 
     everyone, targets = torch.arange(len(case.hidden)), case.targets

@@ -1,8 +1,8 @@
 """Full-ranking metrics, one line each, and their sums over users.
 
-A user's metric is a sum over the user's targets of what each is worth at its rank, its place among
-the user's own and their number. With one target HR@K equals Recall@K, MAP@K is MRR within K, and
-the ideal DCG is 1. Shapes: T targets, B of one user each.
+A user's metric is a sum over the user's targets of what each is worth at its rank, its position
+among the user's own and their number. With one target HR@K equals Recall@K, MAP@K is MRR within
+K, and the ideal DCG is 1. Shapes: T targets, B of one user each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Targets(NamedTuple):
 
     ranks: Tensor
     """From 1, in the one ranking of all candidates of the user."""
-    place: Tensor
+    position: Tensor
     """1 for the user's best target, 2 for the next."""
     of: Tensor
     """How many targets the user has."""
@@ -47,7 +47,7 @@ class Metric(NamedTuple):
 
 METRICS: dict[str, Metric] = {
     "HR": Metric(
-        lambda t, k: ((t.ranks <= k) & (t.place == 1)).double(),
+        lambda t, k: ((t.ranks <= k) & (t.position == 1)).double(),
         "whether a target is in the first K",
     ),
     "NDCG": Metric(
@@ -55,7 +55,7 @@ METRICS: dict[str, Metric] = {
         "1 / log2(rank + 1) within K, summed, by that of the best order",
     ),
     "MAP": Metric(
-        lambda t, k: (t.ranks <= k).double() * t.place / t.ranks / t.of,
+        lambda t, k: (t.ranks <= k).double() * t.position / t.ranks / t.of,
         "precision at each target within K, by the number of targets",
     ),
     "Precision": Metric(
@@ -65,7 +65,7 @@ METRICS: dict[str, Metric] = {
         lambda t, k: (t.ranks <= k).double() / t.of, "share of the targets in the first K"
     ),
     "MRR": Metric(
-        lambda t, k: (t.place == 1).double() / t.ranks, "1 / rank of the best", at_cutoffs=False
+        lambda t, k: (t.position == 1).double() / t.ranks, "1 / rank of the best", at_cutoffs=False
     ),
 }
 
@@ -133,21 +133,21 @@ def target_ranks(better: Tensor, equal: Tensor, ties: Ties, users: Tensor | None
     """
     tied = equal.double() + 1
     if users is None:
-        place = of = tied.new_ones(len(tied))
+        position = of = tied.new_ones(len(tied))
     else:
-        place, of = within((users, better), better)  # as many better: they are tied
+        position, of = within((users, better), better)  # as many better: they are tied
         tied = tied.maximum(of)
     match ties:
         case "pessimistic":
-            return better + tied - of + place
+            return better + tied - of + position
         case "mean":
-            return better + place * (tied + 1) / (of + 1)
+            return better + position * (tied + 1) / (of + 1)
         case "optimistic":
-            return better + place
+            return better + position
 
 
 def within(groups: Sequence[Tensor], by: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each of n things the place in its group, from 1, and the group's size, [n] float64.
+    """Of each of n things the position in its group, from 1, and the group's size, [n] float64.
 
     Args:
         groups: Keys, each [n]; things whose keys are all equal are a group.
@@ -163,7 +163,7 @@ def within(groups: Sequence[Tensor], by: Tensor) -> tuple[Tensor, Tensor]:
         ends[1:] |= keys[order][1:] != keys[order][:-1]
     number = ends.cumsum(0)
     sizes = torch.bincount(number)
-    places = torch.arange(1, len(by) + 1, device=by.device) - (sizes.cumsum(0) - sizes)[number]
-    place, size = torch.empty_like(by, dtype=torch.float64), torch.empty_like(by).double()
-    place[order], size[order] = places.double(), sizes[number].double()
-    return place, size
+    positions = torch.arange(1, len(by) + 1, device=by.device) - (sizes.cumsum(0) - sizes)[number]
+    position, size = torch.empty_like(by, dtype=torch.float64), torch.empty_like(by).double()
+    position[order], size[order] = positions.double(), sizes[number].double()
+    return position, size

@@ -36,8 +36,8 @@ class SequenceBatch(NamedTuple):
     """[B, L] int64, the item to be predicted at each position (the next one, or the one that is
     masked there); ``PADDING_IDX`` where nothing is."""
     sample_ids: Tensor
-    """[B] int64, place of the sequence in the epoch's global order: keys its random numbers at any
-    world size.
+    """[B] int64, position of the sequence in the epoch's global order: keys its random numbers at
+    any world size.
     """
     negative_ids: Tensor | None = None
     """[B, L, N] int64, sampled items that the user has not interacted with, where the loss needs
@@ -100,7 +100,7 @@ class RankingBatch(NamedTuple):
     seen_items: Tensor
     """[S] int64, item of each of those pairs."""
     numbers: Tensor | None = None
-    """[B] int64, place of each row's user in the split, where it is one of a split."""
+    """[B] int64, index of each row's user in the split, where it is one of a split."""
     target_rows: Tensor | None = None
     """[T] int64, ascending, row of each target's history; None: row i has target i."""
     seen_targets: Tensor | None = None

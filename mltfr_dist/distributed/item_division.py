@@ -23,7 +23,7 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.row_layout import RowLayout
 from mltfr_dist.distributed.table_shards import Exchange
 from mltfr_dist.models.divided_rows import Division
-from mltfr_dist.models.places import LogNormaliser, Places, count_better
+from mltfr_dist.models.rank_counts import LogNormaliser, RankCounts, count_better
 from mltfr_dist.models.search import best
 from mltfr_dist.models.tiles import Pairs
 from mltfr_dist.models.top_items import top_of_some
@@ -88,7 +88,7 @@ class RankDivision(Division):
         num_items: int,
         *,
         normalise: bool,
-    ) -> tuple[Places, Tensor | None]:
+    ) -> tuple[RankCounts, Tensor | None]:
         """Places of this rank's users: every rank counts in its own rows for all users, and counts
         are added.
         """
@@ -107,7 +107,7 @@ class RankDivision(Division):
             )
             found += torch.stack(better)
         mine = slice(start, start + len(hidden))
-        places = Places(*self.reduce(found, dist.ReduceOp.SUM)[:, mine])
+        places = RankCounts(*self.reduce(found, dist.ReduceOp.SUM)[:, mine])
         if normaliser is None:
             return places, None
         largest = self.reduce(normaliser.value.clone(), dist.ReduceOp.MAX)

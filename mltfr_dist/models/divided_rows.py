@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.item_rows import ItemRows
-from mltfr_dist.models.places import Places
+from mltfr_dist.models.rank_counts import RankCounts
 from mltfr_dist.models.tiles import Pairs
 
 
@@ -68,8 +68,8 @@ class Division:
         num_items: int,
         *,
         normalise: bool,
-    ) -> tuple[Places, Tensor | None]:
-        """What :func:`mltfr_dist.models.places.count_better` counts, in the rows of all processes.
+    ) -> tuple[RankCounts, Tensor | None]:
+        """What :func:`mltfr_dist.models.rank_counts.count_better` counts, in all processes' rows.
 
         Args:
             hidden: [B, D] states of this process's users.

@@ -29,7 +29,7 @@ from mltfr_dist.errors import MltfrError, OtherRankError
 from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.divided_rows import DividedRows, divided_rows
 from mltfr_dist.models.initial import ItemEmbedding
-from mltfr_dist.models.places import LogNormaliser, count_better
+from mltfr_dist.models.rank_counts import LogNormaliser, count_better
 from mltfr_dist.models.tiles import Pairs, exact_scores
 from mltfr_dist.models.top_items import top_items
 

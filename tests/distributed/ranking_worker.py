@@ -17,7 +17,7 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.list_metrics import list_metrics
 from mltfr_dist.training.evaluating.evaluate import rank_users
 from mltfr_dist.training.evaluating.lists import lister, recommended
-from mltfr_dist.training.evaluating.placing import ByModel, MeanLoss
+from mltfr_dist.training.evaluating.rankers import ByModel, MeanLoss
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.items import load_items
 from mltfr_dist.training.streams import ranking_stream

@@ -15,9 +15,9 @@ from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.stream.ranking import RankingStream
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.metrics import metric_names
-from mltfr_dist.training.evaluating import placing
+from mltfr_dist.training.evaluating import rankers
 from mltfr_dist.training.evaluating.evaluate import evaluate, rank_users
-from mltfr_dist.training.evaluating.placing import ByScores, excluded
+from mltfr_dist.training.evaluating.rankers import ByScores, excluded
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NO = -math.inf
@@ -136,7 +136,7 @@ def test_few_scores_are_held_at_a_time_and_ranks_are_the_same(
         return scores[b.item_ids[:, 0]]
 
     whole = rank_users(ByScores(score, 9), [users], config(), ALONE).ranks
-    monkeypatch.setattr(placing, "HELD_SCORES", 30)
+    monkeypatch.setattr(rankers, "HELD_SCORES", 30)
     parts = rank_users(ByScores(score, 9), [users], config(), ALONE).ranks
     assert held == [23, *[3] * 7, 2]
     assert torch.equal(whole, parts)

@@ -13,7 +13,7 @@ from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.training.evaluating.baselines import training_sequences
 from mltfr_dist.training.evaluating.evaluate import ALL, evaluate, evaluate_slices
-from mltfr_dist.training.evaluating.placing import ByScores
+from mltfr_dist.training.evaluating.rankers import ByScores
 from mltfr_dist.training.evaluating.slices import Slices, training_slices
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.streams import ranking_stream

@@ -27,7 +27,7 @@ from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.errors import DataError
 from mltfr_dist.metrics import metric_sums, target_ranks
 from mltfr_dist.training.evaluating.evaluate import Ranked, rank_users
-from mltfr_dist.training.evaluating.placing import ByScores
+from mltfr_dist.training.evaluating.rankers import ByScores
 
 NUM_USERS, NUM_ITEMS, CUT, SECOND_CUT = 40, 30, 700, 850
 

@@ -23,7 +23,7 @@ from mltfr_dist.training.comparing.compare import Options, compare_runs
 from mltfr_dist.training.comparing.text import as_text
 from mltfr_dist.training.evaluating.compare import baseline_result
 from mltfr_dist.training.evaluating.evaluate import rank_users
-from mltfr_dist.training.evaluating.placing import ByModel, ByScores, MeanLoss
+from mltfr_dist.training.evaluating.rankers import ByModel, ByScores, MeanLoss
 from mltfr_dist.training.running.fit import fit
 from mltfr_dist.training.streams import ranking_stream
 from mltfr_dist.training.using.inference import load_run

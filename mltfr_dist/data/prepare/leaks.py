@@ -99,7 +99,7 @@ def _check_run(
         raise _leak(
             path,
             sequences.users[row],
-            f"item {item} at place {position}, where its history has another",
+            f"item {item} at position {position}, where its history has another",
         )
 
 

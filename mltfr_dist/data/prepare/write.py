@@ -122,10 +122,10 @@ def _prefixes(
     chosen = (ends > 0) & (users["user_index"] >= first_user)
     lengths = ends[chosen].astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    places = np.repeat(starts[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    indices = np.repeat(starts[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
     targets = users[f"{split}_targets"][chosen].astype(np.int64) if several else None
     return PackedSequences(
-        items[places.astype(np.int64)], offsets, users["user_index"][chosen], targets
+        items[indices.astype(np.int64)], offsets, users["user_index"][chosen], targets
     )
 
 

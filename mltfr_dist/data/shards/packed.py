@@ -71,8 +71,8 @@ class PackedSequences:
         """
         counts, ends = self.num_targets, np.cumsum(self.num_targets)
         rows = np.repeat(np.arange(len(self)), counts)
-        places = np.arange(len(rows)) + np.repeat(self.offsets[1:] - ends, counts)
-        items = self.items[places].astype(np.int64)
+        indices = np.arange(len(rows)) + np.repeat(self.offsets[1:] - ends, counts)
+        items = self.items[indices].astype(np.int64)
         if self.targets is None:
             return rows, items
         pairs = rows * (int(items.max(initial=0)) + 1) + items

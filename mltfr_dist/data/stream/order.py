@@ -1,9 +1,9 @@
 """The order of an epoch, known from the index of shard sizes alone: nothing is read.
 
 It depends on (seed, epoch): the order of shards is shuffled, and the samples of ``shuffle_shards``
-consecutive shards (a *window*) are shuffled together. A *place* is a position 0.. in that order.
-Global batch s holds a run of places, or, where batches are grouped by length, one of the batches
-that a *pool* of consecutive places is sorted into.
+consecutive shards (a *window*) are shuffled together. A *position* counts from 0 in that order.
+Global batch s holds a run of positions, or, where batches are grouped by length, one of the batches
+that a *pool* of consecutive positions is sorted into.
 """
 
 from __future__ import annotations
@@ -77,18 +77,18 @@ class EpochOrder:
 
     @cached_property
     def starts(self) -> IntArray:
-        """[windows + 1] first place of each window, and the number of all."""
+        """[windows + 1] first position of each window, and the number of all."""
         sizes = [int(self.counts[shards].sum()) for shards in self.windows]
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
     def permutation(self, window: int) -> IntArray:
-        """Which of the window's samples (its shards' ones, in order) each of its places holds."""
+        """Which of the window's samples (its shards' ones, in order) each position holds."""
         size = int(self.starts[window + 1] - self.starts[window])
         return np.random.default_rng((self.seed, self.epoch, 1, window)).permutation(size)
 
-    def window_of(self, places: IntArray) -> IntArray:
-        """[n] window of each place."""
-        return np.searchsorted(self.starts, places, side="right") - 1
+    def window_of(self, positions: IntArray) -> IntArray:
+        """[n] window of each position."""
+        return np.searchsorted(self.starts, positions, side="right") - 1
 
     def grouped(self, pool: int, lengths: IntArray, batch_size: int) -> list[IntArray]:
         """The batches of a pool in their order: indices into the pool, of samples of like length.

@@ -26,7 +26,7 @@ class _Targets:
     item_ids: IntArray
     """[T]."""
     first: int
-    """Place of the first sequence in the split."""
+    """Index of the first sequence in the split."""
 
     def run(self, start: int, end: int) -> _Targets:
         """The targets from ``start`` up to ``end``, one at least."""
@@ -147,8 +147,8 @@ def _ranking_batch(targets: _Targets, max_len: int) -> RankingBatch:
     ends, kept = starts + lengths, np.minimum(lengths, max_len)
     recent = padded_rows(sequences.items, ends - kept, ends, len(sequences))
     rows = np.repeat(everyone, lengths)
-    places = np.arange(len(rows)) + np.repeat(starts + lengths - np.cumsum(lengths), lengths)
-    seen = sequences.items[places].astype(np.int64)
+    indices = np.arange(len(rows)) + np.repeat(starts + lengths - np.cumsum(lengths), lengths)
+    seen = sequences.items[indices].astype(np.int64)
     batch = RankingBatch(
         torch.from_numpy(recent[:, : max(1, int(kept.max()))].copy()),
         torch.from_numpy(targets.item_ids),

@@ -184,7 +184,7 @@ class TrainStream:
         return EpochOrder(self._counts, self.config.shuffle_shards, self.seed, epoch).windows
 
     def _indices(self, order: EpochOrder, step: int) -> IntArray:
-        """Places of global batch ``step``."""
+        """Positions of global batch ``step``."""
         size, per_pool = self.layout.global_batch_size, self.config.length_pool
         used = min(self.num_samples, self.steps_per_epoch * size)
         if per_pool == 1:

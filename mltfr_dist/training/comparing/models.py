@@ -65,14 +65,14 @@ def as_models(measured: Sequence[Measured], labels: Sequence[str] | None = None)
     check_protocols(measured)
     first = measured[0]
     groups: dict[Any, list[tuple[Measured, Floats]]] = {}
-    for place, one in enumerate(measured):
-        key = labels[place] if labels else one.about.get("model_sha256", one.path)
+    for index, one in enumerate(measured):
+        key = labels[index] if labels else one.about.get("model_sha256", one.path)
         groups.setdefault(key, []).append((one, aligned_ranks(one, first)))
     models = [_model(group, key if labels else "") for key, group in groups.items()]
     taken = [model.label for model in models]
-    for place, model in enumerate(models):
+    for index, model in enumerate(models):
         if taken.count(model.label) > 1:
-            models[place] = Model(model.files[0], *list(vars(model).values())[1:])
+            models[index] = Model(model.files[0], *list(vars(model).values())[1:])
     told = [one for one in measured if one.about]
     slicing: dict[str, Floats] = {}
     for one in reversed(measured):

@@ -21,10 +21,10 @@ def write_plot(path: Path, found: Comparison) -> None:
         axes = figure.add_subplot(panels, 1, number)
         changes = [one.changes[metric], *(part.change for part in one.slices)]
         names = ["all users", *(part.name for part in one.slices)]
-        for place, change in enumerate(changes):
-            colour = "#1f4e79" if place == 0 else "#7f9db9"
-            axes.plot([change.low, change.high], [place, place], color=colour, linewidth=2)
-            axes.plot([change.difference], [place], "o", color=colour, markersize=6)
+        for row, change in enumerate(changes):
+            colour = "#1f4e79" if row == 0 else "#7f9db9"
+            axes.plot([change.low, change.high], [row, row], color=colour, linewidth=2)
+            axes.plot([change.difference], [row], "o", color=colour, markersize=6)
         axes.axvline(0, color="0.4", linewidth=1)
         if found.options.margin is not None:
             axes.axvspan(-found.options.margin, found.options.margin, color="0.93", zorder=0)

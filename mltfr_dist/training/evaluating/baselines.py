@@ -22,7 +22,7 @@ from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.data.shards.short_parts import one_item_parts
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.training.evaluating.placing import Scorer
+from mltfr_dist.training.evaluating.rankers import Scorer
 
 _PAIRS_AT_ONCE = 2_000_000
 """Pairs of items that are compared at a time: about 60 MB."""
@@ -83,7 +83,7 @@ def markov_chain(train: PackedSequences, num_items: int, *, through: Through = i
     """
     starts = np.zeros(len(train.items) + 1, bool)
     starts[train.offsets] = True
-    follows = np.flatnonzero(~starts[:-1])  # places that have one before them
+    follows = np.flatnonzero(~starts[:-1])  # positions that have one before them
     counts = sparse.csr_matrix(
         (np.ones(len(follows)), (train.items[follows - 1], train.items[follows])),
         shape=(num_items + 1, num_items + 1),

@@ -14,7 +14,7 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.registry import load
 from mltfr_dist.training.evaluating.baselines import training_sequences
 from mltfr_dist.training.evaluating.evaluate import ALL, Keep, evaluate, evaluate_slices
-from mltfr_dist.training.evaluating.placing import ByScores, Placer
+from mltfr_dist.training.evaluating.rankers import ByScores, Ranker
 from mltfr_dist.training.evaluating.slices import training_slices
 from mltfr_dist.training.evaluating.user_ranks import UserRanks
 from mltfr_dist.training.run_folder import Result
@@ -61,10 +61,10 @@ def baseline_result(
         manifest.num_items,
         through=lambda parts: UntilStopped(parts, ranks, f"fitting {name}"),
     )
-    place = ByScores(scorer, manifest.num_items)
+    ranker = ByScores(scorer, manifest.num_items)
     seconds = time.monotonic() - started
     valid, by_slice = final_metrics(
-        place, config, manifest, ranks, read_test, ranks_file, baseline=name
+        ranker, config, manifest, ranks, read_test, ranks_file, baseline=name
     )
     return Result(
         name=name,
@@ -77,7 +77,7 @@ def baseline_result(
 
 
 def final_metrics(
-    place: Placer,
+    ranker: Ranker,
     config: RunConfig,
     manifest: Manifest,
     ranks: Ranks,
@@ -88,7 +88,7 @@ def final_metrics(
     """Rank the validation split and, where it is read, the test split; all must call.
 
     Args:
-        place: The chosen model, or a baseline.
+        ranker: The chosen model, or a baseline.
         config: The run.
         manifest: Its prepared data.
         ranks: All processes.
@@ -100,17 +100,17 @@ def final_metrics(
         Metrics of the validation split, and :func:`metrics_by_slice`.
     """
     users, stream = UserRanks(), ranked(config, "valid", ranks, baseline)
-    valid = evaluate(place, stream, config.evaluation, ranks, users.of("valid"))
+    valid = evaluate(ranker, stream, config.evaluation, ranks, users.of("valid"))
     by_slice = {}
     if read_test:
-        by_slice = metrics_by_slice(place, config, manifest, ranks, baseline, users.of("test"))
+        by_slice = metrics_by_slice(ranker, config, manifest, ranks, baseline, users.of("test"))
     if ranks_file:
         users.write(ranks_file, config, manifest, ranks, baseline=baseline)
     return valid, by_slice
 
 
 def metrics_by_slice(
-    place: Placer,
+    ranker: Ranker,
     config: RunConfig,
     manifest: Manifest,
     ranks: Ranks,
@@ -121,5 +121,5 @@ def metrics_by_slice(
     slices = training_slices(config, manifest)
     stream = ranked(config, "test", ranks, by)
     return evaluate_slices(
-        place, stream, config.evaluation, ranks, slices.NAMES, slices.members, keep
+        ranker, stream, config.evaluation, ranks, slices.NAMES, slices.members, keep
     )

@@ -19,7 +19,7 @@ from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.metrics import metric_sums, target_ranks
-from mltfr_dist.training.evaluating.placing import Placer, excluded
+from mltfr_dist.training.evaluating.rankers import Ranker, excluded
 
 ALL = "all"
 Members = Callable[[RankingBatch], Tensor]
@@ -38,7 +38,7 @@ class Ranked(NamedTuple):
     members: Tensor
     """[T, S] bool, which targets belong to which slices."""
     users: Tensor
-    """[T] ascending, place of each target's user in the split."""
+    """[T] ascending, index of each target's user in the split."""
 
     def of_slice(self, number: int) -> Ranked:
         """A slice's targets alone, as if their users had no others."""
@@ -59,7 +59,7 @@ class Ranked(NamedTuple):
 
 @torch.no_grad()
 def rank_users(
-    place: Placer,
+    ranker: Ranker,
     stream: Iterable[RankingBatch],
     config: EvaluationConfig,
     ranks: Ranks,
@@ -68,7 +68,7 @@ def rank_users(
     """Rank every target among all candidates of its user; all ranks must call.
 
     Args:
-        place: The model, or a baseline.
+        ranker: The model, or a baseline.
         stream: This rank's targets; the ranks' streams together hold every target once. Batches
             without numbers of users are of users of their own.
         config: The rules for ties and seen items.
@@ -83,14 +83,14 @@ def rank_users(
     for batch in stream:
         heartbeat()
         batch = batch.to(ranks.device)
-        places = place(batch, excluded(batch, filter_seen=config.filter_seen))
+        counts = ranker(batch, excluded(batch, filter_seen=config.filter_seen))
         present = batch.target_ids != PADDING_IDX
         as_they_come = torch.arange(len(batch.item_ids), device=ranks.device) + so_far
         so_far += len(as_they_come)
         users = as_they_come if batch.numbers is None else batch.numbers
         numbers.append(batch.of_targets(users)[present])
-        better.append(places.better[present])
-        equal.append(places.equal[present])
+        better.append(counts.better[present])
+        equal.append(counts.equal[present])
         nothing = present.new_zeros(len(present), 0)
         groups.append((nothing if members is None else members(batch))[present])
     everyone, above, beside, of_slices = (
@@ -99,26 +99,26 @@ def rank_users(
     order = everyone.argsort(stable=True)
     everyone, above, beside = (t[order] for t in (everyone, above, beside))
     several = bool((everyone[1:] == everyone[:-1]).any())
-    found = target_ranks(above, beside, config.ties, everyone if several else None)
-    return Ranked(found, of_slices[order].bool(), everyone)
+    ranked = target_ranks(above, beside, config.ties, everyone if several else None)
+    return Ranked(ranked, of_slices[order].bool(), everyone)
 
 
 def evaluate(
-    place: Placer,
+    ranker: Ranker,
     stream: Iterable[RankingBatch],
     config: EvaluationConfig,
     ranks: Ranks,
     keep: Keep | None = None,
 ) -> dict[str, float]:
     """:func:`rank_users`, as metrics: name to mean over users; ``keep`` takes the ranks."""
-    found = rank_users(place, stream, config, ranks)
+    ranked = rank_users(ranker, stream, config, ranks)
     if keep is not None:
-        keep(found.ranks)
-    return found.metrics(config.cutoffs)
+        keep(ranked.ranks)
+    return ranked.metrics(config.cutoffs)
 
 
 def evaluate_slices(
-    place: Placer,
+    ranker: Ranker,
     stream: Iterable[RankingBatch],
     config: EvaluationConfig,
     ranks: Ranks,
@@ -131,12 +131,12 @@ def evaluate_slices(
     Returns:
         "all" and each slice's name to its metrics; a slice's also hold ``users``, their number.
     """
-    found = rank_users(place, stream, config, ranks, members)
+    ranked = rank_users(ranker, stream, config, ranks, members)
     if keep is not None:
-        keep(found.ranks)
-    metrics = {ALL: found.metrics(config.cutoffs)}
+        keep(ranked.ranks)
+    metrics = {ALL: ranked.metrics(config.cutoffs)}
     for number, name in enumerate(slice_names):
-        part = found.of_slice(number)
+        part = ranked.of_slice(number)
         metrics[name] = part.metrics(config.cutoffs) | {"users": float(part.num_users)}
     return metrics
 

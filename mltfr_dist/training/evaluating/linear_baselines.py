@@ -19,7 +19,7 @@ from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.shards.packed import PackedSequences
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.training.evaluating.placing import Scorer
+from mltfr_dist.training.evaluating.rankers import Scorer
 
 T = TypeVar("T")
 Through = Callable[[Sequence[T]], Iterable[T]]
@@ -40,9 +40,9 @@ def interactions(train: PackedSequences, num_items: int) -> sparse.csr_matrix:
 
 def histories(batch: RankingBatch, num_items: int) -> sparse.csr_matrix:
     """[B, I + 1] 1 where an item is in a user's full history."""
-    places = (batch.seen_rows.cpu().numpy(), batch.seen_items.cpu().numpy())
+    indices = (batch.seen_rows.cpu().numpy(), batch.seen_items.cpu().numpy())
     shape = (len(batch.item_ids), num_items + 1)
-    seen = sparse.csr_matrix((np.ones(len(places[0])), places), shape=shape)
+    seen = sparse.csr_matrix((np.ones(len(indices[0])), indices), shape=shape)
     seen.data[:] = 1.0
     return seen
 

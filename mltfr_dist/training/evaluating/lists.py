@@ -74,7 +74,7 @@ def recommended(
         config: The run.
         manifest: Its prepared data.
         ranks: All processes.
-        titles: [I + 1] of the items; place 0 is padding.
+        titles: [I + 1] of the items; index 0 is padding.
     """
     interactions, users, num_users = training_users(config, manifest)
     of_items = torch.from_numpy(interactions).to(ranks.device)
@@ -127,11 +127,11 @@ def title_words(titles: Sequence[str | None]) -> Any:
     """
     words = [sorted(set(re.findall(r"\w+", (title or "").lower()))) for title in titles]
     counts = Counter(word for title in words for word in title)
-    places = {word: place for place, word in enumerate(sorted(counts))}
+    column_of = {word: column for column, word in enumerate(sorted(counts))}
     weights = {word: math.log((len(titles) - 1) / count) for word, count in counts.items()}
     kept = [[word for word in title if weights[word] > 0] for title in words]
     norms = [math.sqrt(math.fsum(weights[word] ** 2 for word in title)) for title in kept]
     values = [weights[word] / norm for title, norm in zip(kept, norms) for word in title]
-    columns = [places[word] for title in kept for word in title]
+    columns = [column_of[word] for title in kept for word in title]
     ends = np.cumsum([0, *map(len, kept)])
-    return sparse.csr_matrix((values, columns, ends), (len(titles), max(1, len(places))))
+    return sparse.csr_matrix((values, columns, ends), (len(titles), max(1, len(column_of))))

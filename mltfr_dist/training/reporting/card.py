@@ -40,17 +40,17 @@ BACKBONE = "backbone"
 """Folder of the bare backbone's run inside the run's."""
 
 
-def rank_places(config: RunConfig, results: Sequence[Result]) -> dict[str, Path]:
+def ranks_files(config: RunConfig, results: Sequence[Result]) -> dict[str, Path]:
     """The files of ranks of a run's models, the run's own first; empty where its own is not
     there.
     """
     *baselines, own = results
-    places = {own.name: config.folder / RANKS}
+    paths = {own.name: config.folder / RANKS}
     for name, result in zip(config.baselines, baselines, strict=True):
         inside = config.folder / BACKBONE / RANKS
-        place = inside if name == BACKBONE else config.folder / f"ranks-{name}.parquet"
-        places[result.name] = place
-    there = {name: place for name, place in places.items() if place.exists()}
+        path = inside if name == BACKBONE else config.folder / f"ranks-{name}.parquet"
+        paths[result.name] = path
+    there = {name: path for name, path in paths.items() if path.exists()}
     return there if own.name in there else {}
 
 
@@ -70,17 +70,17 @@ def protocol_line(config: RunConfig, manifest: Manifest) -> str:
 
 def results_section(config: RunConfig, results: Sequence[Result]) -> list[str]:
     """The test metrics with intervals over users, and the run against its baselines."""
-    places = rank_places(config, results)
-    if not places:
+    paths = ranks_files(config, results)
+    if not paths:
         return [
             "",
             f"The run ended before runs kept the ranks of users: `mltfr evaluate {config.folder} "
             "--save-ranks` writes them, and the same run started again reports its intervals.",
         ]
-    measured = [read_ranks(place, "test") for place in places.values()]
+    measured = [read_ranks(path, "test") for path in paths.values()]
     random = np.random.default_rng(0)
     table = [["model", *SHOWN]]
-    for name, one in zip(places, measured, strict=True):
+    for name, one in zip(paths, measured, strict=True):
         row = [name]
         for metric in SHOWN:
             values = user_values(one.ranks[None], metric, one.owners)
@@ -94,7 +94,7 @@ def results_section(config: RunConfig, results: Sequence[Result]) -> list[str]:
     ]
     if len(measured) < 2:
         return lines
-    found = as_models(measured, list(places))
+    found = as_models(measured, list(paths))
     return lines + differences_section(compare_models(found, "test", Options()))
 
 
@@ -118,8 +118,8 @@ def differences_section(found: Comparison) -> list[str]:
 
 def curves_section(config: RunConfig) -> list[str]:
     """Loss and validation over the updates, as a picture."""
-    places = {config.name: config.folder / METRICS, "bare": config.folder / BACKBONE / METRICS}
-    there = {name: place for name, place in places.items() if place.exists()}
+    paths = {config.name: config.folder / METRICS, "bare": config.folder / BACKBONE / METRICS}
+    there = {name: path for name, path in paths.items() if path.exists()}
     write_curves(config.folder / CURVES, there, config.evaluation.select_by)
     return ["", "## Curves", "", f"![Training loss and {config.evaluation.select_by}]({CURVES})"]
 

@@ -20,7 +20,7 @@ from mltfr_dist.distributed.signals import pauses_after
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import MltfrError, StoppedError
 from mltfr_dist.training.evaluating.evaluate import evaluate
-from mltfr_dist.training.evaluating.placing import ByModel, MeanLoss
+from mltfr_dist.training.evaluating.rankers import ByModel, MeanLoss
 from mltfr_dist.training.reporting.tracking import Tracker
 from mltfr_dist.training.run_folder import STAGES
 from mltfr_dist.training.running.speed import Speed

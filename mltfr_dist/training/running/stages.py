@@ -37,7 +37,7 @@ from mltfr_dist.training.build import build_model, load_model
 from mltfr_dist.training.checks import consensus_tables
 from mltfr_dist.training.evaluating.compare import final_metrics, ranked
 from mltfr_dist.training.evaluating.evaluate import ALL
-from mltfr_dist.training.evaluating.placing import ByModel
+from mltfr_dist.training.evaluating.rankers import ByModel
 from mltfr_dist.training.evaluating.routing import measure_routing
 from mltfr_dist.training.inputs import Inputs
 from mltfr_dist.training.reporting.outcome import show_outcome

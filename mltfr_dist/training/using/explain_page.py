@@ -87,8 +87,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[
     lines = ["<table><tr>", *(f"<th>{cell}</th>" for cell in head), "</tr>"]
     for row in rows:
         cells = (
-            f'<td class="n">{cell}</td>' if place in numbers else f"<td>{cell}</td>"
-            for place, cell in enumerate(row)
+            f'<td class="n">{cell}</td>' if column in numbers else f"<td>{cell}</td>"
+            for column, cell in enumerate(row)
         )
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return "".join([*lines, "</table>"])
@@ -170,12 +170,12 @@ def gate_chart(one: Answer) -> str:
     """Gate weights over the positions of the history, stacked: one column a position."""
     width, height = max(4, min(16, 900 // max(1, len(one.gates)))), 90
     bars = []
-    for place, weights in enumerate(one.gates):
+    for column, weights in enumerate(one.gates):
         top = 0.0
-        label = escape(one.history[place])
+        label = escape(one.history[column])
         for m, weight in enumerate(weights):
             bars.append(
-                f'<rect x="{place * width}" y="{top:.1f}" width="{width - 1}" '
+                f'<rect x="{column * width}" y="{top:.1f}" width="{width - 1}" '
                 f'height="{weight * height:.1f}" fill="{COLOURS[m % len(COLOURS)]}">'
                 f"<title>{label}: {escape(one.views[m].table)} {weight:.2f}</title></rect>"
             )

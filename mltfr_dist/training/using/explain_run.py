@@ -55,8 +55,8 @@ def explain_run(
     metrics = _metrics(run, folder, control)
     histories = validation_histories(run, max(users, SURVEYED))
     answers = [
-        answer(run, f"validation user {place}", row, LEFT_OUT)
-        for place, row in enumerate(histories[:users], 1)
+        answer(run, f"validation user {number}", row, LEFT_OUT)
+        for number, row in enumerate(histories[:users], 1)
     ]
     explained = Explained(run, answers, _groups(run, histories), metrics)
     output = output or folder / PAGE
@@ -105,8 +105,8 @@ def _groups(run: LoadedRun, histories: list[list[str]]) -> list[Group]:
     assert counts is not None
     order = np.argsort(-counts[1:], kind="stable") + 1
     group_of = np.zeros(len(counts), dtype=int)
-    for place, numbers in enumerate(np.array_split(order, len(GROUPS))):
-        group_of[numbers] = place
+    for number, numbers in enumerate(np.array_split(order, len(GROUPS))):
+        group_of[numbers] = number
     first = run.recommend(histories, k=1).numbers[:, 0]
     read: list[dict[tuple[str, str], float]] = [defaultdict(float) for _ in GROUPS]
     gates: list[dict[str, float]] = [defaultdict(float) for _ in GROUPS]
@@ -135,7 +135,7 @@ def _groups(run: LoadedRun, histories: list[list[str]]) -> list[Group]:
 def write_texts(explained: Explained, folder: Path) -> None:
     """The same in short as texts of TensorBoard, run `explain`."""
     with SummaryWriter(str(folder / FOLDER / "explain")) as board:
-        for place, one in enumerate(explained.answers):
+        for number, one in enumerate(explained.answers):
             lines = [
                 f"**Last items:** {plain('; '.join(one.history[-5:]))}",
                 "",
@@ -148,7 +148,7 @@ def write_texts(explained: Explained, folder: Path) -> None:
                     for effect in (*one.tables, *one.items)
                 ),
             ]
-            board.add_text(f"explain/user_{place}", "\n".join(lines), 0)
+            board.add_text(f"explain/user_{number}", "\n".join(lines), 0)
         for group in explained.groups:
             lines = ["| table | token | share here | share over all |", "|---|---|---|---|"]
             lines += [

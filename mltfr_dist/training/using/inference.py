@@ -25,7 +25,7 @@ from mltfr_dist.training.build import load_model
 from mltfr_dist.training.evaluating.compare import final_metrics
 from mltfr_dist.training.evaluating.evaluate import ALL, evaluate
 from mltfr_dist.training.evaluating.lists import lister, recommended
-from mltfr_dist.training.evaluating.placing import ByModel
+from mltfr_dist.training.evaluating.rankers import ByModel
 from mltfr_dist.training.inputs import Inputs, check_recorded, load_inputs
 from mltfr_dist.training.items import load_items
 from mltfr_dist.training.run_folder import (

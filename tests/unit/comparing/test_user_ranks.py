@@ -17,7 +17,7 @@ from mltfr_dist.metrics import metric_sums
 from mltfr_dist.schema import changed
 from mltfr_dist.training.evaluating import user_ranks
 from mltfr_dist.training.evaluating.compare import baseline_result, final_metrics
-from mltfr_dist.training.evaluating.placing import ByScores
+from mltfr_dist.training.evaluating.rankers import ByScores
 from mltfr_dist.training.evaluating.user_ranks import KEY, UserRanks
 from mltfr_dist.training.inputs import load_inputs
 

@@ -106,7 +106,7 @@ def test_the_target_in_place_of_an_item_is_found(tmp_path, monkeypatch, split):
     rewrite(monkeypatch, change)
     with pytest.raises(
         DataError,
-        match=r"train-000001\.tar: .* user 43 .* holds item \d+ at place \d+, where its history "
+        match=r"train-000001\.tar: .* user 43 .* holds item \d+ at position \d+, where its history "
         r"has",
     ):
         run(tmp_path, split)

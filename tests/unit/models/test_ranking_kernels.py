@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mltfr_dist.models.kernels import build, ranking
-from mltfr_dist.models.places import count_better
+from mltfr_dist.models.rank_counts import count_better
 from mltfr_dist.models.tiles import Pairs, exact_scores
 from mltfr_dist.models.top_items import top_items
 

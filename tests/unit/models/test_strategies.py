@@ -37,7 +37,7 @@ from mltfr_dist.selectors import SELECTORS, Entry
 from mltfr_dist.tables.store import load_table
 from mltfr_dist.training.build import build_model
 from mltfr_dist.training.evaluating.evaluate import evaluate
-from mltfr_dist.training.evaluating.placing import ByModel
+from mltfr_dist.training.evaluating.rankers import ByModel
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import dump_config, load_result
 from mltfr_dist.training.streams import ranking_stream

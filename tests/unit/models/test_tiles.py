@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mltfr_dist.models.kernels import build, ranking
-from mltfr_dist.models.places import LogNormaliser, Places, count_better
+from mltfr_dist.models.rank_counts import LogNormaliser, RankCounts, count_better
 from mltfr_dist.models.tiles import Pairs, exact_scores
 from mltfr_dist.models.top_items import top_items
 
@@ -51,9 +51,9 @@ def all_scores(hidden: Tensor, vectors: Tensor, exclude: Pairs | None = None) ->
     return scores
 
 
-def counted(scores: Tensor, target_scores: Tensor) -> Places:
+def counted(scores: Tensor, target_scores: Tensor) -> RankCounts:
     target = target_scores[:, None]
-    return Places((scores > target).sum(1), (scores == target).sum(1))
+    return RankCounts((scores > target).sum(1), (scores == target).sum(1))
 
 
 def with_targets(seen: Pairs, targets: Tensor) -> Pairs:

@@ -1,4 +1,4 @@
-"""Who places users' targets among all items: a trained model, or whatever has scores.
+"""What ranks users' targets among all items: a trained model, or whatever has scores.
 
 Shapes: B histories, T targets, D hidden size, I items.
 """
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.models.divided_rows import Division, division_of
-from mltfr_dist.models.places import LogNormaliser, Places, count_better
+from mltfr_dist.models.rank_counts import LogNormaliser, RankCounts, count_better
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.tiles import Pairs, exact_scores
 
-Placer = Callable[[RankingBatch, Pairs], Places]
+Ranker = Callable[[RankingBatch, Pairs], RankCounts]
 """A ranking batch, and the pairs of its targets and items that do not count (each target itself is
 among them, a pair may come twice) -> how many of the other items score higher than each target,
 and how many the same; of rows that only fill the batch nothing is asked."""
@@ -80,15 +80,15 @@ class ByModel:
         """Args: model: a Recommender, or what calls one; loss: takes in the losses."""
         self._model, self._loss = model, loss
 
-    def __call__(self, batch: RankingBatch, exclude: Pairs) -> Places:
-        """Place each target; under ZeRO-3 all ranks must call."""
-        found: Places = self._model(batch, read=partial(self._count, batch, exclude))
+    def __call__(self, batch: RankingBatch, exclude: Pairs) -> RankCounts:
+        """Count for each target; under ZeRO-3 all ranks must call."""
+        found: RankCounts = self._model(batch, read=partial(self._count, batch, exclude))
         return found
 
     def _count(
         self, batch: RankingBatch, exclude: Pairs, hidden: Tensor, item_vectors: Tensor
-    ) -> Places:
-        """States [B, D] and item vectors [I or O, D] -> places [T]; 0 where there is no target."""
+    ) -> RankCounts:
+        """States [B, D] and item vectors [I or O, D] -> counts [T]; 0 where there is no target."""
         target_ids = batch.target_ids
         present = target_ids != PADDING_IDX
         number = present.cumsum(0) - 1  # of a target among those that are ranked
@@ -100,12 +100,12 @@ class ByModel:
         if self._loss is not None and normaliser is not None:
             self._loss.add(normaliser - target_scores)
         of_all = [torch.zeros_like(target_ids).masked_scatter(present, c) for c in counts]
-        return Places(*of_all)
+        return RankCounts(*of_all)
 
     def _in_whole(
         self, hidden: Tensor, item_vectors: Tensor, targets: Tensor, exclude: Pairs
-    ) -> tuple[Places, Tensor, Tensor | None]:
-        """Places, targets' scores and, where the loss is asked for, what normalises it."""
+    ) -> tuple[RankCounts, Tensor, Tensor | None]:
+        """Counts, targets' scores and, where the loss is asked for, what normalises it."""
         target_scores = exact_scores(hidden, item_vectors[targets - 1].to(hidden.dtype))
         normaliser = None if self._loss is None else LogNormaliser(hidden)
         counts = count_better(
@@ -115,7 +115,7 @@ class ByModel:
 
     def _in_parts(
         self, division: Division, hidden: Tensor, own: Tensor, targets: Tensor, exclude: Pairs
-    ) -> tuple[Places, Tensor, Tensor | None]:
+    ) -> tuple[RankCounts, Tensor, Tensor | None]:
         """The same over items that are divided; the model has looked the targets up."""
         model = self._model
         assert isinstance(model, Recommender)
@@ -136,7 +136,7 @@ class ByScores:
         """Args: score: a baseline; num_items: I."""
         self._score, self._at_once = score, max(1, HELD_SCORES // (num_items + 1))
 
-    def __call__(self, batch: RankingBatch, exclude: Pairs) -> Places:
+    def __call__(self, batch: RankingBatch, exclude: Pairs) -> RankCounts:
         """Place each target.
 
         Raises:
@@ -154,7 +154,7 @@ class ByScores:
             left_out = (exclude.rows[here] - start, exclude.item_ids[here])
             scores = scores.index_put(left_out, scores.new_tensor(-torch.inf))
             parts.append(((scores > of_targets).sum(1), (scores == of_targets).sum(1)))
-        return Places(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return RankCounts(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def targets_of(batch: RankingBatch, start: int, stop: int) -> RankingBatch:

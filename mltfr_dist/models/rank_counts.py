@@ -21,7 +21,7 @@ RUN = 64
 """Neighbouring numbers that are looked at together."""
 
 
-class Places(NamedTuple):
+class RankCounts(NamedTuple):
     """What stands before and beside each target; over parts of the items, to be added."""
 
     better: Tensor
@@ -63,7 +63,7 @@ def count_better(
     first_id: int = 1,
     normaliser: LogNormaliser | None = None,
     tile: tuple[int, int] | None = None,
-) -> Places:
+) -> RankCounts:
     """How many items score higher than each user's target, and how many the same.
 
     A target's rank is 1 + the better ones (and, by the tie rule, the equal ones); for that the
@@ -96,17 +96,17 @@ def count_better(
         tiles.leave_out(found)
         counts.add(found)
     counts.settle()
-    return Places(counts.better.long(), counts.equal.long())
+    return RankCounts(counts.better.long(), counts.equal.long())
 
 
-def _counted_in_registers(tiles: Tiles, target_scores: Tensor, items: int) -> Places:
+def _counted_in_registers(tiles: Tiles, target_scores: Tensor, items: int) -> RankCounts:
     """The same by a kernel that writes no scores, some ``items`` at a time."""
     counts = torch.zeros(2, len(target_scores), dtype=torch.int64)
     left_out = LeftOut(*tiles.excluded_by_user())
     for start, vectors, error in tiles.parts(items):
         low, high = _limits(target_scores, error)
         count_between(tiles.hidden, vectors, low, high, target_scores, left_out, start, counts)
-    return Places(*counts)
+    return RankCounts(*counts)
 
 
 def _limits(target_scores: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
