@@ -52,7 +52,7 @@ default.
 """
 
 
-def places(path: str) -> list[str]:
+def moved_to(path: str) -> list[str]:
     """The fields that stand today in the place of a former one; none of any other."""
     instead = [text.partition("=")[0] for text in INSTEAD.get(path, {}).values()]
     return [*MOVED.get(path, (None, ()))[1], *instead]
@@ -62,15 +62,15 @@ def moved(fields: Mapping[str, Any]) -> list[str]:
     """What is said of ``fields``, dotted key to value; nothing of those that never were."""
     said, left_out = [], []
     for path, value in fields.items():
-        default, places = MOVED.get(path, (None, ()))
+        default, fields_now = MOVED.get(path, (None, ()))
         instead = INSTEAD.get(path, {})
         now = instead.get(value) if isinstance(value, bool | str) else None
         shown = f"`{path}={value if isinstance(value, str) else json.dumps(value)}`"
         if now is not None:
             said.append(f"{shown} moved: `{now}`")
-        elif places and value != default:
-            said.append(f"{shown} moved: {' or '.join(f'`{place}`' for place in places)}")
-        elif places or instead:
+        elif fields_now and value != default:
+            said.append(f"{shown} moved: {' or '.join(f'`{field}`' for field in fields_now)}")
+        elif fields_now or instead:
             left_out.append(f"`{path}`")
     if left_out:
         said.append(

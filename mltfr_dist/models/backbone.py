@@ -45,7 +45,7 @@ class Backbone(nn.Module):
         super().__init__()
 
     def embed(self, item_ids: Tensor, positions: Tensor) -> Tensor:
-        """Item ids [N] and their places in the history [N] -> input embeddings [N, D]."""
+        """Item ids [N] and their positions in the history [N] -> input embeddings [N, D]."""
         raise NotImplementedError
 
     def finish(self, hidden: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ mask and reads the state at it. Padding is no key, wherever it stands.
 
 Departures from the paper: pre-norm blocks; no dropout on attention weights; no bias per item on the
 scores; where no position is drawn, the last is masked (the paper adds copies of each sequence with
-the last item masked). The position table has one place more than max_len, for the mask behind a
-full history; in training that place holds the sequence's last item.
+the last item masked). The position table has one position more than max_len, for the mask behind a
+full history; in training that position holds the sequence's last item.
 """
 
 from __future__ import annotations

@@ -3,17 +3,17 @@
 
 A layer gives alpha * A(x) + (1 - alpha) * attention(x). A splits x into its c lowest Fourier
 components and the rest, and rescales the rest: norm(x + low(x) + beta^2 (x - low(x))), beta learned
-per channel. Published, the transform runs over the whole sequence of L places, padded in front, and
-the loss is taken at the last place alone, one sample a prefix. MLTFR's authors take it at every
-place, so each reads the future (docs/method.md).
+per channel. Published, the transform runs over the whole sequence of L positions, padded in front,
+and the loss is taken at the last position alone, one sample a prefix. MLTFR's authors take it at
+every position, so each reads the future (docs/method.md).
 
-Departure: the loss is taken at every place, and low(x)_t is the low-pass of the t + 1 items up to
-t, read at the last of them. It is a fixed lower-triangular matrix. For a history of L items or more
-this is what the published filter gives at the last place; for a shorter one it is not, for there is
-no padding in the transform (for 10 to 20 items of 50 the two correlate by about .5). Prefixes of
-fewer than 2 c - 1 items are all low. ``backbone.bsarec.low_frequencies`` counts components: 3 is
-the released code's `c` of 5 (it keeps c // 2 + 1). No dropout on attention weights, a norm behind
-the last block, and positions that count from the oldest item.
+Departure: the loss is taken at every position, and low(x)_t is the low-pass of the t + 1 items up
+to t, read at the last of them. It is a fixed lower-triangular matrix. For a history of L items or
+more this is what the published filter gives at the last position; for a shorter one it is not, for
+there is no padding in the transform (for 10 to 20 items of 50 the two correlate by about .5).
+Prefixes of fewer than 2 c - 1 items are all low. ``backbone.bsarec.low_frequencies`` counts
+components: 3 is the released code's `c` of 5 (it keeps c // 2 + 1). No dropout on attention
+weights, a norm behind the last block, and positions that count from the oldest item.
 """
 
 from __future__ import annotations

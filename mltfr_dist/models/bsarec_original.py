@@ -1,6 +1,6 @@
 """BSARec (Shin et al. 2024, arXiv 2312.10325) as its authors' code has it.
 
-Their filter over the whole sequence that is padded in front, read and trained at its last place
+Their filter over the whole sequence that is padded in front, read and trained at its last position
 (`padded.py` says what differs), with dropout on attention weights (of `backbone.dropout`, where
 theirs is a value of its own). Their loss is `cross_entropy`.
 """

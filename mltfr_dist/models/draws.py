@@ -34,8 +34,8 @@ def history_keys(item_ids: Tensor) -> Tensor:
     """[B, L] int64: a hash of each position's past, itself included, and of nothing else; padding
     adds nothing.
     """
-    places = torch.arange(1, item_ids.shape[1] + 1, device=item_ids.device)
-    return (mix(mix(item_ids) + places * STEP) * (item_ids != PADDING_IDX)).cumsum(1)
+    positions = torch.arange(1, item_ids.shape[1] + 1, device=item_ids.device)
+    return (mix(mix(item_ids) + positions * STEP) * (item_ids != PADDING_IDX)).cumsum(1)
 
 
 class GumbelNoise(NamedTuple):

@@ -8,7 +8,7 @@ Their own loss is taken at the last position alone, one sample a prefix: `fmlp_o
 Departures: the loss is taken at every position; the kernel itself is learned, one of max_len taps a
 channel (as many real numbers as the complex weight has), and convolved linearly, through a
 zero-padded transform, so that position t reads positions <= t. Taps start at N(0, .02), so that the
-filter's gain at a frequency starts at .14 for 50 places, where the published weight starts at .028.
+filter's gain at a frequency starts at .14 for 50 positions; the published weight starts at .028.
 Positions count from the oldest item. Blocks stay as published: post-norm, a feed-forward of inner
 size 4 D with GELU; a norm follows the last one.
 """
@@ -43,7 +43,7 @@ class SequenceFilter(nn.Module):
 
 def convolved(x: Tensor, kernel: Tensor, size: int) -> Tensor:
     """The circular convolution, modulo ``size``, of x [B, L, D] with a kernel [K, D]: its first L
-    places [B, L, D].
+    positions [B, L, D].
     """
     spectrum = torch.fft.rfft(at_least_fp32(x), n=size, dim=1)
     response = torch.fft.rfft(at_least_fp32(kernel), n=size, dim=0)

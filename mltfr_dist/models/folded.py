@@ -49,10 +49,10 @@ class Stored(nn.Module):
 class Columns(nn.Module):
     """Keys or values of rows that stand mapped already, side by side."""
 
-    def __init__(self, place: int, width: int) -> None:
-        """Args: place: 0 for the first map; width: I."""
+    def __init__(self, index: int, width: int) -> None:
+        """Args: index: 0 for the first map; width: I."""
         super().__init__()
-        self.start, self.stop = place * width, (place + 1) * width
+        self.start, self.stop = index * width, (index + 1) * width
 
     def forward(self, rows: Tensor) -> Tensor:
         """[S, W] -> [S, I]."""
@@ -158,11 +158,11 @@ def _maps(core: nn.Module) -> list[nn.Module]:
     return [core.key, core.value]
 
 
-def _reads_columns(core: nn.Module, place: int) -> ExpertCore:
-    """The expert whose keys and values stand in the memory, from ``place`` on."""
+def _reads_columns(core: nn.Module, index: int) -> ExpertCore:
+    """The expert whose keys and values stand in the memory, from ``index`` on."""
     assert isinstance(core, ExpertCore)
     lean, width = shallow(core), core.num_heads * core.head_dim
-    lean._modules |= {"key": Columns(place, width), "value": Columns(place + 1, width)}
+    lean._modules |= {"key": Columns(index, width), "value": Columns(index + 1, width)}
     return lean
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mltfr_dist.losses import LOSSES
 from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.divided_rows import division_of, own_vectors
-from mltfr_dist.models.packing import places
+from mltfr_dist.models.packing import indices_where
 from mltfr_dist.models.scored import Negatives, Scored
 from mltfr_dist.numerics import at_least_fp32
 from mltfr_dist.registry import load
@@ -202,7 +202,9 @@ def contrastive(
     itself = numbers[:, None] == numbers
     logits = logits.masked_fill(itself | ~here[:, None, :], -torch.inf)
     other = (numbers ^ 1).expand(views.shape[:2])  # views 2i and 2i + 1 belong together
-    kept = places(here, None if num_present is None else 2 * num_present)  # each has its positive
+    kept = indices_where(
+        here, None if num_present is None else 2 * num_present
+    )  # each has its positive
     kept_logits, kept_other = (
         t.flatten(0, 1).index_select(0, kept) for t in (logits, other[..., None])
     )

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mltfr_dist.data.batch import PADDING_IDX
 
 SHORTEST = 0.75
-"""Rows of a part are at least this share of its longest one, so that few of its places are
+"""Rows of a part are at least this share of its longest one, so that few of its positions are
 padding.
 """
 
@@ -26,8 +26,8 @@ Lengths = Sequence[int] | None
 """Real positions of each row, where they are known without asking a device."""
 
 
-def places(mask: Tensor, count: int | None = None) -> Tensor:
-    """[n] int64, where a mask of any shape holds, in the order of its flat places.
+def indices_where(mask: Tensor, count: int | None = None) -> Tensor:
+    """[n] int64, where a mask of any shape holds, in the order of its flat positions.
 
     Args:
         mask: bool.
@@ -68,7 +68,7 @@ class Packing:
         self._places = (  # [N]
             torch.arange(item_ids.numel(), device=item_ids.device)
             if whole
-            else places(real, None if lengths is None else sum(lengths))
+            else indices_where(real, None if lengths is None else sum(lengths))
         )
         counts = self.valid_mask.sum(1)
         before = counts.cumsum(0) - counts  # [B] packed positions of earlier rows
@@ -99,7 +99,7 @@ class Packing:
     def parts(self) -> list[Part]:
         """The rows in parts of like length, which a mixing of positions takes one by one.
 
-        On a CPU, where a place of padding costs what an item costs, and where rows come longest
+        On a CPU, where a position of padding costs what an item costs, and where rows come longest
         first, as the stream deals them; a single part elsewhere, for lengths would have to come
         from the device, and many small products keep it waiting.
         """
@@ -164,7 +164,9 @@ class Padded(Packing):
             order = (item_ids != PADDING_IDX).to(torch.uint8).sort(dim=1, stable=True).indices
             item_ids = item_ids.gather(1, order)
         super().__init__(item_ids, lengths, whole=True)
-        self._real = places(item_ids != PADDING_IDX, None if lengths is None else sum(lengths))
+        self._real = indices_where(
+            item_ids != PADDING_IDX, None if lengths is None else sum(lengths)
+        )
 
     @property
     def read(self) -> Packing:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mltfr_dist.models.draws import history_keys
-from mltfr_dist.models.packing import Lengths, places
+from mltfr_dist.models.packing import Lengths, indices_where
 
 
 def prefix_mean(x: Tensor, valid_mask: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class QueryBlocks:
         self.occupied = self._cut(valid_mask)[..., 0]  # sequences start at 0 and have no gaps
         self._num_real = None if lengths is None else sum(lengths)
         num_blocks = None if lengths is None else sum(-(-n // block_len) for n in lengths)
-        self._places = places(self.occupied, num_blocks)
+        self._places = indices_where(self.occupied, num_blocks)
         self.positions = self._held(self._cut(x))
         self.queries = self._held(self.at_queries(prefix_mean(x, valid_mask)))
         self.real = self._held(self._cut(valid_mask))
@@ -68,7 +68,7 @@ class QueryBlocks:
 
     def at_real(self, t: Tensor) -> Tensor:
         """What stands at the real positions, row by row: [G, n, ...] -> [N, ...]."""
-        return t.flatten(0, 1).index_select(0, places(self.real, self._num_real))
+        return t.flatten(0, 1).index_select(0, indices_where(self.real, self._num_real))
 
     def at_queries(self, t: Tensor) -> Tensor:
         """What stands where the queries are taken: [B, L, ...] -> [B, ceil(L / n), ...]."""

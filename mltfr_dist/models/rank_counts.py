@@ -152,9 +152,9 @@ class _Counts:
         """Count the near-ties by their true scores."""
         if not self._open:
             return
-        rows, places = (torch.cat(part) for part in zip(*self._open, strict=True))
+        rows, indices = (torch.cat(part) for part in zip(*self._open, strict=True))
         self._open, self._num_open = [], 0
-        scores, targets = self._tiles.exact(rows, places), self._targets[rows]
+        scores, targets = self._tiles.exact(rows, indices), self._targets[rows]
         self.better.index_add_(0, rows, (scores > targets).double())
         self.equal.index_add_(0, rows, (scores == targets).double())
 
@@ -164,5 +164,5 @@ def _nonzero(sparse: Tensor) -> tuple[Tensor, Tensor]:
     runs = F.pad(sparse.flatten(), (0, -sparse.numel() % RUN)).view(-1, RUN)
     found = runs.sum(1).nonzero()[:, 0]
     within = runs[found].nonzero()
-    places = found[within[:, 0]] * RUN + within[:, 1]
-    return places // sparse.shape[1], places % sparse.shape[1]
+    indices = found[within[:, 0]] * RUN + within[:, 1]
+    return indices // sparse.shape[1], indices % sparse.shape[1]

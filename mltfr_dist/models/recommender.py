@@ -20,7 +20,7 @@ from mltfr_dist.models.explain import Explanation, explain
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.losses import loss_sum
 from mltfr_dist.models.mltfr import MLTFR
-from mltfr_dist.models.packing import Lengths, Packing, places
+from mltfr_dist.models.packing import Lengths, Packing, indices_where
 from mltfr_dist.models.routing import Routing, RoutingSums, routing_sums
 from mltfr_dist.models.scored import Scored
 from mltfr_dist.models.selectors import Reduce
@@ -150,7 +150,9 @@ class Recommender(nn.Module):
         """
         targets = packing.pack(batch.target_ids)
         counts = batch.counts
-        scored = places(targets != PADDING_IDX, None if counts is None else counts.num_targets)
+        scored = indices_where(
+            targets != PADDING_IDX, None if counts is None else counts.num_targets
+        )
         hidden, targets, weights = (t.index_select(0, scored) for t in (hidden, targets, weights))
         drawn, shared = batch.negative_ids, batch.shared_negative_ids
         log_probability = batch.shared_log_probability

@@ -3,8 +3,9 @@
 A **score** is the product of a hidden state and an item's vector in float64, added up pairwise in
 one fixed order and rounded to float32 (in fp64 models: not rounded). A product of matrices rounds
 otherwise in another shape, so it decides only where its error cannot matter; whatever lies nearer
-is scored again by :func:`exact_scores`. So what is made of scores (``places.py``, ``top_items.py``)
-is the same to the bit for any tile, any users beside a user, and any division of the items.
+is scored again by :func:`exact_scores`. So what is made of scores (``rank_counts.py`` and
+``top_items.py``) is the same to the bit for any tile, any users beside a user, and any division of
+the items.
 
 Shapes: B users, D hidden size, R items at hand, b users and T items of a tile, S pairs.
 """
@@ -119,7 +120,7 @@ class Tiles:
                 yield Tile(block, start, scores, error[block])
 
     def parts(self, items: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Some ``items`` at a time: the place of the first, their vectors [T, D] and the error [B]
+        """Some ``items`` at a time: the index of the first, their vectors [T, D] and the error [B]
         of their scores.
 
         Raises:
@@ -133,18 +134,18 @@ class Tiles:
         """Set the scores of excluded pairs to -inf, in place."""
         if self._exclude is None:
             return
-        places, bounds, per_row = self._excluded_by_tile
+        indices, bounds, per_row = self._excluded_by_tile
         cell = tile.start // self.shape[1] * per_row + tile.users.start // self.shape[0]
-        within = places[bounds[cell] : bounds[cell + 1]]
+        within = indices[bounds[cell] : bounds[cell + 1]]
         rows, items = within[:, 0] - tile.users.start, within[:, 1] - tile.start
         tile.scores.view(-1).index_fill_(0, rows * tile.scores.shape[1] + items, -torch.inf)
 
-    def exact(self, rows: Tensor, places: Tensor) -> Tensor:
-        """[S] true scores of the users ``rows`` and the items at ``places``."""
+    def exact(self, rows: Tensor, indices: Tensor) -> Tensor:
+        """[S] true scores of the users ``rows`` and the items at ``indices``."""
         chunk = max(1, EXACT_ELEMENTS // self.hidden.shape[1])
         parts = [
             exact_scores(self.hidden[r], self._rows(p))
-            for r, p in zip(torch.split(rows, chunk), torch.split(places, chunk), strict=True)
+            for r, p in zip(torch.split(rows, chunk), torch.split(indices, chunk), strict=True)
         ]
         return torch.cat(parts)
 
@@ -168,18 +169,18 @@ class Tiles:
         return error
 
     def excluded_by_user(self) -> tuple[Tensor, Tensor]:
-        """Where the excluded places of each user begin [B + 1], and these places, ascending for
+        """Where the excluded indices of each user begin [B + 1], and these indices, ascending for
         each user, none twice.
         """
-        rows, places = self._excluded.unbind(1)
+        rows, indices = self._excluded.unbind(1)
         items = max(1, len(self.vectors))
-        found = torch.unique(rows * items + places)
+        found = torch.unique(rows * items + indices)
         users = torch.arange(len(self.hidden) + 1, device=found.device)
         return torch.searchsorted(found, users * items), found % items
 
     @property
     def _excluded(self) -> Tensor:
-        """[S, 2] rows and places of the excluded pairs whose items are at hand."""
+        """[S, 2] rows and indices of the excluded pairs whose items are at hand."""
         if self._exclude is None:
             return torch.zeros(0, 2, dtype=torch.int64, device=self.hidden.device)
         pairs = torch.stack([self._exclude.rows, self._exclude.item_ids - self.first_id], dim=1)
@@ -187,14 +188,14 @@ class Tiles:
 
     @cached_property
     def _excluded_by_tile(self) -> tuple[Tensor, list[int], int]:
-        """Excluded (row, place) [S, 2] in the order of tiles, where each tile's begin, and tiles in
+        """Excluded (row, index) [S, 2] in the order of tiles, where each tile's begin, and tiles in
         a row.
         """
         users, items = self.shape
-        places = self._excluded
+        indices = self._excluded
         per_row = -(-len(self.hidden) // users)
-        cells = places[:, 1] // items * per_row + places[:, 0] // users
+        cells = indices[:, 1] // items * per_row + indices[:, 0] // users
         cells, order = cells.sort()
         count = -(-len(self.vectors) // items) * per_row
         edges = torch.arange(count + 1, device=cells.device)
-        return places[order], torch.searchsorted(cells, edges).tolist(), per_row
+        return indices[order], torch.searchsorted(cells, edges).tolist(), per_row

@@ -57,17 +57,17 @@ def top_items(
     tiles = Tiles(hidden, item_vectors, first_id, exclude, tile)
     if tiles.format == torch.float32 and leads_in_registers(tiles.hidden, item_vectors):
         items = max(1, PART_ELEMENTS // hidden.shape[1]) if on_cpu else tiles.shape[1]
-        values, places = _in_registers(tiles, min(k, len(item_vectors)), items)
+        values, indices = _in_registers(tiles, min(k, len(item_vectors)), items)
     else:
-        values, places = _in_tiles(tiles, exclude, k)
+        values, indices = _in_tiles(tiles, exclude, k)
     missing = k - values.shape[1]
     values = F.pad(values, (0, missing), value=-torch.inf)
-    ids = F.pad(places, (0, missing)) + first_id
+    ids = F.pad(indices, (0, missing)) + first_id
     return values, ids.where(values > -torch.inf, 0)
 
 
 def _in_registers(tiles: Tiles, k: int, items: int) -> tuple[Tensor, Tensor]:
-    """Scores and places [B, k] by a kernel that writes no scores, some ``items`` at a time."""
+    """Scores and indices [B, k] by a kernel that writes no scores, some ``items`` at a time."""
     error = torch.zeros(len(tiles.hidden), dtype=torch.float64)
     for _, _, of_part in tiles.parts(items):
         error = torch.maximum(error, of_part)
@@ -89,50 +89,50 @@ def _in_registers(tiles: Tiles, k: int, items: int) -> tuple[Tensor, Tensor]:
 def _in_tiles(tiles: Tiles, exclude: Pairs | None, k: int) -> tuple[Tensor, Tensor]:
     """The same from tiles of scores; fewer than k where fewer are looked at."""
     count = min(k + max(MARGIN, k // 4), len(tiles.vectors))
-    computed, places, error = _candidates(tiles, count)
+    computed, indices, error = _candidates(tiles, count)
     there = computed > -torch.inf
-    rows = torch.arange(len(places), device=places.device)[:, None].expand_as(places)
+    rows = torch.arange(len(indices), device=indices.device)[:, None].expand_as(indices)
     scores = torch.full_like(computed, -torch.inf)
-    scores[there] = tiles.exact(rows[there], places[there])
-    values, places = best(scores, places, k)
+    scores[there] = tiles.exact(rows[there], indices[there])
+    values, indices = best(scores, indices, k)
     if values.shape[1] == k:
         # What was not looked at scores at most `beyond`; where that may reach the k-th, look again.
         beyond = computed.amin(1).double() + error
         close = ((beyond >= values[:, -1].double()) & there.all(1)).nonzero()[:, 0]
         if len(close):
             again = _of_rows(tiles, close, exclude)
-            values[close], places[close] = _best_above(again, values[close, -1], k)
-    return values, places
+            values[close], indices[close] = _best_above(again, values[close, -1], k)
+    return values, indices
 
 
 def top_of_some(
     hidden: Tensor, vectors: Tensor, item_ids: Tensor, k: int, exclude: Pairs
 ) -> tuple[Tensor, Tensor]:
     """:func:`top_items` of the items ``item_ids`` [R], ascending, whose vectors are [R, D]."""
-    places = torch.searchsorted(item_ids, exclude.item_ids)
+    indices = torch.searchsorted(item_ids, exclude.item_ids)
     padded = F.pad(item_ids, (0, 1), value=-1)  # of ids beyond the last
-    here = padded[places] == exclude.item_ids
-    left_out = Pairs(exclude.rows[here], places[here])
-    values, places = top_items(hidden, vectors, k, exclude=left_out, first_id=0)
+    here = padded[indices] == exclude.item_ids
+    left_out = Pairs(exclude.rows[here], indices[here])
+    values, indices = top_items(hidden, vectors, k, exclude=left_out, first_id=0)
     there = values > -torch.inf
-    return values, torch.zeros_like(places).masked_scatter(there, item_ids[places[there]])
+    return values, torch.zeros_like(indices).masked_scatter(there, item_ids[indices[there]])
 
 
 def _candidates(tiles: Tiles, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each user the ``count`` largest scores as computed, their places [B, count], and their
+    """Of each user the ``count`` largest scores as computed, their indices [B, count], and their
     error [B].
     """
     computed = tiles.hidden.new_full((len(tiles.hidden), count), -torch.inf)
-    places = torch.zeros(computed.shape, dtype=torch.int64, device=computed.device)
+    indices = torch.zeros(computed.shape, dtype=torch.int64, device=computed.device)
     error = torch.zeros(len(computed), dtype=torch.float64, device=computed.device)
     for tile in tiles:
         tiles.leave_out(tile)
         error[tile.users] = torch.maximum(error[tile.users], tile.error)
         found, where = _largest(tile.scores, count)
         kept = torch.cat([computed[tile.users], found], dim=1).topk(count, dim=1)
-        both = torch.cat([places[tile.users], where + tile.start], dim=1)
-        computed[tile.users], places[tile.users] = kept.values, both.gather(1, kept.indices)
-    return computed, places, error
+        both = torch.cat([indices[tile.users], where + tile.start], dim=1)
+        computed[tile.users], indices[tile.users] = kept.values, both.gather(1, kept.indices)
+    return computed, indices, error
 
 
 def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -167,12 +167,12 @@ def _of_rows(tiles: Tiles, rows: Tensor, exclude: Pairs | None) -> Tiles:
 
 
 def _best_above(tiles: Tiles, least: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores and places [B, k] of the best, all of which score at least ``least`` [B].
+    """Scores and indices [B, k] of the best, all of which score at least ``least`` [B].
 
     Whatever may reach ``least`` is scored exactly; a tile may hold nothing else.
     """
     values = tiles.hidden.new_full((len(least), k), -torch.inf)
-    places = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
+    indices = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
     slack = 8 * UNIT[tiles.hidden.dtype] * least.double().abs()
     for tile in tiles:
         tiles.leave_out(tile)
@@ -182,9 +182,9 @@ def _best_above(tiles: Tiles, least: Tensor, k: int) -> tuple[Tensor, Tensor]:
         scores[rows, columns] = tiles.exact(rows + tile.users.start, columns + tile.start)
         both = torch.cat([values[tile.users], scores], dim=1)
         items = torch.arange(tile.start, tile.start + scores.shape[1], device=scores.device)
-        ids = torch.cat([places[tile.users], items.expand(len(scores), -1)], dim=1)
+        ids = torch.cat([indices[tile.users], items.expand(len(scores), -1)], dim=1)
         order = both.argsort(dim=1, descending=True, stable=True)[
             :, :k
         ]  # earlier, so lower, ids first
-        values[tile.users], places[tile.users] = both.gather(1, order), ids.gather(1, order)
-    return values, places
+        values[tile.users], indices[tile.users] = both.gather(1, order), ids.gather(1, order)
+    return values, indices

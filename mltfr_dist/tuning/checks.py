@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.config.former import places
+from mltfr_dist.config.former import moved_to
 from mltfr_dist.data.shards.manifest import verify_folder
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.invocation import command
@@ -51,7 +51,7 @@ def check_space(sweep: SweepConfig, base: RunConfig) -> None:
     for key, domain in sweep.search.items():
         if key not in leaves:
             fields = [path for path in field_paths(RunConfig) if path in leaves]
-            now = " or ".join(f"`{place}`" for place in places(key))
+            now = " or ".join(f"`{field}`" for field in moved_to(key))
             near = f"; in its place there is {now}" if now else or_nearest(key, fields)
             raise ConfigError(
                 f"The searched key `{key}` is not a field of a run{near}.",

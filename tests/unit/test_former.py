@@ -12,7 +12,7 @@ import pytest
 from support import read_lines, tiny_config
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.config.former import INSTEAD, MOVED, places
+from mltfr_dist.config.former import INSTEAD, MOVED, moved_to
 from mltfr_dist.config.io import dump_yaml, load_yaml
 from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.errors import ConfigError
@@ -52,7 +52,7 @@ def test_a_defect_names_its_switch(path: str, value: Any, now: str) -> None:
     assert "leave" not in error.what
     assert "config.yaml" in error.remedy
     assert path not in field_paths(RunConfig)
-    assert set(places(path)) <= set(field_paths(RunConfig))
+    assert set(moved_to(path)) <= set(field_paths(RunConfig))
 
 
 @pytest.mark.parametrize("path", MOVED)

@@ -133,12 +133,12 @@ def all_kept(rows: Tensor) -> Selection:
 
 
 def those_kept(kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """[U], ascending: which of ``count`` rows any query keeps; and ``kept`` [G, K] as places among
+    """[U], ascending: which of ``count`` rows any query keeps; and ``kept`` [G, K] as indices into
     them.
     """
     if kept.device.type != "cpu":
-        used, places = torch.unique(kept, return_inverse=True)
-        return used, places
+        used, inverse = torch.unique(kept, return_inverse=True)
+        return used, inverse
     flat = kept.flatten()
     held = torch.zeros(count, dtype=torch.bool).index_fill_(0, flat, True)
     return held.nonzero()[:, 0], (held.cumsum(0) - 1).index_select(0, flat).view_as(kept)
