@@ -101,14 +101,14 @@ def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
         for name, values in metrics.items()
     ]
     note = (
-        "One seed each: differences need several to mean anything (`mltfr compare`)."
+        "One seed each: differences need several to mean anything (<code>mltfr compare</code>)."
         if len(metrics) > 1
-        else "No control was given. A run with `mltfr.table_content=random` and `--control` stands "
-        "beside it here: "
-        "without one, nothing below says that real tokens are better than random rows."
+        else "No control was given, and without one nothing below says that real tokens are better "
+        "than random rows. Train the same run with <code>mltfr.table_content=random</code>, and "
+        "name it here by <code>--control</code>."
     )
     head = ["run", *(f"test {name}" for name in METRICS)]
-    return table(head, rows, (1, 2)) + f'<p class="note">{escape(note)}</p>'
+    return table(head, rows, (1, 2)) + f'<p class="note">{note}</p>'
 
 
 def group_part(group: Group) -> str:
