@@ -13,10 +13,7 @@ Shapes: R rows of the table, O of this rank, D hidden size.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,14 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mltfr_dist.distributed.row_layout import RowLayout
+from mltfr_dist.distributed.tensor_file import pieces
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import DamagedError
 
 MODEL_ROWS, OPTIMIZER_ROWS = "model-rows", "optimizer-rows"
-PIECE_BYTES = 1 << 22
-"""Bytes that are copied at a time."""
-
-DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 
 
 def file_name(kind: str, rank: int, world_size: int) -> str:
@@ -43,50 +37,6 @@ def file_name(kind: str, rank: int, world_size: int) -> str:
 def files_of(kind: str, names: Iterable[str]) -> list[str]:
     """Those of a checkpoint's files that hold rows of this kind, in the order of their ranks."""
     return sorted(name for name in names if name.startswith(f"{kind}-"))
-
-
-def write_rows(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file piece by piece, to the disk; returns its sha256.
-
-    Args:
-        path: Of the file.
-        tensors: Name to [O, D] rows, on any device.
-
-    Raises:
-        OSError: The disk does not take it.
-    """
-    described, start = {}, 0
-    for name, t in tensors.items():
-        end = start + t.numel() * t.element_size()
-        described[name] = {
-            "dtype": DTYPES[t.dtype],
-            "shape": list(t.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
-    header = json.dumps(described).encode()
-    header += b" " * (-len(header) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-
-        def put(content: bytes | memoryview) -> None:
-            digest.update(content)
-            file.write(content)
-            heartbeat()
-
-        put(len(header).to_bytes(8, "little") + header)
-        for t in tensors.values():
-            for piece in pieces(t):
-                put(piece.detach().cpu().contiguous().numpy().data.cast("B"))
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def pieces(rows: Tensor) -> tuple[Tensor, ...]:
-    """Rows in parts of at most :data:`PIECE_BYTES`."""
-    of_row = max(1, rows.shape[1] * rows.element_size())
-    return torch.split(rows, max(1, PIECE_BYTES // of_row)) if len(rows) else ()
 
 
 def read_run(

@@ -4,8 +4,6 @@ divided or not.
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,137 +14,29 @@ from mltfr_dist.distributed.checkpoint import (
     OPTIMIZER,
     Header,
     Progress,
-    begin,
-    finish,
-    not_written,
     read,
     read_header,
     row_files,
-    write,
 )
-from mltfr_dist.distributed.divided_files import (
-    MODEL_ROWS,
-    OPTIMIZER_ROWS,
-    file_name,
-    read_run,
-    write_rows,
-)
+from mltfr_dist.distributed.divided_files import read_run
 from mltfr_dist.distributed.divided_optimizer import DividedOptimizer
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.item_division import RankDivision
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.saver import Saver
 from mltfr_dist.distributed.sending import send_tensors, send_text
-from mltfr_dist.distributed.state import (
-    State,
-    begin_optimizer_state,
-    restore_masters,
-    restore_optimizer_state,
-    whole_optimizer_state,
-    whole_parameters,
-)
-from mltfr_dist.errors import CheckpointError, MltfrError
+from mltfr_dist.distributed.state import State, restore_masters, restore_optimizer_state
 from mltfr_dist.models.divided_rows import DividedRows, divided_rows
-
-CHECKED_ELEMENTS = 1 << 20
-"""Numbers looked at together, so that a check needs no memory of a tensor's size."""
 
 
 def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bool = True) -> None:
     """Write a checkpoint to ``folder``, replacing one of that name. All ranks must call.
 
-    Rank 0 writes it; of a divided item table each rank its own rows.
-
     Raises:
-        CheckpointError: A tensor is not finite: what was saved before must not be superseded by it.
+        CheckpointError: See :meth:`Saver.save`.
     """
-    tensors = {MODEL: whole_parameters(engine)}
-    if with_optimizer:
-        if progress.step == progress.skipped_steps:  # no update yet, so the optimizer has no state
-            begin_optimizer_state(engine)
-        tensors[OPTIMIZER] = whole_optimizer_state(engine)
-    own = own_rows(engine, with_optimizer=with_optimizer)
-    damaged = nonfinite(tensors | own, engine.ranks)
-    if damaged:
-        raise engine.ranks.rank0_raises(
-            CheckpointError(
-                f"Not saved at step {progress.step} of stage `{progress.stage}`: "
-                f"{', '.join(damaged)} "
-                f"{'is' if len(damaged) == 1 else 'are'} not finite.",
-                rule="A checkpoint holds finite numbers; those saved before are kept.",
-                remedy="Lower optimizer.learning_rate or set optimizer.max_grad_norm.",
-            )
-        )
-    if own:
-        write_divided(folder, tensors, own, progress, engine.ranks)
-    else:
-        engine.ranks.on_rank0(lambda heartbeat: write(folder, tensors, progress, heartbeat))
-
-
-def own_rows(engine: Engine, *, with_optimizer: bool) -> dict[str, State]:
-    """This rank's rows of a divided item table, by kind of file and name; nothing where it is
-    whole.
-    """
-    rows = engine.row_adam
-    if not isinstance(rows, DividedOptimizer):
-        return {}
-    own: dict[str, State] = {MODEL_ROWS: {rows.name: rows.rows.weight}}
-    if with_optimizer:
-        own[OPTIMIZER_ROWS] = {f"{rows.name}/{key}": t for key, t in rows.moments.items()}
-    return own
-
-
-def write_divided(
-    folder: Path,
-    tensors: dict[str, State],
-    own: dict[str, State],
-    progress: Progress,
-    ranks: Ranks,
-) -> None:
-    """Every rank writes its own rows at once, and when all are there rank 0 the rest. All ranks
-    must call.
-
-    Raises:
-        CheckpointError: A disk does not take it; the checkpoints before are as they were.
-    """
-    started = ranks.on_rank0(lambda _: begin(folder))
-    partial = folder.with_name(ranks.from_main(started.name if started else ""))
-
-    def write_own() -> dict[str, str]:
-        hashes = {}
-        for kind, state in own.items():
-            name = file_name(kind, ranks.rank, ranks.world_size)
-            try:
-                hashes[name] = write_rows(partial / name, state)
-            except OSError as error:
-                raise not_written(folder, error) from error
-        return hashes
-
-    try:
-        found = ranks.texts(json.dumps(ranks.jointly(write_own)))
-    except MltfrError:
-        if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    hashes = {name: digest for text in found for name, digest in json.loads(text).items()}
-    ranks.on_rank0(lambda heartbeat: finish(folder, partial, tensors, progress, heartbeat, hashes))
-
-
-def nonfinite(tensors: dict[str, dict[str, Tensor]], ranks: Ranks) -> list[str]:
-    """Names of the tensors that are not finite on some rank, each looked at in parts. All ranks
-    must call.
-    """
-    named = [(name, t) for state in tensors.values() for name, t in state.items()]
-    found = [
-        any(not torch.isfinite(part).all() for part in torch.split(t.flatten(), CHECKED_ELEMENTS))
-        for _, t in named
-    ]
-    return [
-        name
-        for (name, _), bad in zip(
-            named, ranks.max(torch.tensor(found).float()).tolist(), strict=True
-        )
-        if bad
-    ]
+    with Saver(engine) as saver:
+        saver.save(folder, progress, with_optimizer=with_optimizer)
 
 
 def read_for_all(

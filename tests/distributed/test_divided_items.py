@@ -23,11 +23,11 @@ from mltfr_dist.distributed.divided_files import (
     OPTIMIZER_ROWS,
     file_name,
     read_run,
-    write_rows,
 )
 from mltfr_dist.distributed.item_placement import check_items_divide, items_text, resolve_items
 from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.distributed.row_layout import RowLayout
+from mltfr_dist.distributed.tensor_file import write_tensors
 from mltfr_dist.errors import ConfigError, DamagedError
 from mltfr_dist.losses import LOSSES
 from mltfr_dist.optimizers import OPTIMIZERS
@@ -220,7 +220,7 @@ def test_a_damaged_share_is_passed_over_by_name(tmp_path: Path, damage: str) -> 
     elif damage == "cut off":
         file.write_bytes(file.read_bytes()[:-1])
     else:
-        write_rows(file, {"table/exp_avg": torch.ones(5, 2)})
+        write_tensors(file, {"table/exp_avg": torch.ones(5, 2)}, lambda: None)
     found = kept.latest_intact(folder, "train", said.append)
     assert found == folder / "train-step000000001"
     (warning,) = said
@@ -235,10 +235,11 @@ def write_checkpoint(folder: Path, step: int) -> None:
         for kind, name in ((MODEL_ROWS, "table"), (OPTIMIZER_ROWS, "table/exp_avg")):
             file = file_name(kind, rank, 2)
             rows = torch.full((count, 2), float(step)) + torch.arange(count)[:, None] + 4 * rank
-            hashes[file] = write_rows(partial / file, {name: rows})
+            hashes[file] = write_tensors(partial / file, {name: rows}, lambda: None)
     tensors: dict[str, Any] = {MODEL: {"other": torch.ones(3)}, OPTIMIZER: {}}
-    progress = Progress(stage="train", step=step)
-    checkpoint.finish(folder, partial, tensors, progress, lambda: None, hashes)
+    for file, state in tensors.items():
+        hashes[file] = write_tensors(partial / file, state, lambda: None)
+    checkpoint.finish(folder, Progress(stage="train", step=step), hashes)
 
 
 def test_shares_are_put_together_and_read_in_runs(tmp_path: Path) -> None:
