@@ -202,11 +202,7 @@ def check_finite(files: Files, progress: Progress, ranks: Ranks) -> None:
         CheckpointError: One is not finite on some rank.
     """
     named = [(name, t) for state in files.values() for name, t in state.items()]
-    found = [
-        any(not torch.isfinite(part).all() for part in torch.split(t.flatten(), CHECKED_ELEMENTS))
-        for _, t in named
-    ]
-    bad = ranks.max(torch.tensor(found).float()).tolist()
+    bad = ranks.max(torch.tensor([float(not _is_finite(t)) for _, t in named])).tolist()
     damaged = [name for (name, _), is_bad in zip(named, bad, strict=True) if is_bad]
     if damaged:
         raise ranks.rank0_raises(
@@ -218,3 +214,11 @@ def check_finite(files: Files, progress: Progress, ranks: Ranks) -> None:
                 remedy="Lower optimizer.learning_rate or set optimizer.max_grad_norm.",
             )
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """By the smallest and largest of some numbers at a time, for which nothing is formed."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    parts = torch.split(tensor.detach().flatten(), CHECKED_ELEMENTS)
+    return all(torch.isfinite(limit) for part in parts for limit in torch.aminmax(part))

@@ -17,16 +17,18 @@ from mltfr_dist.distributed.checkpoint import (
     read,
     read_header,
     row_files,
+    verify_with_rows,
 )
-from mltfr_dist.distributed.divided_files import read_run
+from mltfr_dist.distributed.divided_files import read_run, send_rows
 from mltfr_dist.distributed.divided_optimizer import DividedOptimizer
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.item_division import RankDivision
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.row_adam import RowAdam
 from mltfr_dist.distributed.saver import Saver
 from mltfr_dist.distributed.sending import send_tensors, send_text
 from mltfr_dist.distributed.state import State, restore_masters, restore_optimizer_state
-from mltfr_dist.models.divided_rows import DividedRows, divided_rows
+from mltfr_dist.models.divided_rows import DividedRows
 
 
 def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bool = True) -> None:
@@ -70,16 +72,24 @@ def progress_for_all(folder: Path, ranks: Ranks) -> Progress:
 
 
 def read_weights(model: nn.Module, folder: Path, ranks: Ranks) -> State:
-    """What ``model`` is to load of a checkpoint; rows of a divided item table it has then. All
-    ranks must call.
+    """What ``model`` is to load of a checkpoint; rows of an item table that was written divided it
+    has then. All ranks must call.
 
     Raises:
         DamagedError: A file is missing or its content is not what was written.
     """
+    state = read_for_all(folder, ranks, with_rows=False)
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, DividedRows)]
-    state = read_for_all(folder, ranks, with_rows=not found)
     for name, rows in found:
-        restore_rows(folder, MODEL, f"{name}.weight", rows, rows.weight, state, ranks)
+        if isinstance(rows.division, RankDivision):
+            restore_rows(folder, MODEL, f"{name}.weight", rows, rows.weight, state, ranks)
+    if any(isinstance(rows.division, RankDivision) for _, rows in found):
+        return state
+    ranks.on_rank0(lambda heartbeat: verify_with_rows(folder, MODEL, heartbeat))
+    files, own = row_files(header_for_all(folder, ranks), MODEL), model.state_dict()
+    for name, ids, part in send_rows(folder, files, ranks) if not found else ():
+        state[name] = own[name]  # in its place: loaded from itself
+        own[name][ids.to(own[name].device)] = part.to(own[name])
     return state
 
 
@@ -102,12 +112,16 @@ def restore_optimizer(folder: Path, engine: Engine) -> None:
     """Bring a fresh engine, whose module was loaded from ``folder``, to the checkpoint's state. All
     ranks must call.
     """
-    ranks, whole = engine.ranks, divided_rows(engine.module) is None
-    restore_masters(engine, read_for_all(folder, ranks, with_rows=whole))
-    progress = header_for_all(folder, ranks).progress
-    state = read_for_all(folder, ranks, OPTIMIZER, with_rows=whole)
-    restore_optimizer_state(engine, state, progress.step - progress.skipped_steps)
-    rows = engine.row_adam
+    ranks, rows = engine.ranks, engine.row_adam
+    is_trained = rows is None  # the item table, as any parameter
+    restore_masters(engine, read_for_all(folder, ranks, with_rows=is_trained))
+    header = header_for_all(folder, ranks)
+    state = read_for_all(folder, ranks, OPTIMIZER, with_rows=is_trained)
+    updates = header.progress.step - header.progress.skipped_steps
+    restore_optimizer_state(engine, state, updates)
+    if isinstance(rows, RowAdam):
+        for name, ids, part in send_rows(folder, row_files(header, OPTIMIZER), ranks):
+            rows.restore(name.removeprefix(f"{rows.name}/"), ids, part)
     if isinstance(rows, DividedOptimizer):
         for key, moment in rows.moments.items():
             name = f"{rows.name}/{key}"

@@ -6,12 +6,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from mltfr_dist.errors import DamagedError
 
 PIECE_BYTES = 1 << 22
 """Bytes that are copied at a time."""
@@ -29,12 +33,34 @@ NAMES = {
 """As the format has them, in the order in which they stand in a file."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], beat: Callable[[], object]) -> str:
+class Streamed(NamedTuple):
+    """A tensor that is never whole."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blocks: Iterable[Tensor]
+    """Its parts along the first dimension, in order."""
+
+
+class Place(NamedTuple):
+    """Where a file holds a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes before it."""
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor | Streamed],
+    beat: Callable[[], object] = lambda: None,
+) -> str:
     """Write a file; returns its sha256.
 
     Args:
         path: Of the file.
-        tensors: By name, on any device.
+        tensors: By name, on any device, or in blocks.
         beat: Called after each piece.
 
     Raises:
@@ -54,17 +80,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], beat: Callable[[], 
 
         put(_header({name: tensors[name] for name in names}))
         for name in names:
-            for piece in pieces(tensors[name]):
+            tensor = tensors[name]
+            blocks = tensor.blocks if isinstance(tensor, Streamed) else (tensor,)
+            for piece in (piece for block in blocks for piece in pieces(block)):
                 put(piece.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
+def _header(tensors: Mapping[str, Tensor | Streamed]) -> bytes:
     """What stands before the numbers."""
     described, start = {}, 0
     for name, t in tensors.items():
-        end = start + t.numel() * t.element_size()
+        end = start + math.prod(t.shape) * t.dtype.itemsize
         described[name] = {
             "dtype": NAMES[t.dtype],
             "shape": list(t.shape),
@@ -74,6 +102,28 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     header = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
+
+
+def places_in(path: Path) -> dict[str, Place]:
+    """Where a file holds its tensors, by name.
+
+    Raises:
+        DamagedError: It is missing, or no safetensors file.
+    """
+    dtypes = {name: dtype for dtype, name in NAMES.items()}
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            described = json.loads(file.read(min(size, path.stat().st_size)))
+        described.pop("__metadata__", None)
+        return {
+            name: Place(dtypes[t["dtype"]], tuple(t["shape"]), 8 + size + t["data_offsets"][0])
+            for name, t in described.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(
+            f"{path} is missing or damaged: {error}.", remedy="Restore it from a copy."
+        ) from None
 
 
 def pieces(tensor: Tensor) -> tuple[Tensor, ...]:

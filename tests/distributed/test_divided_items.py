@@ -29,10 +29,13 @@ from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.distributed.row_layout import RowLayout
 from mltfr_dist.distributed.tensor_file import write_tensors
 from mltfr_dist.errors import ConfigError, DamagedError
+from mltfr_dist.exported import load_exported
 from mltfr_dist.losses import LOSSES
+from mltfr_dist.models.divided_rows import divided_rows
 from mltfr_dist.optimizers import OPTIMIZERS
 from mltfr_dist.training.run_folder import dump_config, load_result
-from mltfr_dist.training.using.inference import evaluate_run
+from mltfr_dist.training.using.export import export
+from mltfr_dist.training.using.inference import evaluate_run, load_run
 
 WORKER = Path(__file__).parent / "divided_worker.py"
 THREE = Ranks(0, 3, torch.device("cpu"))
@@ -179,6 +182,10 @@ def test_a_whole_run_over_rows_is_that_of_replicated_rows(folder: Path) -> None:
     result = load_result(configs[0].folder)
     assert result is not None
     assert evaluate_run(configs[0].folder, "test") == pytest.approx(result.test)
+    export(configs[0].folder, folder / "exported")
+    exported, held = load_exported(folder / "exported"), load_run(configs[0].folder)
+    assert divided_rows(held.model) is None
+    assert exported.scores([["i1", "i7"]]).equal(held.scores([["i1", "i7"]]))
 
 
 @pytest.mark.slow
