@@ -81,7 +81,7 @@ def test_damage_is_found_before_and_after(tmp_path: Path, monkeypatch: pytest.Mo
         return found
 
     monkeypatch.setattr(type(stays.model), "vectors", otherwise)
-    with pytest.raises(CheckpointError, match=r"gives 1 of .* numbers otherwise"):
+    with pytest.raises(CheckpointError, match=r"scores otherwise .*: 1 of .* numbers"):
         publish(stays, tmp_path / "model")
     assert flipped
     assert not (tmp_path / "model").exists()

@@ -201,8 +201,8 @@ def check_scores(loaded: LoadedRun, folder: Path) -> None:
             found, count = found + int(differing.sum()), count + differing.numel()
     if found:
         raise CheckpointError(
-            f"The export gives {found} of {count} numbers otherwise "
-            f"than the run {loaded.config.folder} scores; nothing was exported.",
+            f"The export scores otherwise than the run {loaded.config.folder}: {found} of {count} "
+            "numbers differ; nothing was exported.",
             rule="An export scores as its run does, to the bit.",
             remedy="This is a defect of mltfr_dist: please report it with the run's config.yaml.",
         )
