@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ from mltfr_dist.distributed.item_placement import division_of_items
 from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import peak_memory_bytes
+from mltfr_dist.distributed.saver import Saver
 from mltfr_dist.distributed.saving import read_weights, restore_optimizer, save
 from mltfr_dist.models.divided_rows import DividedRows, divided_rows
 from mltfr_dist.schema import validate
@@ -151,6 +153,32 @@ def ranked(engine: Engine, options: argparse.Namespace) -> float:
     return time.perf_counter() - started
 
 
+def saved_meanwhile(engine: Engine, options: argparse.Namespace, place: Path) -> Found:
+    """Seconds that a save in the background holds training up and that it takes, the median step
+    meanwhile, and the memory that it adds.
+    """
+    ranks, step, times = engine.ranks, options.steps + 3, []
+    fresh_peak()
+    before, started = peak_memory_bytes(), time.perf_counter()
+    with Saver(engine, background=True) as saver:
+        saver.save(place.with_name("meanwhile"), Progress(stage="train", step=step))
+        held_up = time.perf_counter() - started
+        while not times or engine.verdict.writes:
+            batches = random_step(options, step, ranks.rank, ranks.world_size)
+            ranks.barrier()
+            begun = time.perf_counter()
+            engine.update(batches, step)
+            times.append(time.perf_counter() - begun)
+        ended = time.perf_counter()
+        saver.finish()
+    return {
+        "meanwhile_held_up": held_up + time.perf_counter() - ended,
+        "meanwhile": time.perf_counter() - started,
+        "meanwhile_step": statistics.median(times),
+        "meanwhile_more": float(peak_memory_bytes() - before),
+    }
+
+
 def measure(options: argparse.Namespace) -> None:
     """One rank's part."""
     ranks, place = start_ranks(1), Path(options.place)
@@ -168,6 +196,7 @@ def measure(options: argparse.Namespace) -> None:
         save(place, engine, Progress(stage="train", step=options.steps + 2))
         found["save"] = time.perf_counter() - started
         found["save_more"] = float(peak_memory_bytes() - before)
+        found |= saved_meanwhile(engine, options, place)
     Path(f"{options.output}.{ranks.rank}").write_text(json.dumps(found))
     if options.phase == "save":
         ranks.barrier()
@@ -262,6 +291,11 @@ def main() -> None:
     print(f"\na step takes {saved['step'] / few['step']:.2f} times one of {options.few:,} items")
     share = saved["save_more"] / saved["held"]
     print(f"the save takes {saved['save']:.1f} s and {share:.1%} of a share more memory")
+    print(
+        f"in the background {saved['meanwhile']:.1f} s, of which it holds training up "
+        f"{saved['meanwhile_held_up']:.2f} s; a step takes {saved['meanwhile_step']:.3f} s "
+        f"meanwhile; {saved['meanwhile_more'] / saved['held']:.1%} of a share more memory"
+    )
     for num_ranks, found in gone_on.items():
         print(
             f"{num_ranks} rank(s): load {found['load']:.1f} s, {options.users} users ranked in "

@@ -13,19 +13,22 @@ exported.scores([["i1", "i7"]])  # [1, num_items + 1], column = index in exporte
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pyarrow.parquet as pq
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mltfr_dist.errors import CheckpointError, DamagedError
 from mltfr_dist.files import file_sha256
 from mltfr_dist.headers import parse_header
+from mltfr_dist.models.divided_rows import Division
 from mltfr_dist.models.folded import folded
+from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.ranking import ItemMap, Ranker
 from mltfr_dist.schema import Section
 from mltfr_dist.serving.explaining import NamedRows, Tokens
@@ -78,8 +81,12 @@ class Exported(Ranker):
         return self.named_rows
 
 
-def load_exported(folder: str | Path) -> Exported:
+def load_exported(folder: str | Path, divide: Callable[[int], Division] | None = None) -> Exported:
     """Read what `mltfr export` wrote; the model is in evaluation mode, on the CPU.
+
+    Args:
+        folder: To read.
+        divide: How rows of the item table are read where it is not to be held; None: it is.
 
     Raises:
         CheckpointError: Missing, damaged, or of another schema version.
@@ -94,21 +101,30 @@ def load_exported(folder: str | Path) -> Exported:
             remedy=f"Open {folder / ONNX_MODEL} with onnxruntime, or export the run as "
             f"safetensors.",
         )
-    rows = load_file(folder / TABLES) if TABLES in info.sha256 else {}
-    rows |= {name: torch.zeros(count, 1) for name, count in info.folded.items()}
-    has_features = ITEM_TOKENS in info.sha256
-    features = load_file(folder / ITEM_TOKENS)[FEATURES] if has_features else None
-    model = info.spec.build(rows, features).eval()
-    if info.folded:
-        model = folded(model)
-    model.load_state_dict(load_file(folder / MODEL))
     return Exported(
-        model.eval(),
+        load_model(folder, info, divide),
         ItemMap.of(pq.ParquetFile(folder / ITEMS), str(folder / ITEMS)),
         info.spec.max_len,
         info,
         _named_rows(folder, info),
     )
+
+
+def load_model(
+    folder: Path, info: ExportInfo, divide: Callable[[int], Division] | None = None
+) -> Recommender:
+    """The model alone of an export whose files are what was written: see :func:`load_exported`."""
+    rows = load_file(folder / TABLES) if TABLES in info.sha256 else {}
+    rows |= {name: torch.zeros(count, 1) for name, count in info.folded.items()}
+    has_features = ITEM_TOKENS in info.sha256
+    features = load_file(folder / ITEM_TOKENS)[FEATURES] if has_features else None
+    model = info.spec.build(rows, features, divide).eval()
+    if info.folded:
+        model = folded(model)
+    with safe_open(folder / MODEL, framework="pt") as opened:
+        names = opened.keys() if divide is None else model.state_dict()
+        model.load_state_dict({name: opened.get_tensor(name) for name in names})
+    return model.eval()
 
 
 def check_files(folder: Path, info: ExportInfo) -> None:

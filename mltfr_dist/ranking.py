@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mltfr_dist.data.batch import PADDING_IDX
 from mltfr_dist.errors import DataError
 from mltfr_dist.models.folded import folded
 from mltfr_dist.models.recommender import Recommender
@@ -206,7 +207,8 @@ class Ranker:
             DataError: No histories, an empty one, or an id that the model does not know.
         """
         found = self._told(histories, unknown)
-        vectors = np.empty((len(found), item_vectors(self.serving).shape[1]), dtype=np.float32)
+        dim = self.model.vectors(torch.tensor([PADDING_IDX])).shape[1]
+        vectors = np.empty((len(found), dim), dtype=np.float32)
         for indices in chunks(found.numbers, self.items.num_items):
             item_ids = padded([found.numbers[index] for index in indices], self.max_len)
             vectors[indices] = user_vectors(self.serving, item_ids).float().cpu()

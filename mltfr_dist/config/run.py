@@ -162,6 +162,11 @@ class CheckpointConfig(Section):
         description="Best validations of a stage whose weights stay; the first of them is the "
         "outcome.",
     )
+    background: bool = Field(
+        False,
+        description="Whether training goes on while a checkpoint is written to the disk; each rank "
+        "then holds a copy of what it writes in host memory.",
+    )
 
 
 class TrackingConfig(Section):

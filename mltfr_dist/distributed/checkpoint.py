@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,9 +23,10 @@ from mltfr_dist.distributed.divided_files import (
     files_of,
 )
 from mltfr_dist.distributed.lock import check_held
+from mltfr_dist.distributed.tensor_file import write_tensors
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import CheckpointError, DamagedError
-from mltfr_dist.files import file_sha256, save_tensors
+from mltfr_dist.files import file_sha256
 from mltfr_dist.headers import parse_header
 from mltfr_dist.schema import Section
 
@@ -95,7 +95,19 @@ def write(
     Raises:
         CheckpointError: The disk does not take it, or another process has taken the folder over.
     """
-    finish(folder, begin(folder), tensors, progress, heartbeat)
+    partial, hashes = begin(folder), {}
+    try:
+        for name, state in tensors.items():
+            hashes[name] = write_tensors(partial / name, state, heartbeat)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise not_written(folder, error) from error
+    finish(folder, progress, hashes)
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a checkpoint is written before it is complete."""
+    return folder.with_name(f"{PARTIAL}{folder.name}")
 
 
 def begin(folder: Path) -> Path:
@@ -105,7 +117,7 @@ def begin(folder: Path) -> Path:
         CheckpointError: See :func:`write`.
     """
     check_held()
-    partial = folder.with_name(f"{PARTIAL}{folder.name}")
+    partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -114,30 +126,31 @@ def begin(folder: Path) -> Path:
     return partial
 
 
-def finish(
-    folder: Path,
-    partial: Path,
-    tensors: dict[str, dict[str, Tensor]],
-    progress: Progress,
-    heartbeat: Callable[[], object],
-    hashes: Mapping[str, str] | None = None,
-) -> None:
-    """Write what is missing into ``partial``, the header last, and give it its name.
+def finish(folder: Path, progress: Progress, hashes: Mapping[str, str]) -> None:
+    """Write the header, when all else is on the disk, and give the checkpoint its name.
 
     Args:
         folder: The checkpoint's place.
-        partial: Of :func:`begin`.
-        tensors: File name to tensors.
         progress: Where the run stands.
-        heartbeat: Called again and again.
-        hashes: Of files that are there.
+        hashes: Of all files of tensors, which lie in :func:`partial_of` it.
 
     Raises:
         CheckpointError: See :func:`write`.
     """
+    check_held()
+    partial = partial_of(folder)
+    header = Header(
+        schema_version=SCHEMA_VERSION, progress=progress, sha256=dict(hashes), draws=DRAWS
+    )
     try:
-        _finish(folder, partial, tensors, progress, heartbeat, hashes or {})
-    except (OSError, SafetensorError) as error:
+        (partial / HEADER).write_text(header.model_dump_json(indent=2) + "\n")
+        _flush(partial / HEADER)
+        _flush(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        _flush(folder.parent)
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise not_written(folder, error) from error
 
@@ -149,31 +162,6 @@ def not_written(folder: Path, error: Exception) -> CheckpointError:
         rule="The checkpoints before it are as they were.",
         remedy="Make room or check the disk, then start the same command again.",
     )
-
-
-def _finish(
-    folder: Path,
-    partial: Path,
-    tensors: dict[str, dict[str, Tensor]],
-    progress: Progress,
-    heartbeat: Callable[[], object],
-    given: Mapping[str, str],
-) -> None:
-    hashes = dict(given)
-    for name, state in tensors.items():
-        save_tensors(state, partial / name)
-        heartbeat()
-        hashes[name] = file_sha256(partial / name, heartbeat)
-    header = Header(schema_version=SCHEMA_VERSION, progress=progress, sha256=hashes, draws=DRAWS)
-    (partial / HEADER).write_text(header.model_dump_json(indent=2) + "\n")
-    for file in partial.iterdir():
-        _flush(file)
-        heartbeat()
-    _flush(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    _flush(folder.parent)
 
 
 def _flush(path: Path) -> None:

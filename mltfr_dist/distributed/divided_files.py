@@ -13,10 +13,9 @@ Shapes: R rows of the table, O of this rank, D hidden size.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,15 +23,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.row_layout import RowLayout
+from mltfr_dist.distributed.sending import send_bytes, send_text
+from mltfr_dist.distributed.tensor_file import pieces, places_in
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import DamagedError
 
 MODEL_ROWS, OPTIMIZER_ROWS = "model-rows", "optimizer-rows"
-PIECE_BYTES = 1 << 22
-"""Bytes that are copied at a time."""
-
-DTYPES = {torch.float32: "F32", torch.float64: "F64"}
+BLOCK_BYTES = 1 << 25
+"""Rows of a whole table that are read and sent together."""
 
 
 def file_name(kind: str, rank: int, world_size: int) -> str:
@@ -43,50 +43,6 @@ def file_name(kind: str, rank: int, world_size: int) -> str:
 def files_of(kind: str, names: Iterable[str]) -> list[str]:
     """Those of a checkpoint's files that hold rows of this kind, in the order of their ranks."""
     return sorted(name for name in names if name.startswith(f"{kind}-"))
-
-
-def write_rows(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file piece by piece, to the disk; returns its sha256.
-
-    Args:
-        path: Of the file.
-        tensors: Name to [O, D] rows, on any device.
-
-    Raises:
-        OSError: The disk does not take it.
-    """
-    described, start = {}, 0
-    for name, t in tensors.items():
-        end = start + t.numel() * t.element_size()
-        described[name] = {
-            "dtype": DTYPES[t.dtype],
-            "shape": list(t.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
-    header = json.dumps(described).encode()
-    header += b" " * (-len(header) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-
-        def put(content: bytes | memoryview) -> None:
-            digest.update(content)
-            file.write(content)
-            heartbeat()
-
-        put(len(header).to_bytes(8, "little") + header)
-        for t in tensors.values():
-            for piece in pieces(t):
-                put(piece.detach().cpu().contiguous().numpy().data.cast("B"))
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def pieces(rows: Tensor) -> tuple[Tensor, ...]:
-    """Rows in parts of at most :data:`PIECE_BYTES`."""
-    of_row = max(1, rows.shape[1] * rows.element_size())
-    return torch.split(rows, max(1, PIECE_BYTES // of_row)) if len(rows) else ()
 
 
 def read_run(
@@ -135,6 +91,27 @@ def positions(rows: Tensor, first: int) -> Iterable[tuple[int, Tensor]]:
         first += len(part)
 
 
+def shapes_of(folder: Path, files: list[str]) -> dict[str, list[int]]:
+    """Shapes [R, D] by name of what the files of one kind hold together.
+
+    Raises:
+        DamagedError: A file is missing or damaged.
+    """
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        for name, place in places_in(folder / file).items():
+            rows, columns = place.shape
+            shapes[name] = [shapes.get(name, [0])[0] + rows, columns]
+    return shapes
+
+
+def blocks_of(num_rows: int, columns: int) -> Iterator[tuple[int, Tensor]]:
+    """Places in the order of rows: the first of a block, and the ids [n] of all of the block."""
+    layout, step = RowLayout(num_rows, 1), max(1, BLOCK_BYTES // (4 * columns))
+    for first in range(0, num_rows, step):
+        yield first, layout.ids_between(first, min(first + step, num_rows))
+
+
 def assemble(
     folder: Path, files: list[str], beat: Callable[[], object] = heartbeat
 ) -> dict[str, Tensor]:
@@ -143,25 +120,42 @@ def assemble(
     Raises:
         DamagedError: A file is missing or damaged.
     """
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        try:
-            with safe_open(folder / file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    rows, columns = opened.get_slice(name).get_shape()
-                    shapes[name] = [shapes.get(name, [0])[0] + rows, columns]
-        except (OSError, SafetensorError) as error:
-            raise DamagedError(
-                f"{folder / file} is missing or damaged: {error}.",
-                remedy="Start the run's command again: it passes over what is damaged.",
-            ) from None
     found = {}
-    for name, (num_rows, columns) in shapes.items():
-        layout = RowLayout(num_rows, len(files))
+    for name, (num_rows, columns) in shapes_of(folder, files).items():
         found[name] = whole = torch.empty(num_rows, columns)
-        for first, end in pairwise(layout.bounds):
-            part = torch.empty(end - first, columns)
-            read_run(folder, files, name, layout, first, part)
-            whole[layout.ids_between(first, end)] = part
+        for first, ids in blocks_of(num_rows, columns):
+            part = torch.empty(len(ids), columns)
+            read_run(folder, files, name, RowLayout(num_rows, 1), first, part)
+            whole[ids] = part
             beat()
     return found
+
+
+def send_rows(folder: Path, files: list[str], ranks: Ranks) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, ids [n] and rows [n, D], some at a time, of all that the files of one kind hold, which
+    rank 0 reads and sends. All ranks must go through all.
+
+    Raises:
+        DamagedError: A file is missing or damaged.
+    """
+    found = ranks.on_rank0(lambda _: shapes_of(folder, files))
+    shapes: dict[str, list[int]] = json.loads(send_text(json.dumps(found), ranks))
+    for name, (num_rows, columns) in shapes.items():
+        layout = RowLayout(num_rows, 1)
+        for first, ids in blocks_of(num_rows, columns):
+            part = torch.empty(len(ids), columns)
+            ranks.on_rank0(partial(_read_block, folder, files, name, layout, first, part))
+            send_bytes(part.view(-1).view(torch.uint8), ranks)
+            yield name, ids, part
+
+
+def _read_block(
+    folder: Path,
+    files: list[str],
+    name: str,
+    layout: RowLayout,
+    first: int,
+    into: Tensor,
+    _heartbeat: object,
+) -> None:
+    read_run(folder, files, name, layout, first, into)

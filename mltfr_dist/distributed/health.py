@@ -5,7 +5,7 @@ all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
@@ -32,6 +32,8 @@ class Verdict(NamedTuple):
     """
     stop: bool = False
     """Whether some rank was asked to save and stop."""
+    writes: bool = False
+    """Whether some rank still writes its part of a checkpoint."""
 
 
 class Health:
@@ -63,6 +65,8 @@ class Health:
         """
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.ranks, self.verdict = ranks, Verdict()
+        self.writes: Callable[[], bool] = lambda: False
+        """Whether this rank still writes its part of a checkpoint."""
         self._skips_on_device = skips_on_device
         self.names = (LOSS, *(name for name, _ in trained), *row_tables)
         self._sums = torch.zeros(
@@ -104,8 +108,8 @@ class Health:
         Returns:
             What :meth:`read` reads, after the update.
         """
-        stop = self._sums.new_full((1,), float(signals.stop_requested()))
-        flags = torch.cat([(~torch.isfinite(self._sums)).to(stop.dtype), stop])
+        asked = self._sums.new_tensor([float(signals.stop_requested()), float(self.writes())])
+        flags = torch.cat([(~torch.isfinite(self._sums)).to(asked.dtype), asked])
         self._sums.zero_()
         told = self.ranks.sum(torch.cat([flags.double(), sums]))  # a flag's sum is 0 where all are
         if self._skips_on_device:
@@ -125,12 +129,12 @@ class Health:
             [S] the sums over all ranks, on the CPU.
         """
         told, count = told.cpu(), len(self.names)
-        *bad, stop = told[: count + 1].tolist()
+        *bad, stop, writes = told[: count + 2].tolist()
         nonfinite = tuple(name for name, some in zip(self.names, bad, strict=True) if some)
-        self.verdict = Verdict(nonfinite, stop=bool(stop))
+        self.verdict = Verdict(nonfinite, stop=bool(stop), writes=bool(writes))
         if self.verdict.stop:
             signals.request_stop()
-        return told[count + 1 :]
+        return told[count + 2 :]
 
 
 def watch_neighbours(ranks: Ranks) -> None:

@@ -171,6 +171,8 @@ class RowAdam:
             view.copy_(part)
         return whole
 
-    def restore(self, key: str, whole: Tensor) -> None:
-        """Set a moment of this rank's rows from that of all [R, D]."""
-        self.moments[key].copy_(whole[self.ranks.rank :: self.ranks.world_size])
+    def restore(self, key: str, ids: Tensor, values: Tensor) -> None:
+        """Set a moment of this rank's rows among ``ids`` [n] from ``values`` [n, D]."""
+        mine = ids % self.ranks.world_size == self.ranks.rank
+        own = self.moments[key]
+        own[ids[mine].to(own.device) // self.ranks.world_size] = values[mine].to(own.device)

@@ -4,8 +4,6 @@ divided or not.
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,137 +14,31 @@ from mltfr_dist.distributed.checkpoint import (
     OPTIMIZER,
     Header,
     Progress,
-    begin,
-    finish,
-    not_written,
     read,
     read_header,
     row_files,
-    write,
+    verify_with_rows,
 )
-from mltfr_dist.distributed.divided_files import (
-    MODEL_ROWS,
-    OPTIMIZER_ROWS,
-    file_name,
-    read_run,
-    write_rows,
-)
+from mltfr_dist.distributed.divided_files import read_run, send_rows
 from mltfr_dist.distributed.divided_optimizer import DividedOptimizer
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.item_division import RankDivision
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.row_adam import RowAdam
+from mltfr_dist.distributed.saver import Saver
 from mltfr_dist.distributed.sending import send_tensors, send_text
-from mltfr_dist.distributed.state import (
-    State,
-    begin_optimizer_state,
-    restore_masters,
-    restore_optimizer_state,
-    whole_optimizer_state,
-    whole_parameters,
-)
-from mltfr_dist.errors import CheckpointError, MltfrError
-from mltfr_dist.models.divided_rows import DividedRows, divided_rows
-
-CHECKED_ELEMENTS = 1 << 20
-"""Numbers looked at together, so that a check needs no memory of a tensor's size."""
+from mltfr_dist.distributed.state import State, restore_masters, restore_optimizer_state
+from mltfr_dist.models.divided_rows import DividedRows
 
 
 def save(folder: Path, engine: Engine, progress: Progress, *, with_optimizer: bool = True) -> None:
     """Write a checkpoint to ``folder``, replacing one of that name. All ranks must call.
 
-    Rank 0 writes it; of a divided item table each rank its own rows.
-
     Raises:
-        CheckpointError: A tensor is not finite: what was saved before must not be superseded by it.
+        CheckpointError: See :meth:`Saver.save`.
     """
-    tensors = {MODEL: whole_parameters(engine)}
-    if with_optimizer:
-        if progress.step == progress.skipped_steps:  # no update yet, so the optimizer has no state
-            begin_optimizer_state(engine)
-        tensors[OPTIMIZER] = whole_optimizer_state(engine)
-    own = own_rows(engine, with_optimizer=with_optimizer)
-    damaged = nonfinite(tensors | own, engine.ranks)
-    if damaged:
-        raise engine.ranks.rank0_raises(
-            CheckpointError(
-                f"Not saved at step {progress.step} of stage `{progress.stage}`: "
-                f"{', '.join(damaged)} "
-                f"{'is' if len(damaged) == 1 else 'are'} not finite.",
-                rule="A checkpoint holds finite numbers; those saved before are kept.",
-                remedy="Lower optimizer.learning_rate or set optimizer.max_grad_norm.",
-            )
-        )
-    if own:
-        write_divided(folder, tensors, own, progress, engine.ranks)
-    else:
-        engine.ranks.on_rank0(lambda heartbeat: write(folder, tensors, progress, heartbeat))
-
-
-def own_rows(engine: Engine, *, with_optimizer: bool) -> dict[str, State]:
-    """This rank's rows of a divided item table, by kind of file and name; nothing where it is
-    whole.
-    """
-    rows = engine.row_adam
-    if not isinstance(rows, DividedOptimizer):
-        return {}
-    own: dict[str, State] = {MODEL_ROWS: {rows.name: rows.rows.weight}}
-    if with_optimizer:
-        own[OPTIMIZER_ROWS] = {f"{rows.name}/{key}": t for key, t in rows.moments.items()}
-    return own
-
-
-def write_divided(
-    folder: Path,
-    tensors: dict[str, State],
-    own: dict[str, State],
-    progress: Progress,
-    ranks: Ranks,
-) -> None:
-    """Every rank writes its own rows at once, and when all are there rank 0 the rest. All ranks
-    must call.
-
-    Raises:
-        CheckpointError: A disk does not take it; the checkpoints before are as they were.
-    """
-    started = ranks.on_rank0(lambda _: begin(folder))
-    partial = folder.with_name(ranks.from_main(started.name if started else ""))
-
-    def write_own() -> dict[str, str]:
-        hashes = {}
-        for kind, state in own.items():
-            name = file_name(kind, ranks.rank, ranks.world_size)
-            try:
-                hashes[name] = write_rows(partial / name, state)
-            except OSError as error:
-                raise not_written(folder, error) from error
-        return hashes
-
-    try:
-        found = ranks.texts(json.dumps(ranks.jointly(write_own)))
-    except MltfrError:
-        if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    hashes = {name: digest for text in found for name, digest in json.loads(text).items()}
-    ranks.on_rank0(lambda heartbeat: finish(folder, partial, tensors, progress, heartbeat, hashes))
-
-
-def nonfinite(tensors: dict[str, dict[str, Tensor]], ranks: Ranks) -> list[str]:
-    """Names of the tensors that are not finite on some rank, each looked at in parts. All ranks
-    must call.
-    """
-    named = [(name, t) for state in tensors.values() for name, t in state.items()]
-    found = [
-        any(not torch.isfinite(part).all() for part in torch.split(t.flatten(), CHECKED_ELEMENTS))
-        for _, t in named
-    ]
-    return [
-        name
-        for (name, _), bad in zip(
-            named, ranks.max(torch.tensor(found).float()).tolist(), strict=True
-        )
-        if bad
-    ]
+    with Saver(engine) as saver:
+        saver.save(folder, progress, with_optimizer=with_optimizer)
 
 
 def read_for_all(
@@ -180,16 +72,24 @@ def progress_for_all(folder: Path, ranks: Ranks) -> Progress:
 
 
 def read_weights(model: nn.Module, folder: Path, ranks: Ranks) -> State:
-    """What ``model`` is to load of a checkpoint; rows of a divided item table it has then. All
-    ranks must call.
+    """What ``model`` is to load of a checkpoint; rows of an item table that was written divided it
+    has then. All ranks must call.
 
     Raises:
         DamagedError: A file is missing or its content is not what was written.
     """
+    state = read_for_all(folder, ranks, with_rows=False)
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, DividedRows)]
-    state = read_for_all(folder, ranks, with_rows=not found)
     for name, rows in found:
-        restore_rows(folder, MODEL, f"{name}.weight", rows, rows.weight, state, ranks)
+        if isinstance(rows.division, RankDivision):
+            restore_rows(folder, MODEL, f"{name}.weight", rows, rows.weight, state, ranks)
+    if any(isinstance(rows.division, RankDivision) for _, rows in found):
+        return state
+    ranks.on_rank0(lambda heartbeat: verify_with_rows(folder, MODEL, heartbeat))
+    files, own = row_files(header_for_all(folder, ranks), MODEL), model.state_dict()
+    for name, ids, part in send_rows(folder, files, ranks) if not found else ():
+        state[name] = own[name]  # in its place: loaded from itself
+        own[name][ids.to(own[name].device)] = part.to(own[name])
     return state
 
 
@@ -212,12 +112,16 @@ def restore_optimizer(folder: Path, engine: Engine) -> None:
     """Bring a fresh engine, whose module was loaded from ``folder``, to the checkpoint's state. All
     ranks must call.
     """
-    ranks, whole = engine.ranks, divided_rows(engine.module) is None
-    restore_masters(engine, read_for_all(folder, ranks, with_rows=whole))
-    progress = header_for_all(folder, ranks).progress
-    state = read_for_all(folder, ranks, OPTIMIZER, with_rows=whole)
-    restore_optimizer_state(engine, state, progress.step - progress.skipped_steps)
-    rows = engine.row_adam
+    ranks, rows = engine.ranks, engine.row_adam
+    is_trained = rows is None  # the item table, as any parameter
+    restore_masters(engine, read_for_all(folder, ranks, with_rows=is_trained))
+    header = header_for_all(folder, ranks)
+    state = read_for_all(folder, ranks, OPTIMIZER, with_rows=is_trained)
+    updates = header.progress.step - header.progress.skipped_steps
+    restore_optimizer_state(engine, state, updates)
+    if isinstance(rows, RowAdam):
+        for name, ids, part in send_rows(folder, row_files(header, OPTIMIZER), ranks):
+            rows.restore(name.removeprefix(f"{rows.name}/"), ids, part)
     if isinstance(rows, DividedOptimizer):
         for key, moment in rows.moments.items():
             name = f"{rows.name}/{key}"

@@ -29,7 +29,7 @@ def send_text(text: str | None, ranks: Ranks) -> str:
     content = torch.zeros(size, dtype=torch.uint8)
     if own:
         content = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-    _send(content, ranks)
+    send_bytes(content, ranks)
     return content.numpy().tobytes().decode()
 
 
@@ -49,12 +49,16 @@ def send_tensors(tensors: dict[str, Tensor] | None, ranks: Ranks) -> dict[str, T
     for name, (dtype, *shape) in kinds.items():
         whole = own[name] if name in own else torch.empty(shape, dtype=getattr(torch, dtype))
         received[name] = whole = whole.contiguous()
-        _send(whole.view(-1).view(torch.uint8), ranks)
+        send_bytes(whole.view(-1).view(torch.uint8), ranks)
     return received
 
 
-def _send(content: Tensor, ranks: Ranks) -> None:
-    """Overwrite ``content``, bytes of equal number on every rank, with rank 0's."""
+def send_bytes(content: Tensor, ranks: Ranks) -> None:
+    """Overwrite ``content``, bytes of equal number on every rank, with rank 0's. All
+    ranks must call.
+    """
+    if ranks.world_size == 1:
+        return
     for piece in torch.split(content, PIECE_BYTES) if len(content) else ():
         on_device = piece.to(ranks.device)
         dist.broadcast(on_device, src=0)

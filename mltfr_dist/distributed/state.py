@@ -135,7 +135,9 @@ def restore_optimizer_state(engine: Engine, state: State, num_updates: int) -> N
             _set_whole(engine, p, key, state[f"{name}/{key}"])
     if isinstance(rows := engine.row_adam, RowAdam):
         for key in rows.moments:
-            rows.restore(key, state[f"{rows.name}/{key}"])
+            whole = state.get(f"{rows.name}/{key}")  # written divided, they come some at a time
+            if whole is not None:
+                rows.restore(key, torch.arange(len(whole)), whole)
 
 
 def begin_optimizer_state(engine: Engine, num_updates: int = 0) -> None:

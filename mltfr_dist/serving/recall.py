@@ -15,11 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mltfr_dist.models.search import best
 from mltfr_dist.models.top_items import top_items
-from mltfr_dist.serving.vector_index import Floats, set_nprobe
+from mltfr_dist.serving.vector_index import Floats, blocks, set_nprobe
 
 Rows = npt.NDArray[np.int64]
 
+BLOCK_BYTES = 1 << 26
+"""Vectors that are mapped together."""
 ALONE = 20
 """Histories that are also answered one by one."""
 RECALL = 0.95
@@ -47,13 +50,16 @@ def exact(users: Floats, vectors: Floats, k: int) -> tuple[Rows, Measured]:
         vectors: [I, D], which may be mapped from a file.
         k: Items of a history.
     """
-    states, items = torch.from_numpy(users), torch.from_numpy(vectors)
 
     def search(some: Floats) -> Rows:
-        rows: Rows = top_items(torch.from_numpy(some), items, k, first_id=0)[1].numpy()
+        states, found = torch.from_numpy(some), []
+        for first, block in blocks(vectors, BLOCK_BYTES):
+            found.append(top_items(states, torch.from_numpy(block), k, first_id=first))
+        values, ids = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        rows: Rows = best(values, ids, k)[1].numpy()
         return rows
 
-    return _timed("exact", search, states.numpy(), None)
+    return _timed("exact", search, users, None)
 
 
 def of_index(

@@ -51,7 +51,9 @@ def score_histories(model: Recommender, item_ids: Tensor) -> Tensor:
 def user_vectors(model: Recommender, item_ids: Tensor) -> Tensor:
     """What is multiplied with item vectors, [B, D], of histories [B, L]."""
     item_ids = item_ids.to(next(model.parameters()).device)
-    hidden, packing, _ = model.hidden(model.backbone.for_ranking(item_ids))
+    ranked = model.backbone.for_ranking(item_ids)
+    model.look_up(ranked)
+    hidden, packing, _ = model.hidden(ranked)
     return model.backbone.last(hidden, packing)
 
 

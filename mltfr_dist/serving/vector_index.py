@@ -6,6 +6,7 @@ Row i of vectors and index is item i + 1. Shapes: I items, D hidden size.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -107,14 +108,27 @@ def build(vectors: Floats, planned: Plan) -> Any:
     items of which lists and codes are learned.
     """
     library = faiss()
-    num_items, dim = vectors.shape
-    index = library.index_factory(dim, planned.factory, library.METRIC_INNER_PRODUCT)
+    index = library.index_factory(vectors.shape[1], planned.factory, library.METRIC_INNER_PRODUCT)
     if planned.learned:
         index.train(_drawn(vectors, POINTS * planned.learned))
-    rows = max(1, BLOCK_BYTES // (4 * dim))
-    for start in range(0, num_items, rows):
-        index.add(np.ascontiguousarray(vectors[start : start + rows]))
+    for _, block in blocks(vectors, BLOCK_BYTES):
+        index.add(np.ascontiguousarray(block))
     return index
+
+
+def blocks(vectors: Floats, size: int) -> Iterator[tuple[int, Floats]]:
+    """Rows of about ``size`` bytes together, with the number of their first.
+
+    Of a file that is mapped each is mapped by itself, so that no other page counts as held.
+    """
+    step = max(1, size // (4 * vectors.shape[1]))
+    for start in range(0, len(vectors), step):
+        shape = (min(step, len(vectors) - start), vectors.shape[1])
+        if isinstance(vectors, np.memmap) and vectors.filename is not None:
+            offset = vectors.offset + start * vectors.strides[0]
+            yield start, np.memmap(vectors.filename, np.float32, "c", offset, shape)
+        else:
+            yield start, vectors[start : start + step]
 
 
 def _drawn(vectors: Floats, count: int) -> Floats:
@@ -122,7 +136,11 @@ def _drawn(vectors: Floats, count: int) -> Floats:
     if count >= len(vectors):
         return np.ascontiguousarray(vectors)
     indices = np.unique(np.random.default_rng(0).integers(0, len(vectors), count))
-    return vectors[indices]
+    drawn = np.empty((len(indices), vectors.shape[1]), dtype=np.float32)
+    for start, block in blocks(vectors, BLOCK_BYTES):
+        first, last = np.searchsorted(indices, (start, start + len(block)))
+        drawn[first:last] = block[indices[first:last] - start]
+    return drawn
 
 
 def set_nprobe(index: Any, nprobe: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mltfr_dist.config import RunConfig
@@ -9,27 +10,35 @@ from mltfr_dist.distributed.item_placement import division_of_items
 from mltfr_dist.distributed.placement import place_tables
 from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.distributed.saving import read_weights
+from mltfr_dist.distributed.stored_rows import items_of_checkpoint
 from mltfr_dist.errors import CheckpointError
+from mltfr_dist.models.divided_rows import Division
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.spec import ModelSpec
 from mltfr_dist.training.inputs import Inputs
 from mltfr_dist.training.seeds import seed_all
 
+Divide = Callable[[int], Division]
 INITIALISATION = 1 << 32
 """Key of the random numbers of initialisation, apart from any stage's."""
 
 
 def build_model(
-    config: RunConfig, inputs: Inputs, ranks: Ranks = ALONE, *, with_consensus: bool
+    config: RunConfig,
+    inputs: Inputs,
+    ranks: Ranks = ALONE,
+    *,
+    with_consensus: bool,
+    divide: Divide | None = None,
 ) -> Recommender:
     """A freshly initialised model, the same on every rank; its tables are where the configuration
-    places them.
+    places them, and the item table is divided otherwise where ``divide`` is given.
     """
     seed_all(config.training.seed, INITIALISATION)
     spec = model_spec(config, inputs, with_consensus=with_consensus)
     placed = place_tables(config, inputs.tables, ranks)
     tables = dict(zip(inputs.table_names, placed, strict=True))
-    return spec.build(tables, inputs.item_features, division_of_items(config, ranks))
+    return spec.build(tables, inputs.item_features, divide or division_of_items(config, ranks))
 
 
 def model_spec(config: RunConfig, inputs: Inputs, *, with_consensus: bool) -> ModelSpec:
@@ -54,6 +63,7 @@ def load_model(
     ranks: Ranks,
     *,
     with_consensus: bool,
+    items_stay: bool = False,
 ) -> Recommender:
     """The model of a checkpoint, in fp32, ready to be evaluated; rank 0 reads it, all must call.
 
@@ -63,11 +73,14 @@ def load_model(
         folder: The checkpoint.
         ranks: All processes.
         with_consensus: Whether it is one of stage 2.
+        items_stay: Whether an item table that was written divided stays in its files; in one
+            process.
 
     Raises:
         CheckpointError: The checkpoint is damaged or does not fit the configuration.
     """
-    model = build_model(config, inputs, ranks, with_consensus=with_consensus)
+    divide = items_of_checkpoint(folder) if items_stay else None
+    model = build_model(config, inputs, ranks, with_consensus=with_consensus, divide=divide)
     state = read_weights(model, folder, ranks)
     try:
         model.load_state_dict(state)

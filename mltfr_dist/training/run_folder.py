@@ -160,6 +160,7 @@ CHANGEABLE = (
     "checkpoint.every_steps",
     "checkpoint.keep_last",
     "checkpoint.keep_best",
+    "checkpoint.background",
     "tracking.also",
     "tracking.projector_items",
 )

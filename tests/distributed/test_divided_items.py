@@ -23,16 +23,19 @@ from mltfr_dist.distributed.divided_files import (
     OPTIMIZER_ROWS,
     file_name,
     read_run,
-    write_rows,
 )
 from mltfr_dist.distributed.item_placement import check_items_divide, items_text, resolve_items
 from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.distributed.row_layout import RowLayout
+from mltfr_dist.distributed.tensor_file import write_tensors
 from mltfr_dist.errors import ConfigError, DamagedError
+from mltfr_dist.exported import load_exported
 from mltfr_dist.losses import LOSSES
+from mltfr_dist.models.divided_rows import divided_rows
 from mltfr_dist.optimizers import OPTIMIZERS
 from mltfr_dist.training.run_folder import dump_config, load_result
-from mltfr_dist.training.using.inference import evaluate_run
+from mltfr_dist.training.using.export import export
+from mltfr_dist.training.using.inference import evaluate_run, load_run
 
 WORKER = Path(__file__).parent / "divided_worker.py"
 THREE = Ranks(0, 3, torch.device("cpu"))
@@ -179,6 +182,10 @@ def test_a_whole_run_over_rows_is_that_of_replicated_rows(folder: Path) -> None:
     result = load_result(configs[0].folder)
     assert result is not None
     assert evaluate_run(configs[0].folder, "test") == pytest.approx(result.test)
+    export(configs[0].folder, folder / "exported")
+    exported, held = load_exported(folder / "exported"), load_run(configs[0].folder)
+    assert divided_rows(held.model) is None
+    assert exported.scores([["i1", "i7"]]).equal(held.scores([["i1", "i7"]]))
 
 
 @pytest.mark.slow
@@ -220,7 +227,7 @@ def test_a_damaged_share_is_passed_over_by_name(tmp_path: Path, damage: str) -> 
     elif damage == "cut off":
         file.write_bytes(file.read_bytes()[:-1])
     else:
-        write_rows(file, {"table/exp_avg": torch.ones(5, 2)})
+        write_tensors(file, {"table/exp_avg": torch.ones(5, 2)}, lambda: None)
     found = kept.latest_intact(folder, "train", said.append)
     assert found == folder / "train-step000000001"
     (warning,) = said
@@ -235,10 +242,11 @@ def write_checkpoint(folder: Path, step: int) -> None:
         for kind, name in ((MODEL_ROWS, "table"), (OPTIMIZER_ROWS, "table/exp_avg")):
             file = file_name(kind, rank, 2)
             rows = torch.full((count, 2), float(step)) + torch.arange(count)[:, None] + 4 * rank
-            hashes[file] = write_rows(partial / file, {name: rows})
+            hashes[file] = write_tensors(partial / file, {name: rows}, lambda: None)
     tensors: dict[str, Any] = {MODEL: {"other": torch.ones(3)}, OPTIMIZER: {}}
-    progress = Progress(stage="train", step=step)
-    checkpoint.finish(folder, partial, tensors, progress, lambda: None, hashes)
+    for file, state in tensors.items():
+        hashes[file] = write_tensors(partial / file, state, lambda: None)
+    checkpoint.finish(folder, Progress(stage="train", step=step), hashes)
 
 
 def test_shares_are_put_together_and_read_in_runs(tmp_path: Path) -> None:

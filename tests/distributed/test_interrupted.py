@@ -66,9 +66,15 @@ def comparable(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 ROWS = {"optimizer__item_gradients": "sparse", "loss__name": "gbce", "training__precision": "bf16"}
 
+MEANWHILE = {"item_table__placement": "rows", "checkpoint__background": True}
+
 
 @pytest.mark.integration
-@pytest.mark.parametrize("changes", [{}, ROWS], ids=["dense", "sparse item gradients in bf16"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, ROWS, MEANWHILE],
+    ids=["dense", "sparse item gradients in bf16", "divided items, saved in the background"],
+)
 def test_killed_run_resumes_to_the_same_trace(tmp_path: Path, changes: dict[str, Any]) -> None:
     # Two steps between checkpoints: most kills lose work, so the trace is only whole if it is made
     # again exactly.

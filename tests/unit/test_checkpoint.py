@@ -346,7 +346,7 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(CheckpointError, match=r"could not be written: .*No space left"):
         write(step_folder(tmp_path, progress), {MODEL: {"w": torch.ones(2)}}, progress)
     assert [path.name for path in tmp_path.iterdir()] == ["train-step000000001"]

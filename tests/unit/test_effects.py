@@ -32,6 +32,7 @@ ELSEWHERE = {
     "training.micro_batch_size": "must *not* change the numbers: tests/distributed/test_zero.py",
     "tracking.also": "needs another package: test_board",
     "tracking.projector_items": "must not change the numbers: test_board",
+    "checkpoint.background": "must not change the files: distributed/test_background",
     "training.max_skipped_steps": "needs numbers that are not finite: distributed/test_health",
     "training.hang_seconds": "needs a hang: distributed/test_health",
     "training.threads": "must not change the numbers: test_threads below",

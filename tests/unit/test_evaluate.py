@@ -17,7 +17,7 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.metrics import metric_names
 from mltfr_dist.training.evaluating import rankers
 from mltfr_dist.training.evaluating.evaluate import evaluate, rank_users
-from mltfr_dist.training.evaluating.rankers import ByScores, excluded
+from mltfr_dist.training.evaluating.rankers import ByScores, SameForAll, excluded
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NO = -math.inf
@@ -51,6 +51,23 @@ def test_seen_items_and_the_target_itself_are_no_competitors() -> None:
     assert found == {(0, 4), (0, 1), (0, 2), (1, 2), (1, 5)}
     pairs = excluded(BATCH, filter_seen=False)
     assert (pairs.rows.tolist(), pairs.item_ids.tolist()) == ([0, 1], [4, 2])
+
+
+@pytest.mark.parametrize("ties", ["pessimistic", "mean", "optimistic"])
+@pytest.mark.parametrize("filter_seen", [False, True])
+def test_scores_that_are_everyones_place_as_their_product_with_users_does(
+    ties: str, filter_seen: bool
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    one = SameForAll(torch.randint(0, 6, (31,), generator=draw).float())
+    histories = [torch.randint(1, 31, (n % 9,), generator=draw).tolist() for n in range(40)]
+    targets = torch.randint(1, 31, (40,), generator=draw).tolist()
+    targets[7], histories[7] = 0, []  # fills the batch
+    targets[9] = histories[9][0] if histories[9] else targets[9]
+    users, rules = batch(targets, histories), config(ties=ties, filter_seen=filter_seen)
+    found = rank_users(one.count, [users], rules, ALONE).ranks
+    assert found.equal(rank_users(ByScores(one, 30), [users], rules, ALONE).ranks)
+    assert len(set(found.tolist())) > 4
 
 
 def test_ranks_come_in_the_order_of_the_split() -> None:

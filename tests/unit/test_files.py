@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from mltfr_dist import files
+from mltfr_dist.distributed import tensor_file
+from mltfr_dist.distributed.tensor_file import write_tensors
 
 
 @pytest.mark.parametrize(("size", "blocks"), [(0, 0), (3, 1), (4, 1), (11, 3)])
@@ -37,6 +39,21 @@ def test_tensors_are_as_readable_as_any_new_file(tmp_path: Path, umask: int) -> 
         os.umask(before)
     assert (tmp_path / "t.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
     assert torch.equal(load_file(tmp_path / "t.safetensors")["t"], torch.arange(6).view(2, 3).T)
+
+
+def test_tensors_written_in_pieces_are_those_of_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes, for every kind of number that a checkpoint holds."""
+    monkeypatch.setattr(tensor_file, "PIECE_BYTES", 20)
+    tensors = {f"of {kind}": torch.arange(21).view(7, 3).to(kind) for kind in tensor_file.NAMES}
+    tensors |= {"one": torch.tensor(2.5), "none": torch.ones(0, 3), "é": torch.ones(9)[::2]}
+    beats: list[None] = []
+    digest = write_tensors(tmp_path / "pieces", tensors, lambda: beats.append(None))
+    files.save_tensors(tensors, tmp_path / "whole")
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert digest == files.file_sha256(tmp_path / "whole")
+    assert len(beats) > 3 * len(tensors)
 
 
 @pytest.mark.parametrize("of_folder", [False, True])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import tiny_config
@@ -11,6 +14,7 @@ from support import tiny_config
 from mltfr_dist.config import EvaluationConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.training.evaluating import slices
 from mltfr_dist.training.evaluating.baselines import training_sequences
 from mltfr_dist.training.evaluating.evaluate import ALL, evaluate, evaluate_slices
 from mltfr_dist.training.evaluating.rankers import ByScores
@@ -106,3 +110,15 @@ def test_slices_of_real_data_partition_the_users_and_thirds_are_by_training_coun
         assert mean == pytest.approx(whole[ALL]["MRR"])
     for name in Slices.NAMES:
         assert sum(p[name]["users"] for p in parts) == whole[name]["users"]
+
+
+@pytest.mark.parametrize("num_items", [1, 2, 40])
+def test_thirds_hold_equally_many_items(num_items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = np.array([0, *np.random.default_rng(0).integers(0, 5, num_items)])
+    monkeypatch.setattr(slices, "training_counts", lambda *_: (counts, np.array([2, 3, 4])))
+    manifest: Any = SimpleNamespace(num_items=num_items)
+    third = training_slices(None, manifest).item_third  # type: ignore[arg-type]
+    order = sorted(range(1, num_items + 1), key=lambda item: (counts[item], item))
+    expected = {item: place * 3 // num_items for place, item in enumerate(order)}
+    assert {item: int(third[item]) for item in order} == expected
+    assert third.element_size() == 1

@@ -17,6 +17,8 @@ from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.data.shards.short_parts import one_item_parts
 
 _LENGTHS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+SHOWN = 100_000
+"""Items whose popularity is drawn, at most."""
 _UNITS = ((5e17, 10**9), (5e14, 10**6), (5e11, 10**3), (5e8, 1))
 
 
@@ -156,16 +158,18 @@ def write_plots(facts: Facts, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     histogram = facts.lengths["train"]
     present = np.flatnonzero(histogram)
-    ranks = np.arange(1, len(facts.counts) + 1)
-    seen = facts.counts > 0
+    seen = np.count_nonzero(facts.counts)  # they stand first
+    shown = np.arange(seen)
+    if seen > SHOWN:  # a point for each of so many steps of a logarithmic axis
+        shown = np.unique(np.geomspace(1, seen, SHOWN).astype(np.int64)) - 1
     lengths, popularity = folder / "lengths.png", folder / "popularity.png"
     line_plot(
         lengths, present, histogram[present], "training sequences by length", "items", "sequences"
     )
     line_plot(
         popularity,
-        ranks[seen],
-        facts.counts[seen],
+        shown + 1,
+        facts.counts[shown],
         "item popularity",
         "rank",
         "training interactions",
@@ -191,7 +195,9 @@ def write_board(folder: Path, facts: Facts, plots: list[Path], text: str) -> Non
         writer.add_histogram(
             "data/train_lengths", np.repeat(np.arange(len(lengths)), np.minimum(lengths, 10_000))
         )
-        writer.add_histogram("data/log10_item_counts", np.log10(facts.counts[facts.counts > 0]))
+        writer.add_histogram(
+            "data/log10_item_counts", np.log10(facts.counts[: np.count_nonzero(facts.counts)])
+        )
 
 
 def inspect(folder: str | Path, output: str | Path | None) -> str:

@@ -1,5 +1,5 @@
 """Counting better scores, and finding the best, while scores are in registers: see
-``models/places.py`` and ``models/top_items.py``.
+``models/rank_counts.py`` and ``models/top_items.py``.
 
 Shapes: B users, T items, D numbers of each, K items sought.
 """

@@ -22,7 +22,7 @@ from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.data.shards.short_parts import one_item_parts
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.training.evaluating.rankers import Scorer
+from mltfr_dist.training.evaluating.rankers import SameForAll, Scorer
 
 _PAIRS_AT_ONCE = 2_000_000
 """Pairs of items that are compared at a time: about 60 MB."""
@@ -64,14 +64,8 @@ def recent_popularity(train: PackedSequences, num_items: int, *, through: Throug
     return _same_for_all(np.bincount(train.items[from_end <= RECENT], minlength=num_items + 1))
 
 
-def _same_for_all(of_items: np.ndarray) -> Scorer:
-    counts = torch.from_numpy(of_items.astype(np.float32))
-    counts[0] = -torch.inf
-
-    def score(batch: RankingBatch) -> Tensor:
-        return counts.to(batch.item_ids.device).expand(len(batch.item_ids), -1).clone()
-
-    return score
+def _same_for_all(of_items: np.ndarray) -> SameForAll:
+    return SameForAll(torch.from_numpy(of_items.astype(np.float32)))
 
 
 def markov_chain(train: PackedSequences, num_items: int, *, through: Through = iter) -> Scorer:

@@ -14,7 +14,7 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.registry import load
 from mltfr_dist.training.evaluating.baselines import training_sequences
 from mltfr_dist.training.evaluating.evaluate import ALL, Keep, evaluate, evaluate_slices
-from mltfr_dist.training.evaluating.rankers import ByScores, Ranker
+from mltfr_dist.training.evaluating.rankers import ByScores, Ranker, SameForAll
 from mltfr_dist.training.evaluating.slices import training_slices
 from mltfr_dist.training.evaluating.user_ranks import UserRanks
 from mltfr_dist.training.run_folder import Result
@@ -61,7 +61,9 @@ def baseline_result(
         manifest.num_items,
         through=lambda parts: UntilStopped(parts, ranks, f"fitting {name}"),
     )
-    ranker = ByScores(scorer, manifest.num_items)
+    ranker = (
+        scorer.count if isinstance(scorer, SameForAll) else ByScores(scorer, manifest.num_items)
+    )
     seconds = time.monotonic() - started
     valid, by_slice = final_metrics(
         ranker, config, manifest, ranks, read_test, ranks_file, baseline=name

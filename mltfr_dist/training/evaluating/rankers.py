@@ -157,6 +157,34 @@ class ByScores:
         return RankCounts(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
+class SameForAll:
+    """Scores of items that are every user's: a scorer, and a ranker that counts among them sorted,
+    so that nothing of size users x items is formed.
+    """
+
+    def __init__(self, of_items: Tensor) -> None:
+        """Args: of_items: [num_items + 1] fp32 scores; that of padding is not looked at."""
+        self._scores = of_items
+        self._scores[PADDING_IDX] = -torch.inf
+        self._sorted = of_items[1:].sort().values
+
+    def __call__(self, batch: RankingBatch) -> Tensor:
+        """Scores [B, num_items + 1]."""
+        scores = self._scores.to(batch.item_ids.device)
+        return scores.expand(len(batch.item_ids), -1).clone()
+
+    def count(self, batch: RankingBatch, exclude: Pairs) -> RankCounts:
+        """What stands before and beside each target."""
+        targets = self._scores[batch.target_ids.cpu()]
+        above = len(self._sorted) - torch.searchsorted(self._sorted, targets, right=True)
+        equal = len(self._sorted) - torch.searchsorted(self._sorted, targets) - above
+        rows, items = torch.unique(torch.stack(exclude).cpu(), dim=1)  # a pair may come twice
+        left_out, of_row = self._scores[items], targets[rows]
+        above.index_add_(0, rows, -(left_out > of_row).long())
+        equal.index_add_(0, rows, -(left_out == of_row).long())
+        return RankCounts(*(found.to(batch.target_ids.device) for found in (above, equal)))
+
+
 def targets_of(batch: RankingBatch, start: int, stop: int) -> RankingBatch:
     """The targets from ``start`` up to ``stop``, with their histories."""
     first, last, own = start, stop, batch.target_rows

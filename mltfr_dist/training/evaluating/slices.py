@@ -48,7 +48,7 @@ class Slices:
 
     def members(self, batch: RankingBatch) -> Tensor:
         """[T, 6] bool, in the order of ``NAMES``; rows that only fill the batch belong nowhere."""
-        third = self.item_third.to(batch.target_ids.device)[batch.target_ids]
+        third = self.item_third.to(batch.target_ids.device)[batch.target_ids].long()
         of_rows = torch.bincount(batch.seen_rows, minlength=len(batch.item_ids))
         length = batch.of_targets(of_rows)  # of the full history
         by_length = (length > self.short).long() + (length >= self.long).long()
@@ -63,8 +63,10 @@ def training_slices(config: RunConfig, manifest: Manifest) -> Slices:
     """Slices by what the training split holds."""
     counts, lengths = training_counts(config, manifest)
     order = np.argsort(counts[1:], kind="stable")
-    third = np.zeros(len(counts), np.int64)
-    third[order + 1] = np.arange(manifest.num_items) * 3 // max(1, manifest.num_items)
+    third = np.zeros(len(counts), np.int8)
+    for number in range(3):  # the first item of the next third, rounded up
+        start, stop = (-(-n * manifest.num_items // 3) for n in (number, number + 1))
+        third[order[start:stop] + 1] = number
     short, long = (int(v) for v in np.quantile(lengths, (1 / 3, 2 / 3), method="higher"))
     return Slices(torch.from_numpy(third), short, max(long, short + 1))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from mltfr_dist.data.shards.manifest import (
     MANIFEST_NAME,
     USERS_NAME,
     Manifest,
+    open_map,
     read_map,
 )
 from mltfr_dist.data.shards.reader import read_shard
@@ -38,6 +39,8 @@ from mltfr_dist.training.evaluating.slices import training_counts
 from mltfr_dist.training.run_folder import CHANGEABLE, leaf_values
 
 KEY = b"mltfr_ranks"
+ITEMS_AT_ONCE = 1 << 20
+"""Items whose ids are read together."""
 SCHEMA = pa.schema(
     {
         "split": pa.dictionary(pa.int8(), pa.string()),
@@ -102,8 +105,9 @@ def _tables(
 ) -> Iterator[pa.Table]:
     """The rows, a shard's at a time; users and targets as the shards hold them."""
     folder = config.data.path
-    users = _ids(read_map(folder, manifest, USERS_NAME), "user")
-    items = _ids(read_map(folder, manifest, ITEMS_NAME), "item")
+    read = read_map(folder, manifest, USERS_NAME, ["user_index", "user_id"])
+    users = read.sort_by("user_index")["user_id"].combine_chunks()
+    numbers, items = _ids_of_targets(tuple(measured), folder, manifest)
     counts, _ = training_counts(config, manifest)
     for split, values in measured.items():
         start = 0
@@ -115,7 +119,7 @@ def _tables(
                 {
                     "split": pa.array([split] * len(targets)).dictionary_encode(),
                     "user": users.take(pa.array(sequences.users[rows])),
-                    "target": items.take(pa.array(targets - 1)),
+                    "target": items.take(pa.array(np.searchsorted(numbers, targets))),
                     "rank": values[start:end],
                     "history_length": (sequences.lengths - sequences.num_targets)[rows],
                     "popularity": counts[targets],
@@ -125,9 +129,25 @@ def _tables(
         assert start == len(values)
 
 
-def _ids(table: pa.Table, kind: str) -> Any:
-    """Raw ids in the order of their numbers."""
-    return table.sort_by(f"{kind}_index")[f"{kind}_id"].combine_chunks()
+def _ids_of_targets(
+    splits: Sequence[str], folder: Path, manifest: Manifest
+) -> tuple[np.ndarray, Any]:
+    """Numbers of the targets of some splits, ascending, and their raw ids: of all items' ids some
+    are read at a time.
+    """
+    found = [np.zeros(0, np.int64)]
+    for info in (info for split in splits for info in manifest.splits[split].shards):
+        sequences = read_shard(folder, info, num_items=manifest.num_items)
+        found.append(np.unique(sequences.distinct_targets()[1]))
+    numbers = np.unique(np.concatenate(found))
+    ids: list[Any] = [pa.array([], pa.string())]
+    with open_map(folder, manifest, ITEMS_NAME) as file:
+        for part in file.iter_batches(ITEMS_AT_ONCE, columns=["item_index", "item_id"]):
+            here = part["item_index"].to_numpy()
+            assert (np.diff(here) > 0).all(), "items go by their numbers"
+            wanted = numbers[slice(*np.searchsorted(numbers, (here[0], here[-1] + 1)))]
+            ids.append(part["item_id"].take(pa.array(wanted - here[0])))
+    return numbers, pa.chunked_array(ids, pa.string()).combine_chunks()
 
 
 def described(config: RunConfig, manifest: Manifest, baseline: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from mltfr_dist.config import RunConfig
@@ -15,7 +16,7 @@ from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.kept import latest, prune
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import memory_gib
-from mltfr_dist.distributed.saving import save
+from mltfr_dist.distributed.saver import Saver
 from mltfr_dist.distributed.signals import pauses_after
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import MltfrError, StoppedError
@@ -55,6 +56,11 @@ class Stage:
     speed: Speed
     sample: TokenSample | None
 
+    @cached_property
+    def saver(self) -> Saver:
+        """Writes the stage's checkpoints."""
+        return Saver(self.engine, background=self.config.checkpoint.background)
+
     @property
     def total_steps(self) -> int:
         """Updates of the stage if nothing stops it early."""
@@ -63,6 +69,11 @@ class Stage:
 
 def train_stage(stage: Stage, progress: Progress) -> Progress:
     """Train until the epochs or the patience are used up; checkpoints as it goes."""
+    with stage.saver:
+        return _train_stage(stage, progress)
+
+
+def _train_stage(stage: Stage, progress: Progress) -> Progress:
     if progress.step == 0 and stage.name != STAGES[0]:
         progress = validate(stage, progress)  # what the new expert changes before any training
     while not is_finished(stage.config, progress, stage.epochs):
@@ -74,15 +85,18 @@ def train_stage(stage: Stage, progress: Progress) -> Progress:
                 progress = validate(stage, progress)
             except StoppedError:
                 save_checkpoint(stage, before_validation(stage, progress))
+                stage.saver.finish()
                 raise
         save_checkpoint(stage, progress)
         if validates and pauses_after(stage.epochs_before + progress.epoch):
+            stage.saver.finish()
             raise stage.ranks.rank0_raises(
                 StoppedError(
                     f"The run was to pause after epoch {progress.epoch} of stage `{stage.name}`.",
                     remedy="Start the same command again and it goes on.",
                 )
             )
+    stage.saver.finish()
     return progress
 
 
@@ -128,6 +142,8 @@ def train_epoch(stage: Stage, progress: Progress) -> Progress:
             note_skipped(stage, progress, totals)
         else:
             log_step(stage, progress, totals, batches)
+        if not stage.engine.verdict.writes:
+            stage.saver.finish()
         stop = stage.engine.verdict.stop
         if stop or (
             every
@@ -136,6 +152,7 @@ def train_epoch(stage: Stage, progress: Progress) -> Progress:
         ):
             save_checkpoint(stage, progress)
         if stop:
+            stage.saver.finish()
             what = (
                 f"A signal asked the run to stop; it did after step {progress.step} of stage "
                 f"`{stage.name}`."
@@ -187,6 +204,7 @@ def note_skipped(stage: Stage, progress: Progress, totals: StepTotals) -> None:
         f"{names}"
     )
     if row > limit:
+        stage.saver.finish()
         last = latest(stage.checkpoints, stage.name)
         raise stage.ranks.rank0_raises(
             MltfrError(
@@ -237,7 +255,7 @@ def validate(stage: Stage, progress: Progress) -> Progress:
     best = progress.best_epoch == progress.epoch
     if progress.epoch in dict(progress.best):
         place = validated_folder(stage.checkpoints, stage.name, progress.epoch)
-        save(place, stage.engine, progress, with_optimizer=False)
+        stage.saver.save(place, progress, with_optimizer=False)
     split = stage.config.picks_on
     kind = split if split == "valid" else "picked_on_test"
     stage.tracker.log(kind, progress.step, metrics, epoch=progress.epoch)
@@ -260,6 +278,7 @@ def save_checkpoint(stage: Stage, progress: Progress) -> None:
     if progress.skipped_in_a_row:
         return
     stage.tracker.flush()
-    save(step_folder(stage.checkpoints, progress), stage.engine, progress)
-    keep_last = stage.config.checkpoint.keep_last
-    stage.ranks.on_rank0(lambda _: prune(stage.checkpoints, progress, keep_last))
+    folder, keep_last = stage.checkpoints, stage.config.checkpoint.keep_last
+    stage.saver.save(
+        step_folder(folder, progress), progress, then=lambda: prune(folder, progress, keep_last)
+    )

@@ -9,8 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from mltfr_dist import __version__
 from mltfr_dist.data.shards.manifest import MANIFEST_NAME
+from mltfr_dist.distributed.stored_rows import blocks, items_of_file
+from mltfr_dist.distributed.tensor_file import Streamed, write_tensors
 from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.exported import (
     CARD,
@@ -22,16 +26,20 @@ from mltfr_dist.exported import (
     TABLES,
     TOKENS,
     ExportInfo,
-    load_exported,
+    load_model,
+    read_info,
 )
 from mltfr_dist.files import file_sha256, new_folder, save_tensors
+from mltfr_dist.models.divided_rows import DividedRows, divided_rows
 from mltfr_dist.models.folded import is_folded
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.serving.scoring import drawn_histories, score_histories
+from mltfr_dist.serving.scoring import drawn_histories, score_histories, user_vectors
 from mltfr_dist.training.build import model_spec
 from mltfr_dist.training.using.card import model_card
 from mltfr_dist.training.using.inference import LoadedRun, load_run
 
+COMPARED_NUMBERS = 1 << 21
+"""Of vectors of items that are compared together."""
 Format = Literal["safetensors", "onnx"]
 
 
@@ -63,7 +71,7 @@ def export(run: str | Path, folder: str | Path, format: Format = "safetensors") 
         loaded = load_run(run)
         check_expressible(loaded)
         return publish(loaded, folder, write_onnx, check_onnx, format)
-    return publish(load_run(run), folder)
+    return publish(load_run(run, items_stay=True), folder)
 
 
 def publish(
@@ -99,7 +107,12 @@ def publish(
 def write_model(loaded: LoadedRun, folder: Path) -> None:
     """The model, tables folded, as safetensors, and the names of the rows that may be kept."""
     tables, inputs = unfolded(loaded), loaded.inputs
-    save_tensors(loaded.serving.state_dict(), folder / MODEL)
+    state: dict[str, torch.Tensor | Streamed] = {**loaded.serving.state_dict()}
+    for name, items in loaded.serving.named_modules():
+        if isinstance(items, DividedRows):
+            shape = (items.num_embeddings, items.embedding_dim)
+            state[f"{name}.weight"] = Streamed(torch.float32, shape, blocks(items))
+    write_tensors(folder / MODEL, state)
     rows = {table.name: table.rows for table in inputs.tables if table.name in tables}
     if rows:
         save_tensors(rows, folder / TABLES)
@@ -172,13 +185,24 @@ def check_scores(loaded: LoadedRun, folder: Path) -> None:
     Raises:
         CheckpointError: A score differs.
     """
-    model = load_exported(folder).model.to(loaded.device)
     item_ids = drawn_histories(loaded.items.num_items, loaded.max_len)
-    differing = score_histories(model, item_ids) != score_histories(loaded.model, item_ids)
-    if differing.any():
+    is_held = divided_rows(loaded.model) is None
+    divide = None if is_held else items_of_file(folder / MODEL)
+    model = load_model(folder, read_info(folder), divide).to(loaded.device)
+    if is_held:
+        differing = score_histories(model, item_ids) != score_histories(loaded.model, item_ids)
+        found, count = int(differing.sum()), differing.numel()
+    else:  # a score is a product of two vectors
+        differing = user_vectors(model, item_ids) != user_vectors(loaded.model, item_ids)
+        found, count = int(differing.sum()), differing.numel()
+        step = max(1, COMPARED_NUMBERS // loaded.config.backbone.hidden_dim)
+        for ids in torch.split(torch.arange(1, loaded.items.num_items + 1), step):
+            differing = model.vectors(ids) != loaded.model.vectors(ids)
+            found, count = found + int(differing.sum()), count + differing.numel()
+    if found:
         raise CheckpointError(
-            f"The export gives {int(differing.sum())} of {differing.numel()} scores otherwise "
-            f"than the run {loaded.config.folder}; nothing was exported.",
+            f"The export scores otherwise than the run {loaded.config.folder}: {found} of {count} "
+            "numbers differ; nothing was exported.",
             rule="An export scores as its run does, to the bit.",
             remedy="This is a defect of mltfr_dist: please report it with the run's config.yaml.",
         )

@@ -93,7 +93,7 @@ def write_index(
             remedy="Name another folder, or delete it.",
         )
     faiss()
-    model = open_model(folder)
+    model = open_model(folder, items_stay=True)
     planned = plan(config, model.items.num_items, _dim(model))
     if histories is None:
         sample = of_run(model, folder, config.users)

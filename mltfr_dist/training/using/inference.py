@@ -14,9 +14,10 @@ from mltfr_dist.distributed.devices import uses_gpus
 from mltfr_dist.distributed.meeting import start_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.sending import send_text
+from mltfr_dist.distributed.stored_rows import items_of_file
 from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError
 from mltfr_dist.exported import CONFIG as EXPORTED
-from mltfr_dist.exported import load_exported
+from mltfr_dist.exported import MODEL, load_exported
 from mltfr_dist.invocation import train_command
 from mltfr_dist.list_metrics import list_metrics
 from mltfr_dist.ranking import Ranker
@@ -75,8 +76,16 @@ class LoadedRun(Ranker):
         return metrics | measure_lists(self, split, alone) if lists else metrics
 
 
-def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
+def load_run(
+    folder: str | Path, ranks: Ranks | None = None, *, items_stay: bool = False
+) -> LoadedRun:
     """Load the chosen model of a finished run; on several ranks all must call (None: one process).
+
+    Args:
+        folder: Of the run.
+        ranks: All processes.
+        items_stay: Whether an item table that ranks wrote divided stays in its files: the model
+            then gives vectors of some users and items at a time, and nothing else.
 
     Raises:
         CheckpointError: No run, an unfinished one, or inputs that changed since.
@@ -95,7 +104,14 @@ def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
     ranks.on_rank0(lambda _: check_recorded(folder, inputs))
     place, stage = folder / CHECKPOINTS / result.checkpoint, result.stage
     try:
-        model = load_model(config, inputs, place, ranks, with_consensus=stage == STAGES[1])
+        model = load_model(
+            config,
+            inputs,
+            place,
+            ranks,
+            with_consensus=stage == STAGES[1],
+            items_stay=items_stay,
+        )
     except DamagedError as error:
         raise CheckpointError(
             f"The checkpoint that the run {folder} chose cannot be used: {error.what}",
@@ -107,21 +123,26 @@ def load_run(folder: str | Path, ranks: Ranks | None = None) -> LoadedRun:
     return LoadedRun(model, load_items(config), config.data.max_len, config, inputs, ranks.device)
 
 
-def open_model(folder: Path, device: torch.device | None = None) -> Ranker:
+def open_model(
+    folder: Path, device: torch.device | None = None, *, items_stay: bool = False
+) -> Ranker:
     """What a folder holds: a finished run, or an exported model.
 
     Args:
         folder: Of either.
         device: Where to compute; None: the first GPU for a run, else the CPU.
+        items_stay: See :func:`load_run`; an export's item table then always does.
 
     Raises:
         CheckpointError: Neither of them, or one that cannot be used.
         DataError: A run's data or tables are missing or damaged.
     """
     if (folder / EXPORTED).exists():
-        exported = load_exported(folder)
+        divide = items_of_file(folder / MODEL) if items_stay else None
+        exported = load_exported(folder, divide)
         return replace(exported, model=exported.model.to(device or torch.device("cpu")))
-    return load_run(folder, None if device is None else Ranks(0, 1, device))
+    ranks = None if device is None else Ranks(0, 1, device)
+    return load_run(folder, ranks, items_stay=items_stay)
 
 
 def command(folder: Path) -> str:

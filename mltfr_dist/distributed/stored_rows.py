@@ -1,0 +1,151 @@
+"""An item table that stays in its files: rows are read when they are asked for, some at a time.
+
+For what goes through all rows once (an export, an index) on a machine whose memory does not hold
+them. Files are read, not mapped: pages of a mapped file would count as this process's memory.
+
+Shapes: R rows of the table, U rows asked for, D hidden size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mltfr_dist.distributed.checkpoint import MODEL, read_header, row_files
+from mltfr_dist.distributed.row_layout import RowLayout
+from mltfr_dist.distributed.tensor_file import Place, places_in
+from mltfr_dist.errors import DamagedError
+from mltfr_dist.models.divided_rows import DividedRows, Division
+
+BLOCK_BYTES = 1 << 24
+"""Rows that are read together."""
+ITEM_TABLES = ("backbone.item_embedding.weight", "backbone.item_embedding.embedding.weight")
+"""Names of the item table among a model's tensors, without and with item tokens."""
+
+
+class Run(NamedTuple):
+    """Rows that follow each other in a file."""
+
+    path: Path
+    offset: int
+    """Bytes before the first."""
+    first: int
+    """Place of the first in the whole order."""
+
+
+class StoredRows(Division):
+    """R rows in files; this process holds none of them."""
+
+    def __init__(self, runs: Sequence[Run], dim: int, layout: RowLayout | None) -> None:
+        """Args: runs: of all rows, in their order; dim: D; layout: the order, None for that of
+        ids.
+        """
+        self.runs, self.dim, self.layout = runs, dim, layout
+        self.own_ids = torch.zeros(0, dtype=torch.int64)
+
+    def places(self, item_ids: Tensor) -> Tensor:
+        """Ids [...] -> places [...] in the files' order."""
+        return item_ids if self.layout is None else self.layout.places(item_ids)
+
+    def fetch(self, own: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows at ascending ``places`` [U], each once -> [U, D], where ``own`` [0, D] is.
+
+        Raises:
+            DamagedError: A file ends before them, or cannot be read.
+        """
+        places = places.cpu()
+        found = torch.empty(len(places), self.dim)
+        edges = torch.searchsorted(places, torch.tensor([run.first for run in self.runs]))
+        for run, (start, stop) in zip(
+            self.runs, pairwise([*edges.tolist(), len(places)]), strict=True
+        ):
+            if start < stop:
+                _read(run, places[start:stop] - run.first, found[start:stop])
+        return found.to(own.device, dtype)
+
+
+def _read(run: Run, rows: Tensor, into: Tensor) -> None:
+    """Read ascending ``rows`` of a file into [U, D]; those that follow each other at once."""
+    content, of_row = into.numpy().data.cast("B"), 4 * into.shape[1]
+    breaks = (rows.diff() != 1).nonzero()[:, 0] + 1
+    try:
+        file = os.open(run.path, os.O_RDONLY)
+        try:
+            for start, stop in pairwise([0, *breaks.tolist(), len(rows)]):
+                part, at = content[start * of_row : stop * of_row], int(rows[start]) * of_row
+                while part:
+                    size = os.preadv(file, [part], run.offset + at)
+                    if not size:
+                        raise OSError(f"it ends before row {int(rows[stop - 1])}")
+                    part, at = part[size:], at + size
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise DamagedError(
+            f"{run.path} is missing or damaged: {error}.",
+            remedy="Restore it from a copy, or write it again.",
+        ) from None
+
+
+def items_of_checkpoint(folder: Path) -> Callable[[int], Division] | None:
+    """How so many rows are read from a checkpoint that ranks wrote divided; None where it holds
+    them whole.
+
+    Raises:
+        DamagedError: The header or a file is missing or unreadable.
+    """
+    files = row_files(read_header(folder), MODEL)
+    return partial(_divided, [folder / name for name in files]) if files else None
+
+
+def _divided(paths: Sequence[Path], num_rows: int) -> StoredRows:
+    layout = RowLayout(num_rows, len(paths))
+    places = [_item_table(path) for path in paths]
+    for path, place, (first, end) in zip(paths, places, pairwise(layout.bounds), strict=True):
+        if place.shape[0] != end - first:
+            raise DamagedError(
+                f"{path} holds {place.shape[0]:,} rows of an item table in place of "
+                f"{end - first:,}.",
+                remedy="Restore it from a copy.",
+            )
+    runs = [Run(*one) for one in zip(paths, [p.offset for p in places], layout.bounds)]
+    return StoredRows(runs, places[0].shape[1], layout)
+
+
+def items_of_file(path: Path) -> Callable[[int], Division]:
+    """How rows are read from a file that holds the whole table in the order of ids, as exports
+    do.
+    """
+
+    def divide(num_rows: int) -> StoredRows:
+        place = _item_table(path)
+        assert place.shape[0] == num_rows
+        return StoredRows([Run(path, place.offset, 0)], place.shape[1], None)
+
+    return divide
+
+
+def _item_table(path: Path) -> Place:
+    found = [place for name, place in places_in(path).items() if name in ITEM_TABLES]
+    if len(found) != 1 or found[0].dtype != torch.float32:
+        raise DamagedError(
+            f"{path} holds no item table in float32.", remedy="Restore it from a copy."
+        )
+    return found[0]
+
+
+def blocks(rows: DividedRows) -> Iterator[Tensor]:
+    """[n, D] rows of a table in the order of ids, some at a time. Every process must call."""
+    step = max(1, BLOCK_BYTES // (4 * rows.embedding_dim))
+    for start in range(0, rows.num_embeddings, step):
+        ids = torch.arange(start, min(start + step, rows.num_embeddings))
+        ids = ids.to(rows.weight.device)
+        rows.look_up(ids)
+        yield rows(ids)
