@@ -20,6 +20,13 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.search import Searcher
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed.signals import (
+    asked,
+    leave_lost_terminal,
+    taken,
+    tell,
+    unless_again,
+)
 from mltfr_dist.errors import StoppedError
 from mltfr_dist.tuning.cluster import Cluster
 from mltfr_dist.tuning.hparams import write_all
@@ -51,8 +58,6 @@ Were it a CPU, as many watchers as there are CPUs could start and wait for worke
 left. """
 
 HANDLE_ERROR = RayTrial.handle_error
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def run_trials(
@@ -170,6 +175,8 @@ class FolderSearch(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial's number and values."""
         folder, sweep = self.setting.folder, self.setting.sweep
+        if (folder / STOP).exists():
+            return str(Searcher.FINISHED)
         if self.waiting:
             return given(load_trial(folder, self.waiting.pop(0)))
         number = next_number(folder)
@@ -209,31 +216,19 @@ class StopAll(Stopper):  # type: ignore[misc]
 
 @contextmanager
 def stop_signals(flag: Path) -> Iterator[Callable[[], None]]:
-    """Take Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 as the wish to save and stop; the second one ends at
-    once.
-
-    What is ignored already stays so: under nohup a dropped connection stops nothing.
+    """Take the stop signals as the wish to save and stop; a second Ctrl-C ends at once.
 
     Yields what takes them again, for Tune puts handlers of its own.
     """
-    before = {
-        number: handler
-        for number in STOP_SIGNALS
-        if (handler := signal.getsignal(number)) is not signal.SIG_IGN
-    }
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    before = taken()
 
     def request(number: int, _frame: FrameType | None) -> None:
-        print(
-            f"{signal.Signals(number).name}: running trials save, then the sweep ends; once more "
-            f"to end at once",
-            flush=True,
-        )
-        flag.touch()
-        restore()
+        leave_lost_terminal()
+        if not flag.exists():
+            tell(f"{asked(number)}: running trials save, then the sweep ends{unless_again(number)}")
+            flag.touch()
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     def take() -> None:
         for number in before:
@@ -243,4 +238,5 @@ def stop_signals(flag: Path) -> Iterator[Callable[[], None]]:
     try:
         yield take
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
