@@ -30,6 +30,7 @@ from mltfr_dist.distributed.signals import (
 from mltfr_dist.errors import StoppedError
 from mltfr_dist.tuning.cluster import Cluster
 from mltfr_dist.tuning.hparams import write_all
+from mltfr_dist.tuning.numbering import next_trial
 from mltfr_dist.tuning.plan import known_trials, make_space, space_lines
 from mltfr_dist.tuning.population import Everyone, population_resources, whole_population
 from mltfr_dist.tuning.ray_trial import (
@@ -41,11 +42,11 @@ from mltfr_dist.tuning.ray_trial import (
     TrialSetting,
 )
 from mltfr_dist.tuning.ray_watch import is_full, no_room
-from mltfr_dist.tuning.records import Record, Trial, load_trial, load_trials, next_number
+from mltfr_dist.tuning.records import Trial, load_trial, load_trials
 from mltfr_dist.tuning.schedulers import make_scheduler
-from mltfr_dist.tuning.space import SweepConfig, Values
+from mltfr_dist.tuning.space import SweepConfig
 from mltfr_dist.tuning.status import Progress
-from mltfr_dist.tuning.suggest import Space, suggest
+from mltfr_dist.tuning.suggest import Space
 
 HEAD = "node:__internal_head__"
 """Ray's resource of which the head node alone has 1."""
@@ -179,12 +180,14 @@ class FolderSearch(Searcher):  # type: ignore[misc]
             return str(Searcher.FINISHED)
         if self.waiting:
             return given(load_trial(folder, self.waiting.pop(0)))
-        number = next_number(folder)
-        known = known_trials(load_trials(folder), sweep.metric_name)
-        values: Values | None = suggest(self.space, known, number)
-        if values is None:
+        coming = next_trial(
+            self.space, folder, known_trials(load_trials(folder), sweep.metric_name)
+        )
+        if coming is None:
             return str(Searcher.FINISHED)
-        return given(Trial(folder, number, Record(values=values)).save())
+        if coming.was_deleted:
+            print(f"  trial {coming.number:04d}  was deleted and is run again", flush=True)
+        return given(Trial(folder, coming.number, coming.record).save())
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
