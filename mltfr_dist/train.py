@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 
-from mltfr_dist.cli import main
+from mltfr_dist.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

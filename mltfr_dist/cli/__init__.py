@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mltfr_dist.cli.commands import COMMANDS
+from mltfr_dist.cli.commands import COMMANDS, kept_by
 from mltfr_dist.cli.fields import add_section, section_from
-from mltfr_dist.cli.help import Parser, add_config_help
+from mltfr_dist.cli.help import Parser, add_train_options
 from mltfr_dist.cli.parser import build_parser, parse_intermixed
+from mltfr_dist.distributed.signals import ended_by_signals
 from mltfr_dist.errors import MltfrError, fail, quiet_pipe
 from mltfr_dist.startup import start_up
 
 __all__ = [
     "Parser",
-    "add_config_help",
     "add_section",
+    "add_train_options",
     "build_parser",
     "main",
     "parse_intermixed",
@@ -27,13 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     with quiet_pipe() as pipe:
         options = parse_intermixed(build_parser(), arguments)
-        if options.command in ("train", "evaluate"):
-            with start_up():
-                return _run_on_ranks(options)
-        try:
-            COMMANDS[options.command](options)
-        except MltfrError as error:
-            return fail(error)
+        with ended_by_signals(kept_by(options)):
+            if options.command in ("train", "evaluate"):
+                with start_up():
+                    return _run_on_ranks(options)
+            try:
+                COMMANDS[options.command](options)
+            except MltfrError as error:
+                return fail(error)
     return pipe.exit_code
 
 

@@ -213,6 +213,23 @@ def command_compare(options: argparse.Namespace) -> None:
         print(f"\nWritten: {', '.join(map(str, written))}")
 
 
+KEPT = {
+    "prepare": "the preparation: steps and shards that are finished stay",
+    "fetch": "the download: what has arrived stays",
+    "train": "the run: what it has saved stays",
+    "sweep": "the sweep: what its trials have saved stays",
+    "recommend": "the work: parts that are written stay",
+}
+"""What a signal ends of a command that goes on when it is typed again, and what of that stays."""
+
+
+def kept_by(options: argparse.Namespace) -> str:
+    """What a signal ends of a command, and what stays; empty: nothing would."""
+    if options.command == "recommend" and not options.histories:
+        return ""
+    return KEPT.get(options.command, "")
+
+
 COMMANDS = {
     "prepare": command_prepare,
     "fetch": command_fetch,

@@ -109,6 +109,32 @@ def add_config_help(parser: Parser) -> None:
     parser.appendix = lambda: _overview(parser.prog)
 
 
+def add_train_options(parser: Parser) -> None:
+    """Give a parser, made with ``add_help=False``, what starts a run."""
+    add_config_help(parser)
+    parser.add_argument(
+        "--preset", help=f"start from a complete configuration: {', '.join(PRESETS)}"
+    )
+    parser.add_argument("--config", help="YAML file; its keys go over the preset's")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="go on from the run folder (default: auto)",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the complete configuration and stop"
+    )
+    # Launchers pass it; the environment has it too.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="dotted keys, such as optimizer.learning_rate=0.0005",
+    )
+
+
 def add_sweep_help(parser: Parser) -> None:
     """The same for a sweep's file."""
     _add_topics(parser, "search")

@@ -11,12 +11,11 @@ from mltfr_dist import __version__
 from mltfr_dist.cli.commands import COMMANDS
 from mltfr_dist.cli.completion import add_completion
 from mltfr_dist.cli.fields import add_section
-from mltfr_dist.cli.help import Parser, add_config_help, add_sweep_help
+from mltfr_dist.cli.help import Parser, add_sweep_help, add_train_options
 from mltfr_dist.cli.input_parsers import add_fetch, add_inspect, add_prepare, add_tables
 from mltfr_dist.config.index import IndexConfig
 from mltfr_dist.files import packaged_names
 from mltfr_dist.invocation import command
-from mltfr_dist.presets import PRESETS
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[Parser]
@@ -28,15 +27,7 @@ def _add_train(commands: Commands) -> None:
         help="train in one process (several: `torchrun -m mltfr_dist.train`)",
         add_help=False,
     )
-    add_config_help(train)
-    train.add_argument("--preset", help=f"one of {', '.join(PRESETS)}")
-    train.add_argument("--config", help="YAML file; its keys go over the preset's")
-    train.add_argument("--resume", choices=("auto", "never"), default="auto")
-    train.add_argument(
-        "--print-config", action="store_true", help="print the complete configuration and stop"
-    )
-    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers pass it
-    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    add_train_options(train)
 
 
 def _add_sweep(commands: Commands) -> None:

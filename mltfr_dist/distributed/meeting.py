@@ -24,6 +24,7 @@ from mltfr_dist.distributed.freed_memory import keep_freed_memory
 from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.launch import expected_rank, is_launched
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.signals import ended_by_signals
 from mltfr_dist.errors import (
     ConfigError,
     LostRankError,
@@ -93,7 +94,8 @@ def _init_process_group(backend: str, *, launched: bool) -> None:
     if uses_gpus():
         take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     if launched:
-        _meet(backend)
+        with ended_by_signals():  # by default: Python would take one only once they have met
+            _meet(backend)
     else:
         dist.init_process_group(  # no port to collide on
             backend, store=HashStore(), rank=0, world_size=1, device_id=_own_gpu()

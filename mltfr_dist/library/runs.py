@@ -85,8 +85,8 @@ def fit(
 
     In a process of its own it runs on one rank, and the process is left as it was found. In a
     script that deepspeed, torchrun or srun started, every rank must call. A run that was
-    interrupted goes on from its last checkpoint; one that is finished is only reported. SIGTERM
-    and SIGUSR1 make it save and raise, where it runs in the main thread.
+    interrupted goes on from its last checkpoint; one that is finished is only reported. Ctrl-C,
+    SIGTERM, SIGHUP and SIGUSR1 make it save and raise, where it runs in the main thread.
 
     Args:
         config: A configuration, the name of a preset, a YAML file, or a mapping of all values.

@@ -20,9 +20,17 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.search import Searcher
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.distributed.signals import (
+    asked,
+    leave_lost_terminal,
+    taken,
+    tell,
+    unless_again,
+)
 from mltfr_dist.errors import StoppedError
 from mltfr_dist.tuning.cluster import Cluster
 from mltfr_dist.tuning.hparams import write_all
+from mltfr_dist.tuning.numbering import next_trial
 from mltfr_dist.tuning.plan import known_trials, make_space, space_lines
 from mltfr_dist.tuning.population import Everyone, population_resources, whole_population
 from mltfr_dist.tuning.ray_trial import (
@@ -34,11 +42,11 @@ from mltfr_dist.tuning.ray_trial import (
     TrialSetting,
 )
 from mltfr_dist.tuning.ray_watch import is_full, no_room
-from mltfr_dist.tuning.records import Record, Trial, load_trial, load_trials, next_number
+from mltfr_dist.tuning.records import Trial, load_trial, load_trials
 from mltfr_dist.tuning.schedulers import make_scheduler
-from mltfr_dist.tuning.space import SweepConfig, Values
+from mltfr_dist.tuning.space import SweepConfig
 from mltfr_dist.tuning.status import Progress
-from mltfr_dist.tuning.suggest import Space, suggest
+from mltfr_dist.tuning.suggest import Space
 
 HEAD = "node:__internal_head__"
 """Ray's resource of which the head node alone has 1."""
@@ -51,8 +59,6 @@ Were it a CPU, as many watchers as there are CPUs could start and wait for worke
 left. """
 
 HANDLE_ERROR = RayTrial.handle_error
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def run_trials(
@@ -170,14 +176,18 @@ class FolderSearch(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial's number and values."""
         folder, sweep = self.setting.folder, self.setting.sweep
+        if (folder / STOP).exists():
+            return str(Searcher.FINISHED)
         if self.waiting:
             return given(load_trial(folder, self.waiting.pop(0)))
-        number = next_number(folder)
-        known = known_trials(load_trials(folder), sweep.metric_name)
-        values: Values | None = suggest(self.space, known, number)
-        if values is None:
+        coming = next_trial(
+            self.space, folder, known_trials(load_trials(folder), sweep.metric_name)
+        )
+        if coming is None:
             return str(Searcher.FINISHED)
-        return given(Trial(folder, number, Record(values=values)).save())
+        if coming.was_deleted:
+            print(f"  trial {coming.number:04d}  was deleted and is run again", flush=True)
+        return given(Trial(folder, coming.number, coming.record).save())
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -209,31 +219,19 @@ class StopAll(Stopper):  # type: ignore[misc]
 
 @contextmanager
 def stop_signals(flag: Path) -> Iterator[Callable[[], None]]:
-    """Take Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 as the wish to save and stop; the second one ends at
-    once.
-
-    What is ignored already stays so: under nohup a dropped connection stops nothing.
+    """Take the stop signals as the wish to save and stop; a second Ctrl-C ends at once.
 
     Yields what takes them again, for Tune puts handlers of its own.
     """
-    before = {
-        number: handler
-        for number in STOP_SIGNALS
-        if (handler := signal.getsignal(number)) is not signal.SIG_IGN
-    }
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    before = taken()
 
     def request(number: int, _frame: FrameType | None) -> None:
-        print(
-            f"{signal.Signals(number).name}: running trials save, then the sweep ends; once more "
-            f"to end at once",
-            flush=True,
-        )
-        flag.touch()
-        restore()
+        leave_lost_terminal()
+        if not flag.exists():
+            tell(f"{asked(number)}: running trials save, then the sweep ends{unless_again(number)}")
+            flag.touch()
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     def take() -> None:
         for number in before:
@@ -243,4 +241,5 @@ def stop_signals(flag: Path) -> Iterator[Callable[[], None]]:
     try:
         yield take
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -9,9 +9,10 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.tables.store import TokenTable, load_table
 from mltfr_dist.training.checks import check_tables
 from mltfr_dist.training.run_folder import leaf_values
-from mltfr_dist.tuning.records import Trial, load_trials, next_number
+from mltfr_dist.tuning.numbering import next_trial
+from mltfr_dist.tuning.records import Trial, load_trials
 from mltfr_dist.tuning.space import SweepConfig, Values, base_values, shown, with_values
-from mltfr_dist.tuning.suggest import STARTUP_TRIALS, Known, Space, suggest
+from mltfr_dist.tuning.suggest import STARTUP_TRIALS, Known, Space
 
 
 def make_space(sweep: SweepConfig, base: RunConfig) -> Space:
@@ -39,9 +40,11 @@ def make_space(sweep: SweepConfig, base: RunConfig) -> Space:
     )
 
 
-def known_trials(trials: Sequence[Trial], metric: str) -> list[Known]:
-    """Trials as the search sees them; of those that failed only the values."""
-    return [Known(t.values, None if t.state == "failed" else t.best(metric)) for t in trials]
+def known_trials(trials: Sequence[Trial], metric: str) -> dict[int, Known]:
+    """Trials by number as the search sees them; of those that failed only the values."""
+    return {
+        t.number: Known(t.values, None if t.state == "failed" else t.best(metric)) for t in trials
+    }
 
 
 def space_lines(space: Space) -> list[str]:
@@ -64,17 +67,17 @@ def space_lines(space: Space) -> list[str]:
 def planned(sweep: SweepConfig, base: RunConfig) -> list[str]:
     """Each trial that the sweep would run now, a line each."""
     space, trials = make_space(sweep, base), load_trials(sweep.folder)
-    known, number = known_trials(trials, sweep.metric_name), next_number(sweep.folder)
+    known = known_trials(trials, sweep.metric_name)
     lines = [
         f"  trial {t.name}  {shown(t.values)}, going on" for t in trials if t.state == "unfinished"
     ]
     while sweep.algorithm != "tpe" or len(known) < STARTUP_TRIALS:
-        values = suggest(space, known, number)
-        if values is None:
+        coming = next_trial(space, sweep.folder, known)
+        if coming is None:
             break
-        lines.append(f"  trial {number:04d}  {shown(values)}")
-        known.append(Known(values, None))
-        number += 1
+        values, again = coming.record.values, ", was deleted" * coming.was_deleted
+        lines.append(f"  trial {coming.number:04d}  {shown(values)}{again}")
+        known[coming.number] = Known(values, None)
     if (later := space.num_trials - len(known)) > 0:
         lines.append(f"  {later} more, whose values tpe chooses by what these give")
     head = f"sweep `{sweep.name}`: {len(trials)} of {space.num_trials} trials are there; to run:"

@@ -35,10 +35,13 @@ def train_worker(given: dict[str, Any]) -> None:
             the sweep is asked to stop.
     """
     from mltfr_dist.distributed.signals import pause_after
-    from mltfr_dist.training.running.fit import fit
 
     os.chdir(given["directory"])
     config, sweep_stops = validate(RunConfig, given["config"], source="the sweep"), given["stop"]
+    refuse_if_stopped(Path(sweep_stops))
+    from mltfr_dist.training.running.fit import fit  # for seconds
+
+    refuse_if_stopped(Path(sweep_stops))
     with own_state(), told_to_stop(Path(sweep_stops)), one_attempt(Path(given["log"])):
         if given["until"] is not None:
             pause_after(given["until"])
@@ -47,6 +50,19 @@ def train_worker(given: dict[str, Any]) -> None:
         except (StoppedError, OtherRankError):  # the latter's reason is raised by the first rank
             if Path(sweep_stops).exists():
                 raise
+
+
+def refuse_if_stopped(flag: Path) -> None:
+    """End a trial before it begins, in place of a first step.
+
+    Raises:
+        StoppedError: The sweep was asked to stop.
+    """
+    if flag.exists():
+        raise StoppedError(
+            "The sweep was asked to stop before the trial began.",
+            remedy="Start the same command again and it goes on.",
+        )
 
 
 @contextmanager

@@ -153,6 +153,8 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
             if new and not (running and attempt and attempt.pauses_after(new[0].epoch)):
                 self.seen += 1
                 return self._result(found[: self.seen])
+            if not running and self._sweep_stops():
+                return self._over(found)
             if attempt is None or (not running and self._goes_on(attempt, found)):
                 # Of an attempt that was lost with its node. Not before a step: Tune may start two
                 # of these processes for a trial, and use one.
@@ -171,12 +173,12 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
 
     def _ended(self, attempt: Attempt, found: list[Validation]) -> dict[str, Any]:
         if attempt.error is None:
-            return self._result(found) | {"done": True}
+            return self._over(found)
         reason, cause = describe(attempt.error), root_cause(attempt.error)
         write_atomically(self.record.failure, reason + "\n")
         if not can_pass(cause):
             self.record = self.record.end("failed", reason)
-            return (self._result(found) if found else NOTHING) | {"done": True}
+            return self._over(found)
         raise RuntimeError(reason) from None
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -202,11 +204,17 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         """End the workers: where the sweep stops, once they have saved; where the trial alone does,
         at once.
         """
-        if self.attempt is not None and (self.setting.folder / STOP).exists():
+        if self.attempt is not None and self._sweep_stops():
             self.attempt.join(STOP_SECONDS)
         if self.attempt is not None and not self.attempt.ended_well():
             release(self.group)  # else its trial may go on elsewhere by now, with another group
         release_waiting()
+
+    def _sweep_stops(self) -> bool:
+        return (self.setting.folder / STOP).exists()
+
+    def _over(self, found: list[Validation]) -> dict[str, Any]:
+        return (self._result(found) if found else NOTHING) | {"done": True}
 
     def _result(self, validations: list[Validation]) -> dict[str, Any]:
         name = self.setting.sweep.metric_name

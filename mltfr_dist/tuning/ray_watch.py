@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import psutil
 import ray
 
+from mltfr_dist.distributed.signals import end_children
 from mltfr_dist.errors import EXIT_LOST, LostRankError, StoppedError, fail
 
 LOW = 8 * 2**20
@@ -44,7 +44,10 @@ def ray_watched() -> Iterator[None]:
 
 
 def quieten() -> None:
-    """Keep Ray's messages to its logs: of a dead daemon it would print the whole state here."""
+    """Keep Ray's messages to its logs: of a dead daemon it would print the whole state here. And
+    let the sweep take signals: Ray would end the process at a SIGTERM, in silence.
+    """
+    ray._private.utils.set_sigterm_handler = lambda _handler: None
     ray._private.worker.print_to_stdstream = lambda *_given, **_more: None
 
 
@@ -128,7 +131,6 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _end(what: str) -> None:
-    family = psutil.Process().children(recursive=True)
     sys.stdout.flush()
     fail(
         LostRankError(
@@ -136,7 +138,5 @@ def _end(what: str) -> None:
             remedy="Start the same command again and it goes on from their last checkpoints.",
         )
     )
-    for process in family:
-        with suppress(psutil.Error):
-            process.send_signal(signal.SIGKILL)
+    end_children()
     os._exit(EXIT_LOST)

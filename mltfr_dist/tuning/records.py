@@ -164,21 +164,13 @@ def load_trial(sweep: Path, number: int) -> Trial:
 
 
 def load_trials(sweep: Path) -> list[Trial]:
-    """All trials of a sweep, by number. A number that was deleted is not given again.
+    """All trials of a sweep, by number.
 
     Raises:
         CheckpointError: A record is damaged.
     """
     numbers = sorted(int(path.stem) for path in (sweep / TRIALS).glob("[0-9]*.json"))
     return [load_trial(sweep, number) for number in numbers]
-
-
-def next_number(sweep: Path) -> int:
-    """A number that no trial has or had: those of deleted records are known by their folders and
-    logs.
-    """
-    there = (path.name[:4] for path in (sweep / TRIALS).glob("[0-9][0-9][0-9][0-9]*"))
-    return 1 + max((int(name) for name in there if name.isdecimal()), default=-1)
 
 
 def read_validations(path: Path) -> list[Validation]:

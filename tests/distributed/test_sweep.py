@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -381,6 +382,33 @@ def test_the_ready_made_population_of_eight_exchanges_on_two_cpus(tmp_path: Path
     assert {t.number: t.record.generation for t in trials if t.record.generation} == generations
     assert [t.validations()[-1].epoch for t in trials] == [8] * 8, "7 epochs, 1 of the second stage"
     assert len(workers) == 2, "the same two processes take all turns"
+
+
+@pytest.mark.timeout(900)
+def test_a_deleted_trial_is_run_again_under_its_number(tmp_path: Path) -> None:
+    options = {"scheduler": "none", "final_seeds": [], "algorithm": "grid"}
+    one = {"workers": 1, "cpus": 1}
+    search = {"training.seed": {"choices": [0, 1, 2, 3]}}
+    short = {"training.epochs": 2, "training.patience": 2}
+    path = write_space(tmp_path, search, resources_per_trial=one, overrides=short, **options)
+    finish(path)
+    folder = tmp_path / "sweeps" / "sweep"
+    before = {t.number: read_lines(t.folder / "metrics.jsonl") for t in load_trials(folder)}
+    for left in (folder / "trials").glob("0001*"):  # wholly; of 0002 the record alone
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    (folder / "trials" / "0002.json").unlink()
+    result = (folder / "trials" / "0002" / "result.json").stat()
+
+    text = finish(path, "--retry-failed").rpartition("inputs are sound")[2]
+
+    assert "2 of 4 trials to do" in text
+    assert "trial 0001  was deleted and is run again" in text
+    trials = load_trials(folder)
+    assert [(t.number, t.values["training.seed"], t.state) for t in trials] == [
+        (number, number, "finished") for number in range(4)
+    ]
+    assert {t.number: read_lines(t.folder / "metrics.jsonl") for t in trials} == before
+    assert (folder / "trials" / "0002" / "result.json").stat() == result, "a run is not made anew"
 
 
 @pytest.mark.timeout(900)

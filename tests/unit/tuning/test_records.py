@@ -22,7 +22,6 @@ from mltfr_dist.tuning.records import (
     Trial,
     load_trial,
     load_trials,
-    next_number,
     read_validations,
 )
 from mltfr_dist.tuning.schedulers import Asha, make_scheduler
@@ -238,18 +237,6 @@ def test_hparams_hold_the_searched_fields_and_the_outcome(tmp_path: Path) -> Non
     plugin = board.PluginTagToContent("hparams")
     assert "_hparams_/session_start_info" in plugin
     assert RATE.encode() in plugin["_hparams_/session_start_info"]
-
-
-def test_a_number_is_never_given_to_another_trial(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path)
-    assert next_number(sweep.folder) == 0
-    for number in range(3):
-        trial_of(sweep, number, 0.01 * (number + 1), 1, 0.1)
-    (sweep.folder / "trials" / "0001.json").unlink()
-    assert [trial.number for trial in load_trials(sweep.folder)] == [0, 2]
-    assert next_number(sweep.folder) == 3
-    (sweep.folder / "trials" / "0002.json").unlink()  # its folder is still there
-    assert next_number(sweep.folder) == 3
 
 
 def test_a_failed_trial_goes_on_when_it_is_told_to(tmp_path: Path) -> None:
