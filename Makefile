@@ -37,9 +37,13 @@ quick: $(BIN)/.ready data/.demo-ready  ## a trained model, what it recommends, a
 	@echo "$$NEXT"; echo "  make demo                                # the same at length, beside its baselines"
 
 demo: $(BIN)/.ready data/.demo-ready  ## train MLTFR and its baselines on MovieLens-100K with three real token tables
-	@if [ -f runs/demo/report.md ]; then echo "runs/demo is finished: starting it anew"; rm -rf runs/demo; fi
-	@echo "deepspeed train.py --preset demo"
-	@$(LAUNCH) --master_port $(PORT) train.py --preset demo
+	@if [ -f runs/demo/report.md ]; then \
+	    echo "runs/demo is finished and only reported; rm -r runs/demo, and make demo trains it anew"; \
+	    OMP_NUM_THREADS=1 $(BIN)/python train.py --preset demo; \
+	else \
+	    echo "deepspeed train.py --preset demo"; \
+	    $(LAUNCH) --master_port $(PORT) train.py --preset demo; \
+	fi
 	@echo "$$NEXT"; echo "  mltfr recommend runs/demo --history 50,172,181 --k 5 --explain"
 
 sweep-demo: $(BIN)/.ready data/.demo-ready  ## search filter ratio, tables and lambda on the same data: 12 trials by Ray Tune

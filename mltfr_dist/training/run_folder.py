@@ -25,6 +25,8 @@ STAGES = ("train", "consensus")
 CONFIG, RESULT, REPORT, CHECKPOINTS = "config.yaml", "result.json", "report.md", "checkpoints"
 RANKS = "ranks.parquet"
 """The rank of each user's target (training/evaluating/user_ranks.py)."""
+BACKBONE = "backbone"
+"""Folder of the bare backbone's run inside the run's."""
 INPUTS = "inputs.json"
 """Hashes of what the run reads (training/inputs.py)."""
 

@@ -410,6 +410,25 @@ def test_a_finished_run_is_only_reported(folder: Path, capsys: pytest.CaptureFix
     }
 
 
+def test_a_report_is_written_again_where_it_is_of_something_else(folder: Path) -> None:
+    run = folder / "runs" / "tiny"
+    again = ["--config", str(run / "config.yaml")]
+    assert train.main(again) == 0
+    report = run / "report.md"
+    report.write_text(report.read_text() + "A note.\n")
+    assert train.main(again) == 0
+    assert report.read_text().endswith("A note.\n"), "nothing is new: it stays as it is"
+    (run / "result.json").touch()
+    assert train.main(again) == 0
+    assert not report.read_text().endswith("A note.\n"), "the result is newer"
+    report.unlink()
+    assert train.main(again) == 0
+    assert report.exists()
+    assert "log_every_steps: 7" not in report.read_text()
+    assert train.main([*again, "training.log_every_steps=7"]) == 0
+    assert "log_every_steps: 7" in report.read_text(), "the configuration is another"
+
+
 # --- data that was changed after training
 # --------------------------------------------------------------------------
 

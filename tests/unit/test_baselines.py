@@ -20,9 +20,10 @@ from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.shards.packed import PackedSequences
+from mltfr_dist.data.shards.short_parts import training_sequences
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.training.evaluating import baselines
-from mltfr_dist.training.evaluating.baselines import item_knn, popularity, training_sequences
+from mltfr_dist.training.evaluating.baselines import item_knn, popularity
 
 NUM_ITEMS = 9
 SEQUENCES = st.lists(

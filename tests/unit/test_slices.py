@@ -13,9 +13,9 @@ from support import tiny_config
 
 from mltfr_dist.config import EvaluationConfig
 from mltfr_dist.data.batch import RankingBatch
+from mltfr_dist.data.shards.short_parts import training_sequences
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.training.evaluating import slices
-from mltfr_dist.training.evaluating.baselines import training_sequences
 from mltfr_dist.training.evaluating.evaluate import ALL, evaluate, evaluate_slices
 from mltfr_dist.training.evaluating.rankers import ByScores
 from mltfr_dist.training.evaluating.slices import Slices, training_slices

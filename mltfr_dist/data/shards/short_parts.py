@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from mltfr_dist.data.shards.manifest import Manifest, check_hash, read_manifest
-from mltfr_dist.data.shards.packed import IntArray
+from mltfr_dist.data.shards.packed import IntArray, PackedSequences
 from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.files import file_sha256
 
@@ -63,3 +63,17 @@ def recorded_counts(folder: Path, manifest: Manifest) -> IntArray | None:
     whole = read_manifest(folder)
     all_of_them = whole.splits["train"].num_items + whole.report.short_train_sequences
     return counts if counts.sum() == all_of_them else None
+
+
+def training_sequences(folder: Path, manifest: Manifest) -> PackedSequences:
+    """All training sequences of a prepared data set; those of one item stand behind the others."""
+    shards = manifest.splits["train"].shards
+    stored = PackedSequences.concatenate(
+        [read_shard(folder, info, num_items=manifest.num_items) for info in shards]
+    )
+    counts = np.bincount(stored.items, minlength=manifest.num_items + 1)
+    items = one_item_parts(folder, manifest, counts)
+    nobody = np.full(len(items), -1)  # whose they are is not kept
+    return PackedSequences.concatenate(
+        [stored, PackedSequences(items, np.arange(len(items) + 1), nobody)]
+    )

@@ -6,7 +6,6 @@ Shapes: B users, I items.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
-from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.data.shards.packed import PackedSequences
-from mltfr_dist.data.shards.reader import read_shard
-from mltfr_dist.data.shards.short_parts import one_item_parts
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.training.evaluating.rankers import SameForAll, Scorer
@@ -28,20 +24,6 @@ _PAIRS_AT_ONCE = 2_000_000
 """Pairs of items that are compared at a time: about 60 MB."""
 _NEIGHBOUR_BYTES = 16
 """Of a similarity and its item."""
-
-
-def training_sequences(folder: Path, manifest: Manifest) -> PackedSequences:
-    """All training sequences of a prepared data set; those of one item stand behind the others."""
-    shards = manifest.splits["train"].shards
-    stored = PackedSequences.concatenate(
-        [read_shard(folder, info, num_items=manifest.num_items) for info in shards]
-    )
-    counts = np.bincount(stored.items, minlength=manifest.num_items + 1)
-    items = one_item_parts(folder, manifest, counts)
-    nobody = np.full(len(items), -1)  # whose they are is not kept
-    return PackedSequences.concatenate(
-        [stored, PackedSequences(items, np.arange(len(items) + 1), nobody)]
-    )
 
 
 RECENT = 5

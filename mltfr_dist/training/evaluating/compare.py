@@ -9,10 +9,10 @@ from mltfr_dist.baselines import BASELINES
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.shards.manifest import Manifest
+from mltfr_dist.data.shards.short_parts import training_sequences
 from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.registry import load
-from mltfr_dist.training.evaluating.baselines import training_sequences
 from mltfr_dist.training.evaluating.evaluate import ALL, Keep, evaluate, evaluate_slices
 from mltfr_dist.training.evaluating.rankers import ByScores, Ranker, SameForAll
 from mltfr_dist.training.evaluating.slices import training_slices

@@ -178,7 +178,9 @@ class SameForAll:
         targets = self._scores[batch.target_ids.cpu()]
         above = len(self._sorted) - torch.searchsorted(self._sorted, targets, right=True)
         equal = len(self._sorted) - torch.searchsorted(self._sorted, targets) - above
-        rows, items = torch.unique(torch.stack(exclude).cpu(), dim=1)  # a pair may come twice
+        rows, items = (ids.cpu().long() for ids in exclude)
+        pairs = torch.unique(rows * len(self._scores) + items)  # one may come twice
+        rows, items = pairs // len(self._scores), pairs % len(self._scores)
         left_out, of_row = self._scores[items], targets[rows]
         above.index_add_(0, rows, -(left_out > of_row).long())
         equal.index_add_(0, rows, -(left_out == of_row).long())

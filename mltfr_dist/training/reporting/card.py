@@ -33,11 +33,9 @@ from mltfr_dist.training.inputs import Inputs
 from mltfr_dist.training.reporting.curves import CURVES, write_curves
 from mltfr_dist.training.reporting.matrix import config_sha256
 from mltfr_dist.training.reporting.tracking import METRICS
-from mltfr_dist.training.run_folder import RANKS, Result, dump_config
+from mltfr_dist.training.run_folder import BACKBONE, RANKS, Result, dump_config
 
 PACKAGES = ("torch", "deepspeed", "webdataset", "numpy", "scipy", "pyarrow")
-BACKBONE = "backbone"
-"""Folder of the bare backbone's run inside the run's."""
 
 
 def ranks_files(config: RunConfig, results: Sequence[Result]) -> dict[str, Path]:

@@ -19,8 +19,7 @@ from mltfr_dist.files import with_packaged, write_atomically
 from mltfr_dist.repairs import REPAIRS, taken_away
 from mltfr_dist.training.evaluating.routing import TOP_SHARE, WEIGHT
 from mltfr_dist.training.inputs import Inputs
-from mltfr_dist.training.reporting import card
-from mltfr_dist.training.run_folder import REPORT, Result
+from mltfr_dist.training.run_folder import BACKBONE, REPORT, RESULT, Result, dump_config
 
 SHOWN = ("HR@10", "NDCG@10")
 PICKED = {
@@ -158,8 +157,22 @@ def routing_section(result: Result) -> list[str]:
     ]
 
 
+def is_written(config: RunConfig) -> bool:
+    """Whether report.md is there, of this very configuration and of no earlier result."""
+    report = config.folder / REPORT
+    results = [folder / RESULT for folder in (config.folder, config.folder / BACKBONE)]
+    if not report.exists() or dump_config(config).rstrip() not in report.read_text():
+        return False
+    written = report.stat().st_mtime_ns
+    return all(path.stat().st_mtime_ns <= written for path in results if path.exists())
+
+
 def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
-    """Write report.md."""
+    """Write report.md, unless it is there."""
+    if is_written(config):
+        return
+    from mltfr_dist.training.reporting import card  # statistics and plots: no start needs them
+
     manifest, final = inputs.manifest, results[-1]
     table = rows(results)
     text = [

@@ -17,10 +17,10 @@ from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.shards.manifest import load_manifest
-from mltfr_dist.data.shards.short_parts import one_item_parts
+from mltfr_dist.data.shards.short_parts import one_item_parts, training_sequences
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.files import file_sha256
-from mltfr_dist.training.evaluating.baselines import popularity, training_sequences
+from mltfr_dist.training.evaluating.baselines import popularity
 from mltfr_dist.training.evaluating.slices import training_slices
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.reporting.report import opening
