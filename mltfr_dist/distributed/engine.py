@@ -9,6 +9,7 @@ import torch
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.stream.training import BatchLayout, StepBatches
 from mltfr_dist.distributed.clipping import JointNorm
+from mltfr_dist.distributed.compiler import leave_compiler_out
 from mltfr_dist.distributed.deepspeed_file import deepspeed_config
 from mltfr_dist.distributed.divided_optimizer import row_optimizer
 from mltfr_dist.distributed.health import NORM, Health, Verdict
@@ -53,6 +54,7 @@ class Engine:
     ) -> None:
         import deepspeed
 
+        leave_compiler_out()
         self.config, self.ranks, self.layout, self.total_steps = config, ranks, layout, total_steps
         ds_config = deepspeed_config(config, layout)
         tables = [

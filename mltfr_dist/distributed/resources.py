@@ -100,6 +100,11 @@ class MatrixWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
         backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
         self._formulas |= {forward: _attention, backward: _attention_backward}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: else torch imports its compiler at the first call (compiler.py)."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
