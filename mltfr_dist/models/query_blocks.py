@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mltfr_dist.models.draws import history_keys
+from mltfr_dist.models.kernels import blocks as kernels
+from mltfr_dist.models.kernels import usable
 from mltfr_dist.models.packing import Lengths, places
 
 
@@ -40,6 +42,8 @@ class QueryBlocks:
     """[B, ceil(L / n)], which blocks hold a real position."""
     real: Tensor
     """[G, n], which of their positions are real."""
+    place = 0
+    """Where in a block its query is taken."""
 
     def __init__(
         self, x: Tensor, valid_mask: Tensor, block_len: int, lengths: Lengths = None
@@ -52,8 +56,12 @@ class QueryBlocks:
         self._num_real = None if lengths is None else sum(lengths)
         num_blocks = None if lengths is None else sum(-(-n // block_len) for n in lengths)
         self._places = places(self.occupied, num_blocks)
-        self.positions = self._held(self._cut(x))
-        self.queries = self._held(self.at_queries(prefix_mean(x, valid_mask)))
+        if usable(x) is None:
+            self.positions = self._held(self._cut(x))
+            self.queries = self._held(self.at_queries(prefix_mean(x, valid_mask)))
+        else:
+            counts = valid_mask.sum(1)
+            self.positions, self.queries = kernels.cut(x, counts, block_len, self.place)
         self.real = self._held(self._cut(valid_mask))
 
     def _cut(self, t: Tensor) -> Tensor:
@@ -72,7 +80,7 @@ class QueryBlocks:
 
     def at_queries(self, t: Tensor) -> Tensor:
         """What stands where the queries are taken: [B, L, ...] -> [B, ceil(L / n), ...]."""
-        return t[:, :: self.block_len]
+        return t[:, self.place :: self.block_len]
 
     def keys(self, item_ids: Tensor | None) -> Tensor | None:
         """[G] hash of each block's history [B, L] up to where its query is taken; None where none
@@ -88,6 +96,8 @@ class QueryBlocks:
     def spread(self, output: Tensor) -> Tensor:
         """[G, n, D] -> [B, L, D], zero at padding."""
         length = self.valid_mask.shape[1]
+        if usable(output) is not None:
+            return kernels.spread(output, self.valid_mask.sum(1), length)
         empty = output.new_zeros(self.occupied.numel(), *output.shape[1:])
         whole = empty.index_copy(0, self._places, output)
         whole = whole.view(*self.occupied.shape, *output.shape[1:])  # [B, L/n, n, D]

@@ -3,97 +3,11 @@
 //
 // G queries and S rows of D numbers, K rows sought.
 
-#include "rounded.h"
+#include "candidates.h"
 
 namespace {
 
-constexpr int NONE = -32768;  // smaller than all other 16-bit numbers
-
-// The k-th largest of 16-bit numbers, ``count`` of them, a multiple of 16: bit by bit, as what k of
-// them reach.
-int kth_largest(const int16_t* numbers, int64_t count, int64_t k) {
-  int found = NONE;
-  for (int bit = 1 << 15; bit; bit >>= 1) {
-    const __m256i below = _mm256_set1_epi16((int16_t)(found + bit - 1));
-    __m256i reaching = _mm256_setzero_si256();
-    for (int64_t i = 0; i < count; i += LANES) {
-      const __m256i some = _mm256_loadu_si256((const __m256i*)(numbers + i));
-      reaching = _mm256_sub_epi16(reaching, _mm256_cmpgt_epi16(some, below));
-    }
-    __m256i pairs = _mm256_madd_epi16(reaching, _mm256_set1_epi16(1));
-    pairs = _mm256_hadd_epi32(pairs, pairs);
-    pairs = _mm256_hadd_epi32(pairs, pairs);
-    const int total = _mm256_extract_epi32(pairs, 0) + _mm256_extract_epi32(pairs, 4);
-    found += total >= k ? bit : 0;
-  }
-  return found;
-}
-
-int kth_largest(std::vector<int16_t>& numbers, int64_t k) {
-  const size_t count = numbers.size();
-  numbers.resize((count + LANES - 1) / LANES * LANES, NONE);
-  const int found = kth_largest(numbers.data(), (int64_t)numbers.size(), k);
-  numbers.resize(count);
-  return found;
-}
-
-// What may be among the best of one query.
-struct Candidates {
-  int64_t sought, groups, tiles = 0;
-  int window, behind = NONE;  // candidates are larger than ``behind``
-  std::vector<int16_t> values, largest;
-  std::vector<int32_t> ids;
-
-  Candidates(int64_t sought, int window)
-      : sought(sought), groups(sought <= 32 ? 8 : 16), window(window),
-        largest(groups * LANES, NONE) {
-    values.reserve(RESERVED);
-    ids.reserve(RESERVED);
-  }
-
-  // A bound from the largest of groups of rows: K groups hold K rows at least that large.
-  void bound(const int16_t* sums, int64_t some) {
-    __m256i* best = (__m256i*)largest.data();
-    for (int64_t start = 0; start + groups * LANES <= some; start += groups * LANES)
-      for (int64_t i = 0; i < groups; ++i) {
-        const __m256i found = _mm256_loadu_si256((const __m256i*)(sums + start + i * LANES));
-        _mm256_storeu_si256(best + i, _mm256_max_epi16(_mm256_loadu_si256(best + i), found));
-      }
-    ++tiles;
-    if ((tiles & (tiles - 1)) || sought > groups * LANES) return;  // at 1, 2, 4, 8, ...
-    behind = std::max(behind, kth_largest(largest, sought) - window - 1);
-  }
-
-  void take(const int16_t* sums, int64_t first, int64_t some) {
-    const int64_t whole = some / LANES * LANES;
-    __m256i limit = _mm256_set1_epi16((int16_t)std::max(behind, NONE));
-    for (int64_t start = 0; start < some; start += LANES) {
-      const __m256i found = _mm256_loadu_si256((const __m256i*)(sums + start));
-      unsigned above = (unsigned)_mm256_movemask_epi8(_mm256_cmpgt_epi16(found, limit));
-      if (start >= whole) above &= (1u << 2 * (some - start)) - 1;
-      while (above) {
-        const int lane = __builtin_ctz(above) / 2;
-        values.push_back(sums[start + lane]);
-        ids.push_back((int32_t)(first + start + lane));
-        above &= ~(3u << 2 * lane);
-      }
-    }
-    if ((int64_t)values.size() > std::max(POOL, 8 * sought)) drop();
-  }
-
-  void drop() {
-    if ((int64_t)values.size() <= sought) return;
-    behind = std::max(behind, kth_largest(values, sought) - window - 1);
-    int64_t kept = 0;
-    for (size_t i = 0; i < values.size(); ++i)
-      if (values[i] > behind) {
-        values[kept] = values[i];
-        ids[kept++] = ids[i];
-      }
-    values.resize(kept);
-    ids.resize(kept);
-  }
-};
+constexpr int64_t ALIKE = 8;  // queries in a row of which the first gives the others a bound
 
 // The product in float64, rounded once.
 float exact_product(const float* a, const float* b, int64_t dim) {
@@ -123,6 +37,9 @@ float quick_product(const float* a, const float* b, int64_t dim) {
   for (; c < dim; ++c) total += a[c] * b[c];
   return total;
 }
+
+// How far a quick product may lie off another way of computing it.
+inline float slack(int64_t dim, float norms) { return 2.0f * (float)(dim + 16) * 6e-8f * norms; }
 
 bool finite(const float* v, int64_t count) {
   Floats zeros{};
@@ -179,8 +96,8 @@ void settle(const float* query, const float* rows, int64_t dim, float largest_ro
     room.quick[i] = quick_product(query, rows + of.ids[i] * dim, dim);
     room.rounded[i] = (int16_t)std::floor(room.quick[i] * scale);
   }
-  const float slack = 2.0f * (float)(dim + 16) * 6e-8f * norm * largest_row;
-  const float least = (float)kth_largest(room.rounded, of.sought) / scale - slack;
+  const float least =
+      (float)kth_largest(room.rounded, of.sought) / scale - slack(dim, norm * largest_row);
   room.places.clear();
   for (size_t i = 0; i < count; ++i)
     if (room.quick[i] >= least)
@@ -191,6 +108,103 @@ void settle(const float* query, const float* rows, int64_t dim, float largest_ro
     ids[k] = (int32_t)(uint32_t)room.ordered[k];
   }
 }
+
+// All that is known of some queries and the rows that they are sought among.
+struct Search {
+  const float *queries, *rows;
+  int64_t dim, sought;
+  const RoundedRows& rounded;
+  std::vector<RoundedQuery> some;
+  std::vector<Candidates> found;
+  Room room;
+  float* scores;
+  int64_t* ids;
+
+  Search(const float* queries, const float* rows, int64_t count, int64_t dim, int64_t sought,
+         const RoundedRows& rounded, float* scores, int64_t* ids)
+      : queries(queries), rows(rows), dim(dim), sought(sought), rounded(rounded), scores(scores),
+        ids(ids) {
+    some.reserve(count);
+    found.reserve(count);
+    for (int64_t g = 0; g < count; ++g) {
+      some.emplace_back(queries + g * dim, dim, rounded, 1e30f);
+      const double window = 2.0 * some.back().error * scale(g);
+      found.emplace_back(sought, (int)std::ceil(std::min(window, 65536.0)) + 1);
+    }
+  }
+
+  double scale(int64_t g) const { return (double)some[g].scale * rounded.scale; }
+
+  // A bound for query ``g`` by the rows that are best of another: as many have products that large.
+  void hint(int64_t g, int64_t other) {
+    const float* query = queries + g * dim;
+    float least = INFINITY, largest, norm;
+    measure(query, dim, largest, norm);
+    for (int64_t k = 0; k < sought; ++k)
+      least = std::min(least, quick_product(query, rows + ids[other * sought + k] * dim, dim));
+    found[g].bound((float)((least - slack(dim, norm * rounded.norm)) * scale(g)));
+  }
+
+  // What may be among the best of every ``step``-th query; those between them have had a hint.
+  void scan(int64_t step) {
+    const bool hinted = step == 1;
+    std::vector<int64_t> members;
+    for (int64_t g = 0; g < (int64_t)some.size(); g += step)
+      if (!hinted || g % ALIKE) members.push_back(g);
+    std::vector<int16_t> kept(QUERIES * FIRST);
+    const int64_t start_with = hinted ? TILE : FIRST;
+    for (int64_t first = 0, whole; first < rounded.count; first += whole) {
+      whole = std::min(rounded.count - first, std::min(TILE, std::max(start_with, first)));
+      const bool doubled = !hinted && (first & (first - 1)) == 0;  // as many rows again
+      for (size_t m = 0; m < members.size(); m += QUERIES) {
+        const RoundedQuery* looked[QUERIES];
+        Candidates* of[QUERIES];
+        const int64_t together = std::min(QUERIES, (int64_t)(members.size() - m));
+        for (int64_t j = 0; j < QUERIES; ++j) {
+          const int64_t g = members[m + std::min(j, together - 1)];
+          looked[j] = &some[g];
+          of[j] = &found[g];
+        }
+        if (first && doubled)
+          for (int64_t j = 0; j < together; ++j) of[j]->bound();
+        products(rounded, first, whole, looked, [&](int64_t start, const Sums& sums) {
+          for (int64_t j = 0; j < together; ++j) {
+            if (!hinted) of[j]->group(sums[j], first + start, whole - start);
+            if (hinted || first) of[j]->take(sums[j], first + start, whole - start);
+            else std::memcpy(&kept[j * FIRST + start], sums[j], sizeof sums[j]);
+          }
+        });
+        for (int64_t j = 0; j < together; ++j) {
+          if (!hinted && !first) {
+            of[j]->bound();
+            for (int64_t start = 0; start < whole; start += 2 * LANES) {
+              __m256i sums[2];
+              std::memcpy(sums, &kept[j * FIRST + start], sizeof sums);
+              of[j]->take(sums, start, whole - start);
+            }
+          }
+          if ((int64_t)of[j]->values.size() > std::max(POOL, 8 * sought)) of[j]->drop();
+        }
+      }
+    }
+    for (const int64_t g : members)
+      settle(queries + g * dim, rows, dim, rounded.norm, found[g], room, scores + g * sought,
+             ids + g * sought);
+  }
+
+  // Every ALIKE-th query first. Neighbours, blocks of one history, are alike: what is best of one
+  // bounds what is best of the next, and few rows reach such a bound.
+  void run() {
+    scan(ALIKE);
+    const int64_t count = (int64_t)some.size();
+    for (int64_t g = 0; g < count; ++g)
+      if (const int64_t before = g / ALIKE * ALIKE, after = before + ALIKE; g > before) {
+        hint(g, before);
+        if (after < count) hint(g, after);
+      }
+    scan(1);
+  }
+};
 
 }  // namespace
 
@@ -204,33 +218,9 @@ int nearest(const float* queries, const float* rows, float* scores, int64_t* ids
   const RoundedRows rounded(rows, count, dim);
   if (RoundedQuery::limit(0, 1, dim, rounded) < 16) return 1;
   divided(groups, threads, [&](int64_t begin, int64_t end) {
-    std::vector<RoundedQuery> some;
-    std::vector<Candidates> found;
-    some.reserve(end - begin);
-    found.reserve(end - begin);
-    for (int64_t g = begin; g < end; ++g) {
-      some.emplace_back(queries + g * dim, dim, rounded, 1e30f);
-      const double window = 2.0 * some.back().error * some.back().scale * rounded.scale;
-      found.emplace_back(sought, (int)std::ceil(std::min(window, 65536.0)) + 1);
-    }
-    std::vector<int16_t> sums(QUERIES * TILE);
-    for (int64_t first = 0; first < count; first += TILE) {
-      const int64_t whole = std::min(TILE, count - first);
-      for (int64_t g = 0; g < end - begin; g += QUERIES) {
-        const int64_t together = std::min(QUERIES, end - begin - g);
-        const RoundedQuery* four[QUERIES];
-        for (int64_t j = 0; j < QUERIES; ++j) four[j] = &some[g + std::min(j, together - 1)];
-        products(rounded, first, (whole + 31) / 32 * 32, four, sums.data());
-        for (int64_t j = 0; j < together; ++j) {
-          found[g + j].bound(&sums[j * TILE], whole);
-          found[g + j].take(&sums[j * TILE], first, whole);
-        }
-      }
-    }
-    Room room;
-    for (int64_t g = 0; g < end - begin; ++g)
-      settle(queries + (begin + g) * dim, rows, dim, rounded.norm, found[g], room,
-             scores + (begin + g) * sought, ids + (begin + g) * sought);
+    Search(queries + begin * dim, rows, end - begin, dim, sought, rounded, scores + begin * sought,
+           ids + begin * sought)
+        .run();
   });
   return 0;
 }
@@ -254,16 +244,21 @@ int largest_products(const float* queries, const float* rows, float* bounds, flo
   }
   *error = 2 * worst;
   divided(rounded.tiles, threads, [&](int64_t begin, int64_t end) {
-    std::vector<int16_t> sums(QUERIES * TILE), best(TILE);
+    std::vector<int16_t> best(TILE);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * TILE, whole = std::min(TILE, count - first);
       std::fill(best.begin(), best.end(), -32768);
       for (int64_t g = 0; g < groups; g += QUERIES) {
-        const RoundedQuery* four[QUERIES];
-        for (int64_t j = 0; j < QUERIES; ++j) four[j] = &all[std::min(g + j, groups - 1)];
-        products(rounded, first, (whole + 31) / 32 * 32, four, sums.data());
-        for (int64_t j = 0; j < QUERIES; ++j)
-          for (int64_t r = 0; r < TILE; ++r) best[r] = std::max(best[r], sums[j * TILE + r]);
+        const RoundedQuery* some[QUERIES];
+        for (int64_t j = 0; j < QUERIES; ++j) some[j] = &all[std::min(g + j, groups - 1)];
+        products(rounded, first, whole, some, [&](int64_t start, const Sums& sums) {
+          for (int64_t half = 0; half < 2; ++half) {
+            __m256i* at = (__m256i*)&best[start] + half;
+            __m256i top = _mm256_loadu_si256(at);
+            for (int64_t j = 0; j < QUERIES; ++j) top = _mm256_max_epi16(top, sums[j][half]);
+            _mm256_storeu_si256(at, top);
+          }
+        });
       }
       for (int64_t r = 0; r < whole; ++r)
         bounds[first + r] = (float)best[r] / (scale * rounded.scale) - worst;
