@@ -109,100 +109,108 @@ void settle(const float* query, const float* rows, int64_t dim, float largest_ro
   }
 }
 
-// All that is known of some queries and the rows that they are sought among.
+// A search for the best rows of some queries, neighbours of which are alike.
 struct Search {
   const float *queries, *rows;
-  int64_t dim, sought;
+  int64_t count, dim, sought;
   const RoundedRows& rounded;
-  std::vector<RoundedQuery> some;
-  std::vector<Candidates> found;
-  Room room;
   float* scores;
   int64_t* ids;
+  Room room{};
 
-  Search(const float* queries, const float* rows, int64_t count, int64_t dim, int64_t sought,
-         const RoundedRows& rounded, float* scores, int64_t* ids)
-      : queries(queries), rows(rows), dim(dim), sought(sought), rounded(rounded), scores(scores),
-        ids(ids) {
-    some.reserve(count);
-    found.reserve(count);
-    for (int64_t g = 0; g < count; ++g) {
-      some.emplace_back(queries + g * dim, dim, rounded, 1e30f);
-      const double window = 2.0 * some.back().error * scale(g);
-      found.emplace_back(sought, (int)std::ceil(std::min(window, 65536.0)) + 1);
-    }
-  }
-
-  double scale(int64_t g) const { return (double)some[g].scale * rounded.scale; }
-
-  // A bound for query ``g`` by the rows that are best of another: as many have products that large.
-  void hint(int64_t g, int64_t other) {
-    const float* query = queries + g * dim;
-    float least = INFINITY, largest, norm;
-    measure(query, dim, largest, norm);
-    for (int64_t k = 0; k < sought; ++k)
-      least = std::min(least, quick_product(query, rows + ids[other * sought + k] * dim, dim));
-    found[g].bound((float)((least - slack(dim, norm * rounded.norm)) * scale(g)));
-  }
-
-  // What may be among the best of every ``step``-th query; those between them have had a hint.
-  void scan(int64_t step) {
-    const bool hinted = step == 1;
-    std::vector<int64_t> members;
-    for (int64_t g = 0; g < (int64_t)some.size(); g += step)
-      if (!hinted || g % ALIKE) members.push_back(g);
-    std::vector<int16_t> kept(QUERIES * FIRST);
-    const int64_t start_with = hinted ? TILE : FIRST;
-    for (int64_t first = 0, whole; first < rounded.count; first += whole) {
-      whole = std::min(rounded.count - first, std::min(TILE, std::max(start_with, first)));
-      const bool doubled = !hinted && (first & (first - 1)) == 0;  // as many rows again
-      for (size_t m = 0; m < members.size(); m += QUERIES) {
-        const RoundedQuery* looked[QUERIES];
-        Candidates* of[QUERIES];
-        const int64_t together = std::min(QUERIES, (int64_t)(members.size() - m));
-        for (int64_t j = 0; j < QUERIES; ++j) {
-          const int64_t g = members[m + std::min(j, together - 1)];
-          looked[j] = &some[g];
-          of[j] = &found[g];
-        }
-        if (first && doubled)
-          for (int64_t j = 0; j < together; ++j) of[j]->bound();
-        products(rounded, first, whole, looked, [&](int64_t start, const Sums& sums) {
-          for (int64_t j = 0; j < together; ++j) {
-            if (!hinted) of[j]->group(sums[j], first + start, whole - start);
-            if (hinted || first) of[j]->take(sums[j], first + start, whole - start);
-            else std::memcpy(&kept[j * FIRST + start], sums[j], sizeof sums[j]);
-          }
-        });
-        for (int64_t j = 0; j < together; ++j) {
-          if (!hinted && !first) {
-            of[j]->bound();
-            for (int64_t start = 0; start < whole; start += 2 * LANES) {
-              __m256i sums[2];
-              std::memcpy(sums, &kept[j * FIRST + start], sizeof sums);
-              of[j]->take(sums, start, whole - start);
-            }
-          }
-          if ((int64_t)of[j]->values.size() > std::max(POOL, 8 * sought)) of[j]->drop();
-        }
-      }
-    }
-    for (const int64_t g : members)
-      settle(queries + g * dim, rows, dim, rounded.norm, found[g], room, scores + g * sought,
-             ids + g * sought);
-  }
-
-  // Every ALIKE-th query first. Neighbours, blocks of one history, are alike: what is best of one
-  // bounds what is best of the next, and few rows reach such a bound.
+  // Every ALIKE-th query first: what is best of it bounds what is best of its neighbours, blocks of
+  // one history, and few rows reach such a bound.
   void run() {
-    scan(ALIKE);
-    const int64_t count = (int64_t)some.size();
+    scan([](int64_t g) { return g % ALIKE == 0; }, false);
+    scan([](int64_t g) { return g % ALIKE != 0; }, true);
+  }
+
+  // As many queries at once as share what is read of the rows: all where these leave the cache.
+  template <typename Wanted>
+  void scan(const Wanted& wanted, bool hinted) {
+    std::vector<int64_t> members;
     for (int64_t g = 0; g < count; ++g)
-      if (const int64_t before = g / ALIKE * ALIKE, after = before + ALIKE; g > before) {
-        hint(g, before);
-        if (after < count) hint(g, after);
+      if (wanted(g)) members.push_back(g);
+    const size_t at_once = rounded.count <= TILE ? QUERIES : members.size();
+    for (size_t m = 0; m < members.size(); m += at_once)
+      scan(&members[m], (int64_t)std::min(at_once, members.size() - m), hinted);
+  }
+
+  void scan(const int64_t* members, int64_t number, bool hinted) {
+    std::vector<RoundedQuery> some;
+    std::vector<Candidates> found;
+    some.reserve(number);
+    found.reserve(number);
+    for (int64_t m = 0; m < number; ++m) {
+      some.emplace_back(queries + members[m] * dim, dim, rounded, 1e30f);
+      const double scale = (double)some[m].scale * rounded.scale;
+      const double window = std::min(2.0 * some[m].error * scale, 65536.0);
+      found.emplace_back(sought, (int)std::ceil(window) + 1);
+      if (hinted) found[m].bound((float)(least(members[m]) * scale));
+    }
+    for (int64_t first = 0, whole; first < rounded.count; first += whole) {
+      whole = std::min(rounded.count - first, std::min(TILE, hinted ? TILE : std::max(FIRST, first)));
+      for (int64_t m = 0; m < number; m += QUERIES)
+        look(&some[m], &found[m], std::min(QUERIES, number - m), first, whole, hinted);
+    }
+    for (int64_t m = 0; m < number; ++m) {
+      const int64_t g = members[m];
+      settle(queries + g * dim, rows, dim, rounded.norm, found[m], room, scores + g * sought,
+             ids + g * sought);
+    }
+  }
+
+  // A bound of the last product sought of query ``g``, by the rows that are best of the queries
+  // before and after it that have been looked at: as many have products that large.
+  float least(int64_t g) const {
+    const float* query = queries + g * dim;
+    float found = -INFINITY, largest, norm;
+    measure(query, dim, largest, norm);
+    for (int64_t other = g / ALIKE * ALIKE; other <= std::min(g + ALIKE, count - 1); other += ALIKE) {
+      float smallest = INFINITY;
+      for (int64_t k = 0; k < sought; ++k)
+        smallest = std::min(
+            smallest, quick_product(query, rows + ids[other * sought + k] * dim, dim));
+      found = std::max(found, smallest);
+    }
+    return found - slack(dim, norm * rounded.norm);
+  }
+
+  // Of up to QUERIES queries and ``whole`` rows from ``first`` on.
+  void look(const RoundedQuery* some, Candidates* of, int64_t number, int64_t first, int64_t whole,
+            bool hinted) {
+    const RoundedQuery* looked[QUERIES];
+    for (int64_t j = 0; j < QUERIES; ++j) looked[j] = some + std::min(j, number - 1);
+    if (!hinted && !first) return begin(looked, of, number, whole);
+    if (!hinted && (first & (first - 1)) == 0)  // as many rows again: a better bound
+      for (int64_t j = 0; j < number; ++j) of[j].bound();
+    products(rounded, first, whole, looked, [&](int64_t start, const Sums& sums) {
+      for (int64_t j = 0; j < number; ++j) {
+        if (!hinted) of[j].group(sums[j], first + start, whole - start);
+        of[j].take(sums[j], first + start, whole - start);
       }
-    scan(1);
+    });
+    for (int64_t j = 0; j < number; ++j)
+      if ((int64_t)of[j].values.size() > std::max(POOL, 8 * sought)) of[j].drop();
+  }
+
+  // The first rows, kept until they have given a bound.
+  void begin(const RoundedQuery* const* looked, Candidates* of, int64_t number, int64_t whole) {
+    int16_t kept[QUERIES][FIRST];
+    products(rounded, 0, whole, looked, [&](int64_t start, const Sums& sums) {
+      for (int64_t j = 0; j < number; ++j) {
+        of[j].group(sums[j], start, whole - start);
+        std::memcpy(&kept[j][start], sums[j], sizeof sums[j]);
+      }
+    });
+    for (int64_t j = 0; j < number; ++j) {
+      of[j].bound();
+      for (int64_t start = 0; start < whole; start += 2 * LANES) {
+        __m256i sums[2];
+        std::memcpy(sums, &kept[j][start], sizeof sums);
+        of[j].take(sums, start, whole - start);
+      }
+    }
   }
 };
 
@@ -218,8 +226,8 @@ int nearest(const float* queries, const float* rows, float* scores, int64_t* ids
   const RoundedRows rounded(rows, count, dim);
   if (RoundedQuery::limit(0, 1, dim, rounded) < 16) return 1;
   divided(groups, threads, [&](int64_t begin, int64_t end) {
-    Search(queries + begin * dim, rows, end - begin, dim, sought, rounded, scores + begin * sought,
-           ids + begin * sought)
+    Search{queries + begin * dim, rows,    end - begin,          dim,
+           sought,                rounded, scores + begin * sought, ids + begin * sought}
         .run();
   });
   return 0;

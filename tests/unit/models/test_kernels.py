@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import BackboneConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig
 from mltfr_dist.data.batch import SequenceBatch
+from mltfr_dist.models import dropout
+from mltfr_dist.models.dropout import scaled_mask
 from mltfr_dist.models.experts import ExpertCore, Memory
 from mltfr_dist.models.kernels import attend, build, kept_products, largest_products, mix, nearest
 from mltfr_dist.models.placed_table import ReplicatedTable
@@ -411,3 +413,15 @@ def test_flags_are_those_of_what_torch_uses(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     has_vnni = "avx512_vnni" in Path("/proc/cpuinfo").read_text()
     assert build.flags_here() == ((*build.FLAGS, *build.VNNI_FLAGS) if has_vnni else build.FLAGS)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 1023, 1024, 1025, 5001])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_masks_are_drawn_alike_by_both_paths(
+    count: int, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(count)
+    by_kernel = scaled_mask(torch.Size((count,)), p)
+    torch.manual_seed(count)
+    monkeypatch.setattr(dropout, "draw_mask", lambda *_: None)
+    assert torch.equal(by_kernel, scaled_mask(torch.Size((count,)), p))
