@@ -194,7 +194,7 @@ def draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(
         2, len(found), figsize=(2.6 * len(found), 5.4), layout="constrained", squeeze=False
@@ -206,6 +206,11 @@ def draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
             axis.loglog(curve["sizes"], curve["costs"], marker="o", markersize=3, label=label)
         column[0].set_title(size)
         for axis in column:
+            axis.set_xticks(SIZES[size], [f"{value:,}" for value in SIZES[size]], fontsize=6)
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+            axis.minorticks_off()
             axis.legend(fontsize=6, frameon=False)
     axes[0, 0].set_ylabel("processor seconds")
     axes[1, 0].set_ylabel("MiB added at most")

@@ -70,6 +70,7 @@ inline uint64_t bytes_of(__m256i whole, int shift) {
 struct RoundedRows {
   int64_t count, parts, tiles;
   float scale = 1, norm = 0, error = 0;
+  bool finite = true;          // whether all numbers are; nothing is rounded where not
   std::vector<uint8_t> bytes;  // [blocks, parts, LANES, PART], plus 128
 
   RoundedRows(const float* rows, int64_t count, int64_t dim)
@@ -79,7 +80,9 @@ struct RoundedRows {
       measure(rows + r * dim, dim, largest, size);
       top = std::max(top, largest);
       norm = std::max(norm, size);
+      finite &= size < INFINITY;
     }
+    if (!finite) return;
     scale = std::min(LARGEST_ROW / std::max(top, 1e-30f), ROW_NORM / std::max(norm, 1e-30f));
     bytes.assign((count + 31) / 32 * 32 * parts * PART, 128);
     double worst = 0;
