@@ -70,9 +70,8 @@ class Health:
         """Whether this rank still writes its part of a checkpoint."""
         self._skips_on_device = skips_on_device
         self.names = (LOSS, *(name for name, _ in trained), *row_tables)
-        self._sums = torch.zeros(
-            len(self.names), device=ranks.device
-        )  # a sum of magnitudes is finite if all of them are
+        self._largest: dict[int, Tensor] = {}  # magnitudes: finite if all of them are
+        self._nothing = torch.zeros((), device=ranks.device)
         for index, (_, parameter) in enumerate(trained, 1):
             parameter.register_hook(partial(self._note, index))  # type: ignore[no-untyped-call]
         self._found_inf = torch.zeros((), device=ranks.device)
@@ -97,7 +96,9 @@ class Health:
         self._note(len(self.names) - 1, squared_norm)
 
     def _note(self, index: int, values: Tensor) -> None:
-        self._sums[index] += torch.linalg.vector_norm(values.detach(), ord=torch.inf)
+        found = torch.linalg.vector_norm(values.detach(), ord=torch.inf).float()
+        known = self._largest.get(index)
+        self._largest[index] = found if known is None else torch.maximum(known, found)
 
     def agree(self, sums: Tensor) -> Tensor:
         """Agree with all ranks, before an update, on what was seen since the last call. All ranks
@@ -109,9 +110,10 @@ class Health:
         Returns:
             What :meth:`read` reads, after the update.
         """
-        asked = self._sums.new_tensor([float(signals.stop_requested()), float(self.writes())])
-        flags = torch.cat([(~torch.isfinite(self._sums)).to(asked.dtype), asked])
-        self._sums.zero_()
+        largest = [self._largest.get(i, self._nothing) for i in range(len(self.names))]
+        self._largest = {}
+        asked = self._nothing.new_tensor([float(signals.stop_requested()), float(self.writes())])
+        flags = torch.cat([(~torch.isfinite(torch.stack(largest))).to(asked.dtype), asked])
         told = self.ranks.sum(torch.cat([flags.double(), sums]))  # a flag's sum is 0 where all are
         if self._skips_on_device:
             self._found_inf.copy_(told[: len(self.names)].any())

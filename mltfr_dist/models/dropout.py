@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mltfr_dist.models.kernels import draw_mask
+
 LARGEST = (1 << 31) - 1
 
 
@@ -40,10 +42,13 @@ def scaled_mask(shape: torch.Size, p: float) -> Tensor:
     The numbers are those of SFC64 (Doty-Humphrey 2010; six times as fast as torch's Mersenne
     twister), seeded by one draw from torch's generator.
     """
-    seed = int(torch.randint(1 << 62, ()))
-    words = np.random.SFC64(seed).random_raw(-(-shape.numel() // 2)).view(np.int32)
+    generator = np.random.SFC64(int(torch.randint(1 << 62, ())))
+    threshold, scale = int((1 - p) * LARGEST), np.float32(1 / (1 - p))
+    drawn = draw_mask(generator, threshold, float(scale), shape)
+    if drawn is not None:
+        return drawn
+    words = generator.random_raw(-(-shape.numel() // 2)).view(np.int32)
     uniform = torch.from_numpy(words)[: shape.numel()].bitwise_right_shift_(1).bitwise_and_(LARGEST)
     # Below the threshold a difference is negative: shifted by 31 bits all ones, otherwise zero.
-    kept = uniform.sub_(int((1 - p) * LARGEST)).bitwise_right_shift_(31)
-    scale = int(np.float32(1 / (1 - p)).view(np.int32))
-    return kept.bitwise_and_(scale).view(torch.float32).view(shape)
+    kept = uniform.sub_(threshold).bitwise_right_shift_(31)
+    return kept.bitwise_and_(int(scale.view(np.int32))).view(torch.float32).view(shape)

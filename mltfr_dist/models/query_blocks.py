@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mltfr_dist.models.draws import history_keys
+from mltfr_dist.models.kernels import blocks as kernels
+from mltfr_dist.models.kernels import usable
 from mltfr_dist.models.packing import Lengths, indices_where
 
 
@@ -40,6 +42,8 @@ class QueryBlocks:
     """[B, ceil(L / n)], which blocks hold a real position."""
     real: Tensor
     """[G, n], which of their positions are real."""
+    offset = 0
+    """Where in a block its query is taken."""
 
     def __init__(
         self, x: Tensor, valid_mask: Tensor, block_len: int, lengths: Lengths = None
@@ -51,9 +55,13 @@ class QueryBlocks:
         self.occupied = self._cut(valid_mask)[..., 0]  # sequences start at 0 and have no gaps
         self._num_real = None if lengths is None else sum(lengths)
         num_blocks = None if lengths is None else sum(-(-n // block_len) for n in lengths)
-        self._places = indices_where(self.occupied, num_blocks)
-        self.positions = self._held(self._cut(x))
-        self.queries = self._held(self.at_queries(prefix_mean(x, valid_mask)))
+        self._indices = indices_where(self.occupied, num_blocks)
+        if usable(x) is None:
+            self.positions = self._held(self._cut(x))
+            self.queries = self._held(self.at_queries(prefix_mean(x, valid_mask)))
+        else:
+            counts = valid_mask.sum(1)
+            self.positions, self.queries = kernels.cut(x, counts, block_len, self.offset)
         self.real = self._held(self._cut(valid_mask))
 
     def _cut(self, t: Tensor) -> Tensor:
@@ -64,7 +72,7 @@ class QueryBlocks:
 
     def _held(self, t: Tensor) -> Tensor:
         """[B, ceil(L / n), ...] -> [G, ...], of the blocks that hold a real position."""
-        return t.flatten(0, 1).index_select(0, self._places)
+        return t.flatten(0, 1).index_select(0, self._indices)
 
     def at_real(self, t: Tensor) -> Tensor:
         """What stands at the real positions, row by row: [G, n, ...] -> [N, ...]."""
@@ -72,7 +80,7 @@ class QueryBlocks:
 
     def at_queries(self, t: Tensor) -> Tensor:
         """What stands where the queries are taken: [B, L, ...] -> [B, ceil(L / n), ...]."""
-        return t[:, :: self.block_len]
+        return t[:, self.offset :: self.block_len]
 
     def keys(self, item_ids: Tensor | None) -> Tensor | None:
         """[G] hash of each block's history [B, L] up to where its query is taken; None where none
@@ -83,18 +91,20 @@ class QueryBlocks:
     @property
     def users(self) -> Tensor:
         """[G] row of the batch that each block belongs to."""
-        return self._places // self.occupied.shape[1]
+        return self._indices // self.occupied.shape[1]
 
     def spread(self, output: Tensor) -> Tensor:
         """[G, n, D] -> [B, L, D], zero at padding."""
         length = self.valid_mask.shape[1]
+        if usable(output) is not None:
+            return kernels.spread(output, self.valid_mask.sum(1), length)
         empty = output.new_zeros(self.occupied.numel(), *output.shape[1:])
-        whole = empty.index_copy(0, self._places, output)
+        whole = empty.index_copy(0, self._indices, output)
         whole = whole.view(*self.occupied.shape, *output.shape[1:])  # [B, L/n, n, D]
         return whole.flatten(1, 2)[:, :length] * self.valid_mask[..., None]
 
     def index(self, user: int, position: int) -> tuple[int, int]:
-        """Block and place in it of a real position."""
+        """Block and offset in it of a real position."""
         earlier = int(
             self.occupied[:user].sum() + self.occupied[user, : position // self.block_len].sum()
         )

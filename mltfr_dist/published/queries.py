@@ -15,8 +15,5 @@ class WholeHistory(QueryBlocks):
         self, x: Tensor, valid_mask: Tensor, block_len: int, lengths: Lengths = None
     ) -> None:
         """Args: as for :class:`QueryBlocks`; ``block_len`` is not looked at."""
+        self.offset = x.shape[1] - 1  # at the end, where the prefix is all there is
         super().__init__(x, valid_mask, x.shape[1], lengths)
-
-    def at_queries(self, t: Tensor) -> Tensor:
-        """[B, L, ...] -> [B, 1, ...], at the end, where the prefix is all there is."""
-        return t[:, -1:]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from mltfr_dist.models.kernels.attention import attend, kept_products
 from mltfr_dist.models.kernels.build import usable
+from mltfr_dist.models.kernels.masks import draw_mask
 from mltfr_dist.models.kernels.mixing import mix
 from mltfr_dist.models.kernels.nearest import largest_products, nearest
 from mltfr_dist.models.kernels.ranking import (
@@ -21,6 +22,7 @@ __all__ = [
     "attend",
     "count_between",
     "counts_in_registers",
+    "draw_mask",
     "kept_products",
     "largest_products",
     "leaders",

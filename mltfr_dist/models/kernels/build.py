@@ -25,14 +25,16 @@ import torch
 from torch import Tensor, nn
 
 SOURCES = (
-    *("common.h", "panels.h", "registers.h", "rounded.h"),
-    *("attention.cpp", "counting.cpp", "leading.cpp", "mixing.cpp"),
-    *("products.cpp", "search.cpp"),
+    *("candidates.h", "common.h", "panels.h", "registers.h", "rounded.h"),
+    *("attention.cpp", "blocks.cpp", "counting.cpp", "leading.cpp"),
+    *("masks.cpp", "mixing.cpp", "products.cpp", "search.cpp"),
 )
 FLAGS = (
     *("-O3", "-std=c++17", "-mavx2", "-mfma", "-fno-math-errno", "-fno-trapping-math"),
     *("-fPIC", "-pthread"),
 )
+VNNI_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
+"""Added where the processor has AVX512-VNNI, which sums products of 8-bit numbers at once."""
 SWITCH = "MLTFR_KERNELS"
 """Environment variable: `off` takes the plain path."""
 COMPILE_SECONDS = 300
@@ -66,11 +68,10 @@ def built() -> Path:
         CannotBuildError: No compiler, no AVX2, or the compiler failed.
         OSError: The cache folder cannot be written.
     """
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        raise CannotBuildError("this processor has no AVX2 (or torch was told not to use it)")
+    flags = flags_here()
     here = Path(__file__).parent
     parts = [(here / name).read_bytes() for name in SOURCES]
-    name = hashlib.sha256(b"\0".join([*parts, " ".join(FLAGS).encode()])).hexdigest()[:16]
+    name = hashlib.sha256(b"\0".join([*parts, " ".join(flags).encode()])).hexdigest()[:16]
     path = cache_folder() / f"kernels-{name}.so"
     if not path.exists():
         compiler = find_compiler()
@@ -84,8 +85,22 @@ def built() -> Path:
         with _alone(path.with_suffix(".lock")):
             if not path.exists():
                 sources = [here / name for name in SOURCES if name.endswith(".cpp")]
-                compile_into(path, sources, compiler)
+                compile_into(path, sources, [*compiler, *flags])
     return path
+
+
+def flags_here() -> tuple[str, ...]:
+    """What kernels are compiled with for this processor, as far as torch uses it.
+
+    Raises:
+        CannotBuildError: It has no AVX2.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in ("AVX2", "AVX512"):
+        raise CannotBuildError("this processor has no AVX2 (or torch was told not to use it)")
+    about = Path("/proc/cpuinfo")
+    has_vnni = about.exists() and "avx512_vnni" in about.read_text().split()
+    return (*FLAGS, *VNNI_FLAGS) if capability == "AVX512" and has_vnni else FLAGS
 
 
 def cache_folder() -> Path:
@@ -106,7 +121,7 @@ def find_compiler() -> list[str]:
 
 
 def compile_into(path: Path, sources: Sequence[Path], compiler: Sequence[str]) -> None:
-    """Compile beside ``path``, all sources at once, then move.
+    """Compile beside ``path`` with the ``compiler`` and its flags, all sources at once, then move.
 
     Raises:
         CannotBuildError: The compiler failed.
@@ -114,12 +129,12 @@ def compile_into(path: Path, sources: Sequence[Path], compiler: Sequence[str]) -
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor() as pool:
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
         commands = [
-            [*compiler, *FLAGS, "-c", str(source), "-o", made]
+            [*compiler, "-c", str(source), "-o", made]
             for source, made in zip(sources, objects, strict=True)
         ]
         list(pool.map(_run, commands))
         made = Path(folder) / path.name
-        _run([*compiler, *FLAGS, "-shared", *objects, "-o", str(made)])
+        _run([*compiler, "-shared", *objects, "-o", str(made)])
         made.replace(path)
 
 

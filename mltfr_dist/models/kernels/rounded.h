@@ -2,7 +2,8 @@
 //
 // A query is rounded to whole numbers of at most 64, a row to such of at most 127, so that a sum of
 // products stays below 2^15 (by Cauchy and Schwarz) and sixteen of them fit a register. For rounded
-// q' and r' it holds |q r - q' r'| <= |q - q'| |r| + |q'| |r - r'|.
+// q' and r' it holds |q r - q' r'| <= |q - q'| |r| + |q'| |r - r'|. With AVX512-VNNI four products
+// are added up at once, with AVX2 two; the sums are the same.
 #pragma once
 
 #include <cmath>
@@ -13,7 +14,11 @@ namespace {
 
 constexpr int64_t LANES = 16;    // rows in a register
 constexpr int64_t TILE = 2048;   // rows looked at together: 128 KiB where D = 64
-constexpr int64_t QUERIES = 4;   // queries looked at together
+#ifdef __AVX512VNNI__
+constexpr int64_t QUERIES = 8, PART = 4;  // queries looked at, and numbers of a row added up, together
+#else
+constexpr int64_t QUERIES = 4, PART = 2;
+#endif
 constexpr int64_t POOL = 512;    // candidates of a query, before those that fell behind are dropped
 constexpr int64_t RESERVED = 128;  // candidates that a query has room for from the start
 constexpr float LARGEST_QUERY = 64, LARGEST_ROW = 127, ROW_NORM = 200, LARGEST_SUM = 32767;
@@ -63,29 +68,32 @@ inline uint64_t bytes_of(__m256i whole, int shift) {
 }
 
 struct RoundedRows {
-  int64_t count, pairs, tiles;
+  int64_t count, parts, tiles;
   float scale = 1, norm = 0, error = 0;
-  std::vector<uint8_t> bytes;  // [blocks, pairs, LANES, 2], plus 128
+  bool finite = true;          // whether all numbers are; nothing is rounded where not
+  std::vector<uint8_t> bytes;  // [blocks, parts, LANES, PART], plus 128
 
   RoundedRows(const float* rows, int64_t count, int64_t dim)
-      : count(count), pairs((dim + 1) / 2), tiles((count + TILE - 1) / TILE) {
+      : count(count), parts((dim + PART - 1) / PART), tiles((count + TILE - 1) / TILE) {
     float top = 0, largest, size;
     for (int64_t r = 0; r < count; ++r) {
       measure(rows + r * dim, dim, largest, size);
       top = std::max(top, largest);
       norm = std::max(norm, size);
+      finite &= size < INFINITY;
     }
+    if (!finite) return;
     scale = std::min(LARGEST_ROW / std::max(top, 1e-30f), ROW_NORM / std::max(norm, 1e-30f));
-    bytes.assign((count + 31) / 32 * 32 * pairs * 2, 128);
+    bytes.assign((count + 31) / 32 * 32 * parts * PART, 128);
     double worst = 0;
     for (int64_t r = 0; r < count; ++r) {
-      uint8_t* to = &bytes[(r / LANES * pairs * LANES + r % LANES) * 2];
+      uint8_t* to = &bytes[(r / LANES * parts * LANES + r % LANES) * PART];
       __m256d squares = _mm256_setzero_pd();
       for (int64_t c = 0; c < dim; c += WIDTH) {
         const uint64_t some = bytes_of(whole_numbers(eight(rows + r * dim, c, dim), scale, squares), 128);
-        for (int64_t p = 0; p < std::min<int64_t>(4, pairs - c / 2); ++p) {
-          const uint16_t pair = (uint16_t)(some >> 16 * p);
-          std::memcpy(to + (c / 2 + p) * LANES * 2, &pair, sizeof pair);
+        for (int64_t p = 0; p < std::min(WIDTH / PART, parts - c / PART); ++p) {
+          const uint64_t part = some >> 8 * PART * p;
+          std::memcpy(to + (c / PART + p) * LANES * PART, &part, PART);
         }
       }
       worst = std::max(worst, total_of(squares));
@@ -97,10 +105,10 @@ struct RoundedRows {
 struct RoundedQuery {
   float scale, error;            // error: of the product with any row
   int16_t shift;                 // what 128 added to each row's numbers adds to the sum
-  std::vector<int32_t> pairs;    // two numbers, twice
+  std::vector<int32_t> parts;    // PART numbers, as often as they fit
 
   RoundedQuery(const float* query, int64_t dim, const RoundedRows& rows, float at_most)
-      : pairs(rows.pairs) {
+      : parts(rows.parts) {
     float largest, norm;
     measure(query, dim, largest, norm);
     scale = std::min(at_most, RoundedQuery::limit(largest, norm, dim, rows));
@@ -110,14 +118,14 @@ struct RoundedQuery {
       const __m256i whole = whole_numbers(eight(query, c, dim), scale, squares);
       total = _mm256_add_epi32(total, whole);
       const uint64_t bytes = bytes_of(whole, 0);
-      for (int64_t p = 0; p < std::min<int64_t>(4, rows.pairs - c / 2); ++p) {
-        const uint32_t pair = (uint16_t)(bytes >> 16 * p);
-        pairs[c / 2 + p] = (int32_t)(pair | pair << 16);
+      for (int64_t p = 0; p < std::min(WIDTH / PART, rows.parts - c / PART); ++p) {
+        const uint32_t part = (uint32_t)(bytes >> 8 * PART * p);
+        parts[c / PART + p] = (int32_t)(PART == 4 ? part : (part & 0xffff) | part << 16);
       }
     }
-    int added = 0, parts[WIDTH];
-    std::memcpy(parts, &total, sizeof parts);
-    for (const int part : parts) added += part;
+    int added = 0, sums[WIDTH];
+    std::memcpy(sums, &total, sizeof sums);
+    for (const int sum : sums) added += sum;
     shift = (int16_t)(uint16_t)(128 * added);
     const float own = (float)std::sqrt(total_of(squares)) / scale;
     // The last term covers the roundings of this arithmetic itself.
@@ -131,28 +139,60 @@ struct RoundedQuery {
   }
 };
 
-// [QUERIES, TILE] sums of whole numbers of some queries with the rows of a tile.
-void products(const RoundedRows& rows, int64_t first, int64_t some,
-              const RoundedQuery* const* queries, int16_t* out) {
-  for (int64_t start = 0; start < some; start += 2 * LANES) {
-    const uint8_t* block = &rows.bytes[(first + start) * rows.pairs * 2];
-    const uint8_t* next = block + rows.pairs * LANES * 2;
-    __m256i sums[QUERIES][2];
-    for (int64_t j = 0; j < QUERIES; ++j)
-      sums[j][0] = sums[j][1] = _mm256_set1_epi16((int16_t)-queries[j]->shift);
-    for (int64_t p = 0; p < rows.pairs; ++p) {
-      const __m256i left = _mm256_loadu_si256((const __m256i*)(block + p * 32));
-      const __m256i right = _mm256_loadu_si256((const __m256i*)(next + p * 32));
-      for (int64_t j = 0; j < QUERIES; ++j) {
-        const __m256i pair = _mm256_set1_epi32(queries[j]->pairs[p]);
-        sums[j][0] = _mm256_add_epi16(sums[j][0], _mm256_maddubs_epi16(left, pair));
-        sums[j][1] = _mm256_add_epi16(sums[j][1], _mm256_maddubs_epi16(right, pair));
-      }
-    }
+// Sums of the queries with sixteen rows and the next sixteen.
+typedef __m256i Sums[QUERIES][2];
+
+#ifdef __AVX512VNNI__
+inline void add_up(const RoundedRows& rows, int64_t first, const RoundedQuery* const* queries,
+                   Sums& found) {
+  const uint8_t* block = &rows.bytes[first * rows.parts * PART];
+  const uint8_t* next = block + rows.parts * LANES * PART;
+  __m512i sums[QUERIES][2];
+  for (int64_t j = 0; j < QUERIES; ++j)
+    sums[j][0] = sums[j][1] = _mm512_set1_epi32(-queries[j]->shift);
+  for (int64_t p = 0; p < rows.parts; ++p) {
+    const __m512i left = _mm512_loadu_si512(block + p * 64);
+    const __m512i right = _mm512_loadu_si512(next + p * 64);
     for (int64_t j = 0; j < QUERIES; ++j) {
-      _mm256_storeu_si256((__m256i*)(out + j * TILE + start), sums[j][0]);
-      _mm256_storeu_si256((__m256i*)(out + j * TILE + start + LANES), sums[j][1]);
+      const __m512i part = _mm512_set1_epi32(queries[j]->parts[p]);
+      sums[j][0] = _mm512_dpbusd_epi32(sums[j][0], left, part);
+      sums[j][1] = _mm512_dpbusd_epi32(sums[j][1], right, part);
     }
+  }
+  for (int64_t j = 0; j < QUERIES; ++j)
+    for (int64_t half = 0; half < 2; ++half)  // whole numbers modulo 2^16, as with AVX2
+      found[j][half] = _mm512_cvtepi32_epi16(sums[j][half]);
+}
+#else
+inline void add_up(const RoundedRows& rows, int64_t first, const RoundedQuery* const* queries,
+                   Sums& found) {
+  const uint8_t* block = &rows.bytes[first * rows.parts * PART];
+  const uint8_t* next = block + rows.parts * LANES * PART;
+  Sums sums;
+  for (int64_t j = 0; j < QUERIES; ++j)
+    sums[j][0] = sums[j][1] = _mm256_set1_epi16((int16_t)-queries[j]->shift);
+  for (int64_t p = 0; p < rows.parts; ++p) {
+    const __m256i left = _mm256_loadu_si256((const __m256i*)(block + p * 32));
+    const __m256i right = _mm256_loadu_si256((const __m256i*)(next + p * 32));
+    for (int64_t j = 0; j < QUERIES; ++j) {
+      const __m256i part = _mm256_set1_epi32(queries[j]->parts[p]);
+      sums[j][0] = _mm256_add_epi16(sums[j][0], _mm256_maddubs_epi16(left, part));
+      sums[j][1] = _mm256_add_epi16(sums[j][1], _mm256_maddubs_epi16(right, part));
+    }
+  }
+  std::memcpy(&found, &sums, sizeof sums);
+}
+#endif
+
+// The sums of some queries with ``some`` rows from ``first`` on, a multiple of 32; they go to
+// see(start, sums), 32 rows at a time, of which those behind the end are zero.
+template <typename See>
+inline void products(const RoundedRows& rows, int64_t first, int64_t some,
+                     const RoundedQuery* const* queries, const See& see) {
+  for (int64_t start = 0; start < some; start += 2 * LANES) {
+    Sums sums;
+    add_up(rows, first + start, queries, sums);
+    see(start, sums);
   }
 }
 

@@ -3,97 +3,11 @@
 //
 // G queries and S rows of D numbers, K rows sought.
 
-#include "rounded.h"
+#include "candidates.h"
 
 namespace {
 
-constexpr int NONE = -32768;  // smaller than all other 16-bit numbers
-
-// The k-th largest of 16-bit numbers, ``count`` of them, a multiple of 16: bit by bit, as what k of
-// them reach.
-int kth_largest(const int16_t* numbers, int64_t count, int64_t k) {
-  int found = NONE;
-  for (int bit = 1 << 15; bit; bit >>= 1) {
-    const __m256i below = _mm256_set1_epi16((int16_t)(found + bit - 1));
-    __m256i reaching = _mm256_setzero_si256();
-    for (int64_t i = 0; i < count; i += LANES) {
-      const __m256i some = _mm256_loadu_si256((const __m256i*)(numbers + i));
-      reaching = _mm256_sub_epi16(reaching, _mm256_cmpgt_epi16(some, below));
-    }
-    __m256i pairs = _mm256_madd_epi16(reaching, _mm256_set1_epi16(1));
-    pairs = _mm256_hadd_epi32(pairs, pairs);
-    pairs = _mm256_hadd_epi32(pairs, pairs);
-    const int total = _mm256_extract_epi32(pairs, 0) + _mm256_extract_epi32(pairs, 4);
-    found += total >= k ? bit : 0;
-  }
-  return found;
-}
-
-int kth_largest(std::vector<int16_t>& numbers, int64_t k) {
-  const size_t count = numbers.size();
-  numbers.resize((count + LANES - 1) / LANES * LANES, NONE);
-  const int found = kth_largest(numbers.data(), (int64_t)numbers.size(), k);
-  numbers.resize(count);
-  return found;
-}
-
-// What may be among the best of one query.
-struct Candidates {
-  int64_t sought, groups, tiles = 0;
-  int window, behind = NONE;  // candidates are larger than ``behind``
-  std::vector<int16_t> values, largest;
-  std::vector<int32_t> ids;
-
-  Candidates(int64_t sought, int window)
-      : sought(sought), groups(sought <= 32 ? 8 : 16), window(window),
-        largest(groups * LANES, NONE) {
-    values.reserve(RESERVED);
-    ids.reserve(RESERVED);
-  }
-
-  // A bound from the largest of groups of rows: K groups hold K rows at least that large.
-  void bound(const int16_t* sums, int64_t some) {
-    __m256i* best = (__m256i*)largest.data();
-    for (int64_t start = 0; start + groups * LANES <= some; start += groups * LANES)
-      for (int64_t i = 0; i < groups; ++i) {
-        const __m256i found = _mm256_loadu_si256((const __m256i*)(sums + start + i * LANES));
-        _mm256_storeu_si256(best + i, _mm256_max_epi16(_mm256_loadu_si256(best + i), found));
-      }
-    ++tiles;
-    if ((tiles & (tiles - 1)) || sought > groups * LANES) return;  // at 1, 2, 4, 8, ...
-    behind = std::max(behind, kth_largest(largest, sought) - window - 1);
-  }
-
-  void take(const int16_t* sums, int64_t first, int64_t some) {
-    const int64_t whole = some / LANES * LANES;
-    __m256i limit = _mm256_set1_epi16((int16_t)std::max(behind, NONE));
-    for (int64_t start = 0; start < some; start += LANES) {
-      const __m256i found = _mm256_loadu_si256((const __m256i*)(sums + start));
-      unsigned above = (unsigned)_mm256_movemask_epi8(_mm256_cmpgt_epi16(found, limit));
-      if (start >= whole) above &= (1u << 2 * (some - start)) - 1;
-      while (above) {
-        const int lane = __builtin_ctz(above) / 2;
-        values.push_back(sums[start + lane]);
-        ids.push_back((int32_t)(first + start + lane));
-        above &= ~(3u << 2 * lane);
-      }
-    }
-    if ((int64_t)values.size() > std::max(POOL, 8 * sought)) drop();
-  }
-
-  void drop() {
-    if ((int64_t)values.size() <= sought) return;
-    behind = std::max(behind, kth_largest(values, sought) - window - 1);
-    int64_t kept = 0;
-    for (size_t i = 0; i < values.size(); ++i)
-      if (values[i] > behind) {
-        values[kept] = values[i];
-        ids[kept++] = ids[i];
-      }
-    values.resize(kept);
-    ids.resize(kept);
-  }
-};
+constexpr int64_t ALIKE = 8;  // queries in a row of which the first gives the others a bound
 
 // The product in float64, rounded once.
 float exact_product(const float* a, const float* b, int64_t dim) {
@@ -123,6 +37,9 @@ float quick_product(const float* a, const float* b, int64_t dim) {
   for (; c < dim; ++c) total += a[c] * b[c];
   return total;
 }
+
+// How far a quick product may lie off another way of computing it.
+inline float slack(int64_t dim, float norms) { return 2.0f * (float)(dim + 16) * 6e-8f * norms; }
 
 bool finite(const float* v, int64_t count) {
   Floats zeros{};
@@ -179,8 +96,8 @@ void settle(const float* query, const float* rows, int64_t dim, float largest_ro
     room.quick[i] = quick_product(query, rows + of.ids[i] * dim, dim);
     room.rounded[i] = (int16_t)std::floor(room.quick[i] * scale);
   }
-  const float slack = 2.0f * (float)(dim + 16) * 6e-8f * norm * largest_row;
-  const float least = (float)kth_largest(room.rounded, of.sought) / scale - slack;
+  const float least =
+      (float)kth_largest(room.rounded, of.sought) / scale - slack(dim, norm * largest_row);
   room.places.clear();
   for (size_t i = 0; i < count; ++i)
     if (room.quick[i] >= least)
@@ -192,6 +109,111 @@ void settle(const float* query, const float* rows, int64_t dim, float largest_ro
   }
 }
 
+// A search for the best rows of some queries, neighbours of which are alike.
+struct Search {
+  const float *queries, *rows;
+  int64_t count, dim, sought;
+  const RoundedRows& rounded;
+  float* scores;
+  int64_t* ids;
+  Room room{};
+
+  // Every ALIKE-th query first: what is best of it bounds what is best of its neighbours, blocks of
+  // one history, and few rows reach such a bound.
+  void run() {
+    scan([](int64_t g) { return g % ALIKE == 0; }, false);
+    scan([](int64_t g) { return g % ALIKE != 0; }, true);
+  }
+
+  // As many queries at once as share what is read of the rows: all where these leave the cache.
+  template <typename Wanted>
+  void scan(const Wanted& wanted, bool hinted) {
+    std::vector<int64_t> members;
+    for (int64_t g = 0; g < count; ++g)
+      if (wanted(g)) members.push_back(g);
+    const size_t at_once = rounded.count <= TILE ? QUERIES : members.size();
+    for (size_t m = 0; m < members.size(); m += at_once)
+      scan(&members[m], (int64_t)std::min(at_once, members.size() - m), hinted);
+  }
+
+  void scan(const int64_t* members, int64_t number, bool hinted) {
+    std::vector<RoundedQuery> some;
+    std::vector<Candidates> found;
+    some.reserve(number);
+    found.reserve(number);
+    for (int64_t m = 0; m < number; ++m) {
+      some.emplace_back(queries + members[m] * dim, dim, rounded, 1e30f);
+      const double scale = (double)some[m].scale * rounded.scale;
+      const double window = std::min(2.0 * some[m].error * scale, 65536.0);
+      found.emplace_back(sought, (int)std::ceil(window) + 1);
+      if (hinted) found[m].bound((float)(least(members[m]) * scale));
+    }
+    for (int64_t first = 0, whole; first < rounded.count; first += whole) {
+      whole = std::min(rounded.count - first, std::min(TILE, hinted ? TILE : std::max(FIRST, first)));
+      for (int64_t m = 0; m < number; m += QUERIES)
+        look(&some[m], &found[m], std::min(QUERIES, number - m), first, whole, hinted);
+    }
+    for (int64_t m = 0; m < number; ++m) {
+      const int64_t g = members[m];
+      settle(queries + g * dim, rows, dim, rounded.norm, found[m], room, scores + g * sought,
+             ids + g * sought);
+    }
+  }
+
+  // A bound of the last product sought of query ``g``, by the rows that are best of the queries
+  // before and after it that have been looked at: as many have products that large.
+  float least(int64_t g) const {
+    const float* query = queries + g * dim;
+    float found = -INFINITY, largest, norm;
+    measure(query, dim, largest, norm);
+    for (int64_t other = g / ALIKE * ALIKE; other <= std::min(g + ALIKE, count - 1); other += ALIKE) {
+      float smallest = INFINITY;
+      for (int64_t k = 0; k < sought; ++k)
+        smallest = std::min(
+            smallest, quick_product(query, rows + ids[other * sought + k] * dim, dim));
+      found = std::max(found, smallest);
+    }
+    return found - slack(dim, norm * rounded.norm);
+  }
+
+  // Of up to QUERIES queries and ``whole`` rows from ``first`` on.
+  void look(const RoundedQuery* some, Candidates* of, int64_t number, int64_t first, int64_t whole,
+            bool hinted) {
+    const RoundedQuery* looked[QUERIES];
+    for (int64_t j = 0; j < QUERIES; ++j) looked[j] = some + std::min(j, number - 1);
+    if (!hinted && !first) return begin(looked, of, number, whole);
+    if (!hinted && (first & (first - 1)) == 0)  // as many rows again: a better bound
+      for (int64_t j = 0; j < number; ++j) of[j].bound();
+    products(rounded, first, whole, looked, [&](int64_t start, const Sums& sums) {
+      for (int64_t j = 0; j < number; ++j) {
+        if (!hinted) of[j].group(sums[j], first + start, whole - start);
+        of[j].take(sums[j], first + start, whole - start);
+      }
+    });
+    for (int64_t j = 0; j < number; ++j)
+      if ((int64_t)of[j].values.size() > std::max(POOL, 8 * sought)) of[j].drop();
+  }
+
+  // The first rows, kept until they have given a bound.
+  void begin(const RoundedQuery* const* looked, Candidates* of, int64_t number, int64_t whole) {
+    int16_t kept[QUERIES][FIRST];
+    products(rounded, 0, whole, looked, [&](int64_t start, const Sums& sums) {
+      for (int64_t j = 0; j < number; ++j) {
+        of[j].group(sums[j], start, whole - start);
+        std::memcpy(&kept[j][start], sums[j], sizeof sums[j]);
+      }
+    });
+    for (int64_t j = 0; j < number; ++j) {
+      of[j].bound();
+      for (int64_t start = 0; start < whole; start += 2 * LANES) {
+        __m256i sums[2];
+        std::memcpy(sums, &kept[j][start], sizeof sums);
+        of[j].take(sums, start, whole - start);
+      }
+    }
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -200,37 +222,13 @@ extern "C" {
 // Returns 0, or 1 where a number is not finite or too many to a sum, and nothing was found.
 int nearest(const float* queries, const float* rows, float* scores, int64_t* ids, int64_t groups,
             int64_t count, int64_t dim, int64_t sought, int64_t threads) {
-  if (!finite(queries, groups * dim) || !finite(rows, count * dim)) return 1;
   const RoundedRows rounded(rows, count, dim);
+  if (!finite(queries, groups * dim) || !rounded.finite) return 1;
   if (RoundedQuery::limit(0, 1, dim, rounded) < 16) return 1;
   divided(groups, threads, [&](int64_t begin, int64_t end) {
-    std::vector<RoundedQuery> some;
-    std::vector<Candidates> found;
-    some.reserve(end - begin);
-    found.reserve(end - begin);
-    for (int64_t g = begin; g < end; ++g) {
-      some.emplace_back(queries + g * dim, dim, rounded, 1e30f);
-      const double window = 2.0 * some.back().error * some.back().scale * rounded.scale;
-      found.emplace_back(sought, (int)std::ceil(std::min(window, 65536.0)) + 1);
-    }
-    std::vector<int16_t> sums(QUERIES * TILE);
-    for (int64_t first = 0; first < count; first += TILE) {
-      const int64_t whole = std::min(TILE, count - first);
-      for (int64_t g = 0; g < end - begin; g += QUERIES) {
-        const int64_t together = std::min(QUERIES, end - begin - g);
-        const RoundedQuery* four[QUERIES];
-        for (int64_t j = 0; j < QUERIES; ++j) four[j] = &some[g + std::min(j, together - 1)];
-        products(rounded, first, (whole + 31) / 32 * 32, four, sums.data());
-        for (int64_t j = 0; j < together; ++j) {
-          found[g + j].bound(&sums[j * TILE], whole);
-          found[g + j].take(&sums[j * TILE], first, whole);
-        }
-      }
-    }
-    Room room;
-    for (int64_t g = 0; g < end - begin; ++g)
-      settle(queries + (begin + g) * dim, rows, dim, rounded.norm, found[g], room,
-             scores + (begin + g) * sought, ids + (begin + g) * sought);
+    Search{queries + begin * dim, rows,    end - begin,          dim,
+           sought,                rounded, scores + begin * sought, ids + begin * sought}
+        .run();
   });
   return 0;
 }
@@ -239,8 +237,8 @@ int nearest(const float* queries, const float* rows, float* scores, int64_t* ids
 // how far the product may lie above it. Returns as ``nearest`` does.
 int largest_products(const float* queries, const float* rows, float* bounds, float* error,
                      int64_t groups, int64_t count, int64_t dim, int64_t threads) {
-  if (!finite(queries, groups * dim) || !finite(rows, count * dim)) return 1;
   const RoundedRows rounded(rows, count, dim);
+  if (!finite(queries, groups * dim) || !rounded.finite) return 1;
   if (RoundedQuery::limit(0, 1, dim, rounded) < 16) return 1;
   float scale = 1e30f, largest, norm, worst = 0;
   for (int64_t g = 0; g < groups; ++g) {
@@ -254,16 +252,21 @@ int largest_products(const float* queries, const float* rows, float* bounds, flo
   }
   *error = 2 * worst;
   divided(rounded.tiles, threads, [&](int64_t begin, int64_t end) {
-    std::vector<int16_t> sums(QUERIES * TILE), best(TILE);
+    std::vector<int16_t> best(TILE);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * TILE, whole = std::min(TILE, count - first);
       std::fill(best.begin(), best.end(), -32768);
       for (int64_t g = 0; g < groups; g += QUERIES) {
-        const RoundedQuery* four[QUERIES];
-        for (int64_t j = 0; j < QUERIES; ++j) four[j] = &all[std::min(g + j, groups - 1)];
-        products(rounded, first, (whole + 31) / 32 * 32, four, sums.data());
-        for (int64_t j = 0; j < QUERIES; ++j)
-          for (int64_t r = 0; r < TILE; ++r) best[r] = std::max(best[r], sums[j * TILE + r]);
+        const RoundedQuery* some[QUERIES];
+        for (int64_t j = 0; j < QUERIES; ++j) some[j] = &all[std::min(g + j, groups - 1)];
+        products(rounded, first, whole, some, [&](int64_t start, const Sums& sums) {
+          for (int64_t half = 0; half < 2; ++half) {
+            __m256i* at = (__m256i*)&best[start] + half;
+            __m256i top = _mm256_loadu_si256(at);
+            for (int64_t j = 0; j < QUERIES; ++j) top = _mm256_max_epi16(top, sums[j][half]);
+            _mm256_storeu_si256(at, top);
+          }
+        });
       }
       for (int64_t r = 0; r < whole; ++r)
         bounds[first + r] = (float)best[r] / (scale * rounded.scale) - worst;

@@ -34,11 +34,17 @@ class Projection(nn.Linear):
     def forward(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[S, D_in] -> [S, D_out] in ``dtype`` (None: that of the parameters)."""
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        parts = [
-            F.normalize(F.linear(part.to(self.weight).to(weight), weight, bias), dim=-1)
-            for part in torch.split(rows, PROJECTED_ROWS)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = torch.split(rows, PROJECTED_ROWS)
+        if torch.is_grad_enabled():
+            made = [F.normalize(self._mapped(part, weight, bias), dim=-1) for part in parts]
+            return made[0] if len(made) == 1 else torch.cat(made)
+        unit = weight.new_empty(len(rows), len(weight))
+        for part, to in zip(parts, torch.split(unit, PROJECTED_ROWS), strict=True):
+            F.normalize(self._mapped(part, weight, bias), dim=-1, out=to)
+        return unit
+
+    def _mapped(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(rows.to(self.weight).to(weight), weight, bias)
 
 
 class Once:

@@ -18,11 +18,15 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import BackboneConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig
 from mltfr_dist.data.batch import SequenceBatch
+from mltfr_dist.models import dropout
+from mltfr_dist.models.dropout import scaled_mask
 from mltfr_dist.models.experts import ExpertCore, Memory
 from mltfr_dist.models.kernels import attend, build, kept_products, largest_products, mix, nearest
 from mltfr_dist.models.placed_table import ReplicatedTable
+from mltfr_dist.models.query_blocks import QueryBlocks
 from mltfr_dist.models.search import nearest_rows, row_relevance, search, search_rows
 from mltfr_dist.models.selectors.user_guided import UserGuided
+from mltfr_dist.published.queries import WholeHistory
 
 pytestmark = pytest.mark.skipif(
     build.library() is None, reason="no C++ compiler or no AVX2: there are no kernels to test"
@@ -120,9 +124,9 @@ def test_attention_says_what_is_wrong_and_hides_nothing() -> None:
     for which in (kept + 7, kept - 7, kept.int()):
         with pytest.raises(IndexError, match="among the 7"):
             attend(query, rows, rows, which, weights, nothing, HEADS)
-    for place in range(3):  # one broken row is enough, wherever it stands
+    for offset in range(3):  # one broken row is enough, wherever it stands
         broken = rows.clone()
-        broken[kept[0, place]] = torch.nan
+        broken[kept[0, offset]] = torch.nan
         found = attend(query, broken, rows, kept, weights, nothing, HEADS)
         assert found[0].isnan().all()
 
@@ -365,3 +369,59 @@ def test_where_gradients_are_wanted_only_kept_rows_go_on() -> None:
     assert torch.equal(narrow.row_ids, narrow.row_ids[narrow.kept].unique())
     assert torch.equal(narrow.candidates, table.rows[narrow.row_ids])
     torch.testing.assert_close(narrow.log_weights, whole.log_weights, rtol=1e-5, atol=1e-5)
+
+
+@few
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    width=st.sampled_from([1, 5, 64]),
+    block_len=st.sampled_from([1, 3, 4, 9, 11]),
+    whole=st.booleans(),
+    threads=st.integers(1, 3),
+)
+def test_blocks_and_their_gradients(
+    lengths: list[int], width: int, block_len: int, whole: bool, threads: int
+) -> None:
+    """Against torch's operators in float64, whose path they are; padding holds numbers, too."""
+    valid = torch.arange(9) < torch.tensor(lengths)[:, None]
+    kind = WholeHistory if whole else QueryBlocks
+    x = torch.randn(len(lengths), 9, width)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found: list[list[Tensor]] = []
+    torch.manual_seed(0)
+    weights = torch.randn(9 * len(lengths), 11, width).double()
+    for dtype in (torch.float32, torch.float64):
+        leaf = x.to(dtype).requires_grad_()
+        blocks = kind(leaf, valid, block_len)
+        shape = blocks.positions.shape
+        weight = weights[: shape[0], : shape[1]].to(dtype)
+        spread = blocks.spread(blocks.positions * weight)
+        total = (spread**2).sum() + (blocks.positions * weight).sum()
+        total = total + (blocks.queries * weight[:, 0]).sum()
+        (gradient,) = torch.autograd.grad(total, leaf)
+        found.append([t.double() for t in (blocks.positions, blocks.queries, spread, gradient)])
+    torch.set_num_threads(before)
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_flags_are_those_of_what_torch_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor with AVX512 whose use torch was denied gets AVX2 alone."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert build.flags_here() == build.FLAGS
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    has_vnni = "avx512_vnni" in Path("/proc/cpuinfo").read_text()
+    assert build.flags_here() == ((*build.FLAGS, *build.VNNI_FLAGS) if has_vnni else build.FLAGS)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 1023, 1024, 1025, 5001])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_masks_are_drawn_alike_by_both_paths(
+    count: int, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(count)
+    by_kernel = scaled_mask(torch.Size((count,)), p)
+    torch.manual_seed(count)
+    monkeypatch.setattr(dropout, "draw_mask", lambda *_: None)
+    assert torch.equal(by_kernel, scaled_mask(torch.Size((count,)), p))

@@ -1,0 +1,108 @@
+// Rows that may be among the best of a query, by rounded products whose error is bounded.
+#pragma once
+
+#include "rounded.h"
+
+namespace {
+
+constexpr int NONE = -32768;    // smaller than all other 16-bit numbers
+constexpr int64_t FIRST = 512;  // rows that are looked at before there is a bound
+
+// The k-th largest of 16-bit numbers, ``count`` of them, a multiple of 16: bit by bit, as what k of
+// them reach.
+int kth_largest(const int16_t* numbers, int64_t count, int64_t k) {
+  int found = NONE;
+  for (int bit = 1 << 15; bit; bit >>= 1) {
+    const __m256i below = _mm256_set1_epi16((int16_t)(found + bit - 1));
+    __m256i reaching = _mm256_setzero_si256();
+    for (int64_t i = 0; i < count; i += LANES) {
+      const __m256i some = _mm256_loadu_si256((const __m256i*)(numbers + i));
+      reaching = _mm256_sub_epi16(reaching, _mm256_cmpgt_epi16(some, below));
+    }
+    __m256i pairs = _mm256_madd_epi16(reaching, _mm256_set1_epi16(1));
+    pairs = _mm256_hadd_epi32(pairs, pairs);
+    pairs = _mm256_hadd_epi32(pairs, pairs);
+    const int total = _mm256_extract_epi32(pairs, 0) + _mm256_extract_epi32(pairs, 4);
+    found += total >= k ? bit : 0;
+  }
+  return found;
+}
+
+int kth_largest(std::vector<int16_t>& numbers, int64_t k) {
+  const size_t count = numbers.size();
+  numbers.resize((count + LANES - 1) / LANES * LANES, NONE);
+  const int found = kth_largest(numbers.data(), (int64_t)numbers.size(), k);
+  numbers.resize(count);
+  return found;
+}
+
+// What may be among the best of one query.
+struct Candidates {
+  int64_t sought, groups;
+  int window, behind = NONE;  // candidates are larger than ``behind``
+  std::vector<int16_t> values, largest;  // of candidates; of groups of rows
+  std::vector<int32_t> ids;
+
+  Candidates(int64_t sought, int window)
+      : sought(sought), groups(sought <= 32 ? 8 : 16), window(window),
+        largest(groups * LANES, NONE) {
+    values.reserve(RESERVED);
+    ids.reserve(RESERVED);
+  }
+
+  // Of 32 rows from ``id`` on, ``left`` of them there are at most.
+  void group(const __m256i* sums, int64_t id, int64_t left) {
+    if (left < 2 * LANES) return;  // what is not there would count as zero
+    __m256i* best = (__m256i*)largest.data() + id / LANES % groups;
+    for (int64_t half = 0; half < 2; ++half)
+      _mm256_storeu_si256(best + half,
+                          _mm256_max_epi16(_mm256_loadu_si256(best + half), sums[half]));
+  }
+
+  // A bound from the largest of the groups: K of them hold K rows at least that large.
+  void bound() { behind = std::max(behind, kth_largest(largest, sought) - window - 1); }
+
+  // ``sought`` rows have products of at least ``least``, on the scale of the sums, from which
+  // those may err by half the window.
+  void bound(float least) {
+    const float limit = std::floor(least) - 0.5f * (float)window - 1;
+    behind = std::max(behind, (int)std::max(limit, (float)NONE));
+  }
+
+  void take(const __m256i* sums, int64_t id, int64_t left) {
+    const __m256i limit = _mm256_set1_epi16((int16_t)behind);
+    const __m256i lower = _mm256_cmpgt_epi16(sums[0], limit);
+    const __m256i upper = _mm256_cmpgt_epi16(sums[1], limit);
+    if (_mm256_testz_si256(_mm256_or_si256(lower, upper), _mm256_set1_epi16(-1))) return;
+    push(lower, sums[0], id, left);
+    push(upper, sums[1], id + LANES, left - LANES);
+  }
+
+  void push(__m256i larger, const __m256i& sums, int64_t id, int64_t left) {
+    uint64_t above = (unsigned)_mm256_movemask_epi8(larger);
+    if (left < LANES) above &= (uint64_t{1} << 2 * std::max<int64_t>(left, 0)) - 1;
+    int16_t all[LANES];
+    std::memcpy(all, &sums, sizeof all);
+    while (above) {
+      const int lane = __builtin_ctzll(above) / 2;
+      values.push_back(all[lane]);
+      ids.push_back((int32_t)(id + lane));
+      above &= ~(uint64_t{3} << 2 * lane);
+    }
+  }
+
+  void drop() {
+    if ((int64_t)values.size() <= sought) return;
+    behind = std::max(behind, kth_largest(values, sought) - window - 1);
+    int64_t kept = 0;
+    for (size_t i = 0; i < values.size(); ++i) {
+      values[kept] = values[i];
+      ids[kept] = ids[i];
+      kept += values[i] > behind;
+    }
+    values.resize(kept);
+    ids.resize(kept);
+  }
+};
+
+}  // namespace
