@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from mltfr_dist.distributed.devices import uses_gpus
+from mltfr_dist.models.kernels import kernel_flops
 
 PEAK_SECONDS = 0.2
 """About how long the measurement of the matrix peak takes."""
@@ -85,12 +86,12 @@ class MatrixWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the floating-point operations of matrix products and attention that run inside it.
 
     A multiplication and an addition are two. The formulas are torch's, by the shapes of what
-    really runs, backward pass included.
+    really runs, backward pass included; our kernels count their own.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
+        self._flops, self._before = 0, kernel_flops()
         aten = torch.ops.aten
         self._formulas = dict(flop_registry)
         # torch has no formula for products that are added in place.
@@ -99,6 +100,11 @@ class MatrixWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
         forward = aten._scaled_dot_product_flash_attention_for_cpu  # torch has none for these two
         backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
         self._formulas |= {forward: _attention, backward: _attention_backward}
+
+    @property
+    def flops(self) -> int:
+        """Those so far, since this was made."""
+        return self._flops + kernel_flops() - self._before
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -113,7 +119,7 @@ class MatrixWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         formula = self._formulas.get(getattr(func, "overloadpacket", None))
         if formula is not None:
-            self.flops += int(formula(*args, **kwargs, out_val=out))
+            self._flops += int(formula(*args, **kwargs, out_val=out))
         return out
 
 

@@ -39,6 +39,7 @@ from mltfr_dist.distributed.resources import MatrixWork, Stopwatch, matrix_peak,
 from mltfr_dist.distributed.signals import forget_request, request_stop
 from mltfr_dist.errors import ConfigError, StoppedError
 from mltfr_dist.models.cross_entropy import full_cross_entropy
+from mltfr_dist.models.kernels import attend, nearest, usable
 from mltfr_dist.models.routing import Routing, routing_sums
 from mltfr_dist.training.evaluating.rankers import ByModel, MeanLoss, excluded
 from mltfr_dist.training.reporting import services
@@ -391,6 +392,18 @@ def test_matrix_work_counts_all_three_products_of_the_loss() -> None:
     with MatrixWork() as work:
         full_cross_entropy(hidden, weight, torch.arange(1, 41), torch.ones(40)).backward()
     assert work.flops == 3 * 2 * 40 * 50 * 8
+
+
+@pytest.mark.skipif(usable() is None, reason="there are no kernels on this machine")
+def test_matrix_work_holds_that_of_kernels() -> None:
+    query, keys, values = (torch.randn(n, 6, 8).requires_grad_() for n in (5, 1, 1))
+    kept, log_weights = torch.randint(6, (5, 4)), torch.zeros(5, 4)
+    searched, rows = torch.randn(40, 8), torch.randn(300, 8)
+    with MatrixWork() as work:
+        attend(query, keys[0], values[0], kept, log_weights, lambda _: None, 2).sum().backward()
+        nearest(searched, rows, 3)
+    attended = 6 * 2 * 5 * 6 * 4 * 8  # two products forward and four backward
+    assert work.flops == attended + 2 * 40 * 300 * 8
 
 
 def test_the_matrix_peak_is_measured_fast_and_draws_no_number() -> None:

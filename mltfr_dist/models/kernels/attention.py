@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mltfr_dist.models.kernels.build import library, pointer, sizes, usable
+from mltfr_dist.models.kernels.work import did_products
 
 
 class _Attention(torch.autograd.Function):
@@ -39,6 +40,7 @@ class _Attention(torch.autograd.Function):
         mixed = torch.empty_like(query)
         read = (query, keys, values, kept, log_weights, mask)
         kernels.attend(*map(pointer, (*read, weights, mixed)), *sizes(*shape))
+        did_products(2 * groups * positions * kept.shape[1], width)
         ctx.save_for_backward(query, keys, values, kept, weights, mask)
         ctx.shape = shape
         return mixed
@@ -49,11 +51,12 @@ class _Attention(torch.autograd.Function):
         kernels = library()
         assert kernels is not None
         query, keys, values, kept, weights, mask = ctx.saved_tensors
-        groups, _, num_heads, _, count = ctx.shape
+        groups, positions, num_heads, head_dim, count = ctx.shape
         made = (torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values))
         by_head = query.new_empty(groups, num_heads, count)
         read = (gradient.contiguous(), query, keys, values, kept, mask, weights)
         kernels.attend_backward(*map(pointer, (*read, *made, by_head)), *sizes(*ctx.shape))
+        did_products(4 * groups * positions * count, num_heads * head_dim)
         return *made, None, by_head.sum(1), None, None
 
 
@@ -101,6 +104,7 @@ class _KeptProducts(torch.autograd.Function):
         scores = query.new_empty(kept.shape)
         shape = (len(query), query.shape[1], kept.shape[1])
         kernels.kept_products(*map(pointer, (query, rows, kept, scores)), *sizes(*shape))
+        did_products(kept.numel(), query.shape[1])
         ctx.save_for_backward(query, rows, kept)
         ctx.shape = shape
         return scores
@@ -114,6 +118,7 @@ class _KeptProducts(torch.autograd.Function):
         made = (torch.zeros_like(query), torch.zeros_like(rows))
         read = (gradient.contiguous(), query, rows, kept)
         kernels.kept_products_backward(*map(pointer, (*read, *made)), *sizes(*ctx.shape))
+        did_products(2 * kept.numel(), query.shape[1])
         return *made, None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mltfr_dist.models.kernels.build import pointer, sizes, usable
+from mltfr_dist.models.kernels.work import did_products
 
 SOUGHT = 256
 """Rows sought at most: beyond, candidates are too many to be few."""
@@ -33,6 +34,7 @@ def nearest(query: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor] | 
     indices = torch.empty(scores.shape, dtype=torch.int64)
     read = map(pointer, (query, rows, scores, indices))
     failed = kernels.nearest(*read, *sizes(len(query), len(rows), rows.shape[1], count))
+    did_products(len(query) * len(rows), rows.shape[1])
     return None if failed else (scores, indices)
 
 
@@ -49,6 +51,7 @@ def largest_products(query: Tensor, rows: Tensor) -> tuple[Tensor, float] | None
     bounds, error = query.new_empty(len(rows)), query.new_empty(1)
     read = map(pointer, (query, rows, bounds, error))
     failed = kernels.largest_products(*read, *sizes(len(query), len(rows), rows.shape[1]))
+    did_products(len(query) * len(rows), rows.shape[1])
     return None if failed else (bounds, float(error))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mltfr_dist.models.kernels.build import pointer, sizes, usable
+from mltfr_dist.models.kernels.work import did_products
 
 MIN_USERS = 8
 """Users at least: putting the items into order costs as much as scoring them for as many."""
@@ -58,6 +59,7 @@ def count_between(
     read = [t.contiguous() for t in (hidden, vectors, low, high, targets, *left_out)]
     shape = sizes(len(hidden), len(vectors), hidden.shape[1], start)
     kernels.count_better(*map(pointer, (*read, *counts)), *shape)
+    did_products(len(hidden) * len(vectors), hidden.shape[1])
 
 
 def counts_in_registers(hidden: Tensor, targets: Tensor) -> bool:
@@ -91,6 +93,7 @@ def leaders(
     read = [t.contiguous() for t in (hidden, vectors, error, *left_out)]
     shape = sizes(len(hidden), *vectors.shape, count, items)
     kernels.top_items(*map(pointer, (*read, scores, places)), *shape)
+    did_products(len(hidden) * len(vectors), hidden.shape[1])
     return scores, places
 
 
