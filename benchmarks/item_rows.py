@@ -197,7 +197,8 @@ def measure(options: argparse.Namespace) -> None:
         save(place, engine, Progress(stage="train", step=options.steps + 2))
         found["save"] = time.perf_counter() - started
         found["save_more"] = float(peak_memory_bytes() - before)
-        found |= saved_meanwhile(engine, options, place)
+        if options.background:
+            found |= saved_meanwhile(engine, options, place)
     Path(f"{options.output}.{ranks.rank}").write_text(json.dumps(found))
     if options.phase == "save":
         ranks.barrier()
@@ -250,6 +251,16 @@ def line(name: str, num_ranks: int, items: int, found: Found) -> str:
     )
 
 
+def told_of_background(saved: Found) -> str:
+    """A save in the background, in words."""
+    return (
+        f"in the background {saved['meanwhile']:.1f} s, of which it holds training up "
+        f"{saved['meanwhile_begin']:.2f} s at its begin and {saved['meanwhile_end']:.2f} s at its "
+        f"end; a step takes {saved['meanwhile_step']:.3f} s "
+        f"meanwhile; {saved['meanwhile_more'] / saved['held']:.1%} of a share more memory"
+    )
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -266,6 +277,9 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=1000, help="ranked among all items")
     parser.add_argument("--users-at-once", type=int, default=125, help="of a rank")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument(
+        "--background", action="store_true", help="save in the background too, from a second copy"
+    )
     for hidden in ("--phase", "--place", "--output"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -292,12 +306,8 @@ def main() -> None:
     print(f"\na step takes {saved['step'] / few['step']:.2f} times one of {options.few:,} items")
     share = saved["save_more"] / saved["held"]
     print(f"the save takes {saved['save']:.1f} s and {share:.1%} of a share more memory")
-    print(
-        f"in the background {saved['meanwhile']:.1f} s, of which it holds training up "
-        f"{saved['meanwhile_begin']:.2f} s at its begin and {saved['meanwhile_end']:.2f} s at its "
-        f"end; a step takes {saved['meanwhile_step']:.3f} s "
-        f"meanwhile; {saved['meanwhile_more'] / saved['held']:.1%} of a share more memory"
-    )
+    if options.background:
+        print(told_of_background(saved))
     for num_ranks, found in gone_on.items():
         print(
             f"{num_ranks} rank(s): load {found['load']:.1f} s, {options.users} users ranked in "
