@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -131,9 +132,21 @@ def assemble(
     return found
 
 
-def send_rows(folder: Path, files: list[str], ranks: Ranks) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, ids [n] and rows [n, D], some at a time, of all that the files of one kind hold, which
-    rank 0 reads and sends. All ranks must go through all.
+class RowBlock(NamedTuple):
+    """Some rows of a tensor."""
+
+    name: str
+    shape: tuple[int, int]
+    """Of the whole, (R, D)."""
+    ids: Tensor
+    """[n]."""
+    rows: Tensor
+    """[n, D]."""
+
+
+def send_rows(folder: Path, files: list[str], ranks: Ranks) -> Iterator[RowBlock]:
+    """All that the files of one kind hold, some rows at a time, which rank 0 reads and sends. All
+    ranks must go through all.
 
     Raises:
         DamagedError: A file is missing or damaged.
@@ -146,7 +159,7 @@ def send_rows(folder: Path, files: list[str], ranks: Ranks) -> Iterator[tuple[st
             part = torch.empty(len(ids), columns)
             ranks.on_rank0(partial(_read_block, folder, files, name, layout, first, part))
             send_bytes(part.view(-1).view(torch.uint8), ranks)
-            yield name, ids, part
+            yield RowBlock(name, (num_rows, columns), ids, part)
 
 
 def _read_block(

@@ -87,9 +87,13 @@ def read_weights(model: nn.Module, folder: Path, ranks: Ranks) -> State:
         return state
     ranks.on_rank0(lambda heartbeat: verify_with_rows(folder, MODEL, heartbeat))
     files, own = row_files(header_for_all(folder, ranks), MODEL), model.state_dict()
-    for name, ids, part in send_rows(folder, files, ranks) if not found else ():
-        state[name] = own[name]  # in its place: loaded from itself
-        own[name][ids.to(own[name].device)] = part.to(own[name])
+    for block in send_rows(folder, files, ranks) if not found else ():
+        table = own.get(block.name)
+        if table is None or table.shape != block.shape:
+            state[block.name] = block.rows  # which does not fit either, and is told when loaded
+            continue
+        table[block.ids.to(table.device)] = block.rows.to(table)
+        state[block.name] = table  # loaded from itself
     return state
 
 
@@ -120,8 +124,8 @@ def restore_optimizer(folder: Path, engine: Engine) -> None:
     updates = header.progress.step - header.progress.skipped_steps
     restore_optimizer_state(engine, state, updates)
     if isinstance(rows, RowAdam):
-        for name, ids, part in send_rows(folder, row_files(header, OPTIMIZER), ranks):
-            rows.restore(name.removeprefix(f"{rows.name}/"), ids, part)
+        for block in send_rows(folder, row_files(header, OPTIMIZER), ranks):
+            rows.restore(block.name.removeprefix(f"{rows.name}/"), block.ids, block.rows)
     if isinstance(rows, DividedOptimizer):
         for key, moment in rows.moments.items():
             name = f"{rows.name}/{key}"

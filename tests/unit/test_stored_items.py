@@ -96,6 +96,14 @@ def test_a_whole_table_is_read_into_its_place(tmp_path: Path) -> None:
     assert read(tmp_path / "saved")["backbone.item_embedding.weight"].equal(table)
 
 
+def test_a_table_of_another_size_does_not_fit(tmp_path: Path) -> None:
+    config, inputs = made(tmp_path, NUM_ITEMS)
+    write_checkpoint(tmp_path / "saved", config, inputs)
+    _, more = made(tmp_path, NUM_ITEMS + 1)
+    with pytest.raises(CheckpointError, match=r"(?s)does not fit its run.*size mismatch"):
+        opened(tmp_path / "saved", config, more, items_stay=False)
+
+
 @pytest.mark.integration
 def test_no_step_holds_the_table(tmp_path: Path) -> None:
     """600,000 items, 614 MB, in a process of its own."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -166,7 +167,7 @@ class SameForAll:
         """Args: of_items: [num_items + 1] fp32 scores; that of padding is not looked at."""
         self._scores = of_items
         self._scores[PADDING_IDX] = -torch.inf
-        self._sorted = of_items[1:].sort().values
+        self._sorted = torch.from_numpy(np.sort(of_items[1:].numpy()))  # torch's keeps an order
 
     def __call__(self, batch: RankingBatch) -> Tensor:
         """Scores [B, num_items + 1]."""
