@@ -121,7 +121,7 @@ def read(rows: DividedRows, batches: StepBatches) -> int:
     """Distinct rows that this rank's batch reads."""
     (batch,) = batches.micro_batches
     ids = [batch.item_ids, batch.target_ids, *(t for t in batch.sampled if t is not None)]
-    return len(torch.unique(rows.division.places(torch.cat([t.flatten() for t in ids]))))
+    return len(torch.unique(rows.division.positions(torch.cat([t.flatten() for t in ids]))))
 
 
 def held(engine: Engine) -> float:

@@ -70,8 +70,8 @@ def ranks(case: Case) -> Tensor:
     everyone, targets = torch.arange(len(case.hidden)), case.targets
     exclude = Pairs(torch.cat([case.rows, everyone]), torch.cat([case.item_ids, targets]))
     target_scores = exact_scores(case.hidden, case.vectors[targets - 1])
-    places = count_better(case.hidden, case.vectors, target_scores, exclude=exclude)
-    return 1 + places.better + places.equal
+    positions = count_better(case.hidden, case.vectors, target_scores, exclude=exclude)
+    return 1 + positions.better + positions.equal
 
 
 def ten_best(case: Case) -> Tensor:

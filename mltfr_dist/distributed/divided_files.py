@@ -49,14 +49,14 @@ def files_of(kind: str, names: Iterable[str]) -> list[str]:
 def read_run(
     folder: Path, files: list[str], name: str, layout: RowLayout, first: int, into: Tensor
 ) -> None:
-    """Read the rows at places ``first`` and following from the files that hold them.
+    """Read the rows at positions ``first`` and following from the files that hold them.
 
     Args:
         folder: The checkpoint.
         files: All of one kind, in the order of their ranks.
         name: Of the tensor.
         layout: Of the table, for any number of ranks.
-        first: Place of the first row.
+        first: Position of the first row.
         into: [n, D] filled.
 
     Raises:

@@ -29,7 +29,7 @@ class DividedOptimizer:
 
     moments: dict[str, Tensor]
     """By name: [O, D] what is kept of each row of this rank."""
-    places: Tensor
+    positions: Tensor
     """[U] where an update's rows stand: in the whole order before :meth:`reduce`, among this rank's
     after it.
     """
@@ -56,37 +56,37 @@ class DividedOptimizer:
     def forget(self) -> None:
         """Drop what was collected."""
         weight = self.rows.weight
-        self.places = torch.zeros(0, dtype=torch.int64, device=weight.device)
+        self.positions = torch.zeros(0, dtype=torch.int64, device=weight.device)
         self.gradients, self.own = weight.new_zeros(0, weight.shape[1]), None
 
     def collect(self) -> None:
         """Add the gradients of one backward pass to the update's."""
-        found = [(self.places, self.gradients), *self.rows.take_gradients()]
-        self._sum([places for places, _ in found], [part for _, part in found])
+        found = [(self.positions, self.gradients), *self.rows.take_gradients()]
+        self._sum([positions for positions, _ in found], [part for _, part in found])
         for part in self.rows.take_own_gradients():
             self.own = part.float() if self.own is None else self.own + part.float()
 
-    def _sum(self, places: list[Tensor], gradients: list[Tensor]) -> None:
-        """Rows in ascending order, each once; padding, at place 0 of all, is no item and never
+    def _sum(self, positions: list[Tensor], gradients: list[Tensor]) -> None:
+        """Rows in ascending order, each once; padding, at position 0 of all, is no item and never
         moves.
         """
-        self.places, inverse = torch.unique(torch.cat(places), return_inverse=True)
+        self.positions, inverse = torch.unique(torch.cat(positions), return_inverse=True)
         parts = torch.cat([part.float() for part in gradients])
-        self.gradients = parts.new_zeros(len(self.places), parts.shape[1])
+        self.gradients = parts.new_zeros(len(self.positions), parts.shape[1])
         self.gradients.index_add_(0, inverse, parts)
 
     def reduce(self) -> None:
         """Bring the mean over ranks of each row's gradient to its owner. All ranks must call."""
         exchange, world_size = self.division.exchange, self.division.ranks.world_size
-        if len(self.places) and self.places[0] == 0:
-            self.places, self.gradients = self.places[1:], self.gradients[1:]
-        sent = self.division.shares(self.places)
+        if len(self.positions) and self.positions[0] == 0:
+            self.positions, self.gradients = self.positions[1:], self.gradients[1:]
+        sent = self.division.shares(self.positions)
         received = self.division.exchange_counts(sent)
-        places = exchange.deal(self.places, sent, received)
+        positions = exchange.deal(self.positions, sent, received)
         gradients = exchange.deal(self.gradients / world_size, sent, received)
-        self._sum([places - self.division.first], [gradients])
+        self._sum([positions - self.division.first], [gradients])
         if self.own is not None:
-            self.own = (self.own / world_size).index_add_(0, self.places, self.gradients)
+            self.own = (self.own / world_size).index_add_(0, self.positions, self.gradients)
 
     def squared_norm(self) -> Tensor:
         """Sum of squares of the update's gradient, over all rows, after :meth:`reduce`. All ranks
@@ -115,15 +115,15 @@ class LazyDivided(DividedOptimizer):
         self.num_updates += 1
         weight, gradients = self.rows.weight, self.gradients * scale
         stepped = lazy_adam(
-            weight[self.places],
+            weight[self.positions],
             gradients,
             self.moments,
-            self.places,
+            self.positions,
             self.betas,
             learning_rate,
             self.num_updates,
         )
-        weight.index_copy_(0, self.places, stepped)
+        weight.index_copy_(0, self.positions, stepped)
         self.forget()
 
 
@@ -161,7 +161,7 @@ class DenseDivided(DividedOptimizer):
         self.num_updates += 1
         if self.own is None:
             zeros = torch.zeros_like(self.rows.weight)
-            self.own = zeros.index_add_(0, self.places, self.gradients)
+            self.own = zeros.index_add_(0, self.positions, self.gradients)
         self.parameter.grad = self.own.mul_(scale)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -1,4 +1,4 @@
-"""An item table divided by rows over the ranks: lookups, the full softmax, and places.
+"""An item table divided by rows over the ranks: lookups, the full softmax, and ranks of targets.
 
 A step of a rank that reads U distinct rows asks their owners for them (8 bytes a row) and gets them
 (D numbers a row); their gradients go home the same way after the backward pass. The full softmax
@@ -50,20 +50,20 @@ class RankDivision(Division):
         self.first, self.end = self.layout.bounds[ranks.rank :][:2]
         self.own_ids = self.layout.ids_between(self.first, self.end).to(ranks.device)
 
-    def places(self, item_ids: Tensor) -> Tensor:
-        """Ids [...] -> places [...] in the layout's order."""
-        return self.layout.places(item_ids)
+    def positions(self, item_ids: Tensor) -> Tensor:
+        """Ids [...] -> positions [...] in the layout's order."""
+        return self.layout.positions(item_ids)
 
-    def shares(self, places: Tensor) -> list[int]:
-        """[ranks] how many of ascending ``places`` [U] are each rank's."""
-        ends = torch.searchsorted(places, places.new_tensor(self.layout.bounds)).tolist()
+    def shares(self, positions: Tensor) -> list[int]:
+        """[ranks] how many of ascending ``positions`` [U] are each rank's."""
+        ends = torch.searchsorted(positions, positions.new_tensor(self.layout.bounds)).tolist()
         return [end - start for start, end in pairwise(ends)]
 
-    def fetch(self, own: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows at ascending ``places`` [U] -> [U, D] in ``dtype``, in which they are sent."""
-        wanted = self.shares(places)
+    def fetch(self, own: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows at ascending ``positions`` [U] -> [U, D] in ``dtype``, in which they are sent."""
+        wanted = self.shares(positions)
         asked = self.exchange_counts(wanted)
-        found = self.exchange.deal(places, wanted, asked) - self.first
+        found = self.exchange.deal(positions, wanted, asked) - self.first
         return self.exchange.deal(own.index_select(0, found).to(dtype), asked, wanted)
 
     def exchange_counts(self, sent: list[int]) -> list[int]:
@@ -96,7 +96,7 @@ class RankDivision(Division):
         start = list(accumulate(counts, initial=0))[self.ranks.rank]
         every, targets = (self.exchange.gather(part, counts) for part in (hidden, target_scores))
         rows = self.exchange.gather(exclude.rows + start, pairs)
-        left_out = Pairs(rows, self.exchange.gather(self.places(exclude.item_ids), pairs))
+        left_out = Pairs(rows, self.exchange.gather(self.positions(exclude.item_ids), pairs))
         normaliser = LogNormaliser(every) if normalise else None
         found = torch.zeros(2, len(every), dtype=torch.int64, device=every.device)
         edges = [-1, *_no_items(self, num_items).tolist(), len(own)]
@@ -107,12 +107,12 @@ class RankDivision(Division):
             )
             found += torch.stack(better)
         mine = slice(start, start + len(hidden))
-        places = RankCounts(*self.reduce(found, dist.ReduceOp.SUM)[:, mine])
+        positions = RankCounts(*self.reduce(found, dist.ReduceOp.SUM)[:, mine])
         if normaliser is None:
-            return places, None
+            return positions, None
         largest = self.reduce(normaliser.value.clone(), dist.ReduceOp.MAX)
         total = self.reduce((normaliser.value - largest).exp(), dist.ReduceOp.SUM)
-        return places, (largest + total.log())[mine]
+        return positions, (largest + total.log())[mine]
 
     def top_items(
         self, hidden: Tensor, own: Tensor, k: int, exclude: Pairs, num_items: int
@@ -166,7 +166,7 @@ class _DividedCrossEntropy(torch.autograd.Function):
         exchange = division.exchange
         counts = exchange.counts(len(hidden))
         every = exchange.gather(hidden, counts)  # [M, D]
-        columns = exchange.gather(division.places(targets), counts) - division.first  # [M]
+        columns = exchange.gather(division.positions(targets), counts) - division.first  # [M]
         every_weight = exchange.gather(at_least_fp32(weights), counts)
         part = _Logits(every, own.detach(), columns, _no_items(division, num_items))
         largest, total, target = part.statistics()

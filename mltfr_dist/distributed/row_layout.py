@@ -28,23 +28,23 @@ class RowLayout:
         self.full, self.longer = divmod(num_rows, BUCKETS)
         """Rows of a bucket, and how many of the first buckets hold one more."""
 
-    def places(self, row_ids: Tensor) -> Tensor:
-        """Row numbers [...] -> places 0..R-1 in the order."""
+    def positions(self, row_ids: Tensor) -> Tensor:
+        """Row numbers [...] -> positions 0..R-1 in the order."""
         bucket = row_ids % BUCKETS
         return self._start(bucket) + row_ids // BUCKETS
 
-    def row_ids(self, places: Tensor) -> Tensor:
+    def row_ids(self, positions: Tensor) -> Tensor:
         """The way back."""
         end = self.longer * (self.full + 1)
         bucket = torch.where(
-            places < end,
-            places // (self.full + 1),
-            self.longer + (places - end) // max(1, self.full),
+            positions < end,
+            positions // (self.full + 1),
+            self.longer + (positions - end) // max(1, self.full),
         )
-        return (places - self._start(bucket)) * BUCKETS + bucket
+        return (positions - self._start(bucket)) * BUCKETS + bucket
 
     def ids_between(self, first: int, end: int) -> Tensor:
-        """[end - first] row numbers at these places."""
+        """[end - first] row numbers at these positions."""
         return self.row_ids(torch.arange(first, end))
 
     def _start(self, bucket: Tensor) -> Tensor:

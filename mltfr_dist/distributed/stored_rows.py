@@ -50,24 +50,24 @@ class StoredRows(Division):
         self.runs, self.dim, self.layout = runs, dim, layout
         self.own_ids = torch.zeros(0, dtype=torch.int64)
 
-    def places(self, item_ids: Tensor) -> Tensor:
-        """Ids [...] -> places [...] in the files' order."""
-        return item_ids if self.layout is None else self.layout.places(item_ids)
+    def positions(self, item_ids: Tensor) -> Tensor:
+        """Ids [...] -> positions [...] in the files' order."""
+        return item_ids if self.layout is None else self.layout.positions(item_ids)
 
-    def fetch(self, own: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows at ascending ``places`` [U], each once -> [U, D], where ``own`` [0, D] is.
+    def fetch(self, own: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows at ascending ``positions`` [U], each once -> [U, D], where ``own`` [0, D] is.
 
         Raises:
             DamagedError: A file ends before them, or cannot be read.
         """
-        places = places.cpu()
-        found = torch.empty(len(places), self.dim)
-        edges = torch.searchsorted(places, torch.tensor([run.first for run in self.runs]))
+        positions = positions.cpu()
+        found = torch.empty(len(positions), self.dim)
+        edges = torch.searchsorted(positions, torch.tensor([run.first for run in self.runs]))
         for run, (start, stop) in zip(
-            self.runs, pairwise([*edges.tolist(), len(places)]), strict=True
+            self.runs, pairwise([*edges.tolist(), len(positions)]), strict=True
         ):
             if start < stop:
-                _read(run, places[start:stop] - run.first, found[start:stop])
+                _read(run, positions[start:stop] - run.first, found[start:stop])
         return found.to(own.device, dtype)
 
 
@@ -107,16 +107,16 @@ def items_of_checkpoint(folder: Path) -> Callable[[int], Division] | None:
 
 def _divided(paths: Sequence[Path], num_rows: int) -> StoredRows:
     layout = RowLayout(num_rows, len(paths))
-    places = [_item_table(path) for path in paths]
-    for path, place, (first, end) in zip(paths, places, pairwise(layout.bounds), strict=True):
+    positions = [_item_table(path) for path in paths]
+    for path, place, (first, end) in zip(paths, positions, pairwise(layout.bounds), strict=True):
         if place.shape[0] != end - first:
             raise DamagedError(
                 f"{path} holds {place.shape[0]:,} rows of an item table in place of "
                 f"{end - first:,}.",
                 remedy="Restore it from a copy.",
             )
-    runs = [Run(*one) for one in zip(paths, [p.offset for p in places], layout.bounds)]
-    return StoredRows(runs, places[0].shape[1], layout)
+    runs = [Run(*one) for one in zip(paths, [p.offset for p in positions], layout.bounds)]
+    return StoredRows(runs, positions[0].shape[1], layout)
 
 
 def items_of_file(path: Path) -> Callable[[int], Division]:

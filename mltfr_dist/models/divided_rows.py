@@ -30,15 +30,17 @@ class Division:
     own_ids: Tensor
     """[O] item ids of this process's rows, in the order in which it holds them."""
 
-    def places(self, item_ids: Tensor) -> Tensor:
-        """Ids [...] -> their places [...] in the order in which rows are divided; an exchange of
+    def positions(self, item_ids: Tensor) -> Tensor:
+        """Ids [...] -> their positions [...] in the order in which rows are divided; an exchange of
         nothing.
         """
         raise NotImplementedError
 
-    def fetch(self, own: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows at ascending ``places`` [U], of this process's [O, D] and the others' -> [U, D] in
-        ``dtype``.
+    def fetch(self, own: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows at ascending ``positions`` [U], of this process's [O, D] and the others'.
+
+        Returns:
+            [U, D] in ``dtype``.
         """
         raise NotImplementedError
 
@@ -80,7 +82,7 @@ class Division:
             normalise: Whether the logarithm of the sum of each user's exponentials is asked for.
 
         Returns:
-            [B] places, and that logarithm [B] in float64 or None.
+            [B] counts, and that logarithm [B] in float64 or None.
         """
         raise NotImplementedError
 
@@ -108,7 +110,7 @@ class DividedRows(ItemRows):
     """
 
     _fetched: Tensor | None
-    """[U] ascending places of the rows at hand."""
+    """[U] ascending positions of the rows at hand."""
     _rows: Tensor
     """[U, D] these rows."""
 
@@ -125,12 +127,12 @@ class DividedRows(ItemRows):
         """Fetch the rows of all ids that the next forward pass reads, [n]. Every process must
         call.
         """
-        places = torch.unique(self.division.places(item_ids))
-        rows = self.division.fetch(self.weight, places, self.dtype)
+        positions = torch.unique(self.division.positions(item_ids))
+        rows = self.division.fetch(self.weight, positions, self.dtype)
         if self.training and torch.is_grad_enabled():
             rows.requires_grad_()
-            self._lookups.append((places, rows))
-        self._fetched, self._rows = places, rows
+            self._lookups.append((positions, rows))
+        self._fetched, self._rows = positions, rows
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """Ids [...] -> vectors [..., D].
@@ -138,11 +140,11 @@ class DividedRows(ItemRows):
         Raises:
             RuntimeError: An id was not looked up before.
         """
-        places = self.division.places(item_ids)
+        positions = self.division.positions(item_ids)
         if self._fetched is None:
             raise RuntimeError("a divided item table is read before `look_up`")
-        found = torch.searchsorted(self._fetched, places).clamp(max=len(self._fetched) - 1)
-        if not torch.equal(self._fetched[found], places):
+        found = torch.searchsorted(self._fetched, positions).clamp(max=len(self._fetched) - 1)
+        if not torch.equal(self._fetched[found], positions):
             raise RuntimeError("an item is read that `look_up` was not given")
         return F.embedding(found, self._rows)
 

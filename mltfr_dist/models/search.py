@@ -131,9 +131,9 @@ def _near(
 
 def _cosines(query: Tensor, rows: Tensor, project: Project, indices: Tensor) -> Tensor:
     """[G, C] in float64, of each query [G, D] with the rows at ``indices``."""
-    present, places = torch.unique(indices, return_inverse=True)
+    present, inverse = torch.unique(indices, return_inverse=True)
     exact_rows = project(rows[present.to(rows.device)], torch.float64)  # [U, D]
-    return _products(F.normalize(query.double(), dim=-1), exact_rows, places)
+    return _products(F.normalize(query.double(), dim=-1), exact_rows, inverse)
 
 
 def _products(query: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
@@ -243,8 +243,8 @@ def top_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     columns = (groups[:, None, :] + members).flatten(1)  # [G, GROUP * count]
     ungrouped = torch.arange(GROUP * num_groups, scores.shape[1]).expand(len(scores), -1)
     columns = torch.cat([columns, ungrouped], dim=1)
-    values, places = scores.gather(1, columns).topk(count, dim=1)
-    return values, columns.gather(1, places)
+    values, indices = scores.gather(1, columns).topk(count, dim=1)
+    return values, columns.gather(1, indices)
 
 
 @torch.no_grad()

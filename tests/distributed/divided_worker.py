@@ -199,7 +199,7 @@ def cross_entropy(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     return found
 
 
-def places(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+def positions(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Differences of counts and normalisers from those over whole items, ties included, and lists
     that are the same; one rank has no user.
     """
@@ -253,7 +253,7 @@ def largest(values: torch.Tensor) -> float:
 if __name__ == "__main__":
     task, where, output = sys.argv[1:]
     all_ranks = start_ranks(1)
-    tasks = (losses, further, cross_entropy, saved, elsewhere, places)
+    tasks = (losses, further, cross_entropy, saved, elsewhere, positions)
     result = {one.__name__: one for one in tasks}[task](Path(where), all_ranks)
     if all_ranks.is_main:
         Path(output).write_text(json.dumps(result))

@@ -51,12 +51,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("num_rows", [3, 1023, 1024, 1025, 10_001, 123_457])
 def test_every_row_has_one_place_and_popular_ones_are_spread(num_rows: int) -> None:
     layout, ids = RowLayout(num_rows, 3), torch.arange(num_rows)
-    places = layout.places(ids)
-    assert places.sort().values.equal(ids)
-    assert layout.row_ids(places).equal(ids)
-    assert layout.places(torch.tensor(0)) == 0, "padding is recognised by its place"
+    positions = layout.positions(ids)
+    assert positions.sort().values.equal(ids)
+    assert layout.row_ids(positions).equal(ids)
+    assert layout.positions(torch.tensor(0)) == 0, "padding is recognised by its place"
     if num_rows > 10_000:
-        popular = layout.places(torch.arange(2048))
+        popular = layout.positions(torch.arange(2048))
         counts = [((popular >= a) & (popular < b)).sum() for a, b in pairwise(layout.bounds)]
         assert max(counts) < 1.1 * 2048 / 3
 
@@ -74,7 +74,7 @@ def test_full_cross_entropy_over_divided_items_is_the_whole_one(
 
 @pytest.mark.parametrize("num_ranks", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_places_of_targets_are_those_among_whole_items(folder: Path, num_ranks: int) -> None:
-    found = findings(WORKER, "places", folder, num_ranks)
+    found = findings(WORKER, "positions", folder, num_ranks)
     better, equal, normaliser = found["differences"]
     assert better == equal == 0, "to the bit"
     assert normaliser < 1e-5

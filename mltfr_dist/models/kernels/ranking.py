@@ -22,9 +22,9 @@ class LeftOut(NamedTuple):
     """Which items do not count for whom."""
 
     bounds: Tensor
-    """[B + 1] int64, where the places of each user begin."""
-    places: Tensor
-    """[S] int64 places of items among all at hand, ascending for each user, none twice."""
+    """[B + 1] int64, where the indices of each user begin."""
+    indices: Tensor
+    """[S] int64 indices of items among all at hand, ascending for each user, none twice."""
 
 
 def count_between(
@@ -48,7 +48,7 @@ def count_between(
         high: [B] what scores more than this in fp32 certainly scores more.
         targets: [B] exact scores of the targets.
         left_out: What does not count.
-        start: Place of the first item.
+        start: Index of the first item.
         counts: [2, B] int64 to which better and equal ones are added.
     """
     kernels = usable(hidden, vectors, low, high, targets)
@@ -71,8 +71,8 @@ def counts_in_registers(hidden: Tensor, targets: Tensor) -> bool:
 def leaders(
     hidden: Tensor, vectors: Tensor, error: Tensor, left_out: LeftOut, count: int, items: int
 ) -> tuple[Tensor, Tensor]:
-    """Exact scores and places [B, K] of the ``count`` items of highest score, best first; of equal
-    scores the lower places; -inf and 0 where fewer are left.
+    """Exact scores and indices [B, K] of the ``count`` items of highest score, best first; of equal
+    scores the lower indices; -inf and 0 where fewer are left.
 
     Where :func:`leads_in_registers` says so. All numbers are finite.
 
@@ -89,12 +89,12 @@ def leaders(
     assert hidden.shape[1] == vectors.shape[1]
     assert len(hidden) == len(error) == len(left_out.bounds) - 1
     scores = hidden.new_empty(len(hidden), count)
-    places = torch.empty(scores.shape, dtype=torch.int64)
+    indices = torch.empty(scores.shape, dtype=torch.int64)
     read = [t.contiguous() for t in (hidden, vectors, error, *left_out)]
     shape = sizes(len(hidden), *vectors.shape, count, items)
-    kernels.top_items(*map(pointer, (*read, scores, places)), *shape)
+    kernels.top_items(*map(pointer, (*read, scores, indices)), *shape)
     did_products(len(hidden) * len(vectors), hidden.shape[1])
-    return scores, places
+    return scores, indices
 
 
 def leads_in_registers(hidden: Tensor, vectors: Tensor) -> bool:

@@ -51,8 +51,8 @@ def excluded(batch: RankingBatch, *, filter_seen: bool) -> Pairs:
         starts, sizes = (batch.of_targets(t) for t in (sizes.cumsum(0) - sizes, sizes))
         seen_rows = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
         begin = starts - (sizes.cumsum(0) - sizes)
-        places = torch.arange(len(seen_rows), device=sizes.device) + begin[seen_rows]
-        seen_items = seen_items[places]
+        indices = torch.arange(len(seen_rows), device=sizes.device) + begin[seen_rows]
+        seen_items = seen_items[indices]
     return Pairs(torch.cat([rows, seen_rows]), torch.cat([targets, seen_items]))
 
 

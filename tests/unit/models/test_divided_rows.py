@@ -15,11 +15,11 @@ class Backwards(Division):
 
     own_ids = torch.arange(8, -1, -1)
 
-    def places(self, item_ids: Tensor) -> Tensor:
+    def positions(self, item_ids: Tensor) -> Tensor:
         return 8 - item_ids
 
-    def fetch(self, own: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-        return own[places].to(dtype)
+    def fetch(self, own: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        return own[positions].to(dtype)
 
 
 def made() -> tuple[DividedRows, ItemEmbedding]:
@@ -35,9 +35,9 @@ def test_lookups_give_the_rows_and_one_leaf_has_their_gradients() -> None:
     assert rows(second).equal(plain(second))
     for table in (rows, plain):
         ((table(first) ** 2).sum() + (table(second) ** 3).sum()).backward()
-    ((places, gradients),) = rows.take_gradients()
-    assert places.tolist() == [0, 5, 6, 8]
-    items = 8 - places
+    ((positions, gradients),) = rows.take_gradients()
+    assert positions.tolist() == [0, 5, 6, 8]
+    items = 8 - positions
     assert items.tolist()[-1] == 0, "padding: who steps the rows leaves it out"
     assert plain.weight.grad is not None
     torch.testing.assert_close(gradients[:-1], plain.weight.grad[items[:-1]])
