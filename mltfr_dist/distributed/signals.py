@@ -18,7 +18,7 @@ from types import FrameType
 from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.launch import expected_rank
 from mltfr_dist.errors import EXIT_STOPPED, StoppedError
-from mltfr_dist.progress import WIPED
+from mltfr_dist.progress import fit_error
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -166,7 +166,7 @@ def tell(line: str) -> None:
     use.
     """
     with suppress(OSError):
-        os.write(2, f"{WIPED * os.isatty(2)}{line}\n".encode())
+        os.write(2, f"{fit_error(line, sys.__stderr__) if sys.__stderr__ else line}\n".encode())
 
 
 def leave_lost_terminal() -> None:
