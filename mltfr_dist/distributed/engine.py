@@ -9,6 +9,7 @@ import torch
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.stream.training import BatchLayout, StepBatches
 from mltfr_dist.distributed.clipping import JointNorm
+from mltfr_dist.distributed.compiler import leave_out_compiler
 from mltfr_dist.distributed.deepspeed_file import deepspeed_config
 from mltfr_dist.distributed.divided_optimizer import row_optimizer
 from mltfr_dist.distributed.health import NORM, Health, Verdict
@@ -67,6 +68,7 @@ class Engine:
         offloads = "offload_optimizer" in ds_config.get("zero_optimization", {})
         if offloads:
             ds_config.setdefault("zero_force_ds_cpu_optimizer", False)
+        leave_out_compiler()
         optimizer = build_optimizer(model, config.optimizer, fused=not offloads)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.distributed import signals
+from mltfr_dist.distributed.compiler import step_of
 from mltfr_dist.distributed.processes import Seen, machine, own_process
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.watchdog import watch_with
@@ -71,7 +72,7 @@ class Health:
         for index, (_, parameter) in enumerate(trained, 1):
             parameter.register_hook(partial(self._note, index))  # type: ignore[no-untyped-call]
         self._found_inf = torch.zeros((), device=ranks.device)
-        update = optimizer.step
+        update = step_of(optimizer)
 
         def step(closure: None = None) -> float | None:
             """DeepSpeed goes through its own step all the same, and clears its gradients."""

@@ -97,6 +97,13 @@ class MatrixWork(TorchDispatchMode):  # type: ignore[no-untyped-call]
         backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
         self._formulas |= {forward: _attention, backward: _attention_backward}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch hides this from its compiler, for which it would import that: nothing is
+        compiled here.
+        """
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -19,7 +19,6 @@ from mltfr_dist.files import with_packaged, write_atomically
 from mltfr_dist.repairs import REPAIRS, taken_away
 from mltfr_dist.training.evaluating.routing import TOP_SHARE, WEIGHT
 from mltfr_dist.training.inputs import Inputs
-from mltfr_dist.training.reporting import card
 from mltfr_dist.training.run_folder import REPORT, Result
 
 SHOWN = ("HR@10", "NDCG@10")
@@ -160,6 +159,8 @@ def routing_section(result: Result) -> list[str]:
 
 def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
     """Write report.md."""
+    from mltfr_dist.training.reporting import card  # plots and statistics, for a second
+
     manifest, final = inputs.manifest, results[-1]
     table = rows(results)
     text = [
