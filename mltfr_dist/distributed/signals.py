@@ -59,8 +59,9 @@ def forget_request() -> None:
 def stop_signals() -> Iterator[None]:
     """Take the stop signals as a request while a run goes, and as before afterwards.
 
-    Once asked they are ignored: the first rank that exits makes a launcher end the others, whose
-    exit code should say why. Without a launcher a second Ctrl-C does what it did before.
+    Once asked, or once a rank has failed, they are ignored: the first rank that exits makes a
+    launcher end the others, whose exit code should say why. Without a launcher a second Ctrl-C does
+    what it did before.
     """
     if (
         threading.current_thread() is not threading.main_thread()
@@ -81,11 +82,14 @@ def stop_signals() -> Iterator[None]:
 
     for number in before:
         signal.signal(number, request)
+    failed = True
     try:
         yield
+        failed = False
     finally:
+        ignored = stop_requested() or (failed and not is_alone())
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if stop_requested() else handler)
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
 
 
 @contextmanager
