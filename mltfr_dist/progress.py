@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -38,25 +39,36 @@ def say(message: str) -> None:
     """Print lines: on a terminal in place of a status line, and broken between words to fit."""
     if sys.stdout is not None and sys.stdout.isatty():
         width = columns(sys.stdout)
-        message = WIPED + "\n".join(_broken(line, width) for line in message.split("\n"))
+        message = WIPED + "\n".join(broken(line, width) for line in message.split("\n"))
     print(message, flush=True)
 
 
 def say_error(message: str) -> None:
-    """Print a paragraph on standard error, in place of a status line; whole, to be copied from."""
+    """Print a paragraph on standard error, on a terminal as :func:`say` does; what stands between
+    backticks, to be copied from there, is never broken.
+    """
     stream = sys.__stderr__ if sys.stderr is None else sys.stderr
     if stream is not None:  # as after `2>&-`
-        print(WIPED * stream.isatty() + message, file=stream, flush=True)
+        print(fit_error(message, stream), file=stream, flush=True)
 
 
-def _broken(line: str, width: int) -> str:
+def fit_error(message: str, stream: TextIO) -> str:
+    """What :func:`say_error` prints there."""
+    if not stream.isatty():
+        return message
+    whole = re.sub(r"`[^`\n]*`", lambda code: code[0].replace(" ", "\0"), message)
+    lines = [broken(line, columns(stream), hang=0) for line in whole.split("\n")]
+    return WIPED + "\n".join(lines).replace("\0", " ")
+
+
+def broken(line: str, width: int, hang: int = 4) -> str:
+    """A line in lines of at most ``width``, the further ones by ``hang`` more to the right."""
     if len(line) <= width:
         return line
-    indent = " " * (len(line) - len(line.lstrip()) + 4)
     return textwrap.fill(
         line,
         width,
-        subsequent_indent=indent,
+        subsequent_indent=" " * (len(line) - len(line.lstrip()) + hang),
         replace_whitespace=False,
         break_long_words=False,  # paths and ids can be copied whole
         break_on_hyphens=False,

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from mltfr_dist.cli.fields import section_from
+from mltfr_dist.cli.screen import show
 from mltfr_dist.cli.serving_commands import (
     command_explain,
     command_export,
@@ -21,6 +22,7 @@ from mltfr_dist.config import (
     TrainingConfig,
 )
 from mltfr_dist.errors import ConfigError, DataError
+from mltfr_dist.progress import say
 from mltfr_dist.resolve import resolve_config
 from mltfr_dist.startup import started
 
@@ -49,7 +51,7 @@ def command_fetch(options: argparse.Namespace) -> None:
     from mltfr_dist.data.sources.fetch import fetch_set, sets_text
 
     if not options.names:
-        print(sets_text())
+        show(sets_text())
     for name in options.names:
         fetch_set(name, options.output)
 
@@ -65,13 +67,13 @@ def command_inspect(options: argparse.Namespace) -> None:
         from mltfr_dist.tables.inspect import inspect_table
 
         refuse(options.output, "--output", "plots prepared data", f"{folder} is a token table")
-        print(inspect_table(folder, options.neighbours))
+        show(inspect_table(folder, options.neighbours))
     elif (folder / "manifest.json").exists():
         from mltfr_dist.data.inspect.report import inspect
 
         words = "looks up a word in a token table"
         refuse(options.neighbours, "--neighbours", words, f"{folder} is prepared data")
-        print(inspect(folder, options.output))
+        show(inspect(folder, options.output))
     else:
         raise _neither(folder)
 
@@ -106,7 +108,7 @@ def command_tables(options: argparse.Namespace) -> None:
         from mltfr_dist.tables.geometry_report import inspect_tables
 
         words = options.words or ()
-        print(inspect_tables(options.sources, words=words, pictures=options.pictures))
+        show(inspect_tables(options.sources, words=words, pictures=options.pictures))
         return
     from mltfr_dist.tables.build import build_tables
 
@@ -142,11 +144,11 @@ def command_sweep(options: argparse.Namespace) -> None:
     from mltfr_dist.tuning.source import go_where_begun, load_sweep
 
     sweep = load_sweep(go_where_begun(Path(options.space)), options.overrides)
-    print(f"sweep `{sweep.name}`: space and inputs are checked ...", flush=True)
+    say(f"sweep `{sweep.name}`: space and inputs are checked ...")
     from mltfr_dist.tuning.sweep import plan_sweep, run_sweep  # PyTorch: seconds
 
     if options.dry_run:
-        print(plan_sweep(sweep))
+        show(plan_sweep(sweep))
         return
     report = run_sweep(
         sweep,
@@ -154,7 +156,7 @@ def command_sweep(options: argparse.Namespace) -> None:
         nodes=options.nodes,
         retry_failed=options.retry_failed,
     )
-    print(report.read_text(), end="")
+    show(report.read_text().rstrip("\n"))
 
 
 def command_evaluate(options: argparse.Namespace) -> None:
@@ -182,7 +184,7 @@ def command_report(options: argparse.Namespace) -> None:
 
     paths = [Path(run) for run in options.runs]
     if all(path.suffix == ".parquet" for path in paths):
-        print(summary(paths, Options(margin=options.margin, difference=options.difference)))
+        show(summary(paths, Options(margin=options.margin, difference=options.difference)))
         return
     for name in ("margin", "difference"):
         words = "belongs to differences between the runs of a matrix"
@@ -193,7 +195,7 @@ def command_report(options: argparse.Namespace) -> None:
             rule="One run folder, or any number of .parquet files.",
             remedy="Name one run at a time.",
         )
-    print(folder_report(paths[0]), end="")
+    show(folder_report(paths[0]).rstrip("\n"))
 
 
 def command_compare(options: argparse.Namespace) -> None:
@@ -207,10 +209,10 @@ def command_compare(options: argparse.Namespace) -> None:
         options.metric, options.resamples, options.seed, options.margin, options.difference
     )
     found = compare_runs(options.runs, options.split, asked)
-    print(text.as_text(found))
+    show(text.as_text(found))
     if options.output:
         written = text.write(found, options.output)
-        print(f"\nWritten: {', '.join(map(str, written))}")
+        show(f"\nWritten: {', '.join(map(str, written))}")
 
 
 KEPT = {

@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from mltfr_dist.cli.screen import show
 from mltfr_dist.schema import Known, Section, validate
 
 
@@ -93,7 +94,7 @@ class FormatAction(argparse.Action):
         if values == "help":
             from mltfr_dist.data.sources.layouts import format_help
 
-            print(format_help(), end="")
+            show(format_help().rstrip("\n"))
             parser.exit()
         setattr(namespace, self.dest, values)
 

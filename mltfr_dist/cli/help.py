@@ -14,6 +14,7 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.invocation import is_first, is_rank
 from mltfr_dist.presets import PRESETS
+from mltfr_dist.progress import say_error
 from mltfr_dist.schema import Section, field_at, field_paths, nearest_key, section_at
 
 WIDEST = 100
@@ -65,7 +66,8 @@ class Parser(argparse.ArgumentParser):
         """End with exit code 2; of several ranks one says why."""
         remedy = f"`{self.prog} --help` lists what can be given."
         if not is_rank():
-            self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n{remedy}\n")
+            say_error(f"{self.format_usage()}{self.prog}: error: {message}\n{remedy}")
+            self.exit(2)
         from mltfr_dist.distributed.meeting import say_why
 
         self.exit(say_why(ConfigError(f"{self.prog}: {message}.", remedy=remedy)))

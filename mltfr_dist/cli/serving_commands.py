@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from mltfr_dist.cli.fields import section_from
+from mltfr_dist.cli.screen import show
 from mltfr_dist.config.index import IndexConfig
 from mltfr_dist.errors import ConfigError
 
@@ -46,7 +47,7 @@ def command_recommend(options: argparse.Namespace) -> None:
         refuse(asked, f"--{name}", "belongs to --histories", "--history is given")
     history = [part.strip() for part in options.history.split(",") if part.strip()]
     model = open_model(Path(options.run))
-    print(
+    show(
         recommendation_text(
             model, history, k=options.k, explain=options.explain, keep_seen=options.keep_seen
         )
@@ -79,7 +80,7 @@ def command_explain(options: argparse.Namespace) -> None:
     from mltfr_dist.training.using.explain_run import explain_run
 
     page = explain_run(Path(options.run), options.output, options.control, options.users)
-    print(f"{page}: open it in a browser; TensorBoard has it in short (texts of `explain`)")
+    show(f"{page}: open it in a browser; TensorBoard has it in short (texts of `explain`)")
 
 
 def command_export(options: argparse.Namespace) -> None:
@@ -90,7 +91,7 @@ def command_export(options: argparse.Namespace) -> None:
 
     info = export(Path(options.run), Path(options.output), options.format)
     spec = info.spec
-    print(
+    show(
         f"{options.output}: {spec.backbone.name}, {spec.num_items} items, "
         f"{len(spec.tables)} token tables, {size_line(info, Path(options.output))}"
     )
@@ -104,4 +105,4 @@ def command_index(options: argparse.Namespace) -> None:
 
     config = section_from(IndexConfig, options)
     info = write_index(Path(options.run), options.output, config, options.histories)
-    print(f"{options.output}: {report(info)}", end="")
+    show(f"{options.output}: {report(info)}".rstrip("\n"))

@@ -18,7 +18,7 @@ from types import FrameType
 from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.launch import expected_rank
 from mltfr_dist.errors import EXIT_STOPPED, StoppedError
-from mltfr_dist.progress import WIPED
+from mltfr_dist.progress import fit_error
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -59,8 +59,9 @@ def forget_request() -> None:
 def stop_signals() -> Iterator[None]:
     """Take the stop signals as a request while a run goes, and as before afterwards.
 
-    Once asked they are ignored: the first rank that exits makes a launcher end the others, whose
-    exit code should say why. Without a launcher a second Ctrl-C does what it did before.
+    Once asked, or once a rank has failed, they are ignored: the first rank that exits makes a
+    launcher end the others, whose exit code should say why. Without a launcher a second Ctrl-C does
+    what it did before.
     """
     if (
         threading.current_thread() is not threading.main_thread()
@@ -81,11 +82,14 @@ def stop_signals() -> Iterator[None]:
 
     for number in before:
         signal.signal(number, request)
+    failed = True
     try:
         yield
+        failed = False
     finally:
+        ignored = stop_requested() or (failed and not is_alone())
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if stop_requested() else handler)
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
 
 
 @contextmanager
@@ -166,7 +170,7 @@ def tell(line: str) -> None:
     use.
     """
     with suppress(OSError):
-        os.write(2, f"{WIPED * os.isatty(2)}{line}\n".encode())
+        os.write(2, f"{fit_error(line, sys.__stderr__) if sys.__stderr__ else line}\n".encode())
 
 
 def leave_lost_terminal() -> None:

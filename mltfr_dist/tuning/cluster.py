@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.progress import duration
+from mltfr_dist.progress import duration, say
 from mltfr_dist.tuning.checks import check_inputs, check_resources
 from mltfr_dist.tuning.own_ray import start_own_ray
 from mltfr_dist.tuning.ray_watch import quieten, ray_watched
@@ -100,10 +100,9 @@ def join(address: str, nodes: int) -> None:
                 return
         if time.monotonic() - said > 10:
             said = time.monotonic()
-            print(
+            say(
                 f"  the Ray cluster at {address} has {there} of {nodes} nodes, waiting for up to "
-                f"{duration(JOIN_SECONDS - (said - began))}",
-                flush=True,
+                f"{duration(JOIN_SECONDS - (said - began))}"
             )
         time.sleep(1)
     raise ConfigError(

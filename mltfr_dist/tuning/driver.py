@@ -28,6 +28,7 @@ from mltfr_dist.distributed.signals import (
     unless_again,
 )
 from mltfr_dist.errors import StoppedError
+from mltfr_dist.progress import say
 from mltfr_dist.tuning.cluster import Cluster
 from mltfr_dist.tuning.hparams import write_all
 from mltfr_dist.tuning.numbering import next_trial
@@ -83,7 +84,7 @@ def run_trials(
     if not read_test:
         write_all(trials)
     for line in space_lines(space):
-        print(line, flush=True)
+        say(line)
     if not missing:
         return
     (folder / STOP).unlink(missing_ok=True)
@@ -186,7 +187,7 @@ class FolderSearch(Searcher):  # type: ignore[misc]
         if coming is None:
             return str(Searcher.FINISHED)
         if coming.was_deleted:
-            print(f"  trial {coming.number:04d}  was deleted and is run again", flush=True)
+            say(f"  trial {coming.number:04d}  was deleted and is run again")
         return given(Trial(folder, coming.number, coming.record).save())
 
     def on_trial_complete(

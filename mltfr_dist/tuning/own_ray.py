@@ -17,6 +17,7 @@ from ray._private import services
 from ray._private.node import Node
 
 from mltfr_dist.errors import ConfigError
+from mltfr_dist.progress import say
 
 MOST_FOLDER_CHARACTERS = 40
 """Of Ray's folder: a socket's whole name, with Ray's own 64 characters behind it, may have 107."""
@@ -101,7 +102,7 @@ def ray_folder() -> Path:
         return usual
     for folder in (Path("/tmp/ray"), Path(f"/tmp/ray-{os.getuid()}"), Path("/dev/shm/ray")):
         if not unusable(folder):
-            print(f"Ray keeps its files in {folder}: {usual} {why}.", flush=True)
+            say(f"Ray keeps its files in {folder}: {usual} {why}.")
             return folder
     raise ConfigError(
         f"Ray has no folder for its files: {usual} {why}, and /tmp cannot be used either.",

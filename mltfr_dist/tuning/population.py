@@ -19,6 +19,7 @@ from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.progress import say
 from mltfr_dist.tuning.domain import Domain
 from mltfr_dist.tuning.ray_trial import EPOCH, GENERATION, NUMBER, OBJECTIVE
 from mltfr_dist.tuning.records import Trial
@@ -100,7 +101,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         for trial in (*upper, *lower):
             self._checkpoint_or_exploit(trial, tune_controller, upper, lower)
         taken = "; ".join(self._takes) or "none takes over another's weights"
-        print(f"  epoch {self._due}, all {size} trials compared: {taken}", flush=True)
+        say(f"  epoch {self._due}, all {size} trials compared: {taken}")
         behind = max(state.last_train_time for state in self._trial_state.values())
         self._due = self._turns.end_after(behind)
 

@@ -17,6 +17,7 @@ import ray
 
 from mltfr_dist.distributed.signals import end_children
 from mltfr_dist.errors import EXIT_LOST, LostRankError, StoppedError, fail
+from mltfr_dist.progress import say
 
 LOW = 8 * 2**20
 """Bytes free in Ray's folder below which no process may start: Ray waits for it for ever."""
@@ -79,7 +80,7 @@ class Room:
         if not self._told:
             self._told = True
             what = "no process can start, trials go on in those that are there"
-            print(f"  Ray's folder {session_folder()} is full: {what}", flush=True)
+            say(f"  Ray's folder {session_folder()} is full: {what}")
         if trains or not self._since:
             self._since = time.monotonic()
         return time.monotonic() - self._since > STUCK_SECONDS

@@ -11,6 +11,7 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.config.io import dump_yaml
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.files import packaged_names, with_packaged
+from mltfr_dist.progress import say
 from mltfr_dist.resolve import merge_values, parse_override, resolve_config
 from mltfr_dist.schema import changed, nested, or_nearest, validate
 from mltfr_dist.training.origin import ORIGIN, origins
@@ -72,7 +73,7 @@ def go_where_begun(space: Path) -> Path:
     for begin in begins:
         if (begin / sweep.folder).resolve() == folder.resolve():
             if begin != Path.cwd():
-                print(f"working in {begin}, where the sweep `{sweep.name}` was started", flush=True)
+                say(f"working in {begin}, where the sweep `{sweep.name}` was started")
                 os.chdir(begin)
             return folder / SWEEP
     places = ", nor ".join(str(begin / sweep.folder) for begin in begins)

@@ -11,7 +11,7 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial as RayTrial
 
-from mltfr_dist.progress import duration
+from mltfr_dist.progress import duration, say
 from mltfr_dist.tuning.hparams import write_hparams
 from mltfr_dist.tuning.ray_trial import EPOCH, GENERATION, NUMBER, STOP, TrialSetting
 from mltfr_dist.tuning.ray_watch import Room, room_is_low
@@ -70,11 +70,10 @@ class Progress(Callback):  # type: ignore[misc]
         """Called by Tune before the first trial."""
         self.take_signals()
         sweep = self.setting.sweep
-        print(
+        say(
             f"sweep `{sweep.name}`: {self.missing} of {self.space.num_trials} trials to do, "
             f"{self.concurrent} at a time, "
             f"up to {self.epochs} epochs each; tensorboard --logdir {self.setting.folder}",
-            flush=True,
         )
 
     def on_trial_start(
@@ -90,7 +89,7 @@ class Progress(Callback):  # type: ignore[misc]
             ours = ours.next_generation(values)
         done = behind[-1].epoch if behind else 0
         self.running.setdefault(number, Running(time.monotonic(), done, done))
-        print(f"  trial {ours.name}  {shown(ours.values)}{going_on}", flush=True)
+        say(f"  trial {ours.name}  {shown(ours.values)}{going_on}")
 
     def on_trial_result(
         self,
@@ -109,7 +108,7 @@ class Progress(Callback):  # type: ignore[misc]
     ) -> None:
         """Called by Tune where a trial failed and is started again."""
         ours = load_trial(self.setting.folder, trial.config[NUMBER])
-        print(f"  trial {ours.name}  failed and is started again: {ours.reason}", flush=True)
+        say(f"  trial {ours.name}  failed and is started again: {ours.reason}")
 
     def on_trial_error(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any
@@ -121,9 +120,7 @@ class Progress(Callback):  # type: ignore[misc]
         if room_is_low():
             self.no_room = True
             self.running.pop(ours.number, None)
-            print(
-                f"  trial {ours.name}  stays unfinished: no room to start its process", flush=True
-            )
+            say(f"  trial {ours.name}  stays unfinished: no room to start its process")
             return
         self._over(ours.end("failed", ours.reason), f"failed: {ours.reason}")
 
@@ -164,7 +161,7 @@ class Progress(Callback):  # type: ignore[misc]
         if not self.setting.read_test:
             write_hparams(trial)
         value = "" if best is None else f"  {sweep.metric} {best:.4f}"
-        print(f"  trial {trial.name}  {how}{value}  ({self.seconds[-1]:.0f} s)", flush=True)
+        say(f"  trial {trial.name}  {how}{value}  ({self.seconds[-1]:.0f} s)")
         self._status()
 
     def _status(self) -> None:
@@ -184,7 +181,7 @@ class Progress(Callback):  # type: ignore[misc]
         left = self._left(time.monotonic())
         if left is not None and over < self.missing:
             text += f", about {duration(left)} left"
-        print(text, flush=True)
+        say(text)
 
     def _left(self, now: float) -> float | None:
         running, waiting = list(self.running.values()), self.missing - len(self.seconds)

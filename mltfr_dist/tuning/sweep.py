@@ -15,6 +15,7 @@ from threading import Thread
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.files import write_atomically
+from mltfr_dist.progress import say
 from mltfr_dist.training.origin import record_origin
 from mltfr_dist.training.run_folder import dump_config, read_yaml
 from mltfr_dist.tuning.checks import check_folder, check_inputs, check_machine, check_space
@@ -68,7 +69,7 @@ def run_sweep(
     if address is None:
         check_machine(sweep)
     check_inputs(sweep, base)  # last, for it reads files of any size
-    print(f"sweep `{sweep.name}`: inputs are sound, Ray starts ...", flush=True)
+    say(f"sweep `{sweep.name}`: inputs are sound, Ray starts ...")
     set_environment(LOOPBACK if address is None else {})
     from mltfr_dist.tuning.cluster import ray_cluster  # imports Ray, which reads its environment
 

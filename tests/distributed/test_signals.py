@@ -146,6 +146,29 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_no_other_signal_does(tmp_path: P
     assert command.said[-1].startswith("StoppedError: Ctrl-C ended the run: ")
 
 
+FAILED = """
+import time
+from contextlib import suppress
+from mltfr_dist.distributed.signals import ended_by_signals, stop_signals
+with ended_by_signals("the run: what it has saved stays"):
+    with suppress(ValueError), stop_signals():
+        raise ValueError
+    print("failed", flush=True)
+    time.sleep(1)
+raise SystemExit(3)
+"""
+
+
+def test_a_rank_that_has_failed_says_why_though_its_launcher_ends_it(
+    tmp_path: Path,
+) -> None:
+    code = f"import os; os.environ['MASTER_ADDR'] = 'here'\n{FAILED}"
+    command = Command([sys.executable, "-c", code], tmp_path)
+    command.wait_for_line("failed")
+    assert command.signalled(signal.SIGTERM) == 3
+    assert command.said == ["failed"]
+
+
 def test_what_is_ignored_stays_so(tmp_path: Path) -> None:
     code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + TWICE
     command = Command([sys.executable, "-c", code], tmp_path)

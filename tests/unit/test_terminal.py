@@ -10,6 +10,7 @@ import sys
 import termios
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -20,6 +21,7 @@ from support import tiny_config
 import train
 from mltfr_dist import progress
 from mltfr_dist.cli import main
+from mltfr_dist.cli.screen import fitted
 from mltfr_dist.data.prepare import database
 from mltfr_dist.errors import ConfigError, fail
 from mltfr_dist.progress import StatusLine, duration, say
@@ -116,6 +118,83 @@ def test_an_error_takes_the_place_of_a_status_line(screen: Screen) -> None:
     StatusLine(screen.stream, 10, print).show("step 3")
     assert fail(ConfigError("What.", remedy="How.")) == 2
     assert screen.lines() == ["ConfigError: What. How.", ""]
+
+
+def test_an_error_is_broken_between_words_and_a_command_in_it_is_not(screen: Screen) -> None:
+    screen.take()
+    command = "`mltfr sweep runs/sweeps/one/sweep.yaml --retry-failed`"
+    fail(ConfigError("The trial failed, " * 5 + "again.", remedy=f"Type {command} to go on."))
+    shown = screen.lines()
+    assert len(shown) == 4
+    assert shown[1].startswith("failed, The trial failed,")
+    assert any(command in line for line in shown)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prepare", "--format", "help"],
+        ["fetch"],
+        ["frobnicate"],
+        ["train", "--preset", "demo", "mltfr.router.topk=3"],
+        ["sweep", "demo", "num_trial=4"],
+        ["report", "nowhere", "--differense", "0.1"],
+    ],
+    ids=" ".join,
+)
+def test_what_commands_list_and_refuse_fits(screen: Screen, words: list[str]) -> None:
+    screen.take()
+    with suppress(SystemExit):
+        main(words)
+    assert len(" ".join(screen.lines())) > 100
+
+
+MARKDOWN = """# Run
+
+| model | split | {heads} |
+|---|---|{rule}|
+| sasrec + MLTFR | valid | {cells} |
+| sasrec + MLTFR | test | {cells} |
+
+{prose}
+
+```yaml
+{code}
+```
+"""
+
+
+def test_a_wide_table_of_a_report_comes_in_parts() -> None:
+    heads = [f"metric-{k}" for k in range(14)]
+    prose, code = "many words, " * 12 + "end.", "key: " + "long " * 30 + "end"
+    text = MARKDOWN.format(
+        heads=" | ".join(heads),
+        rule="|".join(["---:"] * 14),
+        cells=" | ".join(f"0.{k:06}" for k in range(14)),
+        prose=prose,
+        code=code,
+    )
+    shown = fitted(text, 80).split("\n")
+    assert [line for line in shown if len(line) > 80] == [code]
+    tests = [line for line in shown if line.startswith("| sasrec + MLTFR | test ")]
+    cells = [cell.strip() for line in tests for cell in line.strip("|").split("|")[2:]]
+    assert cells == [f"0.{k:06}" for k in range(14)], "all are there, once, each by its model"
+    at = next(k for k, line in enumerate(shown) if "metric-13" in line)
+    assert shown[at].index("metric-13") == shown[at + 3].index("0.000013")
+    assert prose in " ".join(shown)
+    assert fitted(text, 400) == text
+
+
+def test_a_wide_table_of_a_comparison_comes_in_parts() -> None:
+    rows = [("slice", *(f"column {k}" for k in range(9)))]
+    rows += [(f"rare target ({k})", *(f"{k}.{n:05}" for n in range(9))) for k in range(3)]
+    text = "\n".join("  ".join([f"{a:<16}", *(f"{b:>10}" for b in more)]) for a, *more in rows)
+    shown = fitted(text, 80).split("\n")
+    assert max(map(len, shown)) <= 80
+    assert [line.split()[3:] for line in shown if line.startswith("rare target (1)")] == [
+        [f"1.{n:05}" for n in range(5)],
+        [f"1.{n:05}" for n in range(5, 9)],
+    ]
 
 
 def test_lines_are_broken_between_words_and_a_path_is_not(screen: Screen) -> None:

@@ -27,9 +27,8 @@ def sets_text() -> str:
         known = "known" if found.checksum else "first"
         about = found.about if found.url else f"{found.about} (by hand: `mltfr fetch {name}`)"
         lines.append(f"{name:<20} {known:<9} {about}")
-    lines.append(
-        "checksum: known beforehand, or recorded by the first fetch and compared from then on."
-    )
+    said = "checksum: known beforehand, or recorded by the first fetch and compared from then on."
+    lines += ["", said]
     return "\n".join(lines)
 
 
