@@ -1,7 +1,7 @@
 """Checkpoints: whole tensors in safetensors and a JSON header. No pickle; complete or absent, never
 half.
 
-A checkpoint is a folder, written beside its place and renamed into it. Learning rate, dropout,
+A checkpoint is a folder, written beside its path and renamed into it. Learning rate, dropout,
 negatives and data order are functions of (seed, stage, step), so beside tensors the state is a few
 numbers, and the same at any world size.
 """
@@ -130,7 +130,7 @@ def finish(folder: Path, progress: Progress, hashes: Mapping[str, str]) -> None:
     """Write the header, when all else is on the disk, and give the checkpoint its name.
 
     Args:
-        folder: The checkpoint's place.
+        folder: The checkpoint's path.
         progress: Where the run stands.
         hashes: Of all files of tensors, which lie in :func:`partial_of` it.
 
@@ -269,12 +269,12 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
 
 
 def step_folder(folder: Path, progress: Progress) -> Path:
-    """Place of the checkpoint that a run goes on from."""
+    """Folder of the checkpoint that a run goes on from."""
     return folder / f"{progress.stage}-step{progress.step:09d}"
 
 
 def validated_folder(folder: Path, stage: str, epoch: int) -> Path:
-    """Place of the weights after so many epochs, kept for their validation. Each epoch has its own:
-    none is overwritten.
+    """Folder of the weights after so many epochs, kept for their validation. Each epoch has its
+    own: none is overwritten.
     """
     return folder / f"{stage}-best{epoch:05d}"

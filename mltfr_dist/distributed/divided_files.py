@@ -27,7 +27,7 @@ from torch import Tensor
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.row_layout import RowLayout
 from mltfr_dist.distributed.sending import send_bytes, send_text
-from mltfr_dist.distributed.tensor_file import pieces, places_in
+from mltfr_dist.distributed.tensor_file import pieces, tensors_in
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import DamagedError
 
@@ -100,14 +100,14 @@ def shapes_of(folder: Path, files: list[str]) -> dict[str, list[int]]:
     """
     shapes: dict[str, list[int]] = {}
     for file in files:
-        for name, place in places_in(folder / file).items():
-            rows, columns = place.shape
+        for name, stored in tensors_in(folder / file).items():
+            rows, columns = stored.shape
             shapes[name] = [shapes.get(name, [0])[0] + rows, columns]
     return shapes
 
 
 def blocks_of(num_rows: int, columns: int) -> Iterator[tuple[int, Tensor]]:
-    """Places in the order of rows: the first of a block, and the ids [n] of all of the block."""
+    """Positions in the order of rows: the first of a block, and the ids [n] of all of the block."""
     layout, step = RowLayout(num_rows, 1), max(1, BLOCK_BYTES // (4 * columns))
     for first in range(0, num_rows, step):
         yield first, layout.ids_between(first, min(first + step, num_rows))

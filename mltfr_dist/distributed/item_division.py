@@ -89,7 +89,7 @@ class RankDivision(Division):
         *,
         normalise: bool,
     ) -> tuple[RankCounts, Tensor | None]:
-        """Places of this rank's users: every rank counts in its own rows for all users, and counts
+        """Counts of this rank's users: every rank counts in its own rows for all users, and counts
         are added.
         """
         counts, pairs = (self.exchange.counts(len(part)) for part in (hidden, exclude.rows))

@@ -24,7 +24,7 @@ class Part:
     """This rank's files of one checkpoint, written by a thread."""
 
     def __init__(self, folder: Path, files: Files) -> None:
-        """Args: folder: the checkpoint's place; files: may be none."""
+        """Args: folder: the checkpoint's path; files: may be none."""
         self._folder, self._files = folder, files
         self._hashes: dict[str, str] = {}
         self._error: BaseException | None = None

@@ -74,7 +74,7 @@ class Saver:
         begun at an earlier step is finished first.
 
         Args:
-            folder: Its place.
+            folder: Its path.
             progress: Where the run stands.
             with_optimizer: Whether it is one to go on from.
             then: What rank 0 does once it is complete.

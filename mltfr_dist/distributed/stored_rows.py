@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mltfr_dist.distributed.checkpoint import MODEL, read_header, row_files
 from mltfr_dist.distributed.row_layout import RowLayout
-from mltfr_dist.distributed.tensor_file import Place, places_in
+from mltfr_dist.distributed.tensor_file import Stored, tensors_in
 from mltfr_dist.errors import DamagedError
 from mltfr_dist.models.divided_rows import DividedRows, Division
 
@@ -37,7 +37,7 @@ class Run(NamedTuple):
     offset: int
     """Bytes before the first."""
     first: int
-    """Place of the first in the whole order."""
+    """Position of the first in the whole order."""
 
 
 class StoredRows(Division):
@@ -107,11 +107,11 @@ def items_of_checkpoint(folder: Path) -> Callable[[int], Division] | None:
 
 def _divided(paths: Sequence[Path], num_rows: int) -> StoredRows:
     layout = RowLayout(num_rows, len(paths))
-    positions = [_item_table(path) for path in paths]
-    for path, place, (first, end) in zip(paths, positions, pairwise(layout.bounds), strict=True):
-        if place.shape[0] != end - first:
+    tables = [_item_table(path) for path in paths]
+    for path, stored, (first, end) in zip(paths, tables, pairwise(layout.bounds), strict=True):
+        if stored.shape[0] != end - first:
             raise DamagedError(
-                f"{path} holds {place.shape[0]:,} rows of an item table in place of "
+                f"{path} holds {stored.shape[0]:,} rows of an item table in place of "
                 f"{end - first:,}.",
                 remedy="Restore it from a copy.",
             )
@@ -125,15 +125,15 @@ def items_of_file(path: Path) -> Callable[[int], Division]:
     """
 
     def divide(num_rows: int) -> StoredRows:
-        place = _item_table(path)
-        assert place.shape[0] == num_rows
-        return StoredRows([Run(path, place.offset, 0)], place.shape[1], None)
+        stored = _item_table(path)
+        assert stored.shape[0] == num_rows
+        return StoredRows([Run(path, stored.offset, 0)], stored.shape[1], None)
 
     return divide
 
 
-def _item_table(path: Path) -> Place:
-    found = [place for name, place in places_in(path).items() if name in ITEM_TABLES]
+def _item_table(path: Path) -> Stored:
+    found = [stored for name, stored in tensors_in(path).items() if name in ITEM_TABLES]
     if len(found) != 1 or found[0].dtype != torch.float32:
         raise DamagedError(
             f"{path} holds no item table in float32.", remedy="Restore it from a copy."

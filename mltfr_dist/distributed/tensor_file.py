@@ -42,7 +42,7 @@ class Streamed(NamedTuple):
     """Its parts along the first dimension, in order."""
 
 
-class Place(NamedTuple):
+class Stored(NamedTuple):
     """Where a file holds a tensor."""
 
     dtype: torch.dtype
@@ -104,7 +104,7 @@ def _header(tensors: Mapping[str, Tensor | Streamed]) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-def places_in(path: Path) -> dict[str, Place]:
+def tensors_in(path: Path) -> dict[str, Stored]:
     """Where a file holds its tensors, by name.
 
     Raises:
@@ -117,7 +117,7 @@ def places_in(path: Path) -> dict[str, Place]:
             described = json.loads(file.read(min(size, path.stat().st_size)))
         described.pop("__metadata__", None)
         return {
-            name: Place(dtypes[t["dtype"]], tuple(t["shape"]), 8 + size + t["data_offsets"][0])
+            name: Stored(dtypes[t["dtype"]], tuple(t["shape"]), 8 + size + t["data_offsets"][0])
             for name, t in described.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -31,7 +31,7 @@ def padded(numbers: Sequence[Sequence[int]], max_len: int) -> Tensor:
 
 
 def chunks(numbers: Sequence[Sequence[int]], num_items: int) -> Iterator[list[int]]:
-    """Places of histories that are computed together: of like length, for the longest decides."""
+    """Indices of histories that are computed together: of like length, for the longest decides."""
     size = max(1, min(HISTORIES, SCORES // (num_items + 1)))
     order = sorted(range(len(numbers)), key=lambda index: len(numbers[index]))
     for start in range(0, len(order), size):

@@ -68,7 +68,7 @@ class Texts(Sequence[T], Generic[T]):
 
 
 class Lookup:
-    """Places of texts, found by a hash of 64 bits and compared: 12 bytes a text."""
+    """Indices of texts, found by a hash of 64 bits and compared: 12 bytes a text."""
 
     def __init__(self, texts: Texts[str]) -> None:
         """Args: texts: [I], no two alike."""

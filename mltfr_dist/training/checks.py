@@ -63,7 +63,7 @@ def check_filter(config: FilterConfig, table: TokenTable) -> None:
 
 
 def consensus_tables(config: RunConfig, tables: Sequence[TokenTable]) -> list[int]:
-    """Places of the tables whose experts are merged.
+    """Indices of the tables whose experts are merged.
 
     Raises:
         ConfigError: A name that is no table's, or experts of unequal shape.

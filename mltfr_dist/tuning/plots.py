@@ -71,12 +71,12 @@ def parallel_coordinates(
             zorder=2 + shade,
             **look,
         )
-    for place, key in enumerate(keys):
-        axes.axvline(place, color="0.7", zorder=0)
+    for index, key in enumerate(keys):
+        axes.axvline(index, color="0.7", zorder=0)
         for at, text in ticks(sweep.search[key]).items():
             axes.annotate(
                 text,
-                (place, at),
+                (index, at),
                 xytext=(4, 0),
                 textcoords="offset points",
                 **LABEL,
@@ -114,14 +114,14 @@ def effects(
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(grouped), sharey=True, squeeze=False)[0]
     for panel, (key, parts) in zip(panels, grouped.items()):
-        for place, some in enumerate(parts.values()):
+        for index, some in enumerate(parts.values()):
             points = [
                 max(v.metrics[sweep.metric_name] for v in t.validations() if v.epoch <= epoch)
                 for t in some
             ]
-            at = positions(sweep.search[key], place, [(t.number, t.values[key]) for t in some])
+            at = positions(sweep.search[key], index, [(t.number, t.values[key]) for t in some])
             panel.plot(at, points, "o", color=PALETTE(0.4), alpha=0.5, markersize=4, mew=0)
-            ends = [place - 0.3, place + 0.3] if is_listed(sweep.search[key]) else [at[0], at[-1]]
+            ends = [index - 0.3, index + 0.3] if is_listed(sweep.search[key]) else [at[0], at[-1]]
             panel.plot(ends, [np.mean(points)] * 2, linewidth=2.5, **MEAN)
         if is_listed(sweep.search[key]):
             panel.set_xticks(range(len(parts)), list(parts), rotation=30, ha="right", fontsize=8)
@@ -143,22 +143,22 @@ def is_listed(domain: Domain) -> bool:
     return domain.options() is not None
 
 
-def positions(domain: Domain, place: int, trials: Sequence[tuple[int, Any]]) -> list[float]:
+def positions(domain: Domain, index: int, trials: Sequence[tuple[int, Any]]) -> list[float]:
     """Where points lie along a field's axis: numbers where they are, or else slopes would show.
 
-    Names are spread about their place, by the trial's number in steps of the golden ratio: evenly,
+    Names are spread about their index, by the trial's number in steps of the golden ratio: evenly,
     and whatever their order.
 
     Args:
         domain: The field's values.
-        place: Of the value, where they are listed.
+        index: Of the value, where they are listed.
         trials: Number of each trial, and its value.
     """
     if not is_listed(domain):
         return [float(value) for _, value in trials]
     if all(isinstance(value, int | float) for _, value in trials):
-        return [float(place)] * len(trials)
-    return [place + 0.36 * ((number * GOLDEN) % 1 - 0.5) for number, _ in trials]
+        return [float(index)] * len(trials)
+    return [index + 0.36 * ((number * GOLDEN) % 1 - 0.5) for number, _ in trials]
 
 
 def others(count: int) -> dict[str, float]:

@@ -66,8 +66,8 @@ class TrialSetting:
     def config(self, trial: Trial) -> RunConfig:
         """The run's configuration."""
         config = with_values(self.base, trial.values)
-        place = {"name": trial.name, "runs_dir": trial.folder.parent}
-        return changed(config, place, source="the sweep")
+        own = {"name": trial.name, "runs_dir": trial.folder.parent}
+        return changed(config, own, source="the sweep")
 
 
 class Attempt(threading.Thread):
@@ -184,8 +184,8 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """PBT: all that another trial needs to go on in this one's place."""
         epochs = self.record.validations()[self.seen - 1].epoch
-        place = take_snapshot(self.record, epochs)
-        (Path(checkpoint_dir) / SNAPSHOT).write_text(str(place))
+        snapshot = take_snapshot(self.record, epochs)
+        (Path(checkpoint_dir) / SNAPSHOT).write_text(str(snapshot))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """PBT: go on from another trial's checkpoint with this one's new values, as a run of its

@@ -80,7 +80,7 @@ class Trial:
 
     @property
     def values(self) -> Values:
-        """Its place in the space."""
+        """Its point of the space: field to value."""
         return self.record.values
 
     @property

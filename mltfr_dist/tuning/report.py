@@ -55,8 +55,8 @@ def write_best(sweep: SweepConfig, resolved: RunConfig, best: Trial) -> None:
     (threads, no baselines).
     """
     config = with_values(resolved, best.values)
-    place = {"name": f"{sweep.name}-best", "runs_dir": sweep.folder}
-    write_atomically(sweep.folder / BEST, dump_config(changed(config, place, source="the sweep")))
+    own = {"name": f"{sweep.name}-best", "runs_dir": sweep.folder}
+    write_atomically(sweep.folder / BEST, dump_config(changed(config, own, source="the sweep")))
 
 
 def common_epoch(trials: Sequence[Trial]) -> int:

@@ -27,12 +27,12 @@ def take_snapshot(trial: Trial, epochs: int) -> Path:
         epochs: That it has behind it.
     """
     above = trial.sweep / "ray" / SNAPSHOTS / f"{trial.number:04d}"
-    place = above / f"{epochs:06d}"
-    shutil.rmtree(place, ignore_errors=True)
-    copy_run(trial.folder, place)
+    target = above / f"{epochs:06d}"
+    shutil.rmtree(target, ignore_errors=True)
+    copy_run(trial.folder, target)
     for older in sorted(above.iterdir())[:-KEPT]:
         shutil.rmtree(older)
-    return place
+    return target
 
 
 def make_run(config: RunConfig, snapshot: Path) -> None:
@@ -42,25 +42,25 @@ def make_run(config: RunConfig, snapshot: Path) -> None:
     (config.folder / CONFIG).write_text(dump_config(config))
 
 
-def copy_run(source: Path, place: Path) -> None:
+def copy_run(source: Path, target: Path) -> None:
     """Copy what a run goes on from.
 
     Files of checkpoints are never changed, so they are linked where the file system can.
     """
-    place.mkdir(parents=True)
+    target.mkdir(parents=True)
     shutil.copytree(
         source / CHECKPOINTS,
-        place / CHECKPOINTS,
+        target / CHECKPOINTS,
         ignore=shutil.ignore_patterns(".*"),
         copy_function=link,
     )
     for name in (METRICS, INPUTS):
-        shutil.copy(source / name, place)
+        shutil.copy(source / name, target)
 
 
-def link(source: str, place: str) -> None:
+def link(source: str, target: str) -> None:
     """Link a file, or copy it."""
     try:
-        os.link(source, place)
+        os.link(source, target)
     except OSError:
-        shutil.copy2(source, place)
+        shutil.copy2(source, target)

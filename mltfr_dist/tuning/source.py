@@ -76,12 +76,12 @@ def go_where_begun(space: Path) -> Path:
                 say(f"working in {begin}, where the sweep `{sweep.name}` was started")
                 os.chdir(begin)
             return folder / SWEEP
-    places = ", nor ".join(str(begin / sweep.folder) for begin in begins)
+    paths = ", nor ".join(str(begin / sweep.folder) for begin in begins)
     raise ConfigError(
-        f"{folder} was moved: the sweep `{sweep.name}` is not at {places}.",
+        f"{folder} was moved: the sweep `{sweep.name}` is not at {paths}.",
         rule="A sweep's paths begin where it was started, and its folder can be moved only with "
         "all that it reads.",
-        remedy="Move it back to one of these places.",
+        remedy="Move it back to one of these folders.",
     )
 
 

@@ -208,7 +208,7 @@ def with_values(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 
 def base_values(sweep: SweepConfig, base: RunConfig) -> Values | None:
-    """The base's own place in the space; None where it has none."""
+    """The base's own point of the space; None where it lies outside."""
     leaves = leaf_values(base)
     values = {key: leaves[key] for key in sweep.search}
     inside = all(

@@ -93,12 +93,12 @@ class Meeting(Backend):  # type: ignore[misc]
 
     def on_start(self, worker_group: Any, backend_config: TorchRanks) -> None:
         """Called by Ray Train once the workers are there."""
-        place = worker_group.execute_single(0, get_address_and_port)
+        address = worker_group.execute_single(0, get_address_and_port)
         backend = "nccl" if backend_config.gpus else "gloo"
         size = len(worker_group)
         joins = [
             worker_group.execute_single_async(
-                rank, join_group, *place, rank, backend, backend_config.seconds, size
+                rank, join_group, *address, rank, backend, backend_config.seconds, size
             )
             for rank in range(size)
         ]

@@ -200,7 +200,7 @@ def compare_models(found: Models, split: str, options: Options) -> Comparison:
 
 
 def seed_pairs(model: Model, reference: Model) -> list[tuple[int, int]]:
-    """Places of the seeds that are paired: equal seeds, and a model of one run with all.
+    """Indices of the seeds that are paired: equal seeds, and a model of one run with all.
 
     Where none are equal, runs are paired in order, which is as good as any for runs that have
     nothing in common.

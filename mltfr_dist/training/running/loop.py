@@ -254,8 +254,8 @@ def validate(stage: Stage, progress: Progress) -> Progress:
     )
     best = progress.best_epoch == progress.epoch
     if progress.epoch in dict(progress.best):
-        place = validated_folder(stage.checkpoints, stage.name, progress.epoch)
-        stage.saver.save(place, progress, with_optimizer=False)
+        folder = validated_folder(stage.checkpoints, stage.name, progress.epoch)
+        stage.saver.save(folder, progress, with_optimizer=False)
     split = stage.config.picks_on
     kind = split if split == "valid" else "picked_on_test"
     stage.tracker.log(kind, progress.step, metrics, epoch=progress.epoch)

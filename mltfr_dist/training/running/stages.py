@@ -73,8 +73,8 @@ def fit_model(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: boo
     second = best.stage == CONSENSUS
     step = steps_behind(folder / best.name, ranks) + second * outcomes[TRAIN].step
     model = load_model(config, inputs, folder / best.name, ranks, with_consensus=second)
-    place, manifest = config.folder / RANKS, inputs.manifest
-    valid, test_slices = final_metrics(ByModel(model), config, manifest, ranks, read_test, place)
+    path, manifest = config.folder / RANKS, inputs.manifest
+    valid, test_slices = final_metrics(ByModel(model), config, manifest, ranks, read_test, path)
     test = test_slices.pop(ALL, {})
     users = ranked(config, "valid", ranks, once_a_user=True)
     routing = measure_routing(model, users, ranks, inputs.table_names)
@@ -152,9 +152,9 @@ def run_stage(
     speed = Speed(engine, active=ranks.is_main)
     sample = TokenSample.load(config, inputs, ranks)
     tracker.open_with(config)
-    place, names = (config, folder, ranks), inputs.table_names
+    whose, names = (config, folder, ranks), inputs.table_names
     stage = Stage(
-        name, behind, epochs, *place, engine, stream, valid, tracker, names, speed, sample
+        name, behind, epochs, *whose, engine, stream, valid, tracker, names, speed, sample
     )
     with closing(tracker):  # also of a stage that is stopped: its process may go on to another run
         progress = train_stage(stage, progress)
@@ -235,14 +235,14 @@ def start_from_stage_one(
 
 def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Progress) -> State:
     """The consensus expert from stage 1's best experts, made once and kept."""
-    place = config.folder / CHECKPOINTS / FISHER_FOLDER
-    if ranks.from_main("whole" if ranks.on_rank0(lambda _: is_made(place, ranks)) else ""):
-        return saving.read_for_all(place, ranks, CORE)
+    path = config.folder / CHECKPOINTS / FISHER_FOLDER
+    if ranks.from_main("whole" if ranks.on_rank0(lambda _: is_made(path, ranks)) else ""):
+        return saving.read_for_all(path, ranks, CORE)
     started = time.monotonic()
     procedure = between_stages(config, ranks)
     source = procedure.merged_from(
-        lambda: place.parent / best_for_all(place.parent, {TRAIN: before}, ranks).name,
-        checkpoint.step_folder(place.parent, before),
+        lambda: path.parent / best_for_all(path.parent, {TRAIN: before}, ranks).name,
+        checkpoint.step_folder(path.parent, before),
     )
     model = load_model(config, inputs, source, ranks, with_consensus=False)
     layout = batch_layout(config, ranks)
@@ -265,14 +265,14 @@ def consensus_core(config: RunConfig, inputs: Inputs, ranks: Ranks, before: Prog
         fisher_state = {
             f"{e}.{name}": t.cpu() for e, f in enumerate(fishers) for name, t in f.items()
         }
-        checkpoint.write(place, {CORE: merged, FISHER: fisher_state}, before, heartbeat)
+        checkpoint.write(path, {CORE: merged, FISHER: fisher_state}, before, heartbeat)
 
     ranks.on_rank0(make)
     ranks.say(
         f"  Fisher information of {len(cores)} experts over {samples} sequences: "
         f"{time.monotonic() - started:.0f} s"
     )
-    return saving.read_for_all(place, ranks, CORE)
+    return saving.read_for_all(path, ranks, CORE)
 
 
 def between_stages(config: RunConfig, ranks: Ranks) -> Procedure:
@@ -287,12 +287,12 @@ def between_stages(config: RunConfig, ranks: Ranks) -> Procedure:
     return published_procedure(config.published, Procedure(per_sample), heartbeat)
 
 
-def is_made(place: Path, ranks: Ranks) -> bool:
+def is_made(path: Path, ranks: Ranks) -> bool:
     """Whether the consensus expert is there and whole; one that is damaged is told."""
-    if not (place / checkpoint.HEADER).exists():
+    if not (path / checkpoint.HEADER).exists():
         return False
     try:
-        checkpoint.verify(place, CORE)
+        checkpoint.verify(path, CORE)
     except DamagedError as error:
         ranks.say(f"  warning: the consensus expert is made again: {error.what}")
         return False

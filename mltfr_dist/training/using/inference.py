@@ -102,12 +102,12 @@ def load_run(
     )
     inputs = ranks.jointly(lambda: load_inputs(config))
     ranks.on_rank0(lambda _: check_recorded(folder, inputs))
-    place, stage = folder / CHECKPOINTS / result.checkpoint, result.stage
+    weights, stage = folder / CHECKPOINTS / result.checkpoint, result.stage
     try:
         model = load_model(
             config,
             inputs,
-            place,
+            weights,
             ranks,
             with_consensus=stage == STAGES[1],
             items_stay=items_stay,

@@ -84,11 +84,11 @@ def test_numbers_lie_where_they_are() -> None:
 def test_names_are_spread_with_no_slope() -> None:
     domain = Domain(choices=("a", "b"))
     numbers = np.arange(100)
-    places = np.array(plots.positions(domain, 1, [(int(n), "b") for n in numbers]))
-    assert places.min() > 0.8
-    assert places.max() < 1.2
-    assert abs(np.corrcoef(numbers, places)[0, 1]) < 0.05, "later trials lie no further right"
-    assert places.tolist() == plots.positions(domain, 1, [(int(n), "b") for n in numbers])
+    positions = np.array(plots.positions(domain, 1, [(int(n), "b") for n in numbers]))
+    assert positions.min() > 0.8
+    assert positions.max() < 1.2
+    assert abs(np.corrcoef(numbers, positions)[0, 1]) < 0.05, "later trials lie no further right"
+    assert positions.tolist() == plots.positions(domain, 1, [(int(n), "b") for n in numbers])
 
 
 @pytest.mark.parametrize("count", [3, 198])

@@ -76,5 +76,5 @@ def test_a_snapshot_stays_as_it_was(tmp_path: Path, trial: Trial) -> None:
 
 
 def test_few_snapshots_are_kept(trial: Trial) -> None:
-    places = [take_snapshot(trial, epochs) for epochs in (3, 6, 9, 12)]
-    assert [place.exists() for place in places] == [False] * (4 - KEPT) + [True] * KEPT
+    snapshots = [take_snapshot(trial, epochs) for epochs in (3, 6, 9, 12)]
+    assert [snapshot.exists() for snapshot in snapshots] == [False] * (4 - KEPT) + [True] * KEPT
