@@ -115,8 +115,8 @@ def _divided(paths: Sequence[Path], num_rows: int) -> StoredRows:
                 f"{end - first:,}.",
                 remedy="Restore it from a copy.",
             )
-    runs = [Run(*one) for one in zip(paths, [p.offset for p in positions], layout.bounds)]
-    return StoredRows(runs, positions[0].shape[1], layout)
+    runs = [Run(*one) for one in zip(paths, [p.offset for p in tables], layout.bounds)]
+    return StoredRows(runs, tables[0].shape[1], layout)
 
 
 def items_of_file(path: Path) -> Callable[[int], Division]:
