@@ -112,9 +112,15 @@ class Health:
         """
         largest = [self._largest.get(i, self._nothing) for i in range(len(self.names))]
         self._largest = {}
-        asked = self._nothing.new_tensor([float(signals.stop_requested()), float(self.writes())])
-        flags = torch.cat([(~torch.isfinite(torch.stack(largest))).to(asked.dtype), asked])
-        told = self.ranks.sum(torch.cat([flags.double(), sums]))  # a flag's sum is 0 where all are
+        asked = (signals.stop_requested(), self.writes())
+        flags = torch.cat(
+            [
+                (~torch.isfinite(torch.stack(largest))).double(),
+                # each is filled in where it is: numbers of a list would be copied to a GPU
+                *(sums.new_full((1,), float(flag), device=largest[0].device) for flag in asked),
+            ]
+        )
+        told = self.ranks.sum(torch.cat([flags, sums]))  # a flag's sum is 0 where all are
         if self._skips_on_device:
             self._found_inf.copy_(told[: len(self.names)].any())
         else:

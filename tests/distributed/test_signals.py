@@ -36,6 +36,12 @@ GROUP = {"scheduler": "none", "final_seeds": [], "resources_per_trial": {"worker
 EPOCHS = {"training.epochs": 500, "training.patience": 500}
 
 
+def take_signals() -> None:
+    """As a terminal starts a command: under nohup, where these tests may run, some are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Command:
     """A command in a session of its own; its output goes to a file."""
 
@@ -49,6 +55,7 @@ class Command:
                 stderr=log,
                 cwd=folder,
                 start_new_session=True,
+                preexec_fn=take_signals,
             )
 
     @property
