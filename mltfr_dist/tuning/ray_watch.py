@@ -8,7 +8,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,6 +26,8 @@ STUCK_SECONDS = 90.0
 """How long a sweep waits without room while no trial trains."""
 
 WATCH_SECONDS = 0.1
+NOTE_SECONDS = 1.0
+"""Between two looks at what the daemons have started, which takes some milliseconds."""
 
 
 @contextmanager
@@ -118,10 +120,21 @@ def daemons() -> list[psutil.Process]:
 
 def _watch(watched: list[psutil.Process], over: threading.Event) -> None:
     names = {process.pid: process.name() for process in watched}
+    started: set[psutil.Process] = set()
+    noted = 0.0
     while not over.wait(WATCH_SECONDS):
         for process in watched:
             if not _lives(process):
-                _end(f"Ray's {names[process.pid]} (process {process.pid})")
+                _end(f"Ray's {names[process.pid]} (process {process.pid})", started)
+        if time.monotonic() - noted > NOTE_SECONDS:
+            noted = time.monotonic()
+            started = {child for process in watched for child in _children(process)}
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        return process.children()
+    return []
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -131,7 +144,10 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
-def _end(what: str) -> None:
+def _end(what: str, started: Iterable[psutil.Process]) -> None:
+    """End this process, what it has started, and what the lost daemon had: its agents, which are
+    nobody's children now and look for it only now and then.
+    """
     sys.stdout.flush()
     fail(
         LostRankError(
@@ -140,4 +156,7 @@ def _end(what: str) -> None:
         )
     )
     end_children()
+    for process in started:
+        with suppress(psutil.Error):
+            process.kill()
     os._exit(EXIT_LOST)
