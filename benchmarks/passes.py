@@ -5,7 +5,7 @@
 
 Processor time of this process within one run, which a shared machine sways less than the clock; one
 rank. A pass is given as its share of the mean training epoch of its stage, the Fisher pass of that
-of the first. Measure nothing else at the same time with this process.
+of the first.
 """
 
 from __future__ import annotations

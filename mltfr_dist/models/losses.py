@@ -202,9 +202,8 @@ def contrastive(
     itself = numbers[:, None] == numbers
     logits = logits.masked_fill(itself | ~here[:, None, :], -torch.inf)
     other = (numbers ^ 1).expand(views.shape[:2])  # views 2i and 2i + 1 belong together
-    kept = indices_where(
-        here, None if num_present is None else 2 * num_present
-    )  # each has its positive
+    num_kept = None if num_present is None else 2 * num_present  # each has its positive
+    kept = indices_where(here, num_kept)
     kept_logits, kept_other = (
         t.flatten(0, 1).index_select(0, kept) for t in (logits, other[..., None])
     )

@@ -65,7 +65,7 @@ class Packing:
         self.valid_mask = torch.ones_like(real) if whole else real
         self.batch_shape = item_ids.shape
         self.lengths = [item_ids.shape[1]] * len(item_ids) if whole else lengths
-        self._places = (  # [N]
+        self._indices = (  # [N]
             torch.arange(item_ids.numel(), device=item_ids.device)
             if whole
             else indices_where(real, None if lengths is None else sum(lengths))
@@ -80,7 +80,7 @@ class Packing:
     @property
     def columns(self) -> Tensor:
         """[N] position of each real item in its history."""
-        return self._places % self.batch_shape[1]
+        return self._indices % self.batch_shape[1]
 
     @property
     def read(self) -> Packing:
@@ -103,7 +103,7 @@ class Packing:
         first, as the stream deals them; a single part elsewhere, for lengths would have to come
         from the device, and many small products keep it waiting.
         """
-        whole = [Part(len(self._places), self)]
+        whole = [Part(len(self._indices), self)]
         if self.item_ids.device.type != "cpu" or type(self) is not Packing:
             return whole
         lengths = self.num_items.tolist() if self.lengths is None else list(self.lengths)
@@ -128,7 +128,7 @@ class Packing:
     def pack(self, padded: Tensor) -> Tensor:
         """[B, L, ...] -> [N, ...]."""
         flat = padded.flatten(0, 1)
-        return flat if len(flat) == len(self._places) else flat.index_select(0, self._places)
+        return flat if len(flat) == len(self._indices) else flat.index_select(0, self._indices)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[N, ...] -> [B, L, ...], zero at padding."""
@@ -136,7 +136,7 @@ class Packing:
         if len(packed) == batch * length:  # no padding
             return packed.view(batch, length, *packed.shape[1:])
         empty = packed.new_zeros(batch * length, *packed.shape[1:])
-        return empty.index_copy(0, self._places, packed).view(batch, length, *packed.shape[1:])
+        return empty.index_copy(0, self._indices, packed).view(batch, length, *packed.shape[1:])
 
     def last(self, packed: Tensor, back: int = 0) -> Tensor:
         """[N, ...] -> [B, ...], each row's last real position, or ``back`` before it; zero where

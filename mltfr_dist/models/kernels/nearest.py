@@ -34,8 +34,10 @@ def nearest(query: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor] | 
     indices = torch.empty(scores.shape, dtype=torch.int64)
     read = map(pointer, (query, rows, scores, indices))
     failed = kernels.nearest(*read, *sizes(len(query), len(rows), rows.shape[1], count))
+    if failed:
+        return None
     did_products(len(query) * len(rows), rows.shape[1])
-    return None if failed else (scores, indices)
+    return scores, indices
 
 
 def largest_products(query: Tensor, rows: Tensor) -> tuple[Tensor, float] | None:
@@ -51,8 +53,10 @@ def largest_products(query: Tensor, rows: Tensor) -> tuple[Tensor, float] | None
     bounds, error = query.new_empty(len(rows)), query.new_empty(1)
     read = map(pointer, (query, rows, bounds, error))
     failed = kernels.largest_products(*read, *sizes(len(query), len(rows), rows.shape[1]))
+    if failed:
+        return None
     did_products(len(query) * len(rows), rows.shape[1])
-    return None if failed else (bounds, float(error))
+    return bounds, float(error)
 
 
 def _suits(query: Tensor, rows: Tensor) -> bool:

@@ -138,7 +138,7 @@ class ByScores:
         self._score, self._at_once = score, max(1, HELD_SCORES // (num_items + 1))
 
     def __call__(self, batch: RankingBatch, exclude: Pairs) -> RankCounts:
-        """Place each target.
+        """Count for each target.
 
         Raises:
             ValueError: A score is NaN, or a target's is not finite: no rank can be stated.

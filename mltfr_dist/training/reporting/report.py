@@ -19,7 +19,7 @@ from mltfr_dist.files import with_packaged, write_atomically
 from mltfr_dist.repairs import REPAIRS, taken_away
 from mltfr_dist.training.evaluating.routing import TOP_SHARE, WEIGHT
 from mltfr_dist.training.inputs import Inputs
-from mltfr_dist.training.run_folder import BACKBONE, REPORT, RESULT, Result, dump_config
+from mltfr_dist.training.run_folder import BACKBONE, RANKS, REPORT, RESULT, Result, dump_config
 
 SHOWN = ("HR@10", "NDCG@10")
 PICKED = {
@@ -158,9 +158,10 @@ def routing_section(result: Result) -> list[str]:
 
 
 def is_written(config: RunConfig) -> bool:
-    """Whether report.md is there, of this very configuration and of no earlier result."""
+    """Whether report.md is there, of this very configuration and of no earlier results or ranks."""
     report = config.folder / REPORT
-    results = [folder / RESULT for folder in (config.folder, config.folder / BACKBONE)]
+    folders = (config.folder, config.folder / BACKBONE)
+    results = [folder / name for folder in folders for name in (RESULT, RANKS)]
     if not report.exists() or dump_config(config).rstrip() not in report.read_text():
         return False
     written = report.stat().st_mtime_ns
