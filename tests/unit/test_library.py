@@ -347,7 +347,8 @@ import sys
 from mltfr_dist import fit
 for name in ("first", "second"):
     run = fit(sys.argv[1], {"name": name})
-    print(f"{name} {run.test}")
+    sys.stdout.write(f"{name} {run.test}\\n")  # one write: both ranks share a pipe
+    sys.stdout.flush()
 """
 
 
