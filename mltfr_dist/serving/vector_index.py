@@ -18,7 +18,7 @@ from mltfr_dist.errors import ConfigError
 
 Floats = npt.NDArray[np.float32]
 
-BLOCK_BYTES = 1 << 24
+BLOCK_BYTES = 1 << 22
 """Vectors that are read together."""
 POINTS = 64
 """Items drawn for each list or code word that is learned."""
