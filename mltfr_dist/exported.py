@@ -145,9 +145,9 @@ def check_files(folder: Path, info: ExportInfo) -> None:
 def _named_rows(folder: Path, info: ExportInfo) -> tuple[NamedRows, ...]:
     if TOKENS not in info.sha256:
         return ()
-    found = json.loads((folder / TOKENS).read_text())
+    names = json.loads((folder / TOKENS).read_text())
     return tuple(
-        NamedRows(name, dict(zip(found[name]["rows"], found[name]["tokens"], strict=True)))
+        NamedRows(name, dict(zip(names[name]["rows"], names[name]["tokens"], strict=True)))
         for name in info.spec.tables
     )
 

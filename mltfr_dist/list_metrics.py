@@ -53,10 +53,10 @@ def coverage(lists: Lists) -> float:
     """Share of all items that stand in at least one list: catalog coverage (Ge, Delgado-Battenfeld
     and Jannach 2010, section 3.2).
     """
-    found = np.zeros(len(lists.interactions), dtype=bool)
+    covered = np.zeros(len(lists.interactions), dtype=bool)
     for items in lists.blocks():
-        found[items] = True
-    return float(found[1:].sum() / (len(found) - 1))
+        covered[items] = True
+    return float(covered[1:].sum() / (len(covered) - 1))
 
 
 def novelty(lists: Lists) -> float:

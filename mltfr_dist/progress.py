@@ -78,10 +78,10 @@ def broken(line: str, width: int, hang: int = 4) -> str:
 def columns(stream: TextIO) -> int:
     """Columns of the terminal that ``stream`` writes to."""
     try:
-        found = os.get_terminal_size(stream.fileno()).columns
+        width = os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):
-        found = 0
-    return found or shutil.get_terminal_size().columns
+        width = 0
+    return width or shutil.get_terminal_size().columns
 
 
 class StatusLine:

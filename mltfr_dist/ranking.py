@@ -144,16 +144,16 @@ class Ranker:
             ConfigError: An option that is none of its values.
         """
         single = is_single(histories)
-        found = encode([histories] if single else histories, self.items, unknown)
-        candidates = Candidates.of(self.items, found, exclude, allow, filter_seen, empty)
+        encoded = encode([histories] if single else histories, self.items, unknown)
+        candidates = Candidates.of(self.items, encoded, exclude, allow, filter_seen, empty)
         check_k(k, candidates)
-        numbers = np.zeros((len(found), k), dtype=np.int64)
-        scores = np.full((len(found), k), -np.inf, dtype=np.float32)
-        for indices in chunks(found.numbers, self.items.num_items):
+        numbers = np.zeros((len(encoded), k), dtype=np.int64)
+        scores = np.full((len(encoded), k), -np.inf, dtype=np.float32)
+        for indices in chunks(encoded.numbers, self.items.num_items):
             for part in candidates.alike(indices):
                 values, item_ids = self._best(part, candidates, k)
                 numbers[part], scores[part] = item_ids.numpy(), values.numpy()
-        many = Recommendations(self.items, numbers, scores, found.users, found.dropped)
+        many = Recommendations(self.items, numbers, scores, encoded.users, encoded.dropped)
         return many[0] if single else many
 
     def _best(self, indices: list[int], candidates: Candidates, k: int) -> tuple[Tensor, Tensor]:
@@ -178,10 +178,10 @@ class Ranker:
         Raises:
             DataError: No histories, an empty one, or an id that the model does not know.
         """
-        found = self._told(histories, unknown)
-        scores = torch.empty(len(found), self.items.num_items + 1)
-        for indices in chunks(found.numbers, self.items.num_items):
-            item_ids = padded([found.numbers[index] for index in indices], self.max_len)
+        encoded = self._told(histories, unknown)
+        scores = torch.empty(len(encoded), self.items.num_items + 1)
+        for indices in chunks(encoded.numbers, self.items.num_items):
+            item_ids = padded([encoded.numbers[index] for index in indices], self.max_len)
             scores[indices] = score_histories(self.serving, item_ids).float().cpu()
         return scores
 
@@ -193,10 +193,10 @@ class Ranker:
         Raises:
             DataError: No histories, an empty one, or an id that the model does not know.
         """
-        found, columns = self._told(histories, unknown), self.items.encode(items)
-        scores = np.empty((len(found), len(columns)), dtype=np.float32)
-        for indices in chunks(found.numbers, self.items.num_items):
-            item_ids = padded([found.numbers[index] for index in indices], self.max_len)
+        encoded, columns = self._told(histories, unknown), self.items.encode(items)
+        scores = np.empty((len(encoded), len(columns)), dtype=np.float32)
+        for indices in chunks(encoded.numbers, self.items.num_items):
+            item_ids = padded([encoded.numbers[index] for index in indices], self.max_len)
             scores[indices] = score_histories(self.serving, item_ids)[:, columns].float().cpu()
         return scores
 
@@ -206,11 +206,11 @@ class Ranker:
         Raises:
             DataError: No histories, an empty one, or an id that the model does not know.
         """
-        found = self._told(histories, unknown)
+        encoded = self._told(histories, unknown)
         dim = self.model.vectors(torch.tensor([PADDING_IDX])).shape[1]
-        vectors = np.empty((len(found), dim), dtype=np.float32)
-        for indices in chunks(found.numbers, self.items.num_items):
-            item_ids = padded([found.numbers[index] for index in indices], self.max_len)
+        vectors = np.empty((len(encoded), dim), dtype=np.float32)
+        for indices in chunks(encoded.numbers, self.items.num_items):
+            item_ids = padded([encoded.numbers[index] for index in indices], self.max_len)
             vectors[indices] = user_vectors(self.serving, item_ids).float().cpu()
         return vectors
 
@@ -246,6 +246,6 @@ class Ranker:
                 rule="Histories are a list of lists of item ids.",
                 remedy="Put it into a list.",
             )
-        found = encode(histories, self.items, unknown)
-        Candidates.of(self.items, found, None, None, True, "refuse")
-        return found
+        encoded = encode(histories, self.items, unknown)
+        Candidates.of(self.items, encoded, None, None, True, "refuse")
+        return encoded

@@ -58,10 +58,10 @@ def read_configuration(file: Path) -> dict[str, Any]:
     values, folder = read_yaml(file), file.parent
     if not (folder / ORIGIN).exists():
         return values
-    found = located(values, folder) | {"runs_dir": values.get("runs_dir", "runs")}
-    if file.name == CONFIG and not _lies_in(folder, found):
-        found |= {"runs_dir": str(folder.resolve().parent), "name": folder.resolve().name}
-    return found
+    configuration = located(values, folder) | {"runs_dir": values.get("runs_dir", "runs")}
+    if file.name == CONFIG and not _lies_in(folder, configuration):
+        configuration |= {"runs_dir": str(folder.resolve().parent), "name": folder.resolve().name}
+    return configuration
 
 
 def _lies_in(folder: Path, values: dict[str, Any]) -> bool:

@@ -170,14 +170,14 @@ def changed(config: SectionT, fields: Mapping[str, Any], *, source: str) -> Sect
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys to nested mappings: ``{"a.b": 1}`` to ``{"a": {"b": 1}}``."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in values.items():
         *sections, leaf = key.split(".")
-        node = found
+        node = result
         for section in sections:
             node = node.setdefault(section, {})
         node[leaf] = value
-    return found
+    return result
 
 
 def _topic(model: type[Section], paths: list[str]) -> str:
@@ -209,10 +209,10 @@ def field_paths(model: type[Section], prefix: str = "") -> list[str]:
 
 def value_at(config: Section, path: str) -> Any:
     """The value of a dotted key."""
-    found: Any = config
+    value: Any = config
     for name in path.split("."):
-        found = getattr(found, name)
-    return found
+        value = getattr(value, name)
+    return value
 
 
 def field_at(model: type[Section], path: str) -> FieldInfo | None:

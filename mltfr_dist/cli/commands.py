@@ -208,10 +208,10 @@ def command_compare(options: argparse.Namespace) -> None:
     asked = Options(
         options.metric, options.resamples, options.seed, options.margin, options.difference
     )
-    found = compare_runs(options.runs, options.split, asked)
-    show(text.as_text(found))
+    comparison = compare_runs(options.runs, options.split, asked)
+    show(text.as_text(comparison))
     if options.output:
-        written = text.write(found, options.output)
+        written = text.write(comparison, options.output)
         show(f"\nWritten: {', '.join(map(str, written))}")
 
 

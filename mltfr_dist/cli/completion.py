@@ -105,13 +105,13 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[Command]:
 
 
 def _options(parser: argparse.ArgumentParser) -> dict[str, tuple[str, ...]]:
-    found = {}
+    options = {}
     for action in parser._actions:
         if action.help != argparse.SUPPRESS:
             values = tuple(map(str, action.choices or ())) if action.option_strings else ()
             for option in action.option_strings:
-                found[option] = tuple(PRESETS) if option == "--preset" else values
-    return found
+                options[option] = tuple(PRESETS) if option == "--preset" else values
+    return options
 
 
 def _run_keys() -> tuple[str, ...]:

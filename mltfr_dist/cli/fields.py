@@ -37,14 +37,14 @@ _BOUNDS = (("gt", "> "), ("ge", ">= "), ("lt", "< "), ("le", "<= "))
 
 
 def _metadata(field: FieldInfo) -> list[Any]:
-    found = list(field.metadata)
+    metadata = list(field.metadata)
     for option in get_args(field.annotation):
-        found += [
+        metadata += [
             m
             for info in getattr(option, "__metadata__", ())
             for m in getattr(info, "metadata", [info])
         ]
-    return found
+    return metadata
 
 
 def _options(annotation: Any) -> list[Any]:

@@ -31,12 +31,12 @@ _SCALARS = (
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    found: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     for kind, pattern, firsts in _SCALARS:
         entry = (f"tag:yaml.org,2002:{kind}", re.compile(rf"^(?:{pattern})$"))
         for first in firsts:
-            found.setdefault("" if first == "\0" else first, []).append(entry)
-    return found
+            resolvers.setdefault("" if first == "\0" else first, []).append(entry)
+    return resolvers
 
 
 class _Loader(yaml.SafeLoader):

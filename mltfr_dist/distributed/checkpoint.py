@@ -235,12 +235,12 @@ def verify(folder: Path, name: str, heartbeat: Callable[[], object] = heartbeat)
     """
     header, path = read_header(folder), folder / name
     try:
-        found = file_sha256(path, heartbeat)
+        actual = file_sha256(path, heartbeat)
     except NOT_A_FILE:
-        found = "no file"
+        actual = "no file"
     except OSError as error:
         raise unreadable(path, error) from None
-    if found != header.sha256.get(name):
+    if actual != header.sha256.get(name):
         raise DamagedError(
             f"{path} is missing or damaged.",
             rule="Its sha256 must equal the one in state.json.",

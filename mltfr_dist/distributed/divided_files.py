@@ -121,15 +121,15 @@ def assemble(
     Raises:
         DamagedError: A file is missing or damaged.
     """
-    found = {}
+    hashes = {}
     for name, (num_rows, columns) in shapes_of(folder, files).items():
-        found[name] = whole = torch.empty(num_rows, columns)
+        hashes[name] = whole = torch.empty(num_rows, columns)
         for first, ids in blocks_of(num_rows, columns):
             part = torch.empty(len(ids), columns)
             read_run(folder, files, name, RowLayout(num_rows, 1), first, part)
             whole[ids] = part
             beat()
-    return found
+    return hashes
 
 
 class RowBlock(NamedTuple):
@@ -151,8 +151,8 @@ def send_rows(folder: Path, files: list[str], ranks: Ranks) -> Iterator[RowBlock
     Raises:
         DamagedError: A file is missing or damaged.
     """
-    found = ranks.on_rank0(lambda _: shapes_of(folder, files))
-    shapes: dict[str, list[int]] = json.loads(send_text(json.dumps(found), ranks))
+    shapes_read = ranks.on_rank0(lambda _: shapes_of(folder, files))
+    shapes: dict[str, list[int]] = json.loads(send_text(json.dumps(shapes_read), ranks))
     for name, (num_rows, columns) in shapes.items():
         layout = RowLayout(num_rows, 1)
         for first, ids in blocks_of(num_rows, columns):

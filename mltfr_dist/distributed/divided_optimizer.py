@@ -61,8 +61,8 @@ class DividedOptimizer:
 
     def collect(self) -> None:
         """Add the gradients of one backward pass to the update's."""
-        found = [(self.positions, self.gradients), *self.rows.take_gradients()]
-        self._sum([positions for positions, _ in found], [part for _, part in found])
+        taken = [(self.positions, self.gradients), *self.rows.take_gradients()]
+        self._sum([positions for positions, _ in taken], [part for _, part in taken])
         for part in self.rows.take_own_gradients():
             self.own = part.float() if self.own is None else self.own + part.float()
 

@@ -145,13 +145,13 @@ class Engine:
                 told = self.health.agree(sums.vector)
             self.stopwatch.mark("optimizer")
             self.deepspeed.step()
-        found = sums.output(self.health.read(told))
+        result = sums.output(self.health.read(told))
         if not self.verdict.nonfinite and not self.deepspeed.was_step_applied():
             # Finite gradients, their norm not: DeepSpeed skips them at stages 1 to 3 unsaid.
             self.health.verdict = self.verdict._replace(nonfinite=(NORM,))
         self._step_rows()
         self.stopwatch.mark("")
-        return found
+        return result
 
     def _reduce_rows(self) -> None:
         if self.row_adam is not None and self.joint_norm is not None:

@@ -96,9 +96,9 @@ class Health:
         self._note(len(self.names) - 1, squared_norm)
 
     def _note(self, index: int, values: Tensor) -> None:
-        found = torch.linalg.vector_norm(values.detach(), ord=torch.inf).float()
+        largest = torch.linalg.vector_norm(values.detach(), ord=torch.inf).float()
         known = self._largest.get(index)
-        self._largest[index] = found if known is None else torch.maximum(known, found)
+        self._largest[index] = largest if known is None else torch.maximum(known, largest)
 
     def agree(self, sums: Tensor) -> Tensor:
         """Agree with all ranks, before an update, on what was seen since the last call. All ranks
@@ -150,11 +150,11 @@ def watch_neighbours(ranks: Ranks) -> None:
     """Tell the watchdog which processes of this machine are other ranks. All ranks must call."""
     seen, here = own_process(), machine()
     digest = int.from_bytes(hashlib.sha256(here.encode()).digest()[:7])
-    found = ranks.gather(torch.tensor([digest, seen.pid, seen.born])).tolist()
+    told = ranks.gather(torch.tensor([digest, seen.pid, seen.born])).tolist()
     watch_with(
         {
             rank: Seen(pid, born)
-            for rank, (where, pid, born) in enumerate(found)
+            for rank, (where, pid, born) in enumerate(told)
             if here and where == digest and rank != ranks.rank
         }
     )

@@ -63,8 +63,8 @@ class RankDivision(Division):
         """Rows at ascending ``positions`` [U] -> [U, D] in ``dtype``, in which they are sent."""
         wanted = self.shares(positions)
         asked = self.exchange_counts(wanted)
-        found = self.exchange.deal(positions, wanted, asked) - self.first
-        return self.exchange.deal(own.index_select(0, found).to(dtype), asked, wanted)
+        rows = self.exchange.deal(positions, wanted, asked) - self.first
+        return self.exchange.deal(own.index_select(0, rows).to(dtype), asked, wanted)
 
     def exchange_counts(self, sent: list[int]) -> list[int]:
         """How many rows each rank sends here, where this one sends ``sent`` to each."""
@@ -98,16 +98,16 @@ class RankDivision(Division):
         rows = self.exchange.gather(exclude.rows + start, pairs)
         left_out = Pairs(rows, self.exchange.gather(self.positions(exclude.item_ids), pairs))
         normaliser = LogNormaliser(every) if normalise else None
-        found = torch.zeros(2, len(every), dtype=torch.int64, device=every.device)
+        totals = torch.zeros(2, len(every), dtype=torch.int64, device=every.device)
         edges = [-1, *_no_items(self, num_items).tolist(), len(own)]
         for before, end in pairwise(edges):  # of rows that are items
             part, first = own[before + 1 : end], self.first + before + 1
             better = count_better(
                 every, part, targets, exclude=left_out, first_id=first, normaliser=normaliser
             )
-            found += torch.stack(better)
+            totals += torch.stack(better)
         mine = slice(start, start + len(hidden))
-        positions = RankCounts(*self.reduce(found, dist.ReduceOp.SUM)[:, mine])
+        positions = RankCounts(*self.reduce(totals, dist.ReduceOp.SUM)[:, mine])
         if normaliser is None:
             return positions, None
         largest = self.reduce(normaliser.value.clone(), dist.ReduceOp.MAX)
@@ -127,9 +127,9 @@ class RankDivision(Division):
         left_out = Pairs(rows, self.exchange.gather(exclude.item_ids, pairs))
         ids, order = self.own_ids.sort()
         items = (ids >= 1) & (ids <= num_items)
-        found = top_of_some(every, own[order[items]], ids[items], k, left_out)
+        top = top_of_some(every, own[order[items]], ids[items], k, left_out)
         homes = [len(hidden)] * len(counts)
-        values, ids = (self.exchange.deal(part, counts, homes) for part in found)  # [N B, k]
+        values, ids = (self.exchange.deal(part, counts, homes) for part in top)  # [N B, k]
         values, ids = (
             part.view(len(counts), -1, k).transpose(0, 1).flatten(1) for part in (values, ids)
         )
@@ -230,8 +230,8 @@ class _Logits:
         for chunk, logits in self.chunks():
             lowest = torch.finfo(logits.dtype).min  # of a rank without items
             largest[chunk] = logits.amax(1).clamp(min=lowest)
-            found = logits.gather(1, self.columns[chunk, None])[:, 0]
-            target[chunk] = torch.where(self.is_here[chunk], found, 0)
+            of_targets = logits.gather(1, self.columns[chunk, None])[:, 0]
+            target[chunk] = torch.where(self.is_here[chunk], of_targets, 0)
             total[chunk] = logits.sub_(largest[chunk, None]).exp_().sum(1)
         return largest, total, target
 

@@ -95,17 +95,17 @@ def best_intact(
     for choice in ranked:
         for name in (choice.name, *_same_weights(folder, choice)):
             if _is_whole(folder / name, heartbeat):
-                found = choice._replace(name=name)
-                if found != ranked[0]:
-                    _tell(warn, ranked[0], found)
-                return found
+                intact = choice._replace(name=name)
+                if intact != ranked[0]:
+                    _tell(warn, ranked[0], intact)
+                return intact
     for stage in reversed(stages):
         last = latest_intact(folder, stage, warn, heartbeat)
         if last is not None:
-            found = Choice(last.name, stage, read_header(last).progress.epoch, None)
+            intact = Choice(last.name, stage, read_header(last).progress.epoch, None)
             if ranked:
-                _tell(warn, ranked[0], found)
-            return found
+                _tell(warn, ranked[0], intact)
+            return intact
     raise CheckpointError(
         f"No checkpoint in {folder} is whole.",
         rule="A run's model is read from one of its checkpoints.",
@@ -114,14 +114,14 @@ def best_intact(
     )
 
 
-def _tell(warn: Warn, best: Choice, found: Choice) -> None:
-    same = (best.stage, best.epoch) == (found.stage, found.epoch) and found.value is not None
+def _tell(warn: Warn, best: Choice, choice: Choice) -> None:
+    same = (best.stage, best.epoch) == (choice.stage, choice.epoch) and choice.value is not None
     warn(
         f"  warning: the best checkpoint {best.figure} is missing or damaged: "
         + (
-            f"{found.name} holds the same weights and stands for it"
+            f"{choice.name} holds the same weights and stands for it"
             if same
-            else f"{found.figure} is the best that is left, and takes its place"
+            else f"{choice.figure} is the best that is left, and takes its place"
         )
     )
 

@@ -20,14 +20,14 @@ class Seen(NamedTuple):
     @property
     def state(self) -> str:
         """One letter, as ps shows it; empty where the process has ended."""
-        found = _stat(self.pid)
-        return "" if found is None or found[1] != self.born or found[0] in GONE else found[0]
+        stat = _stat(self.pid)
+        return "" if stat is None or stat[1] != self.born or stat[0] in GONE else stat[0]
 
 
 def own_process() -> Seen:
     """This process; born at 0 where the system does not say."""
-    found = _stat(os.getpid())
-    return Seen(os.getpid(), found[1] if found else 0)
+    stat = _stat(os.getpid())
+    return Seen(os.getpid(), stat[1] if stat else 0)
 
 
 def machine() -> str:

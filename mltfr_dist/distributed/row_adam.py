@@ -98,10 +98,10 @@ class RowAdam:
 
     def collect(self) -> None:
         """Add the gradients of one backward pass to the update's."""
-        found = [(self.ids, self.gradients), *self.rows.take_gradients()]
+        taken = [(self.ids, self.gradients), *self.rows.take_gradients()]
         self._sum(
-            torch.cat([ids for ids, _ in found]),
-            torch.cat([gradients.float() for _, gradients in found]),
+            torch.cat([ids for ids, _ in taken]),
+            torch.cat([gradients.float() for _, gradients in taken]),
         )
 
     def _sum(self, ids: Tensor, gradients: Tensor) -> None:

@@ -103,8 +103,8 @@ class Saver:
             while ranks.max(torch.tensor([float(not save.part.is_done)])).item():
                 save.part.wait()
             try:
-                found = ranks.texts(json.dumps(ranks.jointly(save.part.hashes)))
-                hashes = {name: h for text in found for name, h in json.loads(text).items()}
+                told = ranks.texts(json.dumps(ranks.jointly(save.part.hashes)))
+                hashes = {name: h for text in told for name, h in json.loads(text).items()}
                 ranks.on_rank0(partial(_complete, save, hashes))
             except MltfrError:
                 for save in self._running:
@@ -140,26 +140,26 @@ class Saver:
 
     def _files(self, progress: Progress, with_optimizer: bool) -> Files:
         """What this rank is to write, apart from what training changes where it goes on."""
-        engine, found = self.engine, Files()
+        engine, files = self.engine, Files()
         taken = bool(self._running)  # at this very step, in the background
         if not taken:
-            found[MODEL] = whole_parameters(engine)
+            files[MODEL] = whole_parameters(engine)
         if with_optimizer:
             if progress.step == progress.skipped_steps:  # no update yet: the optimizer has no state
                 begin_optimizer_state(engine)
-            found[OPTIMIZER] = whole_optimizer_state(engine)
-        found |= own_rows(engine, weights=not taken, moments=with_optimizer)
-        check_finite(found, progress, self.ranks)
+            files[OPTIMIZER] = whole_optimizer_state(engine)
+        files |= own_rows(engine, weights=not taken, moments=with_optimizer)
+        check_finite(files, progress, self.ranks)
         if not self.ranks.is_main:
-            found = {name: state for name, state in found.items() if name not in (MODEL, OPTIMIZER)}
+            files = {name: state for name, state in files.items() if name not in (MODEL, OPTIMIZER)}
         if self.background:
             live = _live(engine)
-            found = {
+            files = {
                 name: {n: _apart(t, live) for n, t in state.items()}
-                for name, state in found.items()
+                for name, state in files.items()
             }
-            self._weights |= {n: s for n, s in found.items() if n.startswith("model")}
-        return self._weights | found
+            self._weights |= {n: s for n, s in files.items() if n.startswith("model")}
+        return self._weights | files
 
 
 def own_rows(engine: Engine, *, weights: bool, moments: bool) -> Files:

@@ -79,15 +79,15 @@ def read_weights(model: nn.Module, folder: Path, ranks: Ranks) -> State:
         DamagedError: A file is missing or its content is not what was written.
     """
     state = read_for_all(folder, ranks, with_rows=False)
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, DividedRows)]
-    for name, rows in found:
+    divided = [(name, m) for name, m in model.named_modules() if isinstance(m, DividedRows)]
+    for name, rows in divided:
         if isinstance(rows.division, RankDivision):
             restore_rows(folder, MODEL, f"{name}.weight", rows, rows.weight, state, ranks)
-    if any(isinstance(rows.division, RankDivision) for _, rows in found):
+    if any(isinstance(rows.division, RankDivision) for _, rows in divided):
         return state
     ranks.on_rank0(lambda heartbeat: verify_with_rows(folder, MODEL, heartbeat))
     files, own = row_files(header_for_all(folder, ranks), MODEL), model.state_dict()
-    for block in send_rows(folder, files, ranks) if not found else ():
+    for block in send_rows(folder, files, ranks) if not divided else ():
         table = own.get(block.name)
         if table is None or table.shape != block.shape:
             state[block.name] = block.rows  # which does not fit either, and is told when loaded

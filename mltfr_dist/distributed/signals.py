@@ -133,10 +133,10 @@ def taken() -> dict[int, signal._HANDLER]:
     """The stop signals with their handlers, but those that are ignored: under nohup a dropped
     connection stops nothing.
     """
-    found = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     return {  # None: not one of Python's, which cannot be set again
         number: handler
-        for number, handler in found.items()
+        for number, handler in before.items()
         if handler is not None and handler != signal.SIG_IGN
     }
 

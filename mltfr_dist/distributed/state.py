@@ -38,9 +38,9 @@ def persistent_buffers(module: nn.Module) -> State:
     parameters = {name for name, _ in module.named_parameters()}
     buffers = {name for name, _ in module.named_buffers()} - parameters
     tables = {m.weight.data_ptr() for m in module.modules() if isinstance(m, ItemRows)}
-    found = {name: t.detach() for name, t in module.state_dict().items() if name in buffers}
+    tensors = {name: t.detach() for name, t in module.state_dict().items() if name in buffers}
     return {
-        name: t.cpu() if t.data_ptr() in tables else t.cpu().clone() for name, t in found.items()
+        name: t.cpu() if t.data_ptr() in tables else t.cpu().clone() for name, t in tensors.items()
     }
 
 

@@ -19,9 +19,9 @@ class StepSums:
         self._first = outputs[0]
         self._sums: dict[str, Tensor] = {}
         for output in outputs:
-            found = {name: term.sum.detach().view(1) for name, term in output.terms.items()}
-            found |= {} if output.routing is None else output.routing._asdict()
-            for name, value in found.items():
+            sums = {name: term.sum.detach().view(1) for name, term in output.terms.items()}
+            sums |= {} if output.routing is None else output.routing._asdict()
+            for name, value in sums.items():
                 held = self._sums.get(name)
                 self._sums[name] = value.double() if held is None else held + value.double()
 

@@ -61,14 +61,14 @@ class StoredRows(Division):
             DamagedError: A file ends before them, or cannot be read.
         """
         positions = positions.cpu()
-        found = torch.empty(len(positions), self.dim)
+        rows = torch.empty(len(positions), self.dim)
         edges = torch.searchsorted(positions, torch.tensor([run.first for run in self.runs]))
         for run, (start, stop) in zip(
             self.runs, pairwise([*edges.tolist(), len(positions)]), strict=True
         ):
             if start < stop:
-                _read(run, positions[start:stop] - run.first, found[start:stop])
-        return found.to(own.device, dtype)
+                _read(run, positions[start:stop] - run.first, rows[start:stop])
+        return rows.to(own.device, dtype)
 
 
 def _read(run: Run, rows: Tensor, into: Tensor) -> None:
@@ -133,12 +133,12 @@ def items_of_file(path: Path) -> Callable[[int], Division]:
 
 
 def _item_table(path: Path) -> Stored:
-    found = [stored for name, stored in tensors_in(path).items() if name in ITEM_TABLES]
-    if len(found) != 1 or found[0].dtype != torch.float32:
+    tables = [stored for name, stored in tensors_in(path).items() if name in ITEM_TABLES]
+    if len(tables) != 1 or tables[0].dtype != torch.float32:
         raise DamagedError(
             f"{path} holds no item table in float32.", remedy="Restore it from a copy."
         )
-    return found[0]
+    return tables[0]
 
 
 def blocks(rows: DividedRows) -> Iterator[Tensor]:

@@ -45,10 +45,10 @@ class Exchange:
 
     def counts(self, count: int) -> list[int]:
         """``count`` of every rank."""
-        found = torch.empty(self.ranks.world_size, dtype=torch.int64, device=self.ranks.device)
-        dist.all_gather_into_tensor(found, found.new_tensor([count]))
+        received = torch.empty(self.ranks.world_size, dtype=torch.int64, device=self.ranks.device)
+        dist.all_gather_into_tensor(received, received.new_tensor([count]))
         self.received["all_gather"] += 8 * (self.ranks.world_size - 1)
-        return [int(n) for n in found.tolist()]
+        return [int(n) for n in received.tolist()]
 
     def gather(self, part: Tensor, counts: list[int]) -> Tensor:
         """[n_r, ...] of every rank r -> [sum of n, ...], in the order of the ranks."""
@@ -66,10 +66,10 @@ class Exchange:
         order of the ranks.
         """
         raw = _bytes(parts)
-        found = raw.new_empty(sum(received), raw.shape[1])
-        dist.all_to_all_single(found, raw, received, sent)
+        rows = raw.new_empty(sum(received), raw.shape[1])
+        dist.all_to_all_single(rows, raw, received, sent)
         self.received["all_to_all"] += (sum(received) - received[self.ranks.rank]) * raw.shape[1]
-        return found.view(parts.dtype).view(-1, *parts.shape[1:])
+        return rows.view(parts.dtype).view(-1, *parts.shape[1:])
 
 
 def _bytes(t: Tensor) -> Tensor:
@@ -118,14 +118,14 @@ class RowSharded(PlacedTable):
         missing = num_kept - scores.shape[1]
         scores = nn.functional.pad(scores, (0, missing), value=-torch.inf)
         ids = nn.functional.pad(indices + self.first, (0, missing), value=self.num_rows)
-        found = torch.stack([scores.view(torch.int32), ids.int()], dim=-1)  # [sum of G, K, 2]
-        found = self.exchange.deal(found, counts, [len(query)] * len(counts))
-        found = (
-            found.view(len(counts), len(query), num_kept, 2).transpose(0, 1).flatten(1, 2)
+        nearest = torch.stack([scores.view(torch.int32), ids.int()], dim=-1)  # [sum of G, K, 2]
+        nearest = self.exchange.deal(nearest, counts, [len(query)] * len(counts))
+        nearest = (
+            nearest.view(len(counts), len(query), num_kept, 2).transpose(0, 1).flatten(1, 2)
         )  # [G, N * K, 2]
-        return best(found[..., 0].contiguous().view(torch.float32), found[..., 1].long(), num_kept)[
-            1
-        ]
+        return best(
+            nearest[..., 0].contiguous().view(torch.float32), nearest[..., 1].long(), num_kept
+        )[1]
 
     def relevance(self, query: Tensor, project: Project, needed: int | None = None) -> Tensor:
         """[V] largest cosine of each row with any query of any rank."""
@@ -168,13 +168,13 @@ class ZeroTable(WholeTable):
         self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
     ) -> Tensor:
         """[G, K] numbers of the rows of highest score for each query, best first."""
-        found = self(lambda rows: nearest_rows(query, rows, project, num_kept, noise))
-        return found  # type: ignore[no-any-return]
+        nearest = self(lambda rows: nearest_rows(query, rows, project, num_kept, noise))
+        return nearest  # type: ignore[no-any-return]
 
     def relevance(self, query: Tensor, project: Project, needed: int | None = None) -> Tensor:
         """[V] largest cosine of each row with any of the queries."""
-        found = self(lambda rows: row_relevance(query, rows, project, needed=needed))
-        return found  # type: ignore[no-any-return]
+        relevance = self(lambda rows: row_relevance(query, rows, project, needed=needed))
+        return relevance  # type: ignore[no-any-return]
 
     def cast(self, dtype: torch.dtype) -> None:
         """Nothing: DeepSpeed casts parameters."""

@@ -175,8 +175,8 @@ def index(
     with words_of_a_call():
         config = validate(IndexConfig, options, source="the call")
         given = None if histories is None else Path(path_text(histories, "histories"))
-        found, output = Path(path_text(model, "model")), Path(path_text(folder, "folder"))
-        return write_index(found, output, config, given)
+        run, output = Path(path_text(model, "model")), Path(path_text(folder, "folder"))
+        return write_index(run, output, config, given)
 
 
 def load_exported(folder: StrPath) -> Exported:
@@ -259,10 +259,10 @@ def _changed(config: RunConfig, overrides: Overrides | None) -> RunConfig:
 
 def _nested(given: Overrides) -> dict[str, Any]:
     """Dotted keys and sections to plain nested mappings."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in given.items():
         if isinstance(value, Section):
             value = value.model_dump(mode="json")
         plain = _nested(value) if isinstance(value, Mapping) else value
-        found = merge_values(found, nested({str(key): plain}))
-    return found
+        values = merge_values(values, nested({str(key): plain}))
+    return values

@@ -143,5 +143,5 @@ class PositionalBackbone(Backbone):
 
 def backbone_class(name: str) -> type[Backbone]:
     """The class that the registry names."""
-    found: type[Backbone] = load(BACKBONES[name].path, "mltfr_dist.models")
-    return found
+    backbone: type[Backbone] = load(BACKBONES[name].path, "mltfr_dist.models")
+    return backbone

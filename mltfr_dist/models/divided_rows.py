@@ -143,10 +143,10 @@ class DividedRows(ItemRows):
         positions = self.division.positions(item_ids)
         if self._fetched is None:
             raise RuntimeError("a divided item table is read before `look_up`")
-        found = torch.searchsorted(self._fetched, positions).clamp(max=len(self._fetched) - 1)
-        if not torch.equal(self._fetched[found], positions):
+        indices = torch.searchsorted(self._fetched, positions).clamp(max=len(self._fetched) - 1)
+        if not torch.equal(self._fetched[indices], positions):
             raise RuntimeError("an item is read that `look_up` was not given")
-        return F.embedding(found, self._rows)
+        return F.embedding(indices, self._rows)
 
     def own_vectors(self) -> Tensor:
         """[O, D] this process's rows, to be scored against; in training a leaf."""

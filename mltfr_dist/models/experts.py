@@ -295,5 +295,5 @@ class SigmoidRouter(Router):
 
 def router_class(name: str) -> type[Router]:
     """The class that the registry names."""
-    found: type[Router] = load(ROUTERS[name].path, "mltfr_dist.models")
-    return found
+    router: type[Router] = load(ROUTERS[name].path, "mltfr_dist.models")
+    return router

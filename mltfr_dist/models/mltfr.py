@@ -218,10 +218,10 @@ class MLTFR(nn.Module):
             searched whole.
         """
         queries = [self.blocks(*pair).queries for pair in inputs]
-        found = [
+        recalls = [
             self.selector(m).refresh(queries, self.table(m), reduce) for m in range(self.num_tables)
         ]
-        return torch.cat([torch.ones(1).double() if r is None else r.cpu() for r in found])
+        return torch.cat([torch.ones(1).double() if r is None else r.cpu() for r in recalls])
 
     def after_update(self, gate_weights: Tensor | None) -> None:
         """Note that an update is over.

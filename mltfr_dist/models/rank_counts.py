@@ -90,11 +90,11 @@ def count_better(
         items = max(1, PART_ELEMENTS // hidden.shape[1]) if tile is None else tiles.shape[1]
         return _counted_in_registers(tiles, target_scores, items)
     counts = _Counts(tiles, target_scores)
-    for found in tiles:
+    for scored in tiles:
         if normaliser is not None:
-            normaliser.add(found)
-        tiles.leave_out(found)
-        counts.add(found)
+            normaliser.add(scored)
+        tiles.leave_out(scored)
+        counts.add(scored)
     counts.settle()
     return RankCounts(counts.better.long(), counts.equal.long())
 
@@ -162,7 +162,7 @@ class _Counts:
 def _nonzero(sparse: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of what is not 0 in [n, T] numbers >= 0: by sums of runs, for few are."""
     runs = F.pad(sparse.flatten(), (0, -sparse.numel() % RUN)).view(-1, RUN)
-    found = runs.sum(1).nonzero()[:, 0]
-    within = runs[found].nonzero()
-    indices = found[within[:, 0]] * RUN + within[:, 1]
+    filled = runs.sum(1).nonzero()[:, 0]
+    within = runs[filled].nonzero()
+    indices = filled[within[:, 0]] * RUN + within[:, 1]
     return indices // sparse.shape[1], indices % sparse.shape[1]

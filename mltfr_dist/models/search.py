@@ -65,9 +65,9 @@ def search(
 
     In fp32 on a CPU near-ties are told apart in float64; elsewhere products count as computed.
     """
-    found = nearest(unit_query, unit_rows, num_kept) if noise is None else None
-    if found is not None:
-        return found[1]
+    by_kernel = nearest(unit_query, unit_rows, num_kept) if noise is None else None
+    if by_kernel is not None:
+        return by_kernel[1]
     settled = unit_query.device.type == "cpu" and unit_query.dtype == torch.float32
     tolerance = TOLERANCE[torch.float32] if settled else 0.0
 
@@ -85,8 +85,10 @@ def largest(scores: Tensor, count: int) -> Tensor:
     """[G, count] indices of the largest of ``scores`` [G, S], best first; of equal ones the lower
     indices.
     """
-    found = _separated(lambda width: top_of(scores, width), scores.shape[1], count, 0.0, margin=1)
-    return best(*found, count)[1]
+    separated = _separated(
+        lambda width: top_of(scores, width), scores.shape[1], count, 0.0, margin=1
+    )
+    return best(*separated, count)[1]
 
 
 def search_rows(
@@ -116,8 +118,8 @@ def nearest_rows(
     def exact(doubtful: Tensor, indices: Tensor) -> Tensor:
         return _cosines(query[doubtful], rows, project, indices)
 
-    found = _near(query, rows, project, num_kept, noise)
-    return _ordered(*found, num_kept, TOLERANCE[query.dtype], exact, noise)
+    near = _near(query, rows, project, num_kept, noise)
+    return _ordered(*near, num_kept, TOLERANCE[query.dtype], exact, noise)
 
 
 def _near(
@@ -165,9 +167,9 @@ def _ordered(
     again = exact(doubtful, some)
     if noise is not None:
         again = again + noise._replace(keys=noise.keys[doubtful]).at(some)
-    found = indices[:, :num_kept].contiguous()
-    found[doubtful] = best(again.float(), some, num_kept)[1]
-    return found
+    kept = indices[:, :num_kept].contiguous()
+    kept[doubtful] = best(again.float(), some, num_kept)[1]
+    return kept
 
 
 def _separated(
@@ -198,8 +200,8 @@ def _best_of(
     """What gives the [G, n] largest products (plus noise) and their indices, best first."""
 
     def top(count: int) -> tuple[Tensor, Tensor]:
-        found = nearest(unit_query, unit_rows, count) if noise is None else None
-        return _top(unit_query, unit_rows, count, noise) if found is None else found
+        by_kernel = nearest(unit_query, unit_rows, count) if noise is None else None
+        return _top(unit_query, unit_rows, count, noise) if by_kernel is None else by_kernel
 
     return top
 
@@ -271,19 +273,22 @@ def row_relevance(
     bounds = None if needed is None else largest_products(unit_query, unit_rows)
     if bounds is None or needed is None:
         return _largest_cosines(unit_query, unit_rows).float()
-    found, error = bounds
-    last = found.topk(min(needed, len(found))).values[-1] - 4 * TOLERANCE[torch.float32]
-    near = (found + error >= last).nonzero()[:, 0]
-    return found.index_copy_(0, near, _largest_cosines(unit_query, unit_rows[near]))
+    largest_cosines, error = bounds
+    last = (
+        largest_cosines.topk(min(needed, len(largest_cosines))).values[-1]
+        - 4 * TOLERANCE[torch.float32]
+    )
+    near = (largest_cosines + error >= last).nonzero()[:, 0]
+    return largest_cosines.index_copy_(0, near, _largest_cosines(unit_query, unit_rows[near]))
 
 
 def _largest_cosines(unit_query: Tensor, unit_rows: Tensor) -> Tensor:
     """[S] largest product of each row with any query."""
-    found = unit_rows.new_full((len(unit_rows),), -1.0)
+    cosines = unit_rows.new_full((len(unit_rows),), -1.0)
     chunk = queries_at_once(len(unit_rows), unit_rows.device)
     kept = unit_query.new_empty(min(chunk, len(unit_query)), len(unit_rows))
     for part in torch.split(unit_query, chunk):
         if len(part):
             scores = torch.mm(part, unit_rows.T, out=kept[: len(part)])
-            torch.maximum(found, scores.amax(dim=0), out=found)
-    return found
+            torch.maximum(cosines, scores.amax(dim=0), out=cosines)
+    return cosines

@@ -174,9 +174,9 @@ class Tiles:
         """
         rows, indices = self._excluded.unbind(1)
         items = max(1, len(self.vectors))
-        found = torch.unique(rows * items + indices)
-        users = torch.arange(len(self.hidden) + 1, device=found.device)
-        return torch.searchsorted(found, users * items), found % items
+        pairs = torch.unique(rows * items + indices)
+        users = torch.arange(len(self.hidden) + 1, device=pairs.device)
+        return torch.searchsorted(pairs, users * items), pairs % items
 
     @property
     def _excluded(self) -> Tensor:

@@ -72,7 +72,7 @@ def _in_registers(tiles: Tiles, k: int, items: int) -> tuple[Tensor, Tensor]:
     for _, _, of_part in tiles.parts(items):
         error = torch.maximum(error, of_part)
     bounds, excluded = tiles.excluded_by_user()
-    found = [
+    tops = [
         leaders(
             tiles.hidden[first : first + USERS],
             tiles.vectors,
@@ -83,7 +83,7 @@ def _in_registers(tiles: Tiles, k: int, items: int) -> tuple[Tensor, Tensor]:
         )
         for first in range(0, len(tiles.hidden), USERS)
     ]
-    return torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
+    return torch.cat([part[0] for part in tops]), torch.cat([part[1] for part in tops])
 
 
 def _in_tiles(tiles: Tiles, exclude: Pairs | None, k: int) -> tuple[Tensor, Tensor]:
@@ -128,8 +128,8 @@ def _candidates(tiles: Tiles, count: int) -> tuple[Tensor, Tensor, Tensor]:
     for tile in tiles:
         tiles.leave_out(tile)
         error[tile.users] = torch.maximum(error[tile.users], tile.error)
-        found, where = _largest(tile.scores, count)
-        kept = torch.cat([computed[tile.users], found], dim=1).topk(count, dim=1)
+        largest, where = _largest(tile.scores, count)
+        kept = torch.cat([computed[tile.users], largest], dim=1).topk(count, dim=1)
         both = torch.cat([indices[tile.users], where + tile.start], dim=1)
         computed[tile.users], indices[tile.users] = kept.values, both.gather(1, kept.indices)
     return computed, indices, error
@@ -142,8 +142,8 @@ def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     num_runs = scores.shape[1] // RUN
     if num_runs <= 2 * count:
-        found = scores.topk(min(count, scores.shape[1]), dim=1)
-        return found.values, found.indices
+        largest = scores.topk(min(count, scores.shape[1]), dim=1)
+        return largest.values, largest.indices
     whole = scores[:, : num_runs * RUN].reshape(len(scores), num_runs, RUN)
     runs = whole.amax(2).topk(count, dim=1).indices[..., None]  # [b, count, 1]
     rest = torch.arange(num_runs * RUN, scores.shape[1], device=scores.device)
@@ -151,8 +151,8 @@ def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     columns = torch.cat(
         [(runs * RUN + within).flatten(1), rest.expand(len(scores), -1)], dim=1
     )  # [b, count * RUN + rest]
-    found = scores.gather(1, columns).topk(count, dim=1)
-    return found.values, columns.gather(1, found.indices)
+    largest = scores.gather(1, columns).topk(count, dim=1)
+    return largest.values, columns.gather(1, largest.indices)
 
 
 def _of_rows(tiles: Tiles, rows: Tensor, exclude: Pairs | None) -> Tiles:

@@ -117,7 +117,7 @@ def _effect(
     other: Ranker,
     rest: list[str],
 ) -> Effect:
-    ids = [found.item_id for found in best]
+    ids = [item.item_id for item in best]
     others = other.recommend(rest, k=len(best), exclude=history)
     entered = [r.title or r.item_id for r in others if r.item_id not in ids]
     change = other.score([rest], ids) - model.score([history], ids)
@@ -136,5 +136,5 @@ def gates(model: Ranker, history: list[str]) -> list[list[float]]:
     read = whole.backbone.pack(item_ids).read
     blocks = mltfr.blocks(whole.backbone.inputs(item_ids), read.valid_mask)
     gate = blocks.spread(mltfr.router(blocks.positions))[0, :, : mltfr.num_experts]  # [L, E]
-    found: list[list[float]] = gate.view(len(gate), mltfr.num_tables, -1).sum(2).tolist()
-    return found
+    weights: list[list[float]] = gate.view(len(gate), mltfr.num_tables, -1).sum(2).tolist()
+    return weights

@@ -194,14 +194,14 @@ def _parts(histories: Path) -> Iterator[list[Row]]:
 def _write_part(work: Work, number: int, rows: list[Row]) -> None:
     told = _encoded(work, rows)
     options = work.options
-    found = work.model.recommend(
+    lists = work.model.recommend(
         told, options.k, filter_seen=options.filter_seen, empty=options.empty
     )
-    kept = found.numbers > 0
-    scores = [row[k].tolist() for row, k in zip(found.scores, kept, strict=True)]
+    kept = lists.numbers > 0
+    scores = [row[k].tolist() for row, k in zip(lists.scores, kept, strict=True)]
     columns = {
         "user_id": pa.array([row.user for row in rows], user_type(work.histories)),
-        "item_ids": pa.array(found.item_ids, pa.list_(pa.string())),
+        "item_ids": pa.array(lists.item_ids, pa.list_(pa.string())),
         "scores": pa.array(scores, pa.list_(pa.float32())),
     }
     table = pa.table(columns).replace_schema_metadata({DROPPED: str(told.dropped).encode()})
@@ -224,17 +224,17 @@ def _encoded(work: Work, rows: list[Row]) -> Histories:
             raise DataError(
                 f"{error.what[:-1]}{where}.", rule=error.rule, remedy=error.remedy
             ) from None
-        found = items.find(raw_ids)
-        if not all(found) and work.options.unknown == "refuse":
-            raise items.unknown(raw_ids, found, where, "`--unknown drop`")
-        known = [number for number in found if number]
+        item_ids = items.find(raw_ids)
+        if not all(item_ids) and work.options.unknown == "refuse":
+            raise items.unknown(raw_ids, item_ids, where, "`--unknown drop`")
+        known = [number for number in item_ids if number]
         if not known and work.options.empty == "refuse":
             raise DataError(
                 f"No history{where}.",
                 rule="A model reads at least one item that it knows.",
                 remedy="Leave the row out; `--empty popular` answers by popularity.",
             )
-        dropped += len(found) - len(known)
+        dropped += len(item_ids) - len(known)
         numbers.append(known)
     return Histories(numbers, None, dropped)
 

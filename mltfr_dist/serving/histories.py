@@ -65,12 +65,12 @@ def encode(given: object, items: ItemMap, unknown: Unknown = "refuse") -> Histor
                 remedy="Give a list.",
             )
         raw_ids = as_texts(row)
-        found = items.find(raw_ids)
-        if not all(found) and unknown == "refuse":
+        item_ids = items.find(raw_ids)
+        if not all(item_ids) and unknown == "refuse":
             where = f" in history {index} of {len(rows)}" if len(rows) > 1 else ""
-            raise items.unknown(raw_ids, found, where, "unknown=drop")
-        known = [number for number in found if number]
-        dropped += len(found) - len(known)
+            raise items.unknown(raw_ids, item_ids, where, "unknown=drop")
+        known = [number for number in item_ids if number]
+        dropped += len(item_ids) - len(known)
         numbers.append(known)
     return Histories(numbers, users, dropped)
 

@@ -91,8 +91,8 @@ class ItemMap:
 
     def find(self, raw_ids: Sequence[str]) -> list[int]:
         """Number of each raw id, 1..num_items; 0 where it is not known."""
-        found: list[int] = self._lookup.find(raw_ids).clip(min=PADDING_IDX).tolist()
-        return found
+        numbers: list[int] = self._lookup.find(raw_ids).clip(min=PADDING_IDX).tolist()
+        return numbers
 
     def name(self, item: int) -> str:
         """Title where there is one, raw id otherwise."""
@@ -162,7 +162,7 @@ def as_texts(history: object) -> list[str]:
     Raises:
         DataError: No list of ids, or something in it that is no id.
     """
-    found = []
+    texts = []
     for raw in as_list(history):
         if isinstance(raw, bool) or not isinstance(raw, str | int | np.integer):
             raise DataError(
@@ -170,5 +170,5 @@ def as_texts(history: object) -> list[str]:
                 rule="An item id is a text or a whole number.",
                 remedy="Give the ids as they stand in the raw data.",
             )
-        found.append(raw if isinstance(raw, str) else str(int(raw)))
-    return found
+        texts.append(raw if isinstance(raw, str) else str(int(raw)))
+    return texts

@@ -52,10 +52,10 @@ def exact(users: Floats, vectors: Floats, k: int) -> tuple[Rows, Measured]:
     """
 
     def search(some: Floats) -> Rows:
-        states, found = torch.from_numpy(some), []
+        states, tops = torch.from_numpy(some), []
         for first, block in blocks(vectors, BLOCK_BYTES):
-            found.append(top_items(states, torch.from_numpy(block), k, first_id=first))
-        values, ids = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+            tops.append(top_items(states, torch.from_numpy(block), k, first_id=first))
+        values, ids = (torch.cat(parts, dim=1) for parts in zip(*tops, strict=True))
         rows: Rows = best(values, ids, k)[1].numpy()
         return rows
 
@@ -83,13 +83,13 @@ def of_index(
 
     if nlist is None:
         return [_timed("index", search, users, best)[1]]
-    found = []
+    measured = []
     for tried in _doubled(nlist) if nprobe is None else (nprobe,):
         set_nprobe(index, tried)
-        found.append(_timed(f"nprobe {tried}", search, users, best)[1])
-        if found[-1].recall >= recall:
+        measured.append(_timed(f"nprobe {tried}", search, users, best)[1])
+        if measured[-1].recall >= recall:
             break
-    return found
+    return measured
 
 
 def _doubled(most: int) -> Iterator[int]:
@@ -113,5 +113,5 @@ def _timed(
         search(users[row : row + 1])
         alone.append(time.perf_counter() - began)
     best = rows if best is None else best
-    found = np.mean([np.isin(a, b).mean() for a, b in zip(best, rows, strict=True)])
-    return rows, Measured(name, float(found), 1e3 * batch, 1e3 * statistics.median(alone))
+    recall = np.mean([np.isin(a, b).mean() for a, b in zip(best, rows, strict=True)])
+    return rows, Measured(name, float(recall), 1e3 * batch, 1e3 * statistics.median(alone))

@@ -73,8 +73,8 @@ class Recommendations(Sequence[list[Recommendation]]):
 
     def _texts(self) -> npt.NDArray[np.object_]:
         """[B, k] raw ids; empty where there is no item."""
-        found = np.array(self.items.ids.at(self.numbers.ravel()), dtype=np.object_)
-        return found.reshape(self.numbers.shape)
+        texts = np.array(self.items.ids.at(self.numbers.ravel()), dtype=np.object_)
+        return texts.reshape(self.numbers.shape)
 
     def to_arrow(self) -> pa.Table:
         """A row an item: ``user_id`` (the history's index where there are none), ``rank`` from 1,

@@ -83,16 +83,16 @@ class Lookup:
 
     def find(self, asked: Sequence[str]) -> npt.NDArray[np.int64]:
         """[n] index of each text; -1 where it is none of them."""
-        found, hashes = np.full(len(asked), -1), hashed(pa.array(asked, pa.string()))
+        numbers, hashes = np.full(len(asked), -1), hashed(pa.array(asked, pa.string()))
         first = np.searchsorted(self._hashes, hashes)
         for number, (text, word) in enumerate(zip(asked, hashes, strict=True)):
             for index in range(first[number], len(self._hashes)):
                 if self._hashes[index] != word:
                     break
                 if self._texts[int(self._order[index])] == text:  # hashes may meet
-                    found[number] = self._order[index]
+                    numbers[number] = self._order[index]
                     break
-        return found
+        return numbers
 
 
 def hashed(texts: Any) -> Words:

@@ -24,10 +24,10 @@ def power(difference: float, error: float, freedom: float, alpha: float = ALPHA)
     if error == 0:
         return 1.0 if difference else alpha
     limit, centre = stats.t.isf(alpha / 2, freedom), abs(difference) / error
-    found = float(stats.nct.sf(limit, freedom, centre))
+    probability = float(stats.nct.sf(limit, freedom, centre))
     if centre < _FAR:  # beyond it the other tail is below 1e-8, and scipy may give NaN for it
-        found += float(stats.nct.cdf(-limit, freedom, centre))
-    return found
+        probability += float(stats.nct.cdf(-limit, freedom, centre))
+    return probability
 
 
 def detectable(error: float, freedom: float, alpha: float = ALPHA, wanted: float = POWER) -> float:
@@ -41,20 +41,20 @@ def detectable(error: float, freedom: float, alpha: float = ALPHA, wanted: float
     return error * float(solved)
 
 
-def seeds_needed(found: Spread, difference: float, wanted: float = POWER) -> int | None:
+def seeds_needed(observed: Spread, difference: float, wanted: float = POWER) -> int | None:
     """The fewest seeds that find a true ``difference`` among the same users.
 
     Returns:
         None where :data:`MOST_SEEDS` do not: the users alone hide it, and only more of them help.
 
     Raises:
-        ValueError: ``found`` has one seed, and so knows nothing of how seeds differ.
+        ValueError: ``observed`` has one seed, and so knows nothing of how seeds differ.
     """
-    if found.num_seeds < 2:
+    if observed.num_seeds < 2:
         raise ValueError("one seed says nothing of how seeds differ")
 
     def enough(seeds: int) -> bool:
-        error, freedom = math.sqrt(found.variance(seeds)), _freedom(found, seeds)
+        error, freedom = math.sqrt(observed.variance(seeds)), _freedom(observed, seeds)
         return power(difference, error, freedom) >= wanted
 
     if not difference or not enough(MOST_SEEDS):
@@ -66,15 +66,15 @@ def seeds_needed(found: Spread, difference: float, wanted: float = POWER) -> int
     return high
 
 
-def _freedom(found: Spread, seeds: int) -> float:
+def _freedom(observed: Spread, seeds: int) -> float:
     """Degrees of freedom that so many seeds would give."""
-    users = found.num_users
-    both = found.both / (users * seeds)
-    parts = [(found.user / users + both, users - 1)]
-    if found.seed > 0:
-        parts += [(found.seed / seeds + both, seeds - 1), (-both, (seeds - 1) * (users - 1))]
+    users = observed.num_users
+    both = observed.both / (users * seeds)
+    parts = [(observed.user / users + both, users - 1)]
+    if observed.seed > 0:
+        parts += [(observed.seed / seeds + both, seeds - 1), (-both, (seeds - 1) * (users - 1))]
     least = math.fsum(part**2 / n for part, n in parts if part)
-    return found.variance(seeds) ** 2 / least if least else users - 1
+    return observed.variance(seeds) ** 2 / least if least else users - 1
 
 
 def equivalence_p(mean: float, error: float, freedom: float, margin: float) -> float:

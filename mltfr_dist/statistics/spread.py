@@ -55,8 +55,8 @@ def spread(differences: Floats) -> Spread:
     mean, by_user, by_seed = differences.mean(), differences.mean(0), differences.mean(1)
     user_part = by_user.var(ddof=1) / users
     if seeds == 1:
-        found = (float(user_part * users), 0.0, 0.0, float(np.sqrt(user_part)), users - 1.0)
-        return Spread(float(mean), users, seeds, *found)
+        of_users = (float(user_part * users), 0.0, 0.0, float(np.sqrt(user_part)), users - 1.0)
+        return Spread(float(mean), users, seeds, *of_users)
     seed_part = by_seed.var(ddof=1) / seeds
     rest = differences - by_user - by_seed[:, None] + mean
     both = float((rest**2).sum() / ((seeds - 1) * (users - 1)))
@@ -90,13 +90,13 @@ def bootstrap_interval(
     lie further out by Student's t over the normal one, since few seeds show their spread badly.
     With one seed this is the plain percentile bootstrap over users.
     """
-    found = spread(differences)
+    observed = spread(differences)
     means = bootstrap_means(differences.mean(0), resamples, random)
     by_seed = differences.mean(1)
-    if found.num_seeds > 1 and found.seed > 0:
-        shrunk = np.sqrt(found.seed / by_seed.var(ddof=1))
+    if observed.num_seeds > 1 and observed.seed > 0:
+        shrunk = np.sqrt(observed.seed / by_seed.var(ddof=1))
         means += shrunk * resampled_deviations(by_seed, resamples, random)
     tail = (1 - level) / 2
-    further = stats.t.ppf(tail, found.freedom) / stats.norm.ppf(tail)
-    low, high = np.quantile(means, (tail, 1 - tail)) - found.mean
-    return found.mean + float(further * low), found.mean + float(further * high)
+    further = stats.t.ppf(tail, observed.freedom) / stats.norm.ppf(tail)
+    low, high = np.quantile(means, (tail, 1 - tail)) - observed.mean
+    return observed.mean + float(further * low), observed.mean + float(further * high)

@@ -112,13 +112,13 @@ def build_plan(plan: Plan, log: Log) -> TableInfo:
     Raises:
         DataError: numbers that are not finite, rows that are all equal, or no space.
     """
-    table, found, how = plan.table, plan.table.source, plan.config.normalise
+    table, source, how = plan.table, plan.table.source, plan.config.normalise
     num_rows, digest = len(table.vocabulary), hashlib.sha256()
-    with new_table(plan.output, plan.name, num_rows, found.dim, log) as new:
+    with new_table(plan.output, plan.name, num_rows, source.dim, log) as new:
         with writing(plan.output):
-            if shutil.disk_usage(new.folder).free < 4 * num_rows * found.dim:
+            if shutil.disk_usage(new.folder).free < 4 * num_rows * source.dim:
                 raise OSError(
-                    0, f"the table needs {4 * num_rows * found.dim / 1e9:.2f} GB of space"
+                    0, f"the table needs {4 * num_rows * source.dim / 1e9:.2f} GB of space"
                 )
         num_zero = _fill(new.rows, table, digest, log)
         before, after = normalise_rows(new.rows, how, log)
@@ -162,25 +162,25 @@ def _fill(rows: RowFile, table: OpenTable, digest: hashlib._Hash, log: Log) -> i
 
 def _report(info: TableInfo, table: OpenTable, num_zero: int, log: Log) -> None:
     """Say what was taken, and what about it may not be as it should."""
-    found, kind = table.source, f" ({table.vocabulary_kind})" if table.vocabulary_kind else ""
+    source, kind = table.source, f" ({table.vocabulary_kind})" if table.vocabulary_kind else ""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in info.dropped.items()) or "none"
     log(
-        f"{info.name}: {found.tensor} [{found.num_rows:,}, {found.dim}] {found.dtype} "
-        f"of {', '.join(found.files)}"
+        f"{info.name}: {source.tensor} [{source.num_rows:,}, {source.dim}] {source.dtype} "
+        f"of {', '.join(source.files)}"
     )
     log(
-        f"  tensor chosen by {found.chosen_by}; tokens from {info.vocabulary_file}{kind}; "
+        f"  tensor chosen by {source.chosen_by}; tokens from {info.vocabulary_file}{kind}; "
         f"licence: {info.licence or 'not stated'}"
     )
     log(f"  kept {info.num_rows:,} rows; dropped: {reasons}")
     if without := info.dropped.get("no_row"):
         log(
             f"  warning: {without:,} token(s) of {info.vocabulary_file} have no row among the "
-            f"{found.num_rows:,} of {found.tensor} and were left out"
+            f"{source.num_rows:,} of {source.tensor} and were left out"
         )
-    if (without := info.dropped.get("no_entry", 0)) > found.num_rows / 2:
+    if (without := info.dropped.get("no_entry", 0)) > source.num_rows / 2:
         log(
-            f"  warning: {without:,} of {found.num_rows:,} rows have no token in "
+            f"  warning: {without:,} of {source.num_rows:,} rows have no token in "
             f"{info.vocabulary_file}; is it this model's vocabulary?"
         )
     if num_zero:

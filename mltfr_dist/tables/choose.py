@@ -141,15 +141,15 @@ def choose_tensors(
         )
     note = architecture.note
     by_config = [_ending_in(names, wanted) for wanted in architecture.names]
-    if found := [one[0] for one in by_config if len(one) == 1]:
-        return found, f"config.json ({note})"
+    if chosen := [one[0] for one in by_config if len(one) == 1]:
+        return chosen, f"config.json ({note})"
     usual = [
         name
         for name in sorted({name for known in KNOWN_NAMES for name in _ending_in(names, known)})
         if _NOT_TOKENS.isdisjoint(re.split(r"[._]", name)) and not _ADAPTER.search(name)
     ]
-    if found := usual or [name for name in names if name == STATIC_NAME]:
-        return found, f"its name ({note})"
+    if chosen := usual or [name for name in names if name == STATIC_NAME]:
+        return chosen, f"its name ({note})"
     _refuse_changed(names, where)
     output = [name for wanted in OUTPUT_NAMES for name in _ending_in(names, wanted)]
     if output and architecture.tied:
@@ -169,7 +169,7 @@ def choose_tensors(
 def siblings(name: str, names: Collection[str]) -> list[str]:
     """Tensors beside ``name`` in its module, or named after it, which may change what it means."""
     module = name.rpartition(".")[0]
-    found = []
+    result = []
     for other in names:
         rest = other.removeprefix(module + ".") if module and other.startswith(module + ".") else ""
         beside = rest and ("." not in rest or is_adapter(rest))
@@ -178,8 +178,8 @@ def siblings(name: str, names: Collection[str]) -> list[str]:
             name + "_scale_inv",
         )
         if other != name and (beside or named_after):
-            found.append(other)
-    return sorted(found)
+            result.append(other)
+    return sorted(result)
 
 
 def is_adapter(name: str) -> bool:

@@ -127,9 +127,9 @@ def extract_table(source: str, config: TableConfig) -> ExtractedTable:
 
     `mltfr tables` does not hold it in memory (tables/build.py).
     """
-    found, digest = open_table(source, config), hashlib.sha256()
-    rows = torch.cat([rows for _, rows in found.blocks(digest)])
-    return ExtractedTable(**vars(found), rows=rows, source_sha256=digest.hexdigest())
+    source_table, digest = open_table(source, config), hashlib.sha256()
+    rows = torch.cat([rows for _, rows in source_table.blocks(digest)])
+    return ExtractedTable(**vars(source_table), rows=rows, source_sha256=digest.hexdigest())
 
 
 def _choose_rows(

@@ -72,12 +72,12 @@ class Overlap:
 
 def words_of(table: TokenTable) -> dict[str, int]:
     """Whole words (letters only, lower case) and their rows; of several, the first."""
-    found: dict[str, int] = {}
+    words: dict[str, int] = {}
     for row, token in enumerate(table.vocabulary):
         match = _WORD.fullmatch(token)
         if match and match[1] == match[1].lower():
-            found.setdefault(match[1], row)
-    return found
+            words.setdefault(match[1], row)
+    return words
 
 
 def shared_words(tables: Sequence[TokenTable]) -> list[str]:

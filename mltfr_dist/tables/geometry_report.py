@@ -67,11 +67,11 @@ def inspect_tables(
         for table in tables:
             write_words(pictures / table.name, table)
     lines = [*_spread_lines(tables, spreads), "", *_overlap_lines(agreed)]
-    for word, *found in zip(
+    for word, *nearest in zip(
         shown, *(neighbour_words(t, shown, _SHOWN_NEIGHBOURS) for t in tables), strict=True
     ):
         lines += [f"nearest to {word!r}, by cosine"]
-        for table, near in zip(tables, found, strict=True):
+        for table, near in zip(tables, nearest, strict=True):
             listed = ", ".join(f"{token.strip()} {cosine:.2f}" for token, cosine in near)
             lines += [f"  {table.name:<14}{listed}"]
     if pictures is not None:
@@ -85,12 +85,12 @@ def _spread_lines(tables: Sequence[TokenTable], spreads: Mapping[str, Spread]) -
         f"{'nearest':>9}{'of random':>11}"
     ]
     for table in tables:
-        found = spreads[table.name]
-        before, after = found.mean_cosine
+        of_table = spreads[table.name]
+        before, after = of_table.mean_cosine
         lines.append(
-            f"{table.name:<14}{table.info.num_rows:>9,}{table.info.dim:>9,}{found.dimensions:>12.1f}"
-            f"{f'{before:.3f} to {after:.3f}':>17}{float(found.nearest.median()):>9.3f}"
-            f"{float(found.nearest_random.median()):>11.3f}"
+            f"{table.name:<14}{table.info.num_rows:>9,}{table.info.dim:>9,}{of_table.dimensions:>12.1f}"
+            f"{f'{before:.3f} to {after:.3f}':>17}{float(of_table.nearest.median()):>9.3f}"
+            f"{float(of_table.nearest_random.median()):>11.3f}"
         )
     return [
         *lines,
@@ -105,10 +105,10 @@ def _overlap_lines(agreed: Mapping[tuple[str, str], Overlap]) -> list[str]:
     if not agreed:
         return []
     lines = [f"of a word's {NEIGHBOURS} nearest words in one table, in the other stand"]
-    for (first, second), found in agreed.items():
+    for (first, second), shares in agreed.items():
         lines.append(
-            f"  {f'{first}, {second}':<30}{found.share:>6.1%}  (by chance {found.by_chance:.1%}; "
-            f"{found.words:,} words in both)"
+            f"  {f'{first}, {second}':<30}{shares.share:>6.1%}  (by chance {shares.by_chance:.1%}; "
+            f"{shares.words:,} words in both)"
         )
     return [*lines, ""]
 
@@ -124,19 +124,21 @@ def draw(
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     bins = np.linspace(0, 1, 51)
-    for index, (name, found) in enumerate(spreads.items()):
-        axis = np.arange(1, len(found.shares) + 1)
-        left.plot(axis, found.shares.cumsum(0), label=name, color=f"C{index}")
+    for index, (name, of_table) in enumerate(spreads.items()):
+        axis = np.arange(1, len(of_table.shares) + 1)
+        left.plot(axis, of_table.shares.cumsum(0), label=name, color=f"C{index}")
         shape = {"bins": bins, "histtype": "step", "color": f"C{index}"}
-        middle.hist(found.nearest.clamp(0, 1).numpy(), **shape, label=name)
-        middle.hist(found.nearest_random.clamp(0, 1).numpy(), **shape, linestyle=":")
+        middle.hist(of_table.nearest.clamp(0, 1).numpy(), **shape, label=name)
+        middle.hist(of_table.nearest_random.clamp(0, 1).numpy(), **shape, linestyle=":")
     left.set(xscale="log", xlabel="principal axes", ylabel="share of the variance, summed")
     left.legend(frameon=False)
     middle.set(xlabel="cosine with the nearest row (dotted: random rows)", ylabel="words")
     middle.legend(frameon=False)
     labels = [f"{first},\n{second}" for first, second in agreed]
-    right.bar(labels, [found.share for found in agreed.values()])
-    right.scatter(labels, [found.by_chance for found in agreed.values()], color="black", zorder=2)
+    right.bar(labels, [of_table.share for of_table in agreed.values()])
+    right.scatter(
+        labels, [of_table.by_chance for of_table in agreed.values()], color="black", zorder=2
+    )
     right.set_ylabel(f"of {NEIGHBOURS} nearest words in common (dot: by chance)")
     if not agreed:
         right.set_axis_off()
@@ -149,11 +151,11 @@ def write_words(folder: Path, table: TokenTable) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     folder.mkdir(parents=True, exist_ok=True)
-    found = list(words_of(table).items())[:PROJECTED_WORDS]
+    words = list(words_of(table).items())[:PROJECTED_WORDS]
     SummaryWriter(str(folder)).close()  # TensorBoard looks for projectors beside event files
-    rows = table.rows[[row for _, row in found]].numpy()
+    rows = table.rows[[row for _, row in words]].numpy()
     np.savetxt(folder / "vectors.tsv", rows, fmt="%.5g", delimiter="\t")
-    write_atomically(folder / "words.tsv", "".join(f"{word}\n" for word, _ in found))
+    write_atomically(folder / "words.tsv", "".join(f"{word}\n" for word, _ in words))
     write_atomically(
         folder / "projector_config.pbtxt",
         f'embeddings {{\n  tensor_name: "{table.name}"\n  tensor_path: "vectors.tsv"\n'

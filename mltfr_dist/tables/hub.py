@@ -21,10 +21,10 @@ _FILE_ENDINGS = (*FORMATS, *layout.PICKLE_ENDINGS)
 
 def parse_hub_id(source: str) -> tuple[str, str | None] | None:
     """``owner/name`` or ``owner/name@revision`` to its parts; None if it cannot be an id."""
-    found = _REPOSITORY.fullmatch(source)
-    if found is None or source.endswith(_FILE_ENDINGS):
+    match = _REPOSITORY.fullmatch(source)
+    if match is None or source.endswith(_FILE_ENDINGS):
         return None
-    return found[1], found[2]
+    return match[1], match[2]
 
 
 def fetch(repository: str, revision: str | None, tensor: str | None) -> tuple[Path, str]:
@@ -85,25 +85,25 @@ def fetch_files(
         f"Download the repository (`hf download {repository} --local-dir FOLDER`) "
         "and give the path of one of them."
     )
-    found = layout.find_layout(names, repository, choice)
+    chosen = layout.find_layout(names, repository, choice)
     small = [get(name) for name in layout.small_files(files, below)]
-    if found.ending == ".gguf":
-        return _fetch_gguf(found, tensor, lambda name: get(prefix + name))
-    if found.adapter and found.adapter.endswith(".safetensors"):
-        get(prefix + found.adapter)
-    by_index = layout.read_index(get(prefix + found.index)) if found.index else {}
-    if found.files:
-        others = sorted(set(by_index.values()) & set(names) - set(found.files))
-        if len(found.files) > 1 or others:
-            shown = ", ".join([*found.files, *others][:12])
+    if chosen.ending == ".gguf":
+        return _fetch_gguf(chosen, tensor, lambda name: get(prefix + name))
+    if chosen.adapter and chosen.adapter.endswith(".safetensors"):
+        get(prefix + chosen.adapter)
+    by_index = layout.read_index(get(prefix + chosen.index)) if chosen.index else {}
+    if chosen.files:
+        others = sorted(set(by_index.values()) & set(names) - set(chosen.files))
+        if len(chosen.files) > 1 or others:
+            shown = ", ".join([*chosen.files, *others][:12])
             raise DataError(
-                f"{repository} holds {len(found.files) + len(others)} weight files that no one "
+                f"{repository} holds {len(chosen.files) + len(others)} weight files that no one "
                 f"index covers: {shown}.",
                 rule="Which of them holds the embedding is seen in the files alone.",
                 remedy=choice,
             )
-        return get(prefix + found.files[0]).parent
-    folder = small[0].parent if small else get(prefix + str(found.index)).parent
+        return get(prefix + chosen.files[0]).parent
+    folder = small[0].parent if small else get(prefix + str(chosen.index)).parent
     architecture = choose.Architecture()
     if tensor is None and prefix + "config.json" in files:
         architecture = choose.names_from_config(folder, read_settings(folder))
@@ -119,11 +119,11 @@ def fetch_files(
     return paths[0].parent
 
 
-def _fetch_gguf(found: layout.Layout, tensor: str | None, get: Callable[[str], Path]) -> Path:
+def _fetch_gguf(chosen: layout.Layout, tensor: str | None, get: Callable[[str], Path]) -> Path:
     """Get the parts of a GGUF model until one holds the vocabulary and one the embedding."""
     has_tokens = has_tensor = False
     paths = []
-    for name in found.files:
+    for name in chosen.files:
         paths.append(get(name))
         has_tokens = has_tokens or from_gguf.has_tokens(paths[-1])
         has_tensor = has_tensor or from_gguf.has_tensor(paths[-1], tensor)

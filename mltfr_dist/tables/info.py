@@ -134,9 +134,9 @@ def read_info(folder: Path) -> TableInfo:
 def near_tables(folder: Path) -> str | None:
     """Where the table that was meant may lie: by name alone, or misspelt; None: unknown."""
     for parent in dict.fromkeys((folder.parent, DEFAULT_OUTPUT)):
-        found = sorted(file.parent.name for file in parent.glob(f"*/{INFO_FILE}"))
-        if parent != folder.parent and folder.name in found:
+        names = sorted(file.parent.name for file in parent.glob(f"*/{INFO_FILE}"))
+        if parent != folder.parent and folder.name in names:
             return f"Did you mean {parent / folder.name}?"
-        if near := nearest_key(folder.name, found):
-            return f"The tables in {parent} are {', '.join(found)}; did you mean {parent / near}?"
+        if near := nearest_key(folder.name, names):
+            return f"The tables in {parent} are {', '.join(names)}; did you mean {parent / near}?"
     return None

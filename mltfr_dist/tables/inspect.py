@@ -85,9 +85,9 @@ def rows_of_word(table: TokenTable, word: str) -> list[int]:
     """
     bare = word.strip(" ")
     spellings = dict.fromkeys((word, f" {bare}", bare, f"{bare} "))
-    found = [row for one in spellings for row, token in enumerate(table.vocabulary) if token == one]
-    if found:
-        return found
+    rows = [row for one in spellings for row, token in enumerate(table.vocabulary) if token == one]
+    if rows:
+        return rows
     near = near_tokens(table.vocabulary, bare)
     raise DataError(
         f"No token of the table {table.name} is {word!r}.",

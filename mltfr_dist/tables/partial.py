@@ -45,7 +45,7 @@ def partial_folder(output: Path, name: str, log: Callable[[str], None]) -> Itera
 def _leftovers(output: Path, name: str) -> list[Path]:
     """Partial folders of ``name`` that nobody works in; one without a host counts as this one's."""
     pattern = re.compile(rf"\.{re.escape(name)}\.partial-(?:(?P<host>.+)-)?(?P<pid>\d+)")
-    found = []
+    leftovers = []
     for folder in output.iterdir():
         if (match := pattern.fullmatch(folder.name)) and match["host"] in (
             None,
@@ -53,8 +53,8 @@ def _leftovers(output: Path, name: str) -> list[Path]:
         ):
             pid = int(match["pid"])
             if (pid == os.getpid() or not _is_maker(pid, folder)) and not _is_locked(folder):
-                found.append(folder)
-    return found
+                leftovers.append(folder)
+    return leftovers
 
 
 def _is_maker(pid: int, folder: Path) -> bool:

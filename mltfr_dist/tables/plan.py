@@ -87,26 +87,26 @@ def plan_table(
         DataError: a source that cannot be read with certainty, or a different table of this name.
     """
     table = open_table(source, config)
-    found = table.source
+    stored = table.source
     name = name or _valid_name(table.source_name)
     recorded = config.model_copy(
         update={"vocabulary": Path(config.vocabulary.name) if config.vocabulary else None}
     )
     described = {
         "name": name,
-        "source_files": found.files,
+        "source_files": stored.files,
         "source_revision": table.revision,
-        "tensor": found.tensor,
-        "source_dtype": found.dtype,
-        "source_rows": found.num_rows,
+        "tensor": stored.tensor,
+        "source_dtype": stored.dtype,
+        "source_rows": stored.num_rows,
         "vocabulary_file": table.vocabulary_file,
-        "licence": licence or found.licence,
+        "licence": licence or stored.licence,
         "dropped": dict(table.dropped),
         "config": recorded,
     }
     sizes = {
         "num_rows": len(table.vocabulary),
-        "dim": found.dim,
+        "dim": stored.dim,
         "vocabulary_sha256": hashlib.sha256(vocabulary_json(table.vocabulary)).hexdigest(),
     }
     check_free(output / name, described | sizes)

@@ -23,8 +23,8 @@ def seed_tables(tables: Sequence[TokenTable], config: FilterConfig) -> tuple[Tok
         ConfigError: A word that no vocabulary holds, or a vocabulary that holds none of the words.
     """
     words = [word.strip().lower() for word in config.seed_words]
-    found = [rows_of(table, words) for table in tables]
-    unknown = [word for word in words if not any(word in rows for rows in found)]
+    rows_by_word = [rows_of(table, words) for table in tables]
+    unknown = [word for word in words if not any(word in rows for rows in rows_by_word)]
     if unknown:
         raise ConfigError(
             f"No vocabulary holds the seed word{'s' if len(unknown) > 1 else ''} "
@@ -32,7 +32,7 @@ def seed_tables(tables: Sequence[TokenTable], config: FilterConfig) -> tuple[Tok
             rule="A seed word is a whole token of at least one table (case does not count).",
             remedy="Correct mltfr.filter.seed_words, or leave it out.",
         )
-    for table, rows in zip(tables, found, strict=True):
+    for table, rows in zip(tables, rows_by_word, strict=True):
         if not rows:
             raise ConfigError(
                 f"The vocabulary of table `{table.name}` holds none of the seed words.",
@@ -42,7 +42,7 @@ def seed_tables(tables: Sequence[TokenTable], config: FilterConfig) -> tuple[Tok
             )
     return tuple(
         cut(table, [i for ids in rows.values() for i in ids], config.seed_neighbours)
-        for table, rows in zip(tables, found)
+        for table, rows in zip(tables, rows_by_word)
     )
 
 
@@ -50,13 +50,13 @@ def rows_of(table: TokenTable, words: Sequence[str]) -> dict[str, list[int]]:
     """Word to the rows whose token it is, with any case and with or without a leading space; words
     without a row are left out.
     """
-    found: dict[str, list[int]] = {}
+    rows_by_word: dict[str, list[int]] = {}
     wanted = set(words)
     for row, token in enumerate(table.vocabulary):
         word = token.strip().lower()
         if word in wanted:
-            found.setdefault(word, []).append(row)
-    return found
+            rows_by_word.setdefault(word, []).append(row)
+    return rows_by_word
 
 
 def cut(table: TokenTable, seeds: Sequence[int], num_neighbours: int) -> TokenTable:

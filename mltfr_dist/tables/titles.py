@@ -29,7 +29,7 @@ def title_tokens(title: str, rows: Mapping[str, int]) -> list[int]:
         title: Any text.
         rows: Token to row; one that begins a word starts with a space.
     """
-    found = []
+    tokens = []
     for word in title.split():
         start = 0
         while start < len(word):
@@ -39,9 +39,9 @@ def title_tokens(title: str, rows: Mapping[str, int]) -> list[int]:
                 for end in range(len(word), start, -1)
             )
             end, row = next((cut for cut in cuts if cut[1] is not None), (start + 1, None))
-            found += [] if row is None else [row]
+            tokens += [] if row is None else [row]
             start = end
-    return found
+    return tokens
 
 
 def _row(piece: str, rows: Mapping[str, int], *, begins: bool) -> int | None:

@@ -94,26 +94,26 @@ def _locate(path: str, begins: list[Path]) -> str:
 
 def _with_paths(values: Values, change: Callable[[str], str]) -> Values:
     """``values`` with every path changed."""
-    found = dict(values)
+    changed = dict(values)
     for key in ("runs_dir", "deepspeed"):
-        if isinstance(found.get(key), str):
-            found[key] = change(found[key])
-    if isinstance(data := found.get("data"), dict) and isinstance(data.get("path"), str):
-        found["data"] = data | {"path": change(data["path"])}
-    if isinstance(mltfr := found.get("mltfr"), dict) and isinstance(mltfr.get("tables"), list):
-        found["mltfr"] = mltfr | {"tables": [change(str(path)) for path in mltfr["tables"]]}
-    return found
+        if isinstance(changed.get(key), str):
+            changed[key] = change(changed[key])
+    if isinstance(data := changed.get("data"), dict) and isinstance(data.get("path"), str):
+        changed["data"] = data | {"path": change(data["path"])}
+    if isinstance(mltfr := changed.get("mltfr"), dict) and isinstance(mltfr.get("tables"), list):
+        changed["mltfr"] = mltfr | {"tables": [change(str(path)) for path in mltfr["tables"]]}
+    return changed
 
 
 def _paths(values: Values) -> list[str]:
-    found: list[str] = []
+    paths: list[str] = []
 
     def keep(path: str) -> str:
-        found.append(path)
+        paths.append(path)
         return path
 
     _with_paths(values, keep)
-    return found
+    return paths
 
 
 def _inputs(values: Values) -> Iterator[str]:

@@ -236,27 +236,27 @@ def leaf_values(config: RunConfig) -> dict[str, Any]:
     """Dotted key of every field that is no section, and its value."""
 
     def leaves(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for key, value in values.items():
-            found |= (
+            result |= (
                 leaves(value, f"{prefix}{key}.")
                 if isinstance(value, dict)
                 else {prefix + key: value}
             )
-        return found
+        return result
 
     return leaves(config.model_dump(mode="json"), "")
 
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """`key: old -> new` for every leaf that differs."""
-    found = []
+    differing = []
     for key in [*old, *(k for k in new if k not in old)]:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differing_fields(before, after, f"{prefix}{key}.")
+            differing += differing_fields(before, after, f"{prefix}{key}.")
         elif before != after:
-            found.append(
+            differing.append(
                 f"{prefix}{key} is {json.dumps(before)} there and {json.dumps(after)} here"
             )
-    return found
+    return differing

@@ -153,10 +153,10 @@ def whole_population(suggest: Callable[[], Any], keys: Sequence[str]) -> dict[st
         suggest: Gives one trial after the other, and at the end what is no dictionary.
         keys: Of each.
     """
-    found = []
+    members = []
     while isinstance(trial := suggest(), dict):
-        found.append(trial)
-    by_number = {trial[NUMBER]: trial for trial in found}
+        members.append(trial)
+    by_number = {trial[NUMBER]: trial for trial in members}
 
     def value_of(key: str) -> Any:
         return tune.sample_from(lambda spec: by_number[spec.config[NUMBER]][key])

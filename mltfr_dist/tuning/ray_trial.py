@@ -133,8 +133,10 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         self.record = load_trial(self.setting.folder, config[NUMBER])
         self.turns = Turns.of(self.setting.sweep, self.setting.config(self.record))
         self.group = group_path(self.setting.folder, config[NUMBER])
-        found = self.record.validations()
-        self.seen = len(found) - self.turns.ended(found)  # an exchange may not have been done
+        validations = self.record.validations()
+        self.seen = len(validations) - self.turns.ended(
+            validations
+        )  # an exchange may not have been done
         self.attempt: Attempt | None = None
         self.workers = TrialWorkers(self.group)
 
@@ -148,37 +150,37 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
             # Asked before reading: what a thread that has ended wrote is there.
             attempt = self.attempt
             running = attempt is not None and attempt.is_alive()
-            found = self.record.validations()
-            new = found[self.seen : self.seen + 1]
+            validations = self.record.validations()
+            new = validations[self.seen : self.seen + 1]
             if new and not (running and attempt and attempt.pauses_after(new[0].epoch)):
                 self.seen += 1
-                return self._result(found[: self.seen])
+                return self._result(validations[: self.seen])
             if not running and self._sweep_stops():
-                return self._over(found)
-            if attempt is None or (not running and self._goes_on(attempt, found)):
+                return self._over(validations)
+            if attempt is None or (not running and self._goes_on(attempt, validations)):
                 # Of an attempt that was lost with its node. Not before a step: Tune may start two
                 # of these processes for a trial, and use one.
                 release(self.group)
                 self.record.failure.unlink(missing_ok=True)
-                until = self.turns.end_after(found[-1].epoch if found else 0)
+                until = self.turns.end_after(validations[-1].epoch if validations else 0)
                 self.attempt = Attempt(self._trainer(until), self.group, until)
                 self.attempt.start()
             elif not running:
-                return self._ended(attempt, found)
+                return self._ended(attempt, validations)
             time.sleep(POLL_SECONDS)
 
-    def _goes_on(self, attempt: Attempt, found: list[Validation]) -> bool:
-        paused = bool(found) and attempt.pauses_after(found[-1].epoch)
+    def _goes_on(self, attempt: Attempt, validations: list[Validation]) -> bool:
+        paused = bool(validations) and attempt.pauses_after(validations[-1].epoch)
         return paused and attempt.ended_well() and load_result(self.record.folder) is None
 
-    def _ended(self, attempt: Attempt, found: list[Validation]) -> dict[str, Any]:
+    def _ended(self, attempt: Attempt, validations: list[Validation]) -> dict[str, Any]:
         if attempt.error is None:
-            return self._over(found)
+            return self._over(validations)
         reason, cause = describe(attempt.error), root_cause(attempt.error)
         write_atomically(self.record.failure, reason + "\n")
         if not can_pass(cause):
             self.record = self.record.end("failed", reason)
-            return self._over(found)
+            return self._over(validations)
         raise RuntimeError(reason) from None
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -213,8 +215,8 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
     def _sweep_stops(self) -> bool:
         return (self.setting.folder / STOP).exists()
 
-    def _over(self, found: list[Validation]) -> dict[str, Any]:
-        return (self._result(found) if found else NOTHING) | {"done": True}
+    def _over(self, validations: list[Validation]) -> dict[str, Any]:
+        return (self._result(validations) if validations else NOTHING) | {"done": True}
 
     def _result(self, validations: list[Validation]) -> dict[str, Any]:
         name = self.setting.sweep.metric_name

@@ -109,13 +109,13 @@ def daemons() -> list[psutil.Process]:
         "raylet": f"--raylet_socket_name={socket}",
         "gcs_server": f"--log_dir={session_folder()}/logs",
     }
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             mark = marks.get(process.name())
             if mark is not None and mark in process.cmdline():
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def _watch(watched: list[psutil.Process], over: threading.Event) -> None:

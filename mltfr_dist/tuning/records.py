@@ -177,7 +177,7 @@ def read_validations(path: Path) -> list[Validation]:
     """Validations of a metrics.jsonl; a line that is still being written is left for the next
     time.
     """
-    found: list[Validation] = []
+    validations: list[Validation] = []
     stage, base, epoch = STAGES[0], 0, 0
     for text in path.read_text().splitlines() if path.exists() else ():
         if not text.startswith(
@@ -191,7 +191,7 @@ def read_validations(path: Path) -> list[Validation]:
         if line["stage"] != stage:
             stage, base = line["stage"], epoch
         epoch = base + line["epoch"]
-        found.append(
+        validations.append(
             Validation(epoch, {name: value for name, value in line.items() if is_metric(name)})
         )
-    return found
+    return validations

@@ -75,11 +75,11 @@ def groups(sweep: SweepConfig, key: str, trials: Sequence[Trial]) -> dict[str, l
     """Trials by the value of a field; a range's by thirds of its values."""
     domain = sweep.search[key]
     if domain.options() is not None:
-        found = [
+        pairs = [
             (shown_value(option), [t for t in trials if t.values[key] == option])
             for option in domain.options() or []
         ]
-        return {text: some for text, some in found if some}
+        return {text: some for text, some in pairs if some}
     ordered = sorted(trials, key=lambda trial: (trial.values[key], trial.number))
     edges = [round(i * len(ordered) / BINS) for i in range(BINS + 1)]
     parts = [ordered[a:b] for a, b in itertools.pairwise(edges) if a < b]

@@ -70,10 +70,10 @@ class Space:
 
     def settled(self, values: Values) -> Values:
         """With the base's value of each field that does not apply."""
-        found: Values = {}
+        result: Values = {}
         for key, domain in self.sweep.search.items():
-            found[key] = values[key] if domain.applies(found) else self.base[key]
-        return found
+            result[key] = values[key] if domain.applies(result) else self.base[key]
+        return result
 
     @cached_property
     def points(self) -> list[Values] | None:
@@ -87,10 +87,10 @@ class Space:
             return None
         all_points = (dict(zip(self.sweep.search, some)) for some in itertools.product(*counted))
         distinct = {encoded(point): point for point in map(self.settled, all_points)}
-        found = [point for point in distinct.values() if self.can_run(point)]
+        points = [point for point in distinct.values() if self.can_run(point)]
         if self.first is None:
-            return found
-        return [self.first, *(point for point in found if point != self.first)]
+            return points
+        return [self.first, *(point for point in points if point != self.first)]
 
     @property
     def num_trials(self) -> int:

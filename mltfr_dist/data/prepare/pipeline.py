@@ -66,8 +66,8 @@ def run_steps(
     unique = workspace.step(connection, "duplicates", deduplicate)
 
     def core() -> list[dict[str, Any]]:
-        found = k_core(connection, config.user_core, config.item_core, steps)
-        return [core_round.model_dump() for core_round in found]
+        kept_rounds = k_core(connection, config.user_core, config.item_core, steps)
+        return [core_round.model_dump() for core_round in kept_rounds]
 
     rounds = workspace.step(connection, "k-core", core)
 

@@ -40,7 +40,7 @@ def _gathered(
     frames: Mapping[str, object],
 ) -> tuple[Source, PrepareConfig]:
     """The files of ``given``, all of one format, and the configuration with that format."""
-    found = gather(
+    source = gather(
         given,
         config.titles,
         format=config.format,
@@ -50,45 +50,45 @@ def _gathered(
         log=workspace.log,
         frames=frames,
     )
-    formats = {sources.detect_format(file.as_input(), config.format) for file in found.files}
+    formats = {sources.detect_format(file.as_input(), config.format) for file in source.files}
     if len(formats) > 1:
         raise DataError(
-            f"{found.label} matches files of several formats: {', '.join(sorted(formats))}.",
+            f"{source.label} matches files of several formats: {', '.join(sorted(formats))}.",
             rule="All files of a source have one format.",
             remedy="Give a pattern that matches only the interactions.",
         )
     config = changed(config, {"format": formats.pop()}, source="the files")
     if not sources.has_time(config) and config.split == "global_temporal":
         raise DataError(
-            f"{found.label} is read as {config.format}, which has no time.",
+            f"{source.label} is read as {config.format}, which has no time.",
             rule="global_temporal cuts all users at two points in time.",
             remedy="Use `--split leave_one_out`, or a file with a time column.",
         )
-    if config.format == "sequences" and len(found.files) > 1:
+    if config.format == "sequences" and len(source.files) > 1:
         raise DataError(
-            f"{found.label} matches {len(found.files)} files of sequence text.",
+            f"{source.label} matches {len(source.files)} files of sequence text.",
             rule="Sequence text has one line a user, and so one file.",
             remedy="Join the files.",
         )
-    if found.titles is not None:
-        sources.detect_format(found.titles.as_input())
-    return found, config
+    if source.titles is not None:
+        sources.detect_format(source.titles.as_input())
+    return source, config
 
 
 def _named(
     name: str, config: PrepareConfig, packages_dir: str | Path | None
 ) -> tuple[Source, PrepareConfig]:
     """A named set knows its files: a format or column set for another file would only break it."""
-    found = sources.named_source(name, packages_dir)
-    titles = found.titles if config.titles is None else config.titles
+    named = sources.named_source(name, packages_dir)
+    titles = named.titles if config.titles is None else config.titles
     columns = {
         key: value
-        for key, value in found.columns.items()
+        for key, value in named.columns.items()
         if config.titles is None or not key.startswith("titles_")
     }
     source = Source(
-        found.interactions.name,
-        (given_file(found.interactions, str(found.interactions)),),
+        named.interactions.name,
+        (given_file(named.interactions, str(named.interactions)),),
         given_file(titles, str(titles)) if titles else None,
     )
     return source, changed(

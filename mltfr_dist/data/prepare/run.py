@@ -80,8 +80,8 @@ def prepare(
         if not holds_data(output):
             check_apart([p for p in named if p not in frames], output, resources)
             workspace.check_places()
-        found, config = resolve(named, output, config, packages_dir, workspace, frames)
-        info, recorded = found.info(), _recorded(config)
+        origin, config = resolve(named, output, config, packages_dir, workspace, frames)
+        info, recorded = origin.info(), _recorded(config)
         if _is_reusable(workspace, info, recorded):
             manifest = verify_folder(output)
             workspace.remove()
@@ -90,7 +90,7 @@ def prepare(
                 "verified and reused."
             )
             return manifest
-        manifest = _prepared(workspace, found, config, recorded, info)
+        manifest = _prepared(workspace, origin, config, recorded, info)
         workspace.remove()
     log(f"Written to {output}.")
     return manifest
@@ -98,7 +98,7 @@ def prepare(
 
 def _prepared(
     workspace: Workspace,
-    found: Source,
+    source: Source,
     config: PrepareConfig,
     recorded: PrepareConfig,
     info: SourceInfo,
@@ -109,7 +109,7 @@ def _prepared(
     bad_input: MltfrError | None = None
     with workspace.database() as connection:
         try:
-            manifest = run_steps(connection, found, workspace, config, recorded, info)
+            manifest = run_steps(connection, source, workspace, config, recorded, info)
         except (ConfigError, DataError) as error:
             if is_full(error):
                 raise
@@ -141,8 +141,8 @@ def _prepare_remotely(
         manifest = parse_manifest(content, url)
         named = [source] if isinstance(source, str) else list(source)
         workspace = Workspace(local, resources, log, source=named)
-        found, config = resolve(named, local, config, packages_dir, workspace, frames)
-        _refuse_other(manifest, url, found.info(), _recorded(config))
+        origin, config = resolve(named, local, config, packages_dir, workspace, frames)
+        _refuse_other(manifest, url, origin.info(), _recorded(config))
         workspace.remove()
         log(f"{url} already holds this data, from the same source and configuration.")
         return manifest

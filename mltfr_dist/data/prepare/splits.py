@@ -203,9 +203,9 @@ def check_no_leak(connection: duckdb.DuckDBPyConnection, cuts: Cuts | None) -> N
         if not cuts[0] < cuts[1]:
             raise LeakError(f"The cut times are not in order: {cuts}.")
     counts = ", ".join(f"count(*) FILTER ({rule})" for rule in rules.values())
-    found = one(connection, f"SELECT {counts} FROM ({facts})", parameters)
-    if any(found):
-        broken = ", ".join(f"{count} in {name}" for name, count in zip(rules, found) if count)
+    counted = one(connection, f"SELECT {counts} FROM ({facts})", parameters)
+    if any(counted):
+        broken = ", ".join(f"{count} in {name}" for name, count in zip(rules, counted) if count)
         raise LeakError(
             f"Interactions on the wrong side of their cut: {broken}. Please report this as a "
             f"defect."

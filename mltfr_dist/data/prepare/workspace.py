@@ -156,7 +156,7 @@ class Workspace:
         """
         names = ("out", "shards.jsonl", "plan-*", "prepare.duckdb*", "spill", "fetched-*")
         for folder in dict.fromkeys((self.folder, self.temporary)):
-            for path in (found for name in names for found in folder.glob(name)):
+            for path in (leftover for name in names for leftover in folder.glob(name)):
                 if path == self.fetched:
                     continue
                 refuse_if_used(path)
@@ -207,10 +207,10 @@ class Workspace:
         """Do ``work`` once, all or nothing; its value (as JSON) is kept for when the preparation is
         started again.
         """
-        found = connection.execute("SELECT value FROM done WHERE step = $1", [name]).fetchall()
-        if found:
+        rows = connection.execute("SELECT value FROM done WHERE step = $1", [name]).fetchall()
+        if rows:
             self.log(f"{name}: done before the interruption")
-            return json.loads(found[0][0])
+            return json.loads(rows[0][0])
         connection.begin()
         try:
             value = json.dumps(work())
@@ -235,7 +235,7 @@ class Workspace:
         """The finished shards of a split that are still what was written, up to the first that is
         not.
         """
-        found: list[WrittenShard] = []
+        written: list[WrittenShard] = []
         for line in (
             self._journal.read_text(encoding="utf-8").splitlines() if self._journal.exists() else []
         ):
@@ -247,10 +247,10 @@ class Workspace:
                 continue
             shard = WrittenShard(ShardInfo.model_validate(values["info"]), values["last_user"])
             path = self.out / shard.info.file
-            is_next = shard.info.file == f"{split}-{len(found):06d}.tar"
+            is_next = shard.info.file == f"{split}-{len(written):06d}.tar"
             if is_next and path.is_file() and file_sha256(path) == shard.info.sha256:
-                found.append(shard)
-        return found
+                written.append(shard)
+        return written
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

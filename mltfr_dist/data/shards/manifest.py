@@ -139,11 +139,11 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
 def _check_checksum(values: dict[str, Any], path: str) -> None:
     if "checksum" not in values and values["schema_version"] < 3:
         return
-    found = checksum_of({name: value for name, value in values.items() if name != "checksum"})
-    if values.get("checksum") != found:
+    actual = checksum_of({name: value for name, value in values.items() if name != "checksum"})
+    if values.get("checksum") != actual:
         raise DataError(
             f"{path} is not what `mltfr prepare` wrote: the checksum of its values begins "
-            f"{found[:12]}, the one it holds {str(values.get('checksum'))[:12]}.",
+            f"{actual[:12]}, the one it holds {str(values.get('checksum'))[:12]}.",
             rule="A manifest is never edited: its numbers belong to the files beside it.",
             remedy=_REMEDY,
         )
@@ -227,13 +227,13 @@ def check_size(path: Path, info: ShardInfo) -> None:
         raise damaged(path, f"it has {size:,} bytes, the manifest says {info.bytes:,}")
 
 
-def check_hash(path: Path, found: str, expected: str) -> None:
+def check_hash(path: Path, actual: str, expected: str) -> None:
     """Refuse a file whose sha256 is not the expected one."""
-    if found != expected:
+    if actual != expected:
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
         raise damaged(
             path,
-            f"its sha256 begins {found[:12]}, the manifest says {expected[:12]} "
+            f"its sha256 begins {actual[:12]}, the manifest says {expected[:12]} "
             f"(the file was last written on {written})",
         )
 

@@ -15,13 +15,13 @@ from mltfr_dist.errors import DataError
 
 def find_bad_shards(folder: Path, manifest: Manifest, retries: RetryPolicy) -> dict[str, str]:
     """Read every shard of every split through; file name to what is wrong with it."""
-    found = {}
+    bad = {}
     for shard in all_shards(manifest):
         try:
             read_shard(folder, shard, num_items=manifest.num_items, retries=retries)
         except DataError as error:
-            found[shard.file] = error.what
-    return found
+            bad[shard.file] = error.what
+    return bad
 
 
 def loss_report(folder: Path, manifest: Manifest, left_out: Mapping[str, str]) -> str:

@@ -63,14 +63,16 @@ def read_blocks(
             blocks[key] = _decode_block(path, sample, num_items, info.num_targets is not None)
     except (tarfile.TarError, ValueError, EOFError, SyntaxError, TokenError) as error:
         raise damaged(path, str(error.args[0] if error.args else error)) from None
-    found = (
+    stored = (
         len(blocks),
         sum(map(len, blocks.values())),
         sum(len(block.items) for block in blocks.values()),
     )
     expected = (info.num_blocks, info.num_sequences, info.num_items)
-    if found != expected or not blocks:
-        raise damaged(path, f"(blocks, sequences, items) are {found}, the manifest says {expected}")
+    if stored != expected or not blocks:
+        raise damaged(
+            path, f"(blocks, sequences, items) are {stored}, the manifest says {expected}"
+        )
     if info.lengths is not None and length_counts(list(blocks.values())) != info.lengths:
         raise damaged(path, "its sequences have other lengths than the manifest says")
     if info.num_targets is not None:

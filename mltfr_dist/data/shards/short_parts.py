@@ -38,12 +38,12 @@ def one_item_parts(folder: Path, manifest: Manifest, stored: IntArray) -> IntArr
         recorded -= stored
         found_here = np.flatnonzero(recorded)
         return np.repeat(found_here, recorded[found_here])
-    found = [np.zeros(0, np.int64)]
+    items = [np.zeros(0, np.int64)]
     for info in manifest.splits["valid"].shards:
         sequences = read_shard(folder, info, num_items=manifest.num_items)
         alone = sequences.lengths - sequences.num_targets == 1  # one item before the targets
-        found.append(sequences.items[sequences.offsets[:-1][alone]].astype(np.int64))
-    return np.sort(np.concatenate(found))
+        items.append(sequences.items[sequences.offsets[:-1][alone]].astype(np.int64))
+    return np.sort(np.concatenate(items))
 
 
 def recorded_counts(folder: Path, manifest: Manifest) -> IntArray | None:

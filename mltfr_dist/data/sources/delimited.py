@@ -50,12 +50,12 @@ def open_delimited(
     try:
         with open_text(file, layout.encoding) as handle:
             handle = _behind(handle, layout.skip_rows)
-            found = _Records(handle, layout)
+            opened = _Records(handle, layout)
             first: list[str] | None = next(
-                (record for record in found if any(field.strip() for field in record)), None
+                (record for record in opened if any(field.strip() for field in record)), None
             )
-            lines = layout.skip_rows + found.line_number
-            second: list[str] | None = next((record for record in found if record), None)
+            lines = layout.skip_rows + opened.line_number
+            second: list[str] | None = next((record for record in opened if record), None)
     except csv.Error as error:
         raise unreadable(file, "delimited text", error) from None
     if not first:
@@ -167,9 +167,9 @@ def column_index(file: InputFile, name: str, header: list[str], *, titles: bool 
 
 def _column_remedy(header: list[str], titles: bool) -> str:
     if not titles and len(header) == 1:
-        found = [typed for mark, typed in _DELIMITERS.items() if mark in header[0]]
-        if found:
-            return f"If fields are divided by another character: --delimiter {found[0]}."
+        delimiters = [typed for mark, typed in _DELIMITERS.items() if mark in header[0]]
+        if delimiters:
+            return f"If fields are divided by another character: --delimiter {delimiters[0]}."
     if not titles and any(_is_value(cell) for cell in header):
         return f"If the first line is a row and no header: {_no_header(header)}."
     return f"Name it with {_TITLE_OPTIONS if titles else _OPTIONS}."
@@ -232,9 +232,11 @@ def _number(file: InputFile, name: str, count: int, first: list[str], layout: Fo
         return int(name) - 1
     remedy = f"Give each of {_OPTIONS} as a number, from 1: {_no_header(first)}."
     if count == 1:
-        found = [typed for mark, typed in _DELIMITERS.items() if mark in first[0]]
+        delimiters = [typed for mark, typed in _DELIMITERS.items() if mark in first[0]]
         remedy = (
-            f"Divide the fields by another character: --delimiter {found[0]}." if found else remedy
+            f"Divide the fields by another character: --delimiter {delimiters[0]}."
+            if delimiters
+            else remedy
         )
     raise DataError(
         f"{file.name} has no column `{name}`: without a header, its columns are 1 to {count}.",

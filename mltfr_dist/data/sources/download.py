@@ -189,8 +189,8 @@ def _anew(file: IO[bytes]) -> int:
 def _total(answer: Any, have: int) -> int | None:
     """Bytes of the whole file, where the answer says so and fits to what is there."""
     if answer.status == 206:
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-        return int(found[2]) if found and int(found[1]) == have else None
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+        return int(match[2]) if match and int(match[1]) == have else None
     length = answer.headers.get("Content-Length")
     return int(length) if length and length.isdigit() else None
 

@@ -23,9 +23,13 @@ RECORD = "fetched.json"
 def sets_text() -> str:
     """The sets, a line each."""
     lines = ["set                  checksum  what it is"]
-    for name, found in PUBLIC_SETS.items():
-        known = "known" if found.checksum else "first"
-        about = found.about if found.url else f"{found.about} (by hand: `mltfr fetch {name}`)"
+    for name, public_set in PUBLIC_SETS.items():
+        known = "known" if public_set.checksum else "first"
+        about = (
+            public_set.about
+            if public_set.url
+            else f"{public_set.about} (by hand: `mltfr fetch {name}`)"
+        )
         lines.append(f"{name:<20} {known:<9} {about}")
     said = "checksum: known beforehand, or recorded by the first fetch and compared from then on."
     lines += ["", said]
@@ -47,32 +51,32 @@ def fetch_set(name: str, folder: Path, *, log: Log = say, allow_loopback: bool =
     Raises:
         DataError: there is no such set, it cannot be had, or is not what it was.
     """
-    found = _set(name)
-    log(f"{name}: {found.about}.")
-    log(f"Terms: {found.terms}")
-    if not found.url:
+    public_set = _set(name)
+    log(f"{name}: {public_set.about}.")
+    log(f"Terms: {public_set.terms}")
+    if not public_set.url:
         raise DataError(
             f"The set `{name}` cannot be fetched by a program.",
-            rule=found.terms,
-            remedy=f"Then `mltfr prepare FILE OUTPUT{_options(found)}`.",
+            rule=public_set.terms,
+            remedy=f"Then `mltfr prepare FILE OUTPUT{_options(public_set)}`.",
         )
-    target = folder / name / found.file
+    target = folder / name / public_set.file
     if target.is_file():
-        _verify(target, target, found)
+        _verify(target, target, public_set)
         log(f"{target} is here already, and verified.")
     else:
-        log(f"From {found.url}")
+        log(f"From {public_set.url}")
         fetched = download(
-            found.url,
+            public_set.url,
             target,
-            has_checksum=bool(found.checksum),
+            has_checksum=bool(public_set.checksum),
             log=log,
             allow_loopback=allow_loopback,
         )
-        _verify(fetched, target, found)
+        _verify(fetched, target, public_set)
         fetched.rename(target)
-        log(f"{target}: {target.stat().st_size:,} bytes, {_how(found)}.")
-    log(f"Prepare it: `mltfr prepare {_path(target, found)} OUTPUT{_options(found)}`")
+        log(f"{target}: {target.stat().st_size:,} bytes, {_how(public_set)}.")
+    log(f"Prepare it: `mltfr prepare {_path(target, public_set)} OUTPUT{_options(public_set)}`")
     return target
 
 
@@ -117,23 +121,23 @@ def use_set(
     Raises:
         DataError: it is not there and may not be fetched, or as :func:`fetch_set`.
     """
-    found = _set(name)
-    target = folder / name / found.file
-    if download or not found.url:
+    public_set = _set(name)
+    target = folder / name / public_set.file
+    if download or not public_set.url:
         fetch_set(name, folder, log=log)
     elif not target.is_file():
         raise DataError(
             f"The public set `{name}` is not here ({target}).",
-            rule=found.terms,
+            rule=public_set.terms,
             remedy="Add --download to fetch it, or `mltfr fetch` it first on a machine with a "
             "network.",
         )
     else:
-        _verify(target, target, found)
-    missing = {k: v for k, v in found.options.items() if k not in config.model_fields_set}
+        _verify(target, target, public_set)
+    missing = {k: v for k, v in public_set.options.items() if k not in config.model_fields_set}
     if missing:
-        log(f"{name}: prepared with{_options(found, missing)}")
-    return _path(target, found), changed(config, missing, source=f"the public set {name}")
+        log(f"{name}: prepared with{_options(public_set, missing)}")
+    return _path(target, public_set), changed(config, missing, source=f"the public set {name}")
 
 
 def _set(name: str) -> PublicSet:
@@ -145,25 +149,25 @@ def _set(name: str) -> PublicSet:
     return PUBLIC_SETS[name]
 
 
-def _path(target: Path, found: PublicSet) -> str:
-    return f"{target}/{found.member}" if found.member else str(target)
+def _path(target: Path, public_set: PublicSet) -> str:
+    return f"{target}/{public_set.member}" if public_set.member else str(target)
 
 
-def _options(found: PublicSet, chosen: dict[str, object] | None = None) -> str:
+def _options(public_set: PublicSet, chosen: dict[str, object] | None = None) -> str:
     """Its options as they are typed, each after a blank."""
-    values = found.options if chosen is None else chosen
+    values = public_set.options if chosen is None else chosen
     return "".join(f" --{key.replace('_', '-')} {value}" for key, value in values.items())
 
 
-def _how(found: PublicSet) -> str:
+def _how(public_set: PublicSet) -> str:
     return (
-        f"as its known {found.checksum.partition(':')[0]} says"
-        if found.checksum
+        f"as its known {public_set.checksum.partition(':')[0]} says"
+        if public_set.checksum
         else f"no checksum of it is known: its sha256 is recorded in {RECORD}, for later fetches"
     )
 
 
-def _verify(path: Path, target: Path, found: PublicSet) -> None:
+def _verify(path: Path, target: Path, public_set: PublicSet) -> None:
     """Compare a file with the checksum that is known, and with what was fetched before.
 
     Raises:
@@ -171,10 +175,10 @@ def _verify(path: Path, target: Path, found: PublicSet) -> None:
     """
     record_path = target.with_name(RECORD)
     sha256 = file_sha256(path)
-    wanted = {found.checksum} - {""}
+    wanted = {public_set.checksum} - {""}
     if record_path.is_file():
         record = json.loads(record_path.read_text())
-        wanted |= {f"sha256:{record['sha256']}"} if record["url"] == found.url else set()
+        wanted |= {f"sha256:{record['sha256']}"} if record["url"] == public_set.url else set()
     have = {f"sha256:{sha256}", *(f"md5:{_md5(path)}" for w in wanted if w.startswith("md5:"))}
     if not wanted <= have:
         kept = path
@@ -188,9 +192,9 @@ def _verify(path: Path, target: Path, found: PublicSet) -> None:
             rule="A set is used only as it is known, or as it was first fetched.",
             remedy="Fetch again, without that file; if its owners have changed the set, look at "
             f"it, and prepare it by its "
-            f"path{'' if found.checksum else f', or remove {record_path}'}.",
+            f"path{'' if public_set.checksum else f', or remove {record_path}'}.",
         )
-    values = {"url": found.url, "bytes": path.stat().st_size, "sha256": sha256}
+    values = {"url": public_set.url, "bytes": path.stat().st_size, "sha256": sha256}
     write_atomically(record_path, json.dumps(values, indent=2) + "\n")
 
 

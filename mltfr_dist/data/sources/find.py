@@ -33,18 +33,18 @@ def find_files(source: str, output: Path, log: Callable[[str], None]) -> list[Gi
     except (OSError, ValueError) as error:
         raise DataError(f"`{source}` is no path: {error}.", remedy="Correct it.") from None
     if exists:
-        found = _folder(path, output, log) if path.is_dir() else [path]
+        files = _folder(path, output, log) if path.is_dir() else [path]
     elif (archive := _archive_of(path)) is not None:
         return _members(archive, str(archive), path.relative_to(archive).as_posix())
     elif glob.has_magic(source):
-        found = _matches(source, output, log)
+        files = _matches(source, output, log)
     else:
         raise DataError(
             f"There is no file {source}.",
             remedy="Give the path of a data file, a folder, a pattern, a URL, or a set that "
             "`mltfr fetch` lists.",
         )
-    return [given for file in found for given in files_in(file, str(file))]
+    return [given for file in files for given in files_in(file, str(file))]
 
 
 def files_in(path: Path, name: str) -> list[Given]:
@@ -80,7 +80,7 @@ def _folder(folder: Path, output: Path, log: Callable[[str], None]) -> list[Path
             rule="A source must not hold what is made of it.",
             remedy="Give an output beside the folder.",
         )
-    found: list[Path] = []
+    files: list[Path] = []
     left_out: list[str] = []
     above: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=_unreadable):
@@ -94,16 +94,16 @@ def _folder(folder: Path, output: Path, log: Callable[[str], None]) -> list[Path
         above.add(real)
         left_out += [name for name in (*names, *folders) if is_mark(name)]
         folders[:] = sorted(name for name in folders if not is_mark(name))
-        found += [Path(root, name) for name in names if not is_mark(name)]
+        files += [Path(root, name) for name in names if not is_mark(name)]
     _say_left_out(str(folder), sorted(left_out), log)
-    _refuse_tables([*found, folder / "_"])
-    if not found:
+    _refuse_tables([*files, folder / "_"])
+    if not files:
         raise DataError(
             f"The folder {folder} holds no data files.",
             rule=_NO_DATA,
             remedy="Give another folder.",
         )
-    return sorted(found, key=lambda path: path.parts)
+    return sorted(files, key=lambda path: path.parts)
 
 
 def _unreadable(error: OSError) -> None:
@@ -134,7 +134,7 @@ def _refuse_tables(paths: Iterable[Path]) -> None:
 
 def _matches(pattern: str, output: Path, log: Callable[[str], None]) -> list[Path]:
     """The data files that match, in the order of names; `**` also goes into folders of folders."""
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     left_out: list[str] = []
     asked_for = set(pattern.split("/"))
     wants_marks = any(is_mark(part) and glob.has_magic(part) for part in asked_for)
@@ -144,17 +144,17 @@ def _matches(pattern: str, output: Path, log: Callable[[str], None]) -> list[Pat
         if marks and not wants_marks:
             left_out += [match] if path.is_file() else []
         elif not path.is_dir():
-            found[path] = None
+            files[path] = None
         elif "**" not in pattern:
-            found |= dict.fromkeys(_folder(path, output, log))
+            files |= dict.fromkeys(_folder(path, output, log))
     _say_left_out(pattern, left_out, log)
-    if not found:
+    if not files:
         raise DataError(
             f"Nothing matches {pattern}.",
             remedy="Correct the pattern, or quote it if the shell cut it.",
         )
-    _refuse_tables(found)
-    return list(found)
+    _refuse_tables(files)
+    return list(files)
 
 
 # --- archives -------------------------------------------------------------------------------------

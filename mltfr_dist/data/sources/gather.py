@@ -52,15 +52,15 @@ class Source:
 
     def info(self) -> SourceInfo:
         """Sizes and hashes of the files as given (compressed, if they are), and of frames."""
-        found = list({file.path: self._content(file) for file in self.files}.values())
+        contents = list({file.path: self._content(file) for file in self.files}.values())
         # What folder names give is data, too, and so are the members that were chosen.
         more = [f"{key}={value}" for file in self.files for key, value in file.partitions.items()]
         more += [file.member for file in self.files if file.member is not None]
-        hashes = [*(content.sha256 for content in found), *more]
+        hashes = [*(content.sha256 for content in contents), *more]
         titles = self.titles
         return SourceInfo(
             file=self.label,
-            bytes=sum(content.bytes for content in found),
+            bytes=sum(content.bytes for content in contents),
             sha256=hashes[0] if len(hashes) == 1 else _joint_hash(hashes),
             titles_file=Path(titles.name).name if titles else None,
             titles_sha256=self._content(titles).sha256 if titles else None,
@@ -125,25 +125,27 @@ def gather(
     """
     wanted = [*sources, *([str(titles)] if titles else [])]
     streams = _streams(wanted, frames)
-    found: dict[str, list[Given]] = {}
+    given_by_source: dict[str, list[Given]] = {}
     for source in wanted:
         if source in frames:
-            found[source] = [write_frame(frames[source], source, copies)]
+            given_by_source[source] = [write_frame(frames[source], source, copies)]
         elif remote.is_url(source):
             copied = remote.fetch(source, copies)
-            found[source] = [given for path, name in copied for given in files_in(path, name)]
+            given_by_source[source] = [
+                given for path, name in copied for given in files_in(path, name)
+            ]
         elif source not in streams:
-            found[source] = find_files(source, output, log)
+            given_by_source[source] = find_files(source, output, log)
     for source in streams:  # last: nothing else can be wrong then
         named = "auto" if titles and source == str(titles) else format
-        found[source] = [spool_stream(source, named, copies, log)]
-    files = [file for source in sources for file in found[source]]
+        given_by_source[source] = [spool_stream(source, named, copies, log)]
+    files = [file for source in sources for file in given_by_source[source]]
     refuse_twice(files)
     if partitions:
         files = with_partitions(files)
     elif keys := partition_keys(files):
         log(f"Names of folders ({keys[0]}=...) are no columns; --partitions makes them columns.")
-    titled = found[str(titles)] if titles else []
+    titled = given_by_source[str(titles)] if titles else []
     if len(titled) > 1:
         raise DataError(
             f"{titles} holds {len(titled)} files.", remedy="Give the one with the titles."

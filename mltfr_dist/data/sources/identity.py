@@ -58,7 +58,7 @@ class TextMarks:
         if self.start.startswith(codecs.BOM_UTF8):
             return "a byte order mark"
         kinds = {"CRLF": self.crlf, "LF": self.has_bare_lf, "CR": self.lone_cr}
-        ends = [kind for kind, found in kinds.items() if found]
+        ends = [kind for kind, has_it in kinds.items() if has_it]
         return f"line ends {' and '.join(ends)}" if len(ends) > 1 or ends == ["CR"] else ""
 
 

@@ -125,22 +125,22 @@ def with_partitions(files: Sequence[Given]) -> list[Given]:
     Raises:
         DataError: no folder is named so, or not all files have the same keys.
     """
-    found = [_partitions(file) for file in files]
-    for file, partitions in zip(files, found):
+    of_files = [_partitions(file) for file in files]
+    for file, partitions in zip(files, of_files):
         if not partitions:
             raise DataError(
                 f"No folder in the path {file.name} is named `key=value`.",
                 rule="--partitions makes columns of such folder names.",
                 remedy="Leave out --partitions, or give the folder above such ones.",
             )
-        if set(partitions) != set(found[0]):
+        if set(partitions) != set(of_files[0]):
             raise DataError(
                 f"{file.name} lies in folders of the keys {', '.join(partitions)}, but "
-                f"{files[0].name} in folders of {', '.join(found[0])}.",
+                f"{files[0].name} in folders of {', '.join(of_files[0])}.",
                 rule="With --partitions, all files have the same columns from folder names.",
                 remedy="Prepare folders of one layout, or leave out --partitions.",
             )
-    return [replace(file, partitions=partitions) for file, partitions in zip(files, found)]
+    return [replace(file, partitions=partitions) for file, partitions in zip(files, of_files)]
 
 
 def partition_keys(files: Iterable[Given]) -> list[str]:
@@ -150,8 +150,8 @@ def partition_keys(files: Iterable[Given]) -> list[str]:
 
 def _pairs(file: Given) -> list[tuple[str, str]]:
     folders = (file.member or file.name).split("/")[:-1]
-    found = (re.fullmatch(r"([^=]+)=(.*)", folder) for folder in folders)
-    return [(unquote(match[1]), unquote(match[2])) for match in found if match]
+    matches = (re.fullmatch(r"([^=]+)=(.*)", folder) for folder in folders)
+    return [(unquote(match[1]), unquote(match[2])) for match in matches if match]
 
 
 def _partitions(file: Given) -> dict[str, str]:

@@ -91,13 +91,13 @@ def _check_keys(connection: duckdb.DuckDBPyConnection, file: InputFile, columns:
     for name in columns:
         # The quoted key twice in the text is rare, and not yet twice in the object.
         key = quote_text(f'"{name}"')
-        found = connection.execute(
+        rows = connection.execute(
             f"SELECT row_number FROM lines WHERE length(line) - length(replace(line, {key}, '')) > "
             f"length({key}) AND len(list_filter(json_keys(line), lambda k: k = $1)) > 1 "
             "ORDER BY row_number LIMIT 1",
             [name],
         ).fetchall()
-        for (row,) in found:
+        for (row,) in rows:
             raise DataError(
                 f"{file.name}, line {row}: the object has the key `{name}` twice.",
                 rule="Which of the values is meant cannot be known.",

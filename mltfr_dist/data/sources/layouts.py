@@ -108,8 +108,8 @@ def recognise(file: InputFile) -> str | None:
             return None
         return "parquet-lists" if any(pa.types.is_list(kind) for kind in schema.types) else None
     lines = head(file)
-    found = (name for name in NAMED if lines and _looks_like(NAMED[name], lines))
-    return next(found, None)
+    names = (name for name in NAMED if lines and _looks_like(NAMED[name], lines))
+    return next(names, None)
 
 
 def head(file: InputFile) -> list[str]:

@@ -255,11 +255,11 @@ class Source:
         """Refuse a whole history of a user who has one in a file before."""
         if format not in _WHOLE_HISTORIES:
             return
-        found = self._connection.execute(
+        rows = self._connection.execute(
             f"SELECT user_id, row_number FROM ({scan.sql}) WHERE user_id IN "
             "(SELECT user_id FROM interactions) ORDER BY row_number LIMIT 1"
         ).fetchall()
-        for user, row in found:
+        for user, row in rows:
             raise DataError(
                 f"{self._open(file, format, chosen).where(row)}: the user `{user}` was in a file "
                 "before.",

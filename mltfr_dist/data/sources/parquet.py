@@ -56,14 +56,14 @@ def column_types(
         header = list(pq.read_schema(file.path).names)
     except (OSError, pa.ArrowException) as error:
         raise unreadable(file, "parquet", error) from None
-    given, found = constants(file, header), []
+    given, types = constants(file, header), []
     for name in columns:
         if name in given:
-            found.append((given[name], "VARCHAR"))
+            types.append((given[name], "VARCHAR"))
             continue
         own, type = described[column_index(file, name, header, titles=titles)][:2]
-        found.append((quote_identifier(own), str(type)))
-    return found
+        types.append((quote_identifier(own), str(type)))
+    return types
 
 
 def open_parquet(

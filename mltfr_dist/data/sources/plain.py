@@ -80,15 +80,15 @@ def spool_stream(source: str, configured: str, folder: Path, log: Log) -> Given:
 
 
 def _given_stream(copy: Path, name: str, start: bytes) -> Given:
-    found = compression_of(start)
-    if not start or found == ".zip":
+    compression = compression_of(start)
+    if not start or compression == ".zip":
         raise DataError(
             f"{name} is empty." if not start else f"{name} is a zip file, which cannot be piped.",
             remedy="Check what writes into it." if not start else "Give the zip file by its path.",
         )
     by_name = given_file(copy, name)
     ending = ".parquet" if start.startswith(PARQUET_MAGIC) else by_name.ending
-    compressions = by_name.compressions or ((found,) if found in COMPRESSIONS else ())
+    compressions = by_name.compressions or ((compression,) if compression in COMPRESSIONS else ())
     return replace(by_name, ending=ending, compressions=compressions)
 
 
@@ -143,12 +143,12 @@ def _plain_file(
         if not has_checksum(file):
             log(f"{file.name} carries no checksum: damage to it would not show.")
         _write(path, _watched(unpacked(file), marks), file.name, file)
-    found = compression_of(marks.start)
-    if found:
+    compression = compression_of(marks.start)
+    if compression:
         raise DataError(
-            f"{file.name} is compressed inside, as {found} files are.",
+            f"{file.name} is compressed inside, as {compression} files are.",
             rule="The ending of a name says how a file is compressed.",
-            remedy=f"Rename it, adding {found} to its name.",
+            remedy=f"Rename it, adding {compression} to its name.",
         )
     reason = marks.needs_copy()
     if not reason:

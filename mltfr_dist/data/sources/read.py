@@ -91,8 +91,8 @@ def detect_format(file: InputFile, configured: str = "auto") -> str:
             f"There is no file {file.name}.",
             remedy=f"Give the path of a data file or a named set ({', '.join(NAMED_SETS)}).",
         )
-    found = ENDINGS.get(file.ending) if configured == "auto" else configured
-    if found is None:
+    format_name = ENDINGS.get(file.ending) if configured == "auto" else configured
+    if format_name is None:
         looks = recognise(file)
         raise DataError(
             f"The format of {file.name} is not clear from its ending `{file.ending}`.",
@@ -101,7 +101,7 @@ def detect_format(file: InputFile, configured: str = "auto") -> str:
             if looks
             else "Name the format with --format (`mltfr prepare --format help` lists them).",
         )
-    return found
+    return format_name
 
 
 def has_time(config: PrepareConfig) -> bool:

@@ -44,10 +44,10 @@ def is_url(address: str) -> bool:
     Raises:
         DataError: a URL of a kind that is not read: `pipe:`, other commands, chains.
     """
-    found = _URL.match(address)
-    if not found or Path(address).exists():
+    match = _URL.match(address)
+    if not match or Path(address).exists():
         return False
-    protocol = found[1].lower()
+    protocol = match[1].lower()
     if protocol not in PROTOCOLS or "::" in address:
         raise DataError(
             f"The address `{address}` is not of a kind that is read or written.",
@@ -95,21 +95,21 @@ def fetch(url: str, folder: Path) -> list[tuple[Path, str]]:
 def _addresses(system: Any, path: str, url: str) -> list[str]:
     """What there is to copy: a file, or the data files of a folder or pattern."""
     if "*" in path or "?" in path:
-        found, above = system.glob(path), path.split("*")[0].split("?")[0].rpartition("/")[0]
-        found = [address for address in found if not system.isdir(address)]
+        matching, above = system.glob(path), path.split("*")[0].split("?")[0].rpartition("/")[0]
+        matching = [address for address in matching if not system.isdir(address)]
     elif url.endswith("/") or (not url.lower().startswith("http") and system.isdir(path)):
-        found, above = system.find(path), path.rstrip("/")
+        matching, above = system.find(path), path.rstrip("/")
     else:
         return [path]
     tables = ("/_delta_log/", "/.hoodie/")
-    if any(mark in address for address in found for mark in tables):
+    if any(mark in address for address in matching for mark in tables):
         raise DataError(
             f"{url} is a table of Delta Lake or Hudi.",
             rule="Its folder also holds files of rows that were deleted or replaced.",
             remedy="Export the table as Parquet or CSV, and prepare that.",
         )
-    parts = {address: address.removeprefix(above).split("/") for address in found}
-    return sorted(address for address in found if not any(map(is_mark, parts[address])))
+    parts = {address: address.removeprefix(above).split("/") for address in matching}
+    return sorted(address for address in matching if not any(map(is_mark, parts[address])))
 
 
 def manifest_at(url: str) -> bytes | None:

@@ -184,20 +184,22 @@ def check_times(
         f"count(*) FILTER ({c}), min(row_number) FILTER ({c})" for c in inside.values()
     )
     values = one(connection, f"SELECT {fields} FROM interactions")
-    found = {
+    units_seen = {
         unit: (values[2 * i], values[2 * i + 1]) for i, unit in enumerate(inside) if values[2 * i]
     }
-    if len(found) > 1:
-        usual, *_, rare = sorted(found, key=lambda unit: (-found[unit][0], found[unit][1]))
+    if len(units_seen) > 1:
+        usual, *_, rare = sorted(
+            units_seen, key=lambda unit: (-units_seen[unit][0], units_seen[unit][1])
+        )
         raise DataError(
-            f"{locate(found[rare][1])}: the time in column `{name}` is in {rare}, but most are in "
-            f"{usual}.",
+            f"{locate(units_seen[rare][1])}: the time in column `{name}` is in {rare}, but most "
+            f"are in {usual}.",
             rule="All times have one unit.",
             remedy="Convert them; or, if these numbers are no moments, --times any.",
         )
-    if not found and is_number:
+    if not units_seen and is_number:
         _refuse_day_first(connection, name, locate)
-    for unit in found or (units if not is_number else ()):
+    for unit in units_seen or (units if not is_number else ()):
         _refuse_future(connection, units[unit], name, locate)
         _refuse_outside(connection, inside[unit], unit, name, locate, is_number=is_number)
 

@@ -258,11 +258,11 @@ def next_items(samples: Samples, num_rows: int) -> tuple[IntArray, IntArray]:
     """
     sizes = samples.lengths - 1
     columns = np.arange(max(1, int(sizes.max(initial=0))) + 1)
-    found = runs(samples.items, samples.starts, len(columns))
+    indices = runs(samples.items, samples.starts, len(columns))
     present = columns[:-1] < sizes[:, None]
     history, targets = np.zeros((2, num_rows, len(columns) - 1), dtype=np.int64)
-    np.multiply(found[:, :-1], present, out=history[: len(sizes)])
-    np.multiply(found[:, 1:], present, out=targets[: len(sizes)])
+    np.multiply(indices[:, :-1], present, out=history[: len(sizes)])
+    np.multiply(indices[:, 1:], present, out=targets[: len(sizes)])
     return history, targets
 
 

@@ -89,10 +89,10 @@ def attend(
     if not _inside(kept, len(keys)):
         raise IndexError(f"rows are kept that are not among the {len(keys)} that there are")
     mask = draw_mask((len(query), num_heads, query.shape[1], kept.shape[1]))
-    found: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+    attended: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
         query, keys, values, kept, log_weights, mask, num_heads
     )
-    return found
+    return attended
 
 
 class _KeptProducts(torch.autograd.Function):

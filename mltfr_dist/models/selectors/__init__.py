@@ -11,5 +11,5 @@ __all__ = ["Reduce", "Selection", "Selector", "selector_class"]
 
 def selector_class(name: str) -> type[Selector]:
     """The class that the registry names."""
-    found: type[Selector] = load(SELECTORS[name].path, "mltfr_dist.models.selectors")
-    return found
+    selector: type[Selector] = load(SELECTORS[name].path, "mltfr_dist.models.selectors")
+    return selector

@@ -71,6 +71,6 @@ class Shortlist(nn.Module):
         the list holds.
         """
         exact = table.search(queries, project, num_kept)
-        found = torch.isin(exact, self.row_ids).float().mean(1).sum().double().view(1)
-        total = reduce.sum(torch.cat([found, found.new_tensor([float(len(queries))])]))
+        recalled = torch.isin(exact, self.row_ids).float().mean(1).sum().double().view(1)
+        total = reduce.sum(torch.cat([recalled, recalled.new_tensor([float(len(queries))])]))
         return total[:1] / total[1:]

@@ -140,8 +140,8 @@ class UserGuided(Selector):
         if self.config.noise:
             noise = self.noise(keys, torch.arange(table.num_rows, device=query.device))
         with torch.no_grad():
-            found = table.search(query, self.project, self.num_kept, noise)  # [G, K]
-        row_ids, kept = those_kept(found, table.num_rows)
+            selected = table.search(query, self.project, self.num_kept, noise)  # [G, K]
+        row_ids, kept = those_kept(selected, table.num_rows)
         noise = None if noise is None else noise._replace(row_ids=row_ids)
         return self.select(query, table.take(row_ids), row_ids, noise, kept)
 
@@ -159,8 +159,8 @@ class UserGuided(Selector):
         unit_query = F.normalize(query, dim=-1)
         if kept is None and _narrows(query):
             with torch.no_grad():
-                found = search(unit_query, self.project(rows), self.num_kept, noise)
-            used, kept = those_kept(found, len(rows))
+                selected = search(unit_query, self.project(rows), self.num_kept, noise)
+            used, kept = those_kept(selected, len(rows))
             rows, row_ids = rows.index_select(0, used), row_ids.index_select(0, used)
             noise = None if noise is None else noise._replace(row_ids=row_ids)
         unit_rows = self.project(rows)
@@ -199,12 +199,12 @@ class UserGuided(Selector):
         first = queries[0][:RECALL_QUERIES]
         recall = self.shortlist.recall(first, table, project, self.num_kept, reduce)
         relevance = [table.relevance(part, project, needed) for part in queries]
-        found = reduce.max(torch.stack(relevance).amax(0))
-        in_doubt = self.shortlist.in_doubt(found, TOLERANCE[queries[0].dtype])
+        of_all = reduce.max(torch.stack(relevance).amax(0))
+        in_doubt = self.shortlist.in_doubt(of_all, TOLERANCE[queries[0].dtype])
         rows = table.take(in_doubt)
         exact = [row_relevance(part, rows, project, torch.float64) for part in queries]
-        found[in_doubt] = reduce.max(torch.stack(exact).amax(0)).to(found)
-        self.shortlist.choose(found)
+        of_all[in_doubt] = reduce.max(torch.stack(exact).amax(0)).to(of_all)
+        self.shortlist.choose(of_all)
         return recall
 
     def forget(self) -> None:

@@ -210,7 +210,7 @@ def _vocabulary(header: GgufHeader) -> Vocabulary:
 
 
 def _texts(header: GgufHeader, key: str) -> list[str]:
-    found = header.get(key)
-    if not isinstance(found, list) or not all(isinstance(one, str) for one in found) or not found:
+    value = header.get(key)
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value) or not value:
         raise _damaged(header.path, f"its {key} is no list of texts, or an empty one")
-    return found
+    return value

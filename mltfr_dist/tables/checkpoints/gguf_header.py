@@ -128,7 +128,7 @@ class GgufHeader:
                 raise Damaged(f"it has two fields {key}")
             self._fields[key] = (kind, reader.position)
             reader.skip(kind)
-        found = [self._tensor(reader) for _ in range(num_tensors)]
+        tensors = [self._tensor(reader) for _ in range(num_tensors)]
         alignment = 32
         if "general.alignment" in self._fields:
             kind, position = self._fields["general.alignment"]
@@ -138,7 +138,7 @@ class GgufHeader:
             if alignment == 0 or alignment & (alignment - 1):
                 raise Damaged("its general.alignment is no power of two")
         start = -(-reader.position // alignment) * alignment
-        for tensor in found:
+        for tensor in tensors:
             if tensor.name in self.tensors:
                 raise Damaged(f"it has two tensors {tensor.name}")
             self.tensors[tensor.name] = GgufTensor(

@@ -135,8 +135,8 @@ def _stem(name: str) -> str:
 
 def local_names(folder: Path) -> list[str]:
     """The files in ``folder`` and in its direct subfolders, as :func:`find_layout` wants them."""
-    found = [*folder.glob("*"), *folder.glob("*/*")]
-    return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
+    paths = [*folder.glob("*"), *folder.glob("*/*")]
+    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 
 
 def model_folder(names: Collection[str], read: Callable[[str], Path]) -> str:

@@ -23,8 +23,8 @@ Open = Callable[[Path, Layout, str | None], EmbeddingSource]
 
 
 def _opener(ending: str) -> Open:
-    found: Open = load(FORMATS[ending].path, "mltfr_dist.tables.checkpoints")
-    return found
+    opener: Open = load(FORMATS[ending].path, "mltfr_dist.tables.checkpoints")
+    return opener
 
 
 def open_embedding(path: Path, tensor: str | None = None) -> EmbeddingSource:

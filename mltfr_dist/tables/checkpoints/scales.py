@@ -140,21 +140,21 @@ def _quantisation(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     text = settings.get("text_config")
     for part in (settings, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config"):
-            if isinstance(found := part.get(key), dict):
-                yield found
+            if isinstance(section := part.get(key), dict):
+                yield section
 
 
 def _stated_blocks(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Block shapes that ``config.json`` states."""
     stated = []
-    for found in _quantisation(settings):
-        groups = found.get("config_groups")
+    for section in _quantisation(settings):
+        groups = section.get("config_groups")
         weights = [
             group.get("weights")
             for group in (groups.values() if isinstance(groups, dict) else ())
             if isinstance(group, dict)
         ]
-        stated += [found.get("weight_block_size")]
+        stated += [section.get("weight_block_size")]
         for one in weights:
             if isinstance(one, dict):
                 stated += [one.get("block_structure"), [1, one.get("group_size")]]
@@ -169,14 +169,16 @@ def _stated_blocks(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
 def _sign_of_scales(name: str, settings: Mapping[str, Any], others: Collection[str]) -> str:
     """Why an FP8 tensor without scales is doubtful, or ""."""
     module = name.rpartition(".")[0]
-    for found in _quantisation(settings):
+    for section in _quantisation(settings):
         spared = [
             str(one)
             for key in ("modules_to_not_convert", "ignore", "ignored_layers")
-            if isinstance(found.get(key), list)
-            for one in found[key]
+            if isinstance(section.get(key), list)
+            for one in section[key]
         ]
         if not any(module == one or module.endswith("." + one) for one in spared):
-            return f"config.json says that it is quantised ({found.get('quant_method', 'unnamed')})"
+            return (
+                f"config.json says that it is quantised ({section.get('quant_method', 'unnamed')})"
+            )
     scaled = [one for one in others if one.endswith((".weight_scale", ".weight_scale_inv"))]
     return f"other tensors of the checkpoint have them ({min(scaled)})" if scaled else ""

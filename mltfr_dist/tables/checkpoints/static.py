@@ -63,9 +63,9 @@ def static_rows(table: StoredTensor, held: Mapping[str, Sequence[Path]]) -> Rows
     return (table.file.name,), dtype, num_rows, read_rows
 
 
-def _misfit(table: StoredTensor, found: str) -> DataError:
+def _misfit(table: StoredTensor, content: str) -> DataError:
     return DataError(
-        f"{table.file} is not as model2vec writes it: {found}.",
+        f"{table.file} is not as model2vec writes it: {content}.",
         rule="There is a row for each token, or a mapping from each token to its row; "
         "and at most one weight for each token.",
         remedy="Fetch the checkpoint again.",

@@ -53,12 +53,12 @@ def from_ggml(
         if kind == _USER_DEFINED
     ]
     flags |= {index: reason for index, token in added if (reason := added_reason(token))}
-    found = _kind(normal, model, source)
+    recognised = _kind(normal, model, source)
     return assemble(
         source,
         checked_entries(((token, index) for index, token in enumerate(tokens)), source),
-        found,
-        added=[] if found[0] is SENTENCEPIECE else added,
+        recognised,
+        added=[] if recognised[0] is SENTENCEPIECE else added,
         flags=flags,
     )
 

@@ -77,8 +77,8 @@ _ESCAPED = {b"n": b"\n", b"t": b"\t", b"r": b"\r"}
 def unescape_bytes(written: str) -> bytes:
     r"""The bytes of a Python bytes literal without its quotes (``\n``, ``\xe4``, ``\\``)."""
 
-    def one(found: re.Match[bytes]) -> bytes:
-        code = found[1]
+    def one(match: re.Match[bytes]) -> bytes:
+        code = match[1]
         return bytes([int(code[1:], 16)]) if len(code) == 3 else _ESCAPED.get(code, code)
 
     return _ESCAPE.sub(one, written.encode())

@@ -83,12 +83,12 @@ def declared_names(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[str
         DataError: config.json is damaged.
     """
     config = _read(folder / CONFIG)
-    found = (
+    declared = (
         (settings.get("tokenizer_class"), f"tokenizer_class of {SETTINGS}"),
         (config.get("tokenizer_class"), f"tokenizer_class of {CONFIG}"),
         (config.get("model_type"), f"{MODEL_TYPE} of {CONFIG}"),
     )
-    for name, where in found:
+    for name, where in declared:
         bare = re.sub(r"Tokenizer(Fast)?$|[-_]", "", str(name or "")).lower()
         if bare not in _GENERIC:
             yield bare, where

@@ -28,11 +28,11 @@ def read(file: TokenizerFile) -> Vocabulary:
     """
     pairs = []
     for number, line in enumerate(file.lines, 1):
-        found = _LINE.fullmatch(line)
-        literal = _bytes(found) if found else None
-        if found is None or literal is None or len(literal) != int(found[5]):
+        match = _LINE.fullmatch(line)
+        literal = _bytes(match) if match else None
+        if match is None or literal is None or len(literal) != int(match[5]):
             raise malformed(str(file.path), f"line {number} is no id, literal and length")
-        pairs.append((literal, int(found[1])))
+        pairs.append((literal, int(match[1])))
     beside = read_neighbours(file.path.parent)
     texts = ((literal.decode("utf-8", errors="replace"), index) for literal, index in pairs)
     kind = PLAIN, "RWKV's bytes as Python literals"
@@ -45,10 +45,10 @@ def read(file: TokenizerFile) -> Vocabulary:
     )
 
 
-def _bytes(found: re.Match[str]) -> bytes | None:
+def _bytes(match: re.Match[str]) -> bytes | None:
     """What a literal stands for; None where it is no text."""
-    written = found[3] if found[3] is not None else found[4]
-    if found[2]:
+    written = match[3] if match[3] is not None else match[4]
+    if match[2]:
         return unescape_bytes(written)
 
     def one(escape: re.Match[str]) -> str:

@@ -20,9 +20,9 @@ _LINE = re.compile(
 def recognises(file: TokenizerFile) -> bool:
     """Whether the lines are written so; a padded one shows that no words are meant."""
     named = file.path.suffix == ".tiktoken"
-    found = [_LINE.fullmatch(line) for line in file.lines[:1000] if line]
-    sure = named or any(one and one[1].endswith("=") for one in found)
-    return sure and sum(one is None for one in found) * 100 <= len(found)
+    matches = [_LINE.fullmatch(line) for line in file.lines[:1000] if line]
+    sure = named or any(one and one[1].endswith("=") for one in matches)
+    return sure and sum(one is None for one in matches) * 100 <= len(matches)
 
 
 def read(file: TokenizerFile) -> Vocabulary:
@@ -33,11 +33,11 @@ def read(file: TokenizerFile) -> Vocabulary:
     """
     pairs = []
     for number, line in enumerate(file.lines, 1):
-        found = _LINE.fullmatch(line)
-        if found is None and line:
+        match = _LINE.fullmatch(line)
+        if match is None and line:
             raise malformed(str(file.path), f"line {number} is no base64 and rank")
-        if found is not None:
-            pairs.append((_decoded(found[1], file, number), int(found[2])))
+        if match is not None:
+            pairs.append((_decoded(match[1], file, number), int(match[2])))
     beside = read_neighbours(file.path.parent)
     return assemble(
         file.name,

@@ -161,23 +161,23 @@ def compare_runs(paths: Sequence[str | Path], split: str, options: Options) -> C
         MltfrError: What cannot be read or compared.
     """
     files = rank_files(paths)
-    found = as_models([read_ranks(path, split) for path in files])
-    if len(found.models) < 2:
+    models = as_models([read_ranks(path, split) for path in files])
+    if len(models.models) < 2:
         raise ConfigError(
-            f"There is one model to compare, {found.models[0].label}.",
+            f"There is one model to compare, {models.models[0].label}.",
             rule="The first model is what the others are compared with; runs that differ in "
             "training.seed alone are one model.",
             remedy="Name the run of another model, too.",
         )
-    return compare_models(found, split, options)
+    return compare_models(models, split, options)
 
 
-def compare_models(found: Models, split: str, options: Options) -> Comparison:
+def compare_models(models: Models, split: str, options: Options) -> Comparison:
     """Every model against the first."""
-    several = found.num_users < len(found.users)
+    several = models.num_users < len(models.users)
     names = list(dict.fromkeys([options.metric, *SHOWN, *["Recall@10"] * several]))
-    reference, *others = found.models
-    differences = [_difference(model, reference, found, names, options) for model in others]
+    reference, *others = models.models
+    differences = [_difference(model, reference, models, names, options) for model in others]
     corrected = holm([d.p for d in differences])
     differences = [replace(d, p_holm=p) for d, p in zip(differences, corrected, strict=True)]
     if options.margin is not None:
@@ -186,14 +186,16 @@ def compare_models(found: Models, split: str, options: Options) -> Comparison:
     return Comparison(
         options,
         split,
-        found.num_users,
-        len(found.users),
-        found.protocol,
-        found.unknown,
-        found.models,
+        models.num_users,
+        len(models.users),
+        models.protocol,
+        models.unknown,
+        models.models,
         {
-            m.label: {name: float(user_values(m.ranks, name, found.users).mean()) for name in names}
-            for m in found.models
+            m.label: {
+                name: float(user_values(m.ranks, name, models.users).mean()) for name in names
+            }
+            for m in models.models
         },
         tuple(differences),
     )
@@ -241,8 +243,8 @@ def _difference(
     mine, theirs = values(options.metric)
     paired = mine - theirs  # [S, U]
     by_user = paired.mean(0)
-    found, deviation = spread(paired), float(by_user.std(ddof=1))
-    wanted = options.difference or abs(found.mean)
+    overall, deviation = spread(paired), float(by_user.std(ddof=1))
+    wanted = options.difference or abs(overall.mean)
     slices = [
         _slice(name, *values(options.metric, members), change)
         for name, members in user_slices(among.slicing, among.users)
@@ -256,15 +258,17 @@ def _difference(
         changes,
         p,
         p,
-        found.mean / deviation if deviation else 0.0,
+        overall.mean / deviation if deviation else 0.0,
         int((by_user > 0).sum()),
         int((by_user < 0).sum()),
         int((by_user == 0).sum()),
-        found,
-        detectable(found.error, found.freedom),
+        overall,
+        detectable(overall.error, overall.freedom),
         wanted,
-        seeds_needed(found, wanted) if found.num_seeds > 1 else None,
-        None if margin is None else equivalence_p(found.mean, found.error, found.freedom, margin),
+        seeds_needed(overall, wanted) if overall.num_seeds > 1 else None,
+        None
+        if margin is None
+        else equivalence_p(overall.mean, overall.error, overall.freedom, margin),
         tuple(slices),
     )
 

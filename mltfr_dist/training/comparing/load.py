@@ -67,10 +67,10 @@ def rank_files(paths: Sequence[str | Path]) -> list[Path]:
     Raises:
         DataError: A run without ranks, a matrix without them, or nothing there.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in map(Path, paths):
-        found += _files_of(path)
-    return list(dict.fromkeys(found))
+        files += _files_of(path)
+    return list(dict.fromkeys(files))
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -139,29 +139,29 @@ def read_ranks(path: Path, split: str) -> Measured:
     slicing = {name: _numbers(table, name, path) for name in SLICING if name in schema.names}
     about = json.loads((schema.metadata or {}).get(KEY, b"{}"))
     users, targets = (_ids(table, name, path) for name in ("user", "target"))
-    found = Measured(path, about, users, targets, _checked(table, path), slicing)
-    _check_targets(found)
-    return found
+    measured = Measured(path, about, users, targets, _checked(table, path), slicing)
+    _check_targets(measured)
+    return measured
 
 
-def _check_targets(found: Measured) -> None:
+def _check_targets(measured: Measured) -> None:
     """Refuse a user's target that comes twice, or with the rank of another.
 
     Raises:
         DataError: One does.
     """
-    owners = found.owners
-    if row := _repeated(owners, codes(found.targets)):
+    owners = measured.owners
+    if row := _repeated(owners, codes(measured.targets)):
         raise DataError(
-            f"{found.path} holds user {found.users[row]} with the target {found.targets[row]} more "
-            "than once.",
+            f"{measured.path} holds user {measured.users[row]} with the target "
+            f"{measured.targets[row]} more than once.",
             rule="A row is a user's target, and a target that comes again counts once.",
             remedy="Keep one row a target, or name the split's rows by a column `split`.",
         )
-    if row := _repeated(owners, np.unique(found.ranks, return_inverse=True)[1]):
+    if row := _repeated(owners, np.unique(measured.ranks, return_inverse=True)[1]):
         raise DataError(
-            f"{found.path} gives two targets of user {found.users[row]} the rank "
-            f"{found.ranks[row]:g}.",
+            f"{measured.path} gives two targets of user {measured.users[row]} the rank "
+            f"{measured.ranks[row]:g}.",
             rule="Ranks are places in one ranking of all candidates, the user's other targets "
             "among them.",
             remedy="Give targets of equal score places one after the other.",

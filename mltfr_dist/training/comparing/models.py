@@ -193,5 +193,5 @@ def _pairs(file: Measured, first: Measured) -> IntArray:
         pc.fill_null(pc.index_in(ids, value_set=known), -1).to_numpy().astype(np.int64)
         for ids, known in zip((file.users, file.targets), values, strict=True)
     )
-    found: IntArray = users * (len(first.targets) + 1) + targets + 1
-    return found
+    pairs: IntArray = users * (len(first.targets) + 1) + targets + 1
+    return pairs

@@ -15,87 +15,89 @@ NAME = "compare"
 """Of the files, before their endings."""
 
 
-def write(found: Comparison, folder: Path) -> list[Path]:
+def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write compare.md, compare.json and compare.png into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     page, values, plot = (folder / f"{NAME}.{ending}" for ending in ("md", "json", "png"))
-    write_plot(plot, found)
-    write_atomically(values, json.dumps(found.as_json(), indent=2) + "\n")
-    write_atomically(page, f"# Comparison with {found.reference}\n\n" + as_markdown(found))
+    write_plot(plot, comparison)
+    write_atomically(values, json.dumps(comparison.as_json(), indent=2) + "\n")
+    write_atomically(
+        page, f"# Comparison with {comparison.reference}\n\n" + as_markdown(comparison)
+    )
     return [page, values, plot]
 
 
-def as_text(found: Comparison) -> str:
+def as_text(comparison: Comparison) -> str:
     """For the screen: aligned columns."""
     lines = []
-    for title, table in tables(found):
+    for title, table in tables(comparison):
         lines += [title, "", *aligned(table), ""]
-    return "\n".join([*lines, *notes(found)])
+    return "\n".join([*lines, *notes(comparison)])
 
 
-def as_markdown(found: Comparison) -> str:
+def as_markdown(comparison: Comparison) -> str:
     """The same as Markdown, with the plot."""
     lines = []
-    for title, table in tables(found):
+    for title, table in tables(comparison):
         lines += [f"## {title}", "", *markdown(table), ""]
     lines += [f"![Differences with their intervals]({NAME}.png)", ""]
-    return "\n".join([*lines, "## How", "", *(f"- {note}" for note in notes(found)), ""])
+    return "\n".join([*lines, "## How", "", *(f"- {note}" for note in notes(comparison)), ""])
 
 
-def tables(found: Comparison) -> list[tuple[str, Table]]:
+def tables(comparison: Comparison) -> list[tuple[str, Table]]:
     """Every table with its title."""
-    metric, reference = found.options.metric, found.reference
+    metric, reference = comparison.options.metric, comparison.reference
     shown = [
-        (f"{found.split} split, {size(found)}", means(found)),
-        (f"{metric}, difference to {reference}", differences(found)),
-        ("What this design could have shown", power(found)),
-        (f"Other metrics, difference to {reference}, 95% interval", other_metrics(found)),
+        (f"{comparison.split} split, {size(comparison)}", means(comparison)),
+        (f"{metric}, difference to {reference}", differences(comparison)),
+        ("What this design could have shown", power(comparison)),
+        (f"Other metrics, difference to {reference}, 95% interval", other_metrics(comparison)),
     ]
-    for difference in found.differences:
+    for difference in comparison.differences:
         if difference.slices:
             title = f"{metric} by slice of the users, {difference.model} and {reference}"
             shown.append((title, slices(difference)))
     return shown
 
 
-def size(found: Comparison) -> str:
+def size(comparison: Comparison) -> str:
     """Users, and targets where there are more."""
-    more = f", {found.num_targets:,} targets" * (found.num_targets > found.num_users)
-    return f"{found.num_users:,} users{more}"
+    more = f", {comparison.num_targets:,} targets" * (comparison.num_targets > comparison.num_users)
+    return f"{comparison.num_users:,} users{more}"
 
 
-def means(found: Comparison) -> Table:
+def means(comparison: Comparison) -> Table:
     """Each model's metrics."""
-    names = list(next(iter(found.means.values())))
+    names = list(next(iter(comparison.means.values())))
     table = [["model", "seeds", *names]]
-    for model in found.models:
+    for model in comparison.models:
         seeds = [str(seed) for seed in model.seeds if seed is not None]
-        values = [f"{found.means[model.label][name]:.4f}" for name in names]
+        values = [f"{comparison.means[model.label][name]:.4f}" for name in names]
         table.append([model.label, ",".join(seeds) or "-", *values])
     return table
 
 
-def differences(found: Comparison) -> Table:
+def differences(comparison: Comparison) -> Table:
     """The metric that is tested."""
     head = ["model", "difference", "95% interval", "relative", "p", "p (Holm)", "effect"]
     table = [[*head, "wins", "losses", "ties", "verdict"]]
-    for one in found.differences:
-        change = one.changes[found.options.metric]
-        base = found.means[found.reference][found.options.metric]
+    for one in comparison.differences:
+        change = one.changes[comparison.options.metric]
+        base = comparison.means[comparison.reference][comparison.options.metric]
         relative = f"{change.difference / base:+.1%}" if base else "-"
         numbers = [relative, p_text(one.p), p_text(one.p_holm), f"{one.effect:+.3f}"]
         users = [f"{n:,}" for n in (one.wins, one.losses, one.ties)]
-        cells = [*numbers, *users, verdict(one, found.options)]
+        cells = [*numbers, *users, verdict(one, comparison.options)]
         table.append([one.model, f"{change.difference:+.4f}", interval(change), *cells])
     return table
 
 
-def power(found: Comparison) -> Table:
+def power(comparison: Comparison) -> Table:
     """What the design could have shown."""
-    margin = found.options.margin
+    margin = comparison.options.margin
     table = [["model", "paired seeds", "standard error", "detectable (80%)", "seeds needed"]]
     table[0] += ["for"] if margin is None else ["for", f"p (Holm) of +-{margin:g}"]
-    for one in found.differences:
+    for one in comparison.differences:
         row = [one.model, str(one.spread.num_seeds), f"{one.spread.error:.4f}"]
         row += [f"{one.detectable:.4f}", seeds_text(one), f"{one.seeds_for:.4f}"]
         table.append(row + ([] if one.equivalence_p is None else [p_text(one.equivalence_p)]))
@@ -109,11 +111,13 @@ def seeds_text(one: Difference) -> str:
     return "more users" if one.seeds_needed is None else str(one.seeds_needed)
 
 
-def other_metrics(found: Comparison) -> Table:
+def other_metrics(comparison: Comparison) -> Table:
     """The metrics that are not tested."""
-    names = [name for name in found.differences[0].changes if name != found.options.metric]
+    names = [
+        name for name in comparison.differences[0].changes if name != comparison.options.metric
+    ]
     table = [["model", *names]]
-    for one in found.differences:
+    for one in comparison.differences:
         changes = [one.changes[name] for name in names]
         table.append([one.model, *(f"{c.difference:+.4f} {interval(c)}" for c in changes)])
     return table
@@ -131,27 +135,28 @@ def slices(one: Difference) -> Table:
     return table
 
 
-def protocol_text(found: Comparison) -> str:
+def protocol_text(comparison: Comparison) -> str:
     """By which rules the ranks came about, and how checkpoints were picked."""
-    if not found.protocol:
+    if not comparison.protocol:
         return "no file says it"
-    rules = [f"{name} {rule}" for name, rule in found.protocol.items()]
-    picked = dict.fromkeys(m.picked_on for m in found.models if m.picked_on)
+    rules = [f"{name} {rule}" for name, rule in comparison.protocol.items()]
+    picked = dict.fromkeys(m.picked_on for m in comparison.models if m.picked_on)
     rules += [f"checkpoints by {', '.join(picked)}"] if picked else []
     return "; ".join([*rules, "leak check passed at preparation, on the shards as written"])
 
 
-def notes(found: Comparison) -> list[str]:
+def notes(comparison: Comparison) -> list[str]:
     """By which rules, and what each number is."""
-    options, seeds = found.options, max(d.spread.num_seeds for d in found.differences)
-    said = [f"Protocol: {protocol_text(found)}."]
-    if found.unknown:
+    options, seeds = comparison.options, max(d.spread.num_seeds for d in comparison.differences)
+    said = [f"Protocol: {protocol_text(comparison)}."]
+    if comparison.unknown:
         said.append(
-            f"{', '.join(found.unknown)} do not say by which rules they were made (candidates, "
-            "seen items, ties): their users and targets are the same, the rules are taken on trust."
+            f"{', '.join(comparison.unknown)} do not say by which rules they were made "
+            "(candidates, seen items, ties): their users and targets are the same, the rules "
+            "are taken on trust."
         )
-    on_test = [m.label for m in found.models if m.picked_on.endswith(" on test")]
-    if on_test and found.split == "test":
+    on_test = [m.label for m in comparison.models if m.picked_on.endswith(" on test")]
+    if on_test and comparison.split == "test":
         said.append(
             f"{', '.join(on_test)}: the checkpoint was picked on the test split, as published; its "
             "figures are too high."
@@ -161,7 +166,7 @@ def notes(found: Comparison) -> list[str]:
         f"{options.resamples:,} resamples, seed {options.seed}"
         + ("." if seeds > 1 else "; with one seed they hold for these trained models alone.")
     )
-    tests = len(found.differences)
+    tests = len(comparison.differences)
     said.append(
         f"p: two-sided paired randomisation test over users on {options.metric}, "
         f"{options.resamples:,} draws; Holm over {tests} comparison{'s' * (tests > 1)}. A "
@@ -169,27 +174,27 @@ def notes(found: Comparison) -> list[str]:
         "is shown where p (Holm) is below 0.05 and the interval leaves zero out. Effect: mean by "
         "standard deviation of the users' differences. Slices and other metrics are not tested."
     )
-    said += [pairing for one in found.differences for pairing in unpaired(found, one)]
+    said += [pairing for one in comparison.differences for pairing in unpaired(comparison, one)]
     return said
 
 
-def unpaired(found: Comparison, one: Difference) -> list[str]:
+def unpaired(comparison: Comparison, one: Difference) -> list[str]:
     """What is to be said of seeds that have no partner."""
-    model = next(m for m in found.models if m.label == one.model)
-    sizes = (len(model.seeds), len(found.models[0].seeds))
+    model = next(m for m in comparison.models if m.label == one.model)
+    sizes = (len(model.seeds), len(comparison.models[0].seeds))
     if 1 in sizes:
         return [
             f"{label} has one run: it is compared with each of the other's, and how it would "
             f"differ "
             "between seeds is not in the interval."
-            for label, size in ((one.model, sizes[0]), (found.reference, sizes[1]))
+            for label, size in ((one.model, sizes[0]), (comparison.reference, sizes[1]))
             if size == 1 < max(sizes)
-            and (model if label == one.model else found.models[0]).seeds != (None,)
+            and (model if label == one.model else comparison.models[0]).seeds != (None,)
         ]
     if any(mine != other for mine, other in one.paired_seeds):
-        return [f"{one.model} and {found.reference} share no seed: runs are paired in order."]
+        return [f"{one.model} and {comparison.reference} share no seed: runs are paired in order."]
     if len(one.paired_seeds) < max(sizes):
-        return [f"{one.model}: only seeds that {found.reference} has, too, are compared."]
+        return [f"{one.model}: only seeds that {comparison.reference} has, too, are compared."]
     return []
 
 

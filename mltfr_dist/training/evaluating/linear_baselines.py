@@ -151,7 +151,7 @@ def solved(seen: sparse.csr_matrix, others: Matrix, alpha: float, ridge: float) 
     """
     number, factors = seen.shape[0], others.shape[1]
     common = others.T @ others + ridge * np.eye(factors)
-    found = np.zeros((number, factors))
+    solution = np.zeros((number, factors))
     for start in range(0, number, _SOLVED_AT_ONCE):
         heartbeat()
         end = min(number, start + _SOLVED_AT_ONCE)
@@ -160,5 +160,5 @@ def solved(seen: sparse.csr_matrix, others: Matrix, alpha: float, ridge: float) 
             own = others[seen.indices[seen.indptr[row] : seen.indptr[row + 1]]]
             left[row - start] = common + alpha * own.T @ own
             right[row - start] = (1 + alpha) * own.sum(0)
-        found[start:end] = np.linalg.solve(left, right[:, :, None])[:, :, 0]
-    return found
+        solution[start:end] = np.linalg.solve(left, right[:, :, None])[:, :, 0]
+    return solution

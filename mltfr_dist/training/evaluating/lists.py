@@ -49,8 +49,8 @@ def lister(model: nn.Module, num_items: int, k: int, *, filter_seen: bool) -> Li
                 return top_items(hidden, vectors, k, exclude=seen)[1]
             return division.top_items(hidden, vectors, k, seen, num_items)[1]
 
-        found: Tensor = model(batch, read=read)
-        return found
+        lists: Tensor = model(batch, read=read)
+        return lists
 
     return best
 

@@ -83,8 +83,8 @@ class ByModel:
 
     def __call__(self, batch: RankingBatch, exclude: Pairs) -> RankCounts:
         """Count for each target; under ZeRO-3 all ranks must call."""
-        found: RankCounts = self._model(batch, read=partial(self._count, batch, exclude))
-        return found
+        counts: RankCounts = self._model(batch, read=partial(self._count, batch, exclude))
+        return counts
 
     def _count(
         self, batch: RankingBatch, exclude: Pairs, hidden: Tensor, item_vectors: Tensor
@@ -185,7 +185,7 @@ class SameForAll:
         left_out, of_row = self._scores[items], targets[rows]
         above.index_add_(0, rows, -(left_out > of_row).long())
         equal.index_add_(0, rows, -(left_out == of_row).long())
-        return RankCounts(*(found.to(batch.target_ids.device) for found in (above, equal)))
+        return RankCounts(*(counts.to(batch.target_ids.device) for counts in (above, equal)))
 
 
 def targets_of(batch: RankingBatch, start: int, stop: int) -> RankingBatch:

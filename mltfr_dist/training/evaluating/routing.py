@@ -41,10 +41,12 @@ def measure_routing(
         total / total[: len(names)].sum()
     ).tolist()  # the gates of a position sum to 1: together they count positions
     weights, top_shares = means[: len(names)], means[len(names) : -1]
-    found = {
+    measured = {
         "entropy": means[-1],
         "largest_weight": max(weights),
         "largest_top_share": max(top_shares),
     }
-    found |= {WEIGHT + name: weight for name, weight in zip(names, weights, strict=True)}
-    return found | {TOP_SHARE + name: share for name, share in zip(names, top_shares, strict=True)}
+    measured |= {WEIGHT + name: weight for name, weight in zip(names, weights, strict=True)}
+    return measured | {
+        TOP_SHARE + name: share for name, share in zip(names, top_shares, strict=True)
+    }

@@ -135,11 +135,11 @@ def _ids_of_targets(
     """Numbers of the targets of some splits, ascending, and their raw ids: of all items' ids some
     are read at a time.
     """
-    found = [np.zeros(0, np.int64)]
+    of_shards = [np.zeros(0, np.int64)]
     for info in (info for split in splits for info in manifest.splits[split].shards):
         sequences = read_shard(folder, info, num_items=manifest.num_items)
-        found.append(np.unique(sequences.distinct_targets()[1]))
-    numbers = np.unique(np.concatenate(found))
+        of_shards.append(np.unique(sequences.distinct_targets()[1]))
+    numbers = np.unique(np.concatenate(of_shards))
     ids: list[Any] = [pa.array([], pa.string())]
     with open_map(folder, manifest, ITEMS_NAME) as file:
         for part in file.iter_batches(ITEMS_AT_ONCE, columns=["item_index", "item_id"]):

@@ -92,19 +92,19 @@ def results_section(config: RunConfig, results: Sequence[Result]) -> list[str]:
     ]
     if len(measured) < 2:
         return lines
-    found = as_models(measured, list(paths))
-    return lines + differences_section(compare_models(found, "test", Options()))
+    models = as_models(measured, list(paths))
+    return lines + differences_section(compare_models(models, "test", Options()))
 
 
-def differences_section(found: Comparison) -> list[str]:
+def differences_section(comparison: Comparison) -> list[str]:
     """Each baseline against the run, and what one run could have shown."""
     return [
         "",
-        f"## Differences to {found.reference}",
+        f"## Differences to {comparison.reference}",
         "",
-        *markdown(differences(found)),
+        *markdown(differences(comparison)),
         "",
-        *markdown(power(found)),
+        *markdown(power(comparison)),
         "",
         "NDCG@10, paired by user: bootstrap interval, randomisation test with Holm's correction. "
         "Detectable is the smallest true difference that these users show with 80% power; how "

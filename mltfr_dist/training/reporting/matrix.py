@@ -166,13 +166,13 @@ def summary(paths: Sequence[str | Path], options: Options | None = None) -> str:
     options = options or Options()
     rows: list[Row] = []
     for path in map(Path, paths):
-        found = read_rows(path)
-        if not found:
+        matrix_rows = read_rows(path)
+        if not matrix_rows:
             raise DataError(
                 f"{path} does not exist or holds no row.",
                 remedy="Fill it with benchmarks/quality.py.",
             )
-        rows += [located(row, path.parent) for row in found]
+        rows += [located(row, path.parent) for row in matrix_rows]
     rows = once(rows)
     lines: list[str] = []
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
@@ -213,10 +213,10 @@ def once(rows: Sequence[Row]) -> list[Row]:
     Raises:
         DataError: A run stands there twice, or a baseline with other numbers.
     """
-    found: dict[tuple[Any, ...], Row] = {}
+    first_of: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         key = tuple(row[name] for name in KEY)
-        first = found.setdefault(key, row)
+        first = first_of.setdefault(key, row)
         same = all(first[name] == row[name] for name in ("config_sha256", *SHOWN))
         if first is not row and not (same and row["backbone"] == NO_BACKBONE):
             raise DataError(
@@ -224,7 +224,7 @@ def once(rows: Sequence[Row]) -> list[Row]:
                 rule="A run counts once.",
                 remedy="Leave out the file that holds it again.",
             )
-    return list(found.values())
+    return list(first_of.values())
 
 
 def group_lines(
@@ -238,11 +238,11 @@ def group_lines(
         what = " and ".join(missing)
         lines += [f"{what} are missing: benchmarks/quality.py, started again, adds their rows.", ""]
     for reference in REFERENCES:
-        found = differences(runs, reference, options)
-        if found.lines:
-            title = f"{COMPARED}, difference to {reference}, paired by seed, over {found.over}"
-            lines += [title, "", *aligned(table(found.lines, options)), ""]
-            lines += [f"Protocol: {found.protocol}.", ""]
+        compared = differences(runs, reference, options)
+        if compared.lines:
+            title = f"{COMPARED}, difference to {reference}, paired by seed, over {compared.over}"
+            lines += [title, "", *aligned(table(compared.lines, options)), ""]
+            lines += [f"Protocol: {compared.protocol}.", ""]
     by_slice = slice_means(here)
     if len(by_slice[0]) > 1:
         title = (

@@ -89,8 +89,8 @@ def _by_users(rows: Sequence[Row], reference: str, options: Options) -> Differen
             remedy="Put the runs back where they were, as seen from the matrix.",
         )
     measured = [read_ranks(file, COMPARED.partition("/")[0]) for file in files]
-    found = as_models(measured, [row["variant"] for row in ordered])
-    compared = compare_models(replace(found, slicing={}), "test", options)
+    models = as_models(measured, [row["variant"] for row in ordered])
+    compared = compare_models(replace(models, slicing={}), "test", options)
     metric = options.metric
     lines = [
         Line(
@@ -113,15 +113,19 @@ def _by_seeds(rows: Sequence[Row], variant: str, reference: str, options: Option
         for (name, seed), v in values.items()
         if name == variant and (reference, seed) in values
     ]
-    found = seeds_alone(np.array(paired))
-    if found.num_seeds < 2:
-        return Line(variant, found, math.nan, math.nan, math.nan, None)
-    half = float(stats.t.isf(ALPHA / 2, found.freedom)) * found.error
-    p = float(2 * stats.t.sf(abs(found.mean) / found.error, found.freedom)) if found.error else 0.0
+    observed = seeds_alone(np.array(paired))
+    if observed.num_seeds < 2:
+        return Line(variant, observed, math.nan, math.nan, math.nan, None)
+    half = float(stats.t.isf(ALPHA / 2, observed.freedom)) * observed.error
+    p = (
+        float(2 * stats.t.sf(abs(observed.mean) / observed.error, observed.freedom))
+        if observed.error
+        else 0.0
+    )
     margin, equal = options.margin, None
     if margin is not None:
-        equal = equivalence_p(found.mean, found.error, found.freedom, margin)
-    return Line(variant, found, found.mean - half, found.mean + half, p, equal)
+        equal = equivalence_p(observed.mean, observed.error, observed.freedom, margin)
+    return Line(variant, observed, observed.mean - half, observed.mean + half, p, equal)
 
 
 def _corrected(lines: Sequence[Line]) -> list[Line]:
@@ -155,11 +159,11 @@ def table(lines: Sequence[Line], options: Options) -> list[list[str]]:
     return rows
 
 
-def needed(found: Spread, difference: float | None) -> str:
+def needed(observed: Spread, difference: float | None) -> str:
     """Seeds that would find ``difference``, or the observed one, with 80% power."""
-    if found.num_seeds < 2:
+    if observed.num_seeds < 2:
         return "? (one seed)"
-    number = seeds_needed(found, difference or abs(found.mean))
+    number = seeds_needed(observed, difference or abs(observed.mean))
     if number is not None:
         return str(number)
-    return "> 1000" if found.num_users == 1 else "more users"
+    return "> 1000" if observed.num_users == 1 else "more users"

@@ -175,8 +175,8 @@ def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
         stage.tracker.log("filter", step + 1, dict(zip(names, recall.tolist(), strict=True)))
     seed_all(config.training.seed, STAGES.index(stage.name), step, ranks.rank)
     with stage.speed.counted():
-        found = engine.update(batches, step)
-    totals = step_totals(found, batches)
+        output = engine.update(batches, step)
+    totals = step_totals(output, batches)
     if engine.verdict.nonfinite:
         totals.nonfinite = engine.verdict.nonfinite
     gate = None if totals.nonfinite or totals.routing is None else totals.routing.gate

@@ -58,11 +58,11 @@ class Speed:
         if self.active and self._work is not None and not self._flops_per_position:
             self._flops_per_position = self._work.flops / batches.num_positions
         elif self.active:
-            found = {f"time/{phase}": spent for phase, spent in phases.items()}
-            found |= {"time/data": self._waited, "time/step": seconds, "steps": 1.0}
-            found["sequences"] = float(batches.num_sequences)
-            found["positions"] = float(batches.num_positions)
-            self._sums = {key: self._sums.get(key, 0.0) + v for key, v in found.items()}
+            values = {f"time/{phase}": spent for phase, spent in phases.items()}
+            values |= {"time/data": self._waited, "time/step": seconds, "steps": 1.0}
+            values["sequences"] = float(batches.num_sequences)
+            values["positions"] = float(batches.num_positions)
+            self._sums = {key: self._sums.get(key, 0.0) + v for key, v in values.items()}
 
     def take(self) -> dict[str, float]:
         """What TensorBoard shows of the steps since the last call: seconds a step, rates, share of

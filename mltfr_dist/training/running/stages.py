@@ -178,8 +178,8 @@ def result_for_all(folder: Path, ranks: Ranks) -> Result | None:
     Raises:
         CheckpointError: The file is damaged.
     """
-    found = ranks.on_rank0(lambda _: load_result(folder))
-    text = send_text(found.model_dump_json() if found else None, ranks)
+    result = ranks.on_rank0(lambda _: load_result(folder))
+    text = send_text(result.model_dump_json() if result else None, ranks)
     return Result.model_validate_json(text) if text else None
 
 
@@ -188,22 +188,22 @@ def last_checkpoint(folder: Path, stage: str, ranks: Ranks) -> Path | None:
 
     def find(heartbeat: Callable[[], object]) -> Path | None:
         kept.remove_interrupted(folder, ranks.say)
-        found = kept.latest_intact(folder, stage, ranks.say, heartbeat)
-        if found is None and kept.latest(folder, stage) is not None:
+        intact = kept.latest_intact(folder, stage, ranks.say, heartbeat)
+        if intact is None and kept.latest(folder, stage) is not None:
             ranks.say(f"  warning: no checkpoint of stage `{stage}` is whole: it begins anew")
-        return found
+        return intact
 
-    found = ranks.on_rank0(find)
-    name = ranks.from_main(found.name if found else "")
+    intact = ranks.on_rank0(find)
+    name = ranks.from_main(intact.name if intact else "")
     return folder / name if name else None
 
 
 def best_for_all(folder: Path, outcomes: Mapping[str, Progress], ranks: Ranks) -> Choice:
     """The stages' best weights, or the best that are left, on every rank. All ranks must call."""
-    found = ranks.on_rank0(
+    best = ranks.on_rank0(
         lambda heartbeat: kept.best_intact(folder, outcomes, ranks.say, heartbeat)
     )
-    return Choice(*json.loads(ranks.from_main(json.dumps(found))))
+    return Choice(*json.loads(ranks.from_main(json.dumps(best))))
 
 
 def steps_behind(folder: Path, ranks: Ranks) -> int:

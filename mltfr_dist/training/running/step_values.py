@@ -31,10 +31,10 @@ class StepTotals:
         return self.terms["loss"]
 
 
-def step_totals(found: TrainingOutput, batches: StepBatches) -> StepTotals:
+def step_totals(output: TrainingOutput, batches: StepBatches) -> StepTotals:
     """Means over the global batch, of the sums that :meth:`Engine.update` returns."""
     counts: dict[str, float] = {**batches.counts()}
-    routing, summed = None, found.routing
+    routing, summed = None, output.routing
     if summed is not None:
         positions = summed.gate.sum()  # the gates of a position sum to 1, so it counts positions
         counts["positions"] = float(positions)
@@ -45,7 +45,7 @@ def step_totals(found: TrainingOutput, batches: StepBatches) -> StepTotals:
             kept_entropy=(summed.kept_entropy / summed.num_queries).float(),
             num_queries=summed.num_queries,
         )
-    terms = {name: float(term.sum) / counts[term.over] for name, term in found.terms.items()}
+    terms = {name: float(term.sum) / counts[term.over] for name, term in output.terms.items()}
     return StepTotals(terms, routing)
 
 

@@ -122,8 +122,8 @@ def group_part(group: Group) -> str:
     text = f"{group.users} user{'s' * (group.users != 1)}" + (
         f"; mean gates: {gates}" if group.users else ""
     )
-    found = table(head, rows, (2, 3)) if rows else ""
-    return f"<h3>{escape(group.name)}</h3><p>{text}</p>{found}"
+    rows_table = table(head, rows, (2, 3)) if rows else ""
+    return f"<h3>{escape(group.name)}</h3><p>{text}</p>{rows_table}"
 
 
 def answer_part(one: Answer) -> str:

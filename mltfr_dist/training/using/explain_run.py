@@ -67,21 +67,21 @@ def explain_run(
 
 def validation_histories(run: LoadedRun, count: int) -> list[list[str]]:
     """Raw ids of the first users' histories in the validation split, the last ``max_len``."""
-    found: list[list[str]] = []
+    histories: list[list[str]] = []
     alone = Ranks(0, 1, torch.device("cpu"))
     for batch in ranking_stream(run.config, "valid", alone, once_a_user=True):
         for row in batch.item_ids.tolist():
             ids = [run.item_ids[number] for number in row if number != PADDING_IDX]
-            found += [ids] if ids else []
-        if len(found) >= count:
+            histories += [ids] if ids else []
+        if len(histories) >= count:
             break
-    return list(islice(found, count))
+    return list(islice(histories, count))
 
 
 def _metrics(run: LoadedRun, folder: Path, control: Path | None) -> dict[str, dict[str, float]]:
     result = load_result(folder)
     assert result is not None
-    found = {f"{run.config.name} (this run)": result.test}
+    metrics = {f"{run.config.name} (this run)": result.test}
     if control is not None:
         other = load_run(control)
         if other.inputs.hashes["data"] != run.inputs.hashes["data"]:
@@ -93,8 +93,8 @@ def _metrics(run: LoadedRun, folder: Path, control: Path | None) -> dict[str, di
         result = load_result(control)
         assert result is not None
         content = other.config.mltfr.table_content if other.config.mltfr.enabled else "no tables"
-        found[f"{other.config.name} (control: {content})"] = result.test
-    return found
+        metrics[f"{other.config.name} (control: {content})"] = result.test
+    return metrics
 
 
 def _groups(run: LoadedRun, histories: list[list[str]]) -> list[Group]:
@@ -122,14 +122,14 @@ def _groups(run: LoadedRun, histories: list[list[str]]) -> list[Group]:
         for key, weight in shares.items():
             total[key] += weight
     whole = sum(total.values()) or 1.0
-    found = []
+    groups = []
     for name, count, shares, gate in zip(GROUPS, users.tolist(), read, gates, strict=True):
         own = sum(shares.values()) or 1.0
         lifted = sorted(shares, key=lambda key: total[key] / whole - shares[key] / own)
         tokens = [(*key, shares[key] / own, total[key] / whole) for key in lifted[:SHOWN_TOKENS]]
         means = {table: weight / max(1, count) for table, weight in gate.items()}
-        found.append(Group(name, count, means, tokens))
-    return found
+        groups.append(Group(name, count, means, tokens))
+    return groups
 
 
 def write_texts(explained: Explained, folder: Path) -> None:

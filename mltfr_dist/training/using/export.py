@@ -153,13 +153,13 @@ def _token_names(loaded: LoadedRun) -> dict[str, dict[str, list[int] | list[str]
     """Of every table the rows that may be kept, and their names; none of prototypes."""
     assert loaded.model.mltfr is not None
     made = loaded.config.mltfr.filter.strategy == "learned_prototypes"
-    found: dict[str, dict[str, list[int] | list[str]]] = {}
+    names: dict[str, dict[str, list[int] | list[str]]] = {}
     for m, table in enumerate(loaded.inputs.tables):
         shortlist = getattr(loaded.model.mltfr.selector(m), "shortlist", None)
         rows = list(range(len(table.rows))) if shortlist is None else shortlist.row_ids.tolist()
         rows = [] if made else rows
-        found[table.name] = {"rows": rows, "tokens": [table.token(row) for row in rows]}
-    return found
+        names[table.name] = {"rows": rows, "tokens": [table.token(row) for row in rows]}
+    return names
 
 
 def size_line(info: ExportInfo, folder: Path) -> str:
@@ -191,18 +191,18 @@ def check_scores(loaded: LoadedRun, folder: Path) -> None:
     model = load_model(folder, read_info(folder), divide).to(loaded.device)
     if is_held:
         differing = score_histories(model, item_ids) != score_histories(loaded.model, item_ids)
-        found, count = int(differing.sum()), differing.numel()
+        num_differing, count = int(differing.sum()), differing.numel()
     else:  # a score is a product of two vectors
         differing = user_vectors(model, item_ids) != user_vectors(loaded.model, item_ids)
-        found, count = int(differing.sum()), differing.numel()
+        num_differing, count = int(differing.sum()), differing.numel()
         step = max(1, COMPARED_NUMBERS // loaded.config.backbone.hidden_dim)
         for ids in torch.split(torch.arange(1, loaded.items.num_items + 1), step):
             differing = model.vectors(ids) != loaded.model.vectors(ids)
-            found, count = found + int(differing.sum()), count + differing.numel()
-    if found:
+            num_differing, count = num_differing + int(differing.sum()), count + differing.numel()
+    if num_differing:
         raise CheckpointError(
-            f"The export scores otherwise than the run {loaded.config.folder}: {found} of {count} "
-            "numbers differ; nothing was exported.",
+            f"The export scores otherwise than the run {loaded.config.folder}: {num_differing} "
+            f"of {count} numbers differ; nothing was exported.",
             rule="An export scores as its run does, to the bit.",
             remedy="This is a defect of mltfr_dist: please report it with the run's config.yaml.",
         )

@@ -205,7 +205,7 @@ def _build(
     seconds = time.perf_counter() - began
     users = model.user_vectors(sample.histories)
     best, exactly = exact(users, vectors, config.k)
-    found = of_index(index, users, best, config.nprobe, config.recall or RECALL, planned.nlist)
+    measured = of_index(index, users, best, config.nprobe, config.recall or RECALL, planned.nlist)
     library = faiss()
     library.write_index(index, str(partial / INDEX))
     return IndexInfo(
@@ -221,7 +221,7 @@ def _build(
         threads=library.omp_get_max_threads(),
         build_seconds=seconds,
         index_bytes=(partial / INDEX).stat().st_size,
-        measured=[vars(way) for way in (exactly, *found)],
+        measured=[vars(way) for way in (exactly, *measured)],
         sha256={path.name: file_sha256(path) for path in sorted(partial.iterdir())},
     )
 

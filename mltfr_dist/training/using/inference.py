@@ -93,8 +93,8 @@ def load_run(
     """
     folder = Path(folder)
     ranks = ranks or Ranks(0, 1, torch.device("cuda" if uses_gpus() else "cpu"))
-    found = ranks.on_rank0(lambda _: finished(folder))
-    texts = send_text(json.dumps([part.model_dump_json() for part in found or ()]), ranks)
+    finished_run = ranks.on_rank0(lambda _: finished(folder))
+    texts = send_text(json.dumps([part.model_dump_json() for part in finished_run or ()]), ranks)
     config_text, result_text = json.loads(texts)
     config, result = (
         RunConfig.model_validate_json(config_text),
@@ -232,8 +232,8 @@ def measure_lists(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]:
     k, filter_seen = max(config.evaluation.cutoffs), config.evaluation.filter_seen
     best = lister(run.model, manifest.num_items, k, filter_seen=filter_seen)
     stream = ranking_stream(config, split, ranks, once_a_user=True)
-    found = recommended(best, stream, config, manifest, ranks, run.items.titles)
-    return list_metrics(found, config.evaluation.cutoffs)
+    lists = recommended(best, stream, config, manifest, ranks, run.items.titles)
+    return list_metrics(lists, config.evaluation.cutoffs)
 
 
 def recommendation_text(
@@ -241,18 +241,18 @@ def recommendation_text(
 ) -> str:
     """What `mltfr recommend` prints."""
     numbers = run.items.encode(history)
-    found = run.recommend(history, k, filter_seen=not keep_seen)
+    items = run.recommend(history, k, filter_seen=not keep_seen)
     lines = [history_line(run, numbers), ""]
-    if found:
+    if items:
         lines.append(f"{'rank':>4}  {'score':>8}  {'item':<10}  title")
-    for rank, item in enumerate(found, 1):
+    for rank, item in enumerate(items, 1):
         lines.append(
             f"{rank:>4}  {item.score:>8.4f}  {item.item_id:<10}  {item.title or ''}".rstrip()
         )
-    if len(found) < k:
-        left = f"These {len(found)} are" if len(found) > 1 else "This one is"
-        lines += [""] * bool(found) + [
-            f"{left if found else 'Nothing is'} left: all other items are in the history. "
+    if len(items) < k:
+        left = f"These {len(items)} are" if len(items) > 1 else "This one is"
+        lines += [""] * bool(items) + [
+            f"{left if items else 'Nothing is'} left: all other items are in the history. "
             "`--keep-seen` lets them be recommended again."
         ]
     if explain:
