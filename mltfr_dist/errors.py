@@ -39,7 +39,7 @@ class MltfrError(Exception):
 
     def __init__(self, what: str, *, rule: str = "", remedy: str) -> None:
         self.what, self.rule, self.remedy = what, rule, remedy
-        super().__init__(" ".join(part for part in (what, rule, remedy) if part))
+        super().__init__(" ".join(sentence for sentence in (what, rule, remedy) if sentence))
 
     @property
     def paragraph(self) -> str:

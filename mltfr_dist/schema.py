@@ -98,7 +98,7 @@ def validate(model: type[SectionT], values: dict[str, Any], *, source: str) -> S
         problems, wrong = [], []
         former = _former(model, error)
         for item in error.errors():
-            path = ".".join(str(part) for part in item["loc"]) or "(whole configuration)"
+            path = ".".join(str(name) for name in item["loc"]) or "(whole configuration)"
             if issubclass(model, Options) and path in model.model_fields:
                 path = model.option(path)
             if path in former:
@@ -138,7 +138,7 @@ KEPT = (
 def _former(model: type[Section], error: ValidationError) -> dict[str, Any]:
     """Fields of older releases that ``error`` refuses, dotted key to value."""
     unknown = {
-        ".".join(str(part) for part in item["loc"]): item["input"]
+        ".".join(str(name) for name in item["loc"]): item["input"]
         for item in error.errors()
         if item["type"] == "extra_forbidden"
     }
@@ -162,8 +162,8 @@ def changed(config: SectionT, fields: Mapping[str, Any], *, source: str) -> Sect
     for path, value in fields.items():
         *sections, name = path.split(".")
         section = values
-        for part in sections:
-            section = section[part]
+        for key in sections:
+            section = section[key]
         section[name] = value
     return validate(type(config), values, source=source)
 

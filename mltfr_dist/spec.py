@@ -18,7 +18,11 @@ from mltfr_dist.models.item_tokens import ItemVectors
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.published.parts import published_backbone, published_parts, published_table
+from mltfr_dist.published.components import (
+    published_backbone,
+    published_components,
+    published_table,
+)
 from mltfr_dist.schema import Section
 
 
@@ -76,5 +80,5 @@ class ModelSpec(Section):
     def _mltfr(self, tables: list[Tensor | PlacedTable]) -> MLTFR:
         hold = published_table(self.published)
         placed = [hold(t) if isinstance(t, Tensor) else t for t in tables]
-        parts = published_parts(self.mltfr, self.published)
-        return MLTFR(self.mltfr, self.backbone.hidden_dim, placed, parts)
+        components = published_components(self.mltfr, self.published)
+        return MLTFR(self.mltfr, self.backbone.hidden_dim, placed, components)

@@ -26,7 +26,7 @@ from mltfr_dist.config import (
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.published.parts import published_parts, published_table
+from mltfr_dist.published.components import published_components, published_table
 from mltfr_dist.resolve import merge_values
 from mltfr_dist.schema import nested, validate
 from mltfr_dist.spec import ModelSpec
@@ -288,4 +288,4 @@ def new_mltfr(
     """MLTFR alone, over tables in memory."""
     defects = published or PublishedConfig()
     tables = [published_table(defects)(rows) for rows in table_rows]
-    return MLTFR(config, hidden_dim, tables, published_parts(config, defects))
+    return MLTFR(config, hidden_dim, tables, published_components(config, defects))

@@ -35,9 +35,9 @@ def fitted(text: str, width: int) -> str:
         if code or kind == FENCE or all(len(line) <= width for line in block):
             lines += block
         elif kind == "|":
-            lines += _in_parts(*_markdown(block), "| ", " | ", " |", width)
+            lines += _in_pieces(*_markdown(block), "| ", " | ", " |", width)
         elif len(block) > 1 and len((rows := _aligned(block))[0]) > 1:
-            lines += _in_parts(rows, 1, "", "  ", "", width)
+            lines += _in_pieces(rows, 1, "", "  ", "", width)
         else:
             hang = {"- ": 2}.get(block[0][:2], 4 * (len(block) > 1))
             lines += [broken(line, width, hang) for line in block]
@@ -88,25 +88,25 @@ def _aligned(block: list[str]) -> Rows:
     ]
 
 
-def _in_parts(
+def _in_pieces(
     rows: Rows, leading: int, left: str, between: str, right: str, width: int
 ) -> Iterator[str]:
     """The columns in as many parts as it takes, each behind the ``leading`` ones."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     base = len(left) + len(right) + sum(widths[:leading]) + len(between) * (leading - 1)
-    parts: list[list[int]] = [[]]
+    lines: list[list[int]] = [[]]
     for k in range(leading, len(widths)):
-        taken = base + sum(widths[j] + len(between) for j in parts[-1])
-        if parts[-1] and taken + len(between) + widths[k] > width:
-            parts.append([])
-        parts[-1].append(k)
-    for part in parts:
-        if part is not parts[0]:
+        taken = base + sum(widths[j] + len(between) for j in lines[-1])
+        if lines[-1] and taken + len(between) + widths[k] > width:
+            lines.append([])
+        lines[-1].append(k)
+    for line in lines:
+        if line is not lines[0]:
             yield ""
-        room = width - base - sum(widths[k] + len(between) for k in part[:-1]) - len(between)
+        room = width - base - sum(widths[k] + len(between) for k in line[:-1]) - len(between)
         for row in rows:
-            *first, last = [row[k] for k in [*range(leading), *part]]
-            for cell in _wrapped(last, max(room, 20)) if room < widths[part[-1]] else [last]:
+            *first, last = [row[k] for k in [*range(leading), *line]]
+            for cell in _wrapped(last, max(room, 20)) if room < widths[line[-1]] else [last]:
                 yield (left + between.join([*first, cell]) + right).rstrip()
                 first = [" " * len(other) for other in first]
 

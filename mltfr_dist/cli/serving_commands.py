@@ -45,7 +45,7 @@ def command_recommend(options: argparse.Namespace) -> None:
     for name in ("unknown", "empty"):
         asked = None if getattr(options, name) == "refuse" else name
         refuse(asked, f"--{name}", "belongs to --histories", "--history is given")
-    history = [part.strip() for part in options.history.split(",") if part.strip()]
+    history = [item_id.strip() for item_id in options.history.split(",") if item_id.strip()]
     model = open_model(Path(options.run))
     show(
         recommendation_text(

@@ -34,8 +34,8 @@ class JointNorm:
             deepspeed.clip_fp32_gradients = self._clip
         else:
             unscale = deepspeed.optimizer.unscale_and_clip_grads
-            deepspeed.optimizer.unscale_and_clip_grads = lambda part, norm: unscale(
-                part, self._join(norm)
+            deepspeed.optimizer.unscale_and_clip_grads = lambda gradient, norm: unscale(
+                gradient, self._join(norm)
             )
 
     def _clip(self) -> None:

@@ -73,8 +73,8 @@ def read_run(
                 rows = opened.get_slice(name)
                 if rows.get_shape() != [stop - start, into.shape[1]]:
                     raise SafetensorError(f"{name} has the shape {rows.get_shape()}")
-                for begin, part in positions(into[low - first : high - first], low - start):
-                    part.copy_(rows[begin : begin + len(part)])
+                for begin, block in positions(into[low - first : high - first], low - start):
+                    block.copy_(rows[begin : begin + len(block)])
                     heartbeat()
         except (OSError, SafetensorError) as error:
             raise DamagedError(
@@ -87,9 +87,9 @@ def read_run(
 
 def positions(rows: Tensor, first: int) -> Iterable[tuple[int, Tensor]]:
     """Parts of ``rows``, each with the number of its first, counted from ``first``."""
-    for part in pieces(rows):
-        yield first, part
-        first += len(part)
+    for block in pieces(rows):
+        yield first, block
+        first += len(block)
 
 
 def shapes_of(folder: Path, files: list[str]) -> dict[str, list[int]]:
@@ -125,9 +125,9 @@ def assemble(
     for name, (num_rows, columns) in shapes_of(folder, files).items():
         hashes[name] = whole = torch.empty(num_rows, columns)
         for first, ids in blocks_of(num_rows, columns):
-            part = torch.empty(len(ids), columns)
-            read_run(folder, files, name, RowLayout(num_rows, 1), first, part)
-            whole[ids] = part
+            block = torch.empty(len(ids), columns)
+            read_run(folder, files, name, RowLayout(num_rows, 1), first, block)
+            whole[ids] = block
             beat()
     return hashes
 
@@ -156,10 +156,10 @@ def send_rows(folder: Path, files: list[str], ranks: Ranks) -> Iterator[RowBlock
     for name, (num_rows, columns) in shapes.items():
         layout = RowLayout(num_rows, 1)
         for first, ids in blocks_of(num_rows, columns):
-            part = torch.empty(len(ids), columns)
-            ranks.on_rank0(partial(_read_block, folder, files, name, layout, first, part))
-            send_bytes(part.view(-1).view(torch.uint8), ranks)
-            yield RowBlock(name, (num_rows, columns), ids, part)
+            block = torch.empty(len(ids), columns)
+            ranks.on_rank0(partial(_read_block, folder, files, name, layout, first, block))
+            send_bytes(block.view(-1).view(torch.uint8), ranks)
+            yield RowBlock(name, (num_rows, columns), ids, block)
 
 
 def _read_block(

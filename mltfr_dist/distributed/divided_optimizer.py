@@ -62,18 +62,18 @@ class DividedOptimizer:
     def collect(self) -> None:
         """Add the gradients of one backward pass to the update's."""
         taken = [(self.positions, self.gradients), *self.rows.take_gradients()]
-        self._sum([positions for positions, _ in taken], [part for _, part in taken])
-        for part in self.rows.take_own_gradients():
-            self.own = part.float() if self.own is None else self.own + part.float()
+        self._sum([positions for positions, _ in taken], [gradient for _, gradient in taken])
+        for gradient in self.rows.take_own_gradients():
+            self.own = gradient.float() if self.own is None else self.own + gradient.float()
 
     def _sum(self, positions: list[Tensor], gradients: list[Tensor]) -> None:
         """Rows in ascending order, each once; padding, at position 0 of all, is no item and never
         moves.
         """
         self.positions, inverse = torch.unique(torch.cat(positions), return_inverse=True)
-        parts = torch.cat([part.float() for part in gradients])
-        self.gradients = parts.new_zeros(len(self.positions), parts.shape[1])
-        self.gradients.index_add_(0, inverse, parts)
+        rows = torch.cat([gradient.float() for gradient in gradients])
+        self.gradients = rows.new_zeros(len(self.positions), rows.shape[1])
+        self.gradients.index_add_(0, inverse, rows)
 
     def reduce(self) -> None:
         """Bring the mean over ranks of each row's gradient to its owner. All ranks must call."""

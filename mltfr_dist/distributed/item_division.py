@@ -92,18 +92,20 @@ class RankDivision(Division):
         """Counts of this rank's users: every rank counts in its own rows for all users, and counts
         are added.
         """
-        counts, pairs = (self.exchange.counts(len(part)) for part in (hidden, exclude.rows))
+        counts, pairs = (self.exchange.counts(len(own_rows)) for own_rows in (hidden, exclude.rows))
         start = list(accumulate(counts, initial=0))[self.ranks.rank]
-        every, targets = (self.exchange.gather(part, counts) for part in (hidden, target_scores))
+        every, targets = (
+            self.exchange.gather(own_rows, counts) for own_rows in (hidden, target_scores)
+        )
         rows = self.exchange.gather(exclude.rows + start, pairs)
         left_out = Pairs(rows, self.exchange.gather(self.positions(exclude.item_ids), pairs))
         normaliser = LogNormaliser(every) if normalise else None
         totals = torch.zeros(2, len(every), dtype=torch.int64, device=every.device)
         edges = [-1, *_no_items(self, num_items).tolist(), len(own)]
         for before, end in pairwise(edges):  # of rows that are items
-            part, first = own[before + 1 : end], self.first + before + 1
+            own_rows, first = own[before + 1 : end], self.first + before + 1
             better = count_better(
-                every, part, targets, exclude=left_out, first_id=first, normaliser=normaliser
+                every, own_rows, targets, exclude=left_out, first_id=first, normaliser=normaliser
             )
             totals += torch.stack(better)
         mine = slice(start, start + len(hidden))
@@ -120,7 +122,7 @@ class RankDivision(Division):
         """The best of this rank's users: every rank finds the best in its own rows for all users,
         and each user's rank keeps the best of those.
         """
-        counts, pairs = (self.exchange.counts(len(part)) for part in (hidden, exclude.rows))
+        counts, pairs = (self.exchange.counts(len(own_rows)) for own_rows in (hidden, exclude.rows))
         start = list(accumulate(counts, initial=0))[self.ranks.rank]
         every = self.exchange.gather(hidden, counts)
         rows = self.exchange.gather(exclude.rows + start, pairs)
@@ -129,9 +131,10 @@ class RankDivision(Division):
         items = (ids >= 1) & (ids <= num_items)
         top = top_of_some(every, own[order[items]], ids[items], k, left_out)
         homes = [len(hidden)] * len(counts)
-        values, ids = (self.exchange.deal(part, counts, homes) for part in top)  # [N B, k]
+        values, ids = (self.exchange.deal(own_rows, counts, homes) for own_rows in top)  # [N B, k]
         values, ids = (
-            part.view(len(counts), -1, k).transpose(0, 1).flatten(1) for part in (values, ids)
+            own_rows.view(len(counts), -1, k).transpose(0, 1).flatten(1)
+            for own_rows in (values, ids)
         )
         return best(values, ids, k)
 
@@ -168,8 +171,8 @@ class _DividedCrossEntropy(torch.autograd.Function):
         every = exchange.gather(hidden, counts)  # [M, D]
         columns = exchange.gather(division.positions(targets), counts) - division.first  # [M]
         every_weight = exchange.gather(at_least_fp32(weights), counts)
-        part = _Logits(every, own.detach(), columns, _no_items(division, num_items))
-        largest, total, target = part.statistics()
+        logits = _Logits(every, own.detach(), columns, _no_items(division, num_items))
+        largest, total, target = logits.statistics()
         common = division.reduce(largest.clone(), dist.ReduceOp.MAX)
         total *= (largest - common).exp()
         total, target = division.reduce(torch.stack([total, target]), dist.ReduceOp.SUM)
@@ -177,7 +180,7 @@ class _DividedCrossEntropy(torch.autograd.Function):
         mine = slice(start, start + len(hidden))
         losses = total[mine].log() + common[mine] - target[mine]
         if hidden.requires_grad or own.requires_grad:
-            to_every, to_own = part.gradients(common, every_weight / total, every_weight)
+            to_every, to_own = logits.gradients(common, every_weight / total, every_weight)
             home = exchange.deal(to_every, counts, [len(hidden)] * len(counts))
             grad_hidden = at_least_fp32(home.view(len(counts), *hidden.shape)).sum(0)
             ctx.save_for_backward(grad_hidden.to(hidden.dtype), to_own.to(own.dtype))
@@ -246,17 +249,17 @@ class _Logits:
             given = torch.where(self.is_here[chunk], -weights[chunk], 0)
             slope.scatter_add_(1, self.columns[chunk, None], given[:, None])
             slope = slope.to(self.hidden.dtype)
-            to_hidden[chunk] = _product_in_parts(slope, self.own)
+            to_hidden[chunk] = _product_in_chunks(slope, self.own)
             to_own += slope.T @ self.hidden[chunk]
         return to_hidden, to_own
 
 
-def _product_in_parts(left: Tensor, right: Tensor) -> Tensor:
+def _product_in_chunks(left: Tensor, right: Tensor) -> Tensor:
     """Product of [n, O] and [O, D], whose sums in fp32 are formed in parts."""
     if left.dtype != torch.float32:
         return left @ right
     product = left.new_zeros(len(left), right.shape[1])
-    parts = torch.split(left, SUMMED, dim=1), torch.split(right, SUMMED)
-    for part, rows in zip(*parts, strict=True):
-        product += part @ rows
+    chunks = torch.split(left, SUMMED, dim=1), torch.split(right, SUMMED)
+    for columns, rows in zip(*chunks, strict=True):
+        product += columns @ rows
     return product

@@ -14,7 +14,7 @@ from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.table_shards import Exchange, RowSharded, ZeroTable, row_bounds
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.placed_table import MappedTable, PlacedTable
-from mltfr_dist.published.parts import published_table
+from mltfr_dist.published.components import published_table
 from mltfr_dist.tables.store import TokenTable, read_rows
 
 Placement = Literal["rows", "mmap", "replicated", "zero3"]

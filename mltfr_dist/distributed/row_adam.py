@@ -166,9 +166,9 @@ class RowAdam:
         whole[:: self.ranks.world_size] = own.cpu()
         for rank in range(1, self.ranks.world_size):
             view = whole[rank :: self.ranks.world_size]
-            part = own.new_empty(view.shape)
-            dist.recv(part, rank)
-            view.copy_(part)
+            received = own.new_empty(view.shape)
+            dist.recv(received, rank)
+            view.copy_(received)
         return whole
 
     def restore(self, key: str, ids: Tensor, values: Tensor) -> None:

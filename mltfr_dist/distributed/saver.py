@@ -30,7 +30,7 @@ from mltfr_dist.distributed.checkpoint import (
 from mltfr_dist.distributed.divided_files import MODEL_ROWS, OPTIMIZER_ROWS, file_name
 from mltfr_dist.distributed.divided_optimizer import DividedOptimizer
 from mltfr_dist.distributed.engine import Engine
-from mltfr_dist.distributed.part import Files, Part
+from mltfr_dist.distributed.rank_files import Files, RankFiles
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.state import (
     begin_optimizer_state,
@@ -48,7 +48,7 @@ class _Save(NamedTuple):
 
     folder: Path
     progress: Progress
-    part: Part
+    own: RankFiles
     then: Callable[[], object]
 
 
@@ -60,7 +60,7 @@ class Saver:
         self.engine, self.ranks, self.background = engine, engine.ranks, background
         self._running: list[_Save] = []
         self._weights: Files = {}
-        engine.health.writes = lambda: not all(save.part.is_done for save in self._running)
+        engine.health.writes = lambda: not all(save.own.is_done for save in self._running)
 
     def save(
         self,
@@ -87,7 +87,7 @@ class Saver:
             self.finish()
         files = self._files(progress, with_optimizer)
         self.ranks.on_rank0(lambda _: begin(folder))
-        self._running.append(_Save(folder, progress, Part(folder, files), then))
+        self._running.append(_Save(folder, progress, RankFiles(folder, files), then))
         if not self.background:
             self.finish()
 
@@ -100,15 +100,15 @@ class Saver:
         """
         while self._running:
             save, ranks = self._running[0], self.ranks
-            while ranks.max(torch.tensor([float(not save.part.is_done)])).item():
-                save.part.wait()
+            while ranks.max(torch.tensor([float(not save.own.is_done)])).item():
+                save.own.wait()
             try:
-                told = ranks.texts(json.dumps(ranks.jointly(save.part.hashes)))
+                told = ranks.texts(json.dumps(ranks.jointly(save.own.hashes)))
                 hashes = {name: h for text in told for name, h in json.loads(text).items()}
                 ranks.on_rank0(partial(_complete, save, hashes))
             except MltfrError:
                 for save in self._running:
-                    save.part.give_up()
+                    save.own.give_up()
                 ranks.barrier()  # nobody writes any more
                 self._remove()
                 raise
@@ -118,7 +118,7 @@ class Saver:
     def give_up(self) -> None:
         """End the threads and say so; for errors of which other ranks may not know."""
         for save in self._running:
-            save.part.give_up()
+            save.own.give_up()
             self.ranks.say(
                 f"  the save of {save.folder.name} in the background was given up, as the run ends "
                 "with an error: the checkpoint before it is the last"
@@ -220,5 +220,5 @@ def _is_finite(tensor: Tensor) -> bool:
     """By the smallest and largest of some numbers at a time, for which nothing is formed."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    parts = torch.split(tensor.detach().flatten(), CHECKED_ELEMENTS)
-    return all(torch.isfinite(limit) for part in parts for limit in torch.aminmax(part))
+    chunks = torch.split(tensor.detach().flatten(), CHECKED_ELEMENTS)
+    return all(torch.isfinite(limit) for chunk in chunks for limit in torch.aminmax(chunk))

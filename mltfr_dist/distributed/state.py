@@ -105,11 +105,11 @@ def _set_whole(engine: Engine, parameter: nn.Parameter, key: str | None, value: 
         )
         padded = value.new_zeros(local.numel() * engine.ranks.world_size)
         padded[: value.numel()] = value.flatten()
-        part = padded[local.numel() * engine.ranks.rank :][: local.numel()]
+        own = padded[local.numel() * engine.ranks.rank :][: local.numel()]
         if key is None:
-            utils.safe_set_local_fp32_param(parameter, part)
+            utils.safe_set_local_fp32_param(parameter, own)
         else:
-            utils.safe_set_local_optimizer_state(parameter, part, key)
+            utils.safe_set_local_optimizer_state(parameter, own, key)
     elif key is None:
         utils.safe_set_full_fp32_param(parameter, value)
     else:
@@ -143,10 +143,10 @@ def restore_optimizer_state(engine: Engine, state: State, num_updates: int) -> N
 def begin_optimizer_state(engine: Engine, num_updates: int = 0) -> None:
     """Set what the optimizer keeps to zero, as before the first update."""
     inner = engine.optimizer if engine.zero_stage == 0 else engine.optimizer.optimizer
-    for part in _optimizer_tensors(engine):
+    for tensor in _optimizer_tensors(engine):
         on_device = inner.defaults.get("fused") or inner.defaults.get("capturable")
-        inner.state[part] = {key: torch.zeros_like(part) for key in engine.optimizer_state} | {
-            "step": torch.tensor(float(num_updates), device=part.device if on_device else "cpu")
+        inner.state[tensor] = {key: torch.zeros_like(tensor) for key in engine.optimizer_state} | {
+            "step": torch.tensor(float(num_updates), device=tensor.device if on_device else "cpu")
         }
     if engine.row_adam is not None:
         engine.row_adam.begin(num_updates)

@@ -32,8 +32,8 @@ class StepSums:
 
     def output(self, vector: Tensor) -> TrainingOutput:
         """The output that a vector [S] of such sums stands for, without gradient."""
-        parts = torch.split(vector, [len(value) for value in self._sums.values()])
-        reduced = dict(zip(self._sums, parts, strict=True))
+        sums = torch.split(vector, [len(value) for value in self._sums.values()])
+        reduced = dict(zip(self._sums, sums, strict=True))
         terms = {
             name: term._replace(sum=reduced[name][0]) for name, term in self._first.terms.items()
         }

@@ -79,12 +79,12 @@ def _read(run: Run, rows: Tensor, into: Tensor) -> None:
         file = os.open(run.path, os.O_RDONLY)
         try:
             for start, stop in pairwise([0, *breaks.tolist(), len(rows)]):
-                part, at = content[start * of_row : stop * of_row], int(rows[start]) * of_row
-                while part:
-                    size = os.preadv(file, [part], run.offset + at)
+                buffer, at = content[start * of_row : stop * of_row], int(rows[start]) * of_row
+                while buffer:
+                    size = os.preadv(file, [buffer], run.offset + at)
                     if not size:
                         raise OSError(f"it ends before row {int(rows[stop - 1])}")
-                    part, at = part[size:], at + size
+                    buffer, at = buffer[size:], at + size
         finally:
             os.close(file)
     except OSError as error:

@@ -50,26 +50,26 @@ class Exchange:
         self.received["all_gather"] += 8 * (self.ranks.world_size - 1)
         return [int(n) for n in received.tolist()]
 
-    def gather(self, part: Tensor, counts: list[int]) -> Tensor:
+    def gather(self, own: Tensor, counts: list[int]) -> Tensor:
         """[n_r, ...] of every rank r -> [sum of n, ...], in the order of the ranks."""
-        raw = _bytes(part)
+        raw = _bytes(own)
         padded = raw.new_zeros(max(1, *counts), raw.shape[1])
         padded[: len(raw)] = raw
         everyone = padded.new_empty(len(counts), *padded.shape)
         dist.all_gather_into_tensor(everyone.flatten(0, 1), padded)
         self.received["all_gather"] += padded.numel() * (len(counts) - 1)
         whole = torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
-        return whole.view(part.dtype).view(-1, *part.shape[1:])
+        return whole.view(own.dtype).view(-1, *own.shape[1:])
 
-    def deal(self, parts: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Send ``sent[r]`` rows of ``parts`` [sum, ...] to each rank r; returns what came, in the
+    def deal(self, own: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send ``sent[r]`` rows of ``own`` [sum, ...] to each rank r; returns what came, in the
         order of the ranks.
         """
-        raw = _bytes(parts)
+        raw = _bytes(own)
         rows = raw.new_empty(sum(received), raw.shape[1])
         dist.all_to_all_single(rows, raw, received, sent)
         self.received["all_to_all"] += (sum(received) - received[self.ranks.rank]) * raw.shape[1]
-        return rows.view(parts.dtype).view(-1, *parts.shape[1:])
+        return rows.view(own.dtype).view(-1, *own.shape[1:])
 
 
 def _bytes(t: Tensor) -> Tensor:

@@ -47,7 +47,9 @@ def words_of_a_call() -> Iterator[None]:
         yield
     except MltfrError as error:
         error.what, error.rule, error.remedy = map(as_call, (error.what, error.rule, error.remedy))
-        error.args = (" ".join(part for part in (error.what, error.rule, error.remedy) if part),)
+        error.args = (
+            " ".join(sentence for sentence in (error.what, error.rule, error.remedy) if sentence),
+        )
         raise
 
 
@@ -55,13 +57,13 @@ def as_call(text: str) -> str:
     """``text`` with parameters in place of options, and functions in place of commands."""
     for pattern, by in _COMMANDS.items():
         text = re.sub(pattern, by, text)
-    parts = text.split("`")
-    for index, part in enumerate(parts):
+    pieces = text.split("`")
+    for index, piece in enumerate(pieces):
         if index % 2 == 0:
-            parts[index] = _OPTION.sub(lambda match: _parameter(match, "`"), part)
-        elif part.startswith("--"):  # no command
-            parts[index] = _OPTION.sub(lambda match: _parameter(match, ""), part)
-    return "`".join(parts)
+            pieces[index] = _OPTION.sub(lambda match: _parameter(match, "`"), piece)
+        elif piece.startswith("--"):  # no command
+            pieces[index] = _OPTION.sub(lambda match: _parameter(match, ""), piece)
+    return "`".join(pieces)
 
 
 def _parameter(match: re.Match[str], mark: str) -> str:

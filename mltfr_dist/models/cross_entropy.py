@@ -63,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + rows)
             h = hidden[chunk]
             sizes = [len(h) * len(tile) for tile in tiles]
-            powers = [part.view(len(h), -1) for part in torch.split(kept[: sum(sizes)], sizes)]
+            powers = [column.view(len(h), -1) for column in torch.split(kept[: sum(sizes)], sizes)]
             largest = log_sums.new_full((len(h), 1), -torch.inf)
             total, shifts = torch.zeros_like(largest), []
             for tile, power in zip(tiles, powers, strict=True):
@@ -80,9 +80,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_grad:
                 share = position_weights[chunk] / total
                 grad_hidden[chunk] *= share
-                for part, power, shift in zip(torch.split(grad_weight, width), powers, shifts):
+                for column, power, shift in zip(torch.split(grad_weight, width), powers, shifts):
                     scaled = (h * (share * (shift - largest).exp_())).to(h.dtype)
-                    _add_product(part, power.T, scaled)
+                    _add_product(column, power.T, scaled)
         chosen = weight.index_select(0, targets)  # [N, D]
         logits = at_least_fp32(hidden * chosen).sum(1, keepdim=True)
         if needs_grad:

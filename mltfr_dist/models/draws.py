@@ -49,7 +49,7 @@ class GumbelNoise(NamedTuple):
     """[S] int64, row numbers in the table."""
     scale: float
 
-    def part(self, queries: slice) -> Tensor:
+    def of(self, queries: slice) -> Tensor:
         """[g, S], of some queries and all rows."""
         return self._values(self.keys[queries], self.row_ids)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.experts import ExpertCore, TableAdapter
-from mltfr_dist.models.mltfr import MLTFR, Parts
+from mltfr_dist.models.mltfr import MLTFR, Components
 from mltfr_dist.models.placed_table import PlacedTable, ReplicatedTable, WholeTable
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors import Selector
@@ -104,7 +104,7 @@ def can_fold(mltfr: MLTFR) -> bool:
     """
     scaled = any(mltfr.selector(m).scales_rows for m in range(mltfr.num_tables))
     own = all(isinstance(adapter, TableAdapter) for adapter in mltfr.adapters)
-    return own and not scaled and mltfr.parts.shared is Parts().shared
+    return own and not scaled and mltfr.components.shared is Components().shared
 
 
 def is_folded(model: Recommender) -> list[bool]:

@@ -30,7 +30,7 @@ from mltfr_dist.models.routing import Routing
 from mltfr_dist.models.selectors import Reduce, Selection, Selector, selector_class
 
 
-class Parts(NamedTuple):
+class Components(NamedTuple):
     """What MLTFR is put together from, beside its configuration; the published form has others."""
 
     blocks: Callable[[Tensor, Tensor, int, Lengths], QueryBlocks] = QueryBlocks
@@ -54,23 +54,27 @@ class MLTFR(nn.Module):
         config: MLTFRConfig,
         hidden_dim: int,
         tables: Sequence[PlacedTable],
-        parts: Parts | None = None,
+        components: Components | None = None,
     ) -> None:
         """Args: config: MLTFR's; hidden_dim: D; tables: M tables; parts: None: those of
         docs/method.md.
         """
         super().__init__()
-        self.config, self.hidden_dim, self.parts = config, hidden_dim, parts or Parts()
+        self.config, self.hidden_dim, self.components = (
+            config,
+            hidden_dim,
+            components or Components(),
+        )
         self.tables = nn.ModuleList(tables)
         self.num_tables, self.per_table = len(tables), config.expert.per_table
         self.num_experts = self.num_tables * self.per_table
-        selector = self.parts.selector or selector_class(config.filter.strategy)
+        selector = self.components.selector or selector_class(config.filter.strategy)
         self.selectors = nn.ModuleList(
             selector(config.filter, t.num_rows, t.dim, hidden_dim) for t in tables
         )
         widths = [t.dim for t in tables for _ in range(self.per_table)]  # of the experts' tables
-        self.adapters, self.cores = self.parts.experts(config.expert, hidden_dim, widths)
-        router = self.parts.router or router_class(config.router.name)
+        self.adapters, self.cores = self.components.experts(config.expert, hidden_dim, widths)
+        router = self.components.router or router_class(config.router.name)
         self.router = router(config.router, hidden_dim, self.num_experts)
         self.consensus: ExpertCore | None = None
         self.consensus_members: list[int] = []
@@ -120,7 +124,7 @@ class MLTFR(nn.Module):
             range(self.num_tables) if tables is None else tables
         )
         width = self.core(self.consensus_members[0]).key.in_features
-        consensus = self.parts.consensus(self.config.expert, self.hidden_dim, width)
+        consensus = self.components.consensus(self.config.expert, self.hidden_dim, width)
         self.consensus = consensus.train(self.training)
         freeze(self.consensus)
         if merged is not None:
@@ -144,7 +148,7 @@ class MLTFR(nn.Module):
 
     def blocks(self, x: Tensor, valid_mask: Tensor, lengths: Lengths = None) -> QueryBlocks:
         """Positions [B, L, D] in blocks that share a query."""
-        return self.parts.blocks(x, valid_mask, self.config.filter.query_every, lengths)
+        return self.components.blocks(x, valid_mask, self.config.filter.query_every, lengths)
 
     def selections(self, queries: Tensor, keys: Tensor | None) -> list[Selection]:
         """What each table contributes for ``queries`` [G, D] of histories with hashes ``keys``
@@ -158,7 +162,7 @@ class MLTFR(nn.Module):
         """What each expert attends to, of what its table contributes."""
         of_experts = [s for s in selections for _ in range(self.per_table)]
         return [
-            self.parts.shared(selection.memory(adapter))
+            self.components.shared(selection.memory(adapter))
             for selection, adapter in zip(of_experts, self.adapters, strict=True)
         ]
 
@@ -189,7 +193,7 @@ class MLTFR(nn.Module):
         of_experts, masks = zip(*outputs, strict=True)
         mixed = mix(of_experts, masks, gate[..., : self.num_experts])
         if self.consensus is not None:
-            members = self.parts.of_consensus([memories[e] for e in self.consensus_members])
+            members = self.components.of_consensus([memories[e] for e in self.consensus_members])
             mixed = mixed + self._lambda() * self.consensus(blocks.positions, members)
         kept = [selection.weights().detach() for selection in selections]
         return blocks.spread(mixed), Routing(blocks.at_real(gate), kept, blocks.queries.shape[0])

@@ -152,7 +152,7 @@ class _Counts:
         """Count the near-ties by their true scores."""
         if not self._open:
             return
-        rows, indices = (torch.cat(part) for part in zip(*self._open, strict=True))
+        rows, indices = (torch.cat(column) for column in zip(*self._open, strict=True))
         self._open, self._num_open = [], 0
         scores, targets = self._tiles.exact(rows, indices), self._targets[rows]
         self.better.index_add_(0, rows, (scores > targets).double())

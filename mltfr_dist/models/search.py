@@ -141,11 +141,11 @@ def _cosines(query: Tensor, rows: Tensor, project: Project, indices: Tensor) -> 
 def _products(query: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
     """[G, C] products in float64 of each query [G, D] with the ``rows`` [S, D] at ``indices``."""
     chunk = queries_at_once(2 * rows.shape[1] * indices.shape[1], indices.device)
-    parts = [
+    products = [
         torch.einsum("gd,gcd->gc", q.double(), F.embedding(p, rows))
         for q, p in zip(torch.split(query, chunk), torch.split(indices, chunk), strict=True)
     ]
-    return torch.cat(parts)
+    return torch.cat(products)
 
 
 def _ordered(
@@ -222,7 +222,7 @@ def _top(
         queries = unit_query[start : start + chunk]
         scores = torch.mm(queries, unit_rows.T, out=kept[: len(queries)])
         if noise is not None:
-            scores += noise.part(slice(start, start + chunk)).to(scores.dtype)
+            scores += noise.of(slice(start, start + chunk)).to(scores.dtype)
         top = top_of(scores, count)
         values.append(top[0])
         indices.append(top[1])
@@ -287,8 +287,8 @@ def _largest_cosines(unit_query: Tensor, unit_rows: Tensor) -> Tensor:
     cosines = unit_rows.new_full((len(unit_rows),), -1.0)
     chunk = queries_at_once(len(unit_rows), unit_rows.device)
     kept = unit_query.new_empty(min(chunk, len(unit_query)), len(unit_rows))
-    for part in torch.split(unit_query, chunk):
-        if len(part):
-            scores = torch.mm(part, unit_rows.T, out=kept[: len(part)])
+    for queries in torch.split(unit_query, chunk):
+        if len(queries):
+            scores = torch.mm(queries, unit_rows.T, out=kept[: len(queries)])
             torch.maximum(cosines, scores.amax(dim=0), out=cosines)
     return cosines

@@ -89,7 +89,7 @@ class StraightThrough(UserGuided):
             return self._single(unit_query, rows, row_ids, noise)
         scores = unit_query @ self.project(rows).T  # [G, S]
         if noise is not None:
-            scores = scores + noise.part(slice(None)).to(scores.dtype)
+            scores = scores + noise.of(slice(None)).to(scores.dtype)
         kept, weights = straight_through(scores, self.temperature, self.num_kept)
         return WeightedSelection(rows, row_ids, kept, torch.zeros_like(weights), weights)
 

@@ -187,8 +187,8 @@ def _goes_on(stored: str, asked: str) -> bool:
 
 def _parts(histories: Path) -> Iterator[list[Row]]:
     rows = read_rows(histories)
-    while part := list(islice(rows, PART_ROWS)):
-        yield part
+    while block := list(islice(rows, PART_ROWS)):
+        yield block
 
 
 def _write_part(work: Work, number: int, rows: list[Row]) -> None:

@@ -87,7 +87,7 @@ class Candidates:
             return [[index] for index in indices]
         told = [index for index in indices if self.histories.numbers[index]]
         empty = [index for index in indices if not self.histories.numbers[index]]
-        return [part for part in (told, empty) if part]
+        return [group for group in (told, empty) if group]
 
     def allowed(self, index: int) -> Tensor | None:
         """[n] ids of what alone the history at ``index`` may get, ascending; None: all items."""
@@ -104,7 +104,7 @@ class Candidates:
             more = () if self.exclude is None else self.exclude[index % len(self.exclude)]
             ids += [*seen, *more]
             rows += [row] * (len(seen) + len(more))
-        return Pairs(*(torch.tensor(part, dtype=torch.int64) for part in (rows, ids)))
+        return Pairs(*(torch.tensor(column, dtype=torch.int64) for column in (rows, ids)))
 
 
 def _lists(name: str, given: Any, items: ItemMap, count: int) -> list[list[int]] | None:

@@ -245,7 +245,7 @@ def _as_matrix(whole: WholeFrequencyFilter, width: int, dim: int) -> FrequencyFi
 
 
 def _densify(mltfr: MLTFR) -> None:
-    mltfr.parts = mltfr.parts._replace(blocks=DenseBlocks)
+    mltfr.components = mltfr.components._replace(blocks=DenseBlocks)
     for m in range(mltfr.num_tables):
         selector = mltfr.selector(m)
         if isinstance(selector, UserGuided):

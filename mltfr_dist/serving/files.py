@@ -89,7 +89,7 @@ def _rows(path: Path) -> Iterator[Row]:
         for user, history in zip(users, histories, strict=True):
             number += 1
             if isinstance(history, str):
-                history = [part for part in re.split(r"[\s,]+", history) if part]
+                history = [item_id for item_id in re.split(r"[\s,]+", history) if item_id]
             yield Row(number, user, history)
 
 

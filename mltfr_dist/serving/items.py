@@ -57,12 +57,12 @@ class ItemMap:
         counts = np.zeros(file.metadata.num_rows + 1, dtype=np.int64)
         ids: list[Any] = [pa.array([""])]
         titles: list[Any] = [pa.array([None], pa.string())]
-        for part in file.iter_batches(WRITTEN):
-            numbers = part["item_index"].to_numpy()
+        for batch in file.iter_batches(WRITTEN):
+            numbers = batch["item_index"].to_numpy()
             assert numbers[0] == sum(map(len, ids)), "items go by their numbers"
-            counts[numbers] = part["count"].to_numpy()
-            ids.append(part["item_id"])
-            titles.append(part["title"])
+            counts[numbers] = batch["count"].to_numpy()
+            ids.append(batch["item_id"])
+            titles.append(batch["title"])
         columns = (pa.chunked_array(chunks, pa.string()) for chunks in (ids, titles))
         return cls(Texts(next(columns)), Texts(next(columns)), listed_in, counts)
 

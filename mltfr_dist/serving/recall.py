@@ -55,7 +55,7 @@ def exact(users: Floats, vectors: Floats, k: int) -> tuple[Rows, Measured]:
         states, tops = torch.from_numpy(some), []
         for first, block in blocks(vectors, BLOCK_BYTES):
             tops.append(top_items(states, torch.from_numpy(block), k, first_id=first))
-        values, ids = (torch.cat(parts, dim=1) for parts in zip(*tops, strict=True))
+        values, ids = (torch.cat(columns, dim=1) for columns in zip(*tops, strict=True))
         rows: Rows = best(values, ids, k)[1].numpy()
         return rows
 

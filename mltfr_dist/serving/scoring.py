@@ -79,7 +79,7 @@ def best_items(
     Returns:
         Scores and item ids [B, k] on the CPU; -inf and 0 where fewer are left.
     """
-    left_out = Pairs(*(part.to(hidden.device) for part in left_out))
+    left_out = Pairs(*(column.to(hidden.device) for column in left_out))
     if allowed is None:
         values, ids = top_items(hidden, vectors, k, exclude=left_out)
         return values.float().cpu(), ids.cpu()

@@ -70,10 +70,10 @@ def _freedom(observed: Spread, seeds: int) -> float:
     """Degrees of freedom that so many seeds would give."""
     users = observed.num_users
     both = observed.both / (users * seeds)
-    parts = [(observed.user / users + both, users - 1)]
+    terms = [(observed.user / users + both, users - 1)]
     if observed.seed > 0:
-        parts += [(observed.seed / seeds + both, seeds - 1), (-both, (seeds - 1) * (users - 1))]
-    least = math.fsum(part**2 / n for part, n in parts if part)
+        terms += [(observed.seed / seeds + both, seeds - 1), (-both, (seeds - 1) * (users - 1))]
+    least = math.fsum(term**2 / n for term, n in terms if term)
     return observed.variance(seeds) ** 2 / least if least else users - 1
 
 

@@ -62,12 +62,12 @@ def spread(differences: Floats) -> Spread:
     both = float((rest**2).sum() / ((seeds - 1) * (users - 1)))
     both_part = both / (seeds * users)
     user, seed = (user_part - both_part) * users, (seed_part - both_part) * seeds
-    parts, freedoms = [user_part], [users - 1]
+    terms, freedoms = [user_part], [users - 1]
     if seed > 0:
-        parts += [seed_part, -both_part]
+        terms += [seed_part, -both_part]
         freedoms += [seeds - 1, (seeds - 1) * (users - 1)]
-    variance = sum(parts)
-    least = sum(part**2 / n for part, n in zip(parts, freedoms, strict=True))
+    variance = sum(terms)
+    least = sum(term**2 / n for term, n in zip(terms, freedoms, strict=True))
     freedom = variance**2 / least if least else users - 1.0
     causes = (max(0.0, float(user)), max(0.0, float(seed)), both)
     return Spread(float(mean), users, seeds, *causes, float(np.sqrt(variance)), float(freedom))

@@ -81,8 +81,8 @@ def names_from_config(folder: Path, settings: Mapping[str, Any]) -> Architecture
         return Architecture()
     text = settings.get("text_config")
     said = {
-        part.get("tie_word_embeddings", part.get("tie_embeddings"))
-        for part in (settings, text if isinstance(text, dict) else {})
+        section.get("tie_word_embeddings", section.get("tie_embeddings"))
+        for section in (settings, text if isinstance(text, dict) else {})
     }
     tied = said - {None} == {True}
     layers = [value for name, value in settings.items() if "layer" in name]
@@ -207,11 +207,11 @@ def _refuse_changed(names: Collection[str], where: str) -> None:
     )
 
 
-def unmerged(parts: Collection[str], where: str, base: str = "BASE") -> DataError:
+def unmerged(tensors: Collection[str], where: str, base: str = "BASE") -> DataError:
     """The error for an embedding that an adapter changes when the model is loaded.
 
     Args:
-        parts: what shows it.
+        tensors: what shows it.
         where: the folder.
         base: path or id of the base model.
     """
@@ -231,7 +231,7 @@ def unmerged(parts: Collection[str], where: str, base: str = "BASE") -> DataErro
     )
     return DataError(
         f"{where} holds an adapter that changes the input embedding and is not merged "
-        f"({', '.join(sorted(parts)[:3])}).",
+        f"({', '.join(sorted(tensors)[:3])}).",
         rule="The rows of the base model are not those that the model works with.",
         remedy=remedy,
     )

@@ -109,9 +109,9 @@ def open_table(source: str, config: TableConfig) -> OpenTable:
     # Not resolved: a link is called by its own name, and `..` still has one.
     absolute = Path(os.path.abspath(path))  # noqa: PTH100
     name = absolute.stem if absolute.is_file() else absolute.name
-    if not path.exists() and (parts := hub.parse_hub_id(source)):
-        name = parts[0].rpartition("/")[2]
-        path, revision = hub.fetch(*parts, config.tensor)
+    if not path.exists() and (hub_id := hub.parse_hub_id(source)):
+        name = hub_id[0].rpartition("/")[2]
+        path, revision = hub.fetch(*hub_id, config.tensor)
     embedding = open_embedding(path, config.tensor)
     vocabulary = (
         read_vocabulary(config.vocabulary) if config.vocabulary else embedding.read_vocabulary()

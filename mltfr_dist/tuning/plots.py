@@ -113,8 +113,8 @@ def effects(
     figure = Figure(figsize=(max(5.0, 3.4 * len(grouped)), 4))
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(grouped), sharey=True, squeeze=False)[0]
-    for panel, (key, parts) in zip(panels, grouped.items()):
-        for index, some in enumerate(parts.values()):
+    for panel, (key, grouped_trials) in zip(panels, grouped.items()):
+        for index, some in enumerate(grouped_trials.values()):
             points = [
                 max(v.metrics[sweep.metric_name] for v in t.validations() if v.epoch <= epoch)
                 for t in some
@@ -124,7 +124,13 @@ def effects(
             ends = [index - 0.3, index + 0.3] if is_listed(sweep.search[key]) else [at[0], at[-1]]
             panel.plot(ends, [np.mean(points)] * 2, linewidth=2.5, **MEAN)
         if is_listed(sweep.search[key]):
-            panel.set_xticks(range(len(parts)), list(parts), rotation=30, ha="right", fontsize=8)
+            panel.set_xticks(
+                range(len(grouped_trials)),
+                list(grouped_trials),
+                rotation=30,
+                ha="right",
+                fontsize=8,
+            )
         else:
             panel.tick_params(axis="x", labelsize=8)
             if sweep.search[key].log_uniform:

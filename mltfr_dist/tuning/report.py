@@ -82,10 +82,10 @@ def groups(sweep: SweepConfig, key: str, trials: Sequence[Trial]) -> dict[str, l
         return {text: some for text, some in pairs if some}
     ordered = sorted(trials, key=lambda trial: (trial.values[key], trial.number))
     edges = [round(i * len(ordered) / BINS) for i in range(BINS + 1)]
-    parts = [ordered[a:b] for a, b in itertools.pairwise(edges) if a < b]
+    slices = [ordered[a:b] for a, b in itertools.pairwise(edges) if a < b]
     return {
-        f"{shown_value(part[0].values[key])} to {shown_value(part[-1].values[key])}": part
-        for part in parts
+        f"{shown_value(group[0].values[key])} to {shown_value(group[-1].values[key])}": group
+        for group in slices
     }
 
 
@@ -97,16 +97,16 @@ def importance(sweep: SweepConfig, key: str, trials: Sequence[Trial], epoch: int
     important by chance; what is then below 0 is 0. All trials are compared after the same number of
     epochs, or early stopping would be part of it.
     """
-    parts = list(groups(sweep, key, trials).values())
-    values = [[at_epoch(sweep, trial, epoch) for trial in part] for part in parts]
-    everything = [value for part in values for value in part]
-    spare = len(everything) - len(parts)
+    slices = list(groups(sweep, key, trials).values())
+    values = [[at_epoch(sweep, trial, epoch) for trial in group] for group in slices]
+    everything = [value for group in values for value in group]
+    spare = len(everything) - len(slices)
     mean = math.fsum(everything) / len(everything)
     total = math.fsum((value - mean) ** 2 for value in everything)
     if spare < 1 or not total:
         return 0.0
     within = math.fsum(
-        (value - math.fsum(part) / len(part)) ** 2 for part in values for value in part
+        (value - math.fsum(group) / len(group)) ** 2 for group in values for value in group
     )
     return max(0.0, 1 - (within / spare) / (total / (len(everything) - 1)))
 

@@ -105,15 +105,15 @@ class PackedSequences:
         return PackedSequences(self.items[sources], offsets, self.users[chosen], targets)
 
     @staticmethod
-    def concatenate(parts: Sequence[PackedSequences]) -> PackedSequences:
-        """All sequences of ``parts``, in order. At least one part is needed, and all or none have
+    def concatenate(blocks: Sequence[PackedSequences]) -> PackedSequences:
+        """All sequences of ``blocks``, in order. At least one part is needed, and all or none have
         ``targets``.
         """
-        targets = [part.targets for part in parts if part.targets is not None]
+        targets = [block.targets for block in blocks if block.targets is not None]
         return PackedSequences(
-            np.concatenate([part.items for part in parts]),
-            _offsets(np.concatenate([part.lengths for part in parts])),
-            np.concatenate([part.users for part in parts]),
+            np.concatenate([block.items for block in blocks]),
+            _offsets(np.concatenate([block.lengths for block in blocks])),
+            np.concatenate([block.users for block in blocks]),
             np.concatenate(targets) if targets else None,
         )
 

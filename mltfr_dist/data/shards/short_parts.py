@@ -58,8 +58,8 @@ def recorded_counts(folder: Path, manifest: Manifest) -> IntArray | None:
     path = folder / "items.parquet"
     check_hash(path, file_sha256(path), manifest.files[path.name])
     counts = np.zeros(manifest.num_items + 1, np.int64)
-    for part in pq.ParquetFile(path).iter_batches(columns=["item_index", "count"]):
-        counts[part["item_index"].to_numpy()] = part["count"].to_numpy()
+    for batch in pq.ParquetFile(path).iter_batches(columns=["item_index", "count"]):
+        counts[batch["item_index"].to_numpy()] = batch["count"].to_numpy()
     whole = read_manifest(folder)
     all_of_them = whole.splits["train"].num_items + whole.report.short_train_sequences
     return counts if counts.sum() == all_of_them else None

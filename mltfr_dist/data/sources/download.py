@@ -115,9 +115,9 @@ def _nothing_empty_stays(partial: Path) -> Iterator[None]:
 
 
 def _check_address(url: str, allow_loopback: bool) -> None:
-    parts = urlsplit(url)
-    is_loopback = allow_loopback and parts.scheme == "http" and parts.hostname in _LOOPBACK
-    if parts.scheme != "https" and not is_loopback:
+    address = urlsplit(url)
+    is_loopback = allow_loopback and address.scheme == "http" and address.hostname in _LOOPBACK
+    if address.scheme != "https" and not is_loopback:
         raise DataError(
             f"{url} is not fetched, or led to.",
             rule="Sets come over https, whose other end is known.",

@@ -137,10 +137,10 @@ def _matches(pattern: str, output: Path, log: Callable[[str], None]) -> list[Pat
     files: dict[Path, None] = {}
     left_out: list[str] = []
     asked_for = set(pattern.split("/"))
-    wants_marks = any(is_mark(part) and glob.has_magic(part) for part in asked_for)
+    wants_marks = any(is_mark(name) and glob.has_magic(name) for name in asked_for)
     for match in sorted(glob.glob(pattern, recursive=True)):  # noqa: PTH207, may be absolute
         path = Path(match)
-        marks = [part for part in path.parts if is_mark(part) and part not in asked_for]
+        marks = [name for name in path.parts if is_mark(name) and name not in asked_for]
         if marks and not wants_marks:
             left_out += [match] if path.is_file() else []
         elif not path.is_dir():

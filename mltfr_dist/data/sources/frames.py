@@ -115,8 +115,8 @@ class _ColumnHash:
 
     def hexdigest(self) -> str:
         inner = self._inner.hexdigest() if self._inner else ""
-        parts = (self._valid, self._lengths, self._values)
-        return " ".join([*(part.hexdigest() for part in parts), inner])
+        digests = (self._valid, self._lengths, self._values)
+        return " ".join([*(digest.hexdigest() for digest in digests), inner])
 
 
 def _text_bytes(values: Any) -> bytes:
@@ -152,7 +152,7 @@ def _reader(frame: Any, name: str) -> pa.RecordBatchReader:
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
-    said = [str(part).rstrip(".") for part in error.args] or [type(error).__name__]
+    said = [str(argument).rstrip(".") for argument in error.args] or [type(error).__name__]
     return DataError(
         f"{name} cannot be read: {'; '.join(said)}.",
         rule="A frame is a table of named columns, each of one type.",

@@ -108,8 +108,8 @@ def _addresses(system: Any, path: str, url: str) -> list[str]:
             rule="Its folder also holds files of rows that were deleted or replaced.",
             remedy="Export the table as Parquet or CSV, and prepare that.",
         )
-    parts = {address: address.removeprefix(above).split("/") for address in matching}
-    return sorted(address for address in matching if not any(map(is_mark, parts[address])))
+    names = {address: address.removeprefix(above).split("/") for address in matching}
+    return sorted(address for address in matching if not any(map(is_mark, names[address])))
 
 
 def manifest_at(url: str) -> bytes | None:

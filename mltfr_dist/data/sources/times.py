@@ -69,12 +69,12 @@ def check_pattern(connection: duckdb.DuckDBPyConnection, pattern: str) -> None:
         connection.execute(f"SELECT try_strptime('', {quote_text(pattern)})").fetchall()
     except duckdb.Error as error:
         reason = str(error).splitlines()[0]
-    parts = set(re.findall(r"%-?([A-Za-z])", pattern.replace("%%", "")))
-    if not reason and not parts & set("YyGcxD"):
+    fields = set(re.findall(r"%-?([A-Za-z])", pattern.replace("%%", "")))
+    if not reason and not fields & set("YyGcxD"):
         reason = "it has no year (%Y or %y)"
-    if not reason and parts & set("I") and not parts & set("pP"):
+    if not reason and fields & set("I") and not fields & set("pP"):
         reason = "%I counts to 12 and needs %p"
-    if not reason and "n" in parts:
+    if not reason and "n" in fields:
         reason = "%n is finer than a microsecond; %f is the finest"
     if reason:
         raise ConfigError(
@@ -252,10 +252,10 @@ def _refuse_outside(
 def _refuse_day_first(connection: duckdb.DuckDBPyConnection, name: str, locate: Locate) -> None:
     """Refuse numbers that all read as DDMMYYYY or MMDDYYYY: they do not order as they stand."""
     year = "CAST(timestamp AS BIGINT) % 10000 BETWEEN 1985 AND 2127"
-    parts = "(CAST(timestamp AS BIGINT) // 1000000, CAST(timestamp AS BIGINT) // 10000 % 100)"
+    day_month = "(CAST(timestamp AS BIGINT) // 1000000, CAST(timestamp AS BIGINT) // 10000 % 100)"
     is_date = (
-        f"timestamp BETWEEN 1011985 AND 31122127 AND {year} AND {parts}[1] BETWEEN 1 AND 31 "
-        f"AND {parts}[2] BETWEEN 1 AND 31 AND least({parts}[1], {parts}[2]) <= 12"
+        f"timestamp BETWEEN 1011985 AND 31122127 AND {year} AND {day_month}[1] BETWEEN 1 AND 31 "
+        f"AND {day_month}[2] BETWEEN 1 AND 31 AND least({day_month}[1], {day_month}[2]) <= 12"
     )
     others, first = one(
         connection,

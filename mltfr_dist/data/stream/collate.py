@@ -110,17 +110,17 @@ class Samples(NamedTuple):
         )
 
     @staticmethod
-    def join(parts: Sequence[Samples]) -> Samples:
-        """All samples of ``parts``, in order, with copies of the histories they need and nothing
+    def join(several: Sequence[Samples]) -> Samples:
+        """All samples of ``several``, in order, with copies of the histories they need and nothing
         else.
         """
         copies = []
-        for part in parts:
-            sizes = part.history_ends - part.history_starts
+        for some in several:
+            sizes = some.history_ends - some.history_starts
             begins = np.cumsum(sizes) - sizes
-            indices = np.repeat(part.history_starts - begins, sizes) + np.arange(sizes.sum())
-            moved = begins - part.history_starts
-            copies.append((part.items[indices], *(array + moved for array in part[1:])))
+            indices = np.repeat(some.history_starts - begins, sizes) + np.arange(sizes.sum())
+            moved = begins - some.history_starts
+            copies.append((some.items[indices], *(array + moved for array in some[1:])))
         shifts = np.cumsum([0, *(len(copy[0]) for copy in copies[:-1])])
         rest = (
             np.concatenate([copy[i] + shift for copy, shift in zip(copies, shifts)])

@@ -39,14 +39,14 @@ class _Targets:
         )
 
     @staticmethod
-    def concatenate(parts: list[_Targets]) -> _Targets:
-        """All targets of consecutive ``parts``, at least one."""
-        starts = np.cumsum([0, *(len(part.sequences) for part in parts)])
+    def concatenate(blocks: list[_Targets]) -> _Targets:
+        """All targets of consecutive ``blocks``, at least one."""
+        starts = np.cumsum([0, *(len(block.sequences) for block in blocks)])
         return _Targets(
-            PackedSequences.concatenate([part.sequences for part in parts]),
-            np.concatenate([part.rows + start for part, start in zip(parts, starts)]),
-            np.concatenate([part.item_ids for part in parts]),
-            parts[0].first,
+            PackedSequences.concatenate([block.sequences for block in blocks]),
+            np.concatenate([block.rows + start for block, start in zip(blocks, starts)]),
+            np.concatenate([block.item_ids for block in blocks]),
+            blocks[0].first,
         )
 
 

@@ -212,11 +212,14 @@ class TrainStream:
             return self._windows[first].take(indices - order.starts[first])
         numbers = order.window_of(indices)
         within = indices - order.starts[numbers]
-        parts = [np.flatnonzero(numbers == number) for number in needed]
+        rows_of_shards = [np.flatnonzero(numbers == number) for number in needed]
         joined = Samples.join(
-            [self._windows[number].take(within[part]) for number, part in zip(needed, parts)]
+            [
+                self._windows[number].take(within[rows])
+                for number, rows in zip(needed, rows_of_shards)
+            ]
         )
-        return joined.take(np.argsort(np.concatenate(parts)))
+        return joined.take(np.argsort(np.concatenate(rows_of_shards)))
 
     def _window(self, order: EpochOrder, number: int) -> Samples:
         """All samples of a window, in the order of its indices."""

@@ -70,8 +70,8 @@ def built() -> Path:
     """
     flags = flags_here()
     here = Path(__file__).parent
-    parts = [(here / name).read_bytes() for name in SOURCES]
-    name = hashlib.sha256(b"\0".join([*parts, " ".join(flags).encode()])).hexdigest()[:16]
+    contents = [(here / name).read_bytes() for name in SOURCES]
+    name = hashlib.sha256(b"\0".join([*contents, " ".join(flags).encode()])).hexdigest()[:16]
     path = cache_folder() / f"kernels-{name}.so"
     if not path.exists():
         compiler = find_compiler()

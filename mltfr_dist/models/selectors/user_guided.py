@@ -34,13 +34,13 @@ class Projection(nn.Linear):
     def forward(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[S, D_in] -> [S, D_out] in ``dtype`` (None: that of the parameters)."""
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        parts = torch.split(rows, PROJECTED_ROWS)
+        blocks = torch.split(rows, PROJECTED_ROWS)
         if torch.is_grad_enabled():
-            made = [F.normalize(self._mapped(part, weight, bias), dim=-1) for part in parts]
+            made = [F.normalize(self._mapped(block, weight, bias), dim=-1) for block in blocks]
             return made[0] if len(made) == 1 else torch.cat(made)
         unit = weight.new_empty(len(rows), len(weight))
-        for part, to in zip(parts, torch.split(unit, PROJECTED_ROWS), strict=True):
-            F.normalize(self._mapped(part, weight, bias), dim=-1, out=to)
+        for block, to in zip(blocks, torch.split(unit, PROJECTED_ROWS), strict=True):
+            F.normalize(self._mapped(block, weight, bias), dim=-1, out=to)
         return unit
 
     def _mapped(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -198,11 +198,11 @@ class UserGuided(Selector):
         # Of the outgoing list, on users that it was not made from.
         first = queries[0][:RECALL_QUERIES]
         recall = self.shortlist.recall(first, table, project, self.num_kept, reduce)
-        relevance = [table.relevance(part, project, needed) for part in queries]
+        relevance = [table.relevance(of_table, project, needed) for of_table in queries]
         of_all = reduce.max(torch.stack(relevance).amax(0))
         in_doubt = self.shortlist.in_doubt(of_all, TOLERANCE[queries[0].dtype])
         rows = table.take(in_doubt)
-        exact = [row_relevance(part, rows, project, torch.float64) for part in queries]
+        exact = [row_relevance(of_table, rows, project, torch.float64) for of_table in queries]
         of_all[in_doubt] = reduce.max(torch.stack(exact).amax(0)).to(of_all)
         self.shortlist.choose(of_all)
         return recall

@@ -139,10 +139,10 @@ def _header(path: Path, num_parts: int) -> GgufHeader:
             raise _damaged(path, f"its tensor {tensor.name} ends at byte {end:,} of {size:,}")
     count, number = header.get("split.count"), header.get("split.no")
     if count is not None and count > 1:
-        part = PART.fullmatch(path.name)
+        match = PART.fullmatch(path.name)
         if (
-            part is None
-            or (int(part[3]), int(part[2]) - 1) != (count, number)
+            match is None
+            or (int(match[3]), int(match[2]) - 1) != (count, number)
             or count != num_parts
         ):
             raise DataError(
@@ -159,11 +159,11 @@ def _damaged(path: Path, what: str) -> DataError:
 
 def split_parts(path: Path) -> tuple[list[Path], list[Path]]:
     """The parts of the model that ``path`` is one of: those that are there, and the others."""
-    part = PART.fullmatch(path.name)
-    if part is None or not 0 < int(part[3]) <= MOST_PARTS:
+    match = PART.fullmatch(path.name)
+    if match is None or not 0 < int(match[3]) <= MOST_PARTS:
         return [path], []
     names = [
-        f"{part[1]}-{number:05d}-of-{part[3]}{part[4]}" for number in range(1, int(part[3]) + 1)
+        f"{match[1]}-{number:05d}-of-{match[3]}{match[4]}" for number in range(1, int(match[3]) + 1)
     ]
     paths = [path.with_name(name) for name in names]
     return [one for one in paths if one.is_file()], [one for one in paths if not one.is_file()]

@@ -204,9 +204,9 @@ def _other_parts(file: Path) -> dict[str, list[Path]]:
     if index.is_file() and file.name in (by_index := read_index(index)).values():
         return {name: [file.with_name(other)] for name, other in by_index.items()}
     held: dict[str, list[Path]] = {}
-    if part := PART.fullmatch(file.name):
-        for number in range(1, min(int(part[3]), MOST_PARTS) + 1):
-            other = file.with_name(f"{part[1]}-{number:05d}-of-{part[3]}{part[4]}")
+    if match := PART.fullmatch(file.name):
+        for number in range(1, min(int(match[3]), MOST_PARTS) + 1):
+            other = file.with_name(f"{match[1]}-{number:05d}-of-{match[3]}{match[4]}")
             if other.is_file():
                 for name in tensor_names(other):
                     held.setdefault(name, []).append(other)

@@ -85,8 +85,8 @@ def find_layout(names: Collection[str], where: str, choice: str = "") -> Layout:
         DataError: nothing readable is there, or more than one model.
     """
     top = sorted(name for name in names if "/" not in name)
-    parts = [name for name in top if name.startswith("adapter_model")]
-    adapter = min(parts, default=ADAPTER_CONFIG if ADAPTER_CONFIG in top else None)
+    adapters = [name for name in top if name.startswith("adapter_model")]
+    adapter = min(adapters, default=ADAPTER_CONFIG if ADAPTER_CONFIG in top else None)
     tensors = [name for name in top if name.endswith(".safetensors") and name != adapter]
     ggufs = [name for name in top if name.endswith(".gguf")]
     indexes = [name for name in top if name.endswith(".safetensors.index.json")]
@@ -129,8 +129,8 @@ def _several(what: str, names: Collection[str], where: str, choice: str) -> Data
 
 
 def _stem(name: str) -> str:
-    part = PART.fullmatch(name)
-    return f"{part[1]} of {part[3]}" if part else name
+    match = PART.fullmatch(name)
+    return f"{match[1]} of {match[3]}" if match else name
 
 
 def local_names(folder: Path) -> list[str]:

@@ -45,12 +45,12 @@ class Scale:
         """The stored bytes and the factors of some rows, [stop - start, D_m] in float32."""
         high, wide = self.block
         stored = self.stored
-        part = (
+        scale = (
             stored.rows(start // high, (stop - 1) // high + 1) if stored.shape else stored.whole()
         )
-        factors = part.to(torch.float32).reshape(part.shape[0] if part.dim() else 1, -1)
+        factors = scale.to(torch.float32).reshape(scale.shape[0] if scale.dim() else 1, -1)
         rows = torch.arange(start, stop) // high - start // high
-        return bytes_of(part.contiguous()), factors.repeat_interleave(wide, 1)[rows, :dim]
+        return bytes_of(scale.contiguous()), factors.repeat_interleave(wide, 1)[rows, :dim]
 
 
 def scale_names(name: str, beside: Collection[str]) -> list[str]:
@@ -130,17 +130,17 @@ def find_scale(
     )
 
 
-def _power(size: int, parts: int) -> int:
-    """Places that share a scale if ``size`` is divided into ``parts`` without doubt; else 0."""
-    length, rest = divmod(size, parts)
-    return length if not rest and (length & (length - 1) == 0 or parts == 1) else 0
+def _power(size: int, num_blocks: int) -> int:
+    """Numbers that share a scale if ``num_blocks`` divides ``size`` without doubt; else 0."""
+    length, rest = divmod(size, num_blocks)
+    return length if not rest and (length & (length - 1) == 0 or num_blocks == 1) else 0
 
 
 def _quantisation(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     text = settings.get("text_config")
-    for part in (settings, text if isinstance(text, dict) else {}):
+    for settings_section in (settings, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config"):
-            if isinstance(section := part.get(key), dict):
+            if isinstance(section := settings_section.get(key), dict):
                 yield section
 
 

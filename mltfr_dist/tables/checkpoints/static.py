@@ -53,9 +53,9 @@ def static_rows(table: StoredTensor, held: Mapping[str, Sequence[Path]]) -> Rows
         rows = table.rows(start, stop) if row_of is None else table.rows_at(row_of[start:stop])
         if weight is None:
             return bytes_of(rows), rows.to(torch.float32)
-        part = weight[start:stop].contiguous()
-        values = rows.to(torch.float64) * part.to(torch.float64)
-        return bytes_of(rows) + bytes_of(part), values.to(torch.float32)
+        block = weight[start:stop].contiguous()
+        values = rows.to(torch.float64) * block.to(torch.float64)
+        return bytes_of(rows) + bytes_of(block), values.to(torch.float32)
 
     applied = " x ".join(f"{name} {one.dtype}" for name, one in per_token.items())
     dtype = f"{table.dtype} x {applied}" if applied else table.dtype

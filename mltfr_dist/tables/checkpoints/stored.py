@@ -102,8 +102,8 @@ class StoredTensor:
                     f"{file} does not hold {name}, against the checkpoint's index.",
                     remedy="Fetch the checkpoint again.",
                 )
-            part = handle.get_slice(name)
-            return cls(name, file, tuple(part.get_shape()), str(part.get_dtype()))
+            stored = handle.get_slice(name)
+            return cls(name, file, tuple(stored.get_shape()), str(stored.get_dtype()))
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows [stop - start, ...] in the stored number format."""
@@ -118,11 +118,11 @@ class StoredTensor:
         starts = [0, *(torch.nonzero(order.diff() != 1).flatten() + 1).tolist(), len(order)]
         with open_file(self.file) as handle:
             stored = handle.get_slice(self.name)
-            parts = [
+            blocks = [
                 stored[int(order[start]) : int(order[stop - 1]) + 1]
                 for start, stop in itertools.pairwise(starts)
             ]
-            return torch.cat(parts)[torch.searchsorted(order, wanted)]
+            return torch.cat(blocks)[torch.searchsorted(order, wanted)]
 
     def whole(self) -> torch.Tensor:
         """All of it."""

@@ -66,8 +66,8 @@ def _pairs(vocab: Any, file: TokenizerFile) -> Iterable[tuple[str, Any]]:
 def _kind(content: dict[str, Any], tokens: Iterable[str], source: str) -> tuple[Kind, str]:
     """The kind by the file's own components, and where they do not say, by its tokens."""
     model = content["model"]
-    parts = [content.get(part) for part in ("decoder", "pre_tokenizer", "normalizer")]
-    types = set(_types(parts))
+    sections = [content.get(key) for key in ("decoder", "pre_tokenizer", "normalizer")]
+    types = set(_types(sections))
     prefix, suffix = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
     if "ByteLevel" in types:
         kind, why = BYTE_LEVEL, "by its components"
@@ -84,9 +84,9 @@ def _kind(content: dict[str, Any], tokens: Iterable[str], source: str) -> tuple[
     return (with_suffix(kind, str(suffix)) if suffix else kind), why
 
 
-def _types(parts: list[Any]) -> Iterable[str]:
+def _types(sections: list[Any]) -> Iterable[str]:
     """Types of all components, nested ones too."""
-    waiting = list(parts)
+    waiting = list(sections)
     while waiting:
         node = waiting.pop()
         if isinstance(node, dict):

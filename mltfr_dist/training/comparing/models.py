@@ -154,7 +154,7 @@ def aligned_ranks(one: Measured, first: Measured) -> Floats:
     lacking = others.filter(pc.is_null(pc.index_in(others, value_set=own)))
     more = own.filter(pc.is_null(pc.index_in(own, value_set=others)))
     if len(lacking) or len(more):
-        parts = [
+        of_files = [
             f"{len(users):,} users {how} ({', '.join(users[:ECHOED_USERS].to_pylist())}"
             + ", ..." * (len(users) > ECHOED_USERS)
             + ")"
@@ -162,7 +162,7 @@ def aligned_ranks(one: Measured, first: Measured) -> Floats:
             if len(users)
         ]
         raise DataError(
-            f"{one.path} and {first.path} hold different users: {' and '.join(parts)}.",
+            f"{one.path} and {first.path} hold different users: {' and '.join(of_files)}.",
             rule="A paired comparison needs each user's ranks by every model.",
             remedy="Evaluate both on the same users, by their raw ids.",
         )

@@ -19,8 +19,8 @@ def write_plot(path: Path, comparison: Comparison) -> None:
     FigureCanvasAgg(figure)
     for number, one in enumerate(comparison.differences, 1):
         axes = figure.add_subplot(panels, 1, number)
-        changes = [one.changes[metric], *(part.change for part in one.slices)]
-        names = ["all users", *(part.name for part in one.slices)]
+        changes = [one.changes[metric], *(user_slice.change for user_slice in one.slices)]
+        names = ["all users", *(user_slice.name for user_slice in one.slices)]
         for row, change in enumerate(changes):
             colour = "#1f4e79" if row == 0 else "#7f9db9"
             axes.plot([change.low, change.high], [row, row], color=colour, linewidth=2)

@@ -128,10 +128,22 @@ def slices(one: Difference) -> Table:
     table = [
         ["slice", "users", "reference", "model", "difference", "95% interval", "wins", "losses"]
     ]
-    for part in one.slices:
-        values = [f"{part.reference:.4f}", f"{part.model:.4f}", f"{part.change.difference:+.4f}"]
-        counts = [f"{part.wins:,}", f"{part.losses:,}"]
-        table.append([part.name, f"{part.users:,}", *values, interval(part.change), *counts])
+    for user_slice in one.slices:
+        values = [
+            f"{user_slice.reference:.4f}",
+            f"{user_slice.model:.4f}",
+            f"{user_slice.change.difference:+.4f}",
+        ]
+        counts = [f"{user_slice.wins:,}", f"{user_slice.losses:,}"]
+        table.append(
+            [
+                user_slice.name,
+                f"{user_slice.users:,}",
+                *values,
+                interval(user_slice.change),
+                *counts,
+            ]
+        )
     return table
 
 

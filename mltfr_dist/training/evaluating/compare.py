@@ -59,7 +59,7 @@ def baseline_result(
     scorer = fit(
         train,
         manifest.num_items,
-        through=lambda parts: UntilStopped(parts, ranks, f"fitting {name}"),
+        through=lambda blocks: UntilStopped(blocks, ranks, f"fitting {name}"),
     )
     ranker = (
         scorer.count if isinstance(scorer, SameForAll) else ByScores(scorer, manifest.num_items)

@@ -94,7 +94,7 @@ def rank_users(
         nothing = present.new_zeros(len(present), 0)
         groups.append((nothing if members is None else members(batch))[present])
     everyone, above, beside, of_slices = (
-        of_all_ranks(torch.cat(parts), ranks) for parts in (numbers, better, equal, groups)
+        of_all_ranks(torch.cat(blocks), ranks) for blocks in (numbers, better, equal, groups)
     )
     order = everyone.argsort(stable=True)
     everyone, above, beside = (t[order] for t in (everyone, above, beside))
@@ -136,8 +136,8 @@ def evaluate_slices(
         keep(ranked.ranks)
     metrics = {ALL: ranked.metrics(config.cutoffs)}
     for number, name in enumerate(slice_names):
-        part = ranked.of_slice(number)
-        metrics[name] = part.metrics(config.cutoffs) | {"users": float(part.num_users)}
+        of_slice = ranked.of_slice(number)
+        metrics[name] = of_slice.metrics(config.cutoffs) | {"users": float(of_slice.num_users)}
     return metrics
 
 
@@ -147,4 +147,4 @@ def of_all_ranks(own: Tensor, ranks: Ranks) -> Tensor:
     sizes = ranks.gather(torch.tensor([len(own)])).flatten().tolist()
     padding = [0, 0] * (own.dim() - 1) + [0, max(sizes) - len(own)]
     gathered = ranks.gather(F.pad(own, padding)).cpu()
-    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+    return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])

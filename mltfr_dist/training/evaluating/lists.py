@@ -88,7 +88,7 @@ def recommended(
         numbers.append(batch.target_ids[:0] if batch.numbers is None else batch.numbers[present])
         histories.append(_means(of_items, batch)[present])
     everyone, items, means = (
-        of_all_ranks(torch.cat(part), ranks) for part in (numbers, lists, histories)
+        of_all_ranks(torch.cat(blocks), ranks) for blocks in (numbers, lists, histories)
     )
     order = everyone.argsort(stable=True)
     words = title_words(titles) if any(titles) else None
@@ -115,9 +115,9 @@ def training_users(config: RunConfig, manifest: Manifest) -> tuple[np.ndarray, n
         whose = np.repeat(np.arange(len(sequences)), sequences.lengths)
         pairs = np.unique(whose * size + sequences.items)
         users += np.bincount(pairs % size, minlength=size)
-    parts = one_item_parts(folder, manifest, interactions)
-    alone = np.bincount(parts, minlength=size)
-    num_users = manifest.splits["train"].num_sequences + len(parts)
+    counted = one_item_parts(folder, manifest, interactions)
+    alone = np.bincount(counted, minlength=size)
+    num_users = manifest.splits["train"].num_sequences + len(counted)
     return interactions + alone, users + alone, num_users
 
 

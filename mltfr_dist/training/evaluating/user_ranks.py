@@ -142,11 +142,11 @@ def _ids_of_targets(
     numbers = np.unique(np.concatenate(of_shards))
     ids: list[Any] = [pa.array([], pa.string())]
     with open_map(folder, manifest, ITEMS_NAME) as file:
-        for part in file.iter_batches(ITEMS_AT_ONCE, columns=["item_index", "item_id"]):
-            here = part["item_index"].to_numpy()
+        for batch in file.iter_batches(ITEMS_AT_ONCE, columns=["item_index", "item_id"]):
+            here = batch["item_index"].to_numpy()
             assert (np.diff(here) > 0).all(), "items go by their numbers"
             wanted = numbers[slice(*np.searchsorted(numbers, (here[0], here[-1] + 1)))]
-            ids.append(part["item_id"].take(pa.array(wanted - here[0])))
+            ids.append(batch["item_id"].take(pa.array(wanted - here[0])))
     return numbers, pa.chunked_array(ids, pa.string()).combine_chunks()
 
 

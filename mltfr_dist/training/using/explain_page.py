@@ -58,26 +58,26 @@ def page(explained: Explained) -> str:
     names = explained.run.inputs.table_names
     about = f"{config.backbone.name} over {explained.run.items.num_items:,} items"
     about += f", with MLTFR over {', '.join(names)}" if names else ", bare: there are no tables"
-    parts = [
+    sections = [
         f"<h1>{escape(title)}</h1><p>{escape(about)}.</p>",
         "<h2>Do the tables matter?</h2>",
         metrics_table(explained.metrics),
     ]
     if explained.groups:
-        parts.append("<h2>Which tokens serve which items</h2>")
-        parts.append(
+        sections.append("<h2>Which tokens serve which items</h2>")
+        sections.append(
             '<p class="note">Users of the validation split by the popularity of their first recommendation: items in '  # noqa: E501
             "three equal groups. Shares are of kept weight times gate; listed are the tokens whose "
             "share in the group "
             "exceeds that over all users by most.</p>"
         )
-        parts += [group_part(group) for group in explained.groups]
-    parts.append("<h2>Sample users</h2>")
-    parts += [answer_part(one) for one in explained.answers]
+        sections += [group_part(group) for group in explained.groups]
+    sections.append("<h2>Sample users</h2>")
+    sections += [answer_part(one) for one in explained.answers]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n'
-        + "\n".join(parts)
+        + "\n".join(sections)
         + ("\n</body></html>\n")
     )
 
@@ -129,7 +129,7 @@ def group_part(group: Group) -> str:
 def answer_part(one: Answer) -> str:
     """One user."""
     best = ", ".join(f"{escape(r.title or r.item_id)} ({r.score:.2f})" for r in one.best)
-    parts = [
+    sections = [
         f"<h3>{escape(one.user)}</h3>",
         f"<p><b>Last items:</b> {escape(' → '.join(one.history[-10:]))}</p>",
         f"<p><b>Recommended (score):</b> {best}</p>",
@@ -147,14 +147,14 @@ def answer_part(one: Answer) -> str:
             ]
             for view in one.views
         ]
-        parts.append(table(["table", "gate", "kept tokens, with weights"], rows, (1,)))
-        parts.append(gate_chart(one))
-        parts.append("<p><b>Without a table</b> (its experts add nothing):</p>")
-        parts.append(effects_table(one.tables))
+        sections.append(table(["table", "gate", "kept tokens, with weights"], rows, (1,)))
+        sections.append(gate_chart(one))
+        sections.append("<p><b>Without a table</b> (its experts add nothing):</p>")
+        sections.append(effects_table(one.tables))
     if one.items:
-        parts.append("<details open><summary><b>Without an item of the history</b></summary>")
-        parts.append(effects_table(one.items) + "</details>")
-    return "\n".join(parts)
+        sections.append("<details open><summary><b>Without an item of the history</b></summary>")
+        sections.append(effects_table(one.items) + "</details>")
+    return "\n".join(sections)
 
 
 def effects_table(effects: Sequence[Effect]) -> str:

@@ -94,7 +94,7 @@ def load_run(
     folder = Path(folder)
     ranks = ranks or Ranks(0, 1, torch.device("cuda" if uses_gpus() else "cpu"))
     finished_run = ranks.on_rank0(lambda _: finished(folder))
-    texts = send_text(json.dumps([part.model_dump_json() for part in finished_run or ()]), ranks)
+    texts = send_text(json.dumps([one.model_dump_json() for one in finished_run or ()]), ranks)
     config_text, result_text = json.loads(texts)
     config, result = (
         RunConfig.model_validate_json(config_text),

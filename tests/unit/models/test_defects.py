@@ -13,9 +13,13 @@ from mltfr_dist.models.bert4rec import BERT4Rec
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors.user_guided import UserGuided
+from mltfr_dist.published.components import (
+    published_backbone,
+    published_components,
+    published_table,
+)
 from mltfr_dist.published.filters import CircularFilter, WholeSequenceBSARec
 from mltfr_dist.published.masks import AttendsToPadding, ReadsBeforeMask, Widened
-from mltfr_dist.published.parts import published_backbone, published_parts, published_table
 from mltfr_dist.published.selecting import NoiseInEvaluation, StraightThrough
 from mltfr_dist.published.tables import TrainedTable
 
@@ -135,7 +139,7 @@ def test_defects_are_mixed_into_one_class_and_keep_the_names_of_weights() -> Non
     assert kind.__name__ == "BERT4Rec"
     assert both.state_dict().keys() == bert4rec().state_dict().keys()
     assert published_backbone("bert4rec", PublishedConfig()) is BERT4Rec
-    parts = published_parts(
+    parts = published_components(
         MLTFRConfig(tables=("a",)),
         PublishedConfig(noise_in_evaluation=True, straight_through=True),
     )

@@ -109,7 +109,7 @@ def noise_of(mltfr: MLTFR, m: int, ids: Tensor) -> Tensor:
     assert isinstance(token_filter, UserGuided)
     drawn = token_filter.noise(history_keys(ids)[:, -1], torch.arange(mltfr.table(m).num_rows))
     assert drawn is not None
-    return drawn.part(slice(None)).double()
+    return drawn.of(slice(None)).double()
 
 
 def stated(mltfr: MLTFR, x: Tensor, ids: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def test_the_noise_is_the_stated_gumbel_noise_and_is_keyed_by_step_user_and_tabl
     for _ in range(7):
         mltfr.after_update(None)
     assert not (first[0] == noise_of(mltfr, 0, item_ids())).any()  # steps
-    many = GumbelNoise(torch.arange(500), torch.arange(400), 1.0).part(slice(None)).double()
+    many = GumbelNoise(torch.arange(500), torch.arange(400), 1.0).of(slice(None)).double()
     assert abs(float(many.mean()) - 0.5772) < 0.02  # Euler's constant
     assert abs(float(many.var()) - 1.6449) < 0.03  # pi^2 / 6
 

@@ -20,7 +20,7 @@ class _GivenUpError(Exception):
     """Ends a thread between two pieces."""
 
 
-class Part:
+class RankFiles:
     """This rank's files of one checkpoint, written by a thread."""
 
     def __init__(self, folder: Path, files: Files) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mltfr_dist.config import MLTFRConfig, PublishedConfig
 from mltfr_dist.models.backbone import Backbone, backbone_class
-from mltfr_dist.models.mltfr import Parts
+from mltfr_dist.models.mltfr import Components
 from mltfr_dist.models.placed_table import PlacedTable, ReplicatedTable
 from mltfr_dist.models.selectors import Selector, selector_class
 from mltfr_dist.published.consensus import CoreWithoutDropout
@@ -38,11 +38,11 @@ def published_backbone(name: str, published: PublishedConfig) -> type[Backbone]:
     return with_defects(backbone_class(name), defects)
 
 
-def published_parts(config: MLTFRConfig, published: PublishedConfig) -> Parts:
+def published_components(config: MLTFRConfig, published: PublishedConfig) -> Components:
     """MLTFR's parts; each defect is there by itself."""
-    parts = Parts()
+    components = Components()
     if published.whole_history_query:
-        parts = parts._replace(blocks=WholeHistory)
+        components = components._replace(blocks=WholeHistory)
     selectors: list[type[Selector]] = []
     if published.noise_in_evaluation:
         selectors.append(NoiseInEvaluation)
@@ -50,16 +50,16 @@ def published_parts(config: MLTFRConfig, published: PublishedConfig) -> Parts:
         selectors.append(StraightThrough)
     if selectors:
         repaired = selector_class(config.filter.strategy)
-        parts = parts._replace(selector=with_defects(repaired, selectors))
+        components = components._replace(selector=with_defects(repaired, selectors))
     if published.pooled_memory:
-        parts = parts._replace(shared=pooled)
+        components = components._replace(shared=pooled)
     if published.unaligned_experts:
-        parts = parts._replace(experts=own_row_experts, of_consensus=mean_memory)
+        components = components._replace(experts=own_row_experts, of_consensus=mean_memory)
     if published.double_softmax:
-        parts = parts._replace(router=DoubleSoftmax)
+        components = components._replace(router=DoubleSoftmax)
     if published.consensus_without_dropout:
-        parts = parts._replace(consensus=CoreWithoutDropout)
-    return parts
+        components = components._replace(consensus=CoreWithoutDropout)
+    return components
 
 
 def published_table(published: PublishedConfig) -> Callable[[Tensor], PlacedTable]:
