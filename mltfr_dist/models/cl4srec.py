@@ -4,7 +4,7 @@ of each history.
 Views are made by cropping, masking and reordering (data/stream/augment.py); the term is
 losses.contrastive. Departure: a view's negatives are the views of the other sequences of its group
 (`backbone.cl4srec.contrast_group`), sequences of like length from one global batch, and not of the
-whole batch: the loss is then the same for any number of ranks and micro-batches.
+whole batch: the loss is then the same for any division of the batch.
 """
 
 from __future__ import annotations

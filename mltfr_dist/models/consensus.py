@@ -79,8 +79,8 @@ def divided_by_mean(fisher: State) -> State:
 def freeze(module: nn.Module) -> None:
     """Turn every parameter of ``module`` into a buffer of the same name.
 
-    No optimizer, ZeRO partition or gradient hook ever sees a buffer: the consensus expert cannot
-    drift, and needs no gathering.
+    No optimizer, division of parameters or gradient hook ever sees a buffer: the consensus expert
+    cannot drift, and needs no gathering.
     """
     for child in module.modules():
         for name, parameter in list(child.named_parameters(recurse=False)):

@@ -1,4 +1,4 @@
-"""Random numbers that are functions of a counter: the same on any rank, in any batch and on any
+"""Random numbers that are functions of a counter: the same in any process, any batch and on any
 device.
 
 Shapes: B users, L positions, G queries, S rows.

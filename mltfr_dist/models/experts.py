@@ -101,8 +101,8 @@ class ExpertCore(nn.Module):
         if mixed is None:
             mixed = self._attended(query, memories)
         values = self._tap("out", mixed, self.out(mixed))
-        # No call of the dropout's module, for with kernels there is none: a rank may have them,
-        # another not.
+        # No call of the dropout's module, for with kernels there is none: a process may have
+        # them, another not.
         if usable(values) is None:
             return Output(self.output_dropout.forward(values), None)
         return Output(values, self.output_dropout.mask(values.shape))
@@ -111,8 +111,8 @@ class ExpertCore(nn.Module):
         """[G, n, H*d] what queries of that shape read, without a copy of the kept rows; None where
         there is no kernel for it, or copies are asked for.
 
-        The batch has no say in it, for every rank must call the linear maps equally often: ZeRO-3
-        gathers their parameters from all.
+        The batch has no say in it, for every process must call the linear maps equally often: a
+        call may gather their parameters from all.
         """
         if self._taps is not None or usable(query) is None:
             return None
@@ -263,8 +263,8 @@ class Router(nn.Module):
         """Sum over positions of E * <load, gate weights>: pushes weight off experts that have
         carried much of late.
 
-        The load is that of *past* steps over all ranks, so the term is a plain sum over positions,
-        equal for any division of the batch over ranks and micro-batches. Balanced experts give
+        The load is that of *past* steps over the whole batch, so the term is a plain sum over
+        positions, equal for any division of the batch. Balanced experts give
         exactly 1 a position.
 
         Args:

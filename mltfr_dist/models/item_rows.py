@@ -1,8 +1,8 @@
 """An item table of which training sees only the rows that a batch looks up.
 
-The table is a buffer: neither autograd nor ZeRO ever makes a gradient of its size. In training,
-what a lookup returns is a leaf of the graph instead, and after the backward pass holds the
-gradients of its rows, which ``distributed/row_adam.py`` takes from there. It is saved under the
+The table is a buffer: neither autograd nor a divided optimizer ever makes a gradient of its size.
+In training, what a lookup returns is a leaf of the graph instead, and after the backward pass holds
+the gradients of its rows, which ``distributed/row_adam.py`` takes from there. It is saved under the
 name of the embedding that it stands for, with the same content.
 
 Shapes: R rows of the table (padding, items, special items), D hidden size.

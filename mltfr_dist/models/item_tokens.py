@@ -54,8 +54,8 @@ class ItemVectors(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Vectors of all rows [R, D], to be read inside the model's forward pass (ZeRO-3 gathers
-        there).
+        """Vectors of all rows [R, D], to be read inside the model's forward pass (divided
+        parameters are gathered there).
         """
         adapted: Tensor = self.adapter(self.features.to(self.adapter.weight.dtype))
         return self.embedding.weight.to(adapted.dtype) + adapted

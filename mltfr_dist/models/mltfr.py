@@ -136,7 +136,8 @@ class MLTFR(nn.Module):
         """Bring what is not trained, tables and consensus expert, to the format of the forward
         pass.
 
-        DeepSpeed casts parameters only. The router's load stays in fp32, for it is a running sum.
+        Who casts a model casts parameters. The router's load stays in fp32, for it is a running
+        sum.
         """
         for m in range(self.num_tables):
             self.selector(m).forget()
@@ -211,11 +212,11 @@ class MLTFR(nn.Module):
 
     @torch.no_grad()
     def refresh(self, inputs: list[tuple[Tensor, Tensor]], reduce: Reduce) -> Tensor:
-        """Choose anew what is searched of each table; all ranks must call.
+        """Choose anew what is searched of each table; every process must call.
 
         Args:
-            inputs: Input embeddings [B, L, D] and mask [B, L] of each micro-batch of this rank.
-            reduce: Combines what ranks have found.
+            inputs: Input embeddings [B, L, D] and mask [B, L] of each micro-batch of this process.
+            reduce: Combines what processes have.
 
         Returns:
             [M] share of the exact top K that the outgoing lists hold; 1 for a table that is

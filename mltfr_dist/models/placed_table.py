@@ -1,7 +1,7 @@
 """Token tables as the model uses them: what it asks of one, and tables that this process can read
 as a whole.
 
-Tables whose rows are divided over the ranks are in `distributed/table_shards.py`. None is part of
+Tables whose rows are divided over processes are in `distributed/table_shards.py`. None is part of
 the state.
 
 Shapes: V x D_m the table, G queries, D hidden size, K kept rows.
@@ -17,7 +17,7 @@ from mltfr_dist.models.search import Project, nearest_rows, row_relevance
 
 
 class PlacedTable(nn.Module):
-    """A token table, wherever its rows are held. Every rank must call a method at the same
+    """A token table, wherever its rows are held. Every process must call a method at the same
     point.
     """
 
@@ -35,21 +35,21 @@ class PlacedTable(nn.Module):
     def search(
         self, query: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None = None
     ) -> Tensor:
-        """[G, K] numbers of the rows of highest score for each of this rank's queries [G, D], best
-        first.
+        """[G, K] numbers of the rows of highest score for each of this process's queries [G, D],
+        best first.
         """
         raise NotImplementedError
 
     def relevance(self, query: Tensor, project: Project, needed: int | None = None) -> Tensor:
-        """[V] largest cosine of each row with any of the queries [G, D], of this rank's at
-        least.
+        """[V] largest cosine of each row with any of the queries [G, D], of this process's
+        at least.
 
         Only the ``needed`` highest count (None: all); others may be given lower.
         """
         raise NotImplementedError
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Bring the rows to the format of the forward pass; DeepSpeed casts parameters only."""
+        """Bring the rows to the format of the forward pass; who casts a model casts parameters."""
         raise NotImplementedError
 
 

@@ -1,5 +1,5 @@
 """The trained whole: a backbone, MLTFR on it, and the loss. One entry for training and ranking, so
-that ZeRO's hooks see both.
+that hooks on a module's call see both.
 
 Shapes: B users, L positions, N real positions, D hidden size.
 """
@@ -113,8 +113,8 @@ class Recommender(nn.Module):
             batch: What to train on, or whose next item to rank.
             weights: [B, L] weight of each position in the loss; 1 where not given.
             read: What to make of a ranking batch's states [B, D] and the vectors of items 1..I
-                [I, D], whose products are scores; called in here, for under ZeRO-3 nobody has all
-                vectors afterwards. Of a divided item table it gets the vectors of this process's
+                [I, D], whose products are scores; called in here, for of divided parameters nobody
+                has all vectors afterwards. Of a divided item table it gets the vectors of this process's
                 rows.
 
         Returns:
@@ -204,11 +204,11 @@ class Recommender(nn.Module):
     def before_update(
         self, step: int, batches: Sequence[SequenceBatch], reduce: Reduce
     ) -> Tensor | None:
-        """Choose the shortlists anew where they are due; all ranks must call before an update.
+        """Choose the shortlists anew where they are due; every process must call before an update.
 
         Args:
             step: Updates made before this one in the stage.
-            batches: This rank's micro-batches, on any device.
+            batches: This process's micro-batches, on any device.
             reduce: Combines what ranks have found.
 
         Returns:

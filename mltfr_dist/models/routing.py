@@ -24,7 +24,7 @@ class Routing(NamedTuple):
 
 
 class RoutingSums(NamedTuple):
-    """Sums over the real positions and query blocks of a batch; ranks and micro-batches add."""
+    """Sums over the real positions and query blocks of a batch; those of its pieces add."""
 
     gate: Tensor
     """[E] gate weights."""

@@ -185,6 +185,13 @@ def test_models_know_of_data_only_the_batch(path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "models").rglob("*.py")), ids=name)
+def test_models_speak_of_no_ranks(path: Path) -> None:
+    """In their text neither: a rank is that of an item."""
+    said = r"\bZeRO\b|DeepSpeed|deepspeed|\b(this|all|every|any|another|many) ranks?\b"
+    assert not re.findall(said, path.read_text())
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_distribution_stays_in_its_room(path: Path) -> None:
     if room(path) == "distributed":

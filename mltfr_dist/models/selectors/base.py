@@ -81,8 +81,8 @@ class Selector(nn.Module):
         return False
 
     def log_tau(self) -> Tensor | None:
-        """[1] logarithm of what scores are divided by (sharded under ZeRO-3); None where there are
-        no scores.
+        """[1] logarithm of what scores are divided by (a parameter, gathered at its call); None
+        where there are no scores.
         """
         return None
 
@@ -104,10 +104,10 @@ class Selector(nn.Module):
         return None
 
     def refresh(self, queries: list[Tensor], table: PlacedTable, reduce: Reduce) -> Tensor | None:
-        """Choose anew what is searched, where that changes in training; all ranks must call.
+        """Choose anew what is searched, where that changes in training; every process must call.
 
         Args:
-            queries: [G, D] of each micro-batch of this rank's share of the global batch.
+            queries: [G, D] of each micro-batch of this process's share of the global batch.
             table: The table.
             reduce: Combines what ranks have found.
 

@@ -18,7 +18,7 @@ RECALL_QUERIES = 64
 
 
 class Shortlist(nn.Module):
-    """Row numbers, part of the model's state and the same on every rank, and the rows
+    """Row numbers, part of the model's state and the same in every process, and the rows
     themselves.
     """
 
@@ -36,7 +36,7 @@ class Shortlist(nn.Module):
         self.register_load_state_dict_post_hook(lambda shortlist, _: shortlist.forget())  # type: ignore[no-untyped-call]
 
     def candidates(self, table: PlacedTable) -> Tensor:
-        """[S, D_m]; where they are not held, every rank must ask at the same point."""
+        """[S, D_m]; where they are not held, every process must ask at the same point."""
         if table.trained:
             return table.take(self.row_ids)
         if self.rows is None:
@@ -67,8 +67,8 @@ class Shortlist(nn.Module):
     def recall(
         self, queries: Tensor, table: PlacedTable, project: Project, num_kept: int, reduce: Reduce
     ) -> Tensor:
-        """[1], float64: mean over queries [G, D] of all ranks of the share of the exact top K that
-        the list holds.
+        """[1], float64: mean over queries [G, D] of all processes of the share of the exact top K
+        that the list holds.
         """
         exact = table.search(queries, project, num_kept)
         recalled = torch.isin(exact, self.row_ids).float().mean(1).sum().double().view(1)
