@@ -114,8 +114,8 @@ class Recommender(nn.Module):
             weights: [B, L] weight of each position in the loss; 1 where not given.
             read: What to make of a ranking batch's states [B, D] and the vectors of items 1..I
                 [I, D], whose products are scores; called in here, for of divided parameters nobody
-                has all vectors afterwards. Of a divided item table it gets the vectors of this process's
-                rows.
+                has all vectors afterwards. Of a divided item table it gets the vectors of this
+                process's rows.
 
         Returns:
             :class:`TrainingOutput`; for a :class:`RankingBatch` what ``read`` makes of it, or
