@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mltfr_dist.models.kernels import exponentials
 from mltfr_dist.numerics import at_least_fp32
 
 CHUNK_ROWS = 64
@@ -67,13 +68,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             largest = log_sums.new_full((len(h), 1), -torch.inf)
             total, shifts = torch.zeros_like(largest), []
             for tile, power in zip(tiles, powers, strict=True):
-                logits = at_least_fp32(torch.mm(h, tile.T, out=power))  # [n, i]
-                shifts.append(torch.maximum(largest, logits.amax(dim=1, keepdim=True)))
-                rescale = (largest - shifts[-1]).exp_()
-                largest = shifts[-1]
-                total = total * rescale + logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
-                if logits.dtype != power.dtype:
-                    power.copy_(logits)
+                shift, sums = _exponentials(torch.mm(h, tile.T, out=power), largest)
+                rescale = (largest - shift).exp_()
+                largest, total = shift, total * rescale + sums
+                shifts.append(shift)
                 if needs_grad:
                     _add_product(grad_hidden[chunk].mul_(rescale), power, tile)
             log_sums[chunk] = total.log() + largest
@@ -101,6 +99,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _exponentials(logits: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn ``logits`` [n, i] into exponentials of what they are above the larger of ``largest``
+    [n, 1] and their own largest; returns that [n, 1], and their sums [n, 1].
+    """
+    if in_one_pass := exponentials(logits, largest):
+        return in_one_pass
+    values = at_least_fp32(logits)
+    shift = torch.maximum(largest, values.amax(dim=1, keepdim=True))
+    sums = values.sub_(shift).exp_().sum(dim=1, keepdim=True)
+    if values.dtype != logits.dtype:
+        logits.copy_(values)
+    return shift, sums
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:

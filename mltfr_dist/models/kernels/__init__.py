@@ -16,6 +16,7 @@ from mltfr_dist.models.kernels.ranking import (
     leaders,
     leads_in_registers,
 )
+from mltfr_dist.models.kernels.softmax import exponentials
 from mltfr_dist.models.kernels.work import kernel_flops
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "count_between",
     "counts_in_registers",
     "draw_mask",
+    "exponentials",
     "kept_products",
     "kernel_flops",
     "largest_products",

@@ -5,29 +5,10 @@
 
 #include <cmath>
 
+#include "exponential.h"
 #include "registers.h"
 
 namespace {
-
-// exp of numbers <= 0 (Cephes' polynomial after reduction by ln 2), to 2 units in the last place;
-// NaN of NaN, so that a broken number is seen in the loss.
-inline Floats exponential(Floats x) {
-  typedef int32_t Ints __attribute__((vector_size(32)));
-  const Floats low = Floats{} - 87.0f;
-  const Floats inside = (Floats)(((Ints)x & (x > low)) | ((Ints)low & ~(x > low)));
-  const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Floats power = (inside * 1.44269504f + magic) - magic;
-  const Floats r = (inside - power * 0.693359375f) + power * 2.12194440e-4f;
-  Floats p = Floats{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Ints exponent = (__builtin_convertvector(power, Ints) + 127) << 23;
-  return (Floats)(((Ints)(p * (Floats)exponent) & (x > low)) | ((Ints)x & (x != x)));
-}
 
 struct Shape {
   int64_t groups, positions, heads, dim, kept;

@@ -25,20 +25,42 @@ inline float sum(Floats v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-// work(begin, end) over 0..count-1 in contiguous shares. Where the system gives no further thread,
-// this one does that share too.
+// Of the OpenMP runtime that torch has loaded, where it is the one that is known to have them.
+extern "C" {
+void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
+int omp_get_thread_num() __attribute__((weak));
+int omp_get_num_threads() __attribute__((weak));
+}
+
+template <typename Work>
+struct Shares {
+  int64_t count;
+  const Work& work;
+  void of(int64_t t, int64_t threads) const {
+    work(t * count / threads, (t + 1) * count / threads);
+  }
+  static void mine(void* shares) {
+    ((const Shares*)shares)->of(omp_get_thread_num(), omp_get_num_threads());
+  }
+};
+
+// work(begin, end) over 0..count-1 in contiguous shares, by torch's own threads: others would have
+// to wait for these, which spin for a while after each product. Where torch has other ones, threads
+// are begun; where the system gives no further thread, this one does that share too.
 template <typename Work>
 void divided(int64_t count, int64_t threads, const Work& work) {
   threads = std::max<int64_t>(1, std::min(threads, count));
+  Shares<Work> shares{count, work};
+  if (threads > 1 && GOMP_parallel && omp_get_thread_num && omp_get_num_threads)
+    return GOMP_parallel(shares.mine, &shares, threads, 0);
   std::vector<std::thread> others;
   for (int64_t t = 1; t < threads; ++t) {
-    const int64_t begin = t * count / threads, end = (t + 1) * count / threads;
     try {
-      others.emplace_back(work, begin, end);
+      others.emplace_back([&, t] { shares.of(t, threads); });
     } catch (const std::system_error&) {
-      work(begin, end);
+      shares.of(t, threads);
     }
   }
-  work(0, count / threads);
+  shares.of(0, threads);
   for (auto& other : others) other.join();
 }
