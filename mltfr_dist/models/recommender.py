@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import LossConfig
-from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch, sent
+from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch, lengths, sent
 from mltfr_dist.models.backbone import Backbone
 from mltfr_dist.models.divided_rows import divided_rows, division_of, own_vectors
 from mltfr_dist.models.explain import Explanation, explain
@@ -101,6 +101,19 @@ class Recommender(nn.Module):
             hidden = block(hidden, layout)
         return self.backbone.finish(layout.real(hidden)), real, routing
 
+    def last_hidden(self, item_ids: Tensor) -> Tensor:
+        """Item ids [B, L] as :meth:`Backbone.for_ranking` gives them -> the states [B, D] that rank
+        the next item.
+
+        On a CPU longest histories first, for :attr:`Packing.parts`.
+        """
+        if item_ids.device.type != "cpu":
+            hidden, packing, _ = self.hidden(item_ids)
+            return self.backbone.last(hidden, packing)
+        counts, order = lengths(item_ids).sort(descending=True, stable=True)
+        hidden, packing, _ = self.hidden(item_ids[order], counts.tolist())
+        return self.backbone.last(hidden, packing)[order.argsort()]
+
     def forward(
         self,
         batch: SequenceBatch | RankingBatch,
@@ -124,8 +137,7 @@ class Recommender(nn.Module):
         if isinstance(batch, RankingBatch):
             ranked = self.backbone.for_ranking(batch.item_ids)
             self.look_up(ranked, batch.target_ids)
-            hidden, packing, _ = self.hidden(ranked)
-            final = self.backbone.last(hidden, packing)
+            final = self.last_hidden(ranked)
             return self._scores(final) if read is None else read(final, self._item_vectors())
         if weights is None:
             weights = torch.ones_like(batch.target_ids, dtype=torch.float32)
