@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from mltfr_dist.models.dropout import Dropout
 from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.packing import Packing, Padded
+from mltfr_dist.numerics import at_least_fp32
 
 
 class SelfAttention(nn.Module):
@@ -43,12 +44,12 @@ class SelfAttention(nn.Module):
         head_dim = x.shape[-1] // self.num_heads
         query, key, value = self.qkv(x).view(len(x), 3, self.num_heads, head_dim).unbind(1)
         rows = packing.rows
-        scores = (packing.last(query)[rows] * key).sum(-1) / head_dim**0.5  # [N, H]
+        scores = at_least_fp32(packing.last(query)[rows] * key).sum(-1) / head_dim**0.5  # [N, H]
         padding = ~packing.valid_mask[..., None]
         weights = packing.pack(packing.unpack(scores).masked_fill(padding, -torch.inf).softmax(1))
-        read = x.new_zeros(len(packing.item_ids), self.num_heads, head_dim)
+        read = weights.new_zeros(len(packing.item_ids), self.num_heads, head_dim)
         read.index_add_(0, rows, weights[..., None] * value)
-        return self.out(read.flatten(1))  # type: ignore[no-any-return]
+        return self.out(read.flatten(1).to(x.dtype))  # type: ignore[no-any-return]
 
 
 def attended(qkv: Tensor, packing: Packing, *, causal: bool, dropout_p: float) -> Tensor:
