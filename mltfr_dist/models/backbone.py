@@ -56,6 +56,11 @@ class Backbone(nn.Module):
         """Hidden states [N, D] -> those that rank the next item [B, D]."""
         return packing.last(hidden)
 
+    def finish_last(self, hidden: Tensor, layout: Packing) -> Tensor:
+        """What the last block is given [N, D] -> the states that rank the next item [B, D]."""
+        finished = self.finish(layout.real(self.blocks[-1](hidden, layout)))
+        return self.last(finished, layout.read)
+
     def for_ranking(self, item_ids: Tensor) -> Tensor:
         """Histories [B, L] -> what is read to rank their next item, at whose last real position it
         is scored.

@@ -83,6 +83,11 @@ class Packing:
         return self._indices % self.batch_shape[1]
 
     @property
+    def rows(self) -> Tensor:
+        """[N] row of each real item."""
+        return self._indices // self.batch_shape[1]
+
+    @property
     def read(self) -> Packing:
         """The positions that MLTFR reads and the loss scores: these."""
         return self

@@ -37,21 +37,22 @@ class LogNormaliser:
 
     def __init__(self, hidden: Tensor) -> None:
         """Args: hidden: [B, D]."""
-        self._largest = torch.full((len(hidden),), -torch.inf, device=hidden.device).double()
-        self._sum = torch.zeros_like(self._largest)
+        self.powers = torch.zeros(2, len(hidden), dtype=torch.float64, device=hidden.device)
+        """[2, B] what scores are shifted by, and the sums of exponentials of shifted scores."""
+        self.powers[0] = -torch.inf
 
     def add(self, tile: Tile) -> None:
         """Take in a tile's scores."""
-        largest, total = self._largest[tile.users], self._sum[tile.users]
-        new = torch.maximum(largest, tile.scores.amax(1).double())
+        shift, total = self.powers[:, tile.users]
+        new = torch.maximum(shift, tile.scores.amax(1).double())
         terms = (tile.scores - new[:, None].to(tile.scores.dtype)).exp_()
-        total.mul_((largest - new).exp_()).add_(terms.sum(1))
-        largest.copy_(new)
+        total.mul_((shift - new).exp_()).add_(terms.sum(1))
+        shift.copy_(new)
 
     @property
     def value(self) -> Tensor:
         """[B] float64."""
-        return self._largest + self._sum.log()
+        return self.powers[0] + self.powers[1].log()
 
 
 def count_better(
@@ -86,9 +87,9 @@ def count_better(
     if not target_scores.isfinite().all():
         raise ValueError("a target has no finite score: the model has diverged")
     tiles = Tiles(hidden, item_vectors, first_id, exclude, tile)
-    if normaliser is None and counts_in_registers(tiles.hidden, target_scores):
+    if counts_in_registers(tiles.hidden, target_scores):
         items = max(1, PART_ELEMENTS // hidden.shape[1]) if tile is None else tiles.shape[1]
-        return _counted_in_registers(tiles, target_scores, items)
+        return _counted_in_registers(tiles, target_scores, items, normaliser)
     counts = _Counts(tiles, target_scores)
     for scored in tiles:
         if normaliser is not None:
@@ -99,13 +100,18 @@ def count_better(
     return RankCounts(counts.better.long(), counts.equal.long())
 
 
-def _counted_in_registers(tiles: Tiles, target_scores: Tensor, items: int) -> RankCounts:
+def _counted_in_registers(
+    tiles: Tiles, target_scores: Tensor, items: int, normaliser: LogNormaliser | None
+) -> RankCounts:
     """The same by a kernel that writes no scores, some ``items`` at a time."""
+    powers = None if normaliser is None else normaliser.powers
     counts = torch.zeros(2, len(target_scores), dtype=torch.int64)
     left_out = LeftOut(*tiles.excluded_by_user())
     for start, vectors, error in tiles.parts(items):
         low, high = _limits(target_scores, error)
-        count_between(tiles.hidden, vectors, low, high, target_scores, left_out, start, counts)
+        count_between(
+            tiles.hidden, vectors, low, high, target_scores, left_out, start, counts, powers
+        )
     return RankCounts(*counts)
 
 

@@ -6,14 +6,14 @@ Shapes: B users, L positions, N real positions, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import LossConfig
-from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch, sent
+from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch, lengths, sent
 from mltfr_dist.models.backbone import Backbone
 from mltfr_dist.models.divided_rows import divided_rows, division_of, own_vectors
 from mltfr_dist.models.explain import Explanation, explain
@@ -88,18 +88,43 @@ class Recommender(nn.Module):
         The one place where MLTFR joins a backbone: it reads the input embeddings, and adds to the
         first block's output.
         """
+        hidden, layout, routing = self._through(item_ids, lengths, self.backbone.blocks[1:])
+        return self.backbone.finish(layout.real(hidden)), layout.read, routing
+
+    def _through(
+        self, item_ids: Tensor, lengths: Lengths, further: Iterable[nn.Module]
+    ) -> tuple[Tensor, Packing, Routing | None]:
+        """What :meth:`hidden` does in the first block, with MLTFR, and in ``further`` ones."""
         layout = self.backbone.pack(item_ids, lengths)
         real = layout.read
         inputs = self.backbone.enter(layout)
-        first, *further = self.backbone.blocks
-        hidden, routing = first(inputs, layout), None
+        hidden, routing = self.backbone.blocks[0](inputs, layout), None
         if self.mltfr is not None:
             x = real.unpack(layout.real(inputs))  # [B, L, D]
             added, routing = self.mltfr(x, real.valid_mask, real.item_ids, real.lengths)
             hidden = hidden + layout.spread(real.pack(added))
         for block in further:
             hidden = block(hidden, layout)
-        return self.backbone.finish(layout.real(hidden)), real, routing
+        return hidden, layout, routing
+
+    def last_hidden(self, item_ids: Tensor) -> Tensor:
+        """Item ids [B, L] as :meth:`Backbone.for_ranking` gives them -> the states [B, D] that rank
+        the next item.
+
+        On a CPU longest histories first, for :attr:`Packing.parts`.
+        """
+        if item_ids.device.type != "cpu":
+            return self._last_hidden(item_ids, None)
+        counts, order = lengths(item_ids).sort(descending=True, stable=True)
+        return self._last_hidden(item_ids[order], counts.tolist())[order.argsort()]
+
+    def _last_hidden(self, item_ids: Tensor, lengths: Lengths) -> Tensor:
+        blocks = self.backbone.blocks
+        if len(blocks) == 1:  # MLTFR joins behind it
+            hidden, packing, _ = self.hidden(item_ids, lengths)
+            return self.backbone.last(hidden, packing)
+        hidden, layout, _ = self._through(item_ids, lengths, blocks[1:-1])
+        return self.backbone.finish_last(hidden, layout)
 
     def forward(
         self,
@@ -124,8 +149,7 @@ class Recommender(nn.Module):
         if isinstance(batch, RankingBatch):
             ranked = self.backbone.for_ranking(batch.item_ids)
             self.look_up(ranked, batch.target_ids)
-            hidden, packing, _ = self.hidden(ranked)
-            final = self.backbone.last(hidden, packing)
+            final = self.last_hidden(ranked)
             return self._scores(final) if read is None else read(final, self._item_vectors())
         if weights is None:
             weights = torch.ones_like(batch.target_ids, dtype=torch.float32)

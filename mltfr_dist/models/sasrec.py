@@ -9,10 +9,11 @@ map. ``sasrec_original`` has none of these but the order of positions.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig
 from mltfr_dist.models.backbone import PositionalBackbone
+from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.transformer import SelfAttention, TransformerBlock
 
 
@@ -24,3 +25,13 @@ class SASRec(PositionalBackbone):
         return TransformerBlock(
             config.hidden_dim, config.dropout, SelfAttention(config.hidden_dim, config.num_heads)
         )
+
+    def finish_last(self, hidden: Tensor, layout: Packing) -> Tensor:
+        """As ever; on a CPU the last block computes last positions alone (on a GPU launches cost
+        more than positions).
+        """
+        if hidden.device.type != "cpu":
+            return super().finish_last(hidden, layout)
+        block = self.blocks[-1]
+        assert isinstance(block, TransformerBlock)
+        return self.finish(block.last(hidden, layout)) * (layout.num_items > 0)[:, None]

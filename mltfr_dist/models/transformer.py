@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from mltfr_dist.models.dropout import Dropout
 from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.packing import Packing, Padded
+from mltfr_dist.numerics import at_least_fp32
 
 
 class SelfAttention(nn.Module):
@@ -35,6 +36,20 @@ class SelfAttention(nn.Module):
         heads = self.qkv(x).view(x.shape[0], 3, self.num_heads, x.shape[-1] // self.num_heads)
         dropout_p = self.weight_dropout * self.training
         return self.out(attended(heads, packing, causal=self.causal, dropout_p=dropout_p))  # type: ignore[no-any-return]
+
+    def last(self, x: Tensor, packing: Packing) -> Tensor:
+        """[N, D] -> [B, D], what the last real position of each history has read, outside of
+        training; not of :class:`Padded` histories.
+        """
+        head_dim = x.shape[-1] // self.num_heads
+        query, key, value = self.qkv(x).view(len(x), 3, self.num_heads, head_dim).unbind(1)
+        rows = packing.rows
+        scores = at_least_fp32(packing.last(query)[rows] * key).sum(-1) / head_dim**0.5  # [N, H]
+        padding = ~packing.valid_mask[..., None]
+        weights = packing.pack(packing.unpack(scores).masked_fill(padding, -torch.inf).softmax(1))
+        read = weights.new_zeros(len(packing.item_ids), self.num_heads, head_dim)
+        read.index_add_(0, rows, weights[..., None] * value)
+        return self.out(read.flatten(1).to(x.dtype))  # type: ignore[no-any-return]
 
 
 def attended(qkv: Tensor, packing: Packing, *, causal: bool, dropout_p: float) -> Tensor:
@@ -86,7 +101,17 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, D] -> [N, D]."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), packing))
+        return self._fed_forward(x + self.dropout(self.attention(self.attention_norm(x), packing)))
+
+    def last(self, x: Tensor, packing: Packing) -> Tensor:
+        """[N, D] -> [B, D], at the last real position of each history alone; see
+        :meth:`SelfAttention.last`.
+        """
+        assert isinstance(self.attention, SelfAttention)
+        read = self.attention.last(self.attention_norm(x), packing)
+        return self._fed_forward(packing.last(x) + self.dropout(read))
+
+    def _fed_forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))  # type: ignore[no-any-return]
 
 

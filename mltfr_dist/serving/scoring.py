@@ -53,8 +53,7 @@ def user_vectors(model: Recommender, item_ids: Tensor) -> Tensor:
     item_ids = item_ids.to(next(model.parameters()).device)
     ranked = model.backbone.for_ranking(item_ids)
     model.look_up(ranked)
-    hidden, packing, _ = model.hidden(ranked)
-    return model.backbone.last(hidden, packing)
+    return model.last_hidden(ranked)
 
 
 @torch.no_grad()

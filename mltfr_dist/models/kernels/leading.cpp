@@ -65,36 +65,33 @@ struct Leaders {
   }
 };
 
-// The items of ``panels``, the first of which stands at ``start``, for six users from ``user``.
+// The items of ``panels``, the first of which stands at ``start``, for a block of users from ``user``.
 void look(const Panels& panels, int64_t start, int64_t user, int64_t first, int64_t end,
           std::vector<Leaders>& all, const LeftOut& left_out, Exact& exact) {
   const int64_t users = all.size(), some = std::min(USERS, users - user);
   const float* rows[USERS];
-  __m256 least[USERS];
+  Register least[USERS];
   for (int64_t u = 0; u < USERS; ++u) {
     const Leaders& one = all[std::min(user + u, users - 1)];
     rows[u] = one.row;
-    least[u] = _mm256_set1_ps(one.least);
+    least[u] = ON_REGISTERS(set1_ps)(one.least);
   }
   for (int64_t p = first; p < end; ++p) {
     const Scores scores = products(rows, panels[p], panels.dim);
-    __m256 any = _mm256_setzero_ps();
-    for (int64_t u = 0; u < USERS; ++u)
-      for (int64_t half = 0; half < 2; ++half)
-        any = _mm256_or_ps(any, _mm256_cmp_ps(scores.of[u][half], least[u], _CMP_GE_OQ));
-    if (__builtin_expect(!_mm256_movemask_ps(any), 1)) continue;
+    unsigned any = 0;
+    for (int64_t u = 0; u < USERS; ++u) any |= lanes<_CMP_GE_OQ>(scores.of[u], least[u]);
+    if (__builtin_expect(!any, 1)) continue;
     const Scores copy = scores.copy();
     for (int64_t u = 0; u < some; ++u) {
       float numbers[PANEL];
-      _mm256_storeu_ps(numbers, copy.of[u][0]);
-      _mm256_storeu_ps(numbers + WIDTH, copy.of[u][1]);
+      store_panel(numbers, copy.of[u]);
       Leaders& one = all[user + u];
       each(lanes<_CMP_GE_OQ>(copy.of[u], least[u]), [&](int64_t lane) {
         const int64_t item = p * PANEL + lane;
         if (item < panels.count && numbers[lane] >= one.least && !left_out.has(user + u, start + item))
           one.take(numbers[lane], start + item, exact);
       });
-      least[u] = _mm256_set1_ps(one.least);
+      least[u] = ON_REGISTERS(set1_ps)(one.least);
     }
   }
 }

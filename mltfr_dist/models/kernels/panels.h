@@ -1,5 +1,5 @@
-// Scores of a few users and sixteen items at a time, which never leave the registers, and the score
-// that counts, as `exact_scores` (models/tiles.py) defines it.
+// Scores of a few users and two registers of items at a time, which never leave the registers, and
+// the score that counts, as `exact_scores` (models/tiles.py) defines it.
 //
 // Shapes: D numbers of a user or an item. The places of items are those among all at hand.
 #pragma once
@@ -12,8 +12,18 @@
 
 namespace {
 
-constexpr int64_t PANEL = 16;                   // items of a panel: two registers
-constexpr int64_t USERS = 6;                    // users of a block: twelve registers of sums
+#ifdef __AVX512F__
+typedef __m512 Register;
+#define ON_REGISTERS(operation) _mm512_##operation
+constexpr int64_t USERS = 12;  // users of a block: their sums take three quarters of the registers
+#else
+typedef __m256 Register;
+#define ON_REGISTERS(operation) _mm256_##operation
+constexpr int64_t USERS = 6;
+#endif
+
+constexpr int64_t LANES = sizeof(Register) / sizeof(float);
+constexpr int64_t PANEL = 2 * LANES;            // items of a panel: two registers
 constexpr int64_t CACHED_NUMBERS = 1 << 15;     // of items that stay in the cache for all users
 constexpr int64_t LINE = 16;                    // numbers of a line of the cache
 
@@ -56,7 +66,7 @@ inline void transpose(const float* const* rows, int64_t column, float* to) {
   }
 }
 
-// Items in panels [D, 16]; behind the last item stand zeros.
+// Items in panels [D, PANEL]; behind the last item stand zeros.
 class Panels {
  public:
   int64_t dim, count = 0;
@@ -96,7 +106,7 @@ class Panels {
 };
 
 struct Scores {
-  __m256 of[USERS][2];
+  Register of[USERS][2];
 
   // In memory, so that the scores themselves stay in registers.
   Scores copy() const {
@@ -110,23 +120,38 @@ struct Scores {
 inline __attribute__((always_inline)) Scores products(const float* const* users,
                                                       const float* panel, int64_t dim) {
   Scores s;
-  for (int64_t u = 0; u < USERS; ++u) s.of[u][0] = s.of[u][1] = _mm256_setzero_ps();
+  for (int64_t u = 0; u < USERS; ++u) s.of[u][0] = s.of[u][1] = ON_REGISTERS(setzero_ps)();
   for (int64_t c = 0; c < dim; ++c, panel += PANEL) {
-    const __m256 left = _mm256_load_ps(panel), right = _mm256_load_ps(panel + WIDTH);
+    const Register left = ON_REGISTERS(load_ps)(panel);
+    const Register right = ON_REGISTERS(load_ps)(panel + LANES);
     for (int64_t u = 0; u < USERS; ++u) {
-      const __m256 x = _mm256_broadcast_ss(users[u] + c);
-      s.of[u][0] = _mm256_fmadd_ps(x, left, s.of[u][0]);
-      s.of[u][1] = _mm256_fmadd_ps(x, right, s.of[u][1]);
+      const Register x = ON_REGISTERS(set1_ps)(users[u][c]);
+      s.of[u][0] = ON_REGISTERS(fmadd_ps)(x, left, s.of[u][0]);
+      s.of[u][1] = ON_REGISTERS(fmadd_ps)(x, right, s.of[u][1]);
     }
   }
   return s;
 }
 
-// A bit for each of a user's sixteen scores that is ``OP`` ``limit``.
+// A bit for each number that is ``OP`` ``limit``.
 template <int OP>
-inline unsigned lanes(const __m256* scores, __m256 limit) {
-  const int left = _mm256_movemask_ps(_mm256_cmp_ps(scores[0], limit, OP));
-  return (unsigned)left | (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(scores[1], limit, OP)) << WIDTH;
+inline unsigned lanes(Register numbers, Register limit) {
+#ifdef __AVX512F__
+  return _mm512_cmp_ps_mask(numbers, limit, OP);
+#else
+  return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(numbers, limit, OP));
+#endif
+}
+
+// The same for a user's scores of a panel.
+template <int OP>
+inline unsigned lanes(const Register* scores, Register limit) {
+  return lanes<OP>(scores[0], limit) | lanes<OP>(scores[1], limit) << LANES;
+}
+
+inline void store_panel(float* to, const Register* scores) {
+  ON_REGISTERS(storeu_ps)(to, scores[0]);
+  ON_REGISTERS(storeu_ps)(to + LANES, scores[1]);
 }
 
 // work(lane) for each bit.

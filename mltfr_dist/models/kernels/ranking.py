@@ -36,6 +36,7 @@ def count_between(
     left_out: LeftOut,
     start: int,
     counts: Tensor,
+    powers: Tensor | None,
 ) -> None:
     """Count the items that score higher than each user's target, and those that score the same.
 
@@ -50,15 +51,19 @@ def count_between(
         left_out: What does not count.
         start: Index of the first item.
         counts: [2, B] int64 to which better and equal ones are added.
+        powers: [2, B] float64, what scores are shifted by (-inf before the first), and the sums of
+            exponentials of all shifted scores, what does not count included; both are brought up to
+            date. None: not asked for.
     """
     kernels = usable(hidden, vectors, low, high, targets)
     assert kernels is not None
     assert hidden.shape[1] == vectors.shape[1]
     assert len(hidden) == len(low) == len(high) == len(targets) == len(left_out.bounds) - 1
     assert counts.shape == (2, len(hidden))
+    shifts, sums = (None, None) if powers is None else powers
     read = [t.contiguous() for t in (hidden, vectors, low, high, targets, *left_out)]
     shape = sizes(len(hidden), len(vectors), hidden.shape[1], start)
-    kernels.count_better(*map(pointer, (*read, *counts)), *shape)
+    kernels.count_better(*map(pointer, (*read, *counts, shifts, sums)), *shape)
     did_products(len(hidden) * len(vectors), hidden.shape[1])
 
 

@@ -7,6 +7,7 @@ Shapes: G queries, S candidate rows of one table, V_m x D_m the table, D hidden 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,49 @@ PROJECTED_ROWS = 4096
 """Rows projected at a time, so that rows of another device or format are never all copied."""
 
 
+class _Known(torch.autograd.Function):
+    """A linear map whose outputs are known: only the gradients of weight and bias are formed."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, mapped: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return mapped.view_as(mapped)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return None, gradient.T @ rows.to(gradient), gradient.sum(0), None
+
+
 class Projection(nn.Linear):
     """Rows as unit vectors in another space, computed in any format from rows of any device.
 
     Rows are first brought to the parameters' format.
     """
 
-    def forward(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """[S, D_in] -> [S, D_out] in ``dtype`` (None: that of the parameters)."""
+    def forward(
+        self,
+        rows: Tensor,
+        dtype: torch.dtype | None = None,
+        *,
+        mapped: Tensor | None = None,
+        normalised: bool = True,
+    ) -> Tensor:
+        """[S, D_in] -> [S, D_out].
+
+        Args:
+            rows: [S, D_in].
+            dtype: In which it is computed; None: that of the parameters.
+            mapped: [S, D_out] what they map to before they become unit vectors, where that is known
+                and they are not trained: it is not computed again.
+            normalised: Whether they become unit vectors.
+        """
+        if mapped is not None:
+            known: Tensor = _Known.apply(rows, self.weight, self.bias, mapped)  # type: ignore[no-untyped-call]
+            return F.normalize(known, dim=-1)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        if not normalised:
+            return self._mapped(rows, weight, bias)
         blocks = torch.split(rows, PROJECTED_ROWS)
         if torch.is_grad_enabled():
             made = [F.normalize(self._mapped(block, weight, bias), dim=-1) for block in blocks]
@@ -157,13 +192,17 @@ class UserGuided(Selector):
         has found them.
         """
         unit_query = F.normalize(query, dim=-1)
+        mapped = None
         if kept is None and _narrows(query):
             with torch.no_grad():
-                selected = search(unit_query, self.project(rows), self.num_kept, noise)
+                mapped = self.projection(rows, normalised=False)
+                unit_rows = F.normalize(mapped, dim=-1)
+                selected = search(unit_query, unit_rows, self.num_kept, noise)
             used, kept = those_kept(selected, len(rows))
+            mapped = None if rows.requires_grad else mapped.index_select(0, used)
             rows, row_ids = rows.index_select(0, used), row_ids.index_select(0, used)
             noise = None if noise is None else noise._replace(row_ids=row_ids)
-        unit_rows = self.project(rows)
+        unit_rows = self.project(rows) if mapped is None else self.projection(rows, mapped=mapped)
         if kept is None:
             with torch.no_grad():
                 kept = search(unit_query, unit_rows, self.num_kept, noise)

@@ -639,6 +639,40 @@ def test_a_shortlist_is_that_of_float64(spread: float) -> None:
     assert torch.equal(selector.shortlist.row_ids, expected)
 
 
+def test_kept_rows_are_projected_once_and_have_the_gradients_of_a_second_time() -> None:
+    torch.manual_seed(0)
+    config = FilterConfig(top_k=3, shortlist_size=40, temperature=0.3)
+    selector, rows = UserGuided(config, 90, 12, DIM).double(), torch.randn(90, 12).double()
+    query, weights = torch.randn(7, DIM).double().requires_grad_(), torch.randn(7, 3).double()
+    parameters = [query, *selector.projection.parameters()]
+    given = []
+    selector.projection.register_forward_hook(lambda _, args, out: given.append(len(args[0])))
+
+    def gradients(chosen: Selection) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((weights * chosen.log_weights).sum(), parameters)
+
+    found = selector(query, None, ReplicatedTable(rows))
+    assert found.kept is not None
+    assert given == [40, len(found.candidates)]
+    assert len(found.candidates) < 40
+    again = selector.select(query, found.candidates, found.row_ids, kept=found.kept)
+    torch.testing.assert_close(found.log_weights, again.log_weights, rtol=0, atol=1e-12)
+    for one, other in zip(gradients(found), gradients(again), strict=True):
+        assert one.abs().max() > 1e-3
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_rows_that_are_trained_have_their_gradient() -> None:
+    torch.manual_seed(0)
+    selector = UserGuided(FilterConfig(top_k=3, shortlist_size=40), 90, 12, DIM)
+    rows = torch.randn(40, 12, requires_grad=True)
+    chosen = selector.select(torch.randn(7, DIM), rows, torch.arange(40))
+    (gradient,) = torch.autograd.grad(chosen.log_weights[:, 0].sum(), [rows])
+    kept = gradient.abs().sum(1) > 0
+    assert 3 <= int(kept.sum()) <= len(chosen.row_ids) < 40
+    assert set(kept.nonzero()[:, 0].tolist()) <= set(chosen.row_ids.tolist())
+
+
 # --- shortlist and explanation
 # -----------------------------------------------------------------------------------
 

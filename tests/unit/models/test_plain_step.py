@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mltfr_dist.config import BackboneConfig, LossConfig
-from mltfr_dist.data.batch import SequenceBatch
+from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
 from mltfr_dist.models.sasrec import SASRec
@@ -100,6 +101,32 @@ def test_parts_hold_every_row_once_and_little_padding() -> None:
         assert torch.equal(part.unpack(some), part.item_ids)
         assert torch.equal(part.pack(part.item_ids), some)
         assert int(part.num_items.min()) >= 0.75 * part.item_ids.shape[1]
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_ranking_takes_histories_of_any_order_in_parts(num_layers: int) -> None:
+    """And in the last layer last positions alone, where there are others before it."""
+    torch.manual_seed(0)
+    config = BackboneConfig(hidden_dim=DIM, num_layers=num_layers, num_heads=2)
+    model = Recommender(SASRec(config, ITEMS, MAX_LEN), None, LossConfig(), num_items=ITEMS).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    attention, num_parts = model.backbone.blocks[0].attention, []
+    assert isinstance(attention, SelfAttention)
+    attention.register_forward_pre_hook(lambda _, given: num_parts.append(len(given[1].parts)))
+    generator = torch.Generator().manual_seed(3)
+    item_ids = dealt(generator).item_ids[torch.randperm(ROWS, generator=generator)]
+    item_ids[5] = 0  # a row that fills the batch
+    none = torch.zeros(0, dtype=torch.int64)
+    batch = RankingBatch(item_ids, torch.ones(ROWS, dtype=torch.int64), none, none)
+    with torch.no_grad():
+        found = model(batch, read=lambda states, _: states)
+        hidden, packing, _ = model.hidden(item_ids)
+    assert num_parts[0] > 2
+    assert num_parts[1] == 1
+    torch.testing.assert_close(found, packing.last(hidden), rtol=1e-4, atol=1e-5)
+    rounded = model.bfloat16()(batch, read=lambda states, _: states)
+    torch.testing.assert_close(rounded.float(), found, rtol=0.1, atol=0.1)
 
 
 def test_rows_in_another_order_are_one_part() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mltfr_dist.models.kernels import build, ranking
-from mltfr_dist.models.rank_counts import count_better
+from mltfr_dist.models.rank_counts import LogNormaliser, count_better
 from mltfr_dist.models.tiles import Pairs, exact_scores
 from mltfr_dist.models.top_items import top_items
 
@@ -94,6 +94,15 @@ def test_counts(
     target_scores = exact_scores(hidden, vectors[targets - 1])
     with kernels(threads):
         found = count_better(hidden, vectors, target_scores, exclude=exclude, tile=tile)
+        beside = count_better(
+            hidden,
+            vectors,
+            target_scores,
+            exclude=exclude,
+            tile=tile,
+            normaliser=LogNormaliser(hidden),
+        )
+    assert all(map(torch.equal, beside, found))
     with plain():
         without = count_better(hidden, vectors, target_scores, exclude=exclude)
     scores = defined_scores(hidden, vectors, exclude)
@@ -105,6 +114,48 @@ def test_counts(
     ):
         assert torch.equal(counted, expected)
         assert torch.equal(other, expected)
+
+
+def away_from_true(normaliser: LogNormaliser, hidden: Tensor, vectors: Tensor) -> Tensor:
+    """[B] how far it is off, in what its scores may err by in fp32, and beyond 1e-6."""
+    whole = (hidden.double() @ vectors.double().T).logsumexp(1)
+    sizes = hidden.double().norm(dim=1) * vectors.double().norm(dim=1).amax()
+    return (normaliser.value - whole).abs() / (1e-6 + (hidden.shape[1] + 16) * 2.0**-24 * sizes)
+
+
+@many
+@given(cases(), st.sampled_from([1, 3]), st.sampled_from([None, (4, 1), (6, 16), (5, 37), (9, 64)]))
+def test_the_normaliser_of_every_score(
+    case: tuple[Tensor, Tensor, Tensor, Pairs], threads: int, tile: tuple[int, int] | None
+) -> None:
+    """Whatever is left out, and where the first items' scores come from a path without kernels."""
+    hidden, vectors, targets, exclude = case
+    target_scores = exact_scores(hidden, vectors[targets - 1])
+    normaliser, after_others = LogNormaliser(hidden), LogNormaliser(hidden)
+    first = vectors[: len(vectors) // 3]
+    with plain():
+        count_better(hidden, first, target_scores, normaliser=after_others)
+    with kernels(threads):
+        count_better(
+            hidden, vectors, target_scores, exclude=exclude, normaliser=normaliser, tile=tile
+        )
+        further = vectors[len(first) :]
+        count_better(hidden, further, target_scores, normaliser=after_others, tile=tile)
+    assert (away_from_true(normaliser, hidden, vectors) <= 1).all()
+    assert (away_from_true(after_others, hidden, vectors) <= 1).all()
+
+
+@pytest.mark.parametrize("steps", [[0.0], [0, 30, 39, 41], [0, 60, 900], [900, 0], [-900, -800]])
+def test_the_normaliser_of_scores_that_rise(steps: list[float]) -> None:
+    """By less and by more than exponentials of one shift can hold."""
+    torch.manual_seed(0)
+    hidden = torch.cat([torch.ones(40, 1), torch.randn(40, 3)], dim=1)
+    levels = torch.tensor(steps).repeat_interleave(3000)[:, None]
+    vectors = torch.cat([levels, torch.randn(len(levels), 3)], dim=1)
+    normaliser = LogNormaliser(hidden)
+    with kernels(2):
+        count_better(hidden, vectors, torch.zeros(40), normaliser=normaliser)
+    assert (away_from_true(normaliser, hidden, vectors) <= 1).all()
 
 
 @many
