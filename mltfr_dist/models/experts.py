@@ -1,7 +1,7 @@
 """Cross-attention experts over token tables, and the router that mixes them.
 
 Shapes: G query blocks of n positions, K kept tokens, S candidate rows, H heads of size d, D hidden
-size, E experts (or, of a memory, its width).
+size, E experts (or the width of its rows).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mltfr_dist.registry import load
 from mltfr_dist.routers import ROUTERS
 
 
-class Memory(NamedTuple):
+class ExpertRows(NamedTuple):
     """What an expert attends to: candidate rows in its space of E dimensions, and which of them
     each query keeps.
     """
@@ -64,13 +64,13 @@ class ExpertCore(nn.Module):
     averaging their parameters means something.
     """
 
-    def __init__(self, config: ExpertConfig, hidden_dim: int, memory_dim: int) -> None:
+    def __init__(self, config: ExpertConfig, hidden_dim: int, row_dim: int) -> None:
         super().__init__()
         inner = config.num_heads * config.head_dim
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.query = nn.Linear(hidden_dim, inner)
-        self.key = nn.Linear(memory_dim, inner)
-        self.value = nn.Linear(memory_dim, inner)
+        self.key = nn.Linear(row_dim, inner)
+        self.value = nn.Linear(row_dim, inner)
         self.out = nn.Linear(inner, hidden_dim)
         self.attention_dropout = Dropout(config.dropout)
         self.output_dropout = Dropout(config.dropout)
@@ -86,20 +86,20 @@ class ExpertCore(nn.Module):
         finally:
             self._taps = None
 
-    def forward(self, x: Tensor, memories: list[Memory]) -> Tensor:
+    def forward(self, x: Tensor, attended: list[ExpertRows]) -> Tensor:
         """Positions [G, n, D], in blocks that share a query, attend to the kept tokens of all
-        ``memories`` at once (one for an expert, one per table for the consensus expert) -> [G, n,
+        ``attended`` at once (one for an expert, one per table for the consensus expert) -> [G, n,
         D].
         """
-        output = self.output(x, memories)
+        output = self.output(x, attended)
         return output.values if output.mask is None else output.values * output.mask
 
-    def output(self, x: Tensor, memories: list[Memory]) -> Output:
+    def output(self, x: Tensor, attended: list[ExpertRows]) -> Output:
         """:meth:`forward`; where there are kernels, its dropout is left to who mixes."""
         query = self._tap("query", x, self.query(x))
-        mixed = self._attended_in_place(query, memories)
+        mixed = self._attended_in_place(query, attended)
         if mixed is None:
-            mixed = self._attended(query, memories)
+            mixed = self._attended(query, attended)
         values = self._tap("out", mixed, self.out(mixed))
         # No call of the dropout's module, for with kernels there is none: a process may have
         # them, another not.
@@ -107,7 +107,7 @@ class ExpertCore(nn.Module):
             return Output(self.output_dropout.forward(values), None)
         return Output(values, self.output_dropout.mask(values.shape))
 
-    def _attended_in_place(self, query: Tensor, memories: list[Memory]) -> Tensor | None:
+    def _attended_in_place(self, query: Tensor, attended: list[ExpertRows]) -> Tensor | None:
         """[G, n, H*d] what queries of that shape read, without a copy of the kept rows; None where
         there is no kernel for it, or copies are asked for.
 
@@ -116,31 +116,31 @@ class ExpertCore(nn.Module):
         """
         if self._taps is not None or usable(query) is None:
             return None
-        if any(m.kept is None or len(m.log_weights) != len(query) for m in memories):
+        if any(m.kept is None or len(m.log_weights) != len(query) for m in attended):
             return None
-        keys = torch.cat([self.key(m.rows) for m in memories])  # [S of all, H*d]
-        values = torch.cat([self.value(m.rows) for m in memories])
-        starts = accumulate((len(m.rows) for m in memories), initial=0)
+        keys = torch.cat([self.key(m.rows) for m in attended])  # [S of all, H*d]
+        values = torch.cat([self.value(m.rows) for m in attended])
+        starts = accumulate((len(m.rows) for m in attended), initial=0)
         kept = torch.cat(
-            [m.kept + start for m, start in zip(memories, starts) if m.kept is not None], dim=1
+            [m.kept + start for m, start in zip(attended, starts) if m.kept is not None], dim=1
         )
-        log_weights = torch.cat([m.log_weights for m in memories], dim=1)
+        log_weights = torch.cat([m.log_weights for m in attended], dim=1)
         draw_mask = self.attention_dropout.mask
         return attend(query, keys, values, kept, log_weights, draw_mask, self.num_heads)
 
-    def _attended(self, query: Tensor, memories: list[Memory]) -> Tensor:
+    def _attended(self, query: Tensor, attended: list[ExpertRows]) -> Tensor:
         """[G, n, H*d] what queries of that shape read of rows copied for each of them."""
         groups, positions, width = query.shape
         # Rows are projected once and then gathered: S products in place of G * K. One copy serves
         # all queries that share it.
-        shared = self._taps is None and all(m.kept is None for m in memories)
+        shared = self._taps is None and all(m.kept is None for m in attended)
         copies = 1 if shared else groups
         keys = torch.cat(
-            [self._project("key", m, copies) for m in memories], dim=1
+            [self._project("key", m, copies) for m in attended], dim=1
         )  # [G or 1, K, H*d]
-        values = torch.cat([self._project("value", m, copies) for m in memories], dim=1)
+        values = torch.cat([self._project("value", m, copies) for m in attended], dim=1)
         log_weights = torch.cat(
-            [m.log_weights.expand(copies, -1) for m in memories], dim=1
+            [m.log_weights.expand(copies, -1) for m in attended], dim=1
         )  # [G or 1, K]
 
         def split(t: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class ExpertCore(nn.Module):
                 1, 2
             )  # [G or 1, H, r, d]
 
-        if shared:  # as one group, for a product would copy the memory once a group
+        if shared:  # as one group, for a product would copy the rows once a group
             query = query.flatten(0, 1)[None]
         logits = split(query) @ split(keys).transpose(2, 3) / self.head_dim**0.5
         weights = torch.softmax(
@@ -158,19 +158,19 @@ class ExpertCore(nn.Module):
         mixed: Tensor = self.attention_dropout.forward(weights) @ split(values)  # [G, H, n, d]
         return mixed.transpose(1, 2).reshape(groups, positions, width)
 
-    def _project(self, parameter: str, memory: Memory, copies: int) -> Tensor:
+    def _project(self, parameter: str, attended: ExpertRows, copies: int) -> Tensor:
         """[G or 1, K, H*d] keys or values of what each query attends to."""
         linear: nn.Linear = getattr(self, parameter)
 
         def gather(rows: Tensor) -> Tensor:
-            if memory.kept is None:
+            if attended.kept is None:
                 return rows.expand(copies, *rows.shape)
-            return F.embedding(memory.kept, rows)
+            return F.embedding(attended.kept, rows)
 
-        gathered = gather(linear(memory.rows))
+        gathered = gather(linear(attended.rows))
         if self._taps is None:
             return gathered
-        return self._tap(parameter, gather(memory.rows), gathered)
+        return self._tap(parameter, gather(attended.rows), gathered)
 
     def _tap(self, parameter: str, inputs: Tensor, outputs: Tensor) -> Tensor:
         if self._taps is not None:
@@ -179,7 +179,7 @@ class ExpertCore(nn.Module):
 
 
 class TableAdapter(nn.Module):
-    """Maps a table's rows to the hidden space, normalised, so that every expert's memory has one
+    """Maps a table's rows to the hidden space, normalised, so that rows of every expert have one
     scale.
     """
 

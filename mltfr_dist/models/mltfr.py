@@ -16,8 +16,8 @@ from mltfr_dist.config import ExpertConfig, MLTFRConfig
 from mltfr_dist.models.consensus import State, freeze
 from mltfr_dist.models.experts import (
     ExpertCore,
+    ExpertRows,
     Experts,
-    Memory,
     Router,
     router_class,
     shared_experts,
@@ -39,10 +39,10 @@ class Components(NamedTuple):
     experts: Callable[[ExpertConfig, int, Sequence[int]], Experts] = shared_experts
     router: type[Router] | None = None
     """None: that of its name."""
-    shared: Callable[[Memory], Memory] = lambda memory: memory
-    """An expert's memory, seen by the whole batch."""
-    of_consensus: Callable[[list[Memory]], list[Memory]] = lambda memories: memories
-    """What the consensus expert attends to, of its members' memories."""
+    shared: Callable[[ExpertRows], ExpertRows] = lambda attended: attended
+    """An expert's rows, seen by the whole batch."""
+    of_consensus: Callable[[list[ExpertRows]], list[ExpertRows]] = lambda attended: attended
+    """What the consensus expert attends to, of its members' rows."""
     consensus: type[ExpertCore] = ExpertCore
 
 
@@ -118,7 +118,7 @@ class MLTFR(nn.Module):
 
         Args:
             merged: Its parameters; None: a fresh initialisation.
-            tables: Whose experts it merges, and whose memories it reads; None: all.
+            tables: Whose experts it merges, and whose rows it reads; None: all.
         """
         self.consensus_members = self.experts_of(
             range(self.num_tables) if tables is None else tables
@@ -159,11 +159,11 @@ class MLTFR(nn.Module):
             selector(queries, keys, table) for selector, table in zip(self.selectors, self.tables)
         ]
 
-    def memories(self, selections: Sequence[Selection]) -> list[Memory]:
+    def attended(self, selections: Sequence[Selection]) -> list[ExpertRows]:
         """What each expert attends to, of what its table contributes."""
         of_experts = [s for s in selections for _ in range(self.per_table)]
         return [
-            self.components.shared(selection.memory(adapter))
+            self.components.shared(selection.attended(adapter))
             for selection, adapter in zip(of_experts, self.adapters, strict=True)
         ]
 
@@ -188,13 +188,13 @@ class MLTFR(nn.Module):
         """
         blocks = self.blocks(x, valid_mask, lengths)
         selections = self.selections(blocks.queries, blocks.keys(item_ids))
-        memories = self.memories(selections)
-        outputs = [self.core(e).output(blocks.positions, [m]) for e, m in enumerate(memories)]
+        attended = self.attended(selections)
+        outputs = [self.core(e).output(blocks.positions, [m]) for e, m in enumerate(attended)]
         gate = self.router(blocks.positions)  # [G, n, E]
         of_experts, masks = zip(*outputs, strict=True)
         mixed = mix(of_experts, masks, gate[..., : self.num_experts])
         if self.consensus is not None:
-            members = self.components.of_consensus([memories[e] for e in self.consensus_members])
+            members = self.components.of_consensus([attended[e] for e in self.consensus_members])
             mixed = mixed + self._lambda() * self.consensus(blocks.positions, members)
         kept = [selection.weights().detach() for selection in selections]
         return blocks.spread(mixed), Routing(blocks.at_real(gate), kept, blocks.queries.shape[0])

@@ -12,7 +12,7 @@ from mltfr_dist.models.mltfr import Components
 from mltfr_dist.models.placed_table import PlacedTable, ReplicatedTable
 from mltfr_dist.models.selectors import Selector, selector_class
 from mltfr_dist.published.consensus import CoreWithoutDropout
-from mltfr_dist.published.experts import DoubleSoftmax, mean_memory, own_row_experts, pooled
+from mltfr_dist.published.experts import DoubleSoftmax, mean_rows, own_row_experts, pooled
 from mltfr_dist.published.filters import CircularFMLPRec, WholeSequenceBSARec
 from mltfr_dist.published.masks import AttendsToPadding, ReadsBeforeMask
 from mltfr_dist.published.mixing import with_defects
@@ -54,7 +54,7 @@ def published_components(config: MLTFRConfig, published: PublishedConfig) -> Com
     if published.pooled_memory:
         components = components._replace(shared=pooled)
     if published.unaligned_experts:
-        components = components._replace(experts=own_row_experts, of_consensus=mean_memory)
+        components = components._replace(experts=own_row_experts, of_consensus=mean_rows)
     if published.double_softmax:
         components = components._replace(router=DoubleSoftmax)
     if published.consensus_without_dropout:

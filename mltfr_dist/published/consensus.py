@@ -22,8 +22,8 @@ EPS = 1e-12
 class CoreWithoutDropout(ExpertCore):
     """An expert that has no dropout in training."""
 
-    def __init__(self, config: ExpertConfig, hidden_dim: int, memory_dim: int) -> None:
-        super().__init__(config, hidden_dim, memory_dim)
+    def __init__(self, config: ExpertConfig, hidden_dim: int, row_dim: int) -> None:
+        super().__init__(config, hidden_dim, row_dim)
         self.attention_dropout.p = self.output_dropout.p = 0.0
 
 

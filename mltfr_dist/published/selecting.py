@@ -1,7 +1,7 @@
 """D1 and D3: straight-through weights of the kept tokens, normalised, and noise in evaluation.
 
 Shapes: G queries, S candidate rows, V x D_m the table, K kept tokens, E width of an expert's
-memory.
+rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mltfr_dist.models.draws import GumbelNoise
-from mltfr_dist.models.experts import Memory
+from mltfr_dist.models.experts import ExpertRows
 from mltfr_dist.models.placed_table import PlacedTable, WholeTable
 from mltfr_dist.models.search import largest, search
 from mltfr_dist.models.selectors.base import Selection
@@ -31,12 +31,12 @@ class WeightedSelection(Selection):
     row_weights: Tensor
     """[G, K], 1 / K in value."""
 
-    def memory(self, adapter: nn.Module) -> Memory:
+    def attended(self, adapter: nn.Module) -> ExpertRows:
         """Every query has rows of its own, for factors act before an expert's biases."""
         assert self.kept is not None
         rows = F.embedding(self.kept, adapter(self.candidates)) * self.row_weights[..., None]
         own = torch.arange(self.kept.numel(), device=rows.device).view_as(self.kept)
-        return Memory(rows.flatten(0, 1), own, self.log_weights)
+        return ExpertRows(rows.flatten(0, 1), own, self.log_weights)
 
     def weights(self) -> Tensor:
         """[G, K]."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mltfr_dist.models.experts import ExpertCore, Memory, Output
+from mltfr_dist.models.experts import ExpertCore, ExpertRows, Output
 from mltfr_dist.models.folded import shallow
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.ranking import Ranker
@@ -29,7 +29,7 @@ class Nothing(ExpertCore):
     def __init__(self) -> None:
         nn.Module.__init__(self)
 
-    def output(self, x: Tensor, memories: list[Memory]) -> Output:
+    def output(self, x: Tensor, attended: list[ExpertRows]) -> Output:
         """[G, n, D] zeros."""
         return Output(torch.zeros_like(x), None)
 

@@ -1,7 +1,7 @@
 """What an expert reads of its table: the interface of everything that chooses rows.
 
 Shapes: G query blocks, V rows and D_m columns of a table, D hidden size, S candidate rows, K kept
-rows, E width of an expert's memory.
+rows, E width of an expert's rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import FilterConfig
-from mltfr_dist.models.experts import Memory
+from mltfr_dist.models.experts import ExpertRows
 from mltfr_dist.models.placed_table import PlacedTable
 
 
@@ -45,9 +45,9 @@ class Selection:
     all are kept.
     """
 
-    def memory(self, adapter: nn.Module) -> Memory:
+    def attended(self, adapter: nn.Module) -> ExpertRows:
         """What an expert attends to, its ``adapter`` mapping rows [S, D_m] to its space [S, E]."""
-        return Memory(adapter(self.candidates), self.kept, self.log_weights)
+        return ExpertRows(adapter(self.candidates), self.kept, self.log_weights)
 
     def weights(self) -> Tensor:
         """[G, K] or [1, S], how much each kept row counts."""

@@ -219,11 +219,11 @@ def test_gradients_pass_through_the_frozen_consensus_to_what_feeds_it() -> None:
     assert mltfr.consensus is not None
     x = torch.randn(2, 4, DIM)
     blocks = mltfr.blocks(x, torch.ones(2, 4, dtype=torch.bool))
-    memories = [
-        selection.memory(adapter)
+    attended = [
+        selection.attended(adapter)
         for selection, adapter in zip(mltfr.selections(blocks.queries, None), mltfr.adapters)
     ]
-    mltfr.consensus(blocks.positions, memories).square().sum().backward()
+    mltfr.consensus(blocks.positions, attended).square().sum().backward()
     for m in range(2):
         assert mltfr.selectors[m].projection.weight.grad.abs().max() > 0
         assert mltfr.adapters[m].linear.weight.grad.abs().max() > 0

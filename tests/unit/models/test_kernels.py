@@ -20,7 +20,7 @@ from mltfr_dist.config import BackboneConfig, ExpertConfig, FilterConfig, LossCo
 from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.models import dropout
 from mltfr_dist.models.dropout import scaled_mask
-from mltfr_dist.models.experts import ExpertCore, Memory
+from mltfr_dist.models.experts import ExpertCore, ExpertRows
 from mltfr_dist.models.kernels import attend, build, kept_products, largest_products, mix, nearest
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
@@ -142,14 +142,14 @@ def test_every_rank_calls_the_same_modules(
     torch.manual_seed(0)
     if not with_kernels:
         monkeypatch.setattr(build, "library", lambda: None)
-    core = ExpertCore(ExpertConfig(num_heads=2, head_dim=8), hidden_dim=8, memory_dim=8)
+    core = ExpertCore(ExpertConfig(num_heads=2, head_dim=8), hidden_dim=8, row_dim=8)
     called: list[nn.Module] = []
     for module in core.modules():
         module.register_forward_hook(lambda module, *_: called.append(module))
     rows = torch.randn(6, 8, requires_grad=True)
     kept = torch.zeros(groups, 3, dtype=torch.int64)
     x = torch.randn(groups, 4, 8, requires_grad=True)
-    found = core(x, [Memory(rows, kept, torch.zeros(groups, 3))])
+    found = core(x, [ExpertRows(rows, kept, torch.zeros(groups, 3))])
     assert found.shape == x.shape
     assert called == [core.query, core.key, core.value, core.out, core]
     found.sum().backward()

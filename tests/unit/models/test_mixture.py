@@ -17,10 +17,10 @@ from mltfr_dist.config import (
     PublishedConfig,
     RouterConfig,
 )
-from mltfr_dist.models.experts import ExpertCore, Memory, Router, router_class
+from mltfr_dist.models.experts import ExpertCore, ExpertRows, Router, router_class
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.routing import routing_sums
-from mltfr_dist.published.experts import mean_memory, pooled
+from mltfr_dist.published.experts import mean_rows, pooled
 from mltfr_dist.published.selecting import WeightedSelection
 from mltfr_dist.routers import ROUTERS
 
@@ -113,13 +113,13 @@ def test_the_output_is_the_gated_sum_of_every_tables_experts() -> None:
     x = embeddings()
     blocks = mltfr.blocks(x, ITEMS != 0)
     positions, queries, occupied = blocks.positions, blocks.queries, blocks.occupied
-    memories = mltfr.memories(mltfr.selections(queries, None))
-    assert len(memories) == 6
-    assert torch.equal(memories[2].kept, memories[3].kept)  # one filter
+    attended = mltfr.attended(mltfr.selections(queries, None))
+    assert len(attended) == 6
+    assert torch.equal(attended[2].kept, attended[3].kept)  # one filter
     weights = mltfr.router(positions)
     assert weights.shape[-1] == 7
     expected = sum(
-        weights[..., e, None] * core(positions, [memories[e]]) for e, core in enumerate(mltfr.cores)
+        weights[..., e, None] * core(positions, [attended[e]]) for e, core in enumerate(mltfr.cores)
     )
     spread = torch.zeros(2, 3, 2, DIM)
     spread[occupied] = expected
@@ -228,21 +228,21 @@ def test_a_pooled_memory_weighs_a_row_by_how_often_it_is_kept() -> None:
     rows, x = torch.randn(6, DIM).double(), torch.randn(3, 2, DIM).double()
     places = torch.tensor([[0, 1], [1, 2], [1, 5]])
     log_weights = torch.randn(3, 2).double().log_softmax(-1)
-    spelled_out = Memory(rows[places.flatten()], None, log_weights.flatten()[None])
+    spelled_out = ExpertRows(rows[places.flatten()], None, log_weights.flatten()[None])
     torch.testing.assert_close(
-        core(x, [pooled(Memory(rows, places, log_weights))]), core(x, [spelled_out])
+        core(x, [pooled(ExpertRows(rows, places, log_weights))]), core(x, [spelled_out])
     )
     factors = torch.rand(3, 2).double()
     weighted = WeightedSelection(rows, torch.arange(6), places, torch.zeros(3, 2).double(), factors)
-    scaled = pooled(weighted.memory(torch.nn.Identity()))
+    scaled = pooled(weighted.attended(torch.nn.Identity()))
     assert scaled.kept is None
     torch.testing.assert_close(scaled.rows, rows[places.flatten()] * factors.flatten()[:, None])
 
 
 def test_the_published_consensus_reads_the_mean_of_the_kth_rows() -> None:
     rows, places = torch.randn(2, 5, 3), torch.tensor([[[0, 1], [2, 2]], [[4, 3], [1, 0]]])
-    memories = [Memory(r, p, torch.zeros(2, 2)) for r, p in zip(rows, places, strict=True)]
-    (mean,) = mean_memory(memories)
+    attended = [ExpertRows(r, p, torch.zeros(2, 2)) for r, p in zip(rows, places, strict=True)]
+    (mean,) = mean_rows(attended)
     gathered = mean.rows[mean.kept]
     torch.testing.assert_close(gathered[0, 0], (rows[0, 0] + rows[1, 4]) / 2)
     torch.testing.assert_close(gathered[1, 1], (rows[0, 2] + rows[1, 0]) / 2)

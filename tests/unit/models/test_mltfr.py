@@ -30,7 +30,7 @@ from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.models import search as searching
 from mltfr_dist.models.cross_entropy import full_cross_entropy
-from mltfr_dist.models.experts import ExpertCore, Memory, Router
+from mltfr_dist.models.experts import ExpertCore, ExpertRows, Router
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.query_blocks import prefix_mean
@@ -771,7 +771,7 @@ def test_explain_agrees_with_forward(query_every: int, shortlist: int | None) ->
                 rows = mltfr.adapters[m](mltfr.table(m).rows[ids])
                 experts.append(
                     mltfr.cores[m](
-                        position, [Memory(rows, torch.arange(TOP_K)[None], weights.log()[None])]
+                        position, [ExpertRows(rows, torch.arange(TOP_K)[None], weights.log()[None])]
                     )[0, 0]
                 )
             mixed = sum(g * e for g, e in zip(found.gate_weights, experts, strict=True))

@@ -116,7 +116,7 @@ def stated(mltfr: MLTFR, x: Tensor, ids: Tensor) -> Tensor:
     """What is added to block 0's output, by the independent statement."""
     valid, expert = ids != 0, mltfr.config.expert
     u = published.user_vectors(x, valid)
-    memories, experts = [], []
+    attended, experts = [], []
     for m, core in enumerate(mltfr.cores):
         projection, top_k = mltfr.selectors[m].projection, mltfr.selectors[m].num_kept
         noise, tau, rows = (
@@ -127,16 +127,16 @@ def stated(mltfr: MLTFR, x: Tensor, ids: Tensor) -> Tensor:
         tokens, weights = published.kept(
             u, rows, projection.weight, projection.bias, noise, tau, top_k
         )
-        memories.append(published.memory(rows, tokens, weights))
+        attended.append(published.memory(rows, tokens, weights))
         experts.append(
             published.expert(
-                x, memories[m], dict(core.named_parameters()), expert.num_heads, expert.head_dim
+                x, attended[m], dict(core.named_parameters()), expert.num_heads, expert.head_dim
             )
         )
     linear, times = mltfr.router.linear, 2 if isinstance(mltfr.router, DoubleSoftmax) else 1
     consensus = None
     if mltfr.consensus is not None:
-        shared = published.consensus_memory([memories[m] for m in mltfr.consensus_members])
+        shared = published.consensus_memory([attended[m] for m in mltfr.consensus_members])
         parameters = dict(mltfr.consensus.named_buffers())
         consensus = published.expert(x, shared, parameters, expert.num_heads, expert.head_dim)
     pi = published.gate(x, linear.weight, linear.bias, times)

@@ -29,7 +29,7 @@ from mltfr_dist.distributed.fisher import fisher_diagonals
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.draws import history_keys
-from mltfr_dist.models.experts import ExpertCore, Memory
+from mltfr_dist.models.experts import ExpertCore, ExpertRows
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors.others import Prototypes, RandomTokens
@@ -166,11 +166,11 @@ def test_a_shared_memory_equals_a_copy_for_every_query() -> None:
     core = ExpertCore(ExpertConfig(num_heads=2, head_dim=4, dropout=0.0), DIM, DIM).double()
     x, rows = torch.randn(5, 3, DIM).double(), [torch.randn(n, DIM).double() for n in (6, 9)]
     weights = [torch.randn(1, len(r)).double() for r in rows]
-    shared = core(x, [Memory(r, None, w) for r, w in zip(rows, weights, strict=True)])
+    shared = core(x, [ExpertRows(r, None, w) for r, w in zip(rows, weights, strict=True)])
     copied = core(
         x,
         [
-            Memory(r, torch.arange(len(r)).expand(5, -1), w.expand(5, -1))
+            ExpertRows(r, torch.arange(len(r)).expand(5, -1), w.expand(5, -1))
             for r, w in zip(rows, weights, strict=True)
         ],
     )
