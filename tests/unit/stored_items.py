@@ -76,7 +76,9 @@ def opened(
     num_items = inputs.manifest.num_items
     ids = pa.chunked_array([pa.array([""] + [f"i{i}" for i in range(num_items)])])
     titles = pa.chunked_array([pa.nulls(num_items + 1, pa.string())])
-    items = ItemMap(Texts(ids), Texts(titles), "none", np.ones(num_items + 1, dtype=np.int64))
+    items = ItemMap(
+        Texts.of(ids), Texts.of(titles), "none", lambda: np.ones(num_items + 1, np.int64)
+    )
     return LoadedRun(model, items, config.data.max_len, config, inputs, torch.device("cpu"))
 
 
