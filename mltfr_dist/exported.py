@@ -28,6 +28,7 @@ from mltfr_dist.files import file_sha256
 from mltfr_dist.headers import parse_header
 from mltfr_dist.models.divided_rows import Division
 from mltfr_dist.models.folded import folded
+from mltfr_dist.models.initial import undrawn_items
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.ranking import ItemMap, Ranker
 from mltfr_dist.schema import Section
@@ -84,6 +85,9 @@ class Exported(Ranker):
 def load_exported(folder: str | Path, divide: Callable[[int], Division] | None = None) -> Exported:
     """Read what `mltfr export` wrote; the model is in evaluation mode, on the CPU.
 
+    Its weights are the file's own pages: they take no memory of this process, and the file must
+    stay as it is.
+
     Args:
         folder: To read.
         divide: How rows of the item table are read where it is not to be held; None: it is.
@@ -118,12 +122,14 @@ def load_model(
     rows |= {name: torch.zeros(count, 1) for name, count in info.folded.items()}
     has_features = ITEM_TOKENS in info.sha256
     features = load_file(folder / ITEM_TOKENS)[FEATURES] if has_features else None
-    model = info.spec.build(rows, features, divide).eval()
+    with undrawn_items():
+        model = info.spec.build(rows, features, divide).eval()
     if info.folded:
         model = folded(model)
     with safe_open(folder / MODEL, framework="pt") as opened:
         names = opened.keys() if divide is None else model.state_dict()
-        model.load_state_dict({name: opened.get_tensor(name) for name in names})
+        state = {name: opened.get_tensor(name) for name in names}
+    model.load_state_dict(state, assign=True)  # mapped, so that processes share the file's pages
     return model.eval()
 
 

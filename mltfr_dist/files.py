@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mltfr_dist.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pyarrow import NativeFile
     from torch import Tensor
 
 BLOCK_BYTES, READ_BYTES = 1 << 26, 1 << 20
@@ -28,7 +29,7 @@ def file_sha256(path: Path, after_block: Callable[[], object] = lambda: None) ->
 
 
 def content_sha256(
-    file: RawIOBase | BufferedReader, after_block: Callable[[], object] = lambda: None
+    file: RawIOBase | BufferedReader | NativeFile, after_block: Callable[[], object] = lambda: None
 ) -> str:
     """The same of what is left of an open file."""
     digest, buffer, unsaid = (

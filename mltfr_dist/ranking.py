@@ -149,7 +149,7 @@ class Ranker:
         check_k(k, candidates)
         numbers = np.zeros((len(encoded), k), dtype=np.int64)
         scores = np.full((len(encoded), k), -np.inf, dtype=np.float32)
-        for indices in chunks(encoded.numbers, self.items.num_items):
+        for indices in chunks(encoded.numbers):
             for rows_alike in candidates.alike(indices):
                 values, item_ids = self._best(rows_alike, candidates, k)
                 numbers[rows_alike], scores[rows_alike] = item_ids.numpy(), values.numpy()
@@ -180,7 +180,7 @@ class Ranker:
         """
         encoded = self._told(histories, unknown)
         scores = torch.empty(len(encoded), self.items.num_items + 1)
-        for indices in chunks(encoded.numbers, self.items.num_items):
+        for indices in chunks(encoded.numbers, self.items.num_items + 1):
             item_ids = padded([encoded.numbers[index] for index in indices], self.max_len)
             scores[indices] = score_histories(self.serving, item_ids).float().cpu()
         return scores
@@ -195,7 +195,7 @@ class Ranker:
         """
         encoded, columns = self._told(histories, unknown), self.items.encode(items)
         scores = np.empty((len(encoded), len(columns)), dtype=np.float32)
-        for indices in chunks(encoded.numbers, self.items.num_items):
+        for indices in chunks(encoded.numbers, self.items.num_items + 1):
             item_ids = padded([encoded.numbers[index] for index in indices], self.max_len)
             scores[indices] = score_histories(self.serving, item_ids)[:, columns].float().cpu()
         return scores
@@ -209,7 +209,7 @@ class Ranker:
         encoded = self._told(histories, unknown)
         dim = self.model.vectors(torch.tensor([PADDING_IDX])).shape[1]
         vectors = np.empty((len(encoded), dim), dtype=np.float32)
-        for indices in chunks(encoded.numbers, self.items.num_items):
+        for indices in chunks(encoded.numbers):
             item_ids = padded([encoded.numbers[index] for index in indices], self.max_len)
             vectors[indices] = user_vectors(self.serving, item_ids).float().cpu()
         return vectors

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.row_layout import RowLayout
 from mltfr_dist.distributed.sending import send_bytes, send_text
-from mltfr_dist.distributed.tensor_file import pieces, tensors_in
+from mltfr_dist.distributed.tensor_file import pieces, read_at, tensors_in
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import DamagedError
 
@@ -69,14 +68,16 @@ def read_run(
         if low >= high:
             continue
         try:
-            with safe_open(folder / file, framework="pt") as opened:
-                rows = opened.get_slice(name)
-                if rows.get_shape() != [stop - start, into.shape[1]]:
-                    raise SafetensorError(f"{name} has the shape {rows.get_shape()}")
+            stored = tensors_in(folder / file)[name]
+            if (stored.dtype, stored.shape) != (torch.float32, (stop - start, into.shape[1])):
+                raise OSError(f"{name} holds {stored.shape} of {stored.dtype}")
+            with (folder / file).open("rb", buffering=0) as opened:
                 for begin, block in positions(into[low - first : high - first], low - start):
-                    block.copy_(rows[begin : begin + len(block)])
+                    rows = torch.empty(block.shape)
+                    read_at(opened.fileno(), stored.offset + begin * rows[0].nbytes, rows)
+                    block.copy_(rows)
                     heartbeat()
-        except (OSError, SafetensorError) as error:
+        except (OSError, KeyError) as error:
             raise DamagedError(
                 f"{folder / file} is missing or damaged: {error}.",
                 rule="A divided item table's rows lie in the files that state.json names.",

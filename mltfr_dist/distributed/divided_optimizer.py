@@ -64,7 +64,7 @@ class DividedOptimizer:
         taken = [(self.positions, self.gradients), *self.rows.take_gradients()]
         self._sum([positions for positions, _ in taken], [gradient for _, gradient in taken])
         for gradient in self.rows.take_own_gradients():
-            self.own = gradient.float() if self.own is None else self.own + gradient.float()
+            self.own = gradient.float() if self.own is None else self.own.add_(gradient)
 
     def _sum(self, positions: list[Tensor], gradients: list[Tensor]) -> None:
         """Rows in ascending order, each once; padding, at position 0 of all, is no item and never
@@ -86,7 +86,7 @@ class DividedOptimizer:
         gradients = exchange.deal(self.gradients / world_size, sent, received)
         self._sum([positions - self.division.first], [gradients])
         if self.own is not None:
-            self.own = (self.own / world_size).index_add_(0, self.positions, self.gradients)
+            self.own.div_(world_size).index_add_(0, self.positions, self.gradients)
 
     def squared_norm(self) -> Tensor:
         """Sum of squares of the update's gradient, over all rows, after :meth:`reduce`. All ranks

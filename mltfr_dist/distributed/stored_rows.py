@@ -8,7 +8,6 @@ Shapes: R rows of the table, U rows asked for, D hidden size.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from mltfr_dist.distributed.checkpoint import MODEL, read_header, row_files
 from mltfr_dist.distributed.row_layout import RowLayout
-from mltfr_dist.distributed.tensor_file import Stored, tensors_in
+from mltfr_dist.distributed.tensor_file import Stored, read_at, tensors_in
 from mltfr_dist.errors import DamagedError
 from mltfr_dist.models.divided_rows import DividedRows, Division
 
@@ -73,20 +72,11 @@ class StoredRows(Division):
 
 def _read(run: Run, rows: Tensor, into: Tensor) -> None:
     """Read ascending ``rows`` of a file into [U, D]; those that follow each other at once."""
-    content, of_row = into.numpy().data.cast("B"), 4 * into.shape[1]
-    breaks = (rows.diff() != 1).nonzero()[:, 0] + 1
+    breaks, of_row = (rows.diff() != 1).nonzero()[:, 0] + 1, 4 * into.shape[1]
     try:
-        file = os.open(run.path, os.O_RDONLY)
-        try:
+        with run.path.open("rb", buffering=0) as file:
             for start, stop in pairwise([0, *breaks.tolist(), len(rows)]):
-                buffer, at = content[start * of_row : stop * of_row], int(rows[start]) * of_row
-                while buffer:
-                    size = os.preadv(file, [buffer], run.offset + at)
-                    if not size:
-                        raise OSError(f"it ends before row {int(rows[stop - 1])}")
-                    buffer, at = buffer[size:], at + size
-        finally:
-            os.close(file)
+                read_at(file.fileno(), run.offset + int(rows[start]) * of_row, into[start:stop])
     except OSError as error:
         raise DamagedError(
             f"{run.path} is missing or damaged: {error}.",

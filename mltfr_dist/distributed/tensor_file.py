@@ -126,6 +126,21 @@ def tensors_in(path: Path) -> dict[str, Stored]:
         ) from None
 
 
+def read_at(file: int, offset: int, into: Tensor) -> None:
+    """Fill a tensor, contiguous and on the CPU, from an open file's bytes at ``offset``. They are
+    read and not mapped: pages of a mapped file count as this process's memory.
+
+    Raises:
+        OSError: The file ends before, or cannot be read.
+    """
+    content = into.view(-1).view(torch.uint8).numpy().data
+    while content:
+        size = os.preadv(file, [content], offset)
+        if not size:
+            raise OSError("it ends before what it should hold")
+        content, offset = content[size:], offset + size
+
+
 def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     """A tensor in parts along its first dimension, of at most :data:`PIECE_BYTES` where a row has
     no more; one without dimensions as [1].

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -56,7 +57,7 @@ def encode(given: object, items: ItemMap, unknown: Unknown = "refuse") -> Histor
     users, rows = _rows(given)
     if not rows:
         raise DataError("There are no histories.", remedy="Give at least one.")
-    numbers, dropped = [], 0
+    raw_ids = []
     for index, row in enumerate(rows):
         if isinstance(row, Set):
             raise DataError(
@@ -64,11 +65,14 @@ def encode(given: object, items: ItemMap, unknown: Unknown = "refuse") -> Histor
                 rule="A history has an order, oldest first.",
                 remedy="Give a list.",
             )
-        raw_ids = as_texts(row)
-        item_ids = items.find(raw_ids)
+        raw_ids.append(as_texts(row))
+    together = iter(items.find(list(chain.from_iterable(raw_ids))))
+    numbers, dropped = [], 0
+    for index, texts in enumerate(raw_ids):
+        item_ids = list(islice(together, len(texts)))
         if not all(item_ids) and unknown == "refuse":
             where = f" in history {index} of {len(rows)}" if len(rows) > 1 else ""
-            raise items.unknown(raw_ids, item_ids, where, "unknown=drop")
+            raise items.unknown(texts, item_ids, where, "unknown=drop")
         known = [number for number in item_ids if number]
         dropped += len(item_ids) - len(known)
         numbers.append(known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from mltfr_dist.data.batch import PADDING_IDX
 from mltfr_dist.errors import DataError
 from mltfr_dist.schema import or_nearest
-from mltfr_dist.serving.texts import Lookup, Texts
+from mltfr_dist.serving.texts import Kept, Lookup, T, Texts
 
 ECHOED_ITEMS = 10
 """Unknown ids that an error names."""
@@ -38,33 +38,46 @@ ItemId = str | int
 
 @dataclass(frozen=True)
 class ItemMap:
-    """Raw ids and titles of items 1..num_items; index 0 is padding.
+    """Raw ids and titles of items 1..num_items, read from their file by range; index 0 is padding.
 
-    Memory: the bytes of ids and titles, 4 a text, 8 a count; from the first id that is looked up,
-    12 an item more.
+    Memory: up to :data:`~mltfr_dist.serving.texts.HELD_BYTES` of ids and of titles; from the first
+    id that is looked up, 8 bytes an item; from the first use of ``counts``, 8 more.
     """
 
     ids: Texts[str]
     titles: Texts[str | None]
     listed_in: str
     """File that lists the ids, for messages."""
-    counts: npt.NDArray[np.int64]
-    """[num_items + 1] interactions of each item in the data."""
+    read_counts: Callable[[], npt.NDArray[np.int64]]
+    """Gives ``counts``."""
 
     @classmethod
     def of(cls, file: pq.ParquetFile, listed_in: str) -> ItemMap:
-        """The items of a file as :meth:`write` writes it, read some at a time."""
-        counts = np.zeros(file.metadata.num_rows + 1, dtype=np.int64)
-        ids: list[Any] = [pa.array([""])]
-        titles: list[Any] = [pa.array([None], pa.string())]
-        for batch in file.iter_batches(WRITTEN):
-            numbers = batch["item_index"].to_numpy()
-            assert numbers[0] == sum(map(len, ids)), "items go by their numbers"
-            counts[numbers] = batch["count"].to_numpy()
-            ids.append(batch["item_id"])
-            titles.append(batch["title"])
-        columns = (pa.chunked_array(chunks, pa.string()) for chunks in (ids, titles))
-        return cls(Texts(next(columns)), Texts(next(columns)), listed_in, counts)
+        """The items of a file as :meth:`write` writes it, which stays open."""
+        lengths = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+
+        def read(group: int, column: str) -> Any:
+            try:
+                return file.read_row_group(group, [column])[column].combine_chunks()
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(
+                    f"{listed_in} cannot be read any more: {error}.",
+                    rule="The file is read while its items are used.",
+                    remedy="Restore it, and start again.",
+                ) from None
+
+        def texts(column: str, first: T) -> Texts[T]:
+            padding = pa.array([first], pa.string())
+            kept = Kept(lambda chunk: read(chunk - 1, column) if chunk else padding)
+            return Texts([1, *lengths], kept)
+
+        def counts() -> npt.NDArray[np.int64]:
+            counts = np.zeros(1 + sum(lengths), dtype=np.int64)
+            for group in range(len(lengths)):
+                counts[read(group, "item_index").to_numpy()] = read(group, "count").to_numpy()
+            return counts
+
+        return cls(texts("item_id", ""), texts("title", None), listed_in, counts)
 
     def write(self, path: Path) -> None:
         """Write a file with the columns of `items.parquet`, some items at a time."""
@@ -74,11 +87,16 @@ class ItemMap:
                 stop = min(start + WRITTEN, len(self.ids))
                 columns = {
                     "item_index": np.arange(start, stop),
-                    "item_id": self.ids.column.slice(start, WRITTEN),
-                    "title": self.titles.column.slice(start, WRITTEN),
+                    "item_id": self.ids.between(start, stop),
+                    "title": self.titles.between(start, stop),
                     "count": self.counts[start:stop],
                 }
                 file.write_table(pa.table(columns, schema))
+
+    @cached_property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """[num_items + 1] interactions of each item in the data."""
+        return self.read_counts()
 
     @property
     def num_items(self) -> int:

@@ -55,9 +55,10 @@ class Recommendations(Sequence[list[Recommendation]]):
         """Those of one history, or of several."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        pairs = zip(self.numbers[index].tolist(), self.scores[index].tolist(), strict=True)
-        ids, titles = self.items.ids, self.items.titles
-        return [Recommendation(ids[n], titles[n], score) for n, score in pairs if n]
+        numbers = self.numbers[index]
+        ids, titles = self.items.ids.at(numbers), self.items.titles.at(numbers)
+        rows = zip(numbers.tolist(), ids, titles, self.scores[index].tolist(), strict=True)
+        return [Recommendation(raw, title, score) for n, raw, title, score in rows if n]
 
     def __iter__(self) -> Iterator[list[Recommendation]]:
         return (self[index] for index in range(len(self)))

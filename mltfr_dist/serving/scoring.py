@@ -30,9 +30,11 @@ def padded(numbers: Sequence[Sequence[int]], max_len: int) -> Tensor:
     return item_ids
 
 
-def chunks(numbers: Sequence[Sequence[int]], num_items: int) -> Iterator[list[int]]:
-    """Indices of histories that are computed together: of like length, for the longest decides."""
-    size = max(1, min(HISTORIES, SCORES // (num_items + 1)))
+def chunks(numbers: Sequence[Sequence[int]], num_scores: int = 1) -> Iterator[list[int]]:
+    """Indices of histories that are computed together: of like length, for the longest decides;
+    fewer where ``num_scores`` of each are held.
+    """
+    size = max(1, min(HISTORIES, SCORES // num_scores))
     order = sorted(range(len(numbers)), key=lambda index: len(numbers[index]))
     for start in range(0, len(order), size):
         yield order[start : start + size]

@@ -22,8 +22,8 @@ def load_items(config: RunConfig) -> ItemMap:
         DataError: `items.parquet` is not what the manifest says.
     """
     folder = config.data.path
-    with open_map(folder, read_manifest(folder), ITEMS_NAME) as file:
-        return ItemMap.of(file, f"{folder}/{ITEMS_NAME}")
+    file = open_map(folder, read_manifest(folder), ITEMS_NAME)
+    return ItemMap.of(file, f"{folder}/{ITEMS_NAME}")
 
 
 def item_features(config: RunConfig, tables: Sequence[TokenTable]) -> torch.Tensor | None:

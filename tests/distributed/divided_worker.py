@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from worker import make_engine, no_dropout, resumed_from, steps
 
+from mltfr_dist.backbones import BACKBONES
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed import checkpoint, saving
 from mltfr_dist.distributed.checkpoint import MODEL, Progress
@@ -104,6 +105,15 @@ def losses(folder: Path, ranks: Ranks, variants: Variants = QUICK) -> dict[str, 
 
 def further(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     return losses(folder, ranks, FURTHER)
+
+
+def backbones(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
+    """Losses of every backbone of the registry, at all stages in turn."""
+    variants: Variants = {}
+    for number, (name, entry) in enumerate(BACKBONES.items()):
+        samples = {"data__samples": "prefixes"} if entry.reads_future else {}
+        variants[name] = (number % 4, None, {"backbone__name": name} | samples)
+    return losses(folder, ranks, variants)
 
 
 SAVED: dict[str, tuple[int, dict[str, object]]] = {
@@ -253,7 +263,7 @@ def largest(values: torch.Tensor) -> float:
 if __name__ == "__main__":
     task, where, output = sys.argv[1:]
     all_ranks = start_ranks(1)
-    tasks = (losses, further, cross_entropy, saved, elsewhere, positions)
+    tasks = (losses, further, backbones, cross_entropy, saved, elsewhere, positions)
     result = {one.__name__: one for one in tasks}[task](Path(where), all_ranks)
     if all_ranks.is_main:
         Path(output).write_text(json.dumps(result))

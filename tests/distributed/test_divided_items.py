@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from support import REPOSITORY, findings, read_lines, relative_difference, run_ranks, tiny_config
 from test_interrupted import kill_at
 
+from mltfr_dist.backbones import BACKBONES
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed import checkpoint, kept
 from mltfr_dist.distributed.checkpoint import MODEL, OPTIMIZER, Progress
@@ -81,7 +82,9 @@ def test_places_of_targets_are_those_among_whole_items(folder: Path, num_ranks: 
     assert found["ties"][0] > 0, "equal scores were not put to the test"
 
 
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
+)
 def test_losses_and_norms_are_those_of_a_replicated_table(folder: Path, num_ranks: int) -> None:
     compare_placements(findings(WORKER, "losses", folder, num_ranks), 4)
 
@@ -92,6 +95,11 @@ def test_every_kind_of_loss_backbone_and_optimizer_trains_alike(
     folder: Path, num_ranks: int
 ) -> None:
     compare_placements(findings(WORKER, "further", folder, num_ranks), 8)
+
+
+@pytest.mark.slow
+def test_every_backbone_trains_alike(folder: Path) -> None:
+    compare_placements(findings(WORKER, "backbones", folder, 2), len(BACKBONES))
 
 
 def compare_placements(found: dict[str, list[float]], num_variants: int) -> None:

@@ -24,6 +24,7 @@ from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.distributed.resources import peak_memory_bytes
 from mltfr_dist.distributed.row_layout import RowLayout
 from mltfr_dist.distributed.tensor_file import Streamed, write_tensors
+from mltfr_dist.exported import load_exported
 from mltfr_dist.serving.items import ItemMap
 from mltfr_dist.serving.recall import exact
 from mltfr_dist.serving.texts import Texts
@@ -75,7 +76,9 @@ def opened(
     num_items = inputs.manifest.num_items
     ids = pa.chunked_array([pa.array([""] + [f"i{i}" for i in range(num_items)])])
     titles = pa.chunked_array([pa.nulls(num_items + 1, pa.string())])
-    items = ItemMap(Texts(ids), Texts(titles), "none", np.ones(num_items + 1, dtype=np.int64))
+    items = ItemMap(
+        Texts.of(ids), Texts.of(titles), "none", lambda: np.ones(num_items + 1, np.int64)
+    )
     return LoadedRun(model, items, config.data.max_len, config, inputs, torch.device("cpu"))
 
 
@@ -84,6 +87,12 @@ def more_memory(before: int) -> int:
     more = peak_memory_bytes() - before
     Path("/proc/self/clear_refs").write_text("5")
     return more
+
+
+def own_memory() -> int:
+    """Bytes of this process that are no pages of a file."""
+    (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in s)
+    return int(line.split()[1]) * 1024
 
 
 def main(folder: Path, num_items: int) -> dict[str, int]:
@@ -107,6 +116,11 @@ def main(folder: Path, num_items: int) -> dict[str, int]:
     found["exact"] = more_memory(before)
     build(vectors, plan(IndexConfig(type="pq", code_bytes=1), num_items, 256))
     found["index"] = more_memory(before)
+    load_exported(warm / "model").recommend([["i1"]])
+    before = own_memory()
+    exported = load_exported(folder / "model")
+    exported.recommend([["i1", "i2"], ["i3"]])
+    found["exported"] = own_memory() - before
     return found
 
 

@@ -127,7 +127,7 @@ def test_the_command_writes_a_page_and_texts(
 def test_names_are_escaped(config: RunConfig) -> None:
     rec = mltfr_dist.load(config.folder)
     evil = "<script>alert('x')</script> & \"more\""
-    titles = Texts(pa.chunked_array([[None, *[evil] * rec.items.num_items]], pa.string()))
+    titles = Texts.of(pa.chunked_array([[None, *[evil] * rec.items.num_items]], pa.string()))
     rec = replace(rec, items=replace(rec.items, titles=titles))
     history = validation_histories(rec, 1)[0]  # type: ignore[arg-type]
     explained = Explained(

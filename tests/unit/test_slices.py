@@ -45,6 +45,17 @@ def test_membership_by_hand() -> None:
     ] == expected
 
 
+def test_thirds_are_those_of_a_stable_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "BLOCK", 4)
+    draw = np.random.default_rng(0)
+    for num_items in [*range(1, 12), 40, 41]:
+        counts = draw.integers(0, 4, num_items + 1)
+        order = np.argsort(counts[1:], kind="stable")
+        expected = np.zeros(num_items + 1, dtype=np.int64)
+        expected[order + 1] = np.arange(num_items) * 3 // num_items
+        assert slices.thirds_of_items(counts).tolist() == expected.tolist()
+
+
 def test_metrics_by_hand() -> None:
     # Ranks 1, 2, 3 of three users; slices {0, 1} and {2}.
     scores = torch.tensor([[-torch.inf, 3.0, 2.0, 1.0]]).repeat(3, 1)

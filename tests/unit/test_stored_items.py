@@ -54,6 +54,7 @@ def test_what_stays_in_files_is_exported_as_what_is_held(tmp_path: Path, case: s
     assert np.array_equal(stays.user_vectors(histories), held.user_vectors(histories))
     exported = load_exported(tmp_path / "stays")
     assert exported.recommend(histories, 5).item_ids == held.recommend(histories, 5).item_ids
+    assert exported.scores(histories).equal(held.scores(histories))
 
 
 def test_damage_is_found_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

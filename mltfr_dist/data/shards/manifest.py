@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -161,22 +161,21 @@ def _check_rows(path: Path, expected: int) -> None:
         raise damaged(path, f"it has {rows:,} rows, the manifest says {expected:,}")
 
 
-@contextmanager
-def open_map(folder: Path, manifest: Manifest, name: str) -> Iterator[pq.ParquetFile]:
+def open_map(folder: Path, manifest: Manifest, name: str) -> pq.ParquetFile:
     """`items.parquet` or `users.parquet`, hashed and compared, to be read by range: one file,
-    opened once.
+    opened once, which stays open as long as what is returned.
 
     Raises:
         DataError: it is missing, or not what was written.
     """
     path = folder / name
     try:
-        with path.open("rb") as file:
-            check_hash(path, content_sha256(file), manifest.files[name])
-            file.seek(0)
-            yield pq.ParquetFile(file)
+        file = pa.OSFile(str(path), "r")
+        check_hash(path, content_sha256(file), manifest.files[name])
+        return pq.ParquetFile(file)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.", remedy=_REMEDY) from None
+        reason = os.strerror(error.errno) if error.errno else error
+        raise DataError(f"{path} cannot be read: {reason}.", remedy=_REMEDY) from None
 
 
 def read_map(

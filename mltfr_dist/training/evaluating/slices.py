@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +20,9 @@ from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.data.shards.packed import IntArray
 from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.data.shards.short_parts import one_item_parts
+
+BLOCK = 1 << 20
+"""Items that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,36 @@ class Slices:
 def training_slices(config: RunConfig, manifest: Manifest) -> Slices:
     """Slices by what the training split holds."""
     counts, lengths = training_counts(config, manifest)
-    order = np.argsort(counts[1:], kind="stable")
-    third = np.zeros(len(counts), np.int8)
-    for number in range(3):  # the first item of the next third, rounded up
-        start, stop = (-(-n * manifest.num_items // 3) for n in (number, number + 1))
-        third[order[start:stop] + 1] = number
+    third = thirds_of_items(counts)
     short, long = (int(v) for v in np.quantile(lengths, (1 / 3, 2 / 3), method="higher"))
     return Slices(torch.from_numpy(third), short, max(long, short + 1))
+
+
+def thirds_of_items(counts: IntArray) -> npt.NDArray[np.int8]:
+    """[num_items + 1] counts -> ``item_third``; some bytes an item beside them."""
+    of_items, third = counts[1:], np.zeros(len(counts), np.int8)
+    ordered = of_items.astype(np.min_scalar_type(int(counts.max())))
+    ordered.sort()
+    for number in (1, 2):
+        start = -(-number * len(of_items) // 3)  # the first item of the next third, rounded up
+        if start == len(of_items):
+            continue
+        equal = of_items == ordered[start]
+        below = start - int(np.searchsorted(ordered, ordered[start]))  # of equal ones, by item id
+        equal[: _nth(equal, below)] = False
+        third[1:] += equal | (of_items > ordered[start])
+    return third
+
+
+def _nth(flags: npt.NDArray[np.bool_], number: int) -> int:
+    """Index of the flag that is set and has ``number`` such before it."""
+    for start in range(0, len(flags), BLOCK):
+        block = flags[start : start + BLOCK]
+        count = int(np.count_nonzero(block))
+        if number < count:
+            return start + int(np.flatnonzero(block)[number])
+        number -= count
+    raise IndexError("fewer flags are set")
 
 
 def training_counts(config: RunConfig, manifest: Manifest) -> tuple[IntArray, IntArray]:
