@@ -236,8 +236,8 @@ def test_a_folder_of_another_sweep_is_refused(base_file: Path) -> None:
 
 def test_values_are_shown_short() -> None:
     assert (
-        shown({"a.tables": ["data/x", "data/y"], "b.rate": 0.00012345, "c.k": 3})
-        == "a.tables=x+y  b.rate=0.0001234  c.k=3"
+        shown({"a.tables": ["data/x", "data/y"], "b.rate": 0.00012345, "c.k": None, "d.on": True})
+        == "a.tables=x+y  b.rate=0.0001234  c.k=null  d.on=true"
     )
 
 
