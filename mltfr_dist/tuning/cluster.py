@@ -38,6 +38,8 @@ class Cluster:
     """Where trials run."""
 
     resources: dict[str, float]
+    own: bool
+    """Whether it is our own, on this machine: its processes have our environment."""
 
     def concurrent(self, sweep: SweepConfig) -> int:
         """Trials that run at a time."""
@@ -72,7 +74,7 @@ def ray_cluster(
         logging.CRITICAL
     )  # a trial's error is told once, in its own words
     try:
-        cluster = Cluster(ray.cluster_resources())
+        cluster = Cluster(ray.cluster_resources(), own=address is None)
         check_resources(sweep, cluster.resources)
         verify_on_nodes(sweep, base)
         with ray_watched():

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray._private import services
 from ray._private.node import Node
-from ray._raylet import persist_port
+from ray._raylet import persist_port  # type: ignore[attr-defined]
 
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.progress import say
