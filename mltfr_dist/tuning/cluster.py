@@ -23,7 +23,7 @@ from mltfr_dist.errors import ConfigError
 from mltfr_dist.progress import duration, say
 from mltfr_dist.tuning.checks import check_inputs, check_resources
 from mltfr_dist.tuning.own_ray import start_own_ray
-from mltfr_dist.tuning.ray_watch import quieten, ray_watched
+from mltfr_dist.tuning.ray_watch import quieten, ray_watched, take_signals_again
 from mltfr_dist.tuning.space import SweepConfig
 
 JOIN_SECONDS = 300.0
@@ -70,6 +70,7 @@ def ray_cluster(
         start_own_ray()
     else:
         join(address, nodes)
+    take_signals_again()
     logging.getLogger("ray.tune").setLevel(
         logging.CRITICAL
     )  # a trial's error is told once, in its own words
