@@ -48,7 +48,7 @@ def check_space(sweep: SweepConfig, base: RunConfig) -> None:
             never reported.
     """
     leaves = leaf_values(base)
-    for key, domain in sweep.search.items():
+    for key in sweep.search:
         if key not in leaves:
             fields = [path for path in field_paths(RunConfig) if path in leaves]
             now = " or ".join(f"`{field}`" for field in moved_to(key))
@@ -70,6 +70,7 @@ def check_space(sweep: SweepConfig, base: RunConfig) -> None:
                 "validation.",
                 remedy="Set it in `overrides`, for all of them.",
             )
+    for key, domain in sweep.search.items():  # each beside all others, which are fields by now
         for value in domain.samples():
             check_value(sweep, base, key, value)
     for key in sweep.search:

@@ -23,7 +23,7 @@ from mltfr_dist.errors import ConfigError
 from mltfr_dist.progress import duration, say
 from mltfr_dist.tuning.checks import check_inputs, check_resources
 from mltfr_dist.tuning.own_ray import start_own_ray
-from mltfr_dist.tuning.ray_watch import quieten, ray_watched
+from mltfr_dist.tuning.ray_watch import quieten, ray_watched, take_signals_again
 from mltfr_dist.tuning.space import SweepConfig
 
 JOIN_SECONDS = 300.0
@@ -38,6 +38,8 @@ class Cluster:
     """Where trials run."""
 
     resources: dict[str, float]
+    own: bool
+    """Whether it is our own, on this machine: its processes have our environment."""
 
     def concurrent(self, sweep: SweepConfig) -> int:
         """Trials that run at a time."""
@@ -68,11 +70,12 @@ def ray_cluster(
         start_own_ray()
     else:
         join(address, nodes)
+    take_signals_again()
     logging.getLogger("ray.tune").setLevel(
         logging.CRITICAL
     )  # a trial's error is told once, in its own words
     try:
-        cluster = Cluster(ray.cluster_resources())
+        cluster = Cluster(ray.cluster_resources(), own=address is None)
         check_resources(sweep, cluster.resources)
         verify_on_nodes(sweep, base)
         with ray_watched():

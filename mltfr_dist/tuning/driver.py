@@ -5,7 +5,7 @@ is.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,6 +30,7 @@ from mltfr_dist.distributed.signals import (
 from mltfr_dist.errors import StoppedError
 from mltfr_dist.progress import say
 from mltfr_dist.tuning.cluster import Cluster
+from mltfr_dist.tuning.early_workers import EarlyGroup, early_groups
 from mltfr_dist.tuning.hparams import write_all
 from mltfr_dist.tuning.numbering import next_trial
 from mltfr_dist.tuning.plan import known_trials, make_space, space_lines
@@ -48,6 +49,7 @@ from mltfr_dist.tuning.schedulers import make_scheduler
 from mltfr_dist.tuning.space import SweepConfig
 from mltfr_dist.tuning.status import Progress
 from mltfr_dist.tuning.suggest import Space
+from mltfr_dist.tuning.train_group import per_worker
 
 HEAD = "node:__internal_head__"
 """Ray's resource of which the head node alone has 1."""
@@ -88,8 +90,11 @@ def run_trials(
     if not missing:
         return
     (folder / STOP).unlink(missing_ok=True)
-    setting = TrialSetting(sweep, base, folder, Path.cwd(), read_test)
-    with stop_signals(folder / STOP) as take_signals:
+    with (
+        stop_signals(folder / STOP) as take_signals,
+        workers_in_advance(sweep, folder, cluster, missing) as early,
+    ):
+        setting = TrialSetting(sweep, base, folder, Path.cwd(), read_test, early)
         progress = Progress(setting, space, cluster.concurrent(sweep), missing, take_signals)
         try:
             make_tuner(setting, trials, progress).fit()
@@ -104,6 +109,21 @@ def run_trials(
             f"A signal asked the sweep `{sweep.name}` to stop; its running trials have saved.",
             remedy="Start the same command again and it goes on.",
         )
+
+
+@contextmanager
+def workers_in_advance(
+    sweep: SweepConfig, folder: Path, cluster: Cluster, missing: int
+) -> Iterator[Sequence[EarlyGroup]]:
+    """Workers for the first trials: :mod:`mltfr_dist.tuning.early_workers` says where there are."""
+    resources = sweep.resources_per_trial
+    if resources.gpus or not cluster.own:
+        yield ()
+        return
+    count = min(missing, cluster.concurrent(sweep))
+    each = per_worker(resources)
+    with early_groups(each, resources.workers, count, folder / "ray") as groups:
+        yield groups
 
 
 def make_tuner(setting: TrialSetting, trials: list[Trial], progress: Progress) -> Tuner:

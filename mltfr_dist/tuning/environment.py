@@ -23,8 +23,11 @@ ENVIRONMENT = {
 }
 """What the driver and the trials of a sweep have, where the user has not set it."""
 
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""The same for the driver of a Ray of its own: without clusters it takes 127.0.0.1 for its node and
+LOOPBACK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run`: an environment for each process
+}
+"""The same for the driver of a Ray of its own. Without clusters it takes 127.0.0.1 for its node and
 listens there alone (on every system, whatever the name says); asked for that address in any other
 way, it listens on all interfaces.
 """

@@ -4,12 +4,14 @@ of one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from mltfr_dist.errors import ConfigError
+from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.invocation import train_command
 from mltfr_dist.training.run_folder import CONFIG, REPORT, Result, load_config, load_result
 from mltfr_dist.tuning.records import (
+    BASE,
     METRICS,
     TRIALS,
     Trial,
@@ -18,6 +20,9 @@ from mltfr_dist.tuning.records import (
     read_validations,
 )
 from mltfr_dist.tuning.source import SWEEP
+
+MOST_NAMED = 3
+"""Runs and sweeps that an error names at most."""
 
 
 def folder_report(folder: str | Path) -> str:
@@ -32,6 +37,8 @@ def folder_report(folder: str | Path) -> str:
         return (folder / REPORT).read_text()
     if (folder / SWEEP).exists():
         raise unfinished_sweep(folder)
+    if not (folder / CONFIG).exists():
+        raise no_results(folder)
     config = load_config(folder)
     result = load_result(folder)
     if result is not None:
@@ -90,6 +97,38 @@ def ended_trial(trial: Trial, sweep: Path, epochs: int) -> ConfigError:
         f"The trial {trial.folder} {how} ({reason.rstrip('.')}): {epochs} epochs are validated.",
         remedy=remedy,
     )
+
+
+def no_results(folder: Path) -> CheckpointError:
+    """The error for what is neither a run nor a sweep; it names those that are next to it."""
+    if not folder.exists():
+        what, remedy = "there is no such folder", "Name the folder of a run or a sweep."
+    else:
+        what = f"there is neither {CONFIG} nor {SWEEP}"
+        above = next((p for p in folder.parents if (p / CONFIG).exists() or is_sweep(p)), None)
+        below = [] if above else sorted(results_below(folder))[:MOST_NAMED]
+        if above is not None:
+            remedy = f"It lies in one: `mltfr report {above}`."
+        elif below:
+            remedy = f"Name one of those below it: `mltfr report {below[0]}`"
+            remedy += "".join(f", {other}" for other in below[1:]) + "."
+        else:
+            remedy = "Name a run's folder, such as runs/demo, or a sweep's; of prepared data and "
+            remedy += f"of token tables, `mltfr inspect {folder}` says what they hold."
+    return CheckpointError(f"{folder} holds no run and no sweep: {what}.", remedy=remedy)
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether ``folder`` is a sweep's."""
+    return (folder / SWEEP).exists() and (folder / BASE).exists()
+
+
+def results_below(folder: Path) -> Iterator[Path]:
+    """Runs and sweeps in ``folder``, and in the folders in it."""
+    for pattern in ("*", "*/*"):
+        for path in folder.glob(pattern):
+            if is_sweep(path) or ((path / CONFIG).exists() and not (path.parent / CONFIG).exists()):
+                yield path
 
 
 def unfinished_sweep(folder: Path) -> ConfigError:

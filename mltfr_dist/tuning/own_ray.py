@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import services
 from ray._private.node import Node
+from ray._raylet import persist_port  # type: ignore[attr-defined]
 
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.progress import say
@@ -30,6 +34,23 @@ OBJECT_STORE_BYTES = 128 * 2**20
 
 NOT_NEEDED = ("start_api_server", "start_monitor", "start_log_monitor")
 """Daemons of Ray that have nothing to do in a sweep, by the method that starts them."""
+
+AGENTS = {"dashboard_agent_command", "runtime_env_agent_command"}
+"""The raylet's options that say how its agents are started. It wants both to be there, and its own
+start waits until they have imported what they need and said their ports: half of the time. Here
+nobody asks them anything: there is no dashboard, and no process gets an environment of its own.
+"""
+
+STAND_IN = [sys.executable, "-I", "-S", str(Path(__file__).with_name("agent_stand_in.py"))]
+"""What is started in their place."""
+
+AGENT_PORTS = {
+    "metrics_agent_port": -1,  # as an agent without a dashboard says: there is none
+    "metrics_export_port": -1,
+    "dashboard_agent_listen_port": -1,
+    "runtime_env_agent_port": 1,  # asked for environments alone
+}
+"""What they would write into the session's folder."""
 
 
 def start_own_ray() -> None:
@@ -70,8 +91,8 @@ def few_daemons() -> Iterator[None]:
 
     In our session they would end at once with a SIGTERM to the whole group (timeout, systemd, a
     container's stop), and the sweep could not let its trials save. They still die with the sweep:
-    the kernel sees to that. Dashboard, autoscaler and the collector of logs have nothing to do
-    here, and each takes seconds of a processor to start.
+    the kernel sees to that. Dashboard, autoscaler, the collector of logs and the raylet's agents
+    have nothing to do here, and each takes seconds of a processor to start.
     """
 
     def none(*_given: object, **_more: object) -> None:
@@ -79,7 +100,7 @@ def few_daemons() -> Iterator[None]:
 
     popen = services.ConsolePopen
     starts = {name: getattr(Node, name) for name in NOT_NEEDED}
-    services.ConsolePopen = partial(popen, start_new_session=True)
+    services.ConsolePopen = Daemon
     for name in NOT_NEEDED:
         setattr(Node, name, none)
     try:
@@ -88,6 +109,20 @@ def few_daemons() -> Iterator[None]:
         services.ConsolePopen = popen
         for name, method in starts.items():
             setattr(Node, name, method)
+
+
+class Daemon(services.ConsolePopen):  # type: ignore[misc]
+    """A daemon of Ray's in a session of its own; the raylet without its agents."""
+
+    def __init__(self, command: list[str], *given: Any, **more: Any) -> None:
+        options = dict(word[2:].split("=", 1) for word in command if re.match("--[^=]+=", word))
+        if options.keys() >= AGENTS:
+            for port, number in AGENT_PORTS.items():
+                persist_port(options["session_dir"], options["node_id"], port, number)
+            names = {f"--{name}": subprocess.list2cmdline(STAND_IN) for name in AGENTS}
+            halves = [word.partition("=") for word in command]
+            command = [name + equals + names.get(name, value) for name, equals, value in halves]
+        super().__init__(command, *given, start_new_session=True, **more)
 
 
 def ray_folder() -> Path:

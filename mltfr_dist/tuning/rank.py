@@ -52,6 +52,14 @@ def train_worker(given: dict[str, Any]) -> None:
                 raise
 
 
+def import_training() -> None:
+    """Import what a run needs, which takes seconds, before there is one."""
+    import mltfr_dist.training.running.fit  # noqa: F401
+    from mltfr_dist.distributed.compiler import leave_compiler_out
+
+    leave_compiler_out()  # imports DeepSpeed
+
+
 def refuse_if_stopped(flag: Path) -> None:
     """End a trial before it begins, in place of a first step.
 

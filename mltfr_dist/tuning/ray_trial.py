@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mltfr_dist.errors import EXIT_BAD_INPUT, MltfrError, OtherRankError
 from mltfr_dist.files import write_atomically
 from mltfr_dist.schema import changed
 from mltfr_dist.training.run_folder import load_result
+from mltfr_dist.tuning.early_workers import EarlyGroup
 from mltfr_dist.tuning.environment import set_environment
 from mltfr_dist.tuning.rank import POLL_SECONDS, train_worker
 from mltfr_dist.tuning.records import DIED, Trial, Validation, group_path, load_trial
@@ -32,7 +34,7 @@ from mltfr_dist.tuning.snapshots import make_run, take_snapshot
 from mltfr_dist.tuning.space import SweepConfig, with_values
 from mltfr_dist.tuning.train_group import TorchRanks, Trainer, scaling
 from mltfr_dist.tuning.turns import Turns
-from mltfr_dist.tuning.workers import TrialWorkers, release, release_waiting
+from mltfr_dist.tuning.workers import Group, TrialWorkers, release, release_waiting
 
 EPOCH, OBJECTIVE, NUMBER, GENERATION = "epoch", "objective", "trial", "generation"
 SNAPSHOT = "snapshot"
@@ -62,6 +64,8 @@ class TrialSetting:
     directory: Path
     """Where relative paths of the configuration begin."""
     read_test: bool = False
+    early: Sequence[EarlyGroup] = ()
+    """Workers that were started in advance."""
 
     def config(self, trial: Trial) -> RunConfig:
         """The run's configuration."""
@@ -111,6 +115,7 @@ class SweepTrial(tune.Trainable):  # type: ignore[misc]
         os.chdir(setting.directory)
         set_environment()  # a cluster that was there before the sweep does not have it
         self.setting = setting
+        Group.early = setting.early
         self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import ray
 
-from mltfr_dist.distributed.signals import end_children
+from mltfr_dist.distributed.signals import end_children, taken
 from mltfr_dist.errors import EXIT_LOST, LostRankError, StoppedError, fail
 from mltfr_dist.progress import say
 
@@ -52,6 +53,14 @@ def quieten() -> None:
     """
     ray._private.utils.set_sigterm_handler = lambda _handler: None
     ray._private.worker.print_to_stdstream = lambda *_given, **_more: None
+
+
+def take_signals_again() -> None:
+    """Have the handlers that there were before Ray started: it puts one below Python's, which
+    prints where each thread is.
+    """
+    for number, handler in taken().items():
+        signal.signal(number, handler)
 
 
 def session_folder() -> Path:

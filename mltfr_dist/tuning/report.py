@@ -189,7 +189,8 @@ def final_lines(sweep: SweepConfig, finals: Sequence[Trial]) -> list[str]:
     if not done:
         return ["No final seed was run: the test split is unread."]
     lines = [
-        f"Over {len(done)} seeds ({', '.join(map(str, done))}), mean +- 95% t-interval:",
+        f"Over {len(done)} seed{'s' * (len(done) > 1)} ({', '.join(map(str, done))}), mean +- "
+        "95% t-interval:",
         "",
         "| metric | valid | test |",
         "|---|---|---|",

@@ -188,9 +188,11 @@ def short(key: str) -> str:
 
 
 def shown_value(value: Any) -> str:
-    """A value as short as it can be: files by their names."""
+    """A value as short as it can be, and otherwise as YAML has it: files by their names."""
     if isinstance(value, list | tuple):
         return "+".join(Path(str(one)).name for one in value) or "none"
+    if value is None or isinstance(value, bool):
+        return encoded(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -25,11 +25,17 @@ from mltfr_dist.tuning.space import TrialResources
 from mltfr_dist.tuning.workers import Group
 
 
+def per_worker(resources: TrialResources) -> dict[str, float]:
+    """What a worker holds, by Ray's names."""
+    return {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+
+
 def scaling(resources: TrialResources) -> ScalingConfig:
     """A trial's workers for Ray Train."""
-    per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
     return ScalingConfig(
-        num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=per_worker
+        num_workers=resources.workers,
+        use_gpu=resources.gpus > 0,
+        resources_per_worker=per_worker(resources),
     )
 
 

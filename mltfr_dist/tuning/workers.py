@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import (
+    DefaultPlacementGroupHandle,
+)
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
 from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
 from mltfr_dist.distributed.signals import request_stop
 from mltfr_dist.files import write_atomically
+from mltfr_dist.tuning.early_workers import EarlyGroup
 
 INHERITED = dict(os.environ)
 """This process's environment as Ray started it; its workers have that, too."""
@@ -33,12 +39,15 @@ class Waiting(WorkerGroupState):  # type: ignore[misc]
 class Group(WorkerGroup):  # type: ignore[misc]
     """Workers that go on to this process's next trial, where theirs has ended without an error.
 
-    The first ones may be processes that Ray has started in advance: it has these for one
-    environment.
+    The first ones are those that the sweep has started in advance, or else may be processes that
+    Ray has: it has these for one environment.
     """
 
+    early: Sequence[EarlyGroup] = ()
+    """Those that the sweep has started in advance."""
+
     def _create_placement_group(self, *given: Any) -> Any:
-        if _waiting:
+        if _waiting or self._take_early():
             return _waiting[0].placement_group_handle
         return super()._create_placement_group(*given)
 
@@ -46,6 +55,22 @@ class Group(WorkerGroup):  # type: ignore[misc]
         if _waiting:
             return list(_waiting.pop().workers)
         return super()._create_workers(*given, **more)
+
+    def _take_early(self) -> bool:
+        for group in self.early:
+            metadata = group.take()
+            if metadata is None:
+                continue
+            resources = self.get_worker_group_context().resources_per_worker
+            workers = [
+                Worker(actor, data, resources, placement_group_bundle_index=index)
+                for index, (actor, data) in enumerate(zip(group.actors, metadata, strict=True))
+            ]
+            handle = DefaultPlacementGroupHandle(group.placement_group)
+            ranked = WorkerGroup._assign_worker_ranks(workers)
+            _waiting.append(WorkerGroupState(time.monotonic(), handle, ranked, None))
+            return True
+        return False
 
     def shutdown(self) -> None:
         """Called by Ray Train at a trial's end."""

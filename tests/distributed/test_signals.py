@@ -255,6 +255,26 @@ def test_a_sweep_whose_first_trial_starts_begins_no_other(tmp_path: Path) -> Non
 
 
 @pytest.mark.integration
+@pytest.mark.timeout(600)
+def test_a_sweep_whose_report_is_drawn_is_reported_by_the_next_start(tmp_path: Path) -> None:
+    search, short = {"training.seed": {"choices": [0]}}, {"training.epochs": 1}
+    path = write_space(tmp_path, search, algorithm="grid", overrides=short, **GROUP)
+    report = tmp_path / "sweeps" / "sweep" / "report.md"
+    for number in (signal.SIGHUP, signal.SIGTERM):  # behind the last trial, and where none is left
+        command = Command([*MLTFR, "sweep", str(path)], tmp_path)
+        maps = Path(f"/proc/{command.process.pid}/maps")
+        command.wait_for(lambda maps=maps: "matplotlib" in maps.read_text())
+        assert command.signalled(number) == EXIT_STOPPED
+        ours = ("sweep `", "  ", "StoppedError: ")
+        assert all(line.startswith(ours) for line in command.said), "nothing of Ray's"
+        assert " ended the sweep: what its trials have saved stays. " in command.said[-1]
+        assert not report.exists()
+    command = Command([*MLTFR, "sweep", str(path)], tmp_path)
+    assert command.process.wait(timeout=200) == 0, command.said[-20:]
+    assert report.exists()
+
+
+@pytest.mark.integration
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("what", ["run", "sweep"])
 def test_a_dropped_connection_lets_all_save(tmp_path: Path, what: str) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from mltfr_dist.files import replacing
+
 SESSION = Path("tb", "hparams")
 """In a run's folder."""
 
@@ -36,16 +38,18 @@ def write_session(
         The session's folder.
     """
     session = folder / SESSION
+    session.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(session, ignore_errors=True)
     shown = {key: shown_field(value) for key, value in fields.items()}
-    writer = SummaryWriter(str(session))
-    assert writer.file_writer is not None
-    for summary in hparams(shown, dict.fromkeys(metrics, 0.0)):
-        if summary.value[0].tag != EXPERIMENT:
-            writer.file_writer.add_summary(summary)
-    for tag, value in metrics.items():
-        writer.add_scalar(tag, value, step)
-    writer.close()
+    with replacing(session) as partial:  # whole or absent: a sweep writes what is absent
+        writer = SummaryWriter(str(partial))
+        assert writer.file_writer is not None
+        for summary in hparams(shown, dict.fromkeys(metrics, 0.0)):
+            if summary.value[0].tag != EXPERIMENT:
+                writer.file_writer.add_summary(summary)
+        for tag, value in metrics.items():
+            writer.add_scalar(tag, value, step)
+        writer.close()
     return session
 
 

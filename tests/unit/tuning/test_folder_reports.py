@@ -81,5 +81,21 @@ def test_a_trial_that_is_over_without_a_result_says_why(
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no run"):
+    with pytest.raises(CheckpointError, match=r"holds no run and no sweep.*mltfr inspect \S+"):
+        folder_report(tmp_path)
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        folder_report(tmp_path / "none")
+
+
+def test_what_lies_beside_a_run_or_a_sweep_names_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", finished=True)
+    sweep = make_run(tmp_path / "sweeps" / "mine" / "trials" / "0001", finished=True).parents[1]
+    for name in ("sweep.yaml", "base.yaml"):
+        (sweep / name).write_text("name: mine\n")
+    for within in (sweep / "trials", sweep / "sweep.yaml"):
+        with pytest.raises(CheckpointError, match=rf"`mltfr report {sweep}`"):
+            folder_report(within)
+    with pytest.raises(CheckpointError, match=rf"`mltfr report {run}`"):
+        folder_report(run / CONFIG)
+    with pytest.raises(CheckpointError, match=rf"`mltfr report {run}`, {sweep}\."):
         folder_report(tmp_path)

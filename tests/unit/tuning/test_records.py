@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import CheckpointError, MltfrError
 from mltfr_dist.schema import validate
-from mltfr_dist.training.reporting.hparams import SESSION
+from mltfr_dist.training.reporting.hparams import SESSION, write_session
 from mltfr_dist.training.run_folder import RESULT, Result
 from mltfr_dist.tuning import report
 from mltfr_dist.tuning.hparams import write_all
@@ -237,6 +237,15 @@ def test_hparams_hold_the_searched_fields_and_the_outcome(tmp_path: Path) -> Non
     plugin = board.PluginTagToContent("hparams")
     assert "_hparams_/session_start_info" in plugin
     assert RATE.encode() in plugin["_hparams_/session_start_info"]
+
+
+def test_a_session_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
+    trial = trial_of(sweep_of(tmp_path), 0, 0.01, 2, 0.1, finished=True)
+    with pytest.raises(ValueError, match="many"):  # as a kill in the middle of its metrics
+        write_session(trial.folder, {RATE: 0.01}, {"a": 1.0, "b": "many"}, 1)  # type: ignore[dict-item]
+    assert not (trial.folder / SESSION).exists()
+    write_all([trial])
+    assert [s.value for s in load_board(trial).Scalars("sweep/epochs")] == [1]
 
 
 def test_a_failed_trial_goes_on_when_it_is_told_to(tmp_path: Path) -> None:

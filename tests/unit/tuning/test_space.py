@@ -101,6 +101,13 @@ def test_a_domain_that_is_none_is_refused(
         ({"backbone.name": {"choices": ["sasrec", "sasrek"]}}, "sasrek"),
         ({"backbone.dropout": {"uniform": [0.0, 1.5]}}, "backbone.dropout"),
         ({"training.epochs": {"choices": [True]}}, "epochs must not be true or false"),
+        (
+            {
+                "mltfr.router.top_k": {"choices": [2, 9]},  # valid beside what was meant
+                "mltfr.null_expert": {"choices": [True, False]},
+            },
+            "`mltfr.null_expert` is not a field of a run",
+        ),
     ],
 )
 def test_what_no_trial_can_run_with_is_refused(
@@ -229,8 +236,8 @@ def test_a_folder_of_another_sweep_is_refused(base_file: Path) -> None:
 
 def test_values_are_shown_short() -> None:
     assert (
-        shown({"a.tables": ["data/x", "data/y"], "b.rate": 0.00012345, "c.k": 3})
-        == "a.tables=x+y  b.rate=0.0001234  c.k=3"
+        shown({"a.tables": ["data/x", "data/y"], "b.rate": 0.00012345, "c.k": None, "d.on": True})
+        == "a.tables=x+y  b.rate=0.0001234  c.k=null  d.on=true"
     )
 
 
