@@ -46,14 +46,14 @@ class CausalLinearAttention(nn.Module):
         """[N, D] -> [N, D]; padding stands behind and is never read."""
         heads = self.qkv(x).view(x.shape[0], 3, self.num_heads, x.shape[-1] // self.num_heads)
         mixed = []
-        for some, part in packing.divided(heads):
-            qkv = at_least_fp32(part.unpack(some))  # [B, L, 3, H, d]
+        for some, group in packing.divided(heads):
+            qkv = at_least_fp32(group.unpack(some))  # [B, L, 3, H, d]
             query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, d]
             key = F.elu(key)
             column_norms = (1 + key.square().cumsum(2)).sqrt()  # [B, H, L, d] over positions <= t
             query = F.normalize(F.elu(query), dim=-1) / column_norms
             read = causal_product(query, key, value).to(x.dtype)
-            mixed.append(part.pack(read.transpose(1, 2).flatten(2)))
+            mixed.append(group.pack(read.transpose(1, 2).flatten(2)))
         return self.out(torch.cat(mixed))  # type: ignore[no-any-return]
 
 

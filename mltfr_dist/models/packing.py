@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mltfr_dist.data.batch import PADDING_IDX
 
 SHORTEST = 0.75
-"""Rows of a part are at least this share of its longest one, so that few of its positions are
+"""Rows of a group are at least this share of its longest one, so that few of its positions are
 padding.
 """
 
@@ -38,7 +38,7 @@ def indices_where(mask: Tensor, count: int | None = None) -> Tensor:
     return torch.nonzero_static(mask.flatten(), size=count)[:, 0]
 
 
-class Part(NamedTuple):
+class Group(NamedTuple):
     """Consecutive rows of like length."""
 
     size: int
@@ -101,34 +101,34 @@ class Packing:
         return x
 
     @cached_property
-    def parts(self) -> list[Part]:
-        """The rows in parts of like length, which a mixing of positions takes one by one.
+    def groups(self) -> list[Group]:
+        """The rows in groups of like length, which a mixing of positions takes one by one.
 
         On a CPU, where a position of padding costs what an item costs, and where rows come longest
-        first, as the stream deals them; a single part elsewhere, for lengths would have to come
+        first, as the stream deals them; a single group elsewhere, for lengths would have to come
         from the device, and many small products keep it waiting.
         """
-        whole = [Part(len(self._indices), self)]
+        whole = [Group(len(self._indices), self)]
         if self.item_ids.device.type != "cpu" or type(self) is not Packing:
             return whole
         lengths = self.num_items.tolist() if self.lengths is None else list(self.lengths)
         if not any(lengths) or lengths != sorted(lengths, reverse=True):
             return whole
-        parts, first = [], 0
+        groups, first = [], 0
         for row in range(1, len(lengths) + 1):
             if row == len(lengths) or lengths[row] < SHORTEST * lengths[first]:
                 rows = Packing(self.item_ids[first:row, : lengths[first]], lengths[first:row])
-                parts.append(Part(sum(lengths[first:row]), rows))
+                groups.append(Group(sum(lengths[first:row]), rows))
                 first = row
-        return [part for part in parts if part.size]
+        return [group for group in groups if group.size]
 
     def divided(self, packed: Tensor) -> list[tuple[Tensor, Packing]]:
-        """[N, ...] in the parts of :attr:`parts`, each with the packing of its rows."""
-        parts = self.parts
-        if len(parts) == 1:
-            return [(packed, parts[0].packing)]
-        pieces = torch.split(packed, [part.size for part in parts])
-        return [(piece, part.packing) for piece, part in zip(pieces, parts, strict=True)]
+        """[N, ...] in the groups of :attr:`groups`, each with the packing of its rows."""
+        groups = self.groups
+        if len(groups) == 1:
+            return [(packed, groups[0].packing)]
+        pieces = torch.split(packed, [group.size for group in groups])
+        return [(piece, group.packing) for piece, group in zip(pieces, groups, strict=True)]
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, L, ...] -> [N, ...]."""

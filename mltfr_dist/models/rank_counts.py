@@ -107,7 +107,7 @@ def _counted_in_registers(
     powers = None if normaliser is None else normaliser.powers
     counts = torch.zeros(2, len(target_scores), dtype=torch.int64)
     left_out = LeftOut(*tiles.excluded_by_user())
-    for start, vectors, error in tiles.parts(items):
+    for start, vectors, error in tiles.item_blocks(items):
         low, high = _limits(target_scores, error)
         count_between(
             tiles.hidden, vectors, low, high, target_scores, left_out, start, counts, powers

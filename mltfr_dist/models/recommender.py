@@ -111,7 +111,7 @@ class Recommender(nn.Module):
         """Item ids [B, L] as :meth:`Backbone.for_ranking` gives them -> the states [B, D] that rank
         the next item.
 
-        On a CPU longest histories first, for :attr:`Packing.parts`.
+        On a CPU longest histories first, for :attr:`Packing.groups`.
         """
         if item_ids.device.type != "cpu":
             return self._last_hidden(item_ids, None)

@@ -111,7 +111,7 @@ class Tiles:
         """
         users, items = self.shape
         buffer = self.hidden.new_empty(users * items)
-        for start, vectors, error in self.parts(items):
+        for start, vectors, error in self.item_blocks(items):
             for first in range(0, len(self.hidden), users):
                 block = slice(first, first + users)
                 hidden = self.hidden[block]
@@ -119,7 +119,7 @@ class Tiles:
                 torch.mm(hidden, vectors.T, out=scores)
                 yield Tile(block, start, scores, error[block])
 
-    def parts(self, items: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def item_blocks(self, items: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Some ``items`` at a time: the index of the first, their vectors [T, D] and the error [B]
         of their scores.
 
@@ -143,11 +143,11 @@ class Tiles:
     def exact(self, rows: Tensor, indices: Tensor) -> Tensor:
         """[S] true scores of the users ``rows`` and the items at ``indices``."""
         chunk = max(1, EXACT_ELEMENTS // self.hidden.shape[1])
-        parts = [
+        scores = [
             exact_scores(self.hidden[r], self._rows(p))
             for r, p in zip(torch.split(rows, chunk), torch.split(indices, chunk), strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(scores)
 
     def _rows(self, which: slice | Tensor) -> Tensor:
         """[n, D] vectors of some items, with the digits of the model's format."""

@@ -69,8 +69,8 @@ def top_items(
 def _in_registers(tiles: Tiles, k: int, items: int) -> tuple[Tensor, Tensor]:
     """Scores and indices [B, k] by a kernel that writes no scores, some ``items`` at a time."""
     error = torch.zeros(len(tiles.hidden), dtype=torch.float64)
-    for _, _, of_part in tiles.parts(items):
-        error = torch.maximum(error, of_part)
+    for _, _, of_block in tiles.item_blocks(items):
+        error = torch.maximum(error, of_block)
     bounds, excluded = tiles.excluded_by_user()
     tops = [
         leaders(
@@ -83,7 +83,7 @@ def _in_registers(tiles: Tiles, k: int, items: int) -> tuple[Tensor, Tensor]:
         )
         for first in range(0, len(tiles.hidden), USERS)
     ]
-    return torch.cat([part[0] for part in tops]), torch.cat([part[1] for part in tops])
+    return torch.cat([values for values, _ in tops]), torch.cat([indices for _, indices in tops])
 
 
 def _in_tiles(tiles: Tiles, exclude: Pairs | None, k: int) -> tuple[Tensor, Tensor]:

@@ -57,13 +57,13 @@ def attended(qkv: Tensor, packing: Packing, *, causal: bool, dropout_p: float) -
     D].
     """
     mixed = []
-    for some, part in packing.divided(qkv):
-        query, key, value = part.unpack(some).permute(2, 0, 3, 1, 4)  # [B, H, L, D/H]
+    for some, group in packing.divided(qkv):
+        query, key, value = group.unpack(some).permute(2, 0, 3, 1, 4)  # [B, H, L, D/H]
         mask = None
-        if isinstance(part, Padded):
-            mask = part.causal_mask[:, None]
+        if isinstance(group, Padded):
+            mask = group.causal_mask[:, None]
         elif not causal:
-            valid = part.valid_mask[:, None]  # [B, 1, L]
+            valid = group.valid_mask[:, None]  # [B, 1, L]
             # Padding is no key. What padding itself would read is thrown away: it sees all, so that
             # no row is empty.
             mask = valid[:, :, None] | ~valid[..., None]  # [B, 1, L, L]
@@ -77,7 +77,7 @@ def attended(qkv: Tensor, packing: Packing, *, causal: bool, dropout_p: float) -
             dropout_p=dropout_p,
             is_causal=causal and mask is None,
         )
-        mixed.append(part.pack(read.transpose(1, 2).flatten(2)))
+        mixed.append(group.pack(read.transpose(1, 2).flatten(2)))
     return torch.cat(mixed)
 
 

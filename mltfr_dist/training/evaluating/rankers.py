@@ -96,7 +96,7 @@ class ByModel:
         hidden, targets = batch.of_targets(hidden)[present], target_ids[present]
         exclude = Pairs(number[exclude.rows], exclude.item_ids)
         division = division_of(self._model) if isinstance(self._model, nn.Module) else None
-        count = self._in_whole if division is None else partial(self._in_parts, division)
+        count = self._in_whole if division is None else partial(self._in_blocks, division)
         counts, target_scores, normaliser = count(hidden, item_vectors, targets, exclude)
         if self._loss is not None and normaliser is not None:
             self._loss.add(normaliser - target_scores)
@@ -114,7 +114,7 @@ class ByModel:
         )
         return counts, target_scores, None if normaliser is None else normaliser.value
 
-    def _in_parts(
+    def _in_blocks(
         self, division: Division, hidden: Tensor, own: Tensor, targets: Tensor, exclude: Pairs
     ) -> tuple[RankCounts, Tensor, Tensor | None]:
         """The same over items that are divided; the model has looked the targets up."""
@@ -143,19 +143,19 @@ class ByScores:
         Raises:
             ValueError: A score is NaN, or a target's is not finite: no rank can be stated.
         """
-        parts = []
+        counts = []
         for start in range(0, len(batch.target_ids), self._at_once):
-            part = targets_of(batch, start, start + self._at_once)
+            block = targets_of(batch, start, start + self._at_once)
             here = (exclude.rows >= start) & (exclude.rows < start + self._at_once)
-            scores, targets = part.of_targets(self._score(part)), part.target_ids[:, None]
+            scores, targets = block.of_targets(self._score(block)), block.target_ids[:, None]
             of_targets = scores.gather(1, targets)
-            present = part.target_ids != PADDING_IDX
+            present = block.target_ids != PADDING_IDX
             if scores.isnan().any() or not of_targets[present].isfinite().all():
                 raise ValueError("scores hold NaN, or a target without a finite score")
             left_out = (exclude.rows[here] - start, exclude.item_ids[here])
             scores = scores.index_put(left_out, scores.new_tensor(-torch.inf))
-            parts.append(((scores > of_targets).sum(1), (scores == of_targets).sum(1)))
-        return RankCounts(*(torch.cat(part) for part in zip(*parts, strict=True)))
+            counts.append(((scores > of_targets).sum(1), (scores == of_targets).sum(1)))
+        return RankCounts(*(torch.cat(column) for column in zip(*counts, strict=True)))
 
 
 class SameForAll:

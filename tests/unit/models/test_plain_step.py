@@ -93,11 +93,11 @@ def test_parts_hold_every_row_once_and_little_padding() -> None:
     item_ids = dealt(generator).item_ids
     item_ids = torch.cat([item_ids, torch.zeros_like(item_ids[:3])])  # rows that fill a batch
     packing = Packing(item_ids)
-    assert len(packing.parts) > 2
+    assert len(packing.groups) > 2
     packed = packing.pack(item_ids)
-    assert sum(size for size, _ in packing.parts) == len(packed)
-    sizes = [size for size, _ in packing.parts]
-    for some, (_, part) in zip(torch.split(packed, sizes), packing.parts, strict=True):
+    assert sum(size for size, _ in packing.groups) == len(packed)
+    sizes = [size for size, _ in packing.groups]
+    for some, (_, part) in zip(torch.split(packed, sizes), packing.groups, strict=True):
         assert torch.equal(part.unpack(some), part.item_ids)
         assert torch.equal(part.pack(part.item_ids), some)
         assert int(part.num_items.min()) >= 0.75 * part.item_ids.shape[1]
@@ -111,9 +111,9 @@ def test_ranking_takes_histories_of_any_order_in_parts(num_layers: int) -> None:
     model = Recommender(SASRec(config, ITEMS, MAX_LEN), None, LossConfig(), num_items=ITEMS).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
-    attention, num_parts = model.backbone.blocks[0].attention, []
+    attention, num_groups = model.backbone.blocks[0].attention, []
     assert isinstance(attention, SelfAttention)
-    attention.register_forward_pre_hook(lambda _, given: num_parts.append(len(given[1].parts)))
+    attention.register_forward_pre_hook(lambda _, given: num_groups.append(len(given[1].groups)))
     generator = torch.Generator().manual_seed(3)
     item_ids = dealt(generator).item_ids[torch.randperm(ROWS, generator=generator)]
     item_ids[5] = 0  # a row that fills the batch
@@ -122,13 +122,13 @@ def test_ranking_takes_histories_of_any_order_in_parts(num_layers: int) -> None:
     with torch.no_grad():
         found = model(batch, read=lambda states, _: states)
         hidden, packing, _ = model.hidden(item_ids)
-    assert num_parts[0] > 2
-    assert num_parts[1] == 1
+    assert num_groups[0] > 2
+    assert num_groups[1] == 1
     torch.testing.assert_close(found, packing.last(hidden), rtol=1e-4, atol=1e-5)
     rounded = model.bfloat16()(batch, read=lambda states, _: states)
     torch.testing.assert_close(rounded.float(), found, rtol=0.1, atol=0.1)
 
 
 def test_rows_in_another_order_are_one_part() -> None:
-    assert len(Packing(torch.tensor([[1, 0, 0], [1, 2, 3]])).parts) == 1
-    assert len(Packing(torch.zeros(2, 3, dtype=torch.int64)).parts) == 1
+    assert len(Packing(torch.tensor([[1, 0, 0], [1, 2, 3]])).groups) == 1
+    assert len(Packing(torch.zeros(2, 3, dtype=torch.int64)).groups) == 1
