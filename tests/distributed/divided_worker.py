@@ -41,11 +41,11 @@ STEPS = 5
 Variants = dict[str, tuple[int, int | None, dict[str, object]]]
 QUICK: Variants = {
     "sampled, sparse": (1, None, SPARSE),
-    "sampled, dense, accumulated": (3, 4, SAMPLED),
+    "sampled, dense, accumulated": (3, 2, SAMPLED),
     "cross-entropy": (0, None, {}),
     "cross-entropy, titles": (
         2,
-        4,
+        2,
         {"backbone__name": "bert4rec", "mltfr__item_tokens__source": "titles"},
     ),
 }
@@ -111,8 +111,12 @@ def backbones(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Losses of every backbone of the registry, at all stages in turn."""
     variants: Variants = {}
     for number, (name, entry) in enumerate(BACKBONES.items()):
-        samples = {"data__samples": "prefixes"} if entry.reads_future else {}
-        variants[name] = (number % 4, None, {"backbone__name": name} | samples)
+        needed: dict[str, object] = {"backbone__name": name}
+        if entry.reads_future:
+            needed["data__samples"] = "prefixes"
+        if name == "cl4srec":
+            needed["backbone__cl4srec__contrast_group"] = 4
+        variants[name] = (number % 4, None, needed)
     return losses(folder, ranks, variants)
 
 
