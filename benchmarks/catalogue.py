@@ -186,13 +186,13 @@ def measured(call: Callable[[], Any], name: str) -> Any:
     forget_peak_memory()
     before, started, used = peak_memory_bytes(), time.perf_counter(), time.process_time()
     result = call()
-    found = {
+    figures = {
         "name": name,
         "seconds": time.perf_counter() - started,
         "processor": time.process_time() - used,
         "bytes": peak_memory_bytes() - before,
     }
-    print(json.dumps(found), flush=True)
+    print(json.dumps(figures), flush=True)
     return result
 
 
@@ -240,10 +240,10 @@ def main() -> None:
     for way in range(len(WAYS)):
         command = [sys.executable, *sys.argv, "--way", str(way)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        for found in map(json.loads, done.stdout.splitlines()):
+        for result in map(json.loads, done.stdout.splitlines()):
             print(
-                f"| {found['name']} | {found['seconds']:.1f} | {found['processor']:.1f} | "
-                f"{found['bytes'] / 2**20:,.0f} |",
+                f"| {result['name']} | {result['seconds']:.1f} | {result['processor']:.1f} | "
+                f"{result['bytes'] / 2**20:,.0f} |",
                 flush=True,
             )
     return None

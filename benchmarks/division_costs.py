@@ -42,19 +42,19 @@ class Case:
     def received(self, *, all_items: bool = False) -> dict[str, float]:
         """Bytes that a step of one micro-batch brings a rank, by what they are."""
         dealt = self.rows * self.share
-        found = {
+        result = {
             "rows that are asked for": dealt * PLACE,
             "their vectors": dealt * self.dim * self.sent,
             "gradients of rows": dealt * (PLACE + self.dim * SCALAR),
         }
         if all_items:
             others = self.positions * (self.ranks - 1)
-            found |= {
+            result |= {
                 "hidden states, targets, weights": others * (self.dim * self.sent + PLACE + SCALAR),
                 "maxima, sums, targets' logits": others * 2 * 3 * SCALAR,
                 "gradients of hidden states": others * self.dim * self.sent,
             }
-        return found
+        return result
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Machine:
         """Of bytes that come from ``ranks`` GPUs in equal parts, and of that the messages alone."""
         inside = min(self.node, ranks) - 1
         outside = ranks - 1 - inside
-        part = received / max(1, ranks - 1)
-        moved = max(part * inside / self.nvlink, part * outside / self.network)
+        block = received / max(1, ranks - 1)
+        moved = max(block * inside / self.nvlink, block * outside / self.network)
         return moved, self.exchanges * (ranks - 1) * self.message
 
 

@@ -187,14 +187,14 @@ def timed(steps: Iterator[StepBatches], engine: Engine, first: int) -> tuple[flo
 def waits(engine: Engine, batches: StepBatches) -> dict[str, int]:
     """Where one update waits for the GPU: line of this package to number of times."""
     torch.cuda.synchronize()
-    found: collections.Counter[str] = collections.Counter()
+    result: collections.Counter[str] = collections.Counter()
 
     def note(message: Warning | str, *_: Any, **__: Any) -> None:
         if "synchroniz" in str(message):
             lines = [f for f in traceback.extract_stack() if PACKAGE in f.filename]
             where = lines[-1] if lines else None
             place = f"{where.filename.partition(PACKAGE)[2]}:{where.lineno}" if where else "torch"
-            found[place] += 1
+            result[place] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -202,7 +202,7 @@ def waits(engine: Engine, batches: StepBatches) -> dict[str, int]:
         torch.cuda.set_sync_debug_mode("warn")
         train_step(engine, batches, 1)
         torch.cuda.set_sync_debug_mode("default")
-    return dict(found.most_common())
+    return dict(result.most_common())
 
 
 def measure(case: Case, inputs: Inputs, ranks: Ranks, max_steps: int) -> dict[str, Any]:
@@ -262,10 +262,10 @@ COLUMNS = {
 }
 
 
-def row(found: dict[str, Any]) -> str:
+def row(result: dict[str, Any]) -> str:
     """A line of the table."""
-    cells = [shape.format(found[key]) for key, (_, shape) in COLUMNS.items()]
-    return f"| {found['case']} | " + " | ".join(cells) + " |"
+    cells = [shape.format(result[key]) for key, (_, shape) in COLUMNS.items()]
+    return f"| {result['case']} | " + " | ".join(cells) + " |"
 
 
 def main() -> int:

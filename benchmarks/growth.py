@@ -71,11 +71,11 @@ def slopes(sizes: Sequence[float], costs: Sequence[float]) -> tuple[float, float
     return float(np.polyfit(x, y, 1)[0]), float((y[-1] - y[-2]) / (x[-1] - x[-2]))
 
 
-def above_linear(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+def above_linear(result: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     """Which costs grow faster than linearly, and how."""
     return [
         f"{what} by {size} ({said(curve)})"
-        for size, curves in found.items()
+        for size, curves in result.items()
         for what, curve in curves.items()
         if max(curve["slopes"]) > LINEAR
     ]
@@ -156,8 +156,8 @@ def measure(config: RunConfig) -> dict[str, float]:
     for step, of_step in enumerate(batches):
         engine.update(of_step, step)
     seconds = [fastest(lambda: engine.update(of_step, 0)) for of_step in batches]  # noqa: B023
-    found = {"step": sum(seconds) / STEPS, "memory": (peak_memory_bytes() - before) / 2**20}
-    return found | ({"refresh": fastest(refresh)} if config.mltfr.filter.shortlist_size else {})
+    result = {"step": sum(seconds) / STEPS, "memory": (peak_memory_bytes() - before) / 2**20}
+    return result | ({"refresh": fastest(refresh)} if config.mltfr.filter.shortlist_size else {})
 
 
 def in_child(config: RunConfig) -> dict[str, float]:
@@ -184,12 +184,12 @@ def curves_of(inputs: Inputs, size: str, known: dict[str, dict[str, float]]) -> 
         )
     values = SIZES[size]
     return {
-        name: {"sizes": values, "costs": found, "slopes": slopes(values, found)}
-        for name, found in costs.items()
+        name: {"sizes": values, "costs": result, "slopes": slopes(values, result)}
+        for name, result in costs.items()
     }
 
 
-def draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+def draw(result: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     """Time above, memory below, a column a size."""
     import matplotlib
 
@@ -197,9 +197,9 @@ def draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(
-        2, len(found), figsize=(2.6 * len(found), 5.4), layout="constrained", squeeze=False
+        2, len(result), figsize=(2.6 * len(result), 5.4), layout="constrained", squeeze=False
     )
-    for column, (size, curves) in zip(axes.T, found.items()):
+    for column, (size, curves) in zip(axes.T, result.items()):
         for name, curve in curves.items():
             axis = column[int(name.startswith("memory"))]
             label = f"{name.split(', ')[-1]}: {said(curve)}"
@@ -228,18 +228,18 @@ def main() -> int:
     options = parser.parse_args()
     import deepspeed  # noqa: F401  (once, and not in each child)
 
-    found, known = dict[str, Any](), dict[str, dict[str, float]]()
+    result, known = dict[str, Any](), dict[str, dict[str, float]]()
     with tempfile.TemporaryDirectory() as temporary:
         inputs = Inputs(Path(temporary))
         for size in options.only:
-            found[size] = curves_of(inputs, size, known)
-            for name, curve in found[size].items():
+            result[size] = curves_of(inputs, size, known)
+            for name, curve in result[size].items():
                 print(f"{size:10} {name:18} {said(curve)}")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.plot:
-        draw(found, options.plot)
-    above = above_linear(found)
+        draw(result, options.plot)
+    above = above_linear(result)
     print("Above linear: " + ("; ".join(above) if above else "nothing"))
     return int(bool(above))
 

@@ -110,11 +110,11 @@ def trained(engine: Engine, options: argparse.Namespace) -> Found:
         engine.update(batches, step)
         ranks.barrier()
         times.append(time.perf_counter() - started)
-    found = {"step": min(times[2:]), "received": float(sum(received.values()))}
+    result = {"step": min(times[2:]), "received": float(sum(received.values()))}
     if rows is not None:
         case = Case(options.items, options.dim, ranks.world_size, read(rows, batches), 0)
-        found["expected"] = sum(case.received().values())
-    return found
+        result["expected"] = sum(case.received().values())
+    return result
 
 
 def read(rows: DividedRows, batches: StepBatches) -> int:
@@ -185,24 +185,24 @@ def measure(options: argparse.Namespace) -> None:
     ranks, place = start_ranks(1), Path(options.place)
     started = time.perf_counter()
     engine = made_engine(options, ranks, place if options.phase == "go on" else None)
-    found = {"load": time.perf_counter() - started, "built": float(peak_memory_bytes())}
+    result = {"load": time.perf_counter() - started, "built": float(peak_memory_bytes())}
     fresh_peak()
-    found |= trained(engine, options) | {"held": held(engine)}
+    result |= trained(engine, options) | {"held": held(engine)}
     if options.phase == "go on":
-        found["ranking"] = ranked(engine, options)
-    found["peak"] = float(peak_memory_bytes())
+        result["ranking"] = ranked(engine, options)
+    result["peak"] = float(peak_memory_bytes())
     if options.phase == "save":
         before = peak_memory_bytes()
         started = time.perf_counter()
         save(place, engine, Progress(stage="train", step=options.steps + 2))
-        found["save"] = time.perf_counter() - started
-        found["save_more"] = float(peak_memory_bytes() - before)
+        result["save"] = time.perf_counter() - started
+        result["save_more"] = float(peak_memory_bytes() - before)
         if options.background:
-            found |= saved_meanwhile(engine, options, place)
-    Path(f"{options.output}.{ranks.rank}").write_text(json.dumps(found))
+            result |= saved_meanwhile(engine, options, place)
+    Path(f"{options.output}.{ranks.rank}").write_text(json.dumps(result))
     if options.phase == "save":
         ranks.barrier()
-        threading.Timer(found["step"] / 2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        threading.Timer(result["step"] / 2, os.kill, (os.getpid(), signal.SIGKILL)).start()
         while True:
             engine.update(random_step(options, 0, ranks.rank, ranks.world_size), 0)
     stop_ranks()
@@ -228,26 +228,26 @@ def run_case(num_ranks: int, items: int, phase: str, place: Path) -> Found:
             str(items),
         )
         done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
-        found = [json.loads(path.read_text()) for path in Path(scratch).iterdir()]
-        if len(found) < num_ranks or (done.returncode == 0) == (phase == "save"):
+        result = [json.loads(path.read_text()) for path in Path(scratch).iterdir()]
+        if len(result) < num_ranks or (done.returncode == 0) == (phase == "save"):
             raise RuntimeError(done.stderr[-4000:])
-        worst = {key: max(one[key] for one in found) for key in found[0]}
+        worst = {key: max(one[key] for one in result) for key in result[0]}
         for key in {"received", "expected"} & worst.keys():
-            worst[key] = sum(one[key] for one in found) / num_ranks
+            worst[key] = sum(one[key] for one in result) / num_ranks
         return worst
 
 
-def line(name: str, num_ranks: int, items: int, found: Found) -> str:
+def line(name: str, num_ranks: int, items: int, result: Found) -> str:
     """A line of the table."""
     share = (
-        f"{found['received'] / 1e6:.3f} | {found['expected'] / 1e6:.3f}"
-        if "expected" in found
+        f"{result['received'] / 1e6:.3f} | {result['expected'] / 1e6:.3f}"
+        if "expected" in result
         else "- | -"
     )
     return (
-        f"| {name} | {num_ranks} | {items:,} | {found['held'] / 1e6:.1f} | "
-        f"{found['built'] / GIB:.2f} "
-        f"| {found['peak'] / GIB:.2f} | {found['step']:.3f} | {share} |"
+        f"| {name} | {num_ranks} | {items:,} | {result['held'] / 1e6:.1f} | "
+        f"{result['built'] / GIB:.2f} "
+        f"| {result['peak'] / GIB:.2f} | {result['step']:.3f} | {share} |"
     )
 
 
@@ -296,21 +296,21 @@ def main() -> None:
         print(line("train", 2, options.few, few), flush=True)
         for num_ranks in options.ranks:
             if num_ranks != 2:
-                found = run_case(num_ranks, options.items, "train", place)
-                print(line("train", num_ranks, options.items, found), flush=True)
+                result = run_case(num_ranks, options.items, "train", place)
+                print(line("train", num_ranks, options.items, result), flush=True)
         saved = run_case(2, options.items, "save", place)
         print(line("train, save, killed", 2, options.items, saved), flush=True)
         gone_on = {n: run_case(n, options.items, "go on", place) for n in options.ranks if n != 2}
-        for num_ranks, found in gone_on.items():
-            print(line("go on, rank users", num_ranks, options.items, found), flush=True)
+        for num_ranks, result in gone_on.items():
+            print(line("go on, rank users", num_ranks, options.items, result), flush=True)
     print(f"\na step takes {saved['step'] / few['step']:.2f} times one of {options.few:,} items")
     share = saved["save_more"] / saved["held"]
     print(f"the save takes {saved['save']:.1f} s and {share:.1%} of a share more memory")
     if options.background:
         print(told_of_background(saved))
-    for num_ranks, found in gone_on.items():
+    for num_ranks, result in gone_on.items():
         print(
-            f"{num_ranks} rank(s): load {found['load']:.1f} s, {options.users} users ranked in "
-            f"{found['ranking']:.1f} s"
+            f"{num_ranks} rank(s): load {result['load']:.1f} s, {options.users} users ranked in "
+            f"{result['ranking']:.1f} s"
         )
     return None

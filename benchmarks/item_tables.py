@@ -114,14 +114,14 @@ def measure(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     with torch.no_grad():
         ByModel(engine.module)(ranking, excluded(ranking, filter_seen=True))
-    found = {
+    result = {
         "seconds": min(times[2:]),
         "peak": trained,
         "received": received,
         "ranking": time.perf_counter() - started,
     }
-    found["ranking_peak"] = peak_memory_bytes() - trained
-    Path(f"{options.output}.{ranks.rank}").write_text(json.dumps(found))
+    result["ranking_peak"] = peak_memory_bytes() - trained
+    Path(f"{options.output}.{ranks.rank}").write_text(json.dumps(result))
     stop_ranks()
     leave()
 
@@ -139,10 +139,10 @@ def run_case(
         done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
         if done.returncode:
             return f"failed: {done.stderr.strip().splitlines()[-1]}"
-        found: list[dict[str, float]] = [
+        result: list[dict[str, float]] = [
             json.loads(path.read_text()) for path in Path(scratch).iterdir()
         ]
-        return {key: max(one[key] for one in found) for key in found[0]}
+        return {key: max(one[key] for one in result) for key in result[0]}
 
 
 def main() -> None:
@@ -189,15 +189,15 @@ def main() -> None:
                     if peak * num_ranks > options.limit * GIB:
                         print(f"{row} not run | about {peak / GIB:.1f} | | | |", flush=True)
                         continue
-                found = run_case(options, items, gradients, num_ranks)
-                if isinstance(found, str):
-                    print(f"{row} {found} | | | | |", flush=True)
+                result = run_case(options, items, gradients, num_ranks)
+                if isinstance(result, str):
+                    print(f"{row} {result} | | | | |", flush=True)
                     continue
-                known.append((items, found))
+                known.append((items, result))
                 print(
-                    f"{row} {found['seconds']:.3f} | {found['peak'] / GIB:.2f} | "
-                    f"{found['received'] / 1e6:.2f} | "
-                    f"{found['ranking']:.2f} | {found['ranking_peak'] / GIB:.2f} |",
+                    f"{row} {result['seconds']:.3f} | {result['peak'] / GIB:.2f} | "
+                    f"{result['received'] / 1e6:.2f} | "
+                    f"{result['ranking']:.2f} | {result['ranking_peak'] / GIB:.2f} |",
                     flush=True,
                 )
     return None

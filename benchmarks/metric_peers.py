@@ -58,10 +58,10 @@ def ours(path: Path) -> dict[str, float]:
         torch.tensor(target_rows),
         torch.tensor(again),
     )
-    place = ByScores(lambda part: scores[part.numbers], ITEMS)
-    found = rank_users(place, [batch], EvaluationConfig(), ALONE)
+    place = ByScores(lambda block: scores[block.numbers], ITEMS)
+    result = rank_users(place, [batch], EvaluationConfig(), ALONE)
     path.write_text(json.dumps({"lists": lists, "targets": targets}))
-    return found.metrics(CUTOFFS)
+    return result.metrics(CUTOFFS)
 
 
 def of_ir_measures(drawn: dict[str, list[list[int]]]) -> dict[str, float]:
@@ -121,15 +121,15 @@ def main() -> None:
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:
         drawn = Path(folder) / "drawn.json"
-        found = ours(drawn)
+        result = ours(drawn)
         for peer in PEERS:
             command = [options.peers, __file__, "--peers", "", "--of", peer, str(drawn)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             theirs = json.loads(done.stdout.splitlines()[-1])
-            assert theirs.keys() == found.keys(), theirs.keys() ^ found.keys()
+            assert theirs.keys() == result.keys(), theirs.keys() ^ result.keys()
             for name in ("HR", "NDCG", "MAP", "Precision", "Recall", "MRR"):
                 different = max(
-                    abs(found[full] - theirs[full]) for full in found if full.startswith(name)
+                    abs(result[full] - theirs[full]) for full in result if full.startswith(name)
                 )
                 worst = max(worst, different)
                 print(f"{peer:12} {name:10} {different:.1e}")

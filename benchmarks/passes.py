@@ -78,10 +78,10 @@ def main() -> int:
             fit(config, read_test=False)
     except MltfrError as error:
         return fail(error)
-    found = shares(spent)
-    print(json.dumps(found, indent=2))
+    result = shares(spent)
+    print(json.dumps(result, indent=2))
     if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 

@@ -31,9 +31,9 @@ def peak_gib() -> float:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
 
 
-def say(found: Any) -> None:
+def say(result: Any) -> None:
     """One line of JSON."""
-    print(json.dumps(found), file=OUT, flush=True)
+    print(json.dumps(result), file=OUT, flush=True)
 
 
 def asked() -> bool:
@@ -56,9 +56,9 @@ class Turn:
     def tell(self, epoch_batches: int) -> None:
         """Say what it took."""
         seconds = time.perf_counter() - self.started
-        found = {"seconds": seconds, "batches": self.batches, "epoch_batches": epoch_batches}
+        result = {"seconds": seconds, "batches": self.batches, "epoch_batches": epoch_batches}
         counts = {"samples": self.samples, "positions": self.positions}
-        say(found | counts | {"peak_gib": peak_gib()})
+        say(result | counts | {"peak_gib": peak_gib()})
 
 
 def interactions(given: Any, which: str) -> dict[str, np.ndarray]:

@@ -202,11 +202,11 @@ def plan(options: argparse.Namespace) -> list[tuple[str, RunConfig]]:
 
 def paired(rows: Sequence[Row], dial: float, arm: str, reference: str) -> list[float]:
     """Differences in the metric, one for each seed that both arms have."""
-    found = {(row["variant"], row["seed"]): row[METRIC] for row in rows if row["dial"] == dial}
+    result = {(row["variant"], row["seed"]): row[METRIC] for row in rows if row["dial"] == dial}
     return [
-        value - found[reference, seed]
-        for (name, seed), value in sorted(found.items())
-        if name == arm and (reference, seed) in found
+        value - result[reference, seed]
+        for (name, seed), value in sorted(result.items())
+        if name == arm and (reference, seed) in result
     ]
 
 
@@ -214,8 +214,8 @@ def report(options: argparse.Namespace) -> None:
     """Print, write and draw the curves of the rows that are there."""
     rows = read_rows(options.matrix)
     for row in rows:
-        found = re.fullmatch(r"dial(.*)-world\d+", row["dataset"])
-        row["dial"] = float(found[1]) if found else math.nan
+        result = re.fullmatch(r"dial(.*)-world\d+", row["dataset"])
+        row["dial"] = float(result[1]) if result else math.nan
     dials = sorted({row["dial"] for row in rows})
     curves = []
     for dial in dials:
@@ -227,8 +227,8 @@ def report(options: argparse.Namespace) -> None:
         for arm, reference in COMPARISONS:
             if values := paired(rows, dial, arm, reference):
                 mean, half = interval(values)
-                found = seeds_alone(np.array(values))
-                shown = detectable(found.error, found.freedom) if len(values) > 1 else math.nan
+                result = seeds_alone(np.array(values))
+                shown = detectable(result.error, result.freedom) if len(values) > 1 else math.nan
                 compared[f"{arm} - {reference}"] = {
                     "seeds": len(values),
                     "difference": mean,

@@ -84,7 +84,7 @@ def ten_best(case: Case) -> Tensor:
 
 def ranks_by_whole_scores(case: Case) -> Tensor:
     """Ranks [B], as `mltfr_dist` found them before: all scores of a batch of users."""
-    found, padded = [], torch.cat([torch.zeros(1, case.vectors.shape[1]), case.vectors])
+    result, padded = [], torch.cat([torch.zeros(1, case.vectors.shape[1]), case.vectors])
     for start in range(0, len(case.hidden), BATCH):
         stop = start + BATCH
         scores = case.hidden[start:stop] @ padded.T
@@ -98,8 +98,8 @@ def ranks_by_whole_scores(case: Case) -> Tensor:
         target_scores = scores.gather(1, targets)
         assert not scores.isnan().any()
         better = (scores > target_scores).sum(1)
-        found.append(better + 1 + (scores == target_scores).sum(1) - 1)
-    return torch.cat(found)
+        result.append(better + 1 + (scores == target_scores).sum(1) - 1)
+    return torch.cat(result)
 
 
 def bare_product(case: Case) -> None:
@@ -150,10 +150,10 @@ def measure(options: argparse.Namespace) -> None:
     case = random_case(options)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started, used = time.perf_counter(), time.process_time()
-    found = WAYS[options.way](case)
+    measured = WAYS[options.way](case)
     seconds, processor = time.perf_counter() - started, time.process_time() - used
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    checksum = int(found.sum()) if isinstance(found, Tensor) else 0
+    checksum = int(measured.sum()) if isinstance(measured, Tensor) else 0
     result = {"seconds": seconds, "processor": processor, "bytes": more, "sum": checksum}
     print(json.dumps(result))
 
@@ -167,17 +167,17 @@ def run_way(way: str, options: argparse.Namespace) -> dict[str, float]:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | kernels)
     if done.returncode:
         raise SystemExit(f"{way} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
-def print_table(found: dict[str, list[dict[str, float]]]) -> None:
+def print_table(result: dict[str, list[dict[str, float]]]) -> None:
     """A line for each way, measured in some rounds."""
-    bare = min(one["processor"] for one in found["bare product"])
+    bare = min(one["processor"] for one in result["bare product"])
     names = ("way", "fastest, s", "median, s", "processor, s", "of the bare product's speed")
     print(f"| {' | '.join(names)} | memory, MiB |")
     print("|---|---|---|---|---|---|")
-    for way, measured in found.items():
+    for way, measured in result.items():
         seconds = [one["seconds"] for one in measured]
         processor = min(one["processor"] for one in measured)
         memory = max(one["bytes"] for one in measured) / MIB
@@ -207,14 +207,14 @@ def main() -> None:
     ways = [way for way in WAYS if way not in options.leave_out]
     if not options.peers:
         ways.remove("RecTools, ten best")
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    result: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(options.rounds):
         for way in ways:
-            found[way].append(run_way(way, options))
-    print_table(found)
+            result[way].append(run_way(way, options))
+    print_table(result)
     if not options.peers:
         print("RecTools was not measured: --peers names no Python.")
-    sums = {way: found[way][0]["sum"] for way in ways}
+    sums = {way: result[way][0]["sum"] for way in ways}
     for what in ("ranks", "ten best"):
         if what in sums and sums.get(what + PLAIN, sums[what]) != sums[what]:
             raise SystemExit(f"{what} differ with and without kernels")

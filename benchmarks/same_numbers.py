@@ -199,11 +199,11 @@ def main() -> None:
                     train(run, checkout, arguments, folder / which / run.name.replace(" ", "-"))
                     for which, checkout in (("then", older), ("now", REPOSITORY))
                 ]
-                found = difference(*traces)
-                differing += bool(found)
+                result = difference(*traces)
+                differing += bool(result)
                 took = time.monotonic() - started
                 print(
-                    f"{run.name:28} {len(traces[0]):4} lines  {found or 'equal'}  ({took:.0f} s)",
+                    f"{run.name:28} {len(traces[0]):4} lines  {result or 'equal'}  ({took:.0f} s)",
                     flush=True,
                 )
         finally:

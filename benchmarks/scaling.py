@@ -109,13 +109,13 @@ def measure(options: argparse.Namespace) -> None:
     if ranks.is_main:
         trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         steps = len(times) - 2
-        found = {
+        result = {
             "seconds": sum(times[2:]) / steps,
             "trained": trained,
             "bytes": {k: v / steps for k, v in counted.items()},
             "calls": {k: v / steps for k, v in calls.items()},
         }
-        Path(options.output).write_text(json.dumps(found))
+        Path(options.output).write_text(json.dumps(result))
     stop_ranks()
     leave()
 
@@ -163,26 +163,26 @@ def main() -> None:
     apart: dict[int, float] = {}
     for _ in range(options.rounds):
         for num_ranks in options.ranks:
-            (found,) = run_at_once([num_ranks])
-            if num_ranks not in best or found["seconds"] < best[num_ranks]["seconds"]:
-                best[num_ranks] = found
+            (result,) = run_at_once([num_ranks])
+            if num_ranks not in best or result["seconds"] < best[num_ranks]["seconds"]:
+                best[num_ranks] = result
             if num_ranks > 1:
                 speed = sum(
                     options.batch / alone["seconds"] for alone in run_at_once([1] * num_ranks)
                 )
                 apart[num_ranks] = max(speed, apart.get(num_ranks, 0.0))
     base = options.batch * options.ranks[0] / best[options.ranks[0]]["seconds"]
-    for num_ranks, found in best.items():
-        speed = options.batch * num_ranks / found["seconds"]
+    for num_ranks, result in best.items():
+        speed = options.batch * num_ranks / result["seconds"]
         limit = f"; unconnected {apart[num_ranks] / base:.2f} times" if num_ranks in apart else ""
         print(
             f"{num_ranks} rank(s): {speed:8.1f} sequences/s, {speed / base:.2f} times the "
             f"first{limit}"
         )
-        bound = 2 * found["trained"] * (num_ranks - 1) / num_ranks
+        bound = 2 * result["trained"] * (num_ranks - 1) / num_ranks
         sent = ", ".join(
-            f"{found['calls'][name]:.0f} {name} {size / 1e6:.3f} MB"
-            for name, size in sorted(found["bytes"].items())
+            f"{result['calls'][name]:.0f} {name} {size / 1e6:.3f} MB"
+            for name, size in sorted(result["bytes"].items())
             if size >= 1
         )
         print(f"    a step: {sent or 'nothing'}; gradients need {bound / 1e6:.3f} MB")

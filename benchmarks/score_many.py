@@ -92,15 +92,15 @@ def timed(arguments: list[str]) -> tuple[float, float, float]:
 
 def killed_and_resumed(arguments: list[str], output: Path, count: int) -> str:
     """Kill the command at a third of its parts, and start it again; what was there at the kill."""
-    parts = output.with_name(f".parts-{output.name}")
+    blocks = output.with_name(f".parts-{output.name}")
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
-    while len(list(parts.glob("part-*.parquet"))) < count / 1024 / 3:
+    while len(list(blocks.glob("part-*.parquet"))) < count / 1024 / 3:
         if process.poll() is not None:
             raise SystemExit("the command ended before it was killed")
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    there = len(list(parts.glob("part-*.parquet")))
+    there = len(list(blocks.glob("part-*.parquet")))
     timed(arguments)
     return f"killed with {there} of {-(-count // 1024)} parts"
 

@@ -179,8 +179,8 @@ def told(python: str, *arguments: str) -> dict[str, float]:
     command = [python, str(Path(__file__).resolve()), *arguments]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=one_thread)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
@@ -193,8 +193,8 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        found = PEERS[options.only](*options.sizes) if options.sizes else ours(options.model)
-        print(json.dumps(found))
+        result = PEERS[options.only](*options.sizes) if options.sizes else ours(options.model)
+        print(json.dumps(result))
         return
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")
     measurements = {"ours": told(sys.executable, options.model, "--only", "ours")}
@@ -205,8 +205,8 @@ def main() -> None:
             measurements[name] = told(python, *arguments)
         else:
             print(f"{name} is left out: --{name} names no interpreter that has it")
-    for name, found in measurements.items():
-        print(name, *(f"{what} {value:.1f}" for what, value in found.items()), sep="  ")
+    for name, result in measurements.items():
+        print(name, *(f"{what} {value:.1f}" for what, value in result.items()), sep="  ")
 
 
 if __name__ == "__main__":

@@ -157,12 +157,12 @@ def measure_peer(name: str, python: Path, folder: Path) -> float:
     np.save(path, first.items.reshape(len(first), -1))
     script = Path(__file__).with_name("peer_loaders.py")
     command = [str(python), "-I", str(script), name, str(path), str(COMMON_BATCH)]
-    found = json.loads(
+    result = json.loads(
         subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[
             -1
         ]
     )
-    samples, wall, processor = found["samples"], found["wall"], found["processor"]
+    samples, wall, processor = result["samples"], result["wall"], result["processor"]
     if name == "recbole":
         report(f"recbole, samples (prefixes), batch {COMMON_BATCH}", samples, wall, processor)
         samples //= PREFIXES

@@ -61,9 +61,9 @@ def config_for(folder: Path, options: argparse.Namespace, placement: str) -> Run
 def memory() -> dict[str, float]:
     """This process's memory in MiB, by the kernel's names; Hwm is the peak of resident memory."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
-    found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
+    result = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
     status = Path("/proc/self/status").read_text().splitlines()
-    return found | {
+    return result | {
         "Hwm": next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:"))
     }
 
@@ -117,7 +117,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     )
     worst = ranks.max(torch.tensor(grown))
     if ranks.is_main:
-        found = {
+        result = {
             "held": held(mltfr),
             "peak": float(worst[0]),
             "pss": float(worst[1]),
@@ -127,16 +127,16 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
                 name: count / (len(times) - 1) / MIB for name, count in exchange.received.items()
             },
         }
-        Path(options.output).write_text(json.dumps(found))
+        Path(options.output).write_text(json.dumps(result))
     stop_ranks()
     leave()
 
 
-def private(found: dict[str, float]) -> float:
+def private(result: dict[str, float]) -> float:
     """Memory that no other process could share: written to, or anonymous. Mapped pages that are
     only read are not.
     """
-    return found["Private_Dirty"]
+    return result["Private_Dirty"]
 
 
 def main() -> None:
@@ -206,24 +206,24 @@ def main() -> None:
                 )
                 if done.returncode:
                     sys.exit(done.stderr[-4000:])
-                found = json.loads(output.read_text())
-                reference = found["step"] if placement == "replicated" else reference
-                ratio = f"{found['step'] / reference:.2f}x" if reference else "-"
+                result = json.loads(output.read_text())
+                reference = result["step"] if placement == "replicated" else reference
+                ratio = f"{result['step'] / reference:.2f}x" if reference else "-"
                 received = (
-                    ", ".join(f"{name} {size:.2f}" for name, size in found["received"].items())
+                    ", ".join(f"{name} {size:.2f}" for name, size in result["received"].items())
                     or "-"
                 )
                 cells = [
                     num_ranks,
                     placement,
-                    f"{found['held']:.1f}",
-                    f"{found['held'] / whole:.1%}",
-                    f"{found['peak']:.0f}",
+                    f"{result['held']:.1f}",
+                    f"{result['held'] / whole:.1%}",
+                    f"{result['peak']:.0f}",
                 ]
                 cells += [
-                    f"{found['pss']:.0f}",
-                    f"{found['private']:.0f}",
-                    f"{found['step']:.2f} s",
+                    f"{result['pss']:.0f}",
+                    f"{result['private']:.0f}",
+                    f"{result['step']:.2f} s",
                     ratio,
                     received,
                 ]

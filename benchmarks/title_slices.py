@@ -41,19 +41,19 @@ def words_of(titles: Path) -> dict[str, set[str]]:
 
 def slices_of(sequences: Path, words: dict[str, set[str]]) -> dict[str, str]:
     """User to slice."""
-    found = {}
+    result = {}
     with sequences.open() as file:
         for user, *items in map(str.split, file):
             history = set().union(*(words.get(item, set()) for item in items[:-1]))
             target = words.get(items[-1], set())
-            found[user] = (
+            result[user] = (
                 "target without words"
                 if not target
                 else "shares a word"
                 if target & history
                 else "shares none"
             )
-    return found
+    return result
 
 
 def test_ranks(path: Path) -> dict[str, float]:
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs[name][seed] = test_ranks(path)
     reference = next(iter(runs))
     for which in ("shares a word", "shares none", "target without words"):
-        users = [user for user, found in slices.items() if found == which]
+        users = [user for user, result in slices.items() if result == which]
         print(f"\n{which}: {len(users):,} users")
         for name, seeds in runs.items():
             ranks = {s: np.array([of_user[u] for u in users]) for s, of_user in seeds.items()}

@@ -200,13 +200,13 @@ class Contest:
         seconds = self.seconds(rounds, peers)
         sequences = sum(b.num_sequences for b in self.batches) / len(self.batches)
         positions = sum(b.num_targets for b in self.batches) / len(self.batches)
-        found: dict[str, tuple[float, float]] = {}
+        result: dict[str, tuple[float, float]] = {}
         for name, step in seconds.items():
             refresh = 0.0 if name == PRODUCTS else self.refresh(name)
             every = (
                 1 if name == PRODUCTS else self.configs[name].mltfr.filter.shortlist_refresh_steps
             )
-            found[name] = (step + refresh / every, refresh)
+            result[name] = (step + refresh / every, refresh)
         return [
             Cost(
                 name,
@@ -215,11 +215,11 @@ class Contest:
                 epoch_s=step * self.steps_per_epoch,
                 sequences_s=sequences / step,
                 positions_s=positions / step,
-                of_bare=step / found.get("bare", (step, 0))[0],
-                of_products=step / found[PRODUCTS][0],
+                of_bare=step / result.get("bare", (step, 0))[0],
+                of_products=step / result[PRODUCTS][0],
                 peak_gib=self.peaks.get(name, 0.0),
             )
-            for name, (step, refresh) in found.items()
+            for name, (step, refresh) in result.items()
         ]
 
     def profile(self, name: str) -> str:

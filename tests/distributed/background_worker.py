@@ -26,7 +26,7 @@ from divided_worker import SPARSE, placed
 from worker import make_engine, resumed_from, steps
 
 from mltfr_dist.config import RunConfig
-from mltfr_dist.distributed import checkpoint, part, saving
+from mltfr_dist.distributed import checkpoint, rank_files, saving
 from mltfr_dist.distributed.checkpoint import MODEL, Progress, partial_of, step_folder
 from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
@@ -50,26 +50,26 @@ def config_of(folder: Path, name: str) -> RunConfig:
 @contextmanager
 def slow_disk(of: bool) -> Iterator[threading.Event]:
     """Threads write nothing before the event is set; ``of`` this rank alone."""
-    may_go_on, write = threading.Event(), part.write_tensors
+    may_go_on, write = threading.Event(), rank_files.write_tensors
 
     def waits(*arguments: Any) -> str:
         may_go_on.wait()
         return write(*arguments)
 
     if of:
-        part.write_tensors = waits
+        rank_files.write_tensors = waits
     try:
         yield may_go_on
     finally:
         may_go_on.set()
-        part.write_tensors = write
+        rank_files.write_tensors = write
 
 
 def written(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Losses of updates made while the disk of the last rank is slow, of an engine that saved
     before them and waited, and of one that goes on from what was written meanwhile.
     """
-    found = {}
+    result = {}
     for name in VARIANTS:
         config, progress = config_of(folder, name), Progress(stage="train", step=4)
         engine = make_engine(config, ranks)
@@ -81,7 +81,7 @@ def written(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
             best = folder / f"{name} best"
             saver.save(best, progress, with_optimizer=False)
             saver.save(place, progress, then=(folder / f"{name} then").touch)
-            found[f"{name} meanwhile"] = steps(engine, config, ranks, 4, 6)
+            result[f"{name} meanwhile"] = steps(engine, config, ranks, 4, 6)
             assert engine.verdict.writes, "all ranks know that one still writes"
             assert not place.exists()
             may_go_on.set()
@@ -95,12 +95,12 @@ def written(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         assert not partial_of(place).exists()
         engine.destroy()
         for kind in ("waited", "meanwhile"):
-            found[f"{name} from {kind}"] = resumed_from(
+            result[f"{name} from {kind}"] = resumed_from(
                 config, ranks, folder / f"{name} {kind}", 4, 6
             )
     a_full_disk_on_one_rank(folder, ranks)
     given_up(folder, ranks)
-    return found
+    return result
 
 
 def a_full_disk_on_one_rank(folder: Path, ranks: Ranks) -> None:

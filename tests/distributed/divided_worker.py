@@ -87,7 +87,7 @@ def placed(folder: Path, placement: str, stage: int, changes: dict[str, object])
 
 def losses(folder: Path, ranks: Ranks, variants: Variants = QUICK) -> dict[str, list[float]]:
     """Losses of each variant with each placement, and the norm of the last gradient."""
-    found = {}
+    result = {}
     for name, (stage, micro, changes) in variants.items():
         for placement in ("replicated", "rows"):
             config = placed(folder, placement, stage, changes)
@@ -97,10 +97,10 @@ def losses(folder: Path, ranks: Ranks, variants: Variants = QUICK) -> dict[str, 
             if rows is not None:
                 assert rows.weight.dtype == torch.float32
                 assert len(rows.weight) <= -(-rows.num_embeddings // ranks.world_size)
-            found[f"{name} {placement}"] = steps(engine, config, ranks, 0, STEPS)
-            found[f"{name} {placement}"].append(engine.grad_norm() or 1.0)
+            result[f"{name} {placement}"] = steps(engine, config, ranks, 0, STEPS)
+            result[f"{name} {placement}"].append(engine.grad_norm() or 1.0)
             engine.destroy()
-    return found
+    return result
 
 
 def further(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
@@ -130,7 +130,7 @@ def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Losses that go on, and losses resumed, with each placement; the ranks' own rows and moments
     after it.
     """
-    found = {}
+    result = {}
     for name, (stage, changes) in SAVED.items():
         for placement in ("replicated", "rows"):
             config = placed(folder, placement, stage, changes)
@@ -138,10 +138,10 @@ def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
             engine = make_engine(config, ranks)
             steps(engine, config, ranks, 0, STEPS)
             saving.save(place, engine, Progress(stage="train", step=STEPS))
-            found[f"{name} {placement} goes on"] = steps(engine, config, ranks, STEPS, 2 * STEPS)
+            result[f"{name} {placement} goes on"] = steps(engine, config, ranks, STEPS, 2 * STEPS)
             engine.destroy()
     a_full_disk_on_one_rank(folder, ranks)
-    return found | elsewhere(folder, ranks)
+    return result | elsewhere(folder, ranks)
 
 
 def a_full_disk_on_one_rank(folder: Path, ranks: Ranks) -> None:
@@ -167,13 +167,15 @@ def a_full_disk_on_one_rank(folder: Path, ranks: Ranks) -> None:
 
 def elsewhere(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Losses resumed from what 2 ranks saved with each placement, with each placement."""
-    found = {}
+    result = {}
     for name, (stage, changes) in SAVED.items():
         for written, read in (("rows", "rows"), ("rows", "replicated"), ("replicated", "rows")):
             config = placed(folder, read, stage, changes)
             place = folder / f"{name}-{written}"
-            found[f"{name} {written} {read}"] = resumed_from(config, ranks, place, STEPS, 2 * STEPS)
-    return found
+            result[f"{name} {written} {read}"] = resumed_from(
+                config, ranks, place, STEPS, 2 * STEPS
+            )
+    return result
 
 
 NUM_ITEMS, DIM = 10_000, 8
@@ -183,7 +185,7 @@ def cross_entropy(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Largest differences from the whole softmax in float64, by loss, gradient of hidden states and
     of rows; one rank has no position.
     """
-    found = {}
+    result = {}
     for dtype in (torch.float32, torch.float64):
         generator = torch.Generator().manual_seed(3)
         weight = torch.randn(NUM_ITEMS + 2, DIM, generator=generator, dtype=dtype)
@@ -200,17 +202,17 @@ def cross_entropy(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         mine = slice(sum(counts[: ranks.rank]), sum(counts[: ranks.rank + 1]))
         rows = DividedRows(ItemEmbedding(NUM_ITEMS + 2, DIM), RankDivision(NUM_ITEMS + 2, ranks))
         rows.weight, rows.dtype = weight[rows.division.own_ids], dtype
-        own, part = rows.own_vectors(), hidden[mine].clone().requires_grad_()
-        given = rows.division.cross_entropy(part, own, targets[mine], weights[mine], NUM_ITEMS)
+        own, block = rows.own_vectors(), hidden[mine].clone().requires_grad_()
+        given = rows.division.cross_entropy(block, own, targets[mine], weights[mine], NUM_ITEMS)
         (given / 7).backward()
         differences = [
             abs(float(ranks.sum(given.detach()) - expected)) / float(expected),
-            largest(part.grad - exact.grad[mine]) / largest(exact.grad),
+            largest(block.grad - exact.grad[mine]) / largest(exact.grad),
             largest(rows.take_own_gradients()[0] - whole.grad[rows.division.own_ids])
             / largest(whole.grad),
         ]
-        found[str(dtype)] = ranks.max(torch.tensor(differences, dtype=torch.float64)).tolist()
-    return found
+        result[str(dtype)] = ranks.max(torch.tensor(differences, dtype=torch.float64)).tolist()
+    return result
 
 
 def positions(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
@@ -235,7 +237,7 @@ def positions(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     start, end = sum(counts[: ranks.rank]), sum(counts[: ranks.rank + 1])
     mine = (exclude.rows >= start) & (exclude.rows < end)
     division = RankDivision(NUM_ITEMS + 2, ranks)
-    found, value = division.count_better(
+    result, value = division.count_better(
         hidden[start:end],
         weight[division.own_ids],
         scores[start:end],
@@ -243,14 +245,14 @@ def positions(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         NUM_ITEMS,
         normalise=True,
     )
-    assert found.better.dtype == torch.int64
+    assert result.better.dtype == torch.int64
     best = top_items(hidden, weight[1 : NUM_ITEMS + 1], LISTED, exclude=exclude)
     seen_here = Pairs(exclude.rows[mine] - start, exclude.item_ids[mine])
     own = division.top_items(
         hidden[start:end], weight[division.own_ids], LISTED, seen_here, NUM_ITEMS
     )
     assert all(torch.equal(a, b[start:end]) for a, b in zip(own, best, strict=True))
-    differences = [largest(a - b[start:end]) for a, b in zip(found, expected, strict=True)]
+    differences = [largest(a - b[start:end]) for a, b in zip(result, expected, strict=True)]
     differences.append(largest(value - whole.value[start:end]))
     everyone = ranks.max(torch.tensor(differences, dtype=torch.float64)).tolist()
     return {"differences": everyone, "ties": [float(expected.equal.sum())]}

@@ -79,7 +79,7 @@ def skipped(folder: Path, output: Path) -> None:
     those two steps.
     """
     ranks = start_ranks(1)
-    found = {}
+    result = {}
     variants = {
         f"zero{stage}": (no_dropout(folder, stage), 32 // ranks.world_size) for stage in range(4)
     }
@@ -116,10 +116,10 @@ def skipped(folder: Path, output: Path) -> None:
             if s not in (NAN_STEP, INF_STEP)
         ]
         engine.destroy()
-        found[name] = {"verdicts": verdicts, "losses": losses, "without": without}
-    found |= skipped_first(folder, ranks)
+        result[name] = {"verdicts": verdicts, "losses": losses, "without": without}
+    result |= skipped_first(folder, ranks)
     if ranks.is_main:
-        output.write_text(json.dumps(found))
+        output.write_text(json.dumps(result))
     stop_ranks()
 
 

@@ -35,7 +35,7 @@ def ranked(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """By backbone, ZeRO stage and batch: metrics, lists and ranks of all users, and the mean
     loss.
     """
-    found = {}
+    result = {}
     for name, changes in CASES.items():
         for stage, sizes in BATCHES.items():
             config = no_dropout(folder, stage, **changes)
@@ -57,9 +57,9 @@ def ranked(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
                 lists = recommended(best, everyone, config, manifest, ranks, titles)
                 listed = [*list_metrics(lists, (5, 10)).values(), *lists.items.ravel().tolist()]
                 key = f"{name}, ZeRO {stage}, {size} users"
-                found[key] = [*metrics.values(), *listed, *users.ranks.tolist(), loss.mean()]
+                result[key] = [*metrics.values(), *listed, *users.ranks.tolist(), loss.mean()]
             engine.destroy()
-    return found
+    return result
 
 
 if __name__ == "__main__":

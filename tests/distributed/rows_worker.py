@@ -78,11 +78,11 @@ VARIANTS: dict[str, tuple[int, int | None, dict[str, object]]] = {
 
 def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Losses of each variant; on one rank also of the references."""
-    found = {}
+    result = {}
     for name, (stage, micro, changes) in VARIANTS.items():
         config = sparse(folder, stage, **changes)
         engine = make_engine(config, ranks, micro)
-        found[name] = steps(engine, config, ranks, 0, STEPS)
+        result[name] = steps(engine, config, ranks, 0, STEPS)
         assert replicas_are_equal(engine, ranks), name
         assert "item_embedding" not in "".join(
             name for name, _ in engine.module.named_parameters() if "adapter" not in name
@@ -90,12 +90,12 @@ def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         engine.destroy()
     if ranks.world_size == 1:
         for name in ("zero1", "bce", "unclipped"):
-            found[f"{name} reference"] = reference(sparse(folder, 1, **VARIANTS[name][2]), ranks)
+            result[f"{name} reference"] = reference(sparse(folder, 1, **VARIANTS[name][2]), ranks)
         config = no_dropout(folder, 1, **SAMPLED)
         engine = make_engine(config, ranks)
-        found["dense"] = steps(engine, config, ranks, 0, STEPS)
+        result["dense"] = steps(engine, config, ranks, 0, STEPS)
         engine.destroy()
-    return found
+    return result
 
 
 def replicas_are_equal(engine: Engine, ranks: Ranks) -> bool:
@@ -127,7 +127,7 @@ def reference(config: RunConfig, ranks: Ranks) -> list[float]:
         torch.optim.SparseAdam([embedding.weight], **options),
     ]
     stream = train_stream(config, BatchLayout(0, 1, 32, 32))
-    found = []
+    result = []
     for step in range(STEPS):
         batches = next(stream.epoch(step // stream.steps_per_epoch, step % stream.steps_per_epoch))
         output = model(batches.micro_batches[0])
@@ -149,15 +149,15 @@ def reference(config: RunConfig, ranks: Ranks) -> list[float]:
         sums = StepSums([output])
         totals = step_totals(sums.output(sums.vector), batches)
         model.after_update(totals.routing.gate)
-        found.append(totals.loss)
-    return found
+        result.append(totals.loss)
+    return result
 
 
 def gradients(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Per variant: largest difference of the rows' gradient from the dense one's, that one's size,
     and the norms of both.
     """
-    found = {}
+    result = {}
     for name, stage, micro in (("zero1", 1, None), ("zero3", 3, None), ("accumulated", 2, 4)):
         config = sparse(folder, stage)
         engine = make_engine(config, ranks, micro)
@@ -189,7 +189,7 @@ def gradients(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
             .sqrt()
         )
         difference = (ranks.sum(given) - expected).abs().max()
-        found[name] = [
+        result[name] = [
             float(difference),
             float(expected.abs().max()),
             engine.grad_norm(),
@@ -197,7 +197,7 @@ def gradients(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
             *clipped,
         ]
         engine.destroy()
-    return found | exchanged(ranks)
+    return result | exchanged(ranks)
 
 
 SAVED = {
@@ -210,11 +210,11 @@ SAVED = {
 
 def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Uninterrupted and resumed losses."""
-    found = {}
+    result = {}
     for name, (stage, changes) in SAVED.items():
         place = folder / f"rows-{ranks.world_size}-{name}"
-        found |= saved_and_resumed(name, sparse(folder, stage, **changes), ranks, place)
-    return found
+        result |= saved_and_resumed(name, sparse(folder, stage, **changes), ranks, place)
+    return result
 
 
 def elsewhere(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
@@ -229,7 +229,7 @@ def elsewhere(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 
 def exchanged(ranks: Ranks) -> dict[str, list[float]]:
     """Bytes that three updates bring this rank, by the rows of the table."""
-    found = {}
+    result = {}
     for num_rows in (1_000, 1_000_000):
         rows = ItemRows(nn.Embedding(num_rows, 8, padding_idx=0))
         adam = RowAdam("table", rows, OptimizerConfig(), ranks)
@@ -240,8 +240,8 @@ def exchanged(ranks: Ranks) -> dict[str, list[float]]:
             adam.collect()
             adam.reduce()
             adam.step(0.1, 1.0)
-        found[f"{num_rows} rows"] = [float(v) for _, v in sorted(adam.exchange.received.items())]
-    return found
+        result[f"{num_rows} rows"] = [float(v) for _, v in sorted(adam.exchange.received.items())]
+    return result
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_what_is_written_meanwhile_is_what_was_there_at_its_step(tmp_path: Path) -> None:
     tiny_config(tmp_path)
-    found = findings(WORKER, "written", tmp_path, 2)
+    result = findings(WORKER, "written", tmp_path, 2)
     for name in VARIANTS:
         waited, meanwhile = (tmp_path / f"{name} {kind}" for kind in ("waited", "meanwhile"))
         assert contents(waited) == contents(meanwhile)
@@ -38,8 +38,8 @@ def test_what_is_written_meanwhile_is_what_was_there_at_its_step(tmp_path: Path)
         assert best == {
             file: content for file, content in contents(waited).items() if "model" in file
         }
-        assert found[f"{name} from meanwhile"] == found[f"{name} meanwhile"], "to the digit"
-        assert found[f"{name} from waited"] == found[f"{name} meanwhile"]
+        assert result[f"{name} from meanwhile"] == result[f"{name} meanwhile"], "to the digit"
+        assert result[f"{name} from waited"] == result[f"{name} meanwhile"]
 
 
 def test_a_kill_amid_a_write_leaves_the_checkpoint_before(tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def test_a_kill_amid_a_write_leaves_the_checkpoint_before(tmp_path: Path) -> Non
     assert kept.latest_intact(place, "train", said.append) == place / "train-step000000003"
     kept.remove_interrupted(place, said.append)
     assert ["the save of train-step000000005 was interrupted" in line for line in said] == [True]
-    found = findings(WORKER, "after", tmp_path, 2)
-    assert found["resumed"] == found["whole"]
+    result = findings(WORKER, "after", tmp_path, 2)
+    assert result["resumed"] == result["whole"]
 
 
 def test_a_run_leaves_the_same_with_either_way_and_paused(

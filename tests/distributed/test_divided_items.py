@@ -68,18 +68,18 @@ def test_every_row_has_one_place_and_popular_ones_are_spread(num_rows: int) -> N
 def test_full_cross_entropy_over_divided_items_is_the_whole_one(
     folder: Path, num_ranks: int
 ) -> None:
-    found = findings(WORKER, "cross_entropy", folder, num_ranks)
-    assert max(found["torch.float64"]) < 1e-12
-    assert max(found["torch.float32"]) < 1e-6, "of the largest, against float64"
+    result = findings(WORKER, "cross_entropy", folder, num_ranks)
+    assert max(result["torch.float64"]) < 1e-12
+    assert max(result["torch.float32"]) < 1e-6, "of the largest, against float64"
 
 
 @pytest.mark.parametrize("num_ranks", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_places_of_targets_are_those_among_whole_items(folder: Path, num_ranks: int) -> None:
-    found = findings(WORKER, "positions", folder, num_ranks)
-    better, equal, normaliser = found["differences"]
+    result = findings(WORKER, "positions", folder, num_ranks)
+    better, equal, normaliser = result["differences"]
     assert better == equal == 0, "to the bit"
     assert normaliser < 1e-5
-    assert found["ties"][0] > 0, "equal scores were not put to the test"
+    assert result["ties"][0] > 0, "equal scores were not put to the test"
 
 
 @pytest.mark.parametrize(
@@ -102,14 +102,14 @@ def test_every_backbone_trains_alike(folder: Path) -> None:
     compare_placements(findings(WORKER, "backbones", folder, 2), len(BACKBONES))
 
 
-def compare_placements(found: dict[str, list[float]], num_variants: int) -> None:
-    names = [name.removesuffix(" rows") for name in found if name.endswith(" rows")]
+def compare_placements(result: dict[str, list[float]], num_variants: int) -> None:
+    names = [name.removesuffix(" rows") for name in result if name.endswith(" rows")]
     assert len(names) == num_variants
     for name in names:
-        whole = found[f"{name} replicated"]
+        whole = result[f"{name} replicated"]
         assert whole[-2] != whole[0], "nothing was trained, so equality would say nothing"
         tolerance = 0.02 if name.startswith("bf16") else 1e-6
-        assert relative_difference(whole, found[f"{name} rows"]) < tolerance, name
+        assert relative_difference(whole, result[f"{name} rows"]) < tolerance, name
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +236,8 @@ def test_a_damaged_share_is_passed_over_by_name(tmp_path: Path, damage: str) -> 
         file.write_bytes(file.read_bytes()[:-1])
     else:
         write_tensors(file, {"table/exp_avg": torch.ones(5, 2)}, lambda: None)
-    found = kept.latest_intact(folder, "train", said.append)
-    assert found == folder / "train-step000000001"
+    result = kept.latest_intact(folder, "train", said.append)
+    assert result == folder / "train-step000000001"
     (warning,) = said
     assert "train-step000000002" in warning
     assert file.name in warning

@@ -168,9 +168,9 @@ def test_killed_anywhere_and_started_again(
     assert codes == [0, 0], said
     folder = nodes.folders[0] / "runs" / "tiny"
     assert read_lines(folder / "metrics.jsonl") == expected, f"killed after {at}"
-    found = load_result(folder)
-    assert found is not None
-    assert (found.test, found.valid, found.checkpoint) == (
+    result = load_result(folder)
+    assert result is not None
+    assert (result.test, result.valid, result.checkpoint) == (
         outcome.test,
         outcome.valid,
         outcome.checkpoint,

@@ -27,15 +27,15 @@ def test_a_fault_of_one_rank_is_skipped_on_all(tmp_path: Path) -> None:
     tiny_config(tmp_path)
     output = tmp_path / "found.json"
     run_ranks(2, WORKER, "skipped", str(tmp_path), str(output))
-    found = json.loads(output.read_text())
+    result = json.loads(output.read_text())
     for name in ("zero0", "zero1", "zero2", "zero3", "accumulated", "bf16", "rows", "rows zero3"):
-        verdicts = found[name]["verdicts"]
+        verdicts = result[name]["verdicts"]
         assert verdicts == [[2, POISONED], [4, "loss"]], name
-        assert found[name]["losses"] == found[name]["without"], (
+        assert result[name]["losses"] == result[name]["without"], (
             f"{name}: a skipped step left a trace"
         )
     for step in (1, 3):
-        assert found[f"after {step} resumed"] == found[f"after {step}"]
+        assert result[f"after {step} resumed"] == result[f"after {step}"]
 
 
 @pytest.mark.integration

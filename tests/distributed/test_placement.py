@@ -54,13 +54,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_losses_gradients_and_kept_rows_are_those_of_replicated_tables(
     folder: Path, num_ranks: int
 ) -> None:
-    found = findings(WORKER, "placements", folder, num_ranks)
+    result = findings(WORKER, "placements", folder, num_ranks)
     for search in ("shortlist", "exact", "noise", "random", "paper form"):
-        expected = found[f"{search} replicated"]
+        expected = result[f"{search} replicated"]
         assert len(expected) > 1000
         largest = max(map(abs, expected))
         for placement in ("rows", "mmap"):
-            given = found[f"{search} {placement}"]
+            given = result[f"{search} {placement}"]
             assert len(given) == len(expected)
             worst = max(abs(a - b) for a, b in zip(expected, given))
             assert worst <= 1e-6 * largest, f"{search} {placement} on {num_ranks} ranks: {worst}"
@@ -73,11 +73,11 @@ def test_training_is_the_same_wherever_tables_are(folder: Path) -> None:
         findings(WORKER, "placed_training", folder, 1),
         findings(WORKER, "placed_training", folder, 2),
     )
-    for found in (one, two):
+    for result in (one, two):
         for name in ("rows", "rows zero3", "zero3", "mmap"):
-            assert found[name] == pytest.approx(one["replicated"], rel=1e-6), name
+            assert result[name] == pytest.approx(one["replicated"], rel=1e-6), name
         for name in ("rows bf16", "mmap bf16"):
-            assert found[name] == pytest.approx(found["replicated bf16"], rel=1e-6), name
+            assert result[name] == pytest.approx(result["replicated bf16"], rel=1e-6), name
 
 
 @pytest.mark.integration

@@ -14,9 +14,9 @@ WORKER = Path(__file__).with_name("ranking_worker.py")
 def test_metrics_are_the_same_however_users_are_divided(tmp_path: Path) -> None:
     tiny_config(tmp_path)  # data and tables
     write_periods(tmp_path, "all", targets="all")
-    found = {n: findings(WORKER, "ranked", tmp_path, n) for n in (1, 2)}
+    result = {n: findings(WORKER, "ranked", tmp_path, n) for n in (1, 2)}
     for case in ("sasrec", "bert4rec", "several targets"):
-        runs = [run for one in found.values() for k, run in one.items() if k.startswith(case)]
+        runs = [run for one in result.values() for k, run in one.items() if k.startswith(case)]
         assert len(runs) == 6
         *expected, loss = runs[0]
         assert len(set(expected[-120:])) > 10

@@ -23,13 +23,13 @@ def test_gradients_are_the_dense_ones_and_what_is_exchanged_does_not_grow_with_t
     folder: Path,
 ) -> None:
     for num_ranks in (1, 2):
-        found = findings(WORKER, "gradients", folder, num_ranks)
-        small, large = found.pop("1000 rows"), found.pop("1000000 rows")
+        result = findings(WORKER, "gradients", folder, num_ranks)
+        small, large = result.pop("1000 rows"), result.pop("1000000 rows")
         assert small == large
         assert len(small) == 2
         assert all((size > 0) == (num_ranks > 1) for size in small)
-        assert len(found) == 3
-        for name, (difference, largest, norm, dense_norm, scale) in found.items():
+        assert len(result) == 3
+        for name, (difference, largest, norm, dense_norm, scale) in result.items():
             assert difference < 1e-5 * largest, name
             assert norm == pytest.approx(dense_norm, rel=1e-5), name
             assert scale == pytest.approx(0.5 / dense_norm, rel=1e-5), (
@@ -64,10 +64,10 @@ def test_checkpoints_continue_exactly_and_at_other_world_sizes(folder: Path) -> 
     for name in names:
         assert saved[f"{name} resumed"] == saved[f"{name} uninterrupted"], name
     for num_ranks in (1, 4):
-        found = findings(WORKER, "elsewhere", folder, num_ranks)
+        result = findings(WORKER, "elsewhere", folder, num_ranks)
         for name in names:
             tolerance = 1e-3 if name == "bf16" else 1e-5
             assert (
-                relative_difference(saved[f"{name} uninterrupted"], found[f"{name} resumed"])
+                relative_difference(saved[f"{name} uninterrupted"], result[f"{name} resumed"])
                 < tolerance
             ), name

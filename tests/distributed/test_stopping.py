@@ -49,8 +49,8 @@ def rank_process(config: RunConfig, tmp_path: Path, rank: int) -> int:
     pids = subprocess.run(
         ["pgrep", "-f", str(tmp_path / f"{config.name}.yaml")], capture_output=True, text=True
     ).stdout.split()
-    found = [pid for pid in pids if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()]
-    return int(found[0])
+    result = [pid for pid in pids if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text()]
+    return int(result[0])
 
 
 def losses(config: RunConfig) -> list[tuple[Any, ...]]:

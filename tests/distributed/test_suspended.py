@@ -19,13 +19,13 @@ HANG_SECONDS = 12
 def rank_processes(place: Path) -> list[int]:
     """Process ids of the two ranks, in order."""
     pids = subprocess.run(["pgrep", "-f", str(place)], capture_output=True, text=True).stdout
-    found = {}
+    result = {}
     for pid in pids.split():
         environment = Path(f"/proc/{pid}/environ").read_text()
         for rank in (0, 1):
             if f"\0RANK={rank}\0" in environment:
-                found[rank] = int(pid)
-    return [found[rank] for rank in (0, 1)]
+                result[rank] = int(pid)
+    return [result[rank] for rank in (0, 1)]
 
 
 @pytest.mark.integration

@@ -72,9 +72,9 @@ def start(path: Path, *overrides: str, **variables: str) -> subprocess.Popen[str
 def finish(path: Path, *overrides: str, code: int = 0) -> str:
     """Run the command to its end; returns what it and those before it have printed."""
     process = start(path, *overrides)
-    found = process.wait(timeout=600)
+    result = process.wait(timeout=600)
     text = path.with_suffix(".log").read_text()
-    assert found == code, text[-6000:]
+    assert result == code, text[-6000:]
     return text
 
 
@@ -95,28 +95,28 @@ def listening(driver: int) -> set[str]:
     """Addresses at which the processes of a sweep's Ray listen (torch's store of a run's ranks is
     not Ray's).
     """
-    found = set()
+    result = set()
     for process in psutil.Process(driver).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if "RayTrainWorker" not in " ".join(process.cmdline()):
                 sockets = process.net_connections(kind="inet")
-                found |= {
+                result |= {
                     s.laddr.ip.removeprefix("::ffff:")
                     for s in sockets
                     if s.status == psutil.CONN_LISTEN
                 }
-    return found
+    return result
 
 
 def train_workers(process: subprocess.Popen[str]) -> set[int]:
     """Processes of a sweep in which trials train now."""
-    found = set()
+    result = set()
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 if "RayTrainWorker" in " ".join(child.cmdline()):
-                    found.add(child.pid)
-    return found
+                    result.add(child.pid)
+    return result
 
 
 @pytest.mark.timeout(1200)

@@ -49,9 +49,9 @@ def test_every_backbone_and_loss_is_the_same_at_any_division(folder: Path) -> No
         assert reference[-1] < reference[0], (
             f"{name} has learned nothing, so equality would say little"
         )
-        for found in (one, two):
+        for result in (one, two):
             for kind in ("whole", "accumulated"):
-                assert relative_difference(reference, found[f"{name} {kind}"]) < 1e-5, (
+                assert relative_difference(reference, result[f"{name} {kind}"]) < 1e-5, (
                     f"{name} {kind}"
                 )
 
@@ -63,9 +63,9 @@ def test_prefixes_are_the_same_at_any_division(folder: Path) -> None:
     for name in ("fmlp_original", "bsarec_original", "linrec_original", "sasrec", "cl4srec"):
         reference = one[f"{name} whole"]
         assert sum(reference[-3:]) < sum(reference[:3]), f"{name} has learned nothing"
-        for found in (one, two):
+        for result in (one, two):
             for kind in ("whole", "accumulated", "resumed"):
-                assert relative_difference(reference, found[f"{name} {kind}"]) < 1e-5, (
+                assert relative_difference(reference, result[f"{name} {kind}"]) < 1e-5, (
                     f"{name} {kind}"
                 )
 
@@ -89,18 +89,18 @@ def test_fisher_is_the_same_at_any_batch_size_world_size_and_stage(folder: Path)
     largest = max(reference)
     assert largest > 0
     for name in ("batch 8", "batch 32", "zero1", "zero3"):
-        for found in (one, two):
+        for result in (one, two):
             assert (
-                max(abs(a - b) for a, b in zip(reference, found[name], strict=True))
+                max(abs(a - b) for a, b in zip(reference, result[name], strict=True))
                 < 1e-5 * largest
             ), name
     # The published estimate is that of the global batch, however it is divided.
     published = [
-        found[name] for found in (one, two) for name in found if name.startswith("batch mean")
+        result[name] for result in (one, two) for name in result if name.startswith("batch mean")
     ]
     assert len(published) == 4
-    for found in published:
-        assert max(abs(a - b) for a, b in zip(published[0], found, strict=True)) < 1e-5 * max(
+    for result in published:
+        assert max(abs(a - b) for a, b in zip(published[0], result, strict=True)) < 1e-5 * max(
             published[0]
         )
     assert max(published[0]) < 0.9 * largest
@@ -110,17 +110,18 @@ def test_fisher_is_the_same_at_any_batch_size_world_size_and_stage(folder: Path)
 
 @pytest.mark.integration
 def test_every_deepspeed_file_trains_alike_and_offloaded_states_resume(folder: Path) -> None:
-    found = findings(WORKER, "offloaded", folder, 2)
-    reference = found["zero0 fp32"]
+    result = findings(WORKER, "offloaded", folder, 2)
+    reference = result["zero0 fp32"]
     names = {path.stem for path in (REPOSITORY / "ds_configs").glob("*.json")}
     assert names == {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"}
     for name in names:
-        assert relative_difference(reference, found[f"{name} fp32"]) < 1e-5, name
+        assert relative_difference(reference, result[f"{name} fp32"]) < 1e-5, name
         if name != "zero0":
-            assert 1e-7 < relative_difference(reference, found[f"{name} bf16"]) < 0.05, name
+            assert 1e-7 < relative_difference(reference, result[f"{name} bf16"]) < 0.05, name
         if "offload" in name:
             assert (
-                relative_difference(found[f"{name} uninterrupted"], found[f"{name} resumed"]) < 1e-6
+                relative_difference(result[f"{name} uninterrupted"], result[f"{name} resumed"])
+                < 1e-6
             ), name
 
 
@@ -132,11 +133,11 @@ def test_every_optimizer_trains_alike_under_deepspeed_and_resumes(folder: Path) 
     references = {name: one[f"{name} zero0 uninterrupted"] for name in OPTIMIZERS}
     for name, reference in references.items():
         assert reference[-1] < reference[0], f"{name} has learned nothing"
-        for found in (one, two):
+        for result in (one, two):
             for file in files:
-                losses = found[f"{name} {file} uninterrupted"]
+                losses = result[f"{name} {file} uninterrupted"]
                 assert relative_difference(reference, losses) < 1e-5, f"{name} {file}"
-                resumed = found[f"{name} {file} resumed"]
+                resumed = result[f"{name} {file} resumed"]
                 assert relative_difference(losses, resumed) < 1e-6, f"{name} {file} resumed"
     for name, other in combinations(references, 2):
         assert relative_difference(references[name], references[other]) > 1e-4, f"{name} {other}"

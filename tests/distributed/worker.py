@@ -66,22 +66,22 @@ def steps(engine: Engine, config: RunConfig, ranks: Ranks, start: int, end: int)
 
 def make_engine(config: RunConfig, ranks: Ranks, micro_batch_size: int | None = None) -> Engine:
     size = config.training.global_batch_size
-    part = BatchLayout(
+    block = BatchLayout(
         ranks.rank, ranks.world_size, size, micro_batch_size or size // ranks.world_size
     )
     model = build_model(config, load_inputs(config), ranks, with_consensus=False)
-    return Engine(model, config, ranks, part, STEPS)
+    return Engine(model, config, ranks, block, STEPS)
 
 
 def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Per ZeRO stage, losses of 20 steps; also with micro-batches, BCE, bf16 and a bare
     backbone.
     """
-    found = {}
+    result = {}
     for stage in range(4):
         config = no_dropout(folder, stage)
         engine = make_engine(config, ranks)
-        found[f"zero{stage}"] = steps(engine, config, ranks, 0, STEPS)
+        result[f"zero{stage}"] = steps(engine, config, ranks, 0, STEPS)
         engine.destroy()
     variants = {
         "accumulated": (no_dropout(folder, 2), 8),
@@ -91,9 +91,9 @@ def losses(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     }
     for name, (config, micro) in variants.items():
         engine = make_engine(config, ranks, micro)
-        found[name] = steps(engine, config, ranks, 0, STEPS)
+        result[name] = steps(engine, config, ranks, 0, STEPS)
         engine.destroy()
-    return found
+    return result
 
 
 PUBLISHED_EXPERTS: dict[str, object] = {
@@ -136,14 +136,14 @@ def backbones(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Losses of each backbone with MLTFR, in whole batches (at ZeRO 1) and in micro-batches (at the
     variant's stage).
     """
-    found = {}
+    result = {}
     for name, (stage, changes) in VARIANTS.items():
         for kind, micro, zero in (("whole", None, 1), ("accumulated", 4, stage)):
             config = no_dropout(folder, zero, backbone__name=name, **changes)
             engine = make_engine(config, ranks, micro)
-            found[f"{name} {kind}"] = steps(engine, config, ranks, 0, HALF)
+            result[f"{name} {kind}"] = steps(engine, config, ranks, 0, HALF)
             engine.destroy()
-    return found
+    return result
 
 
 PADDED: dict[str, tuple[int, dict[str, object]]] = {
@@ -177,31 +177,31 @@ PADDED: dict[str, tuple[int, dict[str, object]]] = {
 
 def padded(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Losses on prefixes, in whole batches (at ZeRO 1), in micro-batches, and these resumed."""
-    found = {}
+    result = {}
     for name, (stage, changes) in PADDED.items():
         changes = {"data__samples": "prefixes"} | changes
         config = no_dropout(folder, 1, backbone__name=name, **changes)
         engine = make_engine(config, ranks)
-        found[f"{name} whole"] = steps(engine, config, ranks, 0, HALF)
+        result[f"{name} whole"] = steps(engine, config, ranks, 0, HALF)
         engine.destroy()
         config = no_dropout(folder, stage, backbone__name=name, **changes)
         engine = make_engine(config, ranks, 4)
         first = steps(engine, config, ranks, 0, 6)
         place = folder / f"padded-{ranks.world_size}-{name}"
         saving.save(place, engine, Progress(stage="train", step=6))
-        found[f"{name} accumulated"] = [*first, *steps(engine, config, ranks, 6, HALF)]
+        result[f"{name} accumulated"] = [*first, *steps(engine, config, ranks, 6, HALF)]
         engine.destroy()
-        found[f"{name} resumed"] = [*first, *resumed_from(config, ranks, place, 6, HALF)]
-    return found
+        result[f"{name} resumed"] = [*first, *resumed_from(config, ranks, place, 6, HALF)]
+    return result
 
 
 def saved(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Per ZeRO stage: uninterrupted and resumed losses."""
-    found = {}
+    result = {}
     for stage in range(4):
         place = folder / f"checkpoint-{ranks.world_size}-zero{stage}"
-        found |= saved_and_resumed(f"zero{stage}", no_dropout(folder, stage), ranks, place)
-    return found
+        result |= saved_and_resumed(f"zero{stage}", no_dropout(folder, stage), ranks, place)
+    return result
 
 
 def saved_and_resumed(
@@ -236,21 +236,21 @@ def resumed(config: RunConfig, ranks: Ranks, place: Path) -> list[float]:
 def resumed_from(config: RunConfig, ranks: Ranks, place: Path, start: int, end: int) -> list[float]:
     """Losses of steps start..end-1 in a new engine that goes on from the checkpoint ``place``."""
     size = config.training.global_batch_size
-    part = BatchLayout(ranks.rank, ranks.world_size, size, size // ranks.world_size)
+    block = BatchLayout(ranks.rank, ranks.world_size, size, size // ranks.world_size)
     model = build_model(config, load_inputs(config), ranks, with_consensus=False)
     model.load_state_dict(saving.read_weights(model, place, ranks))
-    engine = Engine(model, config, ranks, part, STEPS)
+    engine = Engine(model, config, ranks, block, STEPS)
     saving.restore_optimizer(place, engine)
-    found = steps(engine, config, ranks, start, end)
+    result = steps(engine, config, ranks, start, end)
     engine.destroy()
-    return found
+    return result
 
 
 def fisher(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Fisher diagonals, flattened, of a plain model at two batch sizes and of engines at stages 1
     and 3.
     """
-    found = {}
+    result = {}
     config = no_dropout(folder, 1)
     inputs = load_inputs(config)
     model = build_model(config, inputs, with_consensus=False)
@@ -261,55 +261,55 @@ def fisher(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         batches = (
             b for step in islice(stream.epoch(0), -(-50 // size)) for b in step.micro_batches
         )
-        found[f"batch {size}"] = flat(fisher_diagonals(model, batches, ranks, 50))
+        result[f"batch {size}"] = flat(fisher_diagonals(model, batches, ranks, 50))
     for micro in (4, 16 // ranks.world_size):
         stream = train_stream(config, BatchLayout(ranks.rank, ranks.world_size, 32, micro))
-        found[f"batch mean {micro}"] = flat(
+        result[f"batch mean {micro}"] = flat(
             batch_mean_squares(model, islice(stream.epoch(0), 2), ranks)
         )
     for stage in (1, 3):
         engine = make_engine(no_dropout(folder, stage), ranks)
         stream = train_stream(config, engine.layout)
         batches = (b for step in islice(stream.epoch(0), 2) for b in step.micro_batches)
-        found[f"zero{stage}"] = flat(fisher_diagonals(engine.module, batches, ranks, 50))
+        result[f"zero{stage}"] = flat(fisher_diagonals(engine.module, batches, ranks, 50))
         before = whole_parameters(engine)
-        found[f"zero{stage} still trains"] = steps(engine, config, ranks, 0, 3)
+        result[f"zero{stage} still trains"] = steps(engine, config, ranks, 0, 3)
         assert any(not torch.equal(before[name], t) for name, t in whole_parameters(engine).items())
         engine.destroy()
-    return found
+    return result
 
 
 def offloaded(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Per file of ds_configs/: losses of 10 steps, in fp32 and (above stage 0) bf16; offloaded,
     also resumed.
     """
-    found = {}
+    result = {}
     for path in sorted((REPOSITORY / "ds_configs").glob("*.json")):
         for precision in ("fp32", "bf16") if path.stem != "zero0" else ("fp32",):
             config = no_dropout(folder, 0, deepspeed=str(path), training__precision=precision)
             engine = make_engine(config, ranks)
-            found[f"{path.stem} {precision}"] = steps(engine, config, ranks, 0, HALF)
+            result[f"{path.stem} {precision}"] = steps(engine, config, ranks, 0, HALF)
             if "offload" in path.stem and precision == "fp32":
                 place = folder / f"offloaded-{ranks.world_size}-{path.stem}"
                 saving.save(place, engine, Progress(stage="train", step=HALF))
-                found[f"{path.stem} uninterrupted"] = steps(engine, config, ranks, HALF, STEPS)
+                result[f"{path.stem} uninterrupted"] = steps(engine, config, ranks, HALF, STEPS)
                 engine.destroy()
-                found[f"{path.stem} resumed"] = resumed(config, ranks, place)
+                result[f"{path.stem} resumed"] = resumed(config, ranks, place)
             else:
                 engine.destroy()
-    return found
+    return result
 
 
 def optimizers(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Per optimizer and some files of ds_configs/: uninterrupted and resumed losses."""
-    found = {}
+    result = {}
     for name in OPTIMIZERS:
         for file in ("zero0", "zero1", "zero2_offload", "zero3"):
             path = REPOSITORY / "ds_configs" / f"{file}.json"
             config = no_dropout(folder, 0, deepspeed=str(path), optimizer__name=name)
             place = folder / f"optimizers-{ranks.world_size}-{name}-{file}"
-            found |= saved_and_resumed(f"{name} {file}", config, ranks, place)
-    return found
+            result |= saved_and_resumed(f"{name} {file}", config, ranks, place)
+    return result
 
 
 SEARCHES: dict[str, dict[str, object]] = {
@@ -332,7 +332,7 @@ def placements(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
 
     In the second batch all ranks but one have no query.
     """
-    found = {}
+    result = {}
     for search, changes in SEARCHES.items():
         for placement in ("replicated", "rows", "mmap"):
             config = no_dropout(folder, 1, mltfr__placement=placement, **changes)
@@ -359,8 +359,8 @@ def placements(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
                 torch.cat([e.kept_ids[m].float() for e in model.eval().explain(ids)])
                 for m in range(2)
             ]
-            found[f"{search} {placement}"] = torch.cat(values).tolist()
-    return found
+            result[f"{search} {placement}"] = torch.cat(values).tolist()
+    return result
 
 
 def refreshed(model: Recommender, batch: SequenceBatch, ranks: Ranks) -> torch.Tensor:
@@ -374,7 +374,7 @@ def refreshed(model: Recommender, batch: SequenceBatch, ranks: Ranks) -> torch.T
 
 def placed_training(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
     """Losses of training under ZeRO with tables placed in each way, and in bf16."""
-    found = {}
+    result = {}
     runs = {
         "replicated": (1, {}),
         "rows": (1, {}),
@@ -389,12 +389,12 @@ def placed_training(folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         exact = {"mltfr__placement": name.split()[0], "mltfr__filter__shortlist_size": None}
         config = no_dropout(folder, stage, **(exact | changes))
         engine = make_engine(config, ranks)
-        found[name] = steps(engine, config, ranks, 0, 5)
+        result[name] = steps(engine, config, ranks, 0, 5)
         if name == "zero3":
             assert not [key for key in whole_parameters(engine) if ".tables." in key]
             assert not [key for key in engine.module.state_dict() if ".tables." in key]
         engine.destroy()
-    return found
+    return result
 
 
 def flat(states: list[dict[str, torch.Tensor]]) -> list[float]:

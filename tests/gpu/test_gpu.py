@@ -60,12 +60,12 @@ def start(folder: Path, which: str, names: Sequence[str], **more: str) -> list[A
 
 
 def collect(started: list[Any]) -> Traces:
-    found: Traces = {}
+    result: Traces = {}
     for process, output in started:
         code = process.wait(timeout=800)
         assert code == 0, output.with_suffix(".log").read_text()[-6000:]
-        found |= json.loads(output.read_text())
-    return found
+        result |= json.loads(output.read_text())
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +133,11 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
     process.wait()
     assert train(killed, tmp_path / "killed.yaml").wait(timeout=240) == 0
     assert running.wait(timeout=240) == 0
-    expected, found = (
+    expected, result = (
         [line["loss"] for line in read_lines(c.folder / "metrics.jsonl") if "loss" in line]
         for c in (whole, killed)
     )
-    assert difference(expected, found) <= 1e-5
+    assert difference(expected, result) <= 1e-5
     first, second = load_result(whole.folder), load_result(killed.folder)
     assert first is not None
     assert second is not None

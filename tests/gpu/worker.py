@@ -58,8 +58,8 @@ def trained(config: RunConfig) -> dict[str, Any]:
 
 def main() -> None:
     folder, output, precision, *names = sys.argv[1:]
-    found = {name: trained(case(Path(folder), name, precision)) for name in names}
-    Path(output).write_text(json.dumps(found))
+    result = {name: trained(case(Path(folder), name, precision)) for name in names}
+    Path(output).write_text(json.dumps(result))
     stop_ranks()
 
 

@@ -23,15 +23,15 @@ def instructions(text: str) -> list[tuple[str, str]]:
 
 def sections(text: str) -> dict[str, list[str]]:
     """The sections of an Apptainer definition; its header under the empty name."""
-    found: dict[str, list[str]] = {"": []}
+    result: dict[str, list[str]] = {"": []}
     name = ""
     for line in (line.strip() for line in text.splitlines()):
         if line.startswith("%"):
             name = line[1:]
-            found[name] = []
+            result[name] = []
         elif line and not line.startswith("#"):
-            found[name].append(line)
-    return found
+            result[name].append(line)
+    return result
 
 
 def test_the_base_is_pinned_and_the_same() -> None:

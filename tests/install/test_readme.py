@@ -67,7 +67,7 @@ def blocks() -> list[tuple[str, str]]:
 
 
 def commands() -> list[Command]:
-    found = []
+    result = []
     for language, text in blocks():
         for line in text.splitlines() if language != "text" else ():
             typed = re.sub(r"\s+# .*$", "", line if language == "bash" else line[2:]).strip()
@@ -77,8 +77,8 @@ def commands() -> list[Command]:
             for pattern, by in SUBSTITUTES:
                 typed = re.sub(pattern, by, typed)
             skipped = any(typed.startswith(beginning) for beginning in NOT_RUN)
-            found.append(Command(line, "" if skipped else typed))
-    return found
+            result.append(Command(line, "" if skipped else typed))
+    return result
 
 
 def test_every_block_says_whether_it_is_typed() -> None:
@@ -184,7 +184,9 @@ def test_readme_typed_in_its_order(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     bare = os.pathsep.join(  # nothing of the environment is found before it is activated
-        part for part in os.environ["PATH"].split(os.pathsep) if not (Path(part) / "mltfr").exists()
+        block
+        for block in os.environ["PATH"].split(os.pathsep)
+        if not (Path(block) / "mltfr").exists()
     )
     environment = clean_environment(PATH=bare, PORT=str(port), DS_ACCELERATOR="cpu")
     done = subprocess.run(

@@ -58,7 +58,7 @@ def write_checkpoint(place: Path, config: RunConfig, inputs: Inputs) -> None:
     layout, dim = RowLayout(num_rows, NUM_FILES), config.backbone.hidden_dim
     for rank, (first, end) in enumerate(pairwise(layout.bounds)):
         ids = torch.split(layout.ids_between(first, end), 1 << 15)
-        rows = Streamed(torch.float32, (end - first, dim), (rows_of(part, dim) for part in ids))
+        rows = Streamed(torch.float32, (end - first, dim), (rows_of(block, dim) for block in ids))
         name = file_name(MODEL_ROWS, rank, NUM_FILES)
         hashes[name] = write_tensors(partial / name, {table: rows})
     checkpoint.finish(place, Progress(stage="train", step=1), hashes)
@@ -108,20 +108,20 @@ def main(folder: Path, num_items: int) -> dict[str, int]:
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_memory_bytes()
     publish(loaded, folder / "model")
-    found = {"table": 4 * num_items * 256, "export": more_memory(before)}
+    result = {"table": 4 * num_items * 256, "export": more_memory(before)}
     vectors = write_vectors(loaded, folder / "vectors.npy")
-    found["vectors"] = more_memory(before)
+    result["vectors"] = more_memory(before)
     users = loaded.user_vectors([["i1", "i2"], ["i3"]])
     exact(users, vectors, 10)
-    found["exact"] = more_memory(before)
+    result["exact"] = more_memory(before)
     build(vectors, plan(IndexConfig(type="pq", code_bytes=1), num_items, 256))
-    found["index"] = more_memory(before)
+    result["index"] = more_memory(before)
     load_exported(warm / "model").recommend([["i1"]])
     before = own_memory()
     exported = load_exported(folder / "model")
     exported.recommend([["i1", "i2"], ["i3"]])
-    found["exported"] = own_memory() - before
-    return found
+    result["exported"] = own_memory() - before
+    return result
 
 
 if __name__ == "__main__":

@@ -62,14 +62,14 @@ def test_training_on_all_but_the_last_item(tmp_path: Path) -> None:
     for info in manifest.splits["valid"].shards:  # a history and its validation target
         sequences = read_shard(config.data.path, info, num_items=manifest.num_items)
         expected |= {tuple(sequences[i].tolist()) for i in range(len(sequences))}
-    found = set()
+    result = set()
     for step in stream.epoch(0):
         (batch,) = step.micro_batches
         for inputs, targets in zip(batch.item_ids.numpy(), batch.target_ids.numpy(), strict=True):
             length = int((targets != 0).sum())
             if length:
-                found.add((*inputs[:length].tolist(), int(targets[length - 1])))
-    assert found == expected
+                result.add((*inputs[:length].tolist(), int(targets[length - 1])))
+    assert result == expected
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_a_block_of_the_first_sasrec_by_its_formula() -> None:
     item_ids = torch.tensor([[1] * n + [0] * (max(lengths) - n) for n in lengths])
     packing = Packing(item_ids)
     x = torch.randn(sum(lengths), dim, dtype=torch.float64)
-    found = block(x, packing).split(lengths)
+    output = block(x, packing).split(lengths)
     first, second = block.feed_forward[0], block.feed_forward[2]
     weights = [block.query.weight, *block.key_value.weight.split(dim)]
     biases = [block.query.bias, *block.key_value.bias.split(dim)]
-    for rows, result in zip(x.split(lengths), found, strict=True):
+    for rows, result in zip(x.split(lengths), output, strict=True):
         norm = block.attention_norm
         n = F.layer_norm(rows, (dim,), norm.weight, norm.bias, 1e-8)
         q, k, v = (

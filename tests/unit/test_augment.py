@@ -116,19 +116,19 @@ def test_views_do_not_depend_on_their_batch_or_its_width(
 
 def test_all_three_kinds_occur_and_both_views_differ() -> None:
     history = list(range(1, 21))
-    found = views([history] * 300, list(range(300)))
-    cropped = (found != 0).sum(-1) == 10
-    masked = (found == MASK).sum(-1) == 10
-    reordered = (np.sort(found, axis=-1) == np.array(history)).all(-1)
+    result = views([history] * 300, list(range(300)))
+    cropped = (result != 0).sum(-1) == 10
+    masked = (result == MASK).sum(-1) == 10
+    reordered = (np.sort(result, axis=-1) == np.array(history)).all(-1)
     assert (cropped.astype(int) + masked + reordered == 1).all()
     for kind in (cropped, masked, reordered):
         assert kind.mean() == pytest.approx(1 / 3, abs=0.06)
-    moved = (found != np.array(history)).sum(-1)[reordered]
+    moved = (result != np.array(history)).sum(-1)[reordered]
     assert moved.max() <= 10  # outside the window nothing moves
     assert moved.mean() > 5
-    assert (found[:, 0] != found[:, 1]).any(axis=1).mean() > 0.95
-    assert (views([history], [0], epoch=1) != found[0]).any()
-    assert (views([history], [0], seed=2) != found[0]).any()
+    assert (result[:, 0] != result[:, 1]).any(axis=1).mean() > 0.95
+    assert (views([history], [0], epoch=1) != result[0]).any()
+    assert (views([history], [0], seed=2) != result[0]).any()
 
 
 @pytest.mark.parametrize("field", ["crop", "mask", "reorder"])

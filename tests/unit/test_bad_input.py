@@ -105,8 +105,8 @@ def test_prepare(
         (tmp_path / "in.csv").write_text(content)
     command = ["prepare", str(tmp_path / "in.csv"), str(tmp_path / "out"), *arguments]
     message = refused(tmp_path, capsys, lambda: mltfr(command))
-    for part in expected:
-        assert part in message, message
+    for block in expected:
+        assert block in message, message
     assert not (tmp_path / "out").exists()
 
 
@@ -175,8 +175,8 @@ def test_deepspeed_file(
     file = folder / "mine.json"
     file.write_text(json.dumps(content))
     message = train_refused(folder, capsys, deepspeed=str(file))
-    for part in (*expected, "mine.json"):
-        assert part in message
+    for block in (*expected, "mine.json"):
+        assert block in message
 
 
 def test_bf16_without_sharding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

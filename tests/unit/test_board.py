@@ -67,20 +67,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return config
 
 
-def board(folder: Path, *parts: str) -> EventAccumulator:
+def board(folder: Path, *blocks: str) -> EventAccumulator:
     """A run, loaded as TensorBoard loads it."""
-    return EventAccumulator(str(folder.joinpath("tb", *parts)), {"tensors": 0}).Reload()
+    return EventAccumulator(str(folder.joinpath("tb", *blocks)), {"tensors": 0}).Reload()
 
 
-def scalars(found: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
-    tags = sorted(found.PluginTagToContent("scalars"))
+def scalars(result: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
+    tags = sorted(result.PluginTagToContent("scalars"))
     return {
-        t: [(e.step, make_ndarray(e.tensor_proto).item()) for e in found.Tensors(t)] for t in tags
+        t: [(e.step, make_ndarray(e.tensor_proto).item()) for e in result.Tensors(t)] for t in tags
     }
 
 
-def texts(found: EventAccumulator, tag: str) -> list[tuple[int, str]]:
-    events = found.Tensors(f"{tag}/text_summary")
+def texts(result: EventAccumulator, tag: str) -> list[tuple[int, str]]:
+    events = result.Tensors(f"{tag}/text_summary")
     return [(e.step, e.tensor_proto.string_val[0].decode()) for e in events]
 
 
@@ -94,35 +94,35 @@ def as_shown(markdown: str) -> str:
 
 
 def test_a_step_shows_its_time_work_and_memory(run: RunConfig) -> None:
-    found = scalars(board(run.folder, "train"))
+    result = scalars(board(run.folder, "train"))
     phases = ("forward", "backward", "optimizer")
-    steps = [s for s, _ in found["time/step"]]
+    steps = [s for s, _ in result["time/step"]]
     assert steps == list(range(2, 9)), "of each point but the first step's, which warms up"
     for i in range(len(steps)):
-        parts = [found[f"time/{phase}"][i][1] for phase in phases]
-        assert min(parts) > 0
-        assert sum(parts) <= found["time/step"][i][1]
-        total = found["time/step"][i][1] + found["time/data"][i][1]
+        blocks = [result[f"time/{phase}"][i][1] for phase in phases]
+        assert min(blocks) > 0
+        assert sum(blocks) <= result["time/step"][i][1]
+        total = result["time/step"][i][1] + result["time/data"][i][1]
         sequences = 32 if i != 2 and i != 6 else 24  # 120 in batches of 32: the fourth has 24
-        rate = found["speed/sequences_per_second"][i][1]
+        rate = result["speed/sequences_per_second"][i][1]
         assert rate == pytest.approx(sequences / total, rel=1e-4)
-    shares = [share for _, share in found["speed/share_of_matrix_peak"]]
+    shares = [share for _, share in result["speed/share_of_matrix_peak"]]
     assert 0 < min(shares) <= max(shares) < 1
-    assert [s for s, _ in found["memory/resident_gib"]] == list(range(1, 9))
-    assert found["memory/resident_gib"][-1][1] <= found["memory/peak_gib"][-1][1] + 0.01
+    assert [s for s, _ in result["memory/resident_gib"]] == list(range(1, 9))
+    assert result["memory/resident_gib"][-1][1] <= result["memory/peak_gib"][-1][1] + 0.01
 
 
 def test_validation_loss_and_entropy_of_the_filters(run: RunConfig) -> None:
-    found = scalars(board(run.folder, "train"))
-    assert [step for step, _ in found["valid/loss"]] == [4, 8]
-    assert found["valid/loss"][0][1] == pytest.approx(math.log(40), abs=0.5)
-    assert found["valid/loss"][1][1] < found["valid/loss"][0][1]
+    result = scalars(board(run.folder, "train"))
+    assert [step for step, _ in result["valid/loss"]] == [4, 8]
+    assert result["valid/loss"][0][1] == pytest.approx(math.log(40), abs=0.5)
+    assert result["valid/loss"][1][1] < result["valid/loss"][0][1]
     for name in ("first", "second"):
-        entropy = [value for _, value in found[f"filter_entropy/{name}"]]
+        entropy = [value for _, value in result[f"filter_entropy/{name}"]]
         assert len(entropy) == 8
         assert 0 < min(entropy) <= max(entropy) <= math.log(4) + 1e-5
-        assert f"filter_shortlist_recall/{name}" in found
-        assert f"gate_weight/{name}" in found
+        assert f"filter_shortlist_recall/{name}" in result
+        assert f"gate_weight/{name}" in result
 
 
 def test_timing_stays_out_of_metrics(run: RunConfig) -> None:
@@ -193,16 +193,16 @@ def test_a_run_that_goes_on_draws_no_point_twice(tmp_path: Path) -> None:
     draw(tmp_path, "train", None, [10]).flush()  # and is killed; it has no checkpoint
     draw(tmp_path, "train", None, [10, 20, 30]).flush()  # killed after the checkpoint of 20
     draw(tmp_path, "train", 20, [30, 40]).close()
-    found = board(tmp_path, "train")
-    assert [step for step, _ in scalars(found)["step/loss"]] == [10, 20, 30, 40]
-    assert [step for step, _ in scalars(found)["valid/NDCG@10"]] == [0]
-    assert [step for step, _ in texts(found, "kept_tokens/user_0")] == [10, 20, 30, 40]
-    assert [step for step, _ in texts(found, "configuration")] == [1, 21]
+    result = board(tmp_path, "train")
+    assert [step for step, _ in scalars(result)["step/loss"]] == [10, 20, 30, 40]
+    assert [step for step, _ in scalars(result)["valid/NDCG@10"]] == [0]
+    assert [step for step, _ in texts(result, "kept_tokens/user_0")] == [10, 20, 30, 40]
+    assert [step for step, _ in texts(result, "configuration")] == [1, 21]
     draw(tmp_path, "consensus", None, [10], 40).flush()
     draw(tmp_path, "consensus", None, [10, 20], 40).close()
-    found = board(tmp_path, "consensus")
-    assert [step for step, _ in scalars(found)["valid/NDCG@10"]] == [40]
-    assert [step for step, _ in scalars(found)["step/loss"]] == [50, 60]
+    result = board(tmp_path, "consensus")
+    assert [step for step, _ in scalars(result)["valid/NDCG@10"]] == [40]
+    assert [step for step, _ in scalars(result)["step/loss"]] == [50, 60]
     draw(tmp_path, "train", 20, [30]).close()  # as where later checkpoints were deleted
     assert not (tmp_path / "tb" / "consensus").exists()
 
@@ -259,12 +259,12 @@ def test_a_block_is_ended_by_nothing_that_is_in_it() -> None:
 
 
 def test_texts_of_a_run(run: RunConfig) -> None:
-    found = board(run.folder, "train")
-    ((step, configuration),) = texts(found, "configuration")
+    result = board(run.folder, "train")
+    ((step, configuration),) = texts(result, "configuration")
     assert step == 1
     assert as_shown(configuration).strip() == (run.folder / "config.yaml").read_text().strip()
     for user in range(5):
-        shown = texts(found, f"kept_tokens/user_{user}")
+        shown = texts(result, f"kept_tokens/user_{user}")
         assert [step for step, _ in shown] == [4, 8], "at each validation"
         assert re.search(r"Last items: i?\S+", as_shown(shown[0][1]))
         assert len(re.findall(r"<code>(first|second)", html.unescape(shown[0][1]))) == 0
@@ -275,14 +275,14 @@ def test_texts_of_a_run(run: RunConfig) -> None:
 # ------------------------------------------------------------
 
 
-def layout_of(found: EventAccumulator) -> Layout:
-    (event,) = found.Tensors("custom_scalars__config__")
+def layout_of(result: EventAccumulator) -> Layout:
+    (event,) = result.Tensors("custom_scalars__config__")
     return Layout.FromString(event.tensor_proto.string_val[0])
 
 
 def test_the_layout_opens_with_validation_and_loss_and_joins_the_gates(run: RunConfig) -> None:
-    found = board(run.folder, "train")
-    layout, tags = layout_of(found), list(scalars(found))
+    result = board(run.folder, "train")
+    layout, tags = layout_of(result), list(scalars(result))
     assert [c.title for c in layout.category] == [
         "Validation, loss, gates",
         "Gates and filters",
@@ -310,22 +310,22 @@ def experiment(folder: Path) -> tuple[Mapping[str, Any], set[str]]:
     runs.Reload()
     context = TBContext(data_provider=MultiplexerDataProvider(runs, str(folder)), multiplexer=runs)
     hparams, request = Context(context), RequestContext()
-    found = hparams.experiment_from_metadata(
+    result = hparams.experiment_from_metadata(
         request, "", True, hparams.hparams_metadata(request, ""), []
     )
     return (
-        {info.name: info for info in found.hparam_infos},
-        {info.name.tag for info in found.metric_infos},
+        {info.name: info for info in result.hparam_infos},
+        {info.name.tag for info in result.metric_infos},
     )
 
 
 def test_runs_and_trials_compare_on_one_hparams_page(run: RunConfig) -> None:
-    found = board(run.folder, "hparams")
-    final = {tag: points for tag, points in scalars(found).items() if tag.startswith("final/")}
+    result = board(run.folder, "hparams")
+    final = {tag: points for tag, points in scalars(result).items() if tag.startswith("final/")}
     (test,) = (x for x in read_lines(run.folder / "metrics.jsonl") if x["kind"] == "test")
     ((_, value),) = final["final/test_NDCG@10"]
     assert value == pytest.approx(test["NDCG@10"])
-    assert scalars(found)["run/epochs"][0][1] == 3
+    assert scalars(result)["run/epochs"][0][1] == 3
     other = run.runs_dir / "other"
     write_session(other, {"optimizer.learning_rate": 0.5, "state": "x"}, {"sweep/epochs": 3.0}, 3)
     fields, metrics = experiment(run.runs_dir)

@@ -175,11 +175,11 @@ def test_keep_best_keeps_the_best_validations_and_the_next_takes_the_place_of_a_
     fit(config)
     result, is_last = load_result(config.folder), ranked[0]["epoch"] == 4
     assert result is not None
-    found = ranked[0] if is_last else ranked[1]
-    assert (result.valid["NDCG@10"], result.epoch) == (found["NDCG@10"], found["epoch"])
+    kept_ones = ranked[0] if is_last else ranked[1]
+    assert (result.valid["NDCG@10"], result.epoch) == (kept_ones["NDCG@10"], kept_ones["epoch"])
     assert result.checkpoint.startswith("train-step" if is_last else "train-best")
     said = capsys.readouterr().out
-    for line in (ranked[0], found):
+    for line in (ranked[0], kept_ones):
         assert f"(validation NDCG@10 {line['NDCG@10']:.4f})" in said
 
 
@@ -225,12 +225,12 @@ def test_a_lost_best_checkpoint_is_replaced_and_named(
     spoil(checkpoints / expected.checkpoint)
     fit(config)
     said = capsys.readouterr().out
-    found = load_result(config.folder)
-    assert found is not None
+    result = load_result(config.folder)
+    assert result is not None
     assert f"the best checkpoint {expected.checkpoint} (validation NDCG@10" in said
     assert "holds the same weights" in said
-    assert found.test == expected.test
-    assert (found.stage, found.epoch) == (expected.stage, expected.epoch)
+    assert result.test == expected.test
+    assert (result.stage, result.epoch) == (expected.stage, expected.epoch)
 
 
 def test_every_validated_checkpoint_lost_leaves_the_last(tmp_path: Path) -> None:

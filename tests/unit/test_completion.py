@@ -59,10 +59,10 @@ def completed(scripts: Path, *words: str) -> list[str]:
         (["--completion", "z"], {"zsh"}),
     ],
 )
-def test_bash_completes(scripts: Path, words: list[str], found: set[str]) -> None:
+def test_bash_completes(scripts: Path, words: list[str], result: set[str]) -> None:
     offered = set(completed(scripts, "mltfr", *words))
-    assert offered >= found
-    if found:
+    assert offered >= result
+    if result:
         assert all(word.startswith(words[-1]) for word in offered)
 
 

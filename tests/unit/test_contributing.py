@@ -52,15 +52,15 @@ def registered(
 def with_code(monkeypatch: pytest.MonkeyPatch, title: str, module: str) -> None:
     """Run the section's code as a part of ``module``, which is made where it is missing."""
     source = textwrap.dedent(section(title).partition("```python\n")[2].partition("   ```")[0])
-    found = types.ModuleType(module)
-    exec(source, found.__dict__)
+    result = types.ModuleType(module)
+    exec(source, result.__dict__)
     try:
         standing = importlib.import_module(module)
     except ModuleNotFoundError:
-        monkeypatch.setitem(sys.modules, module, found)
+        monkeypatch.setitem(sys.modules, module, result)
         return
     for name in re.findall(r"^(?:def|class) (\w+)", source, re.MULTILINE):
-        monkeypatch.setattr(standing, name, getattr(found, name), raising=False)
+        monkeypatch.setattr(standing, name, getattr(result, name), raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,9 @@ def trained(folder: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
 
 
 def steps(lines: list[dict[str, Any]]) -> list[float]:
-    found = [line["loss"] for line in lines if "loss" in line]
-    assert len(found) > 1
-    return found
+    result = [line["loss"] for line in lines if "loss" in line]
+    assert len(result) > 1
+    return result
 
 
 def test_a_router(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +95,8 @@ def test_a_router(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_loss_with_negatives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_code(monkeypatch, "loss", "mltfr_dist.models.losses")
     name = registered(monkeypatch, "loss", losses.LOSSES, losses)
-    found = steps(trained(folder, "loss", loss__name=name, loss__num_negatives=3))
-    assert found[-1] < found[0] <= 1.1  # an untrained model's scores are equal: the margin
+    result = steps(trained(folder, "loss", loss__name=name, loss__num_negatives=3))
+    assert result[-1] < result[0] <= 1.1  # an untrained model's scores are equal: the margin
 
 
 def test_a_metric(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,16 +111,16 @@ def test_a_baseline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = registered(monkeypatch, "baseline", baselines.BASELINES, baselines)
     config = tiny_config(folder)
     manifest = read_manifest(config.data.path)
-    found = baseline_result(name, config, manifest, ALONE, read_test=False)
+    result = baseline_result(name, config, manifest, ALONE, read_test=False)
     popular = baseline_result("popularity", config, manifest, ALONE, read_test=False)
-    assert 0 < found.valid["MRR"] != popular.valid["MRR"]
+    assert 0 < result.valid["MRR"] != popular.valid["MRR"]
 
 
 def test_an_optimizer_and_its_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_code(monkeypatch, "optimizer", "mltfr_dist.optim")
     name = registered(monkeypatch, "optimizer", optimizers.OPTIMIZERS, optimizers)
-    found = steps(trained(folder, "lion", optimizer__name=name, optimizer__learning_rate=1e-3))
-    assert found[-1] < found[0]
+    result = steps(trained(folder, "lion", optimizer__name=name, optimizer__learning_rate=1e-3))
+    assert result[-1] < result[0]
     from safetensors.torch import load_file
 
     place = next((tiny_config(folder, name="lion").folder / "checkpoints").glob("train-step*"))
@@ -154,6 +154,6 @@ def test_a_checkpoint_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     np.save(tmp_path / "model.npy", rows)
     (tmp_path / "vocab.txt").write_text("\n".join(f"word{n}" for n in range(50)) + "\n")
     source = open_embedding(tmp_path / "model.npy")
-    read = torch.cat([part for _, part in source.blocks()])
+    read = torch.cat([block for _, block in source.blocks()])
     assert torch.equal(read, torch.from_numpy(rows).float())
     assert source.read_vocabulary().tokens[7] == "word7"

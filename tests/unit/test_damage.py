@@ -51,15 +51,15 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
 def samples(folder: Path, **data: object) -> list[tuple[int, ...]]:
     """Every training sequence that a stream delivers."""
     config = DataConfig(path=folder, max_len=64, read_attempts=1, **data)
-    found = []
+    result = []
     for step in TrainStream(folder, config, BatchLayout(0, 1, 8, 8), seed=0).epoch(0):
         for batch in step.micro_batches:
             for items, targets in zip(
                 batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True
             ):
                 row = tuple(i for i in items if i)
-                found += [(*row, targets[len(row) - 1])] if row else []
-    return sorted(found)
+                result += [(*row, targets[len(row) - 1])] if row else []
+    return sorted(result)
 
 
 # --- fuzz
@@ -97,15 +97,15 @@ def check_damage(
         path.write_bytes(content)
         if hashes_agree:
             changed = info.model_copy(update={"bytes": len(content), "sha256": file_sha256(path)})
-            found = None
+            result = None
             with contextlib.suppress(DataError):
-                found = read_shard(folder, changed, num_items=manifest.num_items)
-            if found is None:
+                result = read_shard(folder, changed, num_items=manifest.num_items)
+            if result is None:
                 return
             # What agrees in counts, bounds and keys can differ in values alone; sequences are never
             # lost or gained.
-            assert len(found) == len(intact)
-            assert len(found.items) == len(intact.items)
+            assert len(result) == len(intact)
+            assert len(result.items) == len(intact.items)
         elif content == whole:
             assert len(samples(folder)) == manifest.splits["train"].num_sequences
         else:

@@ -47,8 +47,8 @@ SCORES = torch.tensor(
 
 def test_seen_items_and_the_target_itself_are_no_competitors() -> None:
     pairs = excluded(BATCH, filter_seen=True)
-    found = {*zip(pairs.rows.tolist(), pairs.item_ids.tolist(), strict=True)}
-    assert found == {(0, 4), (0, 1), (0, 2), (1, 2), (1, 5)}
+    result = {*zip(pairs.rows.tolist(), pairs.item_ids.tolist(), strict=True)}
+    assert result == {(0, 4), (0, 1), (0, 2), (1, 2), (1, 5)}
     pairs = excluded(BATCH, filter_seen=False)
     assert (pairs.rows.tolist(), pairs.item_ids.tolist()) == ([0, 1], [4, 2])
 
@@ -65,18 +65,18 @@ def test_scores_that_are_everyones_place_as_their_product_with_users_does(
     targets[7], histories[7] = 0, []  # fills the batch
     targets[9] = histories[9][0] if histories[9] else targets[9]
     users, rules = batch(targets, histories), config(ties=ties, filter_seen=filter_seen)
-    found = rank_users(one.count, [users], rules, ALONE).ranks
-    assert found.equal(rank_users(ByScores(one, 30), [users], rules, ALONE).ranks)
-    assert len(set(found.tolist())) > 4
+    result = rank_users(one.count, [users], rules, ALONE).ranks
+    assert result.equal(rank_users(ByScores(one, 30), [users], rules, ALONE).ranks)
+    assert len(set(result.tolist())) > 4
 
 
 def test_ranks_come_in_the_order_of_the_split() -> None:
     named = BATCH._replace(numbers=torch.tensor([7, 3, 9]))
-    found = rank_users(
+    result = rank_users(
         ByScores(lambda _: SCORES, 5), [named], config(), ALONE, lambda _: torch.eye(3).bool()
     )
-    assert found.ranks.tolist() == [2, 2]  # of user 1, then of user 0
-    assert found.members.tolist() == [[False, True, False], [True, False, False]]
+    assert result.ranks.tolist() == [2, 2]  # of user 1, then of user 0
+    assert result.members.tolist() == [[False, True, False], [True, False, False]]
 
 
 def test_metrics_with_seen_items_filtered() -> None:
@@ -154,9 +154,9 @@ def test_few_scores_are_held_at_a_time_and_ranks_are_the_same(
 
     whole = rank_users(ByScores(score, 9), [users], config(), ALONE).ranks
     monkeypatch.setattr(rankers, "HELD_SCORES", 30)
-    parts = rank_users(ByScores(score, 9), [users], config(), ALONE).ranks
+    blocks = rank_users(ByScores(score, 9), [users], config(), ALONE).ranks
     assert held == [23, *[3] * 7, 2]
-    assert torch.equal(whole, parts)
+    assert torch.equal(whole, blocks)
     assert whole.unique().numel() > 3
 
 

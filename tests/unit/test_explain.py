@@ -60,23 +60,23 @@ def test_without_all_tables_the_backbone_is_left(rec: Ranker) -> None:
 
 
 def test_an_answer_counts_what_changes(rec: Ranker) -> None:
-    found = answer(rec, "one", HISTORY, 3)
-    assert found.best == rec.recommend(HISTORY, k=10)
-    assert [effect.what for effect in found.tables] == ["first", "second"]
-    assert [effect.what for effect in found.items] == [
+    result = answer(rec, "one", HISTORY, 3)
+    assert result.best == rec.recommend(HISTORY, k=10)
+    assert [effect.what for effect in result.tables] == ["first", "second"]
+    assert [effect.what for effect in result.items] == [
         rec.items.name(number) for number in rec.items.find(HISTORY[1:])
     ]
     rest = [*HISTORY[:3]]
-    ids = {item.item_id for item in found.best}
+    ids = {item.item_id for item in result.best}
     others = {item.item_id for item in rec.recommend(rest, k=10, exclude=HISTORY)}
-    assert found.items[-1].stay == len(ids & others)
-    assert len(found.items[-1].entered) == 10 - len(ids & others)
-    order = [item.item_id for item in found.best]
+    assert result.items[-1].stay == len(ids & others)
+    assert len(result.items[-1].entered) == 10 - len(ids & others)
+    order = [item.item_id for item in result.best]
     change = rec.score([rest], order) - rec.score([HISTORY], order)
-    assert found.items[-1].shift == pytest.approx(float(abs(change).mean()))
+    assert result.items[-1].shift == pytest.approx(float(abs(change).mean()))
     by_position = gates(rec, HISTORY)
     assert len(by_position) == 4
-    assert by_position[-1] == pytest.approx([view.gate_weight for view in found.views], abs=1e-5)
+    assert by_position[-1] == pytest.approx([view.gate_weight for view in result.views], abs=1e-5)
     assert all(sum(weights) == pytest.approx(1, abs=1e-5) for weights in by_position)
 
 

@@ -116,8 +116,8 @@ def test_scores_are_the_same(
     fit(config)
     output = tmp_path / "model"
     assert mltfr(["export", str(config.folder), str(output)]) == 0
-    found = tmp_path / "scores.safetensors"
-    command = [sys.executable, "-c", ELSEWHERE, str(output), json.dumps(HISTORIES), str(found)]
+    result = tmp_path / "scores.safetensors"
+    command = [sys.executable, "-c", ELSEWHERE, str(output), json.dumps(HISTORIES), str(result)]
     done = subprocess.run(
         command, env=clean_environment(), capture_output=True, text=True, timeout=120
     )
@@ -132,7 +132,7 @@ def test_scores_are_the_same(
             expected.append(
                 run.model(RankingBatch(recent, torch.zeros(1, dtype=torch.int64), none, none))[0]
             )
-    scores = load_file(found)["scores"]
+    scores = load_file(result)["scores"]
     assert scores.shape == (len(HISTORIES), 41)
     assert torch.equal(scores, torch.stack(expected))
     exported = load_exported(output)

@@ -30,7 +30,7 @@ def setup(folder: Path) -> tuple[RunConfig, Recommender, SequenceBatch]:
 
 def test_equals_a_loop_over_samples(tmp_path: Path) -> None:
     _, model, batch = setup(tmp_path)
-    found = fisher_diagonals(model, [batch], ONE, 16)
+    result = fisher_diagonals(model, [batch], ONE, 16)
     model.eval()
     for m, core in enumerate(model.mltfr.cores):
         expected = {name: torch.zeros_like(p) for name, p in core.named_parameters()}
@@ -42,7 +42,7 @@ def test_equals_a_loop_over_samples(tmp_path: Path) -> None:
                 expected[name] += gradient.square() / 16
         for name, value in expected.items():
             scale = max(float(value.max()), 1e-12)
-            assert (found[m][name] - value).abs().max() < 1e-4 * scale, name
+            assert (result[m][name] - value).abs().max() < 1e-4 * scale, name
 
 
 @pytest.mark.parametrize("name", ["bert4rec", "cl4srec"])
@@ -53,7 +53,7 @@ def test_a_sample_counts_by_its_scored_positions_and_by_the_recommendation_loss(
     config = tiny_config(tmp_path, backbone__name=name, **own)
     model = build_model(config, load_inputs(config), with_consensus=False)
     batch = next(train_stream(config, BatchLayout(0, 1, 16, 16)).epoch(0)).micro_batches[0]
-    found = fisher_diagonals(model, [batch], ONE, 16)[0]["value.weight"]
+    result = fisher_diagonals(model, [batch], ONE, 16)[0]["value.weight"]
     model.eval()
     weight = model.mltfr.cores[0].value.weight
     expected = torch.zeros_like(weight)
@@ -61,18 +61,18 @@ def test_a_sample_counts_by_its_scored_positions_and_by_the_recommendation_loss(
         single = SequenceBatch(*(t[row : row + 1] for t in batch[:3]))
         loss = model(single).terms["loss"].sum / (single.target_ids != PADDING_IDX).sum()
         expected += torch.autograd.grad(loss, weight)[0].square() / 16
-    assert (found - expected).abs().max() < 1e-4 * expected.max()
+    assert (result - expected).abs().max() < 1e-4 * expected.max()
 
 
 def test_is_not_the_square_of_the_mean_gradient(tmp_path: Path) -> None:
     """Defect D12: the published estimate shrinks with the batch; ours must not be it."""
     _, model, batch = setup(tmp_path)
-    found = fisher_diagonals(model, [batch], ONE, 16)[0]["value.weight"]
+    result = fisher_diagonals(model, [batch], ONE, 16)[0]["value.weight"]
     model.eval()
     lengths = (batch.target_ids != PADDING_IDX).sum(1, keepdim=True)
     loss = model(batch, (1 / lengths / 16).expand_as(batch.target_ids)).terms["loss"].sum
     (gradient,) = torch.autograd.grad(loss, [model.mltfr.cores[0].value.weight])
-    assert found.sum() > 1.5 * gradient.square().sum()
+    assert result.sum() > 1.5 * gradient.square().sum()
 
 
 def test_samples_beyond_the_number_asked_for_do_not_count(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ SIZES = (4, 16, 64, 256)
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
 def test_slope_of_a_power_is_its_exponent(power: float) -> None:
     """Whatever the factor."""
-    found = growth.slopes(SIZES, [3.5 * size**power for size in SIZES])
+    result = growth.slopes(SIZES, [3.5 * size**power for size in SIZES])
 
-    assert found == pytest.approx((power, power), abs=1e-12)
+    assert result == pytest.approx((power, power), abs=1e-12)
 
 
 def test_a_part_that_does_not_grow_weighs_least_at_the_end() -> None:
@@ -33,6 +33,6 @@ def test_what_grows_faster_than_linearly_is_named() -> None:
         "end": {"slopes": (0.7, 1.9)},
     }
 
-    found = growth.above_linear({"V": curves})
+    result = growth.above_linear({"V": curves})
 
-    assert found == ["whole by V (1.40, at the end 1.00)", "end by V (0.70, at the end 1.90)"]
+    assert result == ["whole by V (1.40, at the end 1.00)", "end by V (0.70, at the end 1.90)"]

@@ -26,8 +26,8 @@ from mltfr_dist.schema import field_paths, section_at
 
 def parser_of(command: str) -> argparse.ArgumentParser:
     (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    found: argparse.ArgumentParser = commands.choices[command]
-    return found
+    result: argparse.ArgumentParser = commands.choices[command]
+    return result
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str, program: str = "mltfr") -> str:

@@ -63,14 +63,14 @@ def imports(path: Path) -> set[str]:
     """Full names of everything that a file imports, inside functions too; `from a import b` gives
     a.b.
     """
-    found = set()
+    result = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} has a relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            result |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return result
 
 
 def room(path: Path) -> str:
@@ -216,9 +216,9 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 
 
 def test_the_rule_finds_both_where_they_are() -> None:
-    found = set().union(*(imports(path) for path in (PACKAGE / "distributed").glob("*.py")))
-    assert any(i.startswith("torch.distributed") for i in found)
-    assert any(i.startswith("deepspeed") for i in found)
+    result = set().union(*(imports(path) for path in (PACKAGE / "distributed").glob("*.py")))
+    assert any(i.startswith("torch.distributed") for i in result)
+    assert any(i.startswith("deepspeed") for i in result)
 
 
 def test_no_cycles() -> None:

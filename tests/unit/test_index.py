@@ -83,14 +83,14 @@ def test_recall_is_what_is_found(kind: Any) -> None:
     expected = np.argsort(-(users.astype(np.float64) @ vectors.T.astype(np.float64)))[:, :10]
     assert np.array_equal(best, expected)
     assert exactly.recall == 1
-    found = of_index(index, users, best, None, 0.9, planned.nlist)
+    result = of_index(index, users, best, None, 0.9, planned.nlist)
     rows = index.search(users, 10)[1]
     by_hand = np.mean([len({*a} & {*b}) / 10 for a, b in zip(expected, rows, strict=True)])
-    assert found[-1].recall == pytest.approx(by_hand)
+    assert result[-1].recall == pytest.approx(by_hand)
     if kind == "ivf":
-        assert 0.9 <= found[-1].recall < 1
-        assert len(found) > 1  # one list did not do
-        assert index.nprobe == int(found[-1].name.split()[1]) < 40
+        assert 0.9 <= result[-1].recall < 1
+        assert len(result) > 1  # one list did not do
+        assert index.nprobe == int(result[-1].name.split()[1]) < 40
 
 
 def test_blocks_change_nothing(

@@ -194,12 +194,12 @@ def test_a_stopped_run_raises_goes_on_and_gives_signals_back(config: RunConfig) 
 
 @pytest.mark.usefixtures("own_process")
 def test_it_runs_in_a_thread(config: RunConfig) -> None:
-    found: list[object] = []
-    thread = threading.Thread(target=lambda: found.append(fit(config, {"name": "threaded"}).test))
+    result: list[object] = []
+    thread = threading.Thread(target=lambda: result.append(fit(config, {"name": "threaded"}).test))
     thread.start()
     thread.join()
-    assert len(found) == 1
-    assert found[0]
+    assert len(result) == 1
+    assert result[0]
 
 
 def test_a_group_that_is_there_is_used_and_stays(config: RunConfig) -> None:
@@ -299,10 +299,10 @@ def test_a_run_and_its_export_are_used_alike(fitted: Any, tmp_path: Path) -> Non
             assert best == exported.recommend(history, 5, filter_seen=not keep_seen)
             assert [r.score for r in best] == sorted((r.score for r in best), reverse=True)
             assert keep_seen or not {r.item_id for r in best} & set(history)
-            for found in best:
-                number = found.item_id[1:]
+            for result in best:
+                number = result.item_id[1:]
                 titled = f"first-{number} second-{int(number) % 7}"
-                assert found.title == (None if number == "5" else titled)
+                assert result.title == (None if number == "5" else titled)
     everything = run.recommend(["i1"], 40)
     assert len(everything) == 39
     assert len(run.recommend(["i1"], 40, filter_seen=False)) == 40
@@ -339,7 +339,7 @@ def test_an_export_needs_little(fitted: Any, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     best = load_run(fitted.folder).recommend(["i1", "i2"], 5)
-    assert done.stdout.split() == [found.item_id for found in best]
+    assert done.stdout.split() == [result.item_id for result in best]
 
 
 ON_RANKS = """
@@ -556,16 +556,16 @@ def texts(path: Path) -> Iterator[str]:
         and isinstance(node.body[0], ast.Expr)
     }
     inner = {
-        id(part)
+        id(block)
         for node in ast.walk(tree)
         if isinstance(node, ast.JoinedStr)
-        for part in node.values
+        for block in node.values
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(
-                str(part.value) if isinstance(part, ast.Constant) else "value"
-                for part in node.values
+                str(block.value) if isinstance(block, ast.Constant) else "value"
+                for block in node.values
             )
         elif isinstance(node, ast.Constant) and id(node) not in docs | inner:
             yield str(node.value)
@@ -585,15 +585,15 @@ STAY = (
 
 
 def test_every_option_in_a_message_about_inputs_becomes_a_parameter() -> None:
-    found, left = 0, []
+    result, left = 0, []
     rooms = ("data/sources", "data/prepare", "data/shards", "data/stream", "tables")
     for path in (
         file for room in rooms for file in (REPOSITORY / "mltfr_dist" / room).glob("*.py")
     ):
         for text in texts(path):
-            found += "--" in text
+            result += "--" in text
             outside = re.sub(r"`(?:mltfr|pip|hf|iconv|deepspeed)[^`]*`", "", as_call(text))
             if re.search(r"--[a-z]", outside) and not any(word in outside for word in STAY):
                 left.append((path.name, outside))
-    assert found > 60
+    assert result > 60
     assert not left

@@ -64,8 +64,8 @@ def run_blocks(blocks: list[str], shown: list[str], folder: Path) -> dict[str, A
     reached = re.findall(r"^@@ (\d+)$", done.stdout, re.MULTILINE)
     assert done.returncode == 0, f"block {reached[-1:]}\n{done.stderr[-4000:]}"
     assert reached == [str(number) for number in range(len(blocks))]
-    found: dict[str, Any] = json.loads(done.stdout.rpartition("@@ values ")[2])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.rpartition("@@ values ")[2])
+    return result
 
 
 def page_blocks() -> list[str]:
@@ -84,7 +84,7 @@ def test_the_page_has_every_name() -> None:
 @pytest.mark.integration
 def test_the_page_runs(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    found = run_blocks(
+    result = run_blocks(
         page_blocks(),
         [
             "[manifest.num_users, manifest.num_items]",
@@ -95,7 +95,7 @@ def test_the_page_runs(tmp_path: Path) -> None:
         ],
         tmp_path,
     )
-    sizes, table_size, names, shape, titles = found.values()
+    sizes, table_size, names, shape, titles = result.values()
     assert sizes == [80, len(MOVIES)]
     assert table_size == ["llama3", 32]
     assert names == ["popularity", "sasrec + MLTFR"]
@@ -106,8 +106,8 @@ def test_the_page_runs(tmp_path: Path) -> None:
 
 
 def notebook() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(NOTEBOOK.read_text())
-    return found
+    result: dict[str, Any] = json.loads(NOTEBOOK.read_text())
+    return result
 
 
 def cells() -> list[str]:
@@ -137,7 +137,7 @@ def quick(tmp_path: Path) -> Path:
 
 @pytest.mark.integration
 def test_the_notebook_runs_cell_by_cell(quick: Path) -> None:
-    found = run_blocks(
+    result = run_blocks(
         cells(),
         [
             "[manifest.num_users, manifest.num_items]",
@@ -149,7 +149,7 @@ def test_the_notebook_runs_cell_by_cell(quick: Path) -> None:
         ],
         quick,
     )
-    sizes, refusal, hit_rate, after, names, best = found.values()
+    sizes, refusal, hit_rate, after, names, best = result.values()
     assert sizes == [200, 50]
     assert refusal.startswith("DataFrame, row 8: `item_id` is empty.")
     assert hit_rate > 0.3, "of 50 items, one of ten is right by chance in a fifth"

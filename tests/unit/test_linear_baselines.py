@@ -57,9 +57,9 @@ def test_ease_is_a_ridge_regression_of_each_item_by_the_others() -> None:
         weights[others, item] = np.linalg.solve(x.T @ x + ridge * np.eye(ITEMS - 1), x.T @ y)
     asked = [[1, 5, 5], [2]]
     expected = np.array([weights[[0, 4]].sum(0), weights[1]])
-    found = ease(train, ITEMS, ridge=ridge)(batch(asked))
-    assert found[:, 1:].numpy() == pytest.approx(expected, abs=1e-6)
-    assert found[:, 0].tolist() == [-torch.inf] * 2
+    result = ease(train, ITEMS, ridge=ridge)(batch(asked))
+    assert result[:, 1:].numpy() == pytest.approx(expected, abs=1e-6)
+    assert result[:, 0].tolist() == [-torch.inf] * 2
 
 
 def test_ease_says_why_it_does_not_fit() -> None:
@@ -71,7 +71,7 @@ def test_a_users_factors_minimise_the_weighted_squared_error() -> None:
     random = np.random.default_rng(3)
     others, alpha, ridge = random.normal(size=(ITEMS + 1, 3)), 4.0, 0.7
     seen = interactions(packed([[2, 7, 7, 9], [4]]), ITEMS)
-    found = solved(seen, others, alpha, ridge)
+    result = solved(seen, others, alpha, ridge)
     for row, target in enumerate(seen.toarray()):
 
         def loss(vector: np.ndarray, target: np.ndarray = target) -> float:
@@ -79,7 +79,7 @@ def test_a_users_factors_minimise_the_weighted_squared_error() -> None:
             return float((1 + alpha * target) @ errors + ridge * vector @ vector)
 
         best = optimize.minimize(loss, np.zeros(3), tol=1e-12)
-        assert found[row] == pytest.approx(best.x, abs=1e-5)
+        assert result[row] == pytest.approx(best.x, abs=1e-5)
 
 
 @pytest.mark.parametrize("at_once", [1, 512])
@@ -113,9 +113,9 @@ def test_every_baseline_is_ranked_as_a_model_is(name: str, tmp_path: Path) -> No
     """The small data is a walk from item to item: what looks at histories must find it."""
     config = tiny_config(tmp_path, baselines=[name])
     manifest = load_inputs(config).manifest
-    found = baseline_result(name, config, manifest, ALONE, read_test=True)
+    result = baseline_result(name, config, manifest, ALONE, read_test=True)
     again = baseline_result(name, config, manifest, ALONE, read_test=True)
-    assert (found.name, found.test) == (name, again.test)
+    assert (result.name, result.test) == (name, again.test)
     walks = {"markov_chain": 0.4, "item_knn": 0.3, "ease": 0.25, "ials": 0.2}
-    assert found.test["NDCG@10"] > walks.get(name, 0.05)
-    assert found.seconds > 0
+    assert result.test["NDCG@10"] > walks.get(name, 0.05)
+    assert result.seconds > 0

@@ -31,23 +31,23 @@ LISTS = Lists(
 
 
 def test_every_metric_by_hand() -> None:
-    found = list_metrics(LISTS, (2, 3))
-    assert found["Coverage@2"] == pytest.approx(4 / 5)
-    assert found["Coverage@3"] == 1
+    result = list_metrics(LISTS, (2, 3))
+    assert result["Coverage@2"] == pytest.approx(4 / 5)
+    assert result["Coverage@3"] == 1
     # -log2 of 4/8, 2/8, 1/8, (nobody: as one) 1/8, 1/8
-    assert found["Novelty@2"] == pytest.approx(((1 + 2) / 2 + (2 + 3) / 2 + 3) / 3)
-    assert found["Novelty@3"] == pytest.approx(((1 + 2 + 3) / 3 + (2 + 3 + 3) / 3 + 3) / 3)
-    assert found["ARP@2"] == pytest.approx((6 + 2 + 2) / 3)
-    assert found["PopularityLift@2"] == pytest.approx((6 + 2 + 2) / 3 / 3 - 1)
+    assert result["Novelty@2"] == pytest.approx(((1 + 2) / 2 + (2 + 3) / 2 + 3) / 3)
+    assert result["Novelty@3"] == pytest.approx(((1 + 2 + 3) / 3 + (2 + 3 + 3) / 3 + 3) / 3)
+    assert result["ARP@2"] == pytest.approx((6 + 2 + 2) / 3)
+    assert result["PopularityLift@2"] == pytest.approx((6 + 2 + 2) / 3 / 3 - 1)
     # red stands in 3 of 5 titles, car, boat in 2, blue in 1.
     red, two, one = math.log(5 / 3), math.log(5 / 2), math.log(5)
-    assert found["ILD@2"] == pytest.approx(0, abs=1e-12)  # of user 0 alone; user 1 has one title
+    assert result["ILD@2"] == pytest.approx(0, abs=1e-12)  # of user 0 alone; user 1 has one title
     cosine = red * red / (red**2 + two**2)  # "red car", "red boat"
     assert list_metrics(LISTS._replace(items=np.array([[1, 5]])), (2,))["ILD@2"] == pytest.approx(
         1 - cosine
     )
     # User 0: "blue boat" shares no word with two equal titles; user 1: "red CAR", "red boat".
-    assert found["ILD@3"] == pytest.approx(((0 + 1 + 1) / 3 + 1 - cosine) / 2)
+    assert result["ILD@3"] == pytest.approx(((0 + 1 + 1) / 3 + 1 - cosine) / 2)
     assert LISTS.words[3].toarray().max() == pytest.approx(one / math.hypot(one, two))
 
 
@@ -58,8 +58,8 @@ def test_blocks_of_users_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_without_titles_there_is_no_diversity() -> None:
-    found = list_metrics(LISTS._replace(words=None), (3,))
-    assert set(found) == {f"{name}@3" for name, m in LIST_METRICS.items() if not m.reads_titles}
+    result = list_metrics(LISTS._replace(words=None), (3,))
+    assert set(result) == {f"{name}@3" for name, m in LIST_METRICS.items() if not m.reads_titles}
 
 
 def test_nobody_is_recommended_anything() -> None:
@@ -93,20 +93,20 @@ def test_training_is_counted_by_users(run: RunConfig) -> None:
 @pytest.mark.parametrize("filter_seen", [True, False])
 def test_lists_are_those_of_recommend(run: RunConfig, filter_seen: bool) -> None:
     loaded = load_run(run.folder)
-    manifest, found = loaded.inputs.manifest, []
+    manifest, result = loaded.inputs.manifest, []
     for size in (7, 120):
         evaluation = run.evaluation.model_copy(update={"batch_size": size})
         config = run.model_copy(update={"evaluation": evaluation})
         best = lister(loaded.model, manifest.num_items, 38, filter_seen=filter_seen)
         stream = ranking_stream(config, "test", ALONE)
-        found.append(recommended(best, stream, config, manifest, ALONE, loaded.items.titles))
-    assert (found[0].items == found[1].items).all()
+        result.append(recommended(best, stream, config, manifest, ALONE, loaded.items.titles))
+    assert (result[0].items == result[1].items).all()
     source = (run.data.path.parent / "interactions.txt").read_text().splitlines()
     histories = {line.split()[0]: line.split()[1:-1] for line in source}
-    for (_, history), row in zip(sorted_users(run, histories), found[0].items, strict=True):
+    for (_, history), row in zip(sorted_users(run, histories), result[0].items, strict=True):
         expected = [x.item_id for x in loaded.recommend(history, k=38, filter_seen=filter_seen)]
         assert [loaded.item_ids[i] for i in row if i] == expected
-    fewest = int((found[0].items > 0).sum(1).min())
+    fewest = int((result[0].items > 0).sum(1).min())
     assert fewest < 38 if filter_seen else fewest == 38
 
 

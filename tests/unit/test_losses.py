@@ -96,11 +96,11 @@ def test_cross_entropy_is_a_weighted_sum() -> None:
     assert full_cross_entropy(hidden, vectors, targets, weights).item() == pytest.approx(
         expected.item(), rel=1e-6
     )
-    parts = [
+    blocks = [
         full_cross_entropy(hidden[i : i + 5], vectors, targets[i : i + 5], weights[i : i + 5])
         for i in (0, 5, 10)
     ]
-    assert sum(part.item() for part in parts) == pytest.approx(expected.item(), rel=1e-6)
+    assert sum(block.item() for block in blocks) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_cross_entropy_of_a_hand_worked_case() -> None:
@@ -344,10 +344,10 @@ def test_contrast_equals_a_loop_and_groups_add_up(group: int) -> None:
     keys = {"group_size": group, "temperature": 0.7}
     result = contrastive(first, second, mask, **keys)
     assert result.item() == pytest.approx(naive_contrast(first, second, present, group, 0.7))
-    parts = [
+    blocks = [
         contrastive(first[i : i + 4], second[i : i + 4], mask[i : i + 4], **keys) for i in (0, 4)
     ]
-    assert sum(part.item() for part in parts) == pytest.approx(result.item())
+    assert sum(block.item() for block in blocks) == pytest.approx(result.item())
     result.backward()
     for t in (first, second):
         assert torch.isfinite(t.grad).all()

@@ -76,7 +76,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path, capsys: pytest.CaptureFi
     assert mltfr(["report", str(path)]) == 0
     shown = capsys.readouterr().out
     to_bare, to_random = shown.split("difference to bare")[1].split("difference to random_tables")
-    line = next(part for part in to_bare.splitlines() if part.startswith("repaired"))
+    line = next(block for block in to_bare.splitlines() if block.startswith("repaired"))
     # By hand: deviation 0.001, half width 4.3027 * 0.001 / sqrt(3), detectable 3.264 deviations.
     numbers = ["repaired", "3", "+0.0110", "[+0.0085,", "+0.0135]", "0.0027", "0.0033", "3"]
     assert line.split() == [*numbers, "differs"]
@@ -120,9 +120,11 @@ def test_ranks_of_users_widen_and_narrow_the_intervals(
     shown = capsys.readouterr().out
     assert "difference to bare, paired by seed, over users and seeds" in shown
     assert "Protocol: data 0; ties mean; checkpoints by" in shown
-    line = next(part for part in shown.split("over users")[1].splitlines() if "equivalent" in part)
+    line = next(
+        block for block in shown.split("over users")[1].splitlines() if "equivalent" in block
+    )
     assert line.startswith("repaired      2")
-    low, high = (float(part.strip("[],")) for part in line.split()[3:5])
+    low, high = (float(block.strip("[],")) for block in line.split()[3:5])
     assert low < 0 < high
     with_ranks(tmp_path, "repaired", 1, users["bare"], ties="optimistic")
     assert mltfr(["report", str(path)]) == 2
@@ -187,11 +189,11 @@ def test_baselines_stand_beside_every_backbone(
     assert mltfr(["report", str(one), str(other)]) == 0
     shown = capsys.readouterr().out
     assert "missing" not in shown
-    for part in shown.split("d, ")[1:]:
-        lines = part.splitlines()
+    for block in shown.split("d, ")[1:]:
+        lines = block.splitlines()
         line = next(line for line in lines if line.startswith("popularity"))
         assert line.split() == ["popularity", "-", "0.1234", "0.1234", "0.2468", "0", "1"]
-        by_slice = [line.split() for line in part.split("by slice")[1].splitlines()]
+        by_slice = [line.split() for line in block.split("by slice")[1].splitlines()]
         assert ["(users)", "7"] in by_slice
         assert ["item_knn", "0.2500"] in by_slice
         assert ["bare", "-"] in by_slice  # a run whose slices are not known
@@ -202,9 +204,9 @@ def test_baselines_stand_beside_every_backbone(
 
 def test_the_documented_results_are_the_stored_ones_beside_their_baselines() -> None:
     text = (REPOSITORY / "docs" / "results.md").read_text()
-    found = summary([REPOSITORY / "docs" / "results.parquet"])
-    assert "\n".join(line.rstrip() for line in found.splitlines()) in text
-    assert "missing" not in found
+    result = summary([REPOSITORY / "docs" / "results.parquet"])
+    assert "\n".join(line.rstrip() for line in result.splitlines()) in text
+    assert "missing" not in result
 
 
 def test_baselines_are_those_of_a_run(tmp_path: Path) -> None:
@@ -212,9 +214,9 @@ def test_baselines_are_those_of_a_run(tmp_path: Path) -> None:
     inputs = load_inputs(config)
     for name in ("popularity", "item_knn"):
         of_run = compare(name, config, inputs, ALONE, read_test=True)
-        found = baseline_result(name, config, inputs.manifest, ALONE, read_test=True)
-        assert (of_run.valid, of_run.test) == (found.valid, found.test)
-        made = make_row(name, config, found, "commit")
+        result = baseline_result(name, config, inputs.manifest, ALONE, read_test=True)
+        assert (of_run.valid, of_run.test) == (result.valid, result.test)
+        made = make_row(name, config, result, "commit")
         assert made["test/NDCG@10"] == of_run.test["NDCG@10"]
         thirds = [made[f"test/{third}/users"] for third in ("item_rare", "item_middle")]
         assert sum(thirds) + made["test/item_common/users"] == 120

@@ -67,7 +67,7 @@ def test_a_rank_equal_to_the_cutoff_is_a_hit_and_half_a_rank_beyond_is_none() ->
 
 def test_sums_add_up_over_parts() -> None:
     ranks = torch.tensor([1.0, 4.0, 9.0, 30.0, 2.0])
-    whole, left, right = (metric_sums(part, (5, 10)) for part in (ranks, ranks[:2], ranks[2:]))
+    whole, left, right = (metric_sums(block, (5, 10)) for block in (ranks, ranks[:2], ranks[2:]))
     assert {name: left[name] + right[name] for name in whole} == pytest.approx(whole)
 
 
@@ -80,14 +80,14 @@ def test_no_user_gives_zeros() -> None:
 def of_a_list(relevant: list[bool]) -> dict[str, float]:
     """Metrics at K = 10 by their definitions for any number of relevant items, in plain Python."""
     top, total = relevant[:10], sum(relevant)
-    found = [sum(top[: place + 1]) / (place + 1) for place in range(len(top)) if top[place]]
+    result = [sum(top[: place + 1]) / (place + 1) for place in range(len(top)) if top[place]]
     gains = [1 / math.log2(place + 2) for place in range(len(top))]
     best = sum(gains[: min(10, total)])
     return {
         "HR@10": float(any(top)),
         "Recall@10": sum(top) / total,
         "NDCG@10": sum(gain for gain, hit in zip(gains, top, strict=True) if hit) / best,
-        "MAP@10": sum(found) / total,
+        "MAP@10": sum(result) / total,
         "Precision@10": sum(top) / 10,
         "MRR": 1 / (relevant.index(True) + 1),
     }

@@ -50,8 +50,8 @@ def cosines(world: planted.World, table: TokenTable) -> np.ndarray:
     """Of the features of items that follow each other in a walk."""
     features = planted.title_features([None, *world.titles], table)[1:]
     pairs = np.concatenate([np.stack([walk[:-1], walk[1:]], 1) for walk in world.walks])
-    found: np.ndarray = F.cosine_similarity(features[pairs[:, 0]], features[pairs[:, 1]]).numpy()
-    return found
+    result: np.ndarray = F.cosine_similarity(features[pairs[:, 0]], features[pairs[:, 1]]).numpy()
+    return result
 
 
 def test_the_dial_decides_whether_steps_follow_the_geometry(table: TokenTable) -> None:
@@ -89,8 +89,8 @@ def test_both_ends_of_the_dial_are_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    parts = ("abcdefghijkl", "aeiou", "bcdfgklmnp", "aeiou")
-    words = ["".join(letters) for letters in product(*parts)][:1600]
+    blocks = ("abcdefghijkl", "aeiou", "bcdfgklmnp", "aeiou")
+    words = ["".join(letters) for letters in product(*blocks)][:1600]
     made_table(tmp_path, words, 8)
     command = [
         *("--tables", "words", "--worlds", "worlds", "--items", "600", "--users", "600"),

@@ -71,12 +71,12 @@ def test_every_format_gives_what_the_model_recommends(
     given = users()
     source, output = write(tmp_path / f"users.{kind}", given), tmp_path / "recs.parquet"
     assert mltfr(command(config, source, output)) == 0
-    found = pq.read_table(output)
-    assert found.column_names == ["user_id", "item_ids", "scores"]
-    assert found["user_id"].to_pylist() == given["user_id"]
+    result = pq.read_table(output)
+    assert result.column_names == ["user_id", "item_ids", "scores"]
+    assert result["user_id"].to_pylist() == given["user_id"]
     expected = mltfr_dist.load(config.folder).recommend(given["history"], k=5)
-    assert found["item_ids"].to_pylist() == expected.item_ids
-    assert np.allclose(found["scores"].to_pylist(), expected.scores, atol=1e-5)
+    assert result["item_ids"].to_pylist() == expected.item_ids
+    assert np.allclose(result["scores"].to_pylist(), expected.scores, atol=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recs.parquet", source.name]
 
 
@@ -87,13 +87,13 @@ def test_killed_it_goes_on_without_a_repeated_or_missing_user(
     source, output = write(tmp_path / "users.parquet", given), tmp_path / "recs.parquet"
     program = [sys.executable, "-m", "mltfr_dist", *command(config, source, output)]
     begun = subprocess.Popen(program, env=clean_environment(), cwd=tmp_path)
-    parts = tmp_path / ".parts-recs.parquet"
+    blocks = tmp_path / ".parts-recs.parquet"
     deadline = time.monotonic() + 120
-    while len(list(parts.glob("part-*"))) < 2 and time.monotonic() < deadline:
+    while len(list(blocks.glob("part-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     begun.kill()
     begun.wait()
-    kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*")}
+    kept = {path.name: path.stat().st_mtime_ns for path in blocks.glob("part-*")}
     assert 2 <= len(kept) < 6
     assert not output.exists()
     other = [*program, "--keep-seen"]
@@ -105,12 +105,12 @@ def test_killed_it_goes_on_without_a_repeated_or_missing_user(
     assert done.returncode == 0, done.stderr
     assert f"{len(kept)} of 6 parts are done already" in done.stdout
     assert f"{len(given['user_id']):,} users" in done.stdout
-    found = pq.read_table(output)
-    assert found["user_id"].to_pylist() == given["user_id"]
+    result = pq.read_table(output)
+    assert result["user_id"].to_pylist() == given["user_id"]
     whole = tmp_path / "whole.parquet"
     assert mltfr(command(config, source, whole)) == 0
     assert whole.read_bytes() == output.read_bytes()
-    assert not parts.exists()
+    assert not blocks.exists()
 
 
 def test_several_processes_share_the_parts(config: RunConfig, tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def test_a_strange_row_far_behind_loses_nothing(
     given["history"][9] = ["i1", "x1"]
     source, output = write(tmp_path / "users.parquet", given), tmp_path / "recs.parquet"
     assert mltfr(command(config, source, output)) == EXIT_BAD_INPUT
-    parts = tmp_path / ".parts-recs.parquet"
-    assert len(list(parts.glob("part-*"))) == 2
+    blocks = tmp_path / ".parts-recs.parquet"
+    assert len(list(blocks.glob("part-*"))) == 2
     assert mltfr(command(config, source, output, "--unknown", "drop", "--k", "4")) == EXIT_BAD_INPUT
     assert "parts of another call" in capsys.readouterr().err
     made = batch._write_part

@@ -43,7 +43,7 @@ class Text(NamedTuple):
     text: str
 
 
-def parts(node: ast.AST) -> Iterator[str]:
+def blocks(node: ast.AST) -> Iterator[str]:
     """The alternatives of an expression that makes a text."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value
@@ -51,20 +51,20 @@ def parts(node: ast.AST) -> Iterator[str]:
         values = (v.value if isinstance(v, ast.Constant) else "{…}" for v in node.values)
         yield "".join(str(value) for value in values)
     elif isinstance(node, ast.IfExp):
-        yield from parts(node.body)
-        yield from parts(node.orelse)
+        yield from blocks(node.body)
+        yield from blocks(node.orelse)
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        yield from (left + right for left in parts(node.left) for right in parts(node.right))
+        yield from (left + right for left in blocks(node.left) for right in blocks(node.right))
     elif isinstance(node, ast.Dict):
         for value in node.values:
-            yield from parts(value)
+            yield from blocks(value)
     else:
         yield "{…}"
 
 
 def texts() -> list[Text]:
     """What every error of the package says, and every constant that is named as a remedy."""
-    found = []
+    result = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.keyword) and node.arg in ("rule", "remedy"):
@@ -86,8 +86,8 @@ def texts() -> list[Text]:
             else:
                 continue
             place = f"{path.relative_to(PACKAGE)}:{value.lineno}"
-            found += [Text(place, text) for text in parts(value) if text != "{…}"]
-    return found
+            result += [Text(place, text) for text in blocks(value) if text != "{…}"]
+    return result
 
 
 TEXTS = texts()
@@ -129,9 +129,9 @@ def test_fields_of_a_command_are_named_as_options() -> None:
     words = "|".join(sorted(name for name in fields if "_" in name))
     assignments = "|".join(sorted(fields))
     wrong = {
-        f"{place}: {found}"
+        f"{place}: {result}"
         for place, text in TEXTS
-        for found in re.findall(
+        for result in re.findall(
             rf"(?<![\w.-])(?:(?:{assignments})=\w+|(?:{words})(?![\w.-]))", text
         )
         # `training.global_batch_size` and its like are keys of a run, with a dot before.

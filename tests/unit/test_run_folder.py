@@ -91,8 +91,8 @@ CHANGES = {
 def with_field(config: RunConfig, key: str, value: object) -> RunConfig:
     values = config.model_dump(mode="json")
     place = values
-    for part in key.split(".")[:-1]:
-        place = place[part]
+    for block in key.split(".")[:-1]:
+        place = place[block]
     place[key.rpartition(".")[2]] = value
     return validate(RunConfig, values, source="a test")
 
@@ -250,17 +250,17 @@ def test_a_tracker_goes_on_where_the_checkpoint_stands(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         tracker.log("step", step, {"loss": 1.0 / step}, epoch=1)
     tracker.close()
-    parts = tmp_path / "parts"
-    parts.mkdir()
-    tracker = Tracker(parts, active=True, stage="train", step=0)
+    blocks = tmp_path / "parts"
+    blocks.mkdir()
+    tracker = Tracker(blocks, active=True, stage="train", step=0)
     for step in (10, 20):
         tracker.log("step", step, {"loss": 1.0 / step}, epoch=1)
     tracker.close()
-    tracker = Tracker(parts, active=True, stage="train", step=10)
+    tracker = Tracker(blocks, active=True, stage="train", step=10)
     for step in (20, 30):
         tracker.log("step", step, {"loss": 1.0 / step}, epoch=1)
     tracker.close()
-    assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert (blocks / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     first = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
     assert first == {"kind": "step", "stage": "train", "step": 10, "epoch": 1, "loss": 0.1}
     assert list((whole / "tb").iterdir())

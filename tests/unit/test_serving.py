@@ -54,8 +54,8 @@ FORMS: dict[str, Any] = {
 def test_histories_in_every_form(rec: Ranker, form: str) -> None:
     expected = rec.recommend(HISTORIES, k=4)
     assert len(expected) == len(HISTORIES)
-    found = rec.recommend(FORMS[form], k=4)
-    assert list(found) == list(expected)
+    result = rec.recommend(FORMS[form], k=4)
+    assert list(result) == list(expected)
     assert np.array_equal(rec.user_vectors(FORMS[form]), rec.user_vectors(HISTORIES))
 
 
@@ -63,7 +63,7 @@ def test_a_single_history_gives_its_items(rec: Ranker) -> None:
     for history in HISTORIES:
         single = rec.recommend(history, k=4)
         assert single == rec.recommend([history], k=4)[0]
-        assert not {found.item_id for found in single} & set(history)
+        assert not {result.item_id for result in single} & set(history)
     block = np.array([["i1", "i2"], ["i3", "i4"]])
     assert rec.recommend(block, k=3).item_ids == rec.recommend(block.tolist(), k=3).item_ids
 
@@ -71,17 +71,17 @@ def test_a_single_history_gives_its_items(rec: Ranker) -> None:
 def test_results_in_every_form(rec: Ranker) -> None:
     users = ["anna", "ben", "cleo", "dan"]
     frame = pl.DataFrame({"user_id": users, "history": HISTORIES})
-    found = rec.recommend(frame, k=3)
-    table = found.to_arrow()
+    result = rec.recommend(frame, k=3)
+    table = result.to_arrow()
     assert table.column_names == ["user_id", "rank", "item_id", "score", "title"]
     assert table["user_id"].to_pylist() == [user for user in users for _ in range(3)]
     assert table["rank"].to_pylist() == [1, 2, 3] * 4
-    assert found.to_pandas()["item_id"].tolist() == [raw for row in found.item_ids for raw in row]
-    assert found.to_polars()["score"].to_list() == table["score"].to_pylist()
-    ids, scores = found.to_numpy()
-    assert ids.tolist() == found.item_ids
+    assert result.to_pandas()["item_id"].tolist() == [raw for row in result.item_ids for raw in row]
+    assert result.to_polars()["score"].to_list() == table["score"].to_pylist()
+    ids, scores = result.to_numpy()
+    assert ids.tolist() == result.item_ids
     assert scores.shape == (4, 3)
-    assert found[1:][0] == found[1]
+    assert result[1:][0] == result[1]
 
 
 def test_folding_changes_no_bit(rec: Ranker) -> None:
@@ -132,9 +132,9 @@ def test_unknown_ids_are_refused_or_counted(rec: Ranker) -> None:
     strange = [["i1", "x1"], ["i9"], ["x2", "x3", "i2"]]
     with pytest.raises(DataError, match=r"Unknown item id x1 in history 0 of 3.*unknown=drop"):
         rec.recommend(strange)
-    found = rec.recommend(strange, unknown="drop")
-    assert found.dropped == 3
-    assert list(found) == list(rec.recommend([["i1"], ["i9"], ["i2"]]))
+    result = rec.recommend(strange, unknown="drop")
+    assert result.dropped == 3
+    assert list(result) == list(rec.recommend([["i1"], ["i9"], ["i2"]]))
     told = rec.encode(strange, unknown="drop")
     assert told.dropped == 3
     assert np.array_equal(rec.user_vectors(told), rec.user_vectors([["i1"], ["i9"], ["i2"]]))
@@ -146,14 +146,14 @@ def test_empty_histories(rec: Ranker) -> None:
     given = [["i1"], [], ["x1"]]
     with pytest.raises(DataError, match=r"History 1 of 3 is empty, as are 1 more.*empty=popular"):
         rec.recommend(given, unknown="drop")
-    found = rec.recommend(given, k=5, unknown="drop", empty="popular", exclude=["i3"])
+    result = rec.recommend(given, k=5, unknown="drop", empty="popular", exclude=["i3"])
     counts = {
         raw: int(n) for raw, n in zip(rec.item_ids, rec.items.counts) if raw not in ("", "i3")
     }
     expected = sorted(counts, key=lambda raw: (-counts[raw], rec.item_ids.index(raw)))[:5]
-    assert found.item_ids[1:] == [expected, expected]
-    assert [r.score for r in found[1]] == [counts[raw] for raw in expected]
-    assert found[0] == rec.recommend(["i1"], k=5, exclude=["i3"])
+    assert result.item_ids[1:] == [expected, expected]
+    assert [r.score for r in result[1]] == [counts[raw] for raw in expected]
+    assert result[0] == rec.recommend(["i1"], k=5, exclude=["i3"])
     with pytest.raises(DataError, match="is empty"):
         rec.scores(given[:2])
 

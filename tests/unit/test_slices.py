@@ -39,9 +39,9 @@ def test_membership_by_hand() -> None:
         ["item_common", "history_long"],
         [],
     ]
-    found = slices.members(batch)
+    result = slices.members(batch)
     assert [
-        [name for name, m in zip(Slices.NAMES, row, strict=True) if m] for row in found.tolist()
+        [name for name, m in zip(Slices.NAMES, row, strict=True) if m] for row in result.tolist()
     ] == expected
 
 
@@ -63,14 +63,14 @@ def test_metrics_by_hand() -> None:
     batch = RankingBatch(torch.ones(3, 1).long(), torch.tensor([1, 2, 3]), none, none)
     member = torch.tensor([[True, False], [True, False], [False, True]])
     config = EvaluationConfig(cutoffs=(1, 10))
-    found = evaluate_slices(
+    result = evaluate_slices(
         ByScores(lambda _: scores, 3), [batch], config, ALONE, ("a", "b"), lambda _: member
     )
-    assert found["a"]["HR@1"] == 1 / 2
-    assert found["a"]["MRR"] == pytest.approx(3 / 4)
-    assert found["b"]["MRR"] == pytest.approx(1 / 3)
-    assert (found["a"]["users"], found["b"]["users"]) == (2, 1)
-    assert found[ALL] == evaluate(ByScores(lambda _: scores, 3), [batch], config, ALONE)
+    assert result["a"]["HR@1"] == 1 / 2
+    assert result["a"]["MRR"] == pytest.approx(3 / 4)
+    assert result["b"]["MRR"] == pytest.approx(1 / 3)
+    assert (result["a"]["users"], result["b"]["users"]) == (2, 1)
+    assert result[ALL] == evaluate(ByScores(lambda _: scores, 3), [batch], config, ALONE)
 
 
 def test_slices_of_real_data_partition_the_users_and_thirds_are_by_training_count(
@@ -92,10 +92,10 @@ def test_slices_of_real_data_partition_the_users_and_thirds_are_by_training_coun
     def by_id(batch: RankingBatch) -> torch.Tensor:
         return torch.arange(manifest.num_items + 1.0).repeat(len(batch.target_ids), 1)
 
-    parts = []
+    blocks = []
     for rank in range(2):  # sums over ranks are sums over users
         stream = ranking_stream(config, "test", Ranks(rank, 2, torch.device("cpu")))
-        parts.append(
+        blocks.append(
             evaluate_slices(
                 ByScores(by_id, manifest.num_items),
                 stream,
@@ -120,7 +120,7 @@ def test_slices_of_real_data_partition_the_users_and_thirds_are_by_training_coun
         mean = sum(whole[name]["MRR"] * whole[name]["users"] for name in group) / users
         assert mean == pytest.approx(whole[ALL]["MRR"])
     for name in Slices.NAMES:
-        assert sum(p[name]["users"] for p in parts) == whole[name]["users"]
+        assert sum(p[name]["users"] for p in blocks) == whole[name]["users"]
 
 
 @pytest.mark.parametrize("num_items", [1, 2, 40])

@@ -85,10 +85,10 @@ def test_a_signal_in_a_long_pass(
     monkeypatch.setattr(module, name, real)
     fit(config)
     assert read_lines(config.folder / "metrics.jsonl") == read_lines(whole.folder / "metrics.jsonl")
-    found, expected = load_result(config.folder), load_result(whole.folder)
-    assert found is not None
+    result, expected = load_result(config.folder), load_result(whole.folder)
+    assert result is not None
     assert expected is not None
-    assert (found.test, found.checkpoint) == (expected.test, expected.checkpoint)
+    assert (result.test, result.checkpoint) == (expected.test, expected.checkpoint)
 
 
 def test_a_signal_while_a_baseline_is_fitted(
@@ -149,7 +149,7 @@ def test_a_run_goes_on_with_other_settings_that_change_no_number(
     ]
     losses = [[t["loss"] for t in run if t["kind"] == "step"] for run in (expected, lines)]
     assert relative_difference(*losses) < 1e-5
-    found, before = load_result(config.folder), load_result(whole.folder)
-    assert found is not None
+    result, before = load_result(config.folder), load_result(whole.folder)
+    assert result is not None
     assert before is not None
-    assert found.test == pytest.approx(before.test)
+    assert result.test == pytest.approx(before.test)

@@ -75,11 +75,11 @@ def test_damage_is_found_before_and_after(tmp_path: Path, monkeypatch: pytest.Mo
     flipped = []
 
     def otherwise(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        found = vectors(model, ids)
+        result = vectors(model, ids)
         if model is stays.model:
             flipped.append(ids)
-            found[-1, -1] += 1
-        return found
+            result[-1, -1] += 1
+        return result
 
     monkeypatch.setattr(type(stays.model), "vectors", otherwise)
     with pytest.raises(CheckpointError, match=r"scores otherwise .*: 1 of .* numbers"):
@@ -119,7 +119,7 @@ def test_no_step_holds_the_table(tmp_path: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout)
-    table = found.pop("table")
+    result = json.loads(done.stdout)
+    table = result.pop("table")
     assert table == 614_400_000
-    assert 0 < max(found.values()) < table / 4, found
+    assert 0 < max(result.values()) < table / 4, result

@@ -87,12 +87,12 @@ def stream(
     objective: Objective | None = None,
     **data: object,
 ) -> TrainStream:
-    part = BatchLayout(rank, world, size, micro or size // world)
+    block = BatchLayout(rank, world, size, micro or size // world)
     config = DataConfig(path=folder, max_len=max_len, shuffle_shards=window, **data)
     return TrainStream(
         folder,
         config,
-        part,
+        block,
         seed=seed,
         objective=Objective(num_negatives=num_negatives) if objective is None else objective,
     )
@@ -100,16 +100,16 @@ def stream(
 
 def rows(batch: SequenceBatch) -> list[Row]:
     """(sample id, history, targets) of each row that holds a sequence."""
-    found = []
+    result = []
     for items, targets, sample in zip(
         batch.item_ids.tolist(), batch.target_ids.tolist(), batch.sample_ids.tolist(), strict=True
     ):
         if sample >= 0:
-            found.append((sample, tuple(i for i in items if i), tuple(i for i in targets if i)))
+            result.append((sample, tuple(i for i in items if i), tuple(i for i in targets if i)))
         else:
             assert not any(items)
             assert not any(targets)
-    return found
+    return result
 
 
 def all_rows(steps: list[StepBatches]) -> list[list[Row]]:
@@ -239,11 +239,11 @@ def test_windows_hold_every_shard_once_and_shuffle_shards_together(folder: Path)
     ]
     for window in windows:
         count = sum(plain.split.shards[i].num_sequences for i in window)
-        part, in_order = in_order[:count], in_order[count:]
-        assert set(part) == set(window)
-        assert part not in (
-            sorted(part),
-            sorted(part, reverse=True),
+        block, in_order = in_order[:count], in_order[count:]
+        assert set(block) == set(window)
+        assert block not in (
+            sorted(block),
+            sorted(block, reverse=True),
         )  # mixed, not one shard after the other
     assert not in_order
 
@@ -377,19 +377,19 @@ def test_more_ranks_than_sequences_is_an_error(folder: Path) -> None:
 
 def ranked(batch: RankingBatch) -> list[tuple[tuple[int, ...], int, tuple[int, ...]]]:
     """(history, target, seen items) of each real row."""
-    found = []
+    result = []
     for row, (items, target) in enumerate(
         zip(batch.item_ids.tolist(), batch.target_ids.tolist(), strict=True)
     ):
         if target != PADDING_IDX:
-            found.append(
+            result.append(
                 (
                     tuple(i for i in items if i),
                     target,
                     tuple(batch.seen_items[batch.seen_rows == row].tolist()),
                 )
             )
-    return found
+    return result
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
@@ -433,7 +433,7 @@ RATIOS = ViewRatios(0.5, 0.5, 0.5)
 
 def by_sample(steps: list[StepBatches]) -> dict[int, dict[str, list[int]]]:
     """What each sequence is given, without padding."""
-    found = {}
+    result = {}
     for batch in (b for step in steps for b in step.micro_batches):
         for i, sample in enumerate(batch.sample_ids.tolist()):
             if sample < 0:
@@ -445,8 +445,8 @@ def by_sample(steps: list[StepBatches]) -> dict[int, dict[str, list[int]]]:
             }
             if batch.view_ids is not None:
                 row |= {f"view {v}": batch.view_ids[i, v, :n].tolist() for v in range(2)}
-            found[sample] = row
-    return found
+            result[sample] = row
+    return result
 
 
 @pytest.mark.parametrize("max_len", [3, WHOLE])
@@ -500,10 +500,10 @@ def test_masks_views_and_shared_negatives_do_not_depend_on_the_division(
         for rank in range(world)
     ]
     for number, step in enumerate(whole):
-        parts = [steps[number] for steps in ranks]
-        assert by_sample(parts) == by_sample([step])
-        assert {p[1:] for p in parts} == {step[1:]}  # all three counts
-        for batch in (b for part in parts for b in part.micro_batches):
+        blocks = [steps[number] for steps in ranks]
+        assert by_sample(blocks) == by_sample([step])
+        assert {p[1:] for p in blocks} == {step[1:]}  # all three counts
+        for batch in (b for block in blocks for b in block.micro_batches):
             assert torch.equal(batch.shared_negative_ids, step.micro_batches[0].shared_negative_ids)
             assert torch.equal(
                 batch.shared_log_probability, step.micro_batches[0].shared_log_probability
@@ -519,7 +519,7 @@ def test_masks_views_and_shared_negatives_do_not_depend_on_the_division(
 def test_groups_stay_together(folder: Path, world: int, micro: int) -> None:
     def groups(world: int, micro: int) -> list[set[tuple[int, ...]]]:
         objective = Objective(views=RATIOS, group_size=4)
-        found: list[set[tuple[int, ...]]] = []
+        result: list[set[tuple[int, ...]]] = []
         for steps in zip(
             *(
                 stream(folder, 8, r, world, micro, objective=objective).epoch(0)
@@ -530,8 +530,8 @@ def test_groups_stay_together(folder: Path, world: int, micro: int) -> None:
             ids = [
                 i for s in steps for b in s.micro_batches for i in b.sample_ids.view(-1, 4).tolist()
             ]
-            found.append({tuple(i for i in group if i >= 0) for group in ids} - {()})
-        return found
+            result.append({tuple(i for i in group if i >= 0) for group in ids} - {()})
+        return result
 
     assert groups(world, micro) == groups(1, 8)
     assert {len(group) for step in groups(1, 8) for group in step} == {3, 4}  # 43 sequences
@@ -637,10 +637,10 @@ def test_windows_hold_every_item_of_long_histories_once_as_a_target(
             (items[max(0, end - 1 - max_len) : end - 1], items[max(0, end - 1 - max_len) + 1 : end])
             for end in ends
         ]
-    found = [row[1:] for s in ranks for step in all_rows(list(s.epoch(0))) for row in step]
-    assert sorted(found) == sorted(expected)
+    result = [row[1:] for s in ranks for step in all_rows(list(s.epoch(0))) for row in step]
+    assert sorted(result) == sorted(expected)
     assert ranks[0].num_samples == len(expected)
-    assert sum(len(targets) for _, targets in found) == sum(
+    assert sum(len(targets) for _, targets in result) == sum(
         len(items) - 1 for items in stored(folder, "train")
     )
     histories = [set(items) for items in stored(folder, "train")]
@@ -677,11 +677,11 @@ def test_prefixes_hold_every_target_once_at_their_end(
     for micro in (2, 4):
         ranks = [stream(folder, 8, rank, 2, micro, **keys) for rank in range(2)]
         steps = [list(s.epoch(1)) for s in ranks]
-        found = [row[1:] for rank in steps for step in all_rows(rank) for row in step]
-        assert sorted(found) == sorted(expected)
+        result = [row[1:] for rank in steps for step in all_rows(rank) for row in step]
+        assert sorted(result) == sorted(expected)
         assert ranks[0].num_samples == len(expected)
         for step, other in zip(*steps, strict=True):
-            pair = [row for part in all_rows([step, other]) for row in part]
+            pair = [row for block in all_rows([step, other]) for row in block]
             assert step.num_targets == step.num_sequences == len(pair)
             assert step.num_positions == sum(len(items) for _, items, _ in pair)
             assert step[1:] == other[1:]

@@ -59,12 +59,12 @@ def numbers_of(folder: Path, manifest: Manifest) -> dict[str, int]:
 def expected(prepared: Prepared, split: str) -> list[tuple[list[int], list[int]]]:
     """Of each user of a split the history and the different targets, by times alone."""
     start, end = {"valid": (CUT, SECOND_CUT), "test": (SECOND_CUT, 1000)}[split]
-    found = []
+    result = []
     for rows in prepared.histories.values():
         history = [item for item, time in rows if time < start]
         targets = list(dict.fromkeys(item for item, time in rows if start <= time < end))
-        found += [(history, targets)] if history and targets else []
-    return found
+        result += [(history, targets)] if history and targets else []
+    return result
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
@@ -105,9 +105,11 @@ def test_next_is_the_first_item_of_the_period_and_as_it_was(prepared: Prepared) 
     info = manifest.splits["test"]
     assert all(shard.num_targets is None for shard in info.shards)
     packed = [read_shard(folder, shard, num_items=NUM_ITEMS) for shard in info.shards]
-    assert all(part.targets is None for part in packed)
-    found = [(part[n][:-1].tolist(), int(part[n][-1])) for part in packed for n in range(len(part))]
-    assert found == [(history, targets[0]) for history, targets in expected(prepared, "test")]
+    assert all(block.targets is None for block in packed)
+    result = [
+        (block[n][:-1].tolist(), int(block[n][-1])) for block in packed for n in range(len(block))
+    ]
+    assert result == [(history, targets[0]) for history, targets in expected(prepared, "test")]
 
 
 def test_shards_whose_targets_cannot_be_are_refused(tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def stream(prepared: Prepared, split: str, size: int, rank: int = 0, world: int 
 @pytest.mark.parametrize("size", [1, 5, 64, 1000])
 @pytest.mark.parametrize("world", [1, 3])
 def test_batches_hold_every_target_once(prepared: Prepared, size: int, world: int) -> None:
-    found: dict[int, tuple[list[int], list[int]]] = {}
+    result: dict[int, tuple[list[int], list[int]]] = {}
     for batch in chain(*(stream(prepared, "test", size, rank, world) for rank in range(world))):
         assert len(batch.target_ids) <= size
         if batch.target_rows is None:  # only fills
@@ -158,20 +160,20 @@ def test_batches_hold_every_target_once(prepared: Prepared, size: int, world: in
             assert recent == seen[-4:]
             own = batch.target_ids[batch.target_rows == row].tolist()
             assert own
-            history, targets = found.setdefault(number, (seen, []))
+            history, targets = result.setdefault(number, (seen, []))
             assert history == seen
             targets += own
-    assert [found[n] for n in range(len(found))] == expected(prepared, "test")
+    assert [result[n] for n in range(len(result))] == expected(prepared, "test")
 
 
 def test_each_user_comes_once_where_histories_alone_are_read(prepared: Prepared) -> None:
     batches = RankingStream(prepared.folder, "test", max_len=99, batch_size=6, once_a_user=True)
-    found = [
+    result = [
         (batch.seen_items[batch.seen_rows == row].tolist(), int(batch.target_ids[row]))
         for batch in batches
         for row in range(len(batch.item_ids))
     ]
-    assert found == [(history, targets[0]) for history, targets in expected(prepared, "test")]
+    assert result == [(history, targets[0]) for history, targets in expected(prepared, "test")]
 
 
 # --- metrics ------------------------------------------------------------------------------------
@@ -275,14 +277,14 @@ def test_ranks_are_places_in_one_ranking(
         for name, value in by_definition(own, 5).items():
             sums[name] = sums.get(name, 0.0) + value
     batches = [stream(prepared, split, size, rank, world) for rank in range(world)]
-    found = ranked(prepared, scores, config, chain(*batches))
-    assert found.num_users == len(users)
+    result = ranked(prepared, scores, config, chain(*batches))
+    assert result.num_users == len(users)
     for number, own in enumerate(places):
-        assert sorted(found.ranks[found.users == number].tolist()) == sorted(own)
-    metrics = found.metrics((5,))
+        assert sorted(result.ranks[result.users == number].tolist()) == sorted(own)
+    metrics = result.metrics((5,))
     assert metrics == pytest.approx({n: v / len(users) for n, v in sums.items()}, rel=1e-12)
     whole = ranked(prepared, scores, config, stream(prepared, split, 64))
-    assert torch.equal(whole.ranks, found.ranks)
+    assert torch.equal(whole.ranks, result.ranks)
     assert whole.metrics((5,)) == metrics
 
 
@@ -291,8 +293,8 @@ def test_a_seen_target_stays_a_candidate_for_all_of_the_users_targets(prepared: 
     users = expected(prepared, "test")
     again = [set(history) & set(targets) for history, targets in users]
     assert sum(map(len, again)) > 20
-    found = ranked(
+    result = ranked(
         prepared, scores_of(1, 1 << 20), EvaluationConfig(), stream(prepared, "test", 64)
     )
-    pairs = torch.stack([found.users.double(), found.ranks], dim=1)
+    pairs = torch.stack([result.users.double(), result.ranks], dim=1)
     assert len(pairs.unique(dim=0)) == len(pairs)

@@ -77,43 +77,43 @@ def test_a_model_places_each_target_by_its_users_scores(run: RunConfig) -> None:
     def score(batch):
         return score_histories(model, batch.item_ids)
 
-    found = {}
+    result = {}
     for size in (40, 1000):
         evaluation = run.evaluation.model_copy(update={"batch_size": size})
         config = run.model_copy(update={"evaluation": evaluation})
         loss = MeanLoss(ALONE)
         for name, place in (("m", ByModel(model, loss)), ("s", ByScores(score, num_items))):
             stream = ranking_stream(config, "test", ALONE)
-            found[name, size] = rank_users(place, stream, evaluation, ALONE).ranks
-        found["loss", size] = torch.tensor(loss.mean())
+            result[name, size] = rank_users(place, stream, evaluation, ALONE).ranks
+        result["loss", size] = torch.tensor(loss.mean())
     for name in ("m", "s"):
-        assert torch.equal(found[name, 40], found["m", 1000])
-    assert torch.isclose(found["loss", 40], found["loss", 1000])
-    assert found["m", 40].unique().numel() > 10
+        assert torch.equal(result[name, 40], result["m", 1000])
+    assert torch.isclose(result["loss", 40], result["loss", 1000])
+    assert result["m", 40].unique().numel() > 10
 
 
 def test_users_are_what_is_compared(run: RunConfig) -> None:
     baselines = [run.folder / f"ranks-{name}.parquet" for name in ("popularity", "item_knn")]
-    found = compare_runs([*baselines, run.folder], "test", QUICK)
+    result = compare_runs([*baselines, run.folder], "test", QUICK)
     info = load_manifest(run.data.path).splits["test"]
-    assert (found.num_users, found.num_targets) == (info.num_sequences, info.num_targets)
-    for one in found.differences:
-        assert one.wins + one.losses + one.ties == found.num_users
+    assert (result.num_users, result.num_targets) == (info.num_sequences, info.num_targets)
+    for one in result.differences:
+        assert one.wins + one.losses + one.ties == result.num_users
     # Differences of users, of a slice by its targets alone: by hand for the middle third of items.
     tables = [pq.read_table(path).to_pandas() for path in baselines]
     popular, knn = (table[table["split"] == "test"] for table in tables)
-    (part,) = [s for s in found.differences[0].slices if s.name.startswith("middling target")]
-    low, high = part.name.split("(")[1].rstrip(")").split("..")
+    (block,) = [s for s in result.differences[0].slices if s.name.startswith("middling target")]
+    low, high = block.name.split("(")[1].rstrip(")").split("..")
     inside = popular["popularity"].between(int(low), int(high))
     values = [
         frame[inside].groupby("user")["rank"].apply(lambda ranks: (ranks <= 10).mean())
         for frame in (popular, knn)
     ]
-    assert part.users == len(values[0])
-    assert part.reference == pytest.approx(values[0].mean())
-    assert part.change.difference == pytest.approx((values[1] - values[0]).mean())
-    text = as_text(found)
-    assert f"{found.num_users} users, {found.num_targets} targets" in text
+    assert block.users == len(values[0])
+    assert block.reference == pytest.approx(values[0].mean())
+    assert block.change.difference == pytest.approx((values[1] - values[0]).mean())
+    text = as_text(result)
+    assert f"{result.num_users} users, {result.num_targets} targets" in text
     assert "all targets of a period" in text
 
 

@@ -62,15 +62,15 @@ class Screen:
         self._reader.join(10)
         os.close(self._master)
         rows, column = [""], 0
-        for part in self.sent.replace("\x1b[K", "\0"):
-            if part == "\r":
+        for block in self.sent.replace("\x1b[K", "\0"):
+            if block == "\r":
                 column = 0
-            elif part == "\n":
+            elif block == "\n":
                 rows.append("")
-            elif part == "\0":
+            elif block == "\0":
                 rows[-1] = rows[-1][:column]
             else:
-                rows[-1] = rows[-1][:column].ljust(column) + part + rows[-1][column + 1 :]
+                rows[-1] = rows[-1][:column].ljust(column) + block + rows[-1][column + 1 :]
                 column += 1
                 assert column <= COLUMNS, f"broken by the terminal: {rows[-1]}"
         return [row.rstrip() for row in rows]

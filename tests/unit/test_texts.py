@@ -16,8 +16,8 @@ WORDS = st.text(st.characters(codec="utf-8"), max_size=6)
 
 def column(words: list[str | None], size: int = 3) -> pa.ChunkedArray:
     """In chunks, as Parquet files give them."""
-    parts = [words[start : start + size] for start in range(0, len(words), size)]
-    return pa.chunked_array(parts, pa.string())
+    blocks = [words[start : start + size] for start in range(0, len(words), size)]
+    return pa.chunked_array(blocks, pa.string())
 
 
 @settings(deadline=None)
@@ -25,8 +25,8 @@ def column(words: list[str | None], size: int = 3) -> pa.ChunkedArray:
 def test_places_are_those_of_a_dictionary(words: list[str], others: list[str]) -> None:
     places = {word: place for place, word in enumerate(words)}
     asked = [*others, *words[::-1]]
-    found = Lookup(Texts.of(column(words))).find(asked)
-    assert found.tolist() == [places.get(word, -1) for word in asked]
+    result = Lookup(Texts.of(column(words))).find(asked)
+    assert result.tolist() == [places.get(word, -1) for word in asked]
 
 
 def test_texts_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

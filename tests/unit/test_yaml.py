@@ -43,9 +43,9 @@ from mltfr_dist.resolve import resolve_config
     ],
 )
 def test_scalars(text: str, value: Any) -> None:
-    found = load_yaml(text)
-    assert found == value
-    assert type(found) is type(value)
+    result = load_yaml(text)
+    assert result == value
+    assert type(result) is type(value)
 
 
 def test_infinities_and_merged_mappings() -> None:

@@ -50,8 +50,8 @@ def test_its_differences_are_those_that_compare_gives(
 ) -> None:
     config, results, text = run
     others = [config.folder / "ranks-item_knn.parquet", config.folder / "backbone"]
-    found = compare_runs([config.folder, *others], "test", Options())
-    for result, one in zip(results, found.differences, strict=False):
+    compared = compare_runs([config.folder, *others], "test", Options())
+    for result, one in zip(results, compared.differences, strict=False):
         change = one.changes["NDCG@10"]
         by_results = result.test["NDCG@10"] - results[-1].test["NDCG@10"]
         assert change.difference == pytest.approx(by_results)

@@ -75,18 +75,18 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     """Ranks 1 and 3 have NDCG@10 1 and 1/2, 11 has none."""
     a = write_ranks(tmp_path / "a.parquet", [3, 3, 11, 1], model="a", popularity=[0, 2, 4, 6])
     b = write_ranks(tmp_path / "b.parquet", [1, 3, 1, 3], model="b")
-    found = compare_runs([a, b], "test", QUICK)
-    (one,) = found.differences
-    assert found.means["a"]["NDCG@10"] == pytest.approx(0.5)
+    result = compare_runs([a, b], "test", QUICK)
+    (one,) = result.differences
+    assert result.means["a"]["NDCG@10"] == pytest.approx(0.5)
     assert one.changes["NDCG@10"].difference == pytest.approx((0.5 + 0 + 1 - 0.5) / 4)
     assert one.changes["HR@10"].difference == pytest.approx(0.25)
     assert (one.wins, one.losses, one.ties) == (2, 1, 1)
     assert one.effect == pytest.approx(0.25 / np.std([0.5, 0, 1, -0.5], ddof=1))
     # Of the signs of 0.5, 1 and -0.5 six in eight give a sum of 1 or more, up or down.
     assert one.p == pytest.approx(6 / 8, abs=0.13)
-    (part,) = one.slices  # the others have one user each
-    assert (part.name, part.users) == ("rare target (2..4)", 2)
-    assert (part.wins, part.losses, part.change.difference) == (1, 0, 0.5)
+    (block,) = one.slices  # the others have one user each
+    assert (block.name, block.users) == ("rare target (2..4)", 2)
+    assert (block.wins, block.losses, block.change.difference) == (1, 0, 0.5)
 
 
 def test_runs_that_differ_in_their_seed_are_one_model(tmp_path: Path) -> None:
@@ -100,14 +100,14 @@ def test_runs_that_differ_in_their_seed_are_one_model(tmp_path: Path) -> None:
         for model, better in (("bare", 1.0), ("full", 0.3))
         for seed in (1, 0, 2)
     ]
-    found = compare_runs(files, "test", QUICK)
-    assert [m.label for m in found.models] == ["bare", "full"]
-    assert found.models[0].seeds == (0, 1, 2)
-    (one,) = found.differences
+    result = compare_runs(files, "test", QUICK)
+    assert [m.label for m in result.models] == ["bare", "full"]
+    assert result.models[0].seeds == (0, 1, 2)
+    (one,) = result.differences
     assert one.paired_seeds == ((0, 0), (1, 1), (2, 2))
     paired = [
-        user_values(found.models[1].ranks[[s]], "NDCG@10", np.arange(60))[0]
-        - user_values(found.models[0].ranks[[s]], "NDCG@10", np.arange(60))[0]
+        user_values(result.models[1].ranks[[s]], "NDCG@10", np.arange(60))[0]
+        - user_values(result.models[0].ranks[[s]], "NDCG@10", np.arange(60))[0]
         for s in range(3)
     ]
     assert one.spread.mean == pytest.approx(np.mean(paired))
@@ -130,10 +130,10 @@ def test_order_and_kind_of_foreign_ids_do_not_matter(tmp_path: Path) -> None:
         target=[f"i{n % 7}" for n in order],
         split=["test"] * 50,
     )
-    found = compare_runs([ours, theirs], "test", QUICK)
+    result = compare_runs([ours, theirs], "test", QUICK)
     values = [user_values(drawn(50, seed)[None], "MRR", np.arange(50)).mean() for seed in (0, 5)]
-    assert [found.means[name]["MRR"] for name in ("a", "theirs")] == pytest.approx(values)
-    assert found.unknown == (str(theirs),)
+    assert [result.means[name]["MRR"] for name in ("a", "theirs")] == pytest.approx(values)
+    assert result.unknown == (str(theirs),)
     theirs_values, our_values = (
         user_values(drawn(50, seed)[None], "NDCG@10", np.arange(50))[0] for seed in (5, 0)
     )
@@ -144,15 +144,15 @@ def test_order_and_kind_of_foreign_ids_do_not_matter(tmp_path: Path) -> None:
         n_resamples=2_000,
         rng=np.random.default_rng(0),
     ).pvalue
-    assert found.differences[0].p == pytest.approx(theirs_p, abs=0.15)
+    assert result.differences[0].p == pytest.approx(theirs_p, abs=0.15)
 
 
 def test_many_comparisons_are_corrected_and_nothing_differs_by_chance(tmp_path: Path) -> None:
     files = [write_ranks(tmp_path / f"m{n}.parquet", drawn(80, n), model=f"m{n}") for n in range(4)]
-    found = compare_runs(files, "test", Options(resamples=500, margin=0.3))
-    p = np.array([d.p for d in found.differences])
-    assert min(d.p_holm for d in found.differences) == pytest.approx(min(1, 3 * p.min()))
-    assert {verdict(d, found.options) for d in found.differences} == {"equivalent within +-0.3"}
+    result = compare_runs(files, "test", Options(resamples=500, margin=0.3))
+    p = np.array([d.p for d in result.differences])
+    assert min(d.p_holm for d in result.differences) == pytest.approx(min(1, 3 * p.min()))
+    assert {verdict(d, result.options) for d in result.differences} == {"equivalent within +-0.3"}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert "candidates all 40 items" in shown
     values = json.loads((output / "compare.json").read_text())
     (one,) = values["differences"]
-    assert sum(part["users"] for part in one["slices"][-3:]) == 90
+    assert sum(block["users"] for block in one["slices"][-3:]) == 90
     assert one["slices"][0]["name"] == "cold target (not in training)"
     assert one["slices"][0]["users"] == 3
     assert one["changes"]["NDCG@10"]["low"] > 0

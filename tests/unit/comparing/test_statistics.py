@@ -37,7 +37,7 @@ def metric_like(users: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("users", [9, 500])
 def test_the_randomisation_test_is_scipys(users: int) -> None:
     values = FEW if users == 9 else metric_like(users)
-    found = randomisation_p(values, 40_000, random())
+    result = randomisation_p(values, 40_000, random())
     theirs = stats.permutation_test(
         (values,), np.mean, permutation_type="samples", n_resamples=9_999, rng=random(1)
     )
@@ -45,8 +45,8 @@ def test_the_randomisation_test_is_scipys(users: int) -> None:
     error = np.sqrt(p * (1 - p) / 40_000)
     if users > 9:  # of nine, scipy goes through all 512 signs
         error += 2 * np.sqrt(half * (1 - half) / 9_999)
-    assert found == pytest.approx(p, abs=4 * error)
-    assert randomisation_p(-values, 40_000, random()) == found
+    assert result == pytest.approx(p, abs=4 * error)
+    assert randomisation_p(-values, 40_000, random()) == result
 
 
 def test_no_difference_at_all_has_p_1_and_one_of_all_is_never_0() -> None:
@@ -78,8 +78,8 @@ def test_many_distinct_values_are_drawn_by_their_law(monkeypatch: pytest.MonkeyP
     drawn = bootstrap_means(values, 6_000, random())
     assert randomisation_p(values, 6_000, random()) == pytest.approx(p, abs=0.025)
     for quantile in (0.025, 0.5, 0.975):
-        found, expected = np.quantile(by_law, quantile), np.quantile(drawn, quantile)
-        assert found == pytest.approx(expected, abs=0.1 * drawn.std())
+        result, expected = np.quantile(by_law, quantile), np.quantile(drawn, quantile)
+        assert result == pytest.approx(expected, abs=0.1 * drawn.std())
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
@@ -98,15 +98,15 @@ def test_resampled_seeds_vary_as_their_mean_does() -> None:
 
 def test_with_one_seed_the_spread_is_that_of_a_t_test() -> None:
     values = metric_like(80)
-    found, theirs = spread(values[None]), stats.ttest_1samp(values, 0)
-    assert found.mean / found.error == pytest.approx(theirs.statistic)
-    assert (found.freedom, found.num_seeds, found.seed) == (79, 1, 0)
+    result, theirs = spread(values[None]), stats.ttest_1samp(values, 0)
+    assert result.mean / result.error == pytest.approx(theirs.statistic)
+    assert (result.freedom, result.num_seeds, result.seed) == (79, 1, 0)
 
 
 def test_variances_by_cause_are_those_of_the_two_way_layout() -> None:
     """Against mean squares summed cell by cell."""
     values = random().normal(size=(4, 7)) + np.arange(4)[:, None] + np.arange(7) / 5
-    found, total = spread(values), values.mean()
+    result, total = spread(values), values.mean()
     users = 4 * sum((values[:, u].mean() - total) ** 2 for u in range(7)) / 6
     seeds = 7 * sum((values[s].mean() - total) ** 2 for s in range(4)) / 3
     rest = sum(
@@ -114,11 +114,11 @@ def test_variances_by_cause_are_those_of_the_two_way_layout() -> None:
         for s in range(4)
         for u in range(7)
     ) / (3 * 6)
-    assert found.both == pytest.approx(rest)
-    assert found.seed == pytest.approx((seeds - rest) / 7)
-    assert found.user == pytest.approx(max(0, (users - rest) / 4))
-    assert found.error**2 == pytest.approx((users + seeds - rest) / 28)
-    assert found.variance(4) == pytest.approx(found.error**2)
+    assert result.both == pytest.approx(rest)
+    assert result.seed == pytest.approx((seeds - rest) / 7)
+    assert result.user == pytest.approx(max(0, (users - rest) / 4))
+    assert result.error**2 == pytest.approx((users + seeds - rest) / 28)
+    assert result.variance(4) == pytest.approx(result.error**2)
 
 
 @pytest.mark.parametrize(("seeds", "seed_sd"), [(1, 0.0), (3, 0.0), (5, 0.04)])
@@ -146,31 +146,31 @@ def test_power_is_the_share_of_simulated_tests_that_find_it(freedom: float) -> N
     simulated = (drawn.normal(size=40_000) + 3.5) / np.sqrt(
         drawn.chisquare(freedom, 40_000) / freedom
     )
-    found = (np.abs(simulated) > stats.t.isf(0.025, freedom)).mean()
-    assert power(-3.5, 1.0, freedom) == pytest.approx(found, abs=0.01)
+    result = (np.abs(simulated) > stats.t.isf(0.025, freedom)).mean()
+    assert power(-3.5, 1.0, freedom) == pytest.approx(result, abs=0.01)
 
 
 def test_seeds_needed_is_the_first_number_that_suffices() -> None:
     drawn = random(2)
     values = drawn.normal(size=(4, 400)) + 0.2 * drawn.normal(size=(4, 1))
     values += 0.3 * drawn.normal(size=400)
-    found = spread(values)
-    assert min(found.user, found.seed) > 0
-    few, many = seeds_needed(found, 0.6), seeds_needed(found, 0.15)
+    result = spread(values)
+    assert min(result.user, result.seed) > 0
+    few, many = seeds_needed(result, 0.6), seeds_needed(result, 0.15)
     assert few is not None
     assert many is not None
     assert few < many
-    assert seeds_needed(found, 1e-4) is None  # the users alone hide it
+    assert seeds_needed(result, 1e-4) is None  # the users alone hide it
     with pytest.raises(ValueError, match="one seed"):
         seeds_needed(spread(values[:1]), 0.3)
 
 
 def test_equivalence_by_two_one_sided_tests() -> None:
     values = metric_like(200) / 10
-    found = spread(values[None])
+    result = spread(values[None])
     upper = stats.ttest_1samp(values, 0.01, alternative="less").pvalue
     lower = stats.ttest_1samp(values, -0.01, alternative="greater").pvalue
-    p = equivalence_p(found.mean, found.error, found.freedom, 0.01)
+    p = equivalence_p(result.mean, result.error, result.freedom, 0.01)
     assert p == pytest.approx(max(upper, lower))
     assert equivalence_p(0.0, 0.0, 9, 0.1) == 0
     assert equivalence_p(0.2, 0.0, 9, 0.1) == 1

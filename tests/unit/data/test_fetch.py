@@ -323,15 +323,15 @@ def test_a_set_that_no_program_can_fetch_says_where_it_is(tmp_path, capsys):
 def test_the_registry(capsys):
     assert main(["fetch"]) == 0
     assert capsys.readouterr().out.strip() == sets_text()
-    for name, found in PUBLIC_SETS.items():
+    for name, result in PUBLIC_SETS.items():
         assert re.fullmatch(r"[a-z0-9-]+", name)
-        assert not found.url or found.url.startswith("https://")
-        assert re.fullmatch(r"(sha256:[0-9a-f]{64}|md5:[0-9a-f]{32})?", found.checksum)
-        assert found.terms.endswith(".")
-        assert found.options["format"]
-        assert set(found.options) <= set(PrepareConfig.model_fields)
-        assert "/" not in found.file
-        assert ".." not in found.member
+        assert not result.url or result.url.startswith("https://")
+        assert re.fullmatch(r"(sha256:[0-9a-f]{64}|md5:[0-9a-f]{32})?", result.checksum)
+        assert result.terms.endswith(".")
+        assert result.options["format"]
+        assert set(result.options) <= set(PrepareConfig.model_fields)
+        assert "/" not in result.file
+        assert ".." not in result.member
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -113,13 +113,13 @@ def test_the_hash_is_of_the_content(tmp_path: Path) -> None:
         lists=[[1, 2], None, []] * (len(events()) // 3) + [[3]] * (len(events()) % 3),
         flag=True,
     )
-    found = {
+    result = {
         name: write_frame(make(frame), "DataFrame", tmp_path).content
         for name, make in KINDS.items()
         if name not in ("polars", "older protocol")  # the older one has no lists
     }
-    assert len(set(found.values())) == 1, found
-    first = found["pandas"]
+    assert len(set(result.values())) == 1, result
+    first = result["pandas"]
     assert first is not None
     for column, value in {
         "user_id": "u1000",

@@ -282,7 +282,7 @@ def test_what_is_no_zip_file_or_encrypted_is_refused(tmp_path):
 # --- several files, folders, patterns -------------------------------------------------------------
 
 
-def parts(folder: Path) -> list[Path]:
+def given_files(folder: Path) -> list[Path]:
     """Three files that hold the rows, the last one of them without any."""
     paths = [folder / f"part-0000{n}.csv" for n in range(4)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -294,7 +294,7 @@ def parts(folder: Path) -> list[Path]:
 
 
 def test_several_files_a_folder_and_patterns_are_one_source(tmp_path, expected):
-    paths = parts(tmp_path / "data" / "deep")
+    paths = given_files(tmp_path / "data" / "deep")
     for mark in ("_SUCCESS", ".part-00000.csv.crc", "_metadata", ".hidden.csv", "part-0.csv.crc"):
         (paths[0].parent / mark).write_text("mark")
     (tmp_path / "data" / "_temporary_notes").mkdir()
@@ -376,8 +376,8 @@ def test_partitions_make_columns_of_folder_names(tmp_path, ending):
             )
     options = {"partitions": True, "user_column": "user"}
     manifest, files = prepared(tmp_path, folder, **options)
-    found = pq.read_table(io.BytesIO(files["users.parquet"])).to_pydict()
-    assert sorted(zip(found["user_id"], found["length"])) == [("ann=1", 20), ("b c", 20)]
+    result = pq.read_table(io.BytesIO(files["users.parquet"])).to_pydict()
+    assert sorted(zip(result["user_id"], result["length"])) == [("ann=1", 20), ("b c", 20)]
     # What a folder is called is data: it shows in the source's hash.
     (folder / "user=b c").rename(folder / "user=bob")
     assert prepared(tmp_path, folder, **options)[0].source.sha256 != manifest.source.sha256
@@ -400,7 +400,7 @@ def test_unequal_and_missing_partitions_are_refused(tmp_path):
 
 
 def test_a_file_given_twice_is_refused(tmp_path):
-    paths = parts(tmp_path / "data")
+    paths = given_files(tmp_path / "data")
     assert "part-00000.csv is given twice" in refusal(tmp_path, paths[0], paths[0])
     assert "is given twice" in refusal(tmp_path, tmp_path / "data", tmp_path / "data" / "*2.csv")
     (tmp_path / "link.csv").symlink_to(paths[0])
@@ -410,7 +410,7 @@ def test_a_file_given_twice_is_refused(tmp_path):
 
 
 def test_folders_that_would_be_read_wrongly_are_refused(tmp_path):
-    paths = parts(tmp_path / "data" / "date=1")
+    paths = given_files(tmp_path / "data" / "date=1")
     for mark, words in {
         "_delta_log": "a table of Delta Lake",
         ".hoodie": "a table of Hudi",
@@ -428,7 +428,7 @@ def test_folders_that_would_be_read_wrongly_are_refused(tmp_path):
 
 
 def test_sources_and_the_output_may_stand_before_and_behind_options(tmp_path, capsys):
-    first, *_, third, _ = map(str, parts(tmp_path / "data"))
+    first, *_, third, _ = map(str, given_files(tmp_path / "data"))
     core = ["--user-core", "1"]
     for number, words in enumerate(
         ([first, third, "OUT", *core], [*core, first, third, "OUT"], [first, third, *core, "OUT"])

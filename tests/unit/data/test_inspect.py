@@ -49,7 +49,7 @@ def test_table_plots_and_board(
 ) -> None:
     assert mltfr(["inspect", str(folder), "--output", str(tmp_path / "shown")]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for part in (
+    for block in (
         "users 2",
         "interactions 9 of 10 read",
         "duplicates dropped 1 (exact)",
@@ -57,7 +57,7 @@ def test_table_plots_and_board(
         "2 items never in it",
         "test 2 9 4 4.5 5 1 2 (100.00%)",
     ):
-        assert part in text
+        assert block in text
     for name in ("lengths.png", "popularity.png"):
         with Image.open(tmp_path / "shown" / name) as image:
             assert image.size == (720, 440)

@@ -48,11 +48,11 @@ def refusal(folder: Path, files: dict[str, str | bytes | pa.Table], **values: ob
 
 def options_of(message: str) -> dict[str, object]:
     """What the command line makes of the options that a remedy names, typed as they stand."""
-    found = re.search(
+    result = re.search(
         r"--(format|no-header|delimiter).*?(?=[;.(]? ?(\(|; or|If it|$|\.$))", message
     )
-    assert found, message
-    words = shlex.split(found.group(0).rstrip("."))
+    assert result, message
+    words = shlex.split(result.group(0).rstrip("."))
     options = build_parser().parse_args(["prepare", "source", "output", *words])
     return section_from(PrepareConfig, options).model_dump(exclude_unset=True)
 

@@ -263,11 +263,11 @@ def test_urls_are_read_and_written(
     lines: list[str] = []
     manifest = prepare(f"{base}/raw.csv", f"{base}/prepared", CONFIG, log=lines.append)
     assert manifest.source.file == "raw.csv"
-    found = {
+    result = {
         name.rpartition("/")[2]: store.cat_file(name)
         for name in store.ls(f"{root}/prepared", detail=False)
     }
-    assert found == expected
+    assert result == expected
     assert not [
         path for path in tmp_path.iterdir() if path.name != "store"
     ]  # nothing of it stays here

@@ -109,12 +109,12 @@ def npy(values: object, dtype: object = np.uint8) -> bytes:
 
 
 def members(**changes: bytes) -> dict[str, bytes]:
-    parts = {
+    blocks = {
         "items": npy([1, 2, 3]),
         "offsets": npy([0, 1, 3], np.uint32),
         "users": npy([0, 1]),
     } | changes
-    return {f"train-00000000.{name}.npy": content for name, content in parts.items()}
+    return {f"train-00000000.{name}.npy": content for name, content in blocks.items()}
 
 
 def test_layout_read_with_tarfile_and_numpy_alone(tmp_path):
@@ -125,7 +125,7 @@ def test_layout_read_with_tarfile_and_numpy_alone(tmp_path):
         (3, 2, 6),
         (2, 1, 6),
     ]
-    found = {}
+    result = {}
     for shard in split.shards:
         with tarfile.open(tmp_path / shard.file) as tar:
             names = tar.getnames()
@@ -139,15 +139,15 @@ def test_layout_read_with_tarfile_and_numpy_alone(tmp_path):
                 )
             for key in sorted({name.partition(".")[0] for name in names}):
                 arrays = [
-                    np.load(io.BytesIO(tar.extractfile(f"{key}.{part}.npy").read()))
-                    for part in ("items", "offsets", "users")
+                    np.load(io.BytesIO(tar.extractfile(f"{key}.{block}.npy").read()))
+                    for block in ("items", "offsets", "users")
                 ]
                 assert [array.dtype for array in arrays] == [np.uint8, np.uint32, np.uint8]
                 items, offsets, users = arrays
                 assert offsets[0] == 0
                 for index, user in enumerate(users):
-                    found[int(user)] = items[offsets[index] : offsets[index + 1]].tolist()
-    assert found == SEQUENCES
+                    result[int(user)] = items[offsets[index] : offsets[index + 1]].tolist()
+    assert result == SEQUENCES
 
 
 def test_layout_read_with_webdataset_alone(tmp_path):
@@ -183,9 +183,9 @@ def test_any_sizes_give_all_sequences_in_order(tmp_path_factory, lengths, block,
     }
     sequences = dict(list(sequences.items())[:10])
     split = write(folder, sequences, block=block, shard=shard, chunk=chunk)
-    parts = [read_shard(folder, info, num_items=3) for info in split.shards]
-    assert all(len(part) == shard for part in parts[:-1])
-    assert list(as_dict(PackedSequences.concatenate(parts)).items()) == list(sequences.items())
+    blocks = [read_shard(folder, info, num_items=3) for info in split.shards]
+    assert all(len(piece) == shard for piece in blocks[:-1])
+    assert list(as_dict(PackedSequences.concatenate(blocks)).items()) == list(sequences.items())
 
 
 def test_types_are_the_smallest_that_fit(tmp_path):

@@ -31,14 +31,14 @@ SPLITS = ("leave_one_out", "global_temporal")
 def histories() -> dict[str, list[tuple[int, str]]]:
     """(time, item) of 60 users, a third of whom have one to three interactions."""
     draw = np.random.default_rng(3)
-    found = {}
+    result = {}
     for user in range(60):
         length = int(draw.integers(1, 4) if user % 3 == 0 else draw.integers(4, 9))
         times = np.sort(draw.choice(1000, length, replace=False))
         items = [f"i{item}" for item in draw.geometric(0.15, length)]
         items[0] = f"i{draw.integers(20)}"
-        found[f"u{user}"] = list(zip(times.tolist(), items))
-    return found
+        result[f"u{user}"] = list(zip(times.tolist(), items))
+    return result
 
 
 def prepared(folder: Path, split: str) -> tuple[Path, Counter[str]]:
@@ -124,10 +124,10 @@ def test_a_folder_prepared_before_counts_what_it_shows_and_says_so(
     make_old(folder)
     manifest = load_manifest(folder)
     train = training_sequences(folder, manifest)
-    found = np.bincount(train.items, minlength=manifest.num_items + 1)
-    missing = expected - counts_by_name(folder, found)  # of users without a validation target
+    result = np.bincount(train.items, minlength=manifest.num_items + 1)
+    missing = expected - counts_by_name(folder, result)  # of users without a validation target
     assert 0 < missing.total() < manifest.report.short_train_sequences
-    assert counts_by_name(folder, found) - expected == Counter()
+    assert counts_by_name(folder, result) - expected == Counter()
     assert "training parts of one item" in opening(config, load_inputs(config), ALONE)
 
 

@@ -371,6 +371,9 @@ def test_named_source(tmp_path, monkeypatch):
     (folder / "ml-100k.item").write_text("item_id:token\n")
     (tmp_path / "recbole" / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = named_source("ml-100k", None)
-    assert (found.interactions, found.titles) == (folder / "ml-100k.inter", folder / "ml-100k.item")
-    assert found.columns["titles_title_column"] == "movie_title"
+    result = named_source("ml-100k", None)
+    assert (result.interactions, result.titles) == (
+        folder / "ml-100k.inter",
+        folder / "ml-100k.item",
+    )
+    assert result.columns["titles_title_column"] == "movie_title"

@@ -153,10 +153,10 @@ def test_copies_of_one_address_are_not_taken_for_those_of_another(tmp_path: Path
     temporary = tmp_path / "temporary"
     interrupted("k_core", addresses[0], tmp_path / "out", temp_dir=temporary)
     shutil.rmtree(tmp_path / ".out.partial")
-    found = prepared(addresses[1], tmp_path / "out", temp_dir=temporary)
+    result = prepared(addresses[1], tmp_path / "out", temp_dir=temporary)
     right = prepared(tmp_path / "2.csv", tmp_path / "right")
-    assert found.pop("manifest.json") != right.pop("manifest.json")  # the file's name
-    assert found == right
+    assert result.pop("manifest.json") != right.pop("manifest.json")  # the file's name
+    assert result == right
 
 
 def test_another_process_in_the_left_folder_is_not_disturbed(source: Path, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ class Waits(TorchDispatchMode):
             return args[0].new_empty(args[0].numel()), counts, counts.new_empty(0)
         if func in (aten.index.Tensor, aten.index_put_.default) and any(map(is_mask, args[1])):
             self.note("mask")
-            args = (args[0], [part for index in args[1] for part in as_numbers(index)], *args[2:])
+            args = (args[0], [block for index in args[1] for block in as_numbers(index)], *args[2:])
         out = func(*args, **kwargs)
         if func in (aten._to_copy.default, aten.copy_.default):
             source = args[1] if func is aten.copy_.default else args[0]
@@ -114,8 +114,8 @@ class Waits(TorchDispatchMode):
 
 def faked(mode: FakeTensorMode, batch: Any) -> Any:
     """A batch without numbers."""
-    parts = (mode.from_tensor(t) if isinstance(t, Tensor) else t for t in batch)
-    return type(batch)(*parts)
+    blocks = (mode.from_tensor(t) if isinstance(t, Tensor) else t for t in batch)
+    return type(batch)(*blocks)
 
 
 def train(model: Recommender, config: RunConfig, batches: StepBatches, given: Any) -> Counter[str]:
@@ -157,27 +157,27 @@ def tried(folder: Path, field: str) -> dict[str, int]:
         given = [faked(mode, batch) for batch in batches.micro_batches]
         asking = faked(mode, users)
         mode.allow_non_fake_inputs = False  # from here on a tensor on the CPU is a fault
-        found = train(model, config, batches, given)
+        result = train(model, config, batches, given)
         model.eval()
         with torch.no_grad():
             scores = model(asking.to(torch.device(CARD, 0)))
     assert scores.device.type == CARD
     assert scores.shape == (len(users.item_ids), model.num_items + 1)
     assert all(p.device.type == CARD for p in model.parameters())
-    return dict(found)
+    return dict(result)
 
 
 def main() -> None:
     folder, output, *fields = sys.argv[1:]
     _setup_privateuseone_for_python_backend(CARD)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for field in fields:
         try:
-            found[field] = tried(Path(folder), field)
+            result[field] = tried(Path(folder), field)
         except Exception:
-            found[field] = {"error": traceback.format_exc()[-3000:]}
-    Path(output).write_text(json.dumps(found))
+            result[field] = {"error": traceback.format_exc()[-3000:]}
+    Path(output).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -96,11 +96,11 @@ def expert(
     value = memory @ params["value.weight"].T + params["value.bias"]
     heads = []
     for h in range(num_heads):
-        part = slice(h * head_dim, (h + 1) * head_dim)
+        block = slice(h * head_dim, (h + 1) * head_dim)
         attention = torch.softmax(
-            query[..., part] @ key[:, part].T / math.sqrt(head_dim), dim=-1
+            query[..., block] @ key[:, block].T / math.sqrt(head_dim), dim=-1
         )  # [B, L, R]
-        heads.append(attention @ value[:, part])
+        heads.append(attention @ value[:, block])
     return torch.cat(heads, dim=-1) @ params["out.weight"].T + params["out.bias"]
 
 

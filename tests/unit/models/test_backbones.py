@@ -240,9 +240,9 @@ def test_every_parameter_learns_and_the_full_length_fits(name: str, with_mltfr: 
         views = torch.stack(
             [items.roll(1, 1), torch.where(torch.arange(width) % 2 == 0, MASK, items)], dim=1
         )
-    found = model(SequenceBatch(items, targets, torch.arange(4), view_ids=views))
-    contrast = found.terms.get("contrast_loss")
-    total = found.terms["loss"].sum + (0 if contrast is None else contrast.sum)
+    result = model(SequenceBatch(items, targets, torch.arange(4), view_ids=views))
+    contrast = result.terms.get("contrast_loss")
+    total = result.terms["loss"].sum + (0 if contrast is None else contrast.sum)
     model.zero_grad()
     total.backward()
     for parameter_name, parameter in model.named_parameters():
@@ -305,7 +305,7 @@ def test_linrec_is_the_published_attention_of_each_prefix() -> None:
     made = CausalLinearAttention(DIM, 2).double()
     x = torch.randn(7, DIM, dtype=torch.float64)
     with torch.no_grad():
-        found = made(x, Packing(padded([[1] * 7])))
+        result = made(x, Packing(padded([[1] * 7])))
         for t in range(7):
             query, key, value = (
                 p.view(t + 1, 2, DIM // 2).transpose(0, 1)
@@ -317,7 +317,7 @@ def test_linrec_is_the_published_attention_of_each_prefix() -> None:
                 key / (1 + key.square().sum(dim=1, keepdim=True)).sqrt()
             )  # each column, over the prefix
             mixed = query @ (key.transpose(1, 2) @ value)  # the product that makes it linear
-            torch.testing.assert_close(found[t], made.out(mixed.transpose(0, 1).flatten(1))[t])
+            torch.testing.assert_close(result[t], made.out(mixed.transpose(0, 1).flatten(1))[t])
 
 
 def test_fmlps_filter_is_a_causal_convolution() -> None:
@@ -419,8 +419,8 @@ def test_cl4srec_ranks_as_sasrec_does() -> None:
         state | {"item_embedding.weight": state["item_embedding.weight"][: NUM_ITEMS + 1]}
     )
     item_ids = padded([[1, 2, 3], [4]])
-    found = Recommender(plain, None, LossConfig(), num_items=NUM_ITEMS).hidden(item_ids)[0]
-    torch.testing.assert_close(contrasting.hidden(item_ids)[0], found)
+    result = Recommender(plain, None, LossConfig(), num_items=NUM_ITEMS).hidden(item_ids)[0]
+    torch.testing.assert_close(contrasting.hidden(item_ids)[0], result)
 
 
 # --- losses through the whole recommender

@@ -139,13 +139,13 @@ def test_defects_are_mixed_into_one_class_and_keep_the_names_of_weights() -> Non
     assert kind.__name__ == "BERT4Rec"
     assert both.state_dict().keys() == bert4rec().state_dict().keys()
     assert published_backbone("bert4rec", PublishedConfig()) is BERT4Rec
-    parts = published_components(
+    blocks = published_components(
         MLTFRConfig(tables=("a",)),
         PublishedConfig(noise_in_evaluation=True, straight_through=True),
     )
-    assert parts.selector is not None
-    assert issubclass(parts.selector, StraightThrough)
-    assert parts.selector.draws_noise is NoiseInEvaluation.draws_noise
+    assert blocks.selector is not None
+    assert issubclass(blocks.selector, StraightThrough)
+    assert blocks.selector.draws_noise is NoiseInEvaluation.draws_noise
     assert not issubclass(UserGuided, StraightThrough)
 
 

@@ -17,8 +17,8 @@ def test_the_share_is_p_and_the_mean_stays(p: float) -> None:
     share = (dropped == 0).double()
     deviation = (p * (1 - p) / share.numel()) ** 0.5
     assert abs(float(share.mean()) - p) < 4 * deviation
-    for part in (share.mean(0), share.mean(1)):  # no place of a row, and no row, is preferred
-        assert float((part - p).abs().max()) < 6 * (p * (1 - p) / 500) ** 0.5
+    for block in (share.mean(0), share.mean(1)):  # no place of a row, and no row, is preferred
+        assert float((block - p).abs().max()) < 6 * (p * (1 - p) / 500) ** 0.5
 
 
 def test_neighbours_are_dropped_independently() -> None:

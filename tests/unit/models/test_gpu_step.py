@@ -38,7 +38,7 @@ FIELDS = [field for field in CHANGES if not field.startswith(SAME_STEP)]
 FEW = ("mltfr.enabled", "base", "mltfr.expert.per_table", "backbone.cl4srec.crop_ratio")
 
 
-def found(folder: Path, fields: list[str]) -> dict[str, dict[str, int]]:
+def waits(folder: Path, fields: list[str]) -> dict[str, dict[str, int]]:
     """What waits, by field; `base` changes none."""
     output = folder / "found.json"
     command = [sys.executable, str(WORKER), str(folder), str(output), *fields]
@@ -51,7 +51,7 @@ def found(folder: Path, fields: list[str]) -> dict[str, dict[str, int]]:
 
 def check(folder: Path, fields: list[str]) -> dict[str, set[str]]:
     """Each field's step runs and waits once for its end; what else it waits for."""
-    of_fields, others = found(folder, fields), {}
+    of_fields, others = waits(folder, fields), {}
     assert set(of_fields) == set(fields)
     for field, places in of_fields.items():
         assert "error" not in places, f"{field}: {places['error']}"

@@ -77,8 +77,8 @@ def test_attention_and_its_gradients(positions: int, dim: int, kept: int, masked
 
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
-        found = attend(*given[:3], which, given[3], lambda shape: mask, HEADS)
-        return [found, *torch.autograd.grad(found, given, gradient)]
+        result = attend(*given[:3], which, given[3], lambda shape: mask, HEADS)
+        return [result, *torch.autograd.grad(result, given, gradient)]
 
     before = torch.get_num_threads()
     single, several = run(1), run(3)
@@ -87,8 +87,8 @@ def test_attention_and_its_gradients(positions: int, dim: int, kept: int, masked
     exact = [t.detach().double().requires_grad_() for t in given]
     expected = plain_attention(*exact, which, mask)
     expected = [expected, *torch.autograd.grad(expected, exact, gradient.double())]
-    for found, wanted in zip(single, expected, strict=True):
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=3e-6)
+    for result, wanted in zip(single, expected, strict=True):
+        torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=3e-6)
 
 
 @pytest.mark.parametrize("with_kernels", [True, False])
@@ -103,8 +103,8 @@ def test_mixing_and_its_gradients(
     masks = [(torch.rand(7, 4, dim) > 0.2) / 0.8 if e != 1 else None for e in range(experts)]
     gate = torch.rand(7, 4, experts + 1, requires_grad=True)  # a null expert stands last
     gradient = torch.randn(7, 4, dim)
-    found = mix(outputs, masks, gate[..., :experts])
-    made = [found, *torch.autograd.grad(found, [gate, *outputs], gradient)]
+    result = mix(outputs, masks, gate[..., :experts])
+    made = [result, *torch.autograd.grad(result, [gate, *outputs], gradient)]
     exact = [t.detach().double().requires_grad_() for t in (gate, *outputs)]
     total = torch.zeros(7, 4, dim).double()
     for e, mask in enumerate(masks):
@@ -127,8 +127,8 @@ def test_attention_says_what_is_wrong_and_hides_nothing() -> None:
     for offset in range(3):  # one broken row is enough, wherever it stands
         broken = rows.clone()
         broken[kept[0, offset]] = torch.nan
-        found = attend(query, broken, rows, kept, weights, nothing, HEADS)
-        assert found[0].isnan().all()
+        result = attend(query, broken, rows, kept, weights, nothing, HEADS)
+        assert result[0].isnan().all()
 
 
 @pytest.mark.parametrize("with_kernels", [True, False])
@@ -149,10 +149,10 @@ def test_every_rank_calls_the_same_modules(
     rows = torch.randn(6, 8, requires_grad=True)
     kept = torch.zeros(groups, 3, dtype=torch.int64)
     x = torch.randn(groups, 4, 8, requires_grad=True)
-    found = core(x, [ExpertRows(rows, kept, torch.zeros(groups, 3))])
-    assert found.shape == x.shape
+    result = core(x, [ExpertRows(rows, kept, torch.zeros(groups, 3))])
+    assert result.shape == x.shape
     assert called == [core.query, core.key, core.value, core.out, core]
-    found.sum().backward()
+    result.sum().backward()
     assert all(p.grad is not None for p in core.parameters())
 
 
@@ -162,9 +162,12 @@ def test_products_with_kept_rows_and_their_gradients(width: int) -> None:
     query, rows = (torch.randn(n, width, requires_grad=True) for n in (9, 14))
     kept = torch.randint(14, (9, 6))
     exact = [t.detach().double().requires_grad_() for t in (query, rows)]
-    found, expected = kept_products(query, rows, kept), (exact[0][:, None] * exact[1][kept]).sum(-1)
+    result, expected = (
+        kept_products(query, rows, kept),
+        (exact[0][:, None] * exact[1][kept]).sum(-1),
+    )
     gradient = torch.randn(9, 6)
-    got = [found, *torch.autograd.grad(found, [query, rows], gradient)]
+    got = [result, *torch.autograd.grad(result, [query, rows], gradient)]
     wanted = [expected, *torch.autograd.grad(expected, exact, gradient.double())]
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
@@ -199,16 +202,16 @@ def test_the_nearest_are_those_of_float64(
     count = min(count, rows)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    found, bounds = nearest(query, table, count), largest_products(query, table)
+    result, bounds = nearest(query, table, count), largest_products(query, table)
     torch.set_num_threads(before)
-    assert found is not None
+    assert result is not None
     assert bounds is not None
     products = query.double() @ table.double().T
     expected = products.float().sort(dim=1, descending=True, stable=True)
-    torch.testing.assert_close(found[0], expected.values[:, :count], rtol=0, atol=1e-7)
-    same = expected.indices[:, :count] == found[1]
+    torch.testing.assert_close(result[0], expected.values[:, :count], rtol=0, atol=1e-7)
+    same = expected.indices[:, :count] == result[1]
     # Sums in another order may round to another fp32 number: only true near-ties may differ.
-    chosen = products.gather(1, found[1])
+    chosen = products.gather(1, result[1])
     assert ((chosen - products.gather(1, expected.indices[:, :count])).abs()[~same] < 2e-7).all()
     assert same.float().mean() > 0.99 or kind == "alike"
     largest = products.amax(0)
@@ -247,7 +250,7 @@ def test_both_paths_keep_the_same_rows(spread: float, monkeypatch: pytest.Monkey
     exact = (F.normalize(query.double(), dim=1) @ rows.double().T).float()
     expected = exact.sort(dim=1, descending=True, stable=True).indices[:, :9]
     assert torch.equal(whole, expected)
-    assert all(torch.equal(found, expected) for found in (by_kernel[1], plain[1]))
+    assert all(torch.equal(result, expected) for result in (by_kernel[1], plain[1]))
     assert torch.equal(by_kernel[0], plain[0])
 
 
@@ -288,8 +291,8 @@ def test_a_step_is_the_same_by_both_paths(
 
     by_kernel = step()
     monkeypatch.setattr(build, "library", lambda: None)
-    for found, expected in zip(by_kernel, step(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    for result, expected in zip(by_kernel, step(), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
 SAYS = """
@@ -388,7 +391,7 @@ def test_blocks_and_their_gradients(
     x = torch.randn(len(lengths), 9, width)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    found: list[list[Tensor]] = []
+    result: list[list[Tensor]] = []
     torch.manual_seed(0)
     weights = torch.randn(9 * len(lengths), 11, width).double()
     for dtype in (torch.float32, torch.float64):
@@ -400,9 +403,9 @@ def test_blocks_and_their_gradients(
         total = (spread**2).sum() + (blocks.positions * weight).sum()
         total = total + (blocks.queries * weight[:, 0]).sum()
         (gradient,) = torch.autograd.grad(total, leaf)
-        found.append([t.double() for t in (blocks.positions, blocks.queries, spread, gradient)])
+        result.append([t.double() for t in (blocks.positions, blocks.queries, spread, gradient)])
     torch.set_num_threads(before)
-    for got, wanted in zip(*found, strict=True):
+    for got, wanted in zip(*result, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 

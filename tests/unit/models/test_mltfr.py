@@ -358,13 +358,16 @@ def test_gate_weights_sum_to_one_and_their_sums_are_additive() -> None:
     assert whole.entropy.item() == pytest.approx(
         -(gate[valid] * gate[valid].log()).sum().item(), rel=1e-5
     )
-    parts = [
+    blocks = [
         routing_sums(mltfr_of(model)(x[i : i + 2], valid[i : i + 2])[1])
         for i in range(0, len(histories), 2)
     ]
     for name in ("gate", "top", "entropy", "kept_entropy"):
         torch.testing.assert_close(
-            sum(getattr(part, name) for part in parts), getattr(whole, name), rtol=1e-5, atol=1e-5
+            sum(getattr(block, name) for block in blocks),
+            getattr(whole, name),
+            rtol=1e-5,
+            atol=1e-5,
         )
 
 
@@ -428,10 +431,10 @@ def attend_by_hand(
     query = core.query.weight @ position + core.query.bias
     mixed = []
     for head in range(core.num_heads):
-        part = slice(head * size, (head + 1) * size)
-        keys = [(core.key.weight @ row + core.key.bias)[part] for row in rows]
-        values = [(core.value.weight @ row + core.value.bias)[part] for row in rows]
-        logits = torch.stack([query[part] @ key / math.sqrt(size) for key in keys]) + log_weights
+        block = slice(head * size, (head + 1) * size)
+        keys = [(core.key.weight @ row + core.key.bias)[block] for row in rows]
+        values = [(core.value.weight @ row + core.value.bias)[block] for row in rows]
+        logits = torch.stack([query[block] @ key / math.sqrt(size) for key in keys]) + log_weights
         weights = torch.exp(logits) / torch.exp(logits).sum()
         mixed.append(sum(w * v for w, v in zip(weights, values, strict=True)))
     return core.out.weight @ torch.cat(mixed) + core.out.bias
@@ -594,13 +597,13 @@ def test_equal_rows_are_kept_by_number_however_many() -> None:
         expected = exact.sort(dim=1, descending=True, stable=True)
         assert torch.equal(ids, expected.indices[:, :count])
         assert torch.equal(scores, expected.values[:, :count])
-        parts = [
+        blocks = [
             search_rows(query, rows[a:b], as_they_are, count)
             for a, b in ((0, 1), (1, 50), (50, 100))
         ]
         offsets = (0, 1, 50)
-        found = torch.cat([p[1] + start for p, start in zip(parts, offsets, strict=True)], dim=1)
-        assert torch.equal(best(torch.cat([p[0] for p in parts], dim=1), found, count)[1], ids)
+        result = torch.cat([p[1] + start for p, start in zip(blocks, offsets, strict=True)], dim=1)
+        assert torch.equal(best(torch.cat([p[0] for p in blocks], dim=1), result, count)[1], ids)
 
 
 @few
@@ -651,13 +654,13 @@ def test_kept_rows_are_projected_once_and_have_the_gradients_of_a_second_time() 
     def gradients(chosen: Selection) -> tuple[Tensor, ...]:
         return torch.autograd.grad((weights * chosen.log_weights).sum(), parameters)
 
-    found = selector(query, None, ReplicatedTable(rows))
-    assert found.kept is not None
-    assert given == [40, len(found.candidates)]
-    assert len(found.candidates) < 40
-    again = selector.select(query, found.candidates, found.row_ids, kept=found.kept)
-    torch.testing.assert_close(found.log_weights, again.log_weights, rtol=0, atol=1e-12)
-    for one, other in zip(gradients(found), gradients(again), strict=True):
+    result = selector(query, None, ReplicatedTable(rows))
+    assert result.kept is not None
+    assert given == [40, len(result.candidates)]
+    assert len(result.candidates) < 40
+    again = selector.select(query, result.candidates, result.row_ids, kept=result.kept)
+    torch.testing.assert_close(result.log_weights, again.log_weights, rtol=0, atol=1e-12)
+    for one, other in zip(gradients(result), gradients(again), strict=True):
         assert one.abs().max() > 1e-3
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
@@ -709,8 +712,8 @@ def test_a_shortlist_that_holds_the_top_k_gives_the_full_search() -> None:
             mltfr_of(short)(x, valid)[0], mltfr_of(full)(x, valid)[0], rtol=0, atol=1e-6
         )
         for m in range(len(SHAPES)):
-            found = kept_tokens(mltfr_of(short), queries)[m].kept
-            assert torch.equal(found, kept_tokens(mltfr_of(full), queries)[m].kept)
+            result = kept_tokens(mltfr_of(short), queries)[m].kept
+            assert torch.equal(result, kept_tokens(mltfr_of(full), queries)[m].kept)
     assert recall_of(mltfr_of(short), queries) == [1.0] * len(SHAPES)
 
 
@@ -759,12 +762,12 @@ def test_explain_agrees_with_forward(query_every: int, shortlist: int | None) ->
     explanations = model.explain(padded(histories))
     with torch.no_grad():
         added, _ = mltfr(x, valid)
-        for user, (history, found) in enumerate(zip(histories, explanations, strict=True)):
+        for user, (history, result) in enumerate(zip(histories, explanations, strict=True)):
             last = len(history) - 1
             position = x[user, last].view(1, 1, DIM)
             experts = []
             for m, (ids, weights) in enumerate(
-                zip(found.kept_ids, found.kept_weights, strict=True)
+                zip(result.kept_ids, result.kept_weights, strict=True)
             ):
                 assert weights.sum().item() == pytest.approx(1, rel=1e-5)
                 assert (weights[:-1] >= weights[1:] - 1e-6).all()  # best first
@@ -774,7 +777,7 @@ def test_explain_agrees_with_forward(query_every: int, shortlist: int | None) ->
                         position, [ExpertRows(rows, torch.arange(TOP_K)[None], weights.log()[None])]
                     )[0, 0]
                 )
-            mixed = sum(g * e for g, e in zip(found.gate_weights, experts, strict=True))
+            mixed = sum(g * e for g, e in zip(result.gate_weights, experts, strict=True))
             torch.testing.assert_close(mixed, added[user, last], rtol=0, atol=1e-5)
 
 

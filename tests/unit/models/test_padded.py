@@ -135,7 +135,7 @@ def bsarec_layer(x: list[Tensor], ids: list[int], state: State, block: str) -> l
     kept = [y if k < 2 else 0 * y for k, y in enumerate(spectrum(x)[: WIDTH // 2 + 1])]
     beta = state[f"{block}.filter.beta"]
     qkv = [heads(position, state, block) for position in x]
-    found = []
+    result = []
     for t, low in enumerate(sequence(kept)):
         filtered = norm(low + beta**2 * (x[t] - low) + x[t], state, f"{block}.filter_norm")
         mixed = []
@@ -151,14 +151,14 @@ def bsarec_layer(x: list[Tensor], ids: list[int], state: State, block: str) -> l
             mixed.append(sum(weights[s] * qkv[s][2][h] for s in range(WIDTH)))
         attended = linear(torch.cat(mixed), state, f"{block}.attention.out")
         attended = norm(attended + x[t], state, f"{block}.attention_norm")
-        found.append(0.7 * filtered + 0.3 * attended)
-    return found
+        result.append(0.7 * filtered + 0.3 * attended)
+    return result
 
 
 def linrec_layer(x: list[Tensor], ids: list[int], state: State, block: str) -> list[Tensor]:
     qkv = [[nn.functional.elu(q), nn.functional.elu(k), v] for q, k, v in
            (heads(position, state, block) for position in x)]  # fmt: skip
-    found = []
+    result = []
     for t in range(WIDTH):
         mixed = []
         for h in range(HEADS):
@@ -167,8 +167,8 @@ def linrec_layer(x: list[Tensor], ids: list[int], state: State, block: str) -> l
             total = sum((query @ keys[s]) * qkv[s][2][h] for s in range(WIDTH))
             mixed.append(total / math.sqrt(DIM // HEADS))
         attended = linear(torch.cat(mixed), state, f"{block}.attention.out")
-        found.append(norm(attended + x[t], state, f"{block}.attention_norm"))
-    return found
+        result.append(norm(attended + x[t], state, f"{block}.attention_norm"))
+    return result
 
 
 LAYERS: dict[str, Callable[[list[Tensor], list[int], State, str], list[Tensor]]] = {
@@ -194,8 +194,8 @@ def published(name: str, model: Recommender, history: list[int]) -> Tensor:
 @every
 def test_scores_are_those_of_the_published_formulas(name: str) -> None:
     model = recommender(name)
-    found = scores(model, rows(HISTORIES))
-    for row, history in zip(found, HISTORIES, strict=True):
+    result = scores(model, rows(HISTORIES))
+    for row, history in zip(result, HISTORIES, strict=True):
         expected = published(name, model, history)
         torch.testing.assert_close(row[1:], expected, rtol=0, atol=1e-10)
 
@@ -243,14 +243,14 @@ def test_the_last_position_alone_teaches_every_parameter(
     for row, history in enumerate([*HISTORIES, last]):
         if history:
             targets[row, len(history) - 1] = row + 1
-    found = model(SequenceBatch(items, targets, torch.arange(4)))
-    found.terms["loss"].sum.backward()
+    result = model(SequenceBatch(items, targets, torch.arange(4)))
+    result.terms["loss"].sum.backward()
     expected = [
         nn.functional.cross_entropy(scores(model, torch.tensor([h]))[0, 1:], torch.tensor(row))
         for row, h in enumerate([*HISTORIES, last])
         if h
     ]
-    assert found.terms["loss"].sum.item() == pytest.approx(sum(expected).item(), rel=1e-10)
+    assert result.terms["loss"].sum.item() == pytest.approx(sum(expected).item(), rel=1e-10)
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.abs().sum() > 0, parameter_name
@@ -262,9 +262,9 @@ def test_the_last_position_alone_teaches_every_parameter(
 def test_a_batch_may_hold_nothing_but_padding(name: str, with_mltfr: bool) -> None:
     model = recommender(name, with_mltfr)
     nothing = torch.zeros(3, 4, dtype=torch.int64)
-    found = model(SequenceBatch(nothing, nothing, torch.full((3,), -1)))
-    found.terms["loss"].sum.backward()
-    assert found.terms["loss"].sum.item() == 0
+    result = model(SequenceBatch(nothing, nothing, torch.full((3,), -1)))
+    result.terms["loss"].sum.backward()
+    assert result.terms["loss"].sum.item() == 0
 
 
 @every

@@ -228,13 +228,13 @@ def test_a_user_depends_on_the_batch_and_on_the_future() -> None:
 
 def test_bce_equals_the_statement() -> None:
     hidden, positive, negative = torch.randn(3, 11, DIM, dtype=torch.float64).unbind()
-    found = (
+    result = (
         binary_cross_entropy(
             hidden, positive, negative[:, None], torch.ones(11, dtype=torch.float64)
         )
         / 11
     )
-    torch.testing.assert_close(found, published.bce(hidden, positive, negative), **EXACT)
+    torch.testing.assert_close(result, published.bce(hidden, positive, negative), **EXACT)
 
 
 def test_fisher_and_merge_equal_the_statement(tmp_path: Path) -> None:
@@ -246,24 +246,24 @@ def test_fisher_and_merge_equal_the_statement(tmp_path: Path) -> None:
     model = build_model(config, inputs, with_consensus=False).double()
     assert model.mltfr is not None
     cores = [core for core in model.mltfr.cores if isinstance(core, ExpertCore)]
-    part = BatchLayout(0, 1, 16, 16)
+    block = BatchLayout(0, 1, 16, 16)
 
     def steps() -> Iterable[object]:
-        return islice(train_stream(config, part).epoch(0), 2)
+        return islice(train_stream(config, block).epoch(0), 2)
 
-    found = batch_mean_squares(model, steps(), ONE)  # type: ignore[arg-type]
+    result = batch_mean_squares(model, steps(), ONE)  # type: ignore[arg-type]
     model.eval()
     losses = []
-    for step in islice(train_stream(config, part).epoch(0), 2):
+    for step in islice(train_stream(config, block).epoch(0), 2):
         batch: SequenceBatch = step.micro_batches[0]
         losses.append(model(batch).terms["loss"].sum / batch.num_targets)
     expected = published.batch_mean_fisher(
         losses, [dict(core.named_parameters()) for core in cores]
     )
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(result, expected, strict=True):
         for name, value in one.items():
             torch.testing.assert_close(value, other[name], **EXACT)
-    assert max(float(v.max()) for v in found[0].values()) > 1e-6
+    assert max(float(v.max()) for v in result[0].values()) > 1e-6
     group = [{name: torch.randn(4, 3, dtype=torch.float64)} for name in ("w",) * 3]
     fishers = [{"w": torch.rand(4, 3, dtype=torch.float64) * 1e-11} for _ in range(3)]
     torch.testing.assert_close(
@@ -278,7 +278,7 @@ def procedure(
     """Both stages by plain Adam on whole batches: losses, Fisher, consensus expert, and the
     parameters at each stage's end.
     """
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     merged: dict[str, Tensor] = {}
     for stage in ("train", "consensus"):
         model = model_of(stage == "consensus")
@@ -303,8 +303,8 @@ def procedure(
             losses[-1].backward()
             optimizer.step()
             model.after_update(None)
-        found[f"{stage} losses"] = torch.stack(losses).detach()
-        found |= {f"{stage} {name}": p.detach() for name, p in model.named_parameters()}
+        result[f"{stage} losses"] = torch.stack(losses).detach()
+        result |= {f"{stage} {name}": p.detach() for name, p in model.named_parameters()}
         if stage == "train":
             cores = [
                 {name: p.detach() for name, p in mltfr.cores[m].named_parameters()} for m in GROUP
@@ -320,13 +320,13 @@ def procedure(
                 every = batch_mean_squares(model, steps, ONE)
                 fishers = [every[m] for m in GROUP]
                 merged = merge_unnormalised(cores, fishers)
-            found |= {
+            result |= {
                 f"fisher {m} {name}": t
                 for m, f in zip(GROUP, fishers, strict=True)
                 for name, t in f.items()
             }
-            found |= {f"merged {name}": t for name, t in merged.items()}
-    return found
+            result |= {f"merged {name}": t for name, t in merged.items()}
+    return result
 
 
 def test_the_two_stages_equal_the_statement(tmp_path: Path) -> None:
@@ -349,20 +349,20 @@ def test_the_two_stages_equal_the_statement(tmp_path: Path) -> None:
     def model_of(with_consensus: bool) -> Recommender:
         return build_model(config, inputs, with_consensus=with_consensus).double().eval()
 
-    found = procedure(config, model_of, by_statement=False)
+    result = procedure(config, model_of, by_statement=False)
     expected = procedure(config, model_of, by_statement=True)
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
+    assert result.keys() == expected.keys()
+    for name, value in result.items():
         torch.testing.assert_close(
             value, expected[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}"
         )
     start = dict(model_of(False).named_parameters())
-    for part in (
+    for block in (
         "mltfr.tables.0.rows",
         "mltfr.selectors.2.projection.weight",
         "mltfr.cores.1.value.weight",
     ):
-        assert (found[f"train {part}"] - start[part]).abs().max() > 1e-4, part
-        assert (found[f"train {part}"] - found[f"consensus {part}"]).abs().max() > 1e-7, (
+        assert (result[f"train {block}"] - start[block]).abs().max() > 1e-4, block
+        assert (result[f"train {block}"] - result[f"consensus {block}"]).abs().max() > 1e-7, (
             "the stages differ by their expert"
         )

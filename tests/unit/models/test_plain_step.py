@@ -83,9 +83,9 @@ def test_the_loss_trace_is_that_of_the_plain_step() -> None:
         return output.terms["loss"].sum
 
     expected = trace(plain, lambda batch: plain_loss(plain, batch))
-    found = trace(fast, sum_of)
+    result = trace(fast, sum_of)
     assert expected[-1] < expected[0] - 1  # it trains
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(result), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
 def test_parts_hold_every_row_once_and_little_padding() -> None:
@@ -97,10 +97,10 @@ def test_parts_hold_every_row_once_and_little_padding() -> None:
     packed = packing.pack(item_ids)
     assert sum(size for size, _ in packing.groups) == len(packed)
     sizes = [size for size, _ in packing.groups]
-    for some, (_, part) in zip(torch.split(packed, sizes), packing.groups, strict=True):
-        assert torch.equal(part.unpack(some), part.item_ids)
-        assert torch.equal(part.pack(part.item_ids), some)
-        assert int(part.num_items.min()) >= 0.75 * part.item_ids.shape[1]
+    for some, (_, block) in zip(torch.split(packed, sizes), packing.groups, strict=True):
+        assert torch.equal(block.unpack(some), block.item_ids)
+        assert torch.equal(block.pack(block.item_ids), some)
+        assert int(block.num_items.min()) >= 0.75 * block.item_ids.shape[1]
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
@@ -120,13 +120,13 @@ def test_ranking_takes_histories_of_any_order_in_parts(num_layers: int) -> None:
     none = torch.zeros(0, dtype=torch.int64)
     batch = RankingBatch(item_ids, torch.ones(ROWS, dtype=torch.int64), none, none)
     with torch.no_grad():
-        found = model(batch, read=lambda states, _: states)
+        result = model(batch, read=lambda states, _: states)
         hidden, packing, _ = model.hidden(item_ids)
     assert num_groups[0] > 2
     assert num_groups[1] == 1
-    torch.testing.assert_close(found, packing.last(hidden), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result, packing.last(hidden), rtol=1e-4, atol=1e-5)
     rounded = model.bfloat16()(batch, read=lambda states, _: states)
-    torch.testing.assert_close(rounded.float(), found, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(rounded.float(), result, rtol=0.1, atol=0.1)
 
 
 def test_rows_in_another_order_are_one_part() -> None:

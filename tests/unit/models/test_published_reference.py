@@ -25,8 +25,8 @@ def t(*values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+def close(result: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -59,8 +59,8 @@ def test_user_vectors_pool_all_real_positions_and_no_padding() -> None:
 
 
 def test_gumbel_at_known_points_and_on_average() -> None:
-    found = published.gumbel(t(0, 0.5, math.exp(-1)))
-    close(found, t(-math.log(math.log(1e10)), -math.log(math.log(2)), 0), 1e-9)
+    result = published.gumbel(t(0, 0.5, math.exp(-1)))
+    close(result, t(-math.log(math.log(1e10)), -math.log(math.log(2)), 0), 1e-9)
     middles = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     assert published.gumbel(middles).mean().item() == pytest.approx(
         0.5772157, abs=1e-4
@@ -95,7 +95,7 @@ def filter_gradients(k: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     noise, upstream = drawn(4, users, size), drawn(5, users, k)
     leaves = tuple(leaf.requires_grad_() for leaf in (u, weight, bias))
     ids, weights = published.kept(u, table, weight, bias, noise, tau, k)
-    found = torch.autograd.grad((weights * upstream).sum(), leaves)
+    result = torch.autograd.grad((weights * upstream).sum(), leaves)
     with torch.no_grad():
         projected = table @ weight.T + bias
         lengths, user_lengths = projected.norm(dim=1), u.norm(dim=1, keepdim=True)
@@ -111,20 +111,20 @@ def filter_gradients(k: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             s, a, c = cosine[v, b], u[b] / user_lengths[b], projected[v] / lengths[v]
             at_u[b] += at_cosine[b, v] * (c - s * a) / user_lengths[b]
             at_projected[v] += at_cosine[b, v] * (a - s * c) / lengths[v]
-        return found, (at_u, at_projected.T @ table, at_projected.sum(0))
+        return result, (at_u, at_projected.T @ table, at_projected.sum(0))
 
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_gradient_of_kept_is_the_chain_rule_written_out(k: int) -> None:
-    for found, expected in zip(*filter_gradients(k), strict=True):
-        close(found, expected)
-        assert found.norm() > 1e-2
+    for result, expected in zip(*filter_gradients(k), strict=True):
+        close(result, expected)
+        assert result.norm() > 1e-2
 
 
 def test_one_kept_token_leaves_the_filter_a_gradient_of_order_1e_minus_8() -> None:
-    for found, expected in zip(*filter_gradients(1), strict=True):
-        close(found, expected, 1e-15)
-        assert 1e-10 < found.norm() < 1e-7
+    for result, expected in zip(*filter_gradients(1), strict=True):
+        close(result, expected, 1e-15)
+        assert 1e-10 < result.norm() < 1e-7
 
 
 def test_in_float32_one_kept_token_leaves_no_gradient_at_all() -> None:
@@ -143,8 +143,8 @@ def test_in_float32_one_kept_token_leaves_no_gradient_at_all() -> None:
 
 def test_memory_holds_one_users_rows_after_anothers() -> None:
     table = t([1, 2], [3, 4], [5, 6])
-    found = published.memory(table, torch.tensor([[2, 0], [0, 1]]), t([0.5, 1], [2, 3]))
-    close(found, t([2.5, 3], [1, 2], [2, 4], [9, 12]))
+    result = published.memory(table, torch.tensor([[2, 0], [0, 1]]), t([0.5, 1], [2, 3]))
+    close(result, t([2.5, 3], [1, 2], [2, 4], [9, 12]))
 
 
 def test_expert_by_hand() -> None:
@@ -160,8 +160,8 @@ def test_expert_by_hand() -> None:
         "out.weight": t([10, 0, 0, 0]),
         "out.bias": t(0.5),
     }
-    found = published.expert(t([[LN3]]), t([1, 3], [0, 7]), params, 1, 4)
-    close(found, t([[10 * (0.75 * 4 + 0.25 * 8) + 0.5]]))
+    result = published.expert(t([[LN3]]), t([1, 3], [0, 7]), params, 1, 4)
+    close(result, t([[10 * (0.75 * 4 + 0.25 * 8) + 0.5]]))
 
 
 def test_expert_equals_all_heads_at_once() -> None:
@@ -266,10 +266,10 @@ def test_fisher_of_the_batch_mean_shrinks_with_the_batch(size: int) -> None:
     # the true Fisher is 1.
     theta = t(0.3).requires_grad_()
     batches = itertools.product([-1.0, 1.0], repeat=size)
-    (found,) = published.batch_mean_fisher(
+    (result,) = published.batch_mean_fisher(
         ((theta * t(*signs)).mean() for signs in batches), [{"theta": theta}]
     )
-    close(found["theta"], t(1 / size))
+    close(result["theta"], t(1 / size))
 
 
 def test_merge_by_hand_and_where_the_fisher_vanishes() -> None:
@@ -299,6 +299,6 @@ def test_bce_equals_torchs_also_at_large_logits() -> None:
     expected = expected + binary_cross_entropy_with_logits(
         for_negative, torch.zeros_like(for_negative)
     )
-    found = published.bce(hidden, positive, negative)
-    close(found, expected)
-    assert found.isfinite()
+    result = published.bce(hidden, positive, negative)
+    close(result, expected)
+    assert result.isfinite()

@@ -93,7 +93,7 @@ def test_counts(
     hidden, vectors, targets, exclude = case
     target_scores = exact_scores(hidden, vectors[targets - 1])
     with kernels(threads):
-        found = count_better(hidden, vectors, target_scores, exclude=exclude, tile=tile)
+        result = count_better(hidden, vectors, target_scores, exclude=exclude, tile=tile)
         beside = count_better(
             hidden,
             vectors,
@@ -102,12 +102,12 @@ def test_counts(
             tile=tile,
             normaliser=LogNormaliser(hidden),
         )
-    assert all(map(torch.equal, beside, found))
+    assert all(map(torch.equal, beside, result))
     with plain():
         without = count_better(hidden, vectors, target_scores, exclude=exclude)
     scores = defined_scores(hidden, vectors, exclude)
     for counted, other, expected in zip(
-        found,
+        result,
         without,
         ((scores > target_scores[:, None]).sum(1), (scores == target_scores[:, None]).sum(1)),
         strict=True,
@@ -194,10 +194,10 @@ def test_of_more_items_than_are_put_into_order_together(kind: str) -> None:
     target_scores = exact_scores(hidden, vectors[:20])
     scores = defined_scores(hidden, vectors, exclude)
     with kernels(2):
-        found = count_better(hidden, vectors, target_scores, exclude=exclude)
+        result = count_better(hidden, vectors, target_scores, exclude=exclude)
         values, ids = top_items(hidden, vectors, 12, exclude=exclude)
-    assert torch.equal(found.better, (scores > target_scores[:, None]).sum(1))
-    assert torch.equal(found.equal, (scores == target_scores[:, None]).sum(1))
+    assert torch.equal(result.better, (scores > target_scores[:, None]).sum(1))
+    assert torch.equal(result.equal, (scores == target_scores[:, None]).sum(1))
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :12]
     assert torch.equal(ids, order + 1)
     assert torch.equal(values, scores.gather(1, order))
@@ -208,8 +208,8 @@ def test_vectors_of_another_format_are_counted_in_fp32() -> None:
     hidden, vectors = torch.randn(20, 8).bfloat16(), torch.randn(90, 8)
     target_scores = exact_scores(hidden, vectors[:20].bfloat16())
     with kernels(1):
-        found = count_better(hidden, vectors, target_scores)
+        result = count_better(hidden, vectors, target_scores)
     with plain():
         expected = count_better(hidden, vectors, target_scores)
-    assert torch.equal(found.better, expected.better)
-    assert torch.equal(found.equal, expected.equal)
+    assert torch.equal(result.better, expected.better)
+    assert torch.equal(result.equal, expected.equal)

@@ -143,7 +143,7 @@ def test_the_fisher_is_that_of_a_loop_over_samples(strategy: str) -> None:
         padded([h[:-1] for h in HISTORIES]), padded([h[1:] for h in HISTORIES]), torch.arange(4)
     )
     batch = SequenceBatch(*(t[[0, 1, 3]] for t in batch[:2]), torch.arange(3))
-    found = fisher_diagonals(model, [batch], Ranks(0, 1, torch.device("cpu")), 3)
+    result = fisher_diagonals(model, [batch], Ranks(0, 1, torch.device("cpu")), 3)
     for m, core in enumerate(model.mltfr.cores):
         expected = {name: torch.zeros_like(p) for name, p in core.named_parameters()}
         for row in range(3):
@@ -156,7 +156,7 @@ def test_the_fisher_is_that_of_a_loop_over_samples(strategy: str) -> None:
             ):
                 expected[name] += gradient.square() / 3
         for name, value in expected.items():
-            assert (found[m][name] - value).abs().max() <= 1e-4 * max(float(value.max()), 1e-9), (
+            assert (result[m][name] - value).abs().max() <= 1e-4 * max(float(value.max()), 1e-9), (
                 name
             )
 

@@ -69,9 +69,9 @@ def test_counts_are_those_of_all_scores_for_any_tile(dim: int, shape: tuple[int,
     target_scores = exact_scores(hidden, vectors[targets - 1])
     expected = counted(all_scores(hidden, vectors, exclude), target_scores)
     assert expected.equal.sum() > 20
-    found = count_better(hidden, vectors, target_scores, exclude=exclude, tile=shape)
-    assert torch.equal(found.better, expected.better)
-    assert torch.equal(found.equal, expected.equal)
+    result = count_better(hidden, vectors, target_scores, exclude=exclude, tile=shape)
+    assert torch.equal(result.better, expected.better)
+    assert torch.equal(result.equal, expected.equal)
 
 
 def test_counts_of_parts_of_the_items_add_up_for_any_cut() -> None:
@@ -81,12 +81,12 @@ def test_counts_of_parts_of_the_items_add_up_for_any_cut() -> None:
     whole = count_better(hidden, vectors, target_scores, exclude=exclude)
     for cuts in ((100, 200), (1, 2, 299), (150,)):
         ends = (0, *cuts, 300)
-        parts = [
+        blocks = [
             count_better(hidden, vectors[a:b], target_scores, exclude=exclude, first_id=a + 1)
             for a, b in itertools.pairwise(ends)
         ]
-        assert torch.equal(sum(p.better for p in parts), whole.better)
-        assert torch.equal(sum(p.equal for p in parts), whole.equal)
+        assert torch.equal(sum(p.better for p in blocks), whole.better)
+        assert torch.equal(sum(p.equal for p in blocks), whole.equal)
 
 
 def test_users_do_not_change_each_others_counts() -> None:
@@ -106,24 +106,24 @@ def test_every_number_format_has_its_own_exact_scores(dtype: torch.dtype) -> Non
     target_scores = exact_scores(hidden, vectors[targets - 1])
     assert target_scores.dtype == (dtype if dtype == torch.float64 else torch.float32)
     expected = counted(all_scores(hidden, vectors, seen), target_scores)
-    found = count_better(hidden, vectors, target_scores, exclude=seen, tile=(7, 33))
-    assert torch.equal(found.better, expected.better)
-    assert torch.equal(found.equal, expected.equal)
+    result = count_better(hidden, vectors, target_scores, exclude=seen, tile=(7, 33))
+    assert torch.equal(result.better, expected.better)
+    assert torch.equal(result.equal, expected.equal)
 
 
 def test_vectors_are_brought_to_the_format_of_the_states() -> None:
     """As in training, where a table of fp32 gives bf16 vectors: 1 + 2^-12 is then 1."""
     hidden = torch.ones(1, 2, dtype=torch.bfloat16)
     vectors = torch.tensor([[1.0, 1.0], [1 + 2.0**-12, 1.0], [1.0, 1.5]])
-    found = count_better(hidden, vectors, torch.tensor([2.0]))
-    assert (found.better.item(), found.equal.item()) == (1, 2)
+    result = count_better(hidden, vectors, torch.tensor([2.0]))
+    assert (result.better.item(), result.equal.item()) == (1, 2)
 
 
 def test_a_collapsed_model_ties_with_every_item() -> None:
     hidden, vectors = torch.randn(3, 6), torch.randn(1, 6).repeat(500, 1)
-    found = count_better(hidden, vectors, exact_scores(hidden, vectors[:3]), tile=(2, 100))
-    assert found.better.tolist() == [0, 0, 0]
-    assert found.equal.tolist() == [500, 500, 500]
+    result = count_better(hidden, vectors, exact_scores(hidden, vectors[:3]), tile=(2, 100))
+    assert result.better.tolist() == [0, 0, 0]
+    assert result.equal.tolist() == [500, 500, 500]
     zero = count_better(torch.zeros(2, 6), torch.randn(50, 6), torch.zeros(2))
     assert (zero.better.tolist(), zero.equal.tolist()) == ([0, 0], [50, 50])
 
@@ -135,11 +135,11 @@ def test_products_of_lower_precision_change_no_count() -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        found = count_better(hidden, vectors, target_scores, exclude=seen)
+        result = count_better(hidden, vectors, target_scores, exclude=seen)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(found.better, expected.better)
-    assert torch.equal(found.equal, expected.equal)
+    assert torch.equal(result.better, expected.better)
+    assert torch.equal(result.equal, expected.equal)
 
 
 def test_the_normaliser_takes_in_every_score() -> None:
@@ -198,9 +198,9 @@ def test_top_items_are_those_of_all_scores_sorted(shape: tuple[int, int], dim: i
 def test_top_items_of_wide_tiles_look_at_runs_only_and_miss_nothing() -> None:
     hidden, vectors, seen, _ = draw(7, 3, 5000, 4)
     expected = sorted_scores(all_scores(hidden, vectors, seen), 6)
-    found = top_items(hidden, vectors, 6, exclude=seen)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+    result = top_items(hidden, vectors, 6, exclude=seen)
+    assert torch.equal(result[0], expected[0])
+    assert torch.equal(result[1], expected[1])
 
 
 def test_of_many_equal_scores_the_lowest_ids_come_first() -> None:
@@ -216,11 +216,11 @@ def test_of_many_equal_scores_the_lowest_ids_come_first() -> None:
 def test_the_best_of_parts_are_the_best_of_all() -> None:
     hidden, vectors, seen, _ = draw(8, 15, 300, 4)
     whole = top_items(hidden, vectors, 12, exclude=seen)
-    parts = [
+    blocks = [
         top_items(hidden, vectors[a : a + 100], 12, exclude=seen, first_id=a + 1)
         for a in (0, 100, 200)
     ]
-    scores, ids = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    scores, ids = (torch.cat(block, dim=1) for block in zip(*blocks, strict=True))
     values, order = sorted_scores(scores, 12)
     assert torch.equal(values, whole[0])
     assert torch.equal(ids.gather(1, order - 1), whole[1])

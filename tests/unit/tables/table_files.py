@@ -59,14 +59,14 @@ def write_gguf(
     writer.close()
 
 
-def write_split(folder: Path, parts: list[str]) -> list[Path]:
+def write_split(folder: Path, blocks: list[str]) -> list[Path]:
     """A GGUF model in parts, each of which has the "tokens", the "tensor" or the "rest"."""
     paths = []
-    for number, holds in enumerate(parts):
-        path = folder / f"m-{number + 1:05d}-of-{len(parts):05d}.gguf"
+    for number, holds in enumerate(blocks):
+        path = folder / f"m-{number + 1:05d}-of-{len(blocks):05d}.gguf"
         writer = gguf.GGUFWriter(path, "llama")
         writer.add_uint16("split.no", number)
-        writer.add_uint16("split.count", len(parts))
+        writer.add_uint16("split.count", len(blocks))
         if holds == "tokens":
             writer.add_tokenizer_model("gpt2")
             writer.add_token_list(BYTE_LEVEL)

@@ -200,10 +200,10 @@ def test_many_rows_without_a_token_are_said(tmp_path: Path) -> None:
 def test_the_kind_of_vocabulary_is_said(
     tmp_path: Path,
 ) -> None:
-    found = open_table(str(write_single(tmp_path / "model", table())), RAW)
+    result = open_table(str(write_single(tmp_path / "model", table())), RAW)
     plan = plan_table(str(tmp_path / "model"), tmp_path / "out", RAW)
     lines: list[str] = []
-    build_plan(replace(plan, table=replace(found, vocabulary_kind="byte-level BPE")), lines.append)
+    build_plan(replace(plan, table=replace(result, vocabulary_kind="byte-level BPE")), lines.append)
     assert any("tokens from tokenizer.json (byte-level BPE); licence" in line for line in lines)
 
 

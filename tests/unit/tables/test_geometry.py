@@ -82,12 +82,12 @@ def test_spread_counts_dimensions_and_tells_near_rows_from_chance(tmp_path: Path
     rows[1::2] = (
         rows[::2] + 0.01 * rows_of(6)[::2]
     )  # every word has a neighbour, which chance has not
-    found = spread(stored(tmp_path, "pairs", rows), WORDS)
+    result = spread(stored(tmp_path, "pairs", rows), WORDS)
     values = np.linalg.eigvalsh(np.cov(rows.numpy(), rowvar=False))
     shares = values / values.sum()
-    assert found.dimensions == pytest.approx(1 / np.square(shares).sum(), rel=1e-5)
-    assert found.nearest.min() > 0.99
-    assert found.nearest_random.median() < 0.9
+    assert result.dimensions == pytest.approx(1 / np.square(shares).sum(), rel=1e-5)
+    assert result.nearest.min() > 0.99
+    assert result.nearest_random.median() < 0.9
 
 
 def test_words_are_those_that_all_tables_hold(tmp_path: Path) -> None:

@@ -132,8 +132,8 @@ def test_a_large_vocabulary_is_read_fast(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "parts", [["tokens", "rest", "tensor"], ["tensor", "tokens"], ["rest", "tensor", "tokens"]]
 )
-def test_split(tmp_path: Path, parts: list[str]) -> None:
-    paths = write_split(tmp_path, parts)
+def test_split(tmp_path: Path, blocks: list[str]) -> None:
+    paths = write_split(tmp_path, blocks)
     (tmp_path / "mmproj-model-f16.gguf").write_bytes(b"GGUF")
     for path in (tmp_path, *paths):
         source = open_embedding(path)

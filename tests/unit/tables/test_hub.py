@@ -24,8 +24,8 @@ class Repository:
 
     def __init__(self, folder: Path, cache: Path, more: Collection[str] = ()) -> None:
         self.folder, self.cache, self.fetched = folder, cache, set[str]()
-        found = [path for path in folder.rglob("*") if path.is_file()]
-        self.files = [path.relative_to(folder).as_posix() for path in found] + [*more]
+        result = [path for path in folder.rglob("*") if path.is_file()]
+        self.files = [path.relative_to(folder).as_posix() for path in result] + [*more]
 
     def get(self, name: str) -> Path:
         target = self.cache / name

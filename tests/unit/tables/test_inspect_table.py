@@ -31,7 +31,7 @@ def stored(tmp_path: Path) -> Path:
 def test_it_shows_what_the_table_is(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(stored)]) == 0
     text, info = capsys.readouterr().out, load_table(stored).info
-    for part in (
+    for block in (
         "6 of 2 columns",
         "model.safetensors",
         "wte.weight [9, 2] F32",
@@ -45,7 +45,7 @@ def test_it_shows_what_the_table_is(stored: Path, capsys: pytest.CaptureFixture[
         info.source_sha256,
         *map(repr, TOKENS),
     ):
-        assert part in text
+        assert block in text
 
 
 def test_neighbours_of_every_spelling(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:

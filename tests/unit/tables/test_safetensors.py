@@ -124,9 +124,9 @@ def test_unknown_companions_are_named(tmp_path: Path, companions: list[str]) -> 
 @pytest.mark.parametrize(
     "parts", [["qweight", "qzeros", "scales"], ["weight_packed"], ["_weight_qdata"]]
 )
-def test_quantised_in_parts(tmp_path: Path, parts: list[str]) -> None:
-    more = {f"model.embed_tokens.{name}": torch.ones(8, 4, dtype=torch.int32) for name in parts}
-    with pytest.raises(DataError, match=rf"in parts \(model\.embed_tokens\.{parts[0]}.*quantised"):
+def test_quantised_in_parts(tmp_path: Path, blocks: list[str]) -> None:
+    more = {f"model.embed_tokens.{name}": torch.ones(8, 4, dtype=torch.int32) for name in blocks}
+    with pytest.raises(DataError, match=rf"in parts \(model\.embed_tokens\.{blocks[0]}.*quantised"):
         open_embedding(write(tmp_path, more | {"model.norm.weight": torch.ones(4)}))
 
 

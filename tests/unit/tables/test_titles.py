@@ -67,14 +67,14 @@ def test_features_are_weighed_centred_mixtures_of_rows(stored: TokenTable) -> No
     }
     unit = {item: total / total.norm() for item, total in sums.items()}
     mean = torch.stack(list(unit.values())).mean(0)
-    found = title_features(titles, stored)
+    result = title_features(titles, stored)
     for item in range(items):
         expected = (
             (unit[item] - mean) / (unit[item] - mean).norm()
             if item in unit
             else torch.zeros(6).double()
         )
-        assert torch.allclose(found[item].double(), expected, atol=1e-6), item
+        assert torch.allclose(result[item].double(), expected, atol=1e-6), item
 
 
 def test_a_control_table_has_the_same_links_and_other_rows(stored: TokenTable) -> None:
@@ -82,7 +82,7 @@ def test_a_control_table_has_the_same_links_and_other_rows(stored: TokenTable) -
     real, random = (
         title_features(titles, with_content(stored, content, 0)) for content in ("real", "random")
     )
-    for found in (real, random):
-        assert torch.equal(found[1], found[3])
-        assert not torch.allclose(found[1], found[2])
+    for result in (real, random):
+        assert torch.equal(result[1], result[3])
+        assert not torch.allclose(result[1], result[2])
     assert not torch.allclose(real, random)

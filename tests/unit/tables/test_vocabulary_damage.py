@@ -58,9 +58,9 @@ def test_ids_of_a_tokenizer_json(tmp_path: Path, content: str, message: str) -> 
 
 def test_ids_a_little_beyond_the_tokens_are_sound(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"the": 0, "of": 70000}')
-    found = find_vocabulary(tmp_path)
-    assert len(found.tokens) == len(found.reasons) == 70001
-    assert found.reasons.count("no_entry") == 69999
+    result = find_vocabulary(tmp_path)
+    assert len(result.tokens) == len(result.reasons) == 70001
+    assert result.reasons.count("no_entry") == 69999
 
 
 @pytest.mark.parametrize(
@@ -251,9 +251,9 @@ FUZZ = settings(
 )
 
 
-def check_sound(found: Vocabulary) -> None:
-    assert len(found.tokens) == len(found.reasons) > 0
-    for token, reason in zip(found.tokens, found.reasons, strict=True):
+def check_sound(result: Vocabulary) -> None:
+    assert len(result.tokens) == len(result.reasons) > 0
+    for token, reason in zip(result.tokens, result.reasons, strict=True):
         assert token is not None or reason == "no_entry"
         (token or "").encode()
 

@@ -58,9 +58,9 @@ def test_fairseq_dictionary_of_a_known_class(tmp_path: Path, name: str) -> None:
     (tmp_path / "bpe.codes").write_text("m u 9\n")
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
     state_class(tmp_path, name)
-    found = find_vocabulary(tmp_path)
-    assert found.tokens == ("<s>", "<pad>", "</s>", "<unk>", "the ", "mu", "sic ")
-    assert found.reasons == ("special",) * 4 + (None,) * 3
+    result = find_vocabulary(tmp_path)
+    assert result.tokens == ("<s>", "<pad>", "</s>", "<unk>", "the ", "mu", "sic ")
+    assert result.reasons == ("special",) * 4 + (None,) * 3
     encoder = AutoTokenizer.from_pretrained(tmp_path).get_vocab()
     assert (encoder["the"], encoder["mu@@"], encoder["sic"]) == (4, 5, 6)
 
@@ -89,9 +89,9 @@ def test_rwkv_text(tmp_path: Path) -> None:
         "9 '\\\\n' 2",
     ]
     (tmp_path / "rwkv_vocab_v20230424.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    found = find_vocabulary(tmp_path)
-    assert found.tokens[2:] == ("\n", " the", "\ufffd", "日", "it's", "é", None, "\\n")
-    assert found.reasons[2:] == ("blank", None, "fragment", None, None, None, "no_entry", None)
+    result = find_vocabulary(tmp_path)
+    assert result.tokens[2:] == ("\n", " the", "\ufffd", "日", "it's", "é", None, "\\n")
+    assert result.reasons[2:] == ("blank", None, "fragment", None, None, None, "no_entry", None)
 
 
 def test_rwkv_text_with_a_wrong_length(tmp_path: Path) -> None:
@@ -113,12 +113,12 @@ def test_tiktoken_ranks(tmp_path: Path, name: str) -> None:
         b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in RANKS.items())
     )
     (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 7}')
-    found = find_vocabulary(tmp_path)
+    result = find_vocabulary(tmp_path)
     library = tiktoken.Encoding("x", pat_str=r".+", mergeable_ranks=RANKS, special_tokens={})
     expected = [library.decode([rank]) for rank in RANKS.values()]
-    assert list(found.tokens) == [*expected, None, "<|im_start|>"]
-    assert found.reasons[3:] == ("fragment", None, "blank", "no_entry", "special")
-    assert read_vocabulary(path) == found
+    assert list(result.tokens) == [*expected, None, "<|im_start|>"]
+    assert result.reasons[3:] == ("fragment", None, "blank", "no_entry", "special")
+    assert read_vocabulary(path) == result
 
 
 def test_tiktoken_with_a_damaged_line(tmp_path: Path) -> None:
@@ -140,9 +140,9 @@ def test_tekken(tmp_path: Path) -> None:
     }
     path = tmp_path / "tekken.json"
     path.write_text(json.dumps(content))
-    found = find_vocabulary(tmp_path)
-    assert found.tokens == ("<unk>", None, "[X]", "!", " the", "ing", "\ufffd")
-    assert found.reasons == ("special", "no_entry", "special", None, None, None, "fragment")
+    result = find_vocabulary(tmp_path)
+    assert result.tokens == ("<unk>", None, "[X]", "!", " the", "ing", "\ufffd")
+    assert result.reasons == ("special", "no_entry", "special", None, None, None, "fragment")
     path.write_text(json.dumps(content | {"vocab": [{"rank": 0, "token_bytes": "?"}]}))
     with pytest.raises(DataError, match=r"'\?' is no base64"):
         find_vocabulary(tmp_path)
@@ -188,13 +188,13 @@ def test_ids_of_pieces_as_the_transformers_library_has_them(
 ) -> None:
     (tmp_path / file).write_bytes(train(**options))
     state_class(tmp_path, name)
-    found = find_vocabulary(tmp_path)
+    result = find_vocabulary(tmp_path)
     library = AutoTokenizer.from_pretrained(tmp_path)
-    words = [index for index, reason in enumerate(found.reasons) if reason is None]
+    words = [index for index, reason in enumerate(result.reasons) if reason is None]
     expected = [str(piece).replace("▁", " ") for piece in library.convert_ids_to_tokens(words)]
-    assert [found.tokens[index] for index in words] == expected
+    assert [result.tokens[index] for index in words] == expected
     assert {" a", "c"} <= set(expected)
-    assert found.kind.endswith("by tokenizer_class of tokenizer_config.json")
+    assert result.kind.endswith("by tokenizer_class of tokenizer_config.json")
 
 
 def test_bartpho_takes_its_ids_from_its_dictionary(tmp_path: Path) -> None:
@@ -247,9 +247,9 @@ def test_pieces_that_do_not_fit_the_class(tmp_path: Path) -> None:
 
 def test_llama_model_by_its_bytes_and_its_name(tmp_path: Path) -> None:
     (tmp_path / "any.model").write_bytes(train(**BYTES))
-    found = read_vocabulary(tmp_path / "any.model")
-    assert found.kind == "SentencePiece: piece n has the id n + 0 by its pieces for bytes"
-    assert found.reasons.count("byte") == 256
+    result = read_vocabulary(tmp_path / "any.model")
+    assert result.kind == "SentencePiece: piece n has the id n + 0 by its pieces for bytes"
+    assert result.reasons.count("byte") == 256
     (tmp_path / "tokenizer.model").write_bytes(train())
     assert find_vocabulary(tmp_path).kind.endswith("by its name")
 
@@ -270,8 +270,8 @@ def ggml(model: str, *tokens: str, types: list[int] | None = None) -> Vocabulary
 
 def test_ggml_byte_level_under_another_name() -> None:
     for model in ("llama", "hunyuan"):
-        found = ggml(model, "Ġthe", "ing", "ĠcafÃ©", "Ċ")
-        assert found.tokens == (" the", "ing", " café", "\n")
+        result = ggml(model, "Ġthe", "ing", "ĠcafÃ©", "Ċ")
+        assert result.tokens == (" the", "ing", " café", "\n")
     assert ggml("llama", "Ġthe").kind.endswith(
         "though tokenizer.ggml.model llama says SentencePiece"
     )
@@ -282,9 +282,9 @@ def test_ggml_pieces_under_gpt2() -> None:
 
 
 def test_ggml_rwkv_escapes() -> None:
-    found = ggml("rwkv", "<s>", "\\n", " the", "\\xe6\\x97\\xa5", "\\xe6", "\\\\n")
-    assert found.tokens == ("<s>", "\n", " the", "日", "\ufffd", "\\n")
-    assert found.reasons == ("special", "blank", None, None, "fragment", None)
+    result = ggml("rwkv", "<s>", "\\n", " the", "\\xe6\\x97\\xa5", "\\xe6", "\\\\n")
+    assert result.tokens == ("<s>", "\n", " the", "日", "\ufffd", "\\n")
+    assert result.reasons == ("special", "blank", None, None, "fragment", None)
 
 
 def test_ggml_bert() -> None:

@@ -27,9 +27,9 @@ def read_beside(folder: Path, name: str, settings: dict[str, str]) -> Vocabulary
 
 
 def test_gpt2_with_number_signs(tmp_path: Path) -> None:
-    found = by_id(tmp_path, "Ġthe", "er", "####", "Ġof")
-    assert found.tokens == (" the", "er", "####", " of")
-    assert found.kind == "byte-level BPE: Ġ is a space, in 2 of 4 tokens"
+    result = by_id(tmp_path, "Ġthe", "er", "####", "Ġof")
+    assert result.tokens == (" the", "er", "####", " of")
+    assert result.kind == "byte-level BPE: Ġ is a space, in 2 of 4 tokens"
 
 
 CORPUS = [
@@ -43,11 +43,11 @@ def test_byte_level_against_the_tokenizers_library(tmp_path: Path) -> None:
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(CORPUS * 20, vocab_size=600, show_progress=False)
     tokenizer.save_model(str(tmp_path))
-    found = find_vocabulary(tmp_path)
-    assert found.kind.startswith("byte-level BPE")
+    result = find_vocabulary(tmp_path)
+    assert result.kind.startswith("byte-level BPE")
     ids = range(tokenizer.get_vocab_size())
-    assert list(found.tokens) == [tokenizer.decode([index]) for index in ids]
-    assert {"fragment", "blank", None} == set(found.reasons)
+    assert list(result.tokens) == [tokenizer.decode([index]) for index in ids]
+    assert {"fragment", "blank", None} == set(result.reasons)
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_marks(tmp_path: Path, tokens: list[str], expected: tuple[str, ...]) -> 
 def test_wordpiece_with_a_letter_that_is_a_byte_elsewhere(tmp_path: Path) -> None:
     """Multilingual BERT has the letter Ġ (Maltese) as tokens of its own."""
     words = [f"word{n}" for n in range(30)] + [f"##{n}ing" for n in range(30)]
-    found = by_line(tmp_path, "[PAD]", "Ġ", "##Ġ", "日", *words)
-    assert found.tokens[1:4] == (" Ġ", "Ġ", " 日")
-    assert found.kind.startswith("WordPiece: ## continues a word, in 31 of")
+    result = by_line(tmp_path, "[PAD]", "Ġ", "##Ġ", "日", *words)
+    assert result.tokens[1:4] == (" Ġ", "Ġ", " 日")
+    assert result.kind.startswith("WordPiece: ## continues a word, in 31 of")
 
 
 def test_wordpiece_without_marks_by_its_class(tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_merges_beside_it_speak_against_wordpiece(tmp_path: Path) -> None:
 
 
 def test_clear_marks_win_over_a_wrong_class(tmp_path: Path) -> None:
-    found = by_id(tmp_path, "Ġthe", "ing", tokenizer_class="BertTokenizer")
-    assert found.tokens == (" the", "ing")
-    assert found.kind.endswith("though tokenizer_class of tokenizer_config.json says WordPiece")
+    result = by_id(tmp_path, "Ġthe", "ing", tokenizer_class="BertTokenizer")
+    assert result.tokens == (" the", "ing")
+    assert result.kind.endswith("though tokenizer_class of tokenizer_config.json says WordPiece")
 
 
 def test_a_byte_level_class_over_text_that_is_none_is_in_doubt(tmp_path: Path) -> None:

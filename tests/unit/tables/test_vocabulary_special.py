@@ -81,22 +81,22 @@ def test_added_tokens_that_are_signs(tmp_path: Path) -> None:
     contents = ["<my_tool>", "</x>", "[EDGE]", "<table>", "</h1>", "café", "[i]", "<user>"]
     added = [{"id": 2 + i, "content": text, "special": False} for i, text in enumerate(contents)]
     model = {"type": "BPE", "vocab": {"▁the": 0, "s": 1}}
-    found = write(tmp_path, tokenizer={"model": model, "added_tokens": added})
-    assert found.reasons == (*[None] * 2, *["special"] * 3, *[None] * 5)
+    result = write(tmp_path, tokenizer={"model": model, "added_tokens": added})
+    assert result.reasons == (*[None] * 2, *["special"] * 3, *[None] * 5)
 
 
 def test_ggml_user_defined_signs() -> None:
     """A DeepSeek-R1 distill of Qwen: neither is flagged as control."""
     tokens = ["Ġthe", "<tool_call>", "</think>", "<answer>", "<td>", "<|im_end|>", "of", "Ġ"]
-    found = from_ggml(tokens, [1, 4, 4, 4, 4, 3, 2, 1], "gpt2", "x.gguf")
+    result = from_ggml(tokens, [1, 4, 4, 4, 4, 3, 2, 1], "gpt2", "x.gguf")
     reasons = (None, "special", "special", "special", None, "special", "special", "blank")
-    assert found.reasons == reasons
-    assert found.tokens[4] == "<td>"
+    assert result.reasons == reasons
+    assert result.tokens[4] == "<td>"
 
 
 def test_named_special_tokens(tmp_path: Path) -> None:
     """In special_tokens_map.json and tokenizer_config.json, as text, object, list or mapping."""
-    found = write(
+    result = write(
         tmp_path,
         vocab={"Ġthe": 0, "oov": 1, "__en__": 2, "eng_Latn": 3, "@@PAD@@": 4, "img": 5, "s": 6},
         special_tokens_map={
@@ -110,28 +110,28 @@ def test_named_special_tokens(tmp_path: Path) -> None:
             "bos_token": None,
         },
     )
-    assert found.reasons == (None, *["special"] * 5, None)
+    assert result.reasons == (None, *["special"] * 5, None)
 
 
 def test_added_tokens_beside_a_tokenizer_json_that_lacks_them(tmp_path: Path) -> None:
-    found = write(
+    result = write(
         tmp_path,
         tokenizer={"model": {"type": "BPE", "vocab": {"▁the": 0, "s": 1}}},
         added_tokens={"café": 2, "<think>": 3},
         tokenizer_config={"added_tokens_decoder": {"4": {"content": "x", "special": True}}},
     )
-    assert found.tokens == (" the", "s", "café", "<think>", "x")
-    assert found.reasons == (None, None, None, "special", "special")
+    assert result.tokens == (" the", "s", "café", "<think>", "x")
+    assert result.reasons == (None, None, None, "special", "special")
 
 
 def test_an_added_token_may_name_a_reserved_place(tmp_path: Path) -> None:
-    found = write(
+    result = write(
         tmp_path,
         tokenizer={"model": {"type": "BPE", "vocab": {"▁the": 0, "s": 1, "<unused0>": 2}}},
         added_tokens={"café": 2},
     )
-    assert found.tokens == (" the", "s", "café")
-    assert found.reasons == (None, None, None)
+    assert result.tokens == (" the", "s", "café")
+    assert result.reasons == (None, None, None)
 
 
 def test_an_added_token_in_the_place_of_a_word(tmp_path: Path) -> None:
@@ -156,5 +156,5 @@ def test_added_runs_of_blanks_are_blank(tmp_path: Path) -> None:
     """Gemma lists its runs of blanks among the added tokens."""
     added = [{"id": 1, "content": "▁▁", "special": False}]
     model = {"type": "BPE", "vocab": {"▁the": 0, "▁▁": 1}}
-    found = write(tmp_path, tokenizer={"model": model, "added_tokens": added})
-    assert found.reasons == (None, "blank")
+    result = write(tmp_path, tokenizer={"model": model, "added_tokens": added})
+    assert result.reasons == (None, "blank")

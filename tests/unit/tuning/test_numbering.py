@@ -16,16 +16,16 @@ from mltfr_dist.tuning.suggest import Space
 
 def begun(space: Space, folder: Path, count: int) -> dict[int, Known]:
     known: dict[int, Known] = {}
-    for found in all_next(space, folder, known, count):
-        assert not found.was_deleted
+    for result in all_next(space, folder, known, count):
+        assert not result.was_deleted
     return known
 
 
 def all_next(space: Space, folder: Path, known: dict[int, Known], count: int) -> Iterator[Next]:
-    while len(known) < count and (found := next_trial(space, folder, known)) is not None:
-        values = found.record.values
-        known[found.number] = Known(values, worth(values))
-        yield found
+    while len(known) < count and (result := next_trial(space, folder, known)) is not None:
+        values = result.record.values
+        known[result.number] = Known(values, worth(values))
+        yield result
 
 
 @pytest.mark.parametrize("algorithm", ["random", "grid"])
@@ -35,11 +35,11 @@ def test_what_was_deleted_is_drawn_again_as_its_number_drew_it(
     space = space_of(sweep_of(algorithm), BASE if algorithm == "random" else None)
     whole = begun(space, tmp_path, 9)
     left = {number: one for number, one in whole.items() if number not in (0, 3, 4)}
-    found = list(all_next(space, tmp_path, dict(left), 9))
-    assert [(one.number, one.record.values) for one in found] == [
+    result = list(all_next(space, tmp_path, dict(left), 9))
+    assert [(one.number, one.record.values) for one in result] == [
         (number, whole[number].values) for number in (0, 3, 4)
     ]
-    assert all(one.was_deleted for one in found)
+    assert all(one.was_deleted for one in result)
 
 
 def leave_run(folder: Path, name: str, seed: int) -> None:
@@ -53,15 +53,15 @@ def test_a_run_that_is_still_there_says_the_values_that_tpe_chose(tmp_path: Path
     space = Space(sweep, {"training.seed": 0}, None)
     known = {n: Known({"training.seed": 50 + n}, 0.1 * n) for n in (0, 2, 3)}
     leave_run(tmp_path, "0001", 7)
-    found = next_trial(space, tmp_path, known)
-    assert found is not None
-    assert (found.number, found.record.values) == (1, {"training.seed": 7})
-    assert (found.record.generation, found.was_deleted) == (0, True)
+    result = next_trial(space, tmp_path, known)
+    assert result is not None
+    assert (result.number, result.record.values) == (1, {"training.seed": 7})
+    assert (result.record.generation, result.was_deleted) == (0, True)
     for generation in (2, 10):
         leave_run(tmp_path, f"0001-{generation}", 20 + generation)
-    found = next_trial(space, tmp_path, known)
-    assert found is not None
-    assert (found.record.values, found.record.generation) == ({"training.seed": 30}, 9)
+    result = next_trial(space, tmp_path, known)
+    assert result is not None
+    assert (result.record.values, result.record.generation) == ({"training.seed": 30}, 9)
 
 
 def test_a_number_whose_values_another_has_by_now_stays_unused(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_number_whose_values_another_has_by_now_stays_unused(tmp_path: Path) -
     space = Space(sweep, {"training.seed": 0}, None)
     leave_run(tmp_path, "0001", 7)
     known = {0: Known({"training.seed": 7}, 0.1), 2: Known({"training.seed": 8}, 0.1)}
-    found = next_trial(space, tmp_path, known)
-    assert found is not None
-    assert (found.number, found.was_deleted) == (3, False)
-    assert found.record.values["training.seed"] not in (7, 8)
+    result = next_trial(space, tmp_path, known)
+    assert result is not None
+    assert (result.number, result.was_deleted) == (3, False)
+    assert result.record.values["training.seed"] not in (7, 8)

@@ -37,7 +37,7 @@ def a_sweep(folder: Path) -> SweepConfig:
 def trials_of(sweep: SweepConfig) -> list[tuple[float, Trial]]:
     """Trials, best first, with their outcomes on disk."""
     rng = np.random.default_rng(0)
-    found = []
+    result = []
     for number in range(TRIALS):
         values = {
             "optimizer.learning_rate": float(10 ** rng.uniform(-4, -2)),
@@ -49,8 +49,8 @@ def trials_of(sweep: SweepConfig) -> list[tuple[float, Trial]]:
         value = float(rng.uniform())
         line = f'{{"kind": "valid", "stage": "train", "epoch": 1, "NDCG@10": {value}}}\n'
         (trial.folder / "metrics.jsonl").write_text(line)
-        found.append((value, trial))
-    return sorted(found, key=lambda pair: -pair[0])
+        result.append((value, trial))
+    return sorted(result, key=lambda pair: -pair[0])
 
 
 def test_the_best_of_198_lines_is_seen(tmp_path: Path) -> None:
@@ -68,8 +68,8 @@ def test_the_best_of_198_lines_is_seen(tmp_path: Path) -> None:
 def test_the_effects_of_198_trials_are_drawn(tmp_path: Path) -> None:
     sweep = a_sweep(tmp_path)
     trials = [trial for _, trial in trials_of(sweep)]
-    parts = {key: groups(sweep, key, trials) for key in sweep.search}
-    plots.effects(sweep, parts, 1, tmp_path / "effects.png")
+    blocks = {key: groups(sweep, key, trials) for key in sweep.search}
+    plots.effects(sweep, blocks, 1, tmp_path / "effects.png")
     image = np.asarray(Image.open(tmp_path / "effects.png").convert("RGB"))
     assert (image == RED).all(-1).sum() > 500, "the means are marked"
 

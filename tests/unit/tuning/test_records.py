@@ -44,12 +44,12 @@ def sweep_of(folder: Path, **changes: Any) -> SweepConfig:
 
 
 def lines(*values: float, stage: str = "train") -> str:
-    found = [{"kind": "step", "stage": stage, "step": 1, "loss": 1.0}]
-    found += [
+    result = [{"kind": "step", "stage": stage, "step": 1, "loss": 1.0}]
+    result += [
         {"kind": "valid", "stage": stage, "step": e, "epoch": e, "NDCG@10": v, "HR@10": 2 * v}
         for e, v in enumerate(values, 1)
     ]
-    return "".join(json.dumps(line) + "\n" for line in found)
+    return "".join(json.dumps(line) + "\n" for line in result)
 
 
 def trial_of(

@@ -81,11 +81,11 @@ def test_a_sweep_that_is_gone_on_with_draws_what_it_would_have(cut: int) -> None
 
 def test_tpe_learns() -> None:
     def closest(algorithm: str) -> list[float]:
-        found = []
+        result = []
         for seed in range(5):
             late = run(sweep_of(algorithm, seed=seed), 30)[15:]
-            found.append(-sum(map(worth, late)) / len(late))
-        return found
+            result.append(-sum(map(worth, late)) / len(late))
+        return result
 
     assert sum(closest("tpe")) < 0.8 * sum(closest("random"))
 
