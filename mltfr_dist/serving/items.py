@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from mltfr_dist.data.batch import PADDING_IDX
 from mltfr_dist.errors import DataError
 from mltfr_dist.schema import or_nearest
-from mltfr_dist.serving.texts import Kept, Lookup, T, Texts
+from mltfr_dist.serving.texts import Kept, Lookup, T, Texts, reading
 
 ECHOED_ITEMS = 10
 """Unknown ids that an error names."""
@@ -58,7 +58,8 @@ class ItemMap:
 
         def read(group: int, column: str) -> Any:
             try:
-                return file.read_row_group(group, [column])[column].combine_chunks()
+                with reading:
+                    return file.read_row_group(group, [column])[column].combine_chunks()
             except (OSError, pa.ArrowException) as error:
                 raise DataError(
                     f"{listed_in} cannot be read any more: {error}.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from threading import Lock
+from threading import RLock
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -29,7 +29,7 @@ OF_BYTES = np.array([(1 << 8 * length) - 1 for length in range(WORD + 1)], "<u8"
 
 T = TypeVar("T", str, str | None)
 Words = npt.NDArray[np.uint64]
-_reading = Lock()
+reading = RLock()
 """A file is read by one thread at a time."""
 
 
@@ -117,7 +117,7 @@ class Kept:
 
     def __call__(self, chunk: int) -> Any:
         """A chunk by its number."""
-        with _reading:
+        with reading:
             array = self._chunks.pop(chunk) if chunk in self._chunks else self._read(chunk)
             self._chunks[chunk] = array
             while sum(kept.nbytes for kept in self._chunks.values()) > HELD_BYTES:
