@@ -44,7 +44,7 @@ def completed(scripts: Path, *words: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("words", "found"),
+    ("words", "result"),
     [
         (["ev"], {"evaluate"}),
         (["train", "--pr"], {"--preset", "--print-config"}),

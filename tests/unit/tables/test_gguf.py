@@ -130,7 +130,7 @@ def test_a_large_vocabulary_is_read_fast(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "parts", [["tokens", "rest", "tensor"], ["tensor", "tokens"], ["rest", "tensor", "tokens"]]
+    "blocks", [["tokens", "rest", "tensor"], ["tensor", "tokens"], ["rest", "tensor", "tokens"]]
 )
 def test_split(tmp_path: Path, blocks: list[str]) -> None:
     paths = write_split(tmp_path, blocks)

@@ -122,7 +122,7 @@ def test_unknown_companions_are_named(tmp_path: Path, companions: list[str]) -> 
 
 
 @pytest.mark.parametrize(
-    "parts", [["qweight", "qzeros", "scales"], ["weight_packed"], ["_weight_qdata"]]
+    "blocks", [["qweight", "qzeros", "scales"], ["weight_packed"], ["_weight_qdata"]]
 )
 def test_quantised_in_parts(tmp_path: Path, blocks: list[str]) -> None:
     more = {f"model.embed_tokens.{name}": torch.ones(8, 4, dtype=torch.int32) for name in blocks}
