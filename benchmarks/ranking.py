@@ -204,9 +204,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.way:
         return measure(options)
-    ways = [way for way in WAYS if way not in options.leave_out]
-    if not options.peers:
-        ways.remove("RecTools, ten best")
+    left_out = {*options.leave_out} | ({"RecTools, ten best"} if not options.peers else set())
+    ways = [way for way in WAYS if way not in left_out]
     result: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(options.rounds):
         for way in ways:
