@@ -150,9 +150,9 @@ class Ranker:
         numbers = np.zeros((len(encoded), k), dtype=np.int64)
         scores = np.full((len(encoded), k), -np.inf, dtype=np.float32)
         for indices in chunks(encoded.numbers):
-            for rows_alike in candidates.alike(indices):
-                values, item_ids = self._best(rows_alike, candidates, k)
-                numbers[rows_alike], scores[rows_alike] = item_ids.numpy(), values.numpy()
+            for together in candidates.alike(indices):
+                values, item_ids = self._best(together, candidates, k)
+                numbers[together], scores[together] = item_ids.numpy(), values.numpy()
         many = Recommendations(self.items, numbers, scores, encoded.users, encoded.dropped)
         return many[0] if single else many
 

@@ -87,7 +87,7 @@ def read_run(
 
 
 def positions(rows: Tensor, first: int) -> Iterable[tuple[int, Tensor]]:
-    """Parts of ``rows``, each with the number of its first, counted from ``first``."""
+    """Blocks of ``rows``, each with the number of its first, counted from ``first``."""
     for block in pieces(rows):
         yield first, block
         first += len(block)
@@ -122,15 +122,15 @@ def assemble(
     Raises:
         DamagedError: A file is missing or damaged.
     """
-    hashes = {}
+    tables = {}
     for name, (num_rows, columns) in shapes_of(folder, files).items():
-        hashes[name] = whole = torch.empty(num_rows, columns)
+        tables[name] = whole = torch.empty(num_rows, columns)
         for first, ids in blocks_of(num_rows, columns):
             block = torch.empty(len(ids), columns)
             read_run(folder, files, name, RowLayout(num_rows, 1), first, block)
             whole[ids] = block
             beat()
-    return hashes
+    return tables
 
 
 class RowBlock(NamedTuple):

@@ -92,11 +92,9 @@ class RankDivision(Division):
         """Counts of this rank's users: every rank counts in its own rows for all users, and counts
         are added.
         """
-        counts, pairs = (self.exchange.counts(len(own_rows)) for own_rows in (hidden, exclude.rows))
+        counts, pairs = (self.exchange.counts(len(given)) for given in (hidden, exclude.rows))
         start = list(accumulate(counts, initial=0))[self.ranks.rank]
-        every, targets = (
-            self.exchange.gather(own_rows, counts) for own_rows in (hidden, target_scores)
-        )
+        every, targets = (self.exchange.gather(given, counts) for given in (hidden, target_scores))
         rows = self.exchange.gather(exclude.rows + start, pairs)
         left_out = Pairs(rows, self.exchange.gather(self.positions(exclude.item_ids), pairs))
         normaliser = LogNormaliser(every) if normalise else None
@@ -122,7 +120,7 @@ class RankDivision(Division):
         """The best of this rank's users: every rank finds the best in its own rows for all users,
         and each user's rank keeps the best of those.
         """
-        counts, pairs = (self.exchange.counts(len(own_rows)) for own_rows in (hidden, exclude.rows))
+        counts, pairs = (self.exchange.counts(len(given)) for given in (hidden, exclude.rows))
         start = list(accumulate(counts, initial=0))[self.ranks.rank]
         every = self.exchange.gather(hidden, counts)
         rows = self.exchange.gather(exclude.rows + start, pairs)
@@ -131,10 +129,9 @@ class RankDivision(Division):
         items = (ids >= 1) & (ids <= num_items)
         top = top_of_some(every, own[order[items]], ids[items], k, left_out)
         homes = [len(hidden)] * len(counts)
-        values, ids = (self.exchange.deal(own_rows, counts, homes) for own_rows in top)  # [N B, k]
+        values, ids = (self.exchange.deal(column, counts, homes) for column in top)  # [N B, k]
         values, ids = (
-            own_rows.view(len(counts), -1, k).transpose(0, 1).flatten(1)
-            for own_rows in (values, ids)
+            column.view(len(counts), -1, k).transpose(0, 1).flatten(1) for column in (values, ids)
         )
         return best(values, ids, k)
 
@@ -255,7 +252,7 @@ class _Logits:
 
 
 def _product_in_chunks(left: Tensor, right: Tensor) -> Tensor:
-    """Product of [n, O] and [O, D], whose sums in fp32 are formed in parts."""
+    """Product of [n, O] and [O, D], whose sums in fp32 are formed in chunks."""
     if left.dtype != torch.float32:
         return left @ right
     product = left.new_zeros(len(left), right.shape[1])

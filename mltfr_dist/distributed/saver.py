@@ -48,7 +48,7 @@ class _Save(NamedTuple):
 
     folder: Path
     progress: Progress
-    own: RankFiles
+    files: RankFiles
     then: Callable[[], object]
 
 
@@ -60,7 +60,7 @@ class Saver:
         self.engine, self.ranks, self.background = engine, engine.ranks, background
         self._running: list[_Save] = []
         self._weights: Files = {}
-        engine.health.writes = lambda: not all(save.own.is_done for save in self._running)
+        engine.health.writes = lambda: not all(save.files.is_done for save in self._running)
 
     def save(
         self,
@@ -100,15 +100,15 @@ class Saver:
         """
         while self._running:
             save, ranks = self._running[0], self.ranks
-            while ranks.max(torch.tensor([float(not save.own.is_done)])).item():
-                save.own.wait()
+            while ranks.max(torch.tensor([float(not save.files.is_done)])).item():
+                save.files.wait()
             try:
-                told = ranks.texts(json.dumps(ranks.jointly(save.own.hashes)))
+                told = ranks.texts(json.dumps(ranks.jointly(save.files.hashes)))
                 hashes = {name: h for text in told for name, h in json.loads(text).items()}
                 ranks.on_rank0(partial(_complete, save, hashes))
             except MltfrError:
                 for save in self._running:
-                    save.own.give_up()
+                    save.files.give_up()
                 ranks.barrier()  # nobody writes any more
                 self._remove()
                 raise
@@ -118,7 +118,7 @@ class Saver:
     def give_up(self) -> None:
         """End the threads and say so; for errors of which other ranks may not know."""
         for save in self._running:
-            save.own.give_up()
+            save.files.give_up()
             self.ranks.say(
                 f"  the save of {save.folder.name} in the background was given up, as the run ends "
                 "with an error: the checkpoint before it is the last"

@@ -105,10 +105,10 @@ def _overlap_lines(agreed: Mapping[tuple[str, str], Overlap]) -> list[str]:
     if not agreed:
         return []
     lines = [f"of a word's {NEIGHBOURS} nearest words in one table, in the other stand"]
-    for (first, second), shares in agreed.items():
+    for (first, second), overlap in agreed.items():
         lines.append(
-            f"  {f'{first}, {second}':<30}{shares.share:>6.1%}  (by chance {shares.by_chance:.1%}; "
-            f"{shares.words:,} words in both)"
+            f"  {f'{first}, {second}':<30}{overlap.share:>6.1%}  "
+            f"(by chance {overlap.by_chance:.1%}; {overlap.words:,} words in both)"
         )
     return [*lines, ""]
 
@@ -135,9 +135,9 @@ def draw(
     middle.set(xlabel="cosine with the nearest row (dotted: random rows)", ylabel="words")
     middle.legend(frameon=False)
     labels = [f"{first},\n{second}" for first, second in agreed]
-    right.bar(labels, [of_table.share for of_table in agreed.values()])
+    right.bar(labels, [overlap.share for overlap in agreed.values()])
     right.scatter(
-        labels, [of_table.by_chance for of_table in agreed.values()], color="black", zorder=2
+        labels, [overlap.by_chance for overlap in agreed.values()], color="black", zorder=2
     )
     right.set_ylabel(f"of {NEIGHBOURS} nearest words in common (dot: by chance)")
     if not agreed:

@@ -106,7 +106,7 @@ class PackedSequences:
 
     @staticmethod
     def concatenate(blocks: Sequence[PackedSequences]) -> PackedSequences:
-        """All sequences of ``blocks``, in order. At least one part is needed, and all or none have
+        """All sequences of ``blocks``, in order. At least one block is needed, and all or none have
         ``targets``.
         """
         targets = [block.targets for block in blocks if block.targets is not None]

@@ -159,7 +159,7 @@ def _refuse_twins(connection: duckdb.DuckDBPyConnection, name: str, locate: Loca
         "plain",
         pa.table({"normal": normals, "id": others, "row": rows}),
     )
-    twin = connection.execute(
+    twins = connection.execute(
         "WITH pairs AS (SELECT plain.id AS id, plain.row AS row, ids.id AS other, "
         "ids.row AS other_row FROM plain JOIN ids ON plain.normal = ids.id "
         "UNION ALL SELECT a.id, a.row, b.id, b.row FROM plain a JOIN plain b ON a.normal = "
@@ -167,7 +167,7 @@ def _refuse_twins(connection: duckdb.DuckDBPyConnection, name: str, locate: Loca
         "SELECT * FROM pairs ORDER BY greatest(row, other_row), row LIMIT 1"
     ).fetchall()
     connection.unregister("plain")
-    for id, row, other, other_row in twin:
+    for id, row, other, other_row in twins:
         raise DataError(
             f"{locate(row)}: `{name}` is {id!a}, and {other!a} in {locate(other_row)}.",
             rule="Ids that differ only in blanks around them, zeros or a sign in front, or "

@@ -237,11 +237,11 @@ class UserGuided(Selector):
         # Of the outgoing list, on users that it was not made from.
         first = queries[0][:RECALL_QUERIES]
         recall = self.shortlist.recall(first, table, project, self.num_kept, reduce)
-        relevance = [table.relevance(of_table, project, needed) for of_table in queries]
+        relevance = [table.relevance(some, project, needed) for some in queries]
         of_all = reduce.max(torch.stack(relevance).amax(0))
         in_doubt = self.shortlist.in_doubt(of_all, TOLERANCE[queries[0].dtype])
         rows = table.take(in_doubt)
-        exact = [row_relevance(of_table, rows, project, torch.float64) for of_table in queries]
+        exact = [row_relevance(some, rows, project, torch.float64) for some in queries]
         of_all[in_doubt] = reduce.max(torch.stack(exact).amax(0)).to(of_all)
         self.shortlist.choose(of_all)
         return recall

@@ -52,8 +52,8 @@ def read_counted(file: TokenizerFile) -> Vocabulary:
     """
     beside = read_neighbours(file.path.parent)
     names = list(declared_names(file.path.parent, beside.settings))
-    position = next((where for name, where in names if name in _FAIRSEQ_CLASSES), None)
-    if position is None:
+    declared_in = next((where for name, where in names if name in _FAIRSEQ_CLASSES), None)
+    if declared_in is None:
         raise DataError(
             f"{file.path} has a token and its count a line, as dictionaries of fairseq have.",
             rule="Four special tokens stand before its first line in PhoBERT, BERTweet and "
@@ -71,7 +71,7 @@ def read_counted(file: TokenizerFile) -> Vocabulary:
     return assemble(
         file.name,
         dict(enumerate(tokens)),
-        (kind, f"{why}; the first line has the id 4 by {position}"),
+        (kind, f"{why}; the first line has the id 4 by {declared_in}"),
         added=beside.added,
         special=beside.special,
     )

@@ -161,23 +161,23 @@ def compare_runs(paths: Sequence[str | Path], split: str, options: Options) -> C
         MltfrError: What cannot be read or compared.
     """
     files = rank_files(paths)
-    models = as_models([read_ranks(path, split) for path in files])
-    if len(models.models) < 2:
+    compared = as_models([read_ranks(path, split) for path in files])
+    if len(compared.models) < 2:
         raise ConfigError(
-            f"There is one model to compare, {models.models[0].label}.",
+            f"There is one model to compare, {compared.models[0].label}.",
             rule="The first model is what the others are compared with; runs that differ in "
             "training.seed alone are one model.",
             remedy="Name the run of another model, too.",
         )
-    return compare_models(models, split, options)
+    return compare_models(compared, split, options)
 
 
-def compare_models(models: Models, split: str, options: Options) -> Comparison:
+def compare_models(compared: Models, split: str, options: Options) -> Comparison:
     """Every model against the first."""
-    several = models.num_users < len(models.users)
+    several = compared.num_users < len(compared.users)
     names = list(dict.fromkeys([options.metric, *SHOWN, *["Recall@10"] * several]))
-    reference, *others = models.models
-    differences = [_difference(model, reference, models, names, options) for model in others]
+    reference, *others = compared.models
+    differences = [_difference(model, reference, compared, names, options) for model in others]
     corrected = holm([d.p for d in differences])
     differences = [replace(d, p_holm=p) for d, p in zip(differences, corrected, strict=True)]
     if options.margin is not None:
@@ -186,16 +186,16 @@ def compare_models(models: Models, split: str, options: Options) -> Comparison:
     return Comparison(
         options,
         split,
-        models.num_users,
-        len(models.users),
-        models.protocol,
-        models.unknown,
-        models.models,
+        compared.num_users,
+        len(compared.users),
+        compared.protocol,
+        compared.unknown,
+        compared.models,
         {
             m.label: {
-                name: float(user_values(m.ranks, name, models.users).mean()) for name in names
+                name: float(user_values(m.ranks, name, compared.users).mean()) for name in names
             }
-            for m in models.models
+            for m in compared.models
         },
         tuple(differences),
     )

@@ -115,9 +115,9 @@ def training_users(config: RunConfig, manifest: Manifest) -> tuple[np.ndarray, n
         whose = np.repeat(np.arange(len(sequences)), sequences.lengths)
         pairs = np.unique(whose * size + sequences.items)
         users += np.bincount(pairs % size, minlength=size)
-    counted = one_item_parts(folder, manifest, interactions)
-    alone = np.bincount(counted, minlength=size)
-    num_users = manifest.splits["train"].num_sequences + len(counted)
+    single_items = one_item_parts(folder, manifest, interactions)
+    alone = np.bincount(single_items, minlength=size)
+    num_users = manifest.splits["train"].num_sequences + len(single_items)
     return interactions + alone, users + alone, num_users
 
 
