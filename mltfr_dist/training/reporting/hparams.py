@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,16 @@ def write_session(
     session.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(session, ignore_errors=True)
     shown = {key: shown_field(value) for key, value in fields.items()}
-    with replacing(session) as partial:  # whole or absent: a sweep writes what is absent
-        writer = SummaryWriter(str(partial))
+    with (
+        replacing(session) as partial,  # whole or absent: a sweep writes what is absent
+        closing(SummaryWriter(str(partial))) as writer,
+    ):
         assert writer.file_writer is not None
         for summary in hparams(shown, dict.fromkeys(metrics, 0.0)):
             if summary.value[0].tag != EXPERIMENT:
                 writer.file_writer.add_summary(summary)
         for tag, value in metrics.items():
             writer.add_scalar(tag, value, step)
-        writer.close()
     return session
 
 
