@@ -62,6 +62,7 @@ class ModelSpec(Section):
         with nullcontext() if divide is None else undrawn_items():
             backbone = kind(self.backbone, self.num_items, self.max_len)
         mltfr = self._mltfr([tables[name] for name in self.tables]) if self.mltfr.enabled else None
+        division = None
         if divide is not None:
             assert isinstance(backbone.item_embedding, ItemEmbedding)
             division = divide(backbone.item_embedding.num_embeddings)
@@ -75,7 +76,7 @@ class ModelSpec(Section):
         if mltfr is not None and (self.has_consensus or self.published.random_consensus):
             group = self.mltfr.consensus.group or self.tables
             mltfr.add_consensus(tables=[self.tables.index(name) for name in group])
-        return Recommender(backbone, mltfr, self.loss, num_items=self.num_items)
+        return Recommender(backbone, mltfr, self.loss, num_items=self.num_items, division=division)
 
     def _mltfr(self, tables: list[Tensor | PlacedTable]) -> MLTFR:
         hold = published_table(self.published)

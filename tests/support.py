@@ -279,6 +279,11 @@ def new_model(
     return spec.build(dict(zip(names, table_rows, strict=True)), item_features)
 
 
+def with_loss(model: Recommender, loss: LossConfig) -> Recommender:
+    """The same backbone and MLTFR, trained by another loss."""
+    return Recommender(model.backbone, model.mltfr, loss, num_items=model.num_items)
+
+
 def new_mltfr(
     config: MLTFRConfig,
     hidden_dim: int,

@@ -41,7 +41,7 @@ def explain(mltfr: MLTFR, x: Tensor, valid_mask: Tensor, item_ids: Tensor) -> li
         item_ids: [B, L].
     """
     blocks = mltfr.blocks(x, valid_mask)
-    selections = mltfr.selections(blocks.queries, blocks.keys(item_ids))
+    selections = mltfr.selections(blocks.queries, mltfr.keys(blocks, item_ids))
     gate_weights = mltfr.router(blocks.positions)
     explanations = []
     for user, length in enumerate(lengths(item_ids).tolist()):

@@ -1,7 +1,7 @@
 """Training losses: pure functions over the scored positions only; `mltfr_dist/losses.py` has their
 names.
 
-Shapes: N scored positions, D hidden size, I items, S negatives, P sequences.
+Shapes: N scored positions, D hidden size, I items, S negatives.
 Every loss takes per-position weights and returns a weighted *sum*; who divides by what is the
 caller's decision, so that several ranks and micro-batches add up to exactly the mean over the
 global batch.
@@ -10,18 +10,94 @@ global batch.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mltfr_dist.losses import LOSSES
+from mltfr_dist.config import LossConfig
+from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.cross_entropy import full_cross_entropy
-from mltfr_dist.models.divided_rows import division_of, own_vectors
-from mltfr_dist.models.packing import indices_where
-from mltfr_dist.models.scored import Negatives, Scored
+from mltfr_dist.models.divided_rows import Division, own_vectors
 from mltfr_dist.numerics import at_least_fp32
-from mltfr_dist.registry import load
+
+
+class Negatives(NamedTuple):
+    """Items that all positions share as negatives."""
+
+    item_ids: Tensor
+    """[S]."""
+    vectors: Tensor
+    """[S, D]."""
+    log_probability: Tensor
+    """[S] log Q: with which probability each was drawn."""
+
+
+class Scored(NamedTuple):
+    """The N scored positions of a micro-batch, and what they are compared with."""
+
+    hidden: Tensor
+    """[N, D] hidden states."""
+    targets: Tensor
+    """[N] item ids, 1..num_items."""
+    weights: Tensor
+    """[N] weight of each position."""
+    embedding: nn.Module
+    """Item ids [...] -> output vectors [..., D]."""
+    num_items: int
+    config: LossConfig
+    drawn: Tensor | None = None
+    """[N, S] negatives of each position, where the batch holds any."""
+    shared: tuple[Tensor, Tensor] | None = None
+    """[S] negatives of all positions and their log Q, where the batch holds any."""
+    division: Division | None = None
+    """How the rows behind ``embedding`` are divided over processes; None: they are not."""
+
+    @property
+    def target_vectors(self) -> Tensor:
+        """[N, D] output vectors of the targets."""
+        return self.embedding(self.targets)  # type: ignore[no-any-return]
+
+    @property
+    def item_vectors(self) -> Tensor:
+        """[I, D] output vectors of items 1..I: no padding, no mask. Of a table that is not
+        divided.
+        """
+        weight = self.embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight[1 : self.num_items + 1]
+
+    @property
+    def negative_vectors(self) -> Tensor:
+        """[N, S, D] output vectors of each position's own negatives.
+
+        Raises:
+            ConfigError: The loss's registry line asks for none.
+        """
+        if self.drawn is None:
+            raise self._without("per_position")
+        return self.embedding(self.drawn)  # type: ignore[no-any-return]
+
+    @property
+    def shared_negatives(self) -> Negatives:
+        """The S negatives of all positions.
+
+        Raises:
+            ConfigError: The loss's registry line asks for none.
+        """
+        if self.shared is None:
+            raise self._without("shared")
+        item_ids, log_probability = self.shared
+        return Negatives(item_ids, self.embedding(item_ids), log_probability)
+
+    def _without(self, negatives: str) -> ConfigError:
+        name = self.config.name
+        return ConfigError(
+            f"loss.name={name} reads negatives ({negatives}), and the batch holds none.",
+            rule="Batches hold the negatives that a loss's line in mltfr_dist/losses.py asks for.",
+            remedy=f'Give the line of `{name}` negatives="{negatives}".',
+        )
 
 
 def binary_cross_entropy(
@@ -116,20 +192,11 @@ def sampled_softmax(
 # --- by the names of the registry ----------------------------------------------------------------
 
 
-def loss_sum(scored: Scored) -> Tensor:
-    """The weighted sum of the loss that the configuration names; whoever divides, divides by the
-    global batch's count.
-    """
-    result: Tensor = load(LOSSES[scored.config.name].path, "mltfr_dist.models")(scored)
-    return result
-
-
 def all_items(scored: Scored) -> Tensor:
     """:func:`full_cross_entropy`, wherever the items' rows are held."""
-    table = scored.embedding
-    if (division := division_of(table)) is not None:
-        own = own_vectors(table)
-        return division.cross_entropy(
+    if scored.division is not None:
+        own = own_vectors(scored.embedding)
+        return scored.division.cross_entropy(
             scored.hidden, own, scored.targets, scored.weights, scored.num_items
         )
     return full_cross_entropy(scored.hidden, scored.item_vectors, scored.targets, scored.weights)
@@ -160,52 +227,3 @@ def tempered_items(scored: Scored) -> Tensor:
         num_items=scored.num_items,
         calibration=scored.config.calibration,
     )
-
-
-# --- beside the recommendation loss
-# ------------------------------------------------------------------
-
-
-def contrastive(
-    first: Tensor,
-    second: Tensor,
-    present: Tensor,
-    *,
-    group_size: int,
-    temperature: float,
-    num_present: int | None = None,
-) -> Tensor:
-    """NT-Xent over two views of each sequence (Chen et al. 2020; CL4SRec, Xie et al. 2022), in
-    groups.
-
-    A view's positive is the other view of its sequence; its negatives are all views of the other
-    sequences of its group. Groups, and not the whole batch, so that the sum does not depend on how
-    ranks and micro-batches divide the batch.
-
-    Args:
-        first: [P, D] representations of the first views; consecutive ``group_size`` rows are a
-            group.
-        second: [P, D] of the second views.
-        present: [P] bool, False for a row that only fills the batch.
-        group_size: Sequences of a group; divides P.
-        temperature: Products are divided by it.
-        num_present: How many rows are present, where it is known.
-
-    Returns:
-        Scalar, in fp32 at least: the sum over present sequences of the mean of both views' losses.
-    """
-    views = torch.stack([first, second], dim=1)  # [P, 2, D]
-    views = views.reshape(-1, 2 * group_size, views.shape[-1])  # [P / g, 2 g, D]
-    here = present.repeat_interleave(2).view(views.shape[:2])  # [P / g, 2 g]
-    logits = at_least_fp32(views @ views.transpose(1, 2)) / temperature
-    numbers = torch.arange(2 * group_size, device=first.device)
-    itself = numbers[:, None] == numbers
-    logits = logits.masked_fill(itself | ~here[:, None, :], -torch.inf)
-    other = (numbers ^ 1).expand(views.shape[:2])  # views 2i and 2i + 1 belong together
-    num_kept = None if num_present is None else 2 * num_present  # each has its positive
-    kept = indices_where(here, num_kept)
-    kept_logits, kept_other = (
-        t.flatten(0, 1).index_select(0, kept) for t in (logits, other[..., None])
-    )
-    losses = torch.logsumexp(kept_logits, dim=1) - kept_logits.gather(1, kept_other)[:, 0]
-    return losses.sum() / 2

@@ -1,7 +1,8 @@
 """MLTFR (docs/method.md): filter, experts, router and consensus, added to a backbone's block 0.
 
 Shapes: B users, L positions, n positions a query block, G blocks that hold a real position, D
-hidden size, M tables, V_m x D_m table m, E experts (of a gate, with the null expert).
+hidden size, N real positions, M tables, V_m x D_m table m, K kept rows, E experts (of a gate, with
+the null expert).
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from mltfr_dist.models.kernels import mix
 from mltfr_dist.models.packing import Lengths
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
-from mltfr_dist.models.routing import Routing
 from mltfr_dist.models.selectors import Reduce, Selection, Selector, selector_class
 
 
@@ -46,6 +46,32 @@ class Components(NamedTuple):
     consensus: type[ExpertCore] = ExpertCore
 
 
+class Routing(NamedTuple):
+    """What one forward pass says of its gate and its filters."""
+
+    gate: Tensor
+    """[N, E] gate weights, with gradient."""
+    kept_weights: list[Tensor]
+    """Per table: [G, K] or [1, S] weights of the kept rows, without gradient."""
+    num_queries: int
+    """G."""
+
+
+class RoutingSums(NamedTuple):
+    """Sums over the real positions and query blocks of a batch; those of its pieces add."""
+
+    gate: Tensor
+    """[E] gate weights."""
+    top: Tensor
+    """[E] positions at which the gate is the largest."""
+    entropy: Tensor
+    """[1] entropy of the gate, nats."""
+    kept_entropy: Tensor
+    """[M] entropy of the kept tokens' weights of each table, nats, over the query blocks."""
+    num_queries: Tensor
+    """[1] query blocks."""
+
+
 class MLTFR(nn.Module):
     """Reads token tables on behalf of a backbone, wherever their rows are held."""
 
@@ -56,15 +82,12 @@ class MLTFR(nn.Module):
         tables: Sequence[PlacedTable],
         components: Components | None = None,
     ) -> None:
-        """Args: config: MLTFR's; hidden_dim: D; tables: M tables; parts: None: those of
-        docs/method.md.
+        """Args: config: MLTFR's; hidden_dim: D; tables: M tables; components: None:
+        those of docs/method.md.
         """
         super().__init__()
-        self.config, self.hidden_dim, self.components = (
-            config,
-            hidden_dim,
-            components or Components(),
-        )
+        self.config, self.hidden_dim = config, hidden_dim
+        self.components = components or Components()
         self.tables = nn.ModuleList(tables)
         self.num_tables, self.per_table = len(tables), config.expert.per_table
         self.num_experts = self.num_tables * self.per_table
@@ -151,6 +174,11 @@ class MLTFR(nn.Module):
         """Positions [B, L, D] in blocks that share a query."""
         return self.components.blocks(x, valid_mask, self.config.filter.query_every, lengths)
 
+    def keys(self, blocks: QueryBlocks, item_ids: Tensor | None) -> Tensor | None:
+        """[G] hashes of the histories [B, L] of the blocks, where any selector reads them."""
+        reads = any(self.selector(m).reads_keys for m in range(self.num_tables))
+        return blocks.keys(item_ids) if reads else None
+
     def selections(self, queries: Tensor, keys: Tensor | None) -> list[Selection]:
         """What each table contributes for ``queries`` [G, D] of histories with hashes ``keys``
         [G].
@@ -187,7 +215,7 @@ class MLTFR(nn.Module):
             [B, L, D], zero at padding, and what is known of the gate and the filters.
         """
         blocks = self.blocks(x, valid_mask, lengths)
-        selections = self.selections(blocks.queries, blocks.keys(item_ids))
+        selections = self.selections(blocks.queries, self.keys(blocks, item_ids))
         attended = self.attended(selections)
         outputs = [self.core(e).output(blocks.positions, [m]) for e, m in enumerate(attended)]
         gate = self.router(blocks.positions)  # [G, n, E]
@@ -238,3 +266,26 @@ class MLTFR(nn.Module):
             self.router.update_load(gate_weights)
         for m in range(self.num_tables):
             self.selector(m).after_update()
+
+
+@torch.no_grad()
+def routing_sums(routing: Routing) -> RoutingSums:
+    """Sums of a batch."""
+    gate = routing.gate.detach().float()
+    top = (
+        gate.argmax(-1, keepdim=True) == torch.arange(gate.shape[-1], device=gate.device)
+    ).float()
+    entropy = -(gate * gate.clamp(min=1e-12).log()).sum().view(1)
+    num_queries = routing.num_queries
+    of_kept = []
+    for weights in routing.kept_weights:
+        entropies = torch.special.entr(weights.float()).sum(-1)  # log K where K weigh alike
+        shared = len(weights) != num_queries  # all queries keep the same rows: one value for each
+        of_kept.append(entropies.sum() * (num_queries if shared else 1))
+    return RoutingSums(
+        gate.sum(0),
+        top.sum(0),
+        entropy,
+        torch.stack(of_kept),
+        gate.new_full((1,), float(num_queries)),
+    )

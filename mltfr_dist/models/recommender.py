@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from mltfr_dist.config import LossConfig
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch, SequenceBatch, lengths, sent
+from mltfr_dist.losses import LOSSES
 from mltfr_dist.models.backbone import Backbone
-from mltfr_dist.models.divided_rows import divided_rows, division_of, own_vectors
+from mltfr_dist.models.divided_rows import Division, divided_rows, own_vectors
 from mltfr_dist.models.explain import Explanation, explain
 from mltfr_dist.models.item_rows import ItemRows
-from mltfr_dist.models.losses import loss_sum
-from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.losses import Scored
+from mltfr_dist.models.mltfr import MLTFR, Routing, RoutingSums, routing_sums
 from mltfr_dist.models.packing import Lengths, Packing, indices_where
-from mltfr_dist.models.routing import Routing, RoutingSums, routing_sums
-from mltfr_dist.models.scored import Scored
 from mltfr_dist.models.selectors import Reduce
 from mltfr_dist.numerics import at_least_fp32
+from mltfr_dist.registry import load
 
 Over = Literal["targets", "positions", "sequences"]
 """What a term of the loss is a mean over: scored positions, real positions, or sequences of the
@@ -54,13 +54,22 @@ class Recommender(nn.Module):
     """Backbone (+ MLTFR) with its loss. :class:`~mltfr_dist.spec.ModelSpec` builds it."""
 
     def __init__(
-        self, backbone: Backbone, mltfr: MLTFR | None, loss: LossConfig, *, num_items: int
+        self,
+        backbone: Backbone,
+        mltfr: MLTFR | None,
+        loss: LossConfig,
+        *,
+        num_items: int,
+        division: Division | None = None,
     ) -> None:
-        """Args: backbone, mltfr: The parts; loss: its configuration; num_items: Items are
-        1..num_items.
+        """Args: backbone; mltfr: added to it, or None; loss: its configuration; num_items: items
+        are 1..num_items; division: how the rows of the backbone's item table are divided.
         """
         super().__init__()
-        self.loss_config, self.num_items = loss, num_items
+        self.loss_config, self.num_items, self.division = loss, num_items, division
+        self._loss_sum: Callable[[Scored], Tensor] = load(
+            LOSSES[loss.name].path, "mltfr_dist.models"
+        )
         self.backbone, self.mltfr = backbone, mltfr
 
     @property
@@ -75,9 +84,11 @@ class Recommender(nn.Module):
         """Have at hand the rows that the next pass reads. Of a divided item table; else nothing is
         done.
         """
+        if self.division is None:
+            return
         rows = divided_rows(self.backbone.item_embedding)
-        if rows is not None:
-            rows.look_up(torch.cat([ids.flatten() for ids in item_ids if ids is not None]))
+        assert rows is not None
+        rows.look_up(torch.cat([ids.flatten() for ids in item_ids if ids is not None]))
 
     def hidden(
         self, item_ids: Tensor, lengths: Lengths = None
@@ -180,7 +191,7 @@ class Recommender(nn.Module):
         hidden, targets, weights = (t.index_select(0, scored) for t in (hidden, targets, weights))
         drawn, shared = batch.negative_ids, batch.shared_negative_ids
         log_probability = batch.shared_log_probability
-        return loss_sum(
+        return self._loss_sum(
             Scored(
                 hidden,
                 targets,
@@ -190,6 +201,7 @@ class Recommender(nn.Module):
                 self.loss_config,
                 None if drawn is None else packing.pack(drawn).index_select(0, scored),
                 None if shared is None or log_probability is None else (shared, log_probability),
+                self.division,
             )
         )
 
@@ -210,13 +222,13 @@ class Recommender(nn.Module):
     def _item_vectors(self) -> Tensor:
         """[I, D] vectors of items 1..I; of a divided table [O, D] those of this process's rows."""
         table = self.backbone.item_embedding
-        if division_of(table) is not None:
+        if self.division is not None:
             return own_vectors(table)
         return table.weight[1 : self.num_items + 1]
 
     def _scores(self, final: Tensor) -> Tensor:
         table = self.backbone.item_embedding
-        assert division_of(table) is None, "nobody has all rows: rank by `read`"
+        assert self.division is None, "nobody has all rows: rank by `read`"
         item_vectors = table.weight[: self.num_items + 1].to(final.dtype)
         scores = at_least_fp32(final @ item_vectors.T)  # [B, I + 1]
         scores[:, PADDING_IDX] = -torch.inf

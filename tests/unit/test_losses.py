@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from mltfr_dist.data.stream.negatives import sample_shared
 from mltfr_dist.models import cross_entropy
+from mltfr_dist.models.cl4srec import contrastive
 from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.losses import (
     Negatives,
     binary_cross_entropy,
-    contrastive,
     generalised_binary_cross_entropy,
     sampled_softmax,
 )

@@ -80,6 +80,11 @@ class Selector(nn.Module):
         """Whether the table is searched in part only."""
         return False
 
+    @property
+    def reads_keys(self) -> bool:
+        """Whether choices depend on the histories' hashes, as random draws do."""
+        return False
+
     def log_tau(self) -> Tensor | None:
         """[1] logarithm of what scores are divided by (a parameter, gathered at its call); None
         where there are no scores.

@@ -41,6 +41,11 @@ class RandomTokens(Selector):
         """K."""
         return config.num_kept(num_rows)
 
+    @property
+    def reads_keys(self) -> bool:
+        """Always."""
+        return True
+
     def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
         """The batch's rows, and which each query keeps."""
         assert keys is not None

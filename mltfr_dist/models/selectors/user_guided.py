@@ -157,6 +157,11 @@ class UserGuided(Selector):
         return self.log_temperature.exp()
 
     @property
+    def reads_keys(self) -> bool:
+        """Where there is noise."""
+        return bool(self.config.noise)
+
+    @property
     def draws_noise(self) -> bool:
         """Whether noise, where there is any, joins the scores now."""
         return self.training

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import new_model
+from support import new_model, with_loss
 from torch import Tensor
 
 from mltfr_dist.backbones import BACKBONES, Entry
@@ -429,8 +429,7 @@ def test_cl4srec_ranks_as_sasrec_does() -> None:
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].negatives != "none"])
 def test_a_loss_whose_batch_holds_no_negatives_says_what_its_line_lacks(name: str) -> None:
-    model = recommender.__wrapped__("sasrec")
-    model.loss_config = LossConfig(name=name)
+    model = with_loss(recommender("sasrec"), LossConfig(name=name))
     batch = SequenceBatch(torch.tensor([[1, 2]]), torch.tensor([[2, 3]]), torch.arange(1))
     with pytest.raises(ConfigError, match=f"loss.name={name} reads negatives") as caught:
         model(batch)
@@ -475,14 +474,8 @@ def test_the_loss_is_a_weighted_sum_over_scored_positions(
                 ]
                 loss = float(torch.stack(logits).logsumexp(0) - positive)
             expected += float(weights[user, t]) * loss
-        kept_config = made.loss_config
-        made.loss_config = LossConfig(name=name, **change)
-        try:
-            assert made(batch, weights).terms["loss"].sum.item() == pytest.approx(
-                expected, rel=1e-6
-            )
-        finally:
-            made.loss_config = kept_config
+        made = with_loss(made, LossConfig(name=name, **change))
+        assert made(batch, weights).terms["loss"].sum.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_contrast_is_of_the_states_at_the_ends_of_the_views() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import new_model
+from support import new_model, with_loss
 from torch import Tensor, nn
 
 from mltfr_dist.backbones import BACKBONES
@@ -114,8 +114,7 @@ LOSSES = {
 def test_every_loss_and_its_gradient_see_the_sums(name: str) -> None:
     loss, fields = LOSSES[name]
     model = make("sasrec", features(), loss)
-    plain = folded(model)
-    plain.loss_config = loss
+    plain = with_loss(folded(model), loss)
     outputs = [m(training_batch(**fields)) for m in (model, plain)]
     for output in outputs:
         assert isinstance(output, TrainingOutput)

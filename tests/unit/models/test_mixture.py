@@ -18,8 +18,7 @@ from mltfr_dist.config import (
     RouterConfig,
 )
 from mltfr_dist.models.experts import ExpertCore, ExpertRows, Router, router_class
-from mltfr_dist.models.mltfr import MLTFR
-from mltfr_dist.models.routing import routing_sums
+from mltfr_dist.models.mltfr import MLTFR, routing_sums
 from mltfr_dist.published.experts import mean_rows, pooled
 from mltfr_dist.published.selecting import WeightedSelection
 from mltfr_dist.routers import ROUTERS

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import new_model
+from support import new_model, with_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,11 +31,10 @@ from mltfr_dist.distributed.ranks import ALONE
 from mltfr_dist.models import search as searching
 from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.experts import ExpertCore, ExpertRows, Router
-from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.mltfr import MLTFR, routing_sums
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.query_blocks import prefix_mean
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
-from mltfr_dist.models.routing import routing_sums
 from mltfr_dist.models.search import best, largest, row_relevance, search, search_rows, top_of
 from mltfr_dist.models.selectors import Selection
 from mltfr_dist.models.selectors.user_guided import UserGuided
@@ -802,8 +801,7 @@ def test_scores_are_products_of_the_last_hidden_state_and_item_vectors() -> None
 @pytest.mark.parametrize("name", ["cross_entropy", "bce"])
 def test_the_loss_is_a_weighted_sum_over_real_positions(name: str) -> None:
     loss = LossConfig(name=name, num_negatives=2)
-    model = make()
-    model.loss_config = loss
+    model = with_loss(make(), loss)
     histories = some_histories(3)
     batch = training_batch(histories)
     batch = batch._replace(negative_ids=torch.randint(1, NUM_ITEMS + 1, (*batch.item_ids.shape, 2)))
