@@ -217,8 +217,11 @@ class RunConfig(Section):
         + "; ".join(f"{name}: {entry.what}" for name, entry in BASELINES.items())
         + ".",
     )
-    deepspeed: Path = Field(
-        Path("ds_configs/zero1.json"), description="DeepSpeed file: sharding and offload only."
+    deepspeed: Path | None = Field(
+        None,
+        description="DeepSpeed file: sharding and offload only. null: ds_configs/zero0.json where "
+        "dividing Adam's moments saves little (fp32, on one rank or with moments of the items "
+        "below 512 MiB), otherwise ds_configs/zero1.json.",
     )
 
     @model_validator(mode="after")

@@ -9,11 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 EPSILON = 1e-6
 """What DeepSpeed and torch add to a norm before they divide by it."""
+
+
+def total_norm(model: nn.Module) -> Tensor:
+    """Norm of all gradients, as DeepSpeed forms it at stages 1 to 3: of squares in float64."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = torch.stack([torch.linalg.vector_norm(grad.double()) for grad in grads])
+    return norms.square().sum().float().sqrt()
 
 
 class JointNorm:

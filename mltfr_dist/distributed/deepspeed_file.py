@@ -34,6 +34,11 @@ RUN_KEYS = {
 }
 """What the run sets, and where."""
 
+WHOLE_MOMENTS = 512 << 20
+"""Bytes of moments of the item table up to which each rank holds them whole, unless told
+otherwise.
+"""
+
 
 def read_deepspeed_file(path: Path) -> dict[str, Any]:
     """Read and check a DeepSpeed file: one that is there, or else one of that name in the package.
@@ -103,13 +108,35 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [a for a in options if isinstance(a, type) and issubclass(a, BaseModel)]
 
 
-def deepspeed_config(config: RunConfig, layout: BatchLayout) -> dict[str, Any]:
+def sharding_file(config: RunConfig, world_size: int, num_items: int) -> Path:
+    """The run's DeepSpeed file. Where it names none: stage 1, if it is needed or saves much.
+
+    Stage 0 has every rank hold all moments; in return a step copies no gradient and gathers no
+    parameter.
+    """
+    if config.deepspeed is not None:
+        return config.deepspeed
+    moments = 8 * num_items * config.backbone.hidden_dim  # Adam's two, in fp32
+    small = moments <= WHOLE_MOMENTS and not config.published.trained_tables
+    whole = not OPTIMIZERS[config.optimizer.name].elementwise or world_size == 1 or small
+    stage = 0 if whole and config.training.precision == "fp32" else 1
+    return Path(f"ds_configs/zero{stage}.json")
+
+
+def zero_stage(sharding: dict[str, Any]) -> int:
+    """ZeRO's stage in a DeepSpeed configuration."""
+    stage: int = sharding.get("zero_optimization", {}).get("stage", 0)
+    return stage
+
+
+def deepspeed_config(config: RunConfig, layout: BatchLayout, num_items: int) -> dict[str, Any]:
     """The complete DeepSpeed configuration: the file's sharding with the run's numbers."""
-    content = read_deepspeed_file(config.deepspeed)
-    stage = content.get("zero_optimization", {}).get("stage", 0)
+    file = sharding_file(config, layout.world_size, num_items)
+    content = read_deepspeed_file(file)
+    stage = zero_stage(content)
     if config.training.precision == "bf16" and stage == 0:
         raise ConfigError(
-            f"training.precision=bf16 with ZeRO stage 0 ({config.deepspeed}).",
+            f"training.precision=bf16 with ZeRO stage 0 ({file}).",
             rule="DeepSpeed's stage 0 keeps no faithful fp32 master in bf16: losses drift from "
             "those of stages 1 to 3.",
             remedy="Use deepspeed=ds_configs/zero1.json.",
@@ -117,7 +144,7 @@ def deepspeed_config(config: RunConfig, layout: BatchLayout) -> dict[str, Any]:
     name = config.optimizer.name
     if stage > 0 and not OPTIMIZERS[name].elementwise:
         raise ConfigError(
-            f"optimizer.name={name} with ZeRO stage {stage} ({config.deepspeed}).",
+            f"optimizer.name={name} with ZeRO stage {stage} ({file}).",
             rule=f"ZeRO hands an optimizer flat pieces of the parameters, and {name} looks at "
             f"their shapes.",
             remedy="Use deepspeed=ds_configs/zero0.json, or optimizer.name=adamw.",

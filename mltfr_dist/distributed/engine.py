@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.stream.training import BatchLayout, StepBatches
-from mltfr_dist.distributed.clipping import JointNorm
+from mltfr_dist.distributed.clipping import JointNorm, total_norm
 from mltfr_dist.distributed.compiler import leave_compiler_out
-from mltfr_dist.distributed.deepspeed_file import deepspeed_config
+from mltfr_dist.distributed.deepspeed_file import deepspeed_config, zero_stage
 from mltfr_dist.distributed.divided_optimizer import row_optimizer
 from mltfr_dist.distributed.health import NORM, Health, Verdict
 from mltfr_dist.distributed.ranks import Ranks
@@ -56,7 +57,7 @@ class Engine:
 
         leave_compiler_out()
         self.config, self.ranks, self.layout, self.total_steps = config, ranks, layout, total_steps
-        ds_config = deepspeed_config(config, layout)
+        ds_config = deepspeed_config(config, layout, model.num_items)
         tables = [
             (f"{name}.weight", m) for name, m in model.named_modules() if isinstance(m, ItemRows)
         ]
@@ -65,7 +66,7 @@ class Engine:
                 model.mltfr.cast_frozen(torch.bfloat16)
             for _, rows in tables:
                 rows.dtype = torch.bfloat16
-        self.zero_stage: int = ds_config.get("zero_optimization", {}).get("stage", 0)
+        self.zero_stage = zero_stage(ds_config)
         offloads = "offload_optimizer" in ds_config.get("zero_optimization", {})
         if offloads:
             ds_config.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -90,6 +91,7 @@ class Engine:
             skips_on_device=fuses and OPTIMIZERS[config.optimizer.name].skips_on_device,
         )
         self.stopwatch = Stopwatch(ranks.device)
+        self._norm: Tensor | None = None
 
     @property
     def module(self) -> Recommender:
@@ -143,6 +145,8 @@ class Engine:
                 self._reduce_rows()
                 sums = StepSums(outputs)
                 told = self.health.agree(sums.vector)
+                if self.zero_stage == 0:
+                    self._norm = total_norm(self.module)
             self.stopwatch.mark("optimizer")
             self.deepspeed.step()
         result = sums.output(self.health.read(told))
@@ -169,8 +173,10 @@ class Engine:
                 )
 
     def grad_norm(self) -> float | None:
-        """Global gradient norm of the last update before clipping, if DeepSpeed formed it."""
-        norm = self.deepspeed.get_global_grad_norm()
+        """Global gradient norm of the last update before clipping; None where DeepSpeed, which
+        forms it at stages 1 to 3, has not.
+        """
+        norm = self._norm if self.zero_stage == 0 else self.deepspeed.get_global_grad_norm()
         if norm is None or self.joint_norm is None:
             return None if norm is None else float(norm)
         return math.hypot(float(norm), math.sqrt(float(self.joint_norm.rest)))

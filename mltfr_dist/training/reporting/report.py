@@ -11,6 +11,7 @@ from mltfr_dist import __version__
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.shards.manifest import Manifest
 from mltfr_dist.data.shards.short_parts import recorded_counts
+from mltfr_dist.distributed.deepspeed_file import sharding_file
 from mltfr_dist.distributed.devices import uses_gpus
 from mltfr_dist.distributed.item_placement import items_text
 from mltfr_dist.distributed.placement import placement_text
@@ -50,10 +51,11 @@ def hardware() -> str:
 def opening(config: RunConfig, inputs: Inputs, ranks: Ranks) -> str:
     """What is about to happen."""
     manifest = inputs.manifest
+    sharding = sharding_file(config, ranks.world_size, manifest.num_items)
     lines = [
         f"mltfr_dist {__version__}: run `{config.name}` on {ranks.world_size} rank(s), "
         f"{hardware()}, "
-        f"{torch.get_num_threads()} thread(s) each, {with_packaged(config.deepspeed)}, "
+        f"{torch.get_num_threads()} thread(s) each, {with_packaged(sharding)}, "
         f"{config.training.precision}",
         f"  data    {config.data.path}: {manifest.num_users:,} users, {manifest.num_items:,} "
         f"items, "
@@ -216,7 +218,7 @@ def write(config: RunConfig, inputs: Inputs, results: list[Result]) -> None:
         f"- Seed {config.training.seed}. One seed is no evidence: repeat with several before you "
         f"compare.",
         f"- {final.world_size} rank(s), {hardware()}, {config.training.precision}, "
-        f"{config.deepspeed}.",
+        f"{sharding_file(config, final.world_size, manifest.num_items)}.",
         "",
         "Time is training with validation; baselines without a loop show the time to fit.",
         *card.fingerprint_section(config, inputs),

@@ -14,7 +14,7 @@ from mltfr_dist.config import RunConfig
 from mltfr_dist.config.published import MLTFR, without
 from mltfr_dist.data.shards.manifest import verify_folder
 from mltfr_dist.distributed import checkpoint
-from mltfr_dist.distributed.deepspeed_file import deepspeed_config
+from mltfr_dist.distributed.deepspeed_file import deepspeed_config, sharding_file, zero_stage
 from mltfr_dist.distributed.engine import batch_layout, versions
 from mltfr_dist.distributed.health import watch_neighbours
 from mltfr_dist.distributed.item_placement import check_items_divide, resolve_items
@@ -105,9 +105,9 @@ def check_all(config: RunConfig, ranks: Ranks, *, verify: bool) -> Inputs:
     def check() -> Inputs:
         inputs = load_inputs(config, verify=verify and ranks.is_first_of_node)
         layout = batch_layout(config, ranks)
-        zero_stage = deepspeed_config(config, layout).get("zero_optimization", {}).get("stage", 0)
-        check_division(config.published, layout.world_size, layout.grad_accum_steps, zero_stage)
-        check_placement(config, inputs.tables, ranks, zero_stage)
+        stage = zero_stage(deepspeed_config(config, layout, inputs.manifest.num_items))
+        check_division(config.published, layout.world_size, layout.grad_accum_steps, stage)
+        check_placement(config, inputs.tables, ranks, stage)
         check_items_divide(config, inputs.manifest.num_items, ranks)
         train_stream(config, layout)
         if ranks.is_main:
@@ -117,9 +117,9 @@ def check_all(config: RunConfig, ranks: Ranks, *, verify: bool) -> Inputs:
         return inputs
 
     inputs = ranks.jointly(check)
-    files = {f"`{name}`": digest for name, digest in inputs.hashes.items()} | {
-        f"{config.deepspeed}": file_sha256(with_packaged(config.deepspeed))
-    }
+    sharding = sharding_file(config, ranks.world_size, inputs.manifest.num_items)
+    files = {f"`{name}`": digest for name, digest in inputs.hashes.items()}
+    files[f"{sharding}"] = file_sha256(with_packaged(sharding))
     ranks.agree(
         files,
         rule="Every node reads the same data, token tables and DeepSpeed file.",
