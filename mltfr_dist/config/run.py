@@ -219,9 +219,8 @@ class RunConfig(Section):
     )
     deepspeed: Path | None = Field(
         None,
-        description="DeepSpeed file: sharding and offload only. null: ds_configs/zero0.json where "
-        "dividing Adam's moments saves little (fp32, on one rank or with moments of the items "
-        "below 512 MiB), otherwise ds_configs/zero1.json.",
+        description="DeepSpeed file: sharding and offload only. null: ds_configs/zero0.json in "
+        "fp32 on one rank or with moments of the items below 512 MiB, otherwise zero1.json.",
     )
 
     @model_validator(mode="after")

@@ -74,6 +74,10 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config
         )
+        if self.zero_stage == 0 and ranks.world_size == 1:
+            self.deepspeed.enable_backward_allreduce = (
+                False  # it copies where nothing is to be sent
+            )
         fuses = bool(optimizer.defaults.get("fused"))
         self.row_adam = (
             row_optimizer(*tables[0], config.optimizer, ranks, fused=fuses) if tables else None
@@ -108,7 +112,7 @@ class Engine:
         """What the ranks agreed on in the last update."""
         return self.health.verdict
 
-    def update(self, batches: StepBatches, step: int) -> TrainingOutput:
+    def update(self, batches: StepBatches, step: int, *, forms_norm: bool = True) -> TrainingOutput:
         """One optimizer step from this rank's micro-batches; ``verdict`` then says whether it was
         skipped, and why.
 
@@ -118,6 +122,7 @@ class Engine:
         Args:
             batches: This rank's share of the global batch, with the global batch's counts.
             step: Steps taken before this one in the stage: sets the learning rate.
+            forms_norm: Whether :meth:`grad_norm` is asked for afterwards.
 
         Returns:
             Sums over the micro-batches of all ranks, on the CPU.
@@ -145,7 +150,7 @@ class Engine:
                 self._reduce_rows()
                 sums = StepSums(outputs)
                 told = self.health.agree(sums.vector)
-                if self.zero_stage == 0:
+                if self.zero_stage == 0 and forms_norm:
                     self._norm = total_norm(self.module)
             self.stopwatch.mark("optimizer")
             self.deepspeed.step()

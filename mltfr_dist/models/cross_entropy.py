@@ -50,52 +50,60 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
+        ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor, weights: Tensor, items: slice
     ) -> Tensor:
-        needs_grad = hidden.requires_grad or weight.requires_grad
+        needs_grad = hidden.requires_grad or table.requires_grad
+        weight = table[items]
         rows, width = chunk_shape(len(weight), hidden.device.type)
         tiles = torch.split(weight, width)
         kept = hidden.new_empty(min(rows, len(hidden)) * len(weight))
         grad_hidden = at_least_fp32(torch.zeros_like(hidden)) if needs_grad else hidden
-        grad_weight = at_least_fp32(torch.zeros_like(weight)) if needs_grad else weight
-        log_sums = at_least_fp32(hidden.new_empty(len(hidden), 1))
-        position_weights = weights[:, None].to(log_sums.dtype)  # [N, 1]
+        grad_table = at_least_fp32(torch.zeros_like(table)) if needs_grad else table
+        grad_weight = grad_table[items]
+        totals = at_least_fp32(hidden.new_empty(len(hidden), 1))
+        tops = torch.empty_like(totals)
+        position_weights = weights[:, None].to(totals.dtype)  # [N, 1]
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             h = hidden[chunk]
             sizes = [len(h) * len(tile) for tile in tiles]
             powers = [column.view(len(h), -1) for column in torch.split(kept[: sum(sizes)], sizes)]
-            largest = log_sums.new_full((len(h), 1), -torch.inf)
-            total, shifts = torch.zeros_like(largest), []
+            shifts: list[Tensor] = []
+            total, largest = totals[chunk], tops[chunk].fill_(-torch.inf)
             for tile, power in zip(tiles, powers, strict=True):
                 shift, sums = _exponentials(torch.mm(h, tile.T, out=power), largest)
-                rescale = (largest - shift).exp_()
-                largest, total = shift, total * rescale + sums
-                shifts.append(shift)
+                if shifts:
+                    rescale = (largest - shift).exp_()
+                    sums += total * rescale
+                    if needs_grad:
+                        grad_hidden[chunk] *= rescale
                 if needs_grad:
-                    _add_product(grad_hidden[chunk].mul_(rescale), power, tile)
-            log_sums[chunk] = total.log() + largest
+                    _add_product(grad_hidden[chunk], power, tile)
+                total.copy_(sums)
+                largest.copy_(shift)
+                shifts.append(shift)
             if needs_grad:
                 share = position_weights[chunk] / total
-                grad_hidden[chunk] *= share
                 for column, power, shift in zip(torch.split(grad_weight, width), powers, shifts):
-                    scaled = (h * (share * (shift - largest).exp_())).to(h.dtype)
-                    _add_product(column, power.T, scaled)
+                    of_tile = share if len(tiles) == 1 else share * (shift - largest).exp_()
+                    _add_product(column, power.T, (h * of_tile).to(h.dtype))
         chosen = weight.index_select(0, targets)  # [N, D]
         logits = at_least_fp32(hidden * chosen).sum(1, keepdim=True)
         if needs_grad:
+            grad_hidden *= position_weights / totals
             grad_hidden -= position_weights * chosen
             grad_weight.index_add_(0, targets, -position_weights * hidden)
-        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype))
-        return (position_weights * (log_sums - logits)).sum()
+        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_table.to(table.dtype))
+        return (position_weights * (totals.log() + tops - logits)).sum()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (grad_total,) = grad_outputs
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_table = ctx.saved_tensors
         return (
             grad_hidden * grad_total.to(grad_hidden.dtype),
-            grad_weight * grad_total.to(grad_weight.dtype),
+            grad_table * grad_total.to(grad_table.dtype),
+            None,
             None,
             None,
         )
@@ -124,18 +132,26 @@ def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def full_cross_entropy(
-    hidden: Tensor, item_vectors: Tensor, targets: Tensor, weights: Tensor
+    hidden: Tensor,
+    item_vectors: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    items: slice = slice(None),
 ) -> Tensor:
     """Softmax cross-entropy over all items.
 
     Args:
         hidden: [N, D] hidden states of the real positions.
-        item_vectors: [I, D] output vectors of items 1..I (no padding row).
+        item_vectors: [I, D] output vectors of items 1..I (no padding row), or a table of which
+            these are the rows ``items``.
         targets: [N] item ids, 1..I.
         weights: [N] weight of each position.
+        items: The items' rows; their gradient is then made once, where the table's is.
 
     Returns:
         Scalar, the weighted sum, in fp32 at least.
     """
-    result: Tensor = _LinearCrossEntropy.apply(hidden, item_vectors, targets - 1, weights)  # type: ignore[no-untyped-call]
+    result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, item_vectors, targets - 1, weights, items
+    )
     return result

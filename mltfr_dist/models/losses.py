@@ -199,7 +199,10 @@ def all_items(scored: Scored) -> Tensor:
         return scored.division.cross_entropy(
             scored.hidden, own, scored.targets, scored.weights, scored.num_items
         )
-    return full_cross_entropy(scored.hidden, scored.item_vectors, scored.targets, scored.weights)
+    table = scored.embedding.weight
+    assert isinstance(table, Tensor)
+    items = slice(1, scored.num_items + 1)
+    return full_cross_entropy(scored.hidden, table, scored.targets, scored.weights, items)
 
 
 def shared_items(scored: Scored) -> Tensor:

@@ -76,6 +76,7 @@ class Packing:
         self.num_items = real.sum(1)
         """[B] real positions of each row, a mask included."""
         self._ends = before + self.num_items - 1
+        self._counts = counts
 
     @property
     def columns(self) -> Tensor:
@@ -86,6 +87,11 @@ class Packing:
     def rows(self) -> Tensor:
         """[N] row of each real item."""
         return self._indices // self.batch_shape[1]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """[B + 1] where each row's positions begin among those of all rows, and N."""
+        return F.pad(self._counts.cumsum(0), (1, 0))
 
     @property
     def read(self) -> Packing:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mltfr_dist.models.dropout import Dropout
 from mltfr_dist.models.initial import ItemEmbedding
+from mltfr_dist.models.kernels import attend_histories
 from mltfr_dist.models.packing import Packing, Padded
 from mltfr_dist.numerics import at_least_fp32
 
@@ -56,6 +57,10 @@ def attended(qkv: Tensor, packing: Packing, *, causal: bool, dropout_p: float) -
     """Queries, keys and values [N, 3, H, D / H] of packed positions -> what each has read, [N,
     D].
     """
+    if dropout_p == 0 and not isinstance(packing, Padded):
+        read = attend_histories(qkv, packing.starts, causal=causal)
+        if read is not None:
+            return read
     mixed = []
     for some, group in packing.divided(qkv):
         query, key, value = group.unpack(some).permute(2, 0, 3, 1, 4)  # [B, H, L, D/H]

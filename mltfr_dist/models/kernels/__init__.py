@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from mltfr_dist.models.kernels.attention import attend, kept_products
 from mltfr_dist.models.kernels.build import usable
+from mltfr_dist.models.kernels.histories import attend_histories
 from mltfr_dist.models.kernels.masks import draw_mask
 from mltfr_dist.models.kernels.mixing import mix
 from mltfr_dist.models.kernels.nearest import largest_products, nearest
@@ -22,6 +23,7 @@ from mltfr_dist.models.kernels.work import kernel_flops
 __all__ = [
     "LeftOut",
     "attend",
+    "attend_histories",
     "count_between",
     "counts_in_registers",
     "draw_mask",

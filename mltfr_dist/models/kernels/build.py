@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 SOURCES = (
-    *("candidates.h", "common.h", "exponential.h", "panels.h", "registers.h", "rounded.h"),
-    *("attention.cpp", "blocks.cpp", "counting.cpp", "leading.cpp"),
+    *("attended.h", "candidates.h", "common.h", "exponential.h", "panels.h", "registers.h"),
+    "rounded.h",
+    *("attention.cpp", "blocks.cpp", "counting.cpp", "histories.cpp", "leading.cpp"),
     *("masks.cpp", "mixing.cpp", "products.cpp", "search.cpp", "softmax.cpp"),
 )
 FLAGS = (

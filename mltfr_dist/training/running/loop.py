@@ -175,7 +175,7 @@ def train_step(stage: Stage, batches: StepBatches, step: int) -> StepTotals:
         stage.tracker.log("filter", step + 1, dict(zip(names, recall.tolist(), strict=True)))
     seed_all(config.training.seed, STAGES.index(stage.name), step, ranks.rank)
     with stage.speed.counted():
-        output = engine.update(batches, step)
+        output = engine.update(batches, step, forms_norm=is_logged(stage, step + 1))
     totals = step_totals(output, batches)
     if engine.verdict.nonfinite:
         totals.nonfinite = engine.verdict.nonfinite
@@ -219,14 +219,17 @@ def note_skipped(stage: Stage, progress: Progress, totals: StepTotals) -> None:
         )
 
 
+def is_logged(stage: Stage, step: int) -> bool:
+    """Whether metrics.jsonl has a line of the state after ``step`` updates of the stage."""
+    every = (stage.config.training.log_every_steps, stage.stream.steps_per_epoch)
+    return any(step % steps == 0 for steps in every)
+
+
 def log_step(stage: Stage, progress: Progress, totals: StepTotals, batches: StepBatches) -> None:
     """metrics.jsonl, TensorBoard and the screen, on schedule. All ranks must call."""
     step, config = progress.step, stage.config
     stage.tracker.progress(step, stage.total_steps, config.training.global_batch_size, totals.loss)
-    if (
-        step % config.training.log_every_steps
-        and progress.step_in_epoch < stage.stream.steps_per_epoch
-    ):
+    if not is_logged(stage, step):
         return
     values = step_values(stage.engine, totals, batches.num_targets, stage.table_names)
     stage.tracker.log("step", step, values, epoch=progress.epoch)
