@@ -151,7 +151,7 @@ def test_it_trains_exports_and_is_used_from_another_folder(installed: Path, proj
     assert Path(where.strip()).is_relative_to(installed.parent)
     assert run(python, "-m", "mltfr_dist", "--version", folder=project).strip() == "0.1.0"
     said = run(mltfr, "train", "--preset", "smoke", "--config", "tiny.yaml", folder=project)
-    assert "mltfr_dist/ds_configs/zero1.json" in said, "the packaged file, where none is given"
+    assert "mltfr_dist/ds_configs/zero0.json" in said, "the packaged file, where none is given"
     elsewhere = project / "elsewhere"
     elsewhere.mkdir()
     run(mltfr, "recommend", "../runs/smoke", "--history", "i1,i2", folder=elsewhere)
