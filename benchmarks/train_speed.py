@@ -17,6 +17,8 @@ positions a second can be compared.
     # bare backbone only
     python benchmarks/train_speed.py --data data/beauty --batch 256 --max-len 50 --peers
     python benchmarks/train_speed.py --data data/ml-100k --tables data/tables --profile shortlist
+    # seconds until validation NDCG@10 is 0.035, of ours
+    python benchmarks/train_speed.py --data data/beauty --batch 256 --max-len 50 --until 0.035
 """
 
 from __future__ import annotations
@@ -45,7 +47,12 @@ from mltfr_dist.distributed.resources import peak_memory_bytes
 from mltfr_dist.models.cross_entropy import chunk_shape
 from mltfr_dist.schema import validate
 from mltfr_dist.training.build import build_model
+from mltfr_dist.training.evaluating.compare import ranked
+from mltfr_dist.training.evaluating.evaluate import evaluate
+from mltfr_dist.training.evaluating.rankers import ByModel
 from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.running.step_values import step_totals
+from mltfr_dist.training.seeds import seed_all
 from mltfr_dist.training.streams import train_stream
 
 VARIANTS: dict[str, Callable[[RunConfig], RunConfig]] = {
@@ -245,6 +252,36 @@ class Contest:
         return "\n".join([f"{name}, by phase (with the profiler's own cost):", *lines, table])
 
 
+def seconds_until(
+    name: str, config: RunConfig, goal: float, most: int, ranks: Ranks
+) -> tuple[float, int, float]:
+    """Train one variant from its start until validation NDCG@10 is ``goal``, ``most`` epochs at
+    most.
+
+    Returns:
+        Seconds of training and validation, epochs, and the NDCG@10 after the last.
+    """
+    layout = batch_layout(config, ranks)
+    stream = train_stream(config, layout)
+    model = build_model(config, load_inputs(config), ranks, with_consensus=False)
+    engine = Engine(model.to(ranks.device), config, ranks, layout, most * stream.steps_per_epoch)
+    valid, step, reached, started = ranked(config, "valid", ranks), 0, 0.0, synchronized()
+    for epoch in range(most):
+        engine.deepspeed.train()
+        for batches in stream.epoch(epoch):
+            engine.module.before_update(step, batches.micro_batches, ranks)
+            seed_all(config.training.seed, 0, step, ranks.rank)
+            output = step_totals(engine.update(batches, step, forms_norm=False), batches)
+            engine.module.after_update(output.routing.gate if output.routing else None)
+            step += 1
+        engine.deepspeed.eval()
+        reached = evaluate(ByModel(engine.module), valid, config.evaluation, ranks)["NDCG@10"]
+        ranks.say(f"  {name}: NDCG@10 {reached:.4f} after {epoch + 1} epoch(s)")
+        if reached >= goal:
+            break
+    return synchronized() - started, epoch + 1, reached
+
+
 def peer_settings(contest: Contest, options: argparse.Namespace) -> dict[str, Any]:
     """What peers train: the same sizes, by as many threads."""
     backbone = next(iter(contest.configs.values())).backbone
@@ -305,6 +342,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="steps of a round")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="of all but the peers")
+    parser.add_argument(
+        "--until", type=float, help="also train until validation NDCG@10 is this, and say how long"
+    )
+    parser.add_argument("--most-epochs", type=int, default=60, help="of --until")
     parser.add_argument("--peers", nargs="*", choices=INSTALL, help="without a name: all")
     parser.add_argument(
         "--peer-cache",
@@ -360,6 +401,11 @@ def main() -> None:
         f"Matrix speed {speed / 1e9:.0f} GFLOP/s; the loss's products alone are, of a step's time "
         f"at it: " + ", ".join(f"{name} {value:.0%}" for name, value in share.items())
     )
+    until = {}
+    for name, config in contest.configs.items() if options.until else ():
+        until[name] = seconds_until(name, config, options.until, options.most_epochs, ranks)
+        taken, epochs_taken, reached = until[name]
+        ranks.say(f"{name}: NDCG@10 {reached:.4f} after {epochs_taken} epochs, {taken:.0f} s")
     if options.profile:
         ranks.say(contest.profile(options.profile))
     if ranks.is_main and options.json:
@@ -370,6 +416,7 @@ def main() -> None:
             "share_of_matrix_speed": share,
             "costs": [asdict(c) for c in costs],
             "peers": [asdict(p) for p in peers],
+            "until": {"goal": options.until, "seconds_epochs_reached": until},
         }
         options.json.write_text(json.dumps(record, indent=2) + "\n")
     if ranks.is_main and options.plot:
