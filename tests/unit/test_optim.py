@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import REPOSITORY, tiny_config
+from support import REPOSITORY, read_lines, tiny_config
 from torch import nn
 
 from mltfr_dist.config import OptimizerConfig
 from mltfr_dist.data.stream.training import BatchLayout
-from mltfr_dist.distributed.deepspeed_file import deepspeed_config
+from mltfr_dist.distributed.deepspeed_file import deepspeed_config, sharding_file
+from mltfr_dist.distributed.meeting import stop_ranks
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.optim import build_optimizer, learning_rate
 from mltfr_dist.optimizers import OPTIMIZERS, Entry
+from mltfr_dist.training.running.fit import fit
 
 
 def model() -> nn.Module:
@@ -82,3 +84,47 @@ def test_zero_refuses_an_optimizer_that_looks_at_shapes(
     file = str(REPOSITORY / "ds_configs" / "zero0.json")
     config = tiny_config(tmp_path, optimizer__name="by_shape", deepspeed=file)
     assert "zero_optimization" in deepspeed_config(config, layout, 100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "num_items", "stage"),
+    [
+        ({}, 1, 10**9, 0),
+        ({}, 2, 1_000_000, 0),  # x 64 numbers x 8 bytes: 488 MiB
+        ({}, 2, 1_100_000, 1),
+        ({"training__precision": "bf16"}, 1, 100, 1),
+        ({"optimizer__name": "by_shape"}, 2, 10**9, 0),
+    ],
+)
+def test_stage_1_is_the_default_where_it_is_needed_or_saves_much(
+    changes: dict[str, str],
+    world_size: int,
+    num_items: int,
+    stage: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    by_shape = Entry("optim:sgd", "looks at shapes", ("momentum_buffer",), elementwise=False)
+    monkeypatch.setitem(OPTIMIZERS, "by_shape", by_shape)
+    config = tiny_config(tmp_path, deepspeed=None, backbone__hidden_dim=64, **changes)
+    file = sharding_file(config, world_size, num_items)
+    assert file == Path(f"ds_configs/zero{stage}.json")
+    layout = BatchLayout(0, world_size, 32, 32 // world_size)
+    assert "zero_optimization" in deepspeed_config(config, layout, num_items)
+    own = tiny_config(tmp_path, deepspeed="mine.json", **changes)
+    assert sharding_file(own, world_size, num_items) == Path("mine.json")
+
+
+def test_the_norm_of_gradients_is_logged_alike_at_stages_0_and_1(tmp_path: Path) -> None:
+    norms = {}
+    for stage in (0, 1):
+        file = str(REPOSITORY / "ds_configs" / f"zero{stage}.json")
+        config = tiny_config(
+            tmp_path, name=f"stage{stage}", deepspeed=file, training__log_every_steps=2
+        )
+        fit(config)
+        lines = read_lines(config.folder / "metrics.jsonl")
+        norms[stage] = [line["grad_norm"] for line in lines if line["kind"] == "step"]
+    stop_ranks()
+    assert len(norms[0]) > 2
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
