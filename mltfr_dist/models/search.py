@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mltfr_dist.models.draws import GumbelNoise
-from mltfr_dist.models.kernels import largest_products, nearest
+from mltfr_dist.models.kernels import largest_products, nearest, row_maxima
 
 CACHED_ELEMENTS = 1 << 21
 """Scores held at a time on a CPU (8 MiB in fp32), so that they stay in its cache."""
@@ -273,19 +273,24 @@ def row_relevance(
     bounds = None if needed is None else largest_products(unit_query, unit_rows)
     if bounds is None or needed is None:
         return _largest_cosines(unit_query, unit_rows).float()
-    largest_cosines, error = bounds
-    last = (
-        largest_cosines.topk(min(needed, len(largest_cosines))).values[-1]
-        - 4 * TOLERANCE[torch.float32]
-    )
-    near = (largest_cosines + error >= last).nonzero()[:, 0]
-    return largest_cosines.index_copy_(0, near, _largest_cosines(unit_query, unit_rows[near]))
+    cosines, error = bounds
+    needed = min(needed, len(cosines))
+    first = cosines.topk(min(2 * needed, len(cosines))).indices
+    cosines.index_copy_(0, first, _largest_cosines(unit_query, unit_rows[first]))
+    # What the first reach bounds the last that is needed, and few others can reach that.
+    last = cosines.topk(needed).values[-1] - 4 * TOLERANCE[torch.float32]
+    near = (cosines + error >= last).index_fill_(0, first, False).nonzero()[:, 0]
+    cosines.index_copy_(0, near, _largest_cosines(unit_query, unit_rows[near]))
+    return cosines
 
 
 def _largest_cosines(unit_query: Tensor, unit_rows: Tensor) -> Tensor:
-    """[S] largest product of each row with any query."""
+    """[S] largest product of each row with any query; -1 where there is none."""
+    by_kernel = row_maxima(unit_query, unit_rows)
+    if by_kernel is not None:
+        return by_kernel
     cosines = unit_rows.new_full((len(unit_rows),), -1.0)
-    chunk = queries_at_once(len(unit_rows), unit_rows.device)
+    chunk = queries_at_once(max(1, len(unit_rows)), unit_rows.device)
     kept = unit_query.new_empty(min(chunk, len(unit_query)), len(unit_rows))
     for queries in torch.split(unit_query, chunk):
         if len(queries):

@@ -10,6 +10,7 @@ from mltfr_dist.models.kernels.histories import attend_histories
 from mltfr_dist.models.kernels.masks import draw_mask
 from mltfr_dist.models.kernels.mixing import mix
 from mltfr_dist.models.kernels.nearest import largest_products, nearest
+from mltfr_dist.models.kernels.projection import map_rows, row_maxima
 from mltfr_dist.models.kernels.ranking import (
     LeftOut,
     count_between,
@@ -33,7 +34,9 @@ __all__ = [
     "largest_products",
     "leaders",
     "leads_in_registers",
+    "map_rows",
     "mix",
     "nearest",
+    "row_maxima",
     "usable",
 ]

@@ -28,7 +28,8 @@ SOURCES = (
     *("attended.h", "candidates.h", "common.h", "exponential.h", "panels.h", "registers.h"),
     "rounded.h",
     *("attention.cpp", "blocks.cpp", "counting.cpp", "histories.cpp", "leading.cpp"),
-    *("masks.cpp", "mixing.cpp", "products.cpp", "search.cpp", "softmax.cpp"),
+    *("masks.cpp", "mixing.cpp", "products.cpp", "projection.cpp"),
+    *("search.cpp", "softmax.cpp"),
 )
 FLAGS = (
     *("-O3", "-std=c++17", "-mavx2", "-mfma", "-fno-math-errno", "-fno-trapping-math"),

@@ -50,13 +50,11 @@ struct Candidates {
     ids.reserve(RESERVED);
   }
 
-  // Of 32 rows from ``id`` on, ``left`` of them there are at most.
-  void group(const __m256i* sums, int64_t id, int64_t left) {
-    if (left < 2 * LANES) return;  // what is not there would count as zero
-    __m256i* best = (__m256i*)largest.data() + id / LANES % groups;
-    for (int64_t half = 0; half < 2; ++half)
-      _mm256_storeu_si256(best + half,
-                          _mm256_max_epi16(_mm256_loadu_si256(best + half), sums[half]));
+  // Of the block from row ``id`` on, of which ``left`` are there at most.
+  void group(const Sums& sums, int64_t id, int64_t left) {
+    if (left < BLOCK) return;  // what is not there would count as zero
+    int16_t* best = largest.data() + id % (int64_t)largest.size();
+    Sums::read(best).larger(sums).put(best);
   }
 
   // A bound from the largest of the groups: K of them hold K rows at least that large.
@@ -69,25 +67,14 @@ struct Candidates {
     behind = std::max(behind, (int)std::max(limit, (float)NONE));
   }
 
-  void take(const __m256i* sums, int64_t id, int64_t left) {
-    const __m256i limit = _mm256_set1_epi16((int16_t)behind);
-    const __m256i lower = _mm256_cmpgt_epi16(sums[0], limit);
-    const __m256i upper = _mm256_cmpgt_epi16(sums[1], limit);
-    if (_mm256_testz_si256(_mm256_or_si256(lower, upper), _mm256_set1_epi16(-1))) return;
-    push(lower, sums[0], id, left);
-    push(upper, sums[1], id + LANES, left - LANES);
-  }
-
-  void push(__m256i larger, const __m256i& sums, int64_t id, int64_t left) {
-    uint64_t above = (unsigned)_mm256_movemask_epi8(larger);
-    if (left < LANES) above &= (uint64_t{1} << 2 * std::max<int64_t>(left, 0)) - 1;
-    int16_t all[LANES];
-    std::memcpy(all, &sums, sizeof all);
-    while (above) {
-      const int lane = __builtin_ctzll(above) / 2;
-      values.push_back(all[lane]);
-      ids.push_back((int32_t)(id + lane));
-      above &= ~(uint64_t{3} << 2 * lane);
+  // Of the block from row ``id`` on, of which ``left`` are there at most, those with a bit in
+  // ``above``.
+  void take(const int16_t* sums, uint32_t above, int64_t id, int64_t left) {
+    if (left < BLOCK) above &= (uint32_t{1} << left) - 1;
+    for (; above; above &= above - 1) {
+      const int row = __builtin_ctz(above);
+      values.push_back(sums[row]);
+      ids.push_back((int32_t)(id + row));
     }
   }
 

@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int64_t LANES = 16;    // rows in a register
+constexpr int64_t BLOCK = 2 * LANES;  // rows whose sums are looked at together
 constexpr int64_t TILE = 2048;   // rows looked at together: 128 KiB where D = 64
 #ifdef __AVX512VNNI__
 constexpr int64_t QUERIES = 8, PART = 4;  // queries looked at, and numbers of a row added up, together
@@ -67,6 +68,50 @@ inline uint64_t bytes_of(__m256i whole, int shift) {
   return (uint64_t)_mm_cvtsi128_si64(bytes);
 }
 
+// Sums of a query with the rows of a block, in the rows' order.
+#ifdef __AVX512VNNI__
+struct Sums {
+  __m512i all;
+
+  static Sums of(int16_t number) { return {_mm512_set1_epi16(number)}; }
+  static Sums read(const int16_t* from) { return {_mm512_loadu_si512(from)}; }
+  void put(int16_t* to) const { _mm512_storeu_si512(to, all); }
+  Sums larger(const Sums& other) const { return {_mm512_max_epi16(all, other.all)}; }
+  // A bit for each that is larger than that of ``other``.
+  uint32_t above(const Sums& other) const { return _mm512_cmpgt_epi16_mask(all, other.all); }
+};
+
+// Where a row of a block stands: two registers of sums, packed, are in the rows' order.
+inline int64_t standing(int64_t row) { return row / 4 % 2 * LANES + row / 8 * 4 + row % 4; }
+#else
+struct Sums {
+  __m256i lower, upper;
+
+  static Sums of(int16_t number) {
+    return {_mm256_set1_epi16(number), _mm256_set1_epi16(number)};
+  }
+  static Sums read(const int16_t* from) {
+    return {_mm256_loadu_si256((const __m256i*)from),
+            _mm256_loadu_si256((const __m256i*)(from + LANES))};
+  }
+  void put(int16_t* to) const {
+    _mm256_storeu_si256((__m256i*)to, lower);
+    _mm256_storeu_si256((__m256i*)(to + LANES), upper);
+  }
+  Sums larger(const Sums& other) const {
+    return {_mm256_max_epi16(lower, other.lower), _mm256_max_epi16(upper, other.upper)};
+  }
+  // A bit for each that is larger than that of ``other``.
+  uint32_t above(const Sums& other) const {
+    const __m256i bytes = _mm256_packs_epi16(_mm256_cmpgt_epi16(lower, other.lower),
+                                             _mm256_cmpgt_epi16(upper, other.upper));
+    return (uint32_t)_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xD8));
+  }
+};
+
+inline int64_t standing(int64_t row) { return row; }
+#endif
+
 struct RoundedRows {
   int64_t count, parts, tiles;
   float scale = 1, norm = 0, error = 0;
@@ -84,10 +129,11 @@ struct RoundedRows {
     }
     if (!finite) return;
     scale = std::min(LARGEST_ROW / std::max(top, 1e-30f), ROW_NORM / std::max(norm, 1e-30f));
-    bytes.assign((count + 31) / 32 * 32 * parts * PART, 128);
+    bytes.assign((count + BLOCK - 1) / BLOCK * BLOCK * parts * PART, 128);
     double worst = 0;
     for (int64_t r = 0; r < count; ++r) {
-      uint8_t* to = &bytes[(r / LANES * parts * LANES + r % LANES) * PART];
+      const int64_t row = r / BLOCK * BLOCK + standing(r % BLOCK);
+      uint8_t* to = &bytes[(row / LANES * parts * LANES + row % LANES) * PART];
       __m256d squares = _mm256_setzero_pd();
       for (int64_t c = 0; c < dim; c += WIDTH) {
         const uint64_t some = bytes_of(whole_numbers(eight(rows + r * dim, c, dim), scale, squares), 128);
@@ -104,7 +150,7 @@ struct RoundedRows {
 
 struct RoundedQuery {
   float scale, error;            // error: of the product with any row
-  int16_t shift;                 // what 128 added to each row's numbers adds to the sum
+  int32_t shift;                 // what 128 added to each row's numbers adds to the sum
   std::vector<int32_t> parts;    // PART numbers, as often as they fit
 
   RoundedQuery(const float* query, int64_t dim, const RoundedRows& rows, float at_most)
@@ -126,7 +172,7 @@ struct RoundedQuery {
     int added = 0, sums[WIDTH];
     std::memcpy(sums, &total, sizeof sums);
     for (const int sum : sums) added += sum;
-    shift = (int16_t)(uint16_t)(128 * added);
+    shift = 128 * added;
     const float own = (float)std::sqrt(total_of(squares)) / scale;
     // The last term covers the roundings of this arithmetic itself.
     error = own * rows.norm + (norm + own) * rows.error + 1e-5f * norm * rows.norm;
@@ -139,58 +185,65 @@ struct RoundedQuery {
   }
 };
 
-// Sums of the queries with sixteen rows and the next sixteen.
-typedef __m256i Sums[QUERIES][2];
-
+// Sums of some queries with the block that begins at row ``first``.
 #ifdef __AVX512VNNI__
+// As ``_mm512_dpbusd_epi32``, around which compilers copy each sum.
+inline __m512i plus_products(__m512i sum, __m512i bytes, __m512i part) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(part));
+  return sum;
+}
+
 inline void add_up(const RoundedRows& rows, int64_t first, const RoundedQuery* const* queries,
-                   Sums& found) {
+                   Sums (&sums)[QUERIES]) {
   const uint8_t* block = &rows.bytes[first * rows.parts * PART];
   const uint8_t* next = block + rows.parts * LANES * PART;
-  __m512i sums[QUERIES][2];
-  for (int64_t j = 0; j < QUERIES; ++j)
-    sums[j][0] = sums[j][1] = _mm512_set1_epi32(-queries[j]->shift);
+  const int32_t* parts[QUERIES];
+  __m512i lower[QUERIES], upper[QUERIES];
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < QUERIES; ++j) {
+    parts[j] = queries[j]->parts.data();
+    lower[j] = upper[j] = _mm512_set1_epi32(-queries[j]->shift);
+  }
   for (int64_t p = 0; p < rows.parts; ++p) {
     const __m512i left = _mm512_loadu_si512(block + p * 64);
     const __m512i right = _mm512_loadu_si512(next + p * 64);
+#pragma GCC unroll 8
     for (int64_t j = 0; j < QUERIES; ++j) {
-      const __m512i part = _mm512_set1_epi32(queries[j]->parts[p]);
-      sums[j][0] = _mm512_dpbusd_epi32(sums[j][0], left, part);
-      sums[j][1] = _mm512_dpbusd_epi32(sums[j][1], right, part);
+      const __m512i part = _mm512_set1_epi32(parts[j][p]);
+      lower[j] = plus_products(lower[j], left, part);
+      upper[j] = plus_products(upper[j], right, part);
     }
   }
-  for (int64_t j = 0; j < QUERIES; ++j)
-    for (int64_t half = 0; half < 2; ++half)  // whole numbers modulo 2^16, as with AVX2
-      found[j][half] = _mm512_cvtepi32_epi16(sums[j][half]);
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < QUERIES; ++j) sums[j] = {_mm512_packs_epi32(lower[j], upper[j])};
 }
 #else
 inline void add_up(const RoundedRows& rows, int64_t first, const RoundedQuery* const* queries,
-                   Sums& found) {
+                   Sums (&sums)[QUERIES]) {
   const uint8_t* block = &rows.bytes[first * rows.parts * PART];
   const uint8_t* next = block + rows.parts * LANES * PART;
-  Sums sums;
-  for (int64_t j = 0; j < QUERIES; ++j)
-    sums[j][0] = sums[j][1] = _mm256_set1_epi16((int16_t)-queries[j]->shift);
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < QUERIES; ++j) sums[j] = Sums::of((int16_t)-queries[j]->shift);
   for (int64_t p = 0; p < rows.parts; ++p) {
     const __m256i left = _mm256_loadu_si256((const __m256i*)(block + p * 32));
     const __m256i right = _mm256_loadu_si256((const __m256i*)(next + p * 32));
+#pragma GCC unroll 4
     for (int64_t j = 0; j < QUERIES; ++j) {
       const __m256i part = _mm256_set1_epi32(queries[j]->parts[p]);
-      sums[j][0] = _mm256_add_epi16(sums[j][0], _mm256_maddubs_epi16(left, part));
-      sums[j][1] = _mm256_add_epi16(sums[j][1], _mm256_maddubs_epi16(right, part));
+      sums[j].lower = _mm256_add_epi16(sums[j].lower, _mm256_maddubs_epi16(left, part));
+      sums[j].upper = _mm256_add_epi16(sums[j].upper, _mm256_maddubs_epi16(right, part));
     }
   }
-  std::memcpy(&found, &sums, sizeof sums);
 }
 #endif
 
-// The sums of some queries with ``some`` rows from ``first`` on, a multiple of 32; they go to
-// see(start, sums), 32 rows at a time, of which those behind the end are zero.
+// The sums of some queries with ``some`` rows from ``first`` on, where a block begins; they go to
+// see(start, sums), block by block, and those behind the last row are zero.
 template <typename See>
 inline void products(const RoundedRows& rows, int64_t first, int64_t some,
                      const RoundedQuery* const* queries, const See& see) {
-  for (int64_t start = 0; start < some; start += 2 * LANES) {
-    Sums sums;
+  for (int64_t start = 0; start < some; start += BLOCK) {
+    Sums sums[QUERIES];
     add_up(rows, first + start, queries, sums);
     see(start, sums);
   }

@@ -109,6 +109,21 @@ void settle(const float* query, const float* rows, int64_t dim, float largest_ro
   }
 }
 
+// The blocks of a tile that hold rows above a limit. All are written and those without overwritten,
+// for a branch that depends on sums cannot be foreseen.
+struct Caught {
+  int16_t sums[TILE / BLOCK + 1][BLOCK];
+  uint32_t above[TILE / BLOCK + 1];
+  int32_t starts[TILE / BLOCK + 1];
+  // Whether the block from row ``start`` of the tile on has any.
+  bool put(int64_t block, int64_t start, const Sums& some, const Sums& limit) {
+    some.put(sums[block]);
+    above[block] = some.above(limit);
+    starts[block] = (int32_t)start;
+    return above[block] != 0;
+  }
+};
+
 // A search for the best rows of some queries, neighbours of which are alike.
 struct Search {
   const float *queries, *rows;
@@ -117,6 +132,7 @@ struct Search {
   float* scores;
   int64_t* ids;
   Room room{};
+  Caught caught[QUERIES];
 
   // Every ALIKE-th query first: what is best of it bounds what is best of its neighbours, blocks of
   // one history, and few rows reach such a bound.
@@ -184,31 +200,40 @@ struct Search {
     if (!hinted && !first) return begin(looked, of, number, whole);
     if (!hinted && (first & (first - 1)) == 0)  // as many rows again: a better bound
       for (int64_t j = 0; j < number; ++j) of[j].bound();
-    products(rounded, first, whole, looked, [&](int64_t start, const Sums& sums) {
-      for (int64_t j = 0; j < number; ++j) {
-        if (!hinted) of[j].group(sums[j], first + start, whole - start);
-        of[j].take(sums[j], first + start, whole - start);
-      }
+    Sums limits[QUERIES];
+    for (int64_t j = 0; j < QUERIES; ++j)
+      limits[j] = Sums::of((int16_t)of[std::min(j, number - 1)].behind);
+    int64_t blocks[QUERIES] = {};
+    products(rounded, first, whole, looked, [&](int64_t start, const Sums* sums) {
+      for (int64_t j = 0; j < number && !hinted; ++j)
+        of[j].group(sums[j], first + start, whole - start);
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < QUERIES; ++j)
+        blocks[j] += caught[j].put(blocks[j], start, sums[j], limits[j]);
     });
-    for (int64_t j = 0; j < number; ++j)
+    for (int64_t j = 0; j < number; ++j) {
+      const Caught& c = caught[j];
+      for (int64_t b = 0; b < blocks[j]; ++b)
+        of[j].take(c.sums[b], c.above[b], first + c.starts[b], whole - c.starts[b]);
       if ((int64_t)of[j].values.size() > std::max(POOL, 8 * sought)) of[j].drop();
+    }
   }
 
   // The first rows, kept until they have given a bound.
   void begin(const RoundedQuery* const* looked, Candidates* of, int64_t number, int64_t whole) {
     int16_t kept[QUERIES][FIRST];
-    products(rounded, 0, whole, looked, [&](int64_t start, const Sums& sums) {
+    products(rounded, 0, whole, looked, [&](int64_t start, const Sums* sums) {
       for (int64_t j = 0; j < number; ++j) {
         of[j].group(sums[j], start, whole - start);
-        std::memcpy(&kept[j][start], sums[j], sizeof sums[j]);
+        sums[j].put(&kept[j][start]);
       }
     });
     for (int64_t j = 0; j < number; ++j) {
       of[j].bound();
-      for (int64_t start = 0; start < whole; start += 2 * LANES) {
-        __m256i sums[2];
-        std::memcpy(sums, &kept[j][start], sizeof sums);
-        of[j].take(sums, start, whole - start);
+      const Sums limit = Sums::of((int16_t)of[j].behind);
+      for (int64_t start = 0; start < whole; start += BLOCK) {
+        const int16_t* sums = &kept[j][start];
+        of[j].take(sums, Sums::read(sums).above(limit), start, whole - start);
       }
     }
   }
@@ -259,13 +284,11 @@ int largest_products(const float* queries, const float* rows, float* bounds, flo
       for (int64_t g = 0; g < groups; g += QUERIES) {
         const RoundedQuery* some[QUERIES];
         for (int64_t j = 0; j < QUERIES; ++j) some[j] = &all[std::min(g + j, groups - 1)];
-        products(rounded, first, whole, some, [&](int64_t start, const Sums& sums) {
-          for (int64_t half = 0; half < 2; ++half) {
-            __m256i* at = (__m256i*)&best[start] + half;
-            __m256i top = _mm256_loadu_si256(at);
-            for (int64_t j = 0; j < QUERIES; ++j) top = _mm256_max_epi16(top, sums[j][half]);
-            _mm256_storeu_si256(at, top);
-          }
+        products(rounded, first, whole, some, [&](int64_t start, const Sums* sums) {
+          Sums top = Sums::read(&best[start]);
+#pragma GCC unroll 8
+          for (int64_t j = 0; j < QUERIES; ++j) top = top.larger(sums[j]);
+          top.put(&best[start]);
         });
       }
       for (int64_t r = 0; r < whole; ++r)

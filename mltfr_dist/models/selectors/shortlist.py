@@ -59,8 +59,10 @@ class Shortlist(nn.Module):
     @torch.no_grad()
     def choose(self, relevance: Tensor) -> None:
         """Search from now on the rows of highest ``relevance`` [V] (ties: lower row number)."""
-        best = relevance.sort(descending=True, stable=True).indices[: len(self.row_ids)]
-        self.row_ids.copy_(best.sort().values)
+        size = len(self.row_ids)
+        near = (~(relevance < relevance.topk(size).values[-1])).nonzero()[:, 0]  # few beyond
+        best = relevance[near].sort(descending=True, stable=True).indices[:size]
+        self.row_ids.copy_(near[best].sort().values)
         self.forget()
 
     @torch.no_grad()

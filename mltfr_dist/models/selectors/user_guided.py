@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.draws import LARGEST, GumbelNoise, mix
-from mltfr_dist.models.kernels import kept_products
+from mltfr_dist.models.kernels import kept_products, map_rows
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.search import TOLERANCE, Project, row_relevance, search
 from mltfr_dist.models.selectors.base import Reduce, Selection, Selector, those_kept
@@ -67,6 +67,9 @@ class Projection(nn.Linear):
             known: Tensor = _Known.apply(rows, self.weight, self.bias, mapped)  # type: ignore[no-untyped-call]
             return F.normalize(known, dim=-1)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        by_kernel = map_rows(rows, weight, bias, normalised)
+        if by_kernel is not None:
+            return by_kernel
         if not normalised:
             return self._mapped(rows, weight, bias)
         blocks = torch.split(rows, PROJECTED_ROWS)

@@ -21,7 +21,16 @@ from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.models import dropout
 from mltfr_dist.models.dropout import scaled_mask
 from mltfr_dist.models.experts import ExpertCore, ExpertRows
-from mltfr_dist.models.kernels import attend, build, kept_products, largest_products, mix, nearest
+from mltfr_dist.models.kernels import (
+    attend,
+    build,
+    kept_products,
+    largest_products,
+    map_rows,
+    mix,
+    nearest,
+    row_maxima,
+)
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
 from mltfr_dist.models.search import nearest_rows, row_relevance, search, search_rows
@@ -219,6 +228,51 @@ def test_the_nearest_are_those_of_float64(
     assert (largest <= bounds[0] + bounds[1]).all()
 
 
+@few
+@given(
+    rows=st.integers(1, 200),
+    width=st.sampled_from([1, 9, 64, 300]),
+    dim=st.sampled_from([1, 8, 31, 32, 64, 70]),
+    queries=st.integers(1, 30),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_rows_are_mapped_and_their_largest_products_are_those_of_float64(
+    rows: int, width: int, dim: int, queries: int, threads: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    table, linear = torch.randn(rows, width), nn.Linear(width, dim)
+    query = F.normalize(torch.randn(queries, dim), dim=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        mapped, unit = (map_rows(table, linear.weight, linear.bias, n) for n in (False, True))
+        expected = linear.double()(table.double())
+    assert mapped is not None
+    assert unit is not None
+    maxima = row_maxima(query, unit)
+    torch.set_num_threads(before)
+    assert maxima is not None
+    torch.testing.assert_close(mapped.double(), expected, rtol=1e-5, atol=1e-5)
+    lengths = unit.double().norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-6)
+    along = unit.double() * expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(along, expected, rtol=1e-5, atol=1e-5)
+    largest = (query.double() @ unit.double().T).amax(0)
+    torch.testing.assert_close(maxima.double(), largest, rtol=0, atol=1e-6)
+
+
+def test_rows_are_mapped_by_torch_where_gradients_are_wanted() -> None:
+    linear = nn.Linear(5, 4)
+    assert map_rows(torch.randn(3, 5), linear.weight, linear.bias, True) is None
+    with torch.no_grad():
+        zeros = map_rows(torch.zeros(3, 5), linear.weight, torch.zeros(4), True)
+        assert zeros is not None
+        assert torch.equal(zeros, torch.zeros(3, 4))  # of length zero, as torch's normalize
+        assert map_rows(torch.randn(0, 5), linear.weight, linear.bias, True) is None
+    assert row_maxima(torch.randn(0, 4), torch.randn(3, 4)) is None
+
+
 def test_numbers_that_are_not_finite_are_left_to_torch() -> None:
     query, rows = torch.randn(40, 8), torch.randn(50, 8)
     assert nearest(query, rows, 3) is not None
@@ -254,10 +308,12 @@ def test_both_paths_keep_the_same_rows(spread: float, monkeypatch: pytest.Monkey
     assert torch.equal(by_kernel[0], plain[0])
 
 
-def test_a_shortlist_by_bounds_is_that_of_all_products() -> None:
+@pytest.mark.parametrize("spread", [1.0, 0.01])
+def test_a_shortlist_by_bounds_is_that_of_all_products(spread: float) -> None:
     torch.manual_seed(0)
-    selector, rows = UserGuided(FilterConfig(top_k=4, shortlist_size=60), 5000, 12, 16), None
-    rows = torch.randn(5000, 12)
+    selector = UserGuided(FilterConfig(top_k=4, shortlist_size=60), 5000, 12, 16)
+    rows = torch.randn(12) + spread * torch.randn(5000, 12)
+    rows[3000:4000] = rows[:1000]  # equal ones: the lower numbers are listed
     queries = [torch.randn(80, 16), torch.randn(50, 16)]
     selector.refresh(queries, ReplicatedTable(rows), Alone())
     relevance = row_relevance(torch.cat(queries), rows, selector.project, torch.float64)
