@@ -1,14 +1,14 @@
 """Histories by the hundred thousand through `mltfr recommend --histories`: rate, memory, a kill.
 
-    python benchmarks/score_many.py /tmp/score --counts 250000 500000 1000000
+    python benchmarks/score_many.py /tmp/score --counts 10000 100000 1000000 --kill
     python benchmarks/score_many.py /tmp/score --model runs/demo --counts 100000
 
 A bare SASRec (64 numbers, 2 blocks, 50 positions) over 10,000 synthetic items is trained for one
 short epoch and exported, unless a model is given. Histories are drawn uniformly, of 5 to 20 items;
 each count is a process of its own, whose peak is what the kernel says of it (at least what this
-process held when it started it: repeat the first count once the model is there). `--kill` kills the
-command (SIGKILL) when a third of the parts is there, starts it again, and compares the output with
-that of a call that was not killed.
+process held when it started it: repeat the first count once the model is there). `--kill` scores
+the last count once more, kills the command (SIGKILL) when a third of the parts is there and again
+at two thirds, and compares the output, user by user, with that of the call that was not killed.
 """
 
 from __future__ import annotations
@@ -90,19 +90,28 @@ def timed(arguments: list[str]) -> tuple[float, float, float]:
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
-def killed_and_resumed(arguments: list[str], output: Path, count: int) -> str:
-    """Kill the command at a third of its parts, and start it again; what was there at the kill."""
-    blocks = output.with_name(f".parts-{output.name}")
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
-    while len(list(blocks.glob("part-*.parquet"))) < count / 1024 / 3:
-        if process.poll() is not None:
-            raise SystemExit("the command ended before it was killed")
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    there = len(list(blocks.glob("part-*.parquet")))
+def killed_and_resumed(arguments: list[str], output: Path, count: int) -> list[int]:
+    """Kill the command at one and at two thirds of its parts; how many were there at each kill."""
+    blocks, num_parts, there = output.with_name(f".parts-{output.name}"), -(-count // 1024), []
+    for share in (1 / 3, 2 / 3):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+        while len(list(blocks.glob("part-*.parquet"))) < num_parts * share:
+            if process.poll() is not None:
+                raise SystemExit("the command ended before it was killed")
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        there.append(len(list(blocks.glob("part-*.parquet"))))
     timed(arguments)
-    return f"killed with {there} of {-(-count // 1024)} parts"
+    return there
+
+
+def equal(output: Path, other: Path) -> bool:
+    """Whether both hold the same rows in the same order, a row group at a time."""
+    mine, theirs = pq.ParquetFile(output), pq.ParquetFile(other)
+    return mine.num_row_groups == theirs.num_row_groups and all(
+        mine.read_row_group(n).equals(theirs.read_row_group(n)) for n in range(mine.num_row_groups)
+    )
 
 
 def forget(output: Path) -> None:
@@ -116,8 +125,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where data, model and outputs go")
     parser.add_argument("--model", type=Path, help="run folder or export; without it one is made")
-    parser.add_argument("--counts", type=int, nargs="+", default=[250_000, 500_000, 1_000_000])
-    parser.add_argument("--kill", action="store_true", help="also kill and resume the first count")
+    parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--kill", action="store_true", help="also kill and resume the last count")
     options = parser.parse_args()
     folder = options.folder
     model = options.model or folder / "model"
@@ -140,12 +149,16 @@ def main() -> None:
             f"peak {peak:.2f} GiB, load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
-        if options.kill and count == options.counts[0]:
-            again = folder / "again.parquet"
-            forget(again)
-            told = killed_and_resumed(command(model, histories, again), again, count)
-            equal = pq.read_table(output).equals(pq.read_table(again))
-            print(f"{told} and resumed: equal to the other call's output: {equal}", flush=True)
+    if options.kill:
+        again = folder / "again.parquet"
+        forget(again)
+        there = killed_and_resumed(command(model, histories, again), again, count)
+        users = pq.read_table(again, columns=["user_id"])["user_id"].to_numpy()
+        assert (users == np.arange(count)).all(), "a user is missing, twice or out of order"
+        print(
+            f"killed with {there[0]} and {there[1]} of {-(-count // 1024)} parts and resumed: "
+            f"equal to the other call's output: {equal(output, again)}"
+        )
 
 
 if __name__ == "__main__":
