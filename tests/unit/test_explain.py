@@ -158,3 +158,41 @@ def test_a_bare_backbone_and_bad_use(
     command = ["explain", str(config.folder), "--control", str(elsewhere.folder)]
     assert mltfr(command) == EXIT_BAD_INPUT
     assert "were trained on other data" in capsys.readouterr().err
+
+
+OUTPUTS = {
+    "a folder": ("taken.html", "taken.html cannot be written"),
+    "below a file": ("file/page.html", "page.html cannot be written"),
+    "another ending": ("config.yaml", "config.yaml does not end in .html. Name a page"),
+}
+
+
+@pytest.mark.parametrize("wrong", OUTPUTS)
+def test_a_page_that_cannot_be_written(
+    config: RunConfig, tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, words = OUTPUTS[wrong]
+    (tmp_path / "taken.html").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "config.yaml").write_text("mine")
+    before = set(tmp_path.rglob("*"))
+    command = ["explain", str(config.folder), "--users", "1", "--output", str(tmp_path / output)]
+    assert mltfr(command) == EXIT_BAD_INPUT
+    assert words in capsys.readouterr().err
+    assert set(tmp_path.rglob("*")) == before
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+def test_a_page_goes_into_a_new_folder(config: RunConfig, tmp_path: Path) -> None:
+    page_file = tmp_path / "new" / "pages" / "page.html"
+    assert mltfr(["explain", str(config.folder), "--users", "1", "--output", str(page_file)]) == 0
+    assert "Sample users" in page_file.read_text()
+
+
+def test_an_export_is_no_run(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mltfr_dist.export(config.folder, tmp_path / "model")
+    assert mltfr(["explain", str(tmp_path / "model")]) == EXIT_BAD_INPUT
+    words = capsys.readouterr().err
+    assert "is that of an exported model. Name the run that it was exported from" in words

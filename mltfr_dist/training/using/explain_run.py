@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from mltfr_dist.data.batch import PADDING_IDX
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.files import write_atomically
+from mltfr_dist.files import write_atomically, writing
 from mltfr_dist.serving.ablation import answer
 from mltfr_dist.serving.explaining import explain
 from mltfr_dist.training.reporting.board import FOLDER
@@ -46,11 +46,16 @@ def explain_run(
         users: Sample users, the first of the validation split.
 
     Raises:
-        ConfigError: A control of other data, or no users.
+        ConfigError: A control of other data, no users, or a page that cannot be written.
         CheckpointError: No run, or an unfinished one.
     """
     if users < 1:
         raise ConfigError(f"--users is {users}.", remedy="Ask for at least one.")
+    output = output or folder / PAGE
+    if output.suffix != ".html":
+        raise ConfigError(
+            f"{output} does not end in .html.", remedy=f"Name a page, such as {PAGE}."
+        )
     run = load_run(folder)
     metrics = _metrics(run, folder, control)
     histories = validation_histories(run, max(users, SURVEYED))
@@ -59,9 +64,11 @@ def explain_run(
         for number, row in enumerate(histories[:users], 1)
     ]
     explained = Explained(run, answers, _groups(run, histories), metrics)
-    output = output or folder / PAGE
-    write_atomically(output, page(explained))
-    write_texts(explained, folder)
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, page(explained))
+    with writing(folder / FOLDER):
+        write_texts(explained, folder)
     return output
 
 
