@@ -80,6 +80,18 @@ def test_an_answer_counts_what_changes(rec: Ranker) -> None:
     assert all(sum(weights) == pytest.approx(1, abs=1e-5) for weights in by_position)
 
 
+def test_a_longer_history_lets_an_older_item_in(rec: Ranker) -> None:
+    longer = [f"i{n}" for n in range(13)]  # the model reads 10
+    result = answer(rec, "one", longer, 2)
+    assert result.history == [rec.items.name(number) for number in rec.items.find(longer[3:])]
+    assert len(result.gates) == 10
+    order = [item.item_id for item in result.best]
+    assert not set(order) & set(longer)
+    change = rec.score([longer[2:-1]], order) - rec.score([longer[3:]], order)
+    assert len(longer[2:-1]) == rec.max_len
+    assert result.items[-1].shift == pytest.approx(float(abs(change).mean()))
+
+
 class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()

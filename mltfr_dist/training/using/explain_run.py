@@ -73,10 +73,14 @@ def explain_run(
 
 
 def validation_histories(run: LoadedRun, count: int) -> list[list[str]]:
-    """Raw ids of the first users' histories in the validation split, the last ``max_len``."""
+    """Raw ids of the first users' histories in the validation split: the last ``max_len``, and
+    before them as many as are left out in turn.
+    """
     histories: list[list[str]] = []
     alone = Ranks(0, 1, torch.device("cpu"))
-    for batch in ranking_stream(run.config, "valid", alone, once_a_user=True):
+    data = run.config.data.model_copy(update={"max_len": run.max_len + LEFT_OUT})
+    config = run.config.model_copy(update={"data": data})
+    for batch in ranking_stream(config, "valid", alone, once_a_user=True):
         for row in batch.item_ids.tolist():
             ids = [run.item_ids[number] for number in row if number != PADDING_IDX]
             histories += [ids] if ids else []
@@ -119,7 +123,7 @@ def _groups(run: LoadedRun, histories: list[list[str]]) -> list[Group]:
     gates: list[dict[str, float]] = [defaultdict(float) for _ in GROUPS]
     users = np.bincount(group_of[first], minlength=len(GROUPS))
     for history, item in zip(histories, first.tolist(), strict=True):
-        item_ids = torch.tensor([run.items.encode(history)], device=run.device)
+        item_ids = torch.tensor([run.items.encode(history[-run.max_len :])], device=run.device)
         for view in explain(run.serving, run.tokens, item_ids)[0]:
             gates[group_of[item]][view.table] += view.gate_weight
             for token, weight in view.tokens:
