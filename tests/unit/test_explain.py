@@ -133,7 +133,12 @@ def test_the_command_writes_a_page_and_texts(
         assert name in text
     board = EventAccumulator(str(config.folder / "tb" / "explain")).Reload()
     tags = board.Tags()["tensors"]
-    assert {"explain/user_0/text_summary", "explain/items_head/text_summary"} <= set(tags)
+    assert {"explain/user_1/text_summary", "explain/items_head/text_summary"} <= set(tags)
+    assert mltfr([*arguments[:-1], "1"]) == 0
+    assert len(list((config.folder / "tb" / "explain").iterdir())) == 1, "earlier texts are gone"
+    tags = EventAccumulator(str(config.folder / "tb" / "explain")).Reload().Tags()["tensors"]
+    assert "explain/user_0/text_summary" in tags
+    assert "explain/user_1/text_summary" not in tags
 
 
 def test_names_are_escaped(config: RunConfig) -> None:

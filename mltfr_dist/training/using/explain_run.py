@@ -144,8 +144,11 @@ def _groups(run: LoadedRun, histories: list[list[str]]) -> list[Group]:
 
 
 def write_texts(explained: Explained, folder: Path) -> None:
-    """The same in short as texts of TensorBoard, run `explain`."""
-    with SummaryWriter(str(folder / FOLDER / "explain")) as board:
+    """The same in short as texts of TensorBoard, run `explain`, in place of earlier ones."""
+    texts = folder / FOLDER / "explain"
+    for earlier in texts.glob("events.*"):
+        earlier.unlink()
+    with SummaryWriter(str(texts)) as board:
         for number, one in enumerate(explained.answers):
             lines = [
                 f"**Last items:** {plain('; '.join(one.history[-5:]))}",
