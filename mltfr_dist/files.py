@@ -110,23 +110,34 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
+def writing(output: Path, rule: str = "") -> Iterator[None]:
+    """While ``output`` is written: what the system refuses becomes an error for who named it.
+
+    Raises:
+        ConfigError: The disk does not take it, or its name is taken.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{output} cannot be written: {error}.",
+            rule=rule,
+            remedy="Make room, or give another name, in a folder that you may write to.",
+        ) from error
+
+
+@contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Where to write what then becomes ``folder`` in one step; after an error nothing of it stays.
 
     Raises:
         ConfigError: The disk does not take it.
     """
-    try:
+    with writing(folder, "A folder is complete or absent; nothing of it was left behind."):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing(folder) as partial:
             partial.mkdir()
             yield partial
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be written: {error}.",
-            rule="A folder is complete or absent; nothing of it was left behind.",
-            remedy="Make room, or name a folder on another disk.",
-        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -21,9 +21,9 @@ from mltfr_dist.data.batch import PADDING_IDX
 from mltfr_dist.errors import DataError
 from mltfr_dist.models.folded import folded
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.serving.candidates import Candidates, Empty, check_k
+from mltfr_dist.serving.candidates import Candidates, Empty, check_told, checked_k
 from mltfr_dist.serving.explaining import TableView, Tokens, explain
-from mltfr_dist.serving.histories import Histories, Unknown, encode, is_single
+from mltfr_dist.serving.histories import Histories, Unknown, encode, held, is_single
 from mltfr_dist.serving.items import ItemId, ItemMap
 from mltfr_dist.serving.results import Recommendation, Recommendations
 from mltfr_dist.serving.scoring import (
@@ -143,10 +143,11 @@ class Ranker:
                 range.
             ConfigError: An option that is none of its values.
         """
+        histories = held(histories)
         single = is_single(histories)
         encoded = encode([histories] if single else histories, self.items, unknown)
         candidates = Candidates.of(self.items, encoded, exclude, allow, filter_seen, empty)
-        check_k(k, candidates)
+        k = checked_k(k, candidates)
         numbers = np.zeros((len(encoded), k), dtype=np.int64)
         scores = np.full((len(encoded), k), -np.inf, dtype=np.float32)
         for indices in chunks(encoded.numbers):
@@ -193,7 +194,8 @@ class Ranker:
         Raises:
             DataError: No histories, an empty one, or an id that the model does not know.
         """
-        encoded, columns = self._told(histories, unknown), self.items.encode(items)
+        encoded = self._told(histories, unknown)
+        columns = self.items.encode(items, "The list of items")
         scores = np.empty((len(encoded), len(columns)), dtype=np.float32)
         for indices in chunks(encoded.numbers, self.items.num_items + 1):
             item_ids = padded([encoded.numbers[index] for index in indices], self.max_len)
@@ -216,7 +218,8 @@ class Ranker:
 
     def user_vector(self, history: Sequence[ItemId]) -> Floats:
         """[D] of one history; see :meth:`user_vectors`."""
-        vector: Floats = self.user_vectors([history])[0]
+        told = Histories([self.items.encode(history)], None, 0)
+        vector: Floats = self.user_vectors(told)[0]
         return vector
 
     def item_vectors(self) -> Floats:
@@ -240,6 +243,7 @@ class Ranker:
 
     def _told(self, histories: Any, unknown: Unknown) -> Histories:
         """Histories, none of them empty."""
+        histories = held(histories)
         if is_single(histories) and len(histories):
             raise DataError(
                 f"{histories!r:.80} is one history.",
@@ -247,5 +251,5 @@ class Ranker:
                 remedy="Put it into a list.",
             )
         encoded = encode(histories, self.items, unknown)
-        Candidates.of(self.items, encoded, None, None, True, "refuse")
+        check_told(encoded)
         return encoded

@@ -160,17 +160,27 @@ def command_sweep(options: argparse.Namespace) -> None:
 
 
 def command_evaluate(options: argparse.Namespace) -> None:
-    """A run's numbers again, from its best checkpoint; of several ranks one prints."""
+    """A run's numbers again, from its best checkpoint, or a baseline's on the same data; of several
+    ranks one prints.
+    """
     from mltfr_dist.distributed.launch import expected_rank
     from mltfr_dist.distributed.meeting import lost_ranks_told, start_ranks
     from mltfr_dist.distributed.watchdog import watched
+    from mltfr_dist.training.using.baseline import evaluate_baseline
     from mltfr_dist.training.using.inference import evaluate_run
 
+    folder, split, baseline = Path(options.run), options.split, options.baseline
+    if baseline:
+        writes = "writes the ranks of the run's model"
+        refuse(options.save_ranks or None, "--save-ranks", writes, "--baseline is given")
     with watched(expected_rank(), TrainingConfig().hang_seconds), lost_ranks_told():
         ranks = start_ranks()
         started()
-        more = {"keep_ranks": options.save_ranks, "lists": options.lists}
-        metrics = evaluate_run(Path(options.run), options.split, ranks, **more)
+        if baseline:
+            metrics = evaluate_baseline(folder, baseline, split, ranks, lists=options.lists)
+        else:
+            more = {"keep_ranks": options.save_ranks, "lists": options.lists}
+            metrics = evaluate_run(folder, split, ranks, **more)
         ranks.say(json.dumps(metrics, indent=2))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mltfr_dist import __version__
+from mltfr_dist.baselines import BASELINES
 from mltfr_dist.cli.commands import COMMANDS
 from mltfr_dist.cli.completion import add_completion
 from mltfr_dist.cli.fields import add_section
@@ -79,6 +80,13 @@ def _add_evaluate(commands: Commands) -> None:
         action="store_true",
         help="also measure what is recommended: coverage, novelty, popularity and, where items "
         "have titles, diversity",
+    )
+    evaluate.add_argument(
+        "--baseline",
+        choices=tuple(BASELINES),
+        metavar="NAME",
+        help="the numbers of a baseline instead, fitted anew on the run's data: "
+        + ", ".join(BASELINES),
     )
 
 

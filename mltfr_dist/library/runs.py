@@ -201,6 +201,7 @@ def push_to_hub(folder: StrPath, repository: str, *, private: bool = True) -> st
 
     Raises:
         CheckpointError: ``folder`` is no export, or a damaged one.
+        ConfigError: The hub cannot be reached, or refuses it.
     """
     from huggingface_hub import HfApi
 
@@ -210,8 +211,15 @@ def push_to_hub(folder: StrPath, repository: str, *, private: bool = True) -> st
         path = Path(path_text(folder, "folder"))
         check_files(path, read_info(path))
     api = HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repository, folder_path=path))
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=path))
+    except Exception as error:  # what the client raises depends on its HTTP library and version
+        raise ConfigError(
+            f"{path} was not uploaded to `{repository}`: {type(error).__name__}, {error}",
+            rule="A repository is `owner/name`, of an owner for whom you have a token that writes.",
+            remedy="Log in by `hf auth login`, see that the hub is reached, and call it again.",
+        ) from None
 
 
 def _configuration(given: RunConfig | Overrides | StrPath) -> RunConfig:

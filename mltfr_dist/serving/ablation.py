@@ -87,10 +87,10 @@ def answer(model: Ranker, user: str, history: list[str], num_items: int) -> Answ
     Args:
         model: A run or an export.
         user: What to call it.
-        history: Raw ids, oldest first.
+        history: Raw ids, oldest first. Where it is longer than what the model reads, an item that
+            is left out lets an older one in, and so no position moves.
         num_items: Items of the history, the latest, that are left out in turn.
     """
-    history = history[-model.max_len :]
     names = [model.items.name(number) for number in model.items.encode(history)]
     best = model.recommend(history, k=min(TOP, _candidates(model, history)))
     tables, views = [], model.explain(history)
@@ -102,7 +102,8 @@ def answer(model: Ranker, user: str, history: list[str], num_items: int) -> Answ
         for index in range(max(0, len(history) - num_items), len(history)):
             rest = history[:index] + history[index + 1 :]
             items.append(_effect(names[index], model, history, best, model, rest))
-    return Answer(user, names, best, views, gates(model, history), tables, items)
+    read = slice(-model.max_len, None)
+    return Answer(user, names[read], best, views, gates(model, history[read]), tables, items)
 
 
 def _candidates(model: Ranker, history: list[str]) -> int:

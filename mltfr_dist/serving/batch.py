@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from mltfr_dist import __version__
 from mltfr_dist.errors import ConfigError, DataError, MltfrError
-from mltfr_dist.files import replacing, write_atomically
+from mltfr_dist.files import replacing, write_atomically, writing
 from mltfr_dist.progress import SECONDS_IN_LOG, StatusLine, duration, say
 from mltfr_dist.ranking import Ranker
 from mltfr_dist.serving.candidates import Empty
@@ -104,7 +104,7 @@ def recommend_file(
     Several processes share the parts; the first one joins them.
 
     Raises:
-        ConfigError: The output exists, or parts of another call lie beside it.
+        ConfigError: The output exists or cannot be written, or parts of another call lie beside it.
         DataError: A row that cannot be answered; what is done so far stays.
     """
     if output.suffix != ".parquet":
@@ -161,8 +161,9 @@ def _begin(work: Work, rank: int) -> None:
     """
     plan, text = work.folder / PLAN, work.plan()
     if rank == 0 and not plan.exists():
-        work.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(plan, text)
+        with writing(work.output):
+            work.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(plan, text)
     while not plan.exists():
         time.sleep(WAIT_SECONDS)
     stored = plan.read_text()
@@ -173,7 +174,8 @@ def _begin(work: Work, rank: int) -> None:
             remedy="Repeat that call to its end, or delete the folder to begin anew.",
         )
     if rank == 0:
-        write_atomically(plan, text)
+        with writing(work.output):
+            write_atomically(plan, text)
 
 
 def _goes_on(stored: str, asked: str) -> bool:
@@ -205,7 +207,7 @@ def _write_part(work: Work, number: int, rows: list[Row]) -> None:
         "scores": pa.array(scores, pa.list_(pa.float32())),
     }
     table = pa.table(columns).replace_schema_metadata({DROPPED: str(told.dropped).encode()})
-    with replacing(work.part(number)) as partial:
+    with writing(work.output), replacing(work.part(number)) as partial:
         pq.write_table(table, partial, compression="zstd")
 
 
@@ -242,7 +244,7 @@ def _encoded(work: Work, rows: list[Row]) -> Histories:
 def _join(work: Work) -> int:
     """Parts to the output; returns how many ids were dropped."""
     dropped = 0
-    with replacing(work.output) as partial:
+    with writing(work.output), replacing(work.output) as partial:
         schema = pq.read_schema(work.part(0)).remove_metadata() if work.num_parts else None
         with pq.ParquetWriter(partial, schema or _empty_schema(work), compression="zstd") as file:
             for number in range(work.num_parts):

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mltfr_dist.errors import DataError
 from mltfr_dist.models.tiles import Pairs
-from mltfr_dist.serving.histories import Histories, check_choice, is_single
+from mltfr_dist.serving.histories import Histories, check_choice, held, is_single
 from mltfr_dist.serving.items import ItemMap, as_list
 
 Empty = Literal["refuse", "popular"]
@@ -50,17 +51,8 @@ class Candidates:
             ConfigError: ``empty`` is none of its values.
         """
         check_choice("empty", empty, get_args(Empty))
-        without = [index for index, row in enumerate(histories.numbers) if not row]
-        if without and empty == "refuse":
-            many = len(histories) > 1
-            raise DataError(
-                f"History {without[0]} of {len(histories)} is empty, as are {len(without) - 1} "
-                f"more."
-                if many
-                else "The history is empty.",
-                rule="A model reads at least one item that it knows.",
-                remedy="Give at least one item id; empty=popular answers by popularity.",
-            )
+        if empty == "refuse":
+            check_told(histories, "; empty=popular answers by popularity")
         count = len(histories)
         return cls(
             items,
@@ -111,6 +103,7 @@ def _lists(name: str, given: Any, items: ItemMap, count: int) -> list[list[int]]
     """Numbers of the ids of ``exclude`` or ``allow``, in one list or one a history."""
     if given is None:
         return None
+    given = held(given)
     rows = [given] if is_single(given) else as_list(given)
     if len(rows) not in (1, count):
         raise DataError(
@@ -121,17 +114,37 @@ def _lists(name: str, given: Any, items: ItemMap, count: int) -> list[list[int]]
     return [items.encode(row) if len(as_list(row)) else [] for row in rows]  # type: ignore[arg-type]
 
 
-def check_k(k: object, candidates: Candidates) -> None:
-    """Whether so many items can be asked for.
+def check_told(histories: Histories, or_else: str = "") -> None:
+    """Whether every history holds an item; ``or_else`` is what else can be done.
 
     Raises:
-        DataError: ``k`` is no number in 1..candidates.
+        DataError: One does not.
+    """
+    without = [index for index, row in enumerate(histories.numbers) if not row]
+    if not without:
+        return
+    which = f"History {without[0]} of {len(histories)}" if len(histories) > 1 else "The history"
+    others = f", as are {len(without) - 1} more" * (len(without) > 1)
+    raise DataError(
+        f"{which} is empty{others}.",
+        rule="A model reads at least one item that it knows.",
+        remedy=f"Give at least one item id{or_else}.",
+    )
+
+
+def checked_k(k: object, candidates: Candidates) -> int:
+    """How many items are asked for.
+
+    Raises:
+        DataError: ``k`` is no whole number in 1..candidates.
     """
     num_items, fewest = candidates.items.num_items, candidates.fewest_allowed
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= fewest:
+    whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
+    if not whole or not 1 <= k <= fewest:  # type: ignore[operator]
         allowed = "" if candidates.allow is None else f", of which `allow` leaves {fewest}"
         raise DataError(
             f"k is {k!r}; there are {num_items} items{allowed}.",
-            rule="k lies in 1..number of candidates.",
+            rule="k is a whole number in 1..number of candidates.",
             remedy="Give another k.",
         )
+    return int(k)  # type: ignore[call-overload, no-any-return]

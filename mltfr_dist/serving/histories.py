@@ -5,7 +5,7 @@ None of pandas and polars is imported: tables hand out their columns by Arrow's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Literal, get_args
@@ -77,6 +77,11 @@ def encode(given: object, items: ItemMap, unknown: Unknown = "refuse") -> Histor
         dropped += len(item_ids) - len(known)
         numbers.append(known)
     return Histories(numbers, users, dropped)
+
+
+def held(given: Any) -> Any:
+    """What ``given`` holds, where it can be gone through only once."""
+    return list(given) if isinstance(given, Iterator) else given
 
 
 def is_single(given: object) -> bool:

@@ -117,15 +117,19 @@ class ItemMap:
         """Title where there is one, raw id otherwise."""
         return self.titles[item] or self.ids[item]
 
-    def encode(self, history: Sequence[ItemId]) -> list[int]:
+    def encode(self, history: Sequence[ItemId], what: str = "The history") -> list[int]:
         """Raw item ids to 1..num_items.
 
+        Args:
+            history: A list of ids.
+            what: It is called so.
+
         Raises:
-            DataError: No history of ids, an empty one, or an id that is not known.
+            DataError: No list of ids, an empty one, or an id that is not known.
         """
         raw_ids = as_texts(history)
         if not raw_ids:
-            raise DataError("The history is empty.", remedy="Give at least one item id.")
+            raise DataError(f"{what} is empty.", remedy="Give at least one item id.")
         numbers = self.find(raw_ids)
         if not all(numbers):
             raise self.unknown(raw_ids, numbers)
@@ -166,7 +170,7 @@ def as_list(values: object) -> list[object]:
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
         raise DataError(
             f"{values!r} is no list of ids.",
-            rule="A history is a list of item ids, oldest first.",
+            rule="Item ids are given as a list, those of a history oldest first.",
             remedy="Put the ids into a list, as in ['50', '172'].",
         )
     for name in ("to_pylist", "tolist"):  # Arrow; NumPy

@@ -108,11 +108,14 @@ def load_config(folder: str | Path, *, locate: bool = False) -> RunConfig:
     folder = Path(folder)
     path = folder / CONFIG
     if not path.exists():
+        from mltfr_dist.exported import CONFIG as EXPORTED  # imports torch
+
         missing = f"there is no {CONFIG}" if folder.exists() else "there is no such folder"
-        raise CheckpointError(
-            f"{folder} holds no run: {missing}.",
-            remedy="Name a run's folder, such as runs/demo.",
-        )
+        remedy = "Name a run's folder, such as runs/demo."
+        if (folder / EXPORTED).exists():
+            missing = f"its {EXPORTED} is that of an exported model"
+            remedy = "Name the run that it was exported from, such as runs/demo."
+        raise CheckpointError(f"{folder} holds no run: {missing}.", remedy=remedy)
     values = read_yaml(path)
     config = validate(RunConfig, located(values, folder) if locate else values, source=str(path))
     if locate:

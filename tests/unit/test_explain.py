@@ -80,6 +80,18 @@ def test_an_answer_counts_what_changes(rec: Ranker) -> None:
     assert all(sum(weights) == pytest.approx(1, abs=1e-5) for weights in by_position)
 
 
+def test_a_longer_history_lets_an_older_item_in(rec: Ranker) -> None:
+    longer = [f"i{n}" for n in range(13)]  # the model reads 10
+    result = answer(rec, "one", longer, 2)
+    assert result.history == [rec.items.name(number) for number in rec.items.find(longer[3:])]
+    assert len(result.gates) == 10
+    order = [item.item_id for item in result.best]
+    assert not set(order) & set(longer)
+    change = rec.score([longer[2:-1]], order) - rec.score([longer[3:]], order)
+    assert len(longer[2:-1]) == rec.max_len
+    assert result.items[-1].shift == pytest.approx(float(abs(change).mean()))
+
+
 class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +133,12 @@ def test_the_command_writes_a_page_and_texts(
         assert name in text
     board = EventAccumulator(str(config.folder / "tb" / "explain")).Reload()
     tags = board.Tags()["tensors"]
-    assert {"explain/user_0/text_summary", "explain/items_head/text_summary"} <= set(tags)
+    assert {"explain/user_1/text_summary", "explain/items_head/text_summary"} <= set(tags)
+    assert mltfr([*arguments[:-1], "1"]) == 0
+    assert len(list((config.folder / "tb" / "explain").iterdir())) == 1, "earlier texts are gone"
+    tags = EventAccumulator(str(config.folder / "tb" / "explain")).Reload().Tags()["tensors"]
+    assert "explain/user_0/text_summary" in tags
+    assert "explain/user_1/text_summary" not in tags
 
 
 def test_names_are_escaped(config: RunConfig) -> None:
@@ -158,3 +175,41 @@ def test_a_bare_backbone_and_bad_use(
     command = ["explain", str(config.folder), "--control", str(elsewhere.folder)]
     assert mltfr(command) == EXIT_BAD_INPUT
     assert "were trained on other data" in capsys.readouterr().err
+
+
+OUTPUTS = {
+    "a folder": ("taken.html", "taken.html cannot be written"),
+    "below a file": ("file/page.html", "page.html cannot be written"),
+    "another ending": ("config.yaml", "config.yaml does not end in .html. Name a page"),
+}
+
+
+@pytest.mark.parametrize("wrong", OUTPUTS)
+def test_a_page_that_cannot_be_written(
+    config: RunConfig, tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, words = OUTPUTS[wrong]
+    (tmp_path / "taken.html").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "config.yaml").write_text("mine")
+    before = set(tmp_path.rglob("*"))
+    command = ["explain", str(config.folder), "--users", "1", "--output", str(tmp_path / output)]
+    assert mltfr(command) == EXIT_BAD_INPUT
+    assert words in capsys.readouterr().err
+    assert set(tmp_path.rglob("*")) == before
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+def test_a_page_goes_into_a_new_folder(config: RunConfig, tmp_path: Path) -> None:
+    page_file = tmp_path / "new" / "pages" / "page.html"
+    assert mltfr(["explain", str(config.folder), "--users", "1", "--output", str(page_file)]) == 0
+    assert "Sample users" in page_file.read_text()
+
+
+def test_an_export_is_no_run(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mltfr_dist.export(config.folder, tmp_path / "model")
+    assert mltfr(["explain", str(tmp_path / "model")]) == EXIT_BAD_INPUT
+    words = capsys.readouterr().err
+    assert "is that of an exported model. Name the run that it was exported from" in words

@@ -424,6 +424,10 @@ def test_bad_folders(fitted: Any, tmp_path: Path) -> None:
         export(fitted.folder, tmp_path)
     with pytest.raises(CheckpointError, match="no exported model"):
         push_to_hub(fitted.folder, "name/model")
+    export(fitted.folder, tmp_path / "model")
+    said = r"model was not uploaded to `no name`: .*`owner/name`.*`hf auth login`"
+    with pytest.raises(ConfigError, match=re.compile(said, re.DOTALL)):
+        push_to_hub(tmp_path / "model", "no name")
     for call in (load_run, load_exported, load):
         with pytest.raises(ConfigError, match="folder is None, of type NoneType"):
             call(None)  # type: ignore[arg-type]

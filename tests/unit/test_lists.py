@@ -9,13 +9,23 @@ import numpy as np
 import pytest
 from support import tiny_config
 
+from mltfr_dist.baselines import BASELINES
 from mltfr_dist.cli import main
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.ranks import ALONE
+from mltfr_dist.errors import ConfigError
 from mltfr_dist.list_metrics import LIST_METRICS, Lists, list_metrics
-from mltfr_dist.training.evaluating.lists import lister, recommended, title_words, training_users
+from mltfr_dist.training.evaluating.compare import baseline_result, fitted
+from mltfr_dist.training.evaluating.lists import (
+    lister,
+    lister_by_scores,
+    recommended,
+    title_words,
+    training_users,
+)
 from mltfr_dist.training.running.fit import fit
 from mltfr_dist.training.streams import ranking_stream
+from mltfr_dist.training.using.baseline import evaluate_baseline
 from mltfr_dist.training.using.inference import evaluate_run, load_run
 
 # Three users, items 1..5 and lists of three; the last user has one candidate left.
@@ -131,3 +141,36 @@ def test_the_command_and_the_library_agree(
     }
     assert 0 < printed["Coverage@5"] <= printed["Coverage@20"] <= 1
     assert 0 < printed["ILD@10"] < 1
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_is_measured_as_the_run_did_and_lists_its_best(
+    run: RunConfig, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mltfr_dist.training.evaluating.lists.HELD_SCORES", 41 * 7)
+    kept = set(run.folder.rglob("*"))
+    assert main(["evaluate", str(run.folder), "--baseline", name, "--lists"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert set(run.folder.rglob("*")) == kept
+    manifest = load_run(run.folder).inputs.manifest
+    result = baseline_result(name, run, manifest, ALONE, read_test=True)
+    assert {metric: printed[metric] for metric in result.test} == result.test
+    assert 0 < printed["Coverage@10"] <= 1
+    score = fitted(name, run, manifest, ALONE)
+    best = lister_by_scores(score, manifest.num_items, 38, filter_seen=True)
+    for batch in ranking_stream(run, "test", ALONE, once_a_user=True):
+        scores = score(batch).numpy()
+        scores[batch.seen_rows, batch.seen_items] = -np.inf
+        for row, items in zip(scores, best(batch).tolist(), strict=True):
+            order = sorted(range(1, len(row)), key=lambda item: -row[item])[:38]  # stable
+            assert items == [item if row[item] > -np.inf else 0 for item in order]
+
+
+def test_ranks_of_a_baseline_are_not_saved_as_the_models(
+    run: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = ["evaluate", str(run.folder), "--baseline", "popularity", "--save-ranks"]
+    assert main(typed) == 2
+    assert "--save-ranks writes the ranks of the run's model" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"no split `train`.*Give valid or test"):
+        evaluate_baseline(run.folder, "popularity", "train")

@@ -217,6 +217,17 @@ def test_bad_use(
     assert [path.name for path in tmp_path.iterdir()] == [source.name], "nothing half written"
 
 
+def test_an_output_below_a_file(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "users.parquet", users(3))
+    assert mltfr(command(config, source, source / "recs.parquet")) == EXIT_BAD_INPUT
+    words = capsys.readouterr().err
+    assert "recs.parquet cannot be written" in words
+    assert "give another name, in a folder that you may write to" in words
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
 FILES: dict[str, tuple[str, str, str]] = {
     "column": ("users.csv", "user_id,items\na,i1\n", "no column `history` (it has user_id, items)"),
     "line": ("users.jsonl", '{"history": ["i1"]}\n{"history"\n', "line 2"),

@@ -142,6 +142,15 @@ def test_unknown_ids_are_refused_or_counted(rec: Ranker) -> None:
         rec.recommend(strange, unknown="ignore")  # type: ignore[call-overload]
 
 
+def test_what_is_gone_through_once_is_kept(rec: Ranker) -> None:
+    expected = list(rec.recommend(HISTORIES, 3, exclude=["i3"]))
+    once, without = (history for history in HISTORIES), iter(["i3"])
+    assert list(rec.recommend(once, np.int64(3), exclude=without)) == expected
+    one = rec.recommend(HISTORIES[0], 3)
+    assert rec.recommend(iter(HISTORIES[0]), 3) == one
+    assert torch.equal(rec.scores(iter(HISTORIES)), rec.scores(HISTORIES))
+
+
 def test_empty_histories(rec: Ranker) -> None:
     given = [["i1"], [], ["x1"]]
     with pytest.raises(DataError, match=r"History 1 of 3 is empty, as are 1 more.*empty=popular"):
@@ -154,8 +163,9 @@ def test_empty_histories(rec: Ranker) -> None:
     assert result.item_ids[1:] == [expected, expected]
     assert [r.score for r in result[1]] == [counts[raw] for raw in expected]
     assert result[0] == rec.recommend(["i1"], k=5, exclude=["i3"])
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError, match=r"History 1 of 2 is empty\.") as caught:
         rec.scores(given[:2])
+    assert "popular" not in str(caught.value), "scores has no such option"
 
 
 def test_of_equal_scores_the_lower_item_comes_first() -> None:
@@ -201,6 +211,13 @@ BAD = {
     "empty": (lambda r: r.recommend([]), "The history is empty"),
     "a mapping": (lambda r: r.recommend({"i1": 3, "i2": 1}), "is no list of ids"),
     "a set": (lambda r: r.recommend({"i1", "i2"}), "is a set.*an order"),
+    "a text as items": (lambda r: r.score([["i1"]], "i1"), "'i1' is no list of ids"),
+    "no items": (lambda r: r.score([["i1"]], []), "The list of items is empty"),
+    "a vector of a text": (lambda r: r.user_vector("i1"), "'i1' is no list of ids"),
+    "a vector of nothing": (lambda r: r.user_vector([]), r"is empty. Give at least one item id\.$"),
+    "k of a text": (lambda r: r.recommend(["i1"], k="3"), r"k is '3'; .* k is a whole number"),
+    "k of a share": (lambda r: r.recommend(["i1"], k=0.5), r"k is 0.5; .* k is a whole number"),
+    "k of no item": (lambda r: r.recommend(["i1"], k=np.int64(0)), r"k is a whole number in 1"),
     "sets": (lambda r: r.scores([["i1"], {"i2"}]), "History 1 is a set"),
 }
 

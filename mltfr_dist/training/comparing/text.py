@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mltfr_dist.files import write_atomically
+from mltfr_dist.files import write_atomically, writing
 from mltfr_dist.training.comparing.compare import Change, Comparison, Difference, verdict
 from mltfr_dist.training.comparing.plot import write_plot
 
@@ -16,14 +16,19 @@ NAME = "compare"
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write compare.md, compare.json and compare.png into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write compare.md, compare.json and compare.png into ``folder``.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
     page, values, plot = (folder / f"{NAME}.{ending}" for ending in ("md", "json", "png"))
-    write_plot(plot, comparison)
-    write_atomically(values, json.dumps(comparison.as_json(), indent=2) + "\n")
-    write_atomically(
-        page, f"# Comparison with {comparison.reference}\n\n" + as_markdown(comparison)
-    )
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_plot(plot, comparison)
+        write_atomically(values, json.dumps(comparison.as_json(), indent=2) + "\n")
+        write_atomically(
+            page, f"# Comparison with {comparison.reference}\n\n" + as_markdown(comparison)
+        )
     return [page, values, plot]
 
 

@@ -14,7 +14,7 @@ from mltfr_dist.distributed.health import UntilStopped
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.registry import load
 from mltfr_dist.training.evaluating.evaluate import ALL, Keep, evaluate, evaluate_slices
-from mltfr_dist.training.evaluating.rankers import ByScores, Ranker, SameForAll
+from mltfr_dist.training.evaluating.rankers import ByScores, Ranker, SameForAll, Scorer
 from mltfr_dist.training.evaluating.slices import training_slices
 from mltfr_dist.training.evaluating.user_ranks import UserRanks
 from mltfr_dist.training.run_folder import Result
@@ -54,19 +54,10 @@ def baseline_result(
         ranks_file: Where the ranks of users are written, if anywhere.
     """
     started = time.monotonic()
-    train = training_sequences(config.data.path, manifest)
-    fit = load(BASELINES[name].path, PACKAGE)
-    scorer = fit(
-        train,
-        manifest.num_items,
-        through=lambda blocks: UntilStopped(blocks, ranks, f"fitting {name}"),
-    )
-    ranker = (
-        scorer.count if isinstance(scorer, SameForAll) else ByScores(scorer, manifest.num_items)
-    )
+    scorer = fitted(name, config, manifest, ranks)
     seconds = time.monotonic() - started
     valid, by_slice = final_metrics(
-        ranker, config, manifest, ranks, read_test, ranks_file, baseline=name
+        ranker_of(scorer, manifest), config, manifest, ranks, read_test, ranks_file, baseline=name
     )
     return Result(
         name=name,
@@ -76,6 +67,22 @@ def baseline_result(
         seconds=seconds,
         world_size=ranks.world_size,
     )
+
+
+def fitted(name: str, config: RunConfig, manifest: Manifest, ranks: Ranks) -> Scorer:
+    """One of ``BASELINES``, fitted on the training split; all ranks must call."""
+    fit = load(BASELINES[name].path, PACKAGE)
+    scorer: Scorer = fit(
+        training_sequences(config.data.path, manifest),
+        manifest.num_items,
+        through=lambda blocks: UntilStopped(blocks, ranks, f"fitting {name}"),
+    )
+    return scorer
+
+
+def ranker_of(scorer: Scorer, manifest: Manifest) -> Ranker:
+    """What ranks by a baseline's scores."""
+    return scorer.count if isinstance(scorer, SameForAll) else ByScores(scorer, manifest.num_items)
 
 
 def final_metrics(

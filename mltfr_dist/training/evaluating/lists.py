@@ -26,11 +26,14 @@ from mltfr_dist.data.shards.reader import read_shard
 from mltfr_dist.data.shards.short_parts import one_item_parts
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.watchdog import heartbeat
-from mltfr_dist.list_metrics import Lists
+from mltfr_dist.list_metrics import Lists, list_metrics
 from mltfr_dist.models.divided_rows import division_of
+from mltfr_dist.models.search import best as best_of
 from mltfr_dist.models.tiles import Pairs
 from mltfr_dist.models.top_items import top_items
 from mltfr_dist.training.evaluating.evaluate import of_all_ranks
+from mltfr_dist.training.evaluating.rankers import HELD_SCORES, Scorer, targets_of
+from mltfr_dist.training.streams import ranking_stream
 
 Lister = Callable[[RankingBatch], Tensor]
 """A ranking batch -> item ids [B, K], best first; 0 where there are fewer candidates."""
@@ -53,6 +56,39 @@ def lister(model: nn.Module, num_items: int, k: int, *, filter_seen: bool) -> Li
         return lists
 
     return best
+
+
+def lister_by_scores(score: Scorer, num_items: int, k: int, *, filter_seen: bool) -> Lister:
+    """What lists the ``k`` best items by a baseline, some users' scores at a time."""
+    at_once, items = max(1, HELD_SCORES // (num_items + 1)), torch.arange(1, num_items + 1)
+
+    def best(batch: RankingBatch) -> Tensor:
+        lists = []
+        for start in range(0, len(batch.target_ids), at_once):
+            users = targets_of(batch, start, start + at_once)
+            scores = score(users)
+            if filter_seen:
+                scores[users.seen_rows, users.seen_items] = -torch.inf
+            ids = items.to(scores.device).expand(len(scores), -1)
+            values, ids = best_of(scores[:, 1:], ids, k)
+            lists.append(ids.where(values > -torch.inf, PADDING_IDX))
+        return torch.cat(lists)
+
+    return best
+
+
+def measure_lists(
+    best: Lister,
+    split: str,
+    config: RunConfig,
+    manifest: Manifest,
+    ranks: Ranks,
+    titles: Sequence[str | None],
+) -> dict[str, float]:
+    """What the lists of a split's users are like (list_metrics.py); see :func:`recommended`."""
+    stream = ranking_stream(config, split, ranks, once_a_user=True)
+    lists = recommended(best, stream, config, manifest, ranks, titles)
+    return list_metrics(lists, config.evaluation.cutoffs)
 
 
 @torch.no_grad()

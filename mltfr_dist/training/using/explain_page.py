@@ -160,7 +160,7 @@ def answer_part(one: Answer) -> str:
 def effects_table(effects: Sequence[Effect]) -> str:
     """What leaving something out does to the top ten."""
     rows = [
-        [escape(e.what), str(e.stay), f"{e.shift:.3f}", escape(", ".join(e.entered))]
+        [escape(e.what), str(e.stay), f"{e.shift:.3f}", escape("; ".join(e.entered))]
         for e in effects
     ]
     return table(["without", "of the top ten stay", "scores move by", "enter"], rows, (1, 2))

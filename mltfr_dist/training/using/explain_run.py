@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from mltfr_dist.data.batch import PADDING_IDX
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.errors import ConfigError
-from mltfr_dist.files import write_atomically
+from mltfr_dist.files import write_atomically, writing
 from mltfr_dist.serving.ablation import answer
 from mltfr_dist.serving.explaining import explain
 from mltfr_dist.training.reporting.board import FOLDER
@@ -46,11 +46,16 @@ def explain_run(
         users: Sample users, the first of the validation split.
 
     Raises:
-        ConfigError: A control of other data, or no users.
+        ConfigError: A control of other data, no users, or a page that cannot be written.
         CheckpointError: No run, or an unfinished one.
     """
     if users < 1:
         raise ConfigError(f"--users is {users}.", remedy="Ask for at least one.")
+    output = output or folder / PAGE
+    if output.suffix != ".html":
+        raise ConfigError(
+            f"{output} does not end in .html.", remedy=f"Name a page, such as {PAGE}."
+        )
     run = load_run(folder)
     metrics = _metrics(run, folder, control)
     histories = validation_histories(run, max(users, SURVEYED))
@@ -59,17 +64,23 @@ def explain_run(
         for number, row in enumerate(histories[:users], 1)
     ]
     explained = Explained(run, answers, _groups(run, histories), metrics)
-    output = output or folder / PAGE
-    write_atomically(output, page(explained))
-    write_texts(explained, folder)
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, page(explained))
+    with writing(folder / FOLDER):
+        write_texts(explained, folder)
     return output
 
 
 def validation_histories(run: LoadedRun, count: int) -> list[list[str]]:
-    """Raw ids of the first users' histories in the validation split, the last ``max_len``."""
+    """Raw ids of the first users' histories in the validation split: the last ``max_len``, and
+    before them as many as are left out in turn.
+    """
     histories: list[list[str]] = []
     alone = Ranks(0, 1, torch.device("cpu"))
-    for batch in ranking_stream(run.config, "valid", alone, once_a_user=True):
+    data = run.config.data.model_copy(update={"max_len": run.max_len + LEFT_OUT})
+    config = run.config.model_copy(update={"data": data})
+    for batch in ranking_stream(config, "valid", alone, once_a_user=True):
         for row in batch.item_ids.tolist():
             ids = [run.item_ids[number] for number in row if number != PADDING_IDX]
             histories += [ids] if ids else []
@@ -112,7 +123,7 @@ def _groups(run: LoadedRun, histories: list[list[str]]) -> list[Group]:
     gates: list[dict[str, float]] = [defaultdict(float) for _ in GROUPS]
     users = np.bincount(group_of[first], minlength=len(GROUPS))
     for history, item in zip(histories, first.tolist(), strict=True):
-        item_ids = torch.tensor([run.items.encode(history)], device=run.device)
+        item_ids = torch.tensor([run.items.encode(history[-run.max_len :])], device=run.device)
         for view in explain(run.serving, run.tokens, item_ids)[0]:
             gates[group_of[item]][view.table] += view.gate_weight
             for token, weight in view.tokens:
@@ -133,8 +144,11 @@ def _groups(run: LoadedRun, histories: list[list[str]]) -> list[Group]:
 
 
 def write_texts(explained: Explained, folder: Path) -> None:
-    """The same in short as texts of TensorBoard, run `explain`."""
-    with SummaryWriter(str(folder / FOLDER / "explain")) as board:
+    """The same in short as texts of TensorBoard, run `explain`, in place of earlier ones."""
+    texts = folder / FOLDER / "explain"
+    for earlier in texts.glob("events.*"):
+        earlier.unlink()
+    with SummaryWriter(str(texts)) as board:
         for number, one in enumerate(explained.answers):
             lines = [
                 f"**Last items:** {plain('; '.join(one.history[-5:]))}",

@@ -19,13 +19,12 @@ from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError
 from mltfr_dist.exported import CONFIG as EXPORTED
 from mltfr_dist.exported import MODEL, load_exported
 from mltfr_dist.invocation import train_command
-from mltfr_dist.list_metrics import list_metrics
 from mltfr_dist.ranking import Ranker
 from mltfr_dist.serving.explaining import Tokens
 from mltfr_dist.training.build import load_model
 from mltfr_dist.training.evaluating.compare import final_metrics
 from mltfr_dist.training.evaluating.evaluate import ALL, evaluate
-from mltfr_dist.training.evaluating.lists import lister, recommended
+from mltfr_dist.training.evaluating.lists import lister, measure_lists
 from mltfr_dist.training.evaluating.rankers import ByModel
 from mltfr_dist.training.inputs import Inputs, check_recorded, load_inputs
 from mltfr_dist.training.items import load_items
@@ -73,7 +72,7 @@ class LoadedRun(Ranker):
         """
         alone = Ranks(0, 1, self.device)
         metrics = evaluate_model(self, split, alone)
-        return metrics | measure_lists(self, split, alone) if lists else metrics
+        return metrics | _model_lists(self, split, alone) if lists else metrics
 
 
 def load_run(
@@ -179,7 +178,7 @@ def evaluate_run(
         split: "valid" or "test".
         ranks: All processes; None: those that a launcher started, or this one alone.
         keep_ranks: Whether `ranks.parquet` is written, see :func:`save_ranks`.
-        lists: Whether :func:`measure_lists` is asked for, too.
+        lists: Whether what is recommended is measured, too (list_metrics.py).
     """
     ranks = ranks or start_ranks()
     run = load_run(folder, ranks)
@@ -187,7 +186,7 @@ def evaluate_run(
         metrics = save_ranks(run, Path(folder), split, ranks)
     else:
         metrics = evaluate_model(run, split, ranks)
-    return metrics | measure_lists(run, split, ranks) if lists else metrics
+    return metrics | _model_lists(run, split, ranks) if lists else metrics
 
 
 def save_ranks(run: LoadedRun, folder: Path, split: str, ranks: Ranks) -> dict[str, float]:
@@ -218,22 +217,28 @@ def evaluate_model(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]
     Raises:
         ConfigError: There is no such split.
     """
-    if split not in SPLITS:
-        raise ConfigError(
-            f"There is no split `{split}` to evaluate on.", remedy=f"Give {' or '.join(SPLITS)}."
-        )
+    check_split(split)
     stream = ranking_stream(run.config, split, ranks)
     return evaluate(ByModel(run.model), stream, run.config.evaluation, ranks)
 
 
-def measure_lists(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]:
-    """What the lists of a split's users are like (list_metrics.py). All must call."""
+def check_split(split: str) -> None:
+    """Whether a split can be evaluated on.
+
+    Raises:
+        ConfigError: There is no such split.
+    """
+    if split not in SPLITS:
+        raise ConfigError(
+            f"There is no split `{split}` to evaluate on.", remedy=f"Give {' or '.join(SPLITS)}."
+        )
+
+
+def _model_lists(run: LoadedRun, split: str, ranks: Ranks) -> dict[str, float]:
     config, manifest = run.config, run.inputs.manifest
     k, filter_seen = max(config.evaluation.cutoffs), config.evaluation.filter_seen
     best = lister(run.model, manifest.num_items, k, filter_seen=filter_seen)
-    stream = ranking_stream(config, split, ranks, once_a_user=True)
-    lists = recommended(best, stream, config, manifest, ranks, run.items.titles)
-    return list_metrics(lists, config.evaluation.cutoffs)
+    return measure_lists(best, split, config, manifest, ranks, run.items.titles)
 
 
 def recommendation_text(

@@ -276,3 +276,5 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert "p (Holm) of" not in shown  # no margin, no equivalence
     assert mltfr(["compare", str(a), str(tmp_path / "c.parquet")]) == 2
     assert "does not exist" in capsys.readouterr().err
+    assert mltfr(["compare", *given[:-4], "--output", str(a), "--resamples", "100"]) == 2
+    assert "a.parquet cannot be written" in capsys.readouterr().err
