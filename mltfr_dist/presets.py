@@ -113,6 +113,7 @@ def paper() -> RunConfig:
             global_batch_size=128, epochs=100, consensus_epochs=100, patience=100
         ),
         checkpoint=CheckpointConfig(keep_last=1),
+        deepspeed=Path("ds_configs/zero0.json"),  # copies of trained tables are half of a step
     )
     return as_published(config)
 

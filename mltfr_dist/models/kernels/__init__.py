@@ -9,6 +9,7 @@ from mltfr_dist.models.kernels.build import usable
 from mltfr_dist.models.kernels.masks import draw_mask
 from mltfr_dist.models.kernels.mixing import mix
 from mltfr_dist.models.kernels.nearest import largest_products, nearest
+from mltfr_dist.models.kernels.noise import noisy_candidates
 from mltfr_dist.models.kernels.ranking import (
     LeftOut,
     count_between,
@@ -33,5 +34,6 @@ __all__ = [
     "leads_in_registers",
     "mix",
     "nearest",
+    "noisy_candidates",
     "usable",
 ]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 SOURCES = (
     *("candidates.h", "common.h", "exponential.h", "panels.h", "registers.h", "rounded.h"),
     *("attention.cpp", "blocks.cpp", "counting.cpp", "leading.cpp"),
-    *("masks.cpp", "mixing.cpp", "products.cpp", "search.cpp", "softmax.cpp"),
+    *("masks.cpp", "mixing.cpp", "noise.cpp", "products.cpp", "search.cpp", "softmax.cpp"),
 )
 FLAGS = (
     *("-O3", "-std=c++17", "-mavx2", "-mfma", "-fno-math-errno", "-fno-trapping-math"),
