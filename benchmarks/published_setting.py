@@ -30,13 +30,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from quality import bare, random_tables, run_missing, vary
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.errors import MltfrError, fail
 from mltfr_dist.presets import preset
 from mltfr_dist.repairs import as_published
 from mltfr_dist.tables.store import load_table, save_table
+
+if __package__:
+    from benchmarks.quality import bare, random_tables, run_missing, vary
+else:
+    from quality import bare, random_tables, run_missing, vary
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "sasrec_original": {},
@@ -125,7 +129,12 @@ def first_best(values: Sequence[dict[str, float]], metric: str) -> int:
 
 def report(tasks: Sequence[Task]) -> Iterator[str]:
     """A line for each arm that has both runs."""
-    yield "| data, backbone, seed | arm | test picks | validation picks | last epoch | own |"
+    shown = " / ".join(METRICS)
+    yield (
+        f"| data, backbone, seed | arm | test picks: {shown} (epoch) | epoch that validation picks "
+        "| last epoch | trained without validation targets |"
+    )
+    yield "|---|---|---|---|---|---|"
     folders = {task.config.name: task.config.folder for task in tasks}
     for theirs in (task for task in tasks if not task.arm.endswith(ADDED)):
         name = theirs.config.name
