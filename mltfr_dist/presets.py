@@ -92,8 +92,9 @@ def paper() -> RunConfig:
 
     To reproduce, not to believe: docs/method.md lists what is wrong with it, and what still differs
     from the authors' code. Their six tables are not free to ship; here are the demo's three, no two
-    of which are equally wide, so that the published consensus merges one expert only. Trained
-    tables make a step slow: hours on 2 CPU cores. Prepare the data first:
+    of which are equally wide, so that the published consensus merges one expert only
+    (`benchmarks/published_setting.py` makes two of one width). Trained tables make a step slow: 0.4
+    processor seconds, hours in all. Prepare the data first:
     `mltfr fetch pantry` says where it is and how; then `python train.py --preset paper` (one rank:
     its memory is that of the whole batch).
     """

@@ -61,9 +61,15 @@ class GumbelNoise(NamedTuple):
         """Keys and rows are mixed in 64 bits, each pair in 32: a whole table for every user is
         drawn at each step.
         """
-        words = mix32(low_half(mix(keys))[:, None] ^ low_half(mix(row_ids * STEP)))
+        query_words, row_words = words_of(keys, row_ids)
+        words = mix32(query_words[:, None] ^ row_words)
         uniform = (((words >> 8) & ((1 << 24) - 1)).float() + 0.5) * 2.0**-24
         return self.scale * gumbel(uniform)
+
+
+def words_of(keys: Tensor, row_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What a pair's number follows from: int32 of queries [G] and of rows, of their shape."""
+    return low_half(mix(keys)), low_half(mix(row_ids * STEP))
 
 
 def low_half(z: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def search(
     tolerance = TOLERANCE[torch.float32] if settled else 0.0
 
     def exact(doubtful: Tensor, indices: Tensor) -> Tensor:
-        return _products(unit_query[doubtful], unit_rows.double(), indices)
+        return products_at(unit_query[doubtful], unit_rows.double(), indices)
 
     top = _best_of(unit_query, unit_rows, noise)
     near = _separated(top, len(unit_rows), num_kept, tolerance, margin=4 if settled else 1)
@@ -135,10 +135,10 @@ def _cosines(query: Tensor, rows: Tensor, project: Project, indices: Tensor) -> 
     """[G, C] in float64, of each query [G, D] with the rows at ``indices``."""
     present, inverse = torch.unique(indices, return_inverse=True)
     exact_rows = project(rows[present.to(rows.device)], torch.float64)  # [U, D]
-    return _products(F.normalize(query.double(), dim=-1), exact_rows, inverse)
+    return products_at(F.normalize(query.double(), dim=-1), exact_rows, inverse)
 
 
-def _products(query: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
+def products_at(query: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
     """[G, C] products in float64 of each query [G, D] with the ``rows`` [S, D] at ``indices``."""
     chunk = queries_at_once(2 * rows.shape[1] * indices.shape[1], indices.device)
     products = [

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mltfr_dist.models.draws import GumbelNoise
 from mltfr_dist.models.experts import ExpertRows
+from mltfr_dist.models.noisy_search import noisy_rows
 from mltfr_dist.models.placed_table import PlacedTable, WholeTable
 from mltfr_dist.models.search import largest, search
 from mltfr_dist.models.selectors.base import Selection
@@ -98,7 +99,9 @@ class StraightThrough(UserGuided):
         self, unit_query: Tensor, rows: Tensor, row_ids: Tensor, noise: GumbelNoise | None
     ) -> Selection:
         """The weight of one token: in fp32 it is 1 to the last bit and its gradient exactly 0."""
-        kept = search(unit_query, self.project(rows), 1, noise)
+        kept = noisy_rows(unit_query, rows, self.project, 1, noise)
+        if kept is None:
+            kept = search(unit_query, self.project(rows), 1, noise)
         ones = unit_query.new_ones(kept.shape)
         return WeightedSelection(rows, row_ids, kept, torch.zeros_like(ones), ones)
 

@@ -10,6 +10,7 @@ from mltfr_dist.models.kernels.histories import attend_histories
 from mltfr_dist.models.kernels.masks import draw_mask
 from mltfr_dist.models.kernels.mixing import mix
 from mltfr_dist.models.kernels.nearest import largest_products, nearest
+from mltfr_dist.models.kernels.noise import noisy_candidates
 from mltfr_dist.models.kernels.projection import map_rows, row_maxima
 from mltfr_dist.models.kernels.ranking import (
     LeftOut,
@@ -37,6 +38,7 @@ __all__ = [
     "map_rows",
     "mix",
     "nearest",
+    "noisy_candidates",
     "row_maxima",
     "usable",
 ]

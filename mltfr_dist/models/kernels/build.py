@@ -28,7 +28,7 @@ SOURCES = (
     *("attended.h", "candidates.h", "common.h", "exponential.h", "panels.h", "registers.h"),
     "rounded.h",
     *("attention.cpp", "blocks.cpp", "counting.cpp", "histories.cpp", "leading.cpp"),
-    *("masks.cpp", "mixing.cpp", "products.cpp", "projection.cpp"),
+    *("masks.cpp", "mixing.cpp", "noise.cpp", "products.cpp", "projection.cpp"),
     *("search.cpp", "softmax.cpp"),
 )
 FLAGS = (
