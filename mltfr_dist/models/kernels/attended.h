@@ -32,7 +32,7 @@ inline void in_columns(int64_t dim, const Work& work) {
 // Rows of one head: where they stand, and a transposed copy. What belongs to several positions
 // stands ``stride`` numbers apart, for as many rows as there may be.
 struct Rows {
-  int64_t dim, stride, kept, places;
+  int64_t dim, stride, kept, num_padded;
   std::vector<const float*> rows;
   std::vector<float> transposed;  // [d, K], zero behind
 
@@ -44,7 +44,7 @@ struct Rows {
   // The first ``count`` rows are read from now on.
   void read(int64_t count) {
     kept = count;
-    places = padded(count);
+    num_padded = padded(count);
   }
 
   // Row ids[k] of ``all``, whose rows are ``width`` numbers long; ``all`` begins with the head's.
@@ -53,7 +53,7 @@ struct Rows {
   }
 
   void transpose() {
-    for (int64_t k = 0; k < places; k += WIDTH)
+    for (int64_t k = 0; k < num_padded; k += WIDTH)
       for (int64_t c = 0; c < dim; c += WIDTH) {
         const int64_t columns = std::min(WIDTH, dim - c), some = std::min(WIDTH, kept - k);
         Floats block[WIDTH];
@@ -71,8 +71,8 @@ struct Rows {
   template <int64_t P>
   void products(const float* vectors, int64_t step, float* out) const {
     int64_t k = 0;
-    for (; k + 2 * WIDTH <= places; k += 2 * WIDTH) products<P, 2>(vectors, step, out, k);
-    if (k < places) products<P, 1>(vectors, step, out, k);
+    for (; k + 2 * WIDTH <= num_padded; k += 2 * WIDTH) products<P, 2>(vectors, step, out, k);
+    if (k < num_padded) products<P, 1>(vectors, step, out, k);
   }
 
   template <int64_t P, int64_t R>
@@ -128,23 +128,23 @@ struct Rows {
 
 // Softmax of ``logits`` [K], in place; what is padded gets zero. Returns the logarithm of the sum
 // of the exponentials.
-inline float softmax(float* logits, int64_t kept, int64_t places) {
-  for (int64_t k = kept; k < places; ++k) logits[k] = -INFINITY;
+inline float softmax(float* logits, int64_t kept, int64_t num_padded) {
+  for (int64_t k = kept; k < num_padded; ++k) logits[k] = -INFINITY;
   Floats top = load(logits);
-  for (int64_t k = WIDTH; k < places; k += WIDTH) {
+  for (int64_t k = WIDTH; k < num_padded; k += WIDTH) {
     const Floats more = load(logits + k);
     top = more > top ? more : top;
   }
   float largest = top[0];
   for (int64_t i = 1; i < WIDTH; ++i) largest = std::max(largest, top[i]);
   Floats total{};
-  for (int64_t k = 0; k < places; k += WIDTH) {
+  for (int64_t k = 0; k < num_padded; k += WIDTH) {
     const Floats e = exponential(load(logits + k) - largest);
     store(logits + k, e);
     total += e;
   }
   const float whole = sum(total), inverse = 1.0f / whole;
-  for (int64_t k = 0; k < places; k += WIDTH) store(logits + k, load(logits + k) * inverse);
+  for (int64_t k = 0; k < num_padded; k += WIDTH) store(logits + k, load(logits + k) * inverse);
   return largest + std::log(whole);
 }
 

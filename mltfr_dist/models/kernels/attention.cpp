@@ -9,7 +9,7 @@ namespace {
 
 struct Shape {
   int64_t groups, positions, heads, dim, kept;
-  int64_t places() const { return padded(kept); }
+  int64_t num_padded() const { return padded(kept); }
   int64_t width() const { return heads * dim; }
   int64_t row(int64_t g, int64_t i, int64_t h) const {  // where a position's numbers of a head are
     return (g * positions + i) * width() + h * dim;
@@ -23,10 +23,10 @@ void forward(const float* query, const float* keys, const float* values, const i
              const float* log_weights, const float* mask, float* weights, float* mixed,
              const Shape& s, int64_t threads) {
   const float scale = 1.0f / std::sqrt((float)s.dim);
-  const int64_t places = s.places();
+  const int64_t num_padded = s.num_padded();
   divided(s.groups, threads, [&](int64_t begin, int64_t end) {
     Rows key(s.dim, s.kept), value(s.dim, s.kept);
-    std::vector<float> rows(TOGETHER * places), logs(places);
+    std::vector<float> rows(TOGETHER * num_padded), logs(num_padded);
     for (int64_t g = begin; g < end; ++g) {
       const int64_t* ids = kept + g * s.kept;
       copy(logs.data(), log_weights + g * s.kept, s.kept);
@@ -39,10 +39,10 @@ void forward(const float* query, const float* keys, const float* values, const i
           const int64_t at = s.row(g, first, h), cell = s.cell(g, first, h);
           key.products<P>(query + at, s.width(), rows.data());
           for (int64_t i = 0; i < P; ++i) {
-            float* row = &rows[i * places];
-            for (int64_t k = 0; k < places; k += WIDTH)
+            float* row = &rows[i * num_padded];
+            for (int64_t k = 0; k < num_padded; k += WIDTH)
               store(row + k, load(row + k) * scale + load(&logs[k]));
-            softmax(row, s.kept, places);
+            softmax(row, s.kept, num_padded);
             copy(weights + cell + i * s.kept, row, s.kept);
             if (mask) multiply(row, mask + cell + i * s.kept, s.kept);
           }
@@ -56,16 +56,16 @@ void forward(const float* query, const float* keys, const float* values, const i
 // Of one position: what its output's gradient makes of ``row`` [K], its products with the values,
 // the gradient of the logits; their own sum goes to ``logs``.
 void through_softmax(const float* weights, const float* mask, float* row, float* masked, float* logs,
-                     float scale, int64_t kept, int64_t places) {
+                     float scale, int64_t kept, int64_t num_padded) {
   copy(masked, weights, kept);
   if (mask) multiply(row, mask, kept);
   Floats total{};
-  for (int64_t k = 0; k < places; k += WIDTH) total += load(masked + k) * load(row + k);
+  for (int64_t k = 0; k < num_padded; k += WIDTH) total += load(masked + k) * load(row + k);
   const float inner = sum(total);
-  for (int64_t k = 0; k < places; k += WIDTH) {
-    const Floats found = load(masked + k) * (load(row + k) - inner);
-    store(logs + k, load(logs + k) + found);
-    store(row + k, found * scale);
+  for (int64_t k = 0; k < num_padded; k += WIDTH) {
+    const Floats of_logits = load(masked + k) * (load(row + k) - inner);
+    store(logs + k, load(logs + k) + of_logits);
+    store(row + k, of_logits * scale);
   }
   if (mask) multiply(masked, mask, kept);
 }
@@ -75,10 +75,10 @@ void backward(const float* gradient, const float* query, const float* keys, cons
               float* of_keys, float* of_values, float* of_log_weights, const Shape& s,
               int64_t threads) {
   const float scale = 1.0f / std::sqrt((float)s.dim);
-  const int64_t places = s.places(), width = s.width();
+  const int64_t num_padded = s.num_padded(), width = s.width();
   divided(s.heads, threads, [&](int64_t begin, int64_t end) {
     Rows key(s.dim, s.kept), value(s.dim, s.kept);
-    std::vector<float> rows(TOGETHER * places), masked(TOGETHER * places), logs(places);
+    std::vector<float> rows(TOGETHER * num_padded), masked(TOGETHER * num_padded), logs(num_padded);
     for (int64_t g = 0; g < s.groups; ++g) {
       const int64_t* ids = kept + g * s.kept;
       for (int64_t h = begin; h < end; ++h) {
@@ -92,8 +92,8 @@ void backward(const float* gradient, const float* query, const float* keys, cons
           value.products<P>(gradient + at, width, rows.data());
           for (int64_t i = 0; i < P; ++i) {
             const int64_t own = cell + i * s.kept;
-            through_softmax(weights + own, mask ? mask + own : nullptr, &rows[i * places],
-                            &masked[i * places], logs.data(), scale, s.kept, places);
+            through_softmax(weights + own, mask ? mask + own : nullptr, &rows[i * num_padded],
+                            &masked[i * num_padded], logs.data(), scale, s.kept, num_padded);
           }
           value.spread<P>(masked.data(), gradient + at, width, of_values + h * s.dim, width, ids);
           key.spread<P>(rows.data(), query + at, width, of_keys + h * s.dim, width, ids);

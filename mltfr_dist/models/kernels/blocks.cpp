@@ -8,7 +8,7 @@
 namespace {
 
 struct Shape {
-  int64_t rows, length, dim, block, place;  // place: of a block where its mean is taken
+  int64_t rows, length, dim, block, offset;  // offset: in a block, where its mean is taken
   int64_t blocks(int64_t real) const { return (real + block - 1) / block; }
 };
 
@@ -33,11 +33,11 @@ inline void put(float* to, const float* from, int64_t count) {
 extern "C" {
 
 // x [B, L, D] -> positions [G, n, D], zeros behind column L, and means [G, D] of the real positions
-// up to ``place`` of each block, summed in float64.
+// up to ``offset`` of each block, summed in float64.
 void cut_blocks(const float* x, const int64_t* lengths, float* positions, float* means,
-                int64_t rows, int64_t length, int64_t dim, int64_t block, int64_t place,
+                int64_t rows, int64_t length, int64_t dim, int64_t block, int64_t offset,
                 int64_t threads) {
-  const Shape s{rows, length, dim, block, place};
+  const Shape s{rows, length, dim, block, offset};
   each(lengths, s, threads, [&](int64_t b, int64_t first) {
     std::vector<double> total(dim, 0.0);
     for (int64_t t = 0; t < s.blocks(lengths[b]) * block; ++t) {
@@ -45,7 +45,7 @@ void cut_blocks(const float* x, const int64_t* lengths, float* positions, float*
       put(positions + (first * block + t) * dim, from, dim);
       if (t < lengths[b])
         for (int64_t c = 0; c < dim; ++c) total[c] += from[c];
-      if (t % block != place) continue;
+      if (t % block != offset) continue;
       float* mean = means + (first + t / block) * dim;
       const float count = (float)std::min(t + 1, lengths[b]);
       for (int64_t c = 0; c < dim; ++c) mean[c] = (float)total[c] / count;
@@ -56,13 +56,13 @@ void cut_blocks(const float* x, const int64_t* lengths, float* positions, float*
 // The gradient by x of ``cut_blocks``.
 void cut_blocks_backward(const float* of_positions, const float* of_means, const int64_t* lengths,
                          float* of_x, int64_t rows, int64_t length, int64_t dim, int64_t block,
-                         int64_t place, int64_t threads) {
-  const Shape s{rows, length, dim, block, place};
+                         int64_t offset, int64_t threads) {
+  const Shape s{rows, length, dim, block, offset};
   each(lengths, s, threads, [&](int64_t b, int64_t first) {
     std::vector<double> later(dim, 0.0);
     const int64_t end = s.blocks(lengths[b]) * block;
     for (int64_t t = std::max(end, length) - 1; t >= 0; --t) {
-      if (t < end && t % block == place) {
+      if (t < end && t % block == offset) {
         const float* mean = of_means + (first + t / block) * dim;
         const float count = (float)std::min(t + 1, lengths[b]);
         for (int64_t c = 0; c < dim; ++c) later[c] += mean[c] / count;

@@ -11,9 +11,9 @@ constexpr int64_t FIRST = 512;  // rows that are looked at before there is a bou
 // The k-th largest of 16-bit numbers, ``count`` of them, a multiple of 16: bit by bit, as what k of
 // them reach.
 int kth_largest(const int16_t* numbers, int64_t count, int64_t k) {
-  int found = NONE;
+  int kth = NONE;
   for (int bit = 1 << 15; bit; bit >>= 1) {
-    const __m256i below = _mm256_set1_epi16((int16_t)(found + bit - 1));
+    const __m256i below = _mm256_set1_epi16((int16_t)(kth + bit - 1));
     __m256i reaching = _mm256_setzero_si256();
     for (int64_t i = 0; i < count; i += LANES) {
       const __m256i some = _mm256_loadu_si256((const __m256i*)(numbers + i));
@@ -23,17 +23,17 @@ int kth_largest(const int16_t* numbers, int64_t count, int64_t k) {
     pairs = _mm256_hadd_epi32(pairs, pairs);
     pairs = _mm256_hadd_epi32(pairs, pairs);
     const int total = _mm256_extract_epi32(pairs, 0) + _mm256_extract_epi32(pairs, 4);
-    found += total >= k ? bit : 0;
+    kth += total >= k ? bit : 0;
   }
-  return found;
+  return kth;
 }
 
 int kth_largest(std::vector<int16_t>& numbers, int64_t k) {
   const size_t count = numbers.size();
   numbers.resize((count + LANES - 1) / LANES * LANES, NONE);
-  const int found = kth_largest(numbers.data(), (int64_t)numbers.size(), k);
+  const int kth = kth_largest(numbers.data(), (int64_t)numbers.size(), k);
   numbers.resize(count);
-  return found;
+  return kth;
 }
 
 // What may be among the best of one query.

@@ -14,9 +14,9 @@ constexpr int64_t WIDTH = 8;
 inline int64_t padded(int64_t count) { return (count + WIDTH - 1) / WIDTH * WIDTH; }
 
 inline Floats load(const float* from) {
-  Floats found;
-  std::memcpy(&found, from, sizeof found);
-  return found;
+  Floats numbers;
+  std::memcpy(&numbers, from, sizeof numbers);
+  return numbers;
 }
 
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }

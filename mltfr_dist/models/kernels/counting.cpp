@@ -116,7 +116,7 @@ struct Ranking {
   LeftOut left_out;
   int64_t *better, *equal;
   double *shifts, *sums;      // of exponentials, or null
-  int64_t users, start, dim;  // start: place of the first item
+  int64_t users, start, dim;  // start: index of the first item
   const Panels& panels;
 
   // The panels from ``first`` up to ``end`` for a block of users, the last of whom may come again.
@@ -170,8 +170,8 @@ struct Ranking {
   void take_back(int64_t user) const {
     const float* row = hidden + user * dim;
     better[user] -= (panels.size() * PANEL - panels.count) * (0.0f > high[user]);
-    const int64_t *from = left_out.places + left_out.bounds[user],
-                  *to = left_out.places + left_out.bounds[user + 1];
+    const int64_t *from = left_out.indices + left_out.bounds[user],
+                  *to = left_out.indices + left_out.bounds[user + 1];
     from = std::lower_bound(from, to, start);
     to = std::lower_bound(from, to, start + panels.count);
     constexpr int64_t SOME = 8;  // at a time, for each number waits for the one before
@@ -193,17 +193,17 @@ struct Ranking {
 
 extern "C" {
 
-// Adds to better and equal [B] what T items count, the first of which stands at place ``start``;
+// Adds to better and equal [B] what T items count, the first of which stands at index ``start``;
 // and, unless these are null, exponentials of all their scores less the shifts [B] to sums [B].
 //
-// hidden [B, D], vectors [T, D], low, high and targets [B]; bounds [B + 1] and places: see LeftOut.
+// hidden [B, D], vectors [T, D], low, high and targets [B]; bounds [B + 1] and indices: see LeftOut.
 void count_better(const float* hidden, const float* vectors, const float* low, const float* high,
-                  const float* targets, const int64_t* bounds, const int64_t* places,
+                  const float* targets, const int64_t* bounds, const int64_t* indices,
                   int64_t* better, int64_t* equal, double* shifts, double* sums, int64_t users,
                   int64_t items, int64_t dim, int64_t start, int64_t threads) {
   Panels panels(items, dim);
   panels.fill(vectors, items, threads);
-  const Ranking ranking{hidden, vectors, low,  high,  targets, {bounds, places}, better,
+  const Ranking ranking{hidden, vectors, low,  high,  targets, {bounds, indices}, better,
                         equal,  shifts,  sums, users, start,   dim,              panels};
   const int64_t cached = std::max<int64_t>(1, CACHED_NUMBERS / (PANEL * dim));
   divided((users + USERS - 1) / USERS, threads, [&](int64_t begin, int64_t end) {

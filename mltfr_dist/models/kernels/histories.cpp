@@ -63,9 +63,9 @@ void attend_histories(const float* qkv, const int64_t* starts, float* mixed, flo
       key.products<P>(qkv + (start + first) * 3 * s.width() + h * dim, 3 * s.width(), rows.data());
       for (int64_t i = 0; i < P; ++i) {
         float* row = &rows[i * key.stride];
-        for (int64_t k = 0; k < key.places; k += WIDTH) store(row + k, load(row + k) * scale);
+        for (int64_t k = 0; k < key.num_padded; k += WIDTH) store(row + k, load(row + k) * scale);
         log_sums[(start + first + i) * heads + h] =
-            softmax(row, causal ? first + i + 1 : length, key.places);
+            softmax(row, causal ? first + i + 1 : length, key.num_padded);
       }
       value.mixed<P>(rows.data(), mixed + (start + first) * s.width() + h * dim, s.width());
     });
@@ -96,15 +96,15 @@ void attend_histories_backward(const float* gradient, const float* qkv, const in
         float *w = &weights[i * key.stride], *row = &rows[i * key.stride];
         const int64_t kept = causal ? first + i + 1 : length;
         const float log_sum = log_sums[(at + i) * heads + h];
-        for (int64_t k = kept; k < key.places; ++k) w[k] = -INFINITY;
+        for (int64_t k = kept; k < key.num_padded; ++k) w[k] = -INFINITY;
         Floats total{};
-        for (int64_t k = 0; k < key.places; k += WIDTH) {
+        for (int64_t k = 0; k < key.num_padded; k += WIDTH) {
           const Floats weight = exponential(load(w + k) * scale - log_sum);
           store(w + k, weight);
           total += weight * load(row + k);
         }
         const float inner = sum(total);
-        for (int64_t k = 0; k < key.places; k += WIDTH)
+        for (int64_t k = 0; k < key.num_padded; k += WIDTH)
           store(row + k, load(w + k) * (load(row + k) - inner) * scale);
       }
       float* made = of_qkv + h * dim;

@@ -14,12 +14,12 @@ constexpr int64_t SPARE = 64;  // candidates beyond the K best, at least, before
 
 struct Candidate {
   float score;  // as computed, or exact: near the true one either way
-  int32_t place;
+  int32_t index;
 };
 
 inline bool by_score(const Candidate& a, const Candidate& b) { return a.score > b.score; }
-inline bool by_score_and_place(const Candidate& a, const Candidate& b) {
-  return a.score > b.score || (a.score == b.score && a.place < b.place);
+inline bool by_score_and_index(const Candidate& a, const Candidate& b) {
+  return a.score > b.score || (a.score == b.score && a.index < b.index);
 }
 
 // The largest number of fp32 below what is certainly no more than ``limit``.
@@ -31,37 +31,37 @@ struct Leaders {
   int64_t sought, most;
   double error;
   float least = -INFINITY;  // what scores less is none of the best
-  std::vector<Candidate> found;
+  std::vector<Candidate> kept;
 
   Leaders(const float* row, const float* vectors, int64_t sought, double error)
       : row(row), vectors(vectors), sought(sought), most(sought + std::max(SPARE, sought)),
         error(error) {
-    found.reserve(most);
+    kept.reserve(most);
   }
 
-  void take(float score, int64_t place, Exact& exact) {
-    found.push_back({score, (int32_t)place});
-    if ((int64_t)found.size() < most) return;
+  void take(float score, int64_t index, Exact& exact) {
+    kept.push_back({score, (int32_t)index});
+    if ((int64_t)kept.size() < most) return;
     drop();
-    if ((int64_t)found.size() > sought + (most - sought) / 2) settle(exact);
+    if ((int64_t)kept.size() > sought + (most - sought) / 2) settle(exact);
   }
 
   // The K of highest computed score truly score above the K-th less its error.
   void drop() {
-    if ((int64_t)found.size() <= sought) return;
-    std::nth_element(found.begin(), found.begin() + sought - 1, found.end(), by_score);
-    least = std::max(least, below(found[sought - 1].score - 2 * error));
+    if ((int64_t)kept.size() <= sought) return;
+    std::nth_element(kept.begin(), kept.begin() + sought - 1, kept.end(), by_score);
+    least = std::max(least, below(kept[sought - 1].score - 2 * error));
     const auto behind = [this](const Candidate& c) { return c.score < least; };
-    found.erase(std::remove_if(found.begin(), found.end(), behind), found.end());
+    kept.erase(std::remove_if(kept.begin(), kept.end(), behind), kept.end());
   }
 
-  // The best by their exact scores, in order; of equal ones the lower places.
+  // The best by their exact scores, in order; of equal ones the lower indices.
   void settle(Exact& exact) {
-    for (Candidate& c : found) c.score = exact(row, vectors + c.place * exact.dim);
-    std::sort(found.begin(), found.end(), by_score_and_place);
-    if ((int64_t)found.size() < sought) return;
-    found.resize(sought);
-    least = std::max(least, below(found.back().score - error));
+    for (Candidate& c : kept) c.score = exact(row, vectors + c.index * exact.dim);
+    std::sort(kept.begin(), kept.end(), by_score_and_index);
+    if ((int64_t)kept.size() < sought) return;
+    kept.resize(sought);
+    least = std::max(least, below(kept.back().score - error));
   }
 };
 
@@ -100,13 +100,13 @@ void look(const Panels& panels, int64_t start, int64_t user, int64_t first, int6
 
 extern "C" {
 
-// The K best of each user: scores and places [B, K], best first, of equal scores the lower places;
+// The K best of each user: scores and indices [B, K], best first, of equal scores the lower indices;
 // -inf and 0 where fewer are left.
 //
 // hidden [B, D], vectors [I, D], errors [B] bound those of computed scores; bounds [B + 1] and
 // left_out: see LeftOut. ``together`` items are looked at by all users at a time.
 void top_items(const float* hidden, const float* vectors, const double* errors,
-               const int64_t* bounds, const int64_t* left_out, float* scores, int64_t* places,
+               const int64_t* bounds, const int64_t* left_out, float* scores, int64_t* indices,
                int64_t users, int64_t items, int64_t dim, int64_t sought, int64_t together,
                int64_t threads) {
   std::vector<Leaders> all;
@@ -130,10 +130,10 @@ void top_items(const float* hidden, const float* vectors, const double* errors,
     for (int64_t u = begin; u < end; ++u) {
       all[u].drop();
       all[u].settle(exact);
-      const int64_t found = all[u].found.size();
+      const int64_t kept = all[u].kept.size();
       for (int64_t k = 0; k < sought; ++k) {
-        scores[u * sought + k] = k < found ? all[u].found[k].score : -INFINITY;
-        places[u * sought + k] = k < found ? all[u].found[k].place : 0;
+        scores[u * sought + k] = k < kept ? all[u].kept[k].score : -INFINITY;
+        indices[u * sought + k] = k < kept ? all[u].kept[k].index : 0;
       }
     }
   });

@@ -1,7 +1,7 @@
 // Scores of a few users and two registers of items at a time, which never leave the registers, and
 // the score that counts, as `exact_scores` (models/tiles.py) defines it.
 //
-// Shapes: D numbers of a user or an item. The places of items are those among all at hand.
+// Shapes: D numbers of a user or an item. The indices of items are those among all at hand.
 #pragma once
 
 #include <immintrin.h>
@@ -72,8 +72,8 @@ class Panels {
   int64_t dim, count = 0;
 
   Panels(int64_t most, int64_t dim) : dim(dim), numbers(panels(most) * PANEL * dim + LINE) {
-    const auto place = (uintptr_t)numbers.data() / sizeof(float);
-    start = numbers.data() + (LINE - place % LINE) % LINE;
+    const auto offset = (uintptr_t)numbers.data() / sizeof(float);
+    start = numbers.data() + (LINE - offset % LINE) % LINE;
   }
 
   static int64_t panels(int64_t count) { return (count + PANEL - 1) / PANEL; }
@@ -160,12 +160,12 @@ void each(unsigned bits, const Work& work) {
   for (; bits; bits &= bits - 1) work((int64_t)__builtin_ctz(bits));
 }
 
-// Which items do not count for whom: of user u ascending places from bounds[u] to bounds[u + 1].
+// Which items do not count for whom: of user u ascending indices from bounds[u] to bounds[u + 1].
 struct LeftOut {
-  const int64_t *bounds, *places;
+  const int64_t *bounds, *indices;
 
-  bool has(int64_t user, int64_t place) const {
-    return std::binary_search(places + bounds[user], places + bounds[user + 1], place);
+  bool has(int64_t user, int64_t index) const {
+    return std::binary_search(indices + bounds[user], indices + bounds[user + 1], index);
   }
 };
 

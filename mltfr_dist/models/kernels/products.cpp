@@ -18,9 +18,9 @@ void kept_products(const float* query, const float* rows, const int64_t* kept, f
         Floats total{};
         int64_t c = 0;
         for (; c + WIDTH <= width; c += WIDTH) total += load(q + c) * load(row + c);
-        float found = sum(total);
-        for (; c < width; ++c) found += q[c] * row[c];
-        scores[g * count + k] = found;
+        float product = sum(total);
+        for (; c < width; ++c) product += q[c] * row[c];
+        scores[g * count + k] = product;
       }
     }
   });

@@ -48,15 +48,15 @@ bool finite(const float* v, int64_t count) {
 }
 
 // What orders candidates: the product, largest first, then the id.
-int64_t place(float product, int32_t id) {
+int64_t ordered_key(float product, int32_t id) {
   const float size = -product + 0.0f;  // no negative zero
   int32_t bits;
   std::memcpy(&bits, &size, sizeof bits);
   return (int64_t)(bits ^ (bits >> 31 & 0x7fffffff)) << 32 | (uint32_t)id;
 }
 
-float product_of(int64_t place) {
-  const int32_t ordered = (int32_t)(place >> 32), bits = ordered ^ (ordered >> 31 & 0x7fffffff);
+float product_of(int64_t key) {
+  const int32_t ordered = (int32_t)(key >> 32), bits = ordered ^ (ordered >> 31 & 0x7fffffff);
   float size;
   std::memcpy(&size, &bits, sizeof size);
   return -size;
@@ -66,17 +66,17 @@ float product_of(int64_t place) {
 struct Room {
   std::vector<float> quick;
   std::vector<int16_t> rounded;
-  std::vector<int64_t> places, ordered;
+  std::vector<int64_t> keys, ordered;
 };
 
 // Ascending. Few are counted, for what a comparison says cannot be foreseen.
 void order(Room& room) {
-  const auto& places = room.places;
-  room.ordered = places;
-  if (places.size() > 64) return std::sort(room.ordered.begin(), room.ordered.end());
-  for (const int64_t one : places) {
+  const auto& keys = room.keys;
+  room.ordered = keys;
+  if (keys.size() > 64) return std::sort(room.ordered.begin(), room.ordered.end());
+  for (const int64_t one : keys) {
     int64_t smaller = 0;
-    for (const int64_t other : places) smaller += other < one;
+    for (const int64_t other : keys) smaller += other < one;
     room.ordered[smaller] = one;
   }
 }
@@ -98,10 +98,10 @@ void settle(const float* query, const float* rows, int64_t dim, float largest_ro
   }
   const float least =
       (float)kth_largest(room.rounded, of.sought) / scale - slack(dim, norm * largest_row);
-  room.places.clear();
+  room.keys.clear();
   for (size_t i = 0; i < count; ++i)
     if (room.quick[i] >= least)
-      room.places.push_back(place(exact_product(query, rows + of.ids[i] * dim, dim), of.ids[i]));
+      room.keys.push_back(ordered_key(exact_product(query, rows + of.ids[i] * dim, dim), of.ids[i]));
   order(room);
   for (int64_t k = 0; k < of.sought; ++k) {
     scores[k] = product_of(room.ordered[k]);
@@ -154,24 +154,24 @@ struct Search {
 
   void scan(const int64_t* members, int64_t number, bool hinted) {
     std::vector<RoundedQuery> some;
-    std::vector<Candidates> found;
+    std::vector<Candidates> candidates;
     some.reserve(number);
-    found.reserve(number);
+    candidates.reserve(number);
     for (int64_t m = 0; m < number; ++m) {
       some.emplace_back(queries + members[m] * dim, dim, rounded, 1e30f);
       const double scale = (double)some[m].scale * rounded.scale;
       const double window = std::min(2.0 * some[m].error * scale, 65536.0);
-      found.emplace_back(sought, (int)std::ceil(window) + 1);
-      if (hinted) found[m].bound((float)(least(members[m]) * scale));
+      candidates.emplace_back(sought, (int)std::ceil(window) + 1);
+      if (hinted) candidates[m].bound((float)(least(members[m]) * scale));
     }
     for (int64_t first = 0, whole; first < rounded.count; first += whole) {
       whole = std::min(rounded.count - first, std::min(TILE, hinted ? TILE : std::max(FIRST, first)));
       for (int64_t m = 0; m < number; m += QUERIES)
-        look(&some[m], &found[m], std::min(QUERIES, number - m), first, whole, hinted);
+        look(&some[m], &candidates[m], std::min(QUERIES, number - m), first, whole, hinted);
     }
     for (int64_t m = 0; m < number; ++m) {
       const int64_t g = members[m];
-      settle(queries + g * dim, rows, dim, rounded.norm, found[m], room, scores + g * sought,
+      settle(queries + g * dim, rows, dim, rounded.norm, candidates[m], room, scores + g * sought,
              ids + g * sought);
     }
   }
@@ -180,16 +180,16 @@ struct Search {
   // before and after it that have been looked at: as many have products that large.
   float least(int64_t g) const {
     const float* query = queries + g * dim;
-    float found = -INFINITY, largest, norm;
+    float bound = -INFINITY, largest, norm;
     measure(query, dim, largest, norm);
     for (int64_t other = g / ALIKE * ALIKE; other <= std::min(g + ALIKE, count - 1); other += ALIKE) {
       float smallest = INFINITY;
       for (int64_t k = 0; k < sought; ++k)
         smallest = std::min(
             smallest, quick_product(query, rows + ids[other * sought + k] * dim, dim));
-      found = std::max(found, smallest);
+      bound = std::max(bound, smallest);
     }
-    return found - slack(dim, norm * rounded.norm);
+    return bound - slack(dim, norm * rounded.norm);
   }
 
   // Of up to QUERIES queries and ``whole`` rows from ``first`` on.

@@ -62,11 +62,11 @@ class Waits(TorchDispatchMode):
         )
         if func in WAITING or by_mask:
             name = "nonzero" if by_mask else func.overloadpacket.__name__
-            self.found[(*place(), name)] += 1
+            self.found[(*running(), name)] += 1
         return func(*args, **(kwargs or {}))
 
 
-def place() -> tuple[str, str]:
+def running() -> tuple[str, str]:
     """File and function of the package that are running."""
     frame: Any = sys._getframe(1)
     while frame is not None:
