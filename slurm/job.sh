@@ -94,6 +94,16 @@ wait_for() {
     fi
 }
 
+# The exit code is the highest of all tasks. Where one fails, srun asks the others to stop, and one that has only begun
+# says so by its code: that of the failed one counts.
+code_of_failure() {
+    local own
+    own=$(sed -n 's/.*Exited with exit code //p' "$logs/launcher.log" | grep -vx "$EXIT_STOPPED" | head -n 1) || true
+    if [[ ! $stopping && $code == "$EXIT_STOPPED" && $own ]]; then
+        code=$own
+    fi
+}
+
 # End the job with the exit code; where it was asked to stop and has saved, put it back into the queue first.
 finish() {
     echo "$(date --iso-8601=seconds) ended with exit code $code; logs: $logs"
