@@ -148,8 +148,8 @@ class Engine:
                 self._reduce_rows()
                 sums = StepSums(outputs)
                 told = self.health.agree(sums.vector)
-                if self.zero_stage == 0 and forms_norm:
-                    self._norm = total_norm(self.module)
+                of_all = self.zero_stage == 0 and forms_norm
+                self._norm = total_norm(self.module) if of_all else None
             self.stopwatch.mark("optimizer")
             self.deepspeed.step()
         result = sums.output(self.health.read(told))
@@ -184,8 +184,8 @@ class Engine:
                 )
 
     def grad_norm(self) -> float | None:
-        """Global gradient norm of the last update before clipping; None where DeepSpeed, which
-        forms it at stages 1 to 3, has not.
+        """Global gradient norm of the last update before clipping; None where it was not formed:
+        at stage 0 by us if it is asked for, at stages 1 to 3 by DeepSpeed.
         """
         norm = self._norm if self.zero_stage == 0 else self.deepspeed.get_global_grad_norm()
         if norm is None or self.joint_norm is None:

@@ -22,6 +22,7 @@ from support import (
 )
 
 from mltfr_dist.config import RunConfig
+from mltfr_dist.errors import EXIT_STOPPED
 from mltfr_dist.training.run_folder import dump_config, load_config, load_result
 
 CLUSTER = Path(__file__).parent / "cluster.sh"
@@ -209,6 +210,25 @@ def test_a_failing_job_is_not_requeued(slurm: Slurm, inputs: Path, tmp_path: Pat
     job = slurm.train(path)
     slurm.wait("it fails", lambda: slurm.state(job) == "FAILED")
     assert "training.epoch" in slurm.rank_log(job, "start0")
+    assert "requeued" not in slurm.log(job)
+
+
+def test_a_job_that_fails_while_a_rank_only_begins_is_not_requeued(
+    slurm: Slurm, inputs: Path, tmp_path: Path
+) -> None:
+    """srun asks the other rank to stop, and that one's code, of one that was asked, is higher."""
+    path, late = tmp_path / "bad.yaml", tmp_path / "python"
+    path.write_text(written(inputs, "bad")[1].read_text().replace("epochs: 3", "epoch: 3"))
+    late.write_text(
+        "#!/usr/bin/env bash\n"
+        '[[ ${SLURM_PROCID:-0} == 1 ]] || exec "$REAL" "$@"\n'
+        f"trap 'exit {EXIT_STOPPED}' TERM; sleep 300 & wait\n"
+    )
+    late.chmod(0o755)
+    job = slurm.train(path, PYTHON=str(late), REAL=sys.executable)
+    slurm.wait("it fails", lambda: slurm.state(job) == "FAILED")
+    assert f"Exited with exit code {EXIT_STOPPED}" in slurm.log(job)
+    assert "ended with exit code 2;" in slurm.log(job)
     assert "requeued" not in slurm.log(job)
 
 
