@@ -93,27 +93,24 @@ def measure(options: argparse.Namespace) -> None:
     )
     model = build_model(config, load_inputs(config, verify=False), ranks, with_consensus=False)
     engine = Engine(model, config, ranks, batch_layout(config, ranks), 1)
-    started, times = 0.0, []
     stream = train_stream(config, engine.layout)
-    for step, batches in enumerate(
-        islice(chain.from_iterable(map(stream.epoch, count())), options.steps + 2)
-    ):
-        if step == 2:  # warm
-            counted.clear()
-            calls.clear()
-        ranks.barrier()
-        started = time.perf_counter()
+    steps = enumerate(chain.from_iterable(map(stream.epoch, count())))
+    for step, batches in islice(steps, 2):  # warm
         engine.update(batches, step)
-        ranks.barrier()
-        times.append(time.perf_counter() - started)
+    ranks.barrier()
+    counted.clear()
+    calls.clear()
+    started = time.perf_counter()
+    for step, batches in islice(steps, options.steps):
+        engine.update(batches, step)
+    seconds = time.perf_counter() - started  # the last update has waited for all ranks
     if ranks.is_main:
         trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-        steps = len(times) - 2
         result = {
-            "seconds": sum(times[2:]) / steps,
+            "seconds": seconds / options.steps,
             "trained": trained,
-            "bytes": {k: v / steps for k, v in counted.items()},
-            "calls": {k: v / steps for k, v in calls.items()},
+            "bytes": {k: v / options.steps for k, v in counted.items()},
+            "calls": {k: v / options.steps for k, v in calls.items()},
         }
         Path(options.output).write_text(json.dumps(result))
     stop_ranks()

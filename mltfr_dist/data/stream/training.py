@@ -235,11 +235,15 @@ class TrainStream:
     # --------------------------------------------------------------------------------------------
 
     def _deal(self, step: Step) -> StepBatches:
-        """Deal out groups of samples of like length to the ranks in turn."""
+        """Deal out groups of samples of like length to the ranks, there and back (0, 1, 1, 0, ...):
+        in one direction, the first rank would get the longer of each two.
+        """
         histories = step.samples.history_ends - step.samples.history_starts
         by_length = np.lexsort((-histories, -step.samples.lengths))
         micro = self.layout.micro_batch_size
-        turn = np.arange(len(by_length)) // self.objective.group_size % self.layout.world_size
+        world_size = self.layout.world_size
+        cycle, turn = divmod(np.arange(len(by_length)) // self.objective.group_size, world_size)
+        turn = np.where(cycle % 2, world_size - 1 - turn, turn)
         mine = by_length[turn == self.layout.rank]
         num_targets, num_positions = self.collator.counts(step)
         shares = [mine[i * micro : (i + 1) * micro] for i in range(self.layout.grad_accum_steps)]
