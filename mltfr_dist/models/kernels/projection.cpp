@@ -22,7 +22,7 @@ struct Projection {
     const int64_t some = std::min(USERS, count - first);
     prefetch(first + USERS);
     for (int64_t p = 0; p < weight.size(); ++p)
-      put(products(read, weight[p], width), mapped + first * dim + p * PANEL, p, some);
+      put(products(read, weight[p], width).copy(), mapped + first * dim + p * PANEL, p, some);
     for (int64_t r = first; normalised && r < first + some; ++r) normalise(mapped + r * dim);
   }
 
