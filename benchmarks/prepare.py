@@ -108,6 +108,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for data; default: a temporary one")
     options = parser.parse_args()
     names = ("mltfr prepare", "DuckDB", "Polars")
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         folder, rows = Path(scratch), int(options.rows)
         write_interactions(folder / "rows.parquet", rows, rows // 50, rows // 250, 1.0)
