@@ -355,6 +355,15 @@ def test_the_last_batch_is_filled_with_empty_rows(folder: Path) -> None:
     assert {step.num_targets for step in last} == {sum(b.num_targets for b in batches)}
 
 
+def test_ranks_get_the_next_shorter_sequence_there_and_back(folder: Path) -> None:
+    """In one direction the first rank would have the longer of each two."""
+    for steps in zip(*(stream(folder, 8, rank, 2).epoch(0) for rank in range(2)), strict=True):
+        first, second = ([len(row[1]) for row in rows(s.micro_batches[0])] for s in steps)
+        by_length = sorted([*first, *second], reverse=True)
+        assert first == [n for i, n in enumerate(by_length) if i % 4 in (0, 3)]
+        assert second == [n for i, n in enumerate(by_length) if i % 4 in (1, 2)]
+
+
 @pytest.mark.parametrize(("size", "world", "micro"), [(8, 3, 1), (8, 2, 3), (8, 4, 4)])
 def test_a_batch_that_cannot_be_divided_is_an_error(size: int, world: int, micro: int) -> None:
     with pytest.raises(
