@@ -7,21 +7,24 @@ per channel. Published, the transform runs over the whole sequence of L position
 and the loss is taken at the last position alone, one sample a prefix. MLTFR's authors take it at
 every position, so each reads the future (docs/method.md).
 
-Departure: the loss is taken at every position, and low(x)_t is the low-pass of the t + 1 items up
-to t, read at the last of them. It is a fixed lower-triangular matrix. For a history of L items or
-more this is what the published filter gives at the last position; for a shorter one it is not, for
-there is no padding in the transform (for 10 to 20 items of 50 the two correlate by about .5).
-Prefixes of fewer than 2 c - 1 items are all low. ``backbone.bsarec.low_frequencies`` counts
-components: 3 is the released code's `c` of 5 (it keeps c // 2 + 1). No dropout on attention
-weights, a norm behind the last block, and positions that count from the oldest item.
+Departure: the loss is taken at every position, and low(x)_t is what the published filter gives at
+the last position of the prefix 0..t, zeros in front of it up to L: a sum of x_s over s <= t with
+weights that depend on t - s alone. In the first layer that is theirs for every prefix; in the next
+ones it reads what earlier positions knew then, where theirs lets these see the whole prefix first.
+``backbone.bsarec.low_frequencies`` counts components: 3 is the released code's `c` of 5 (it keeps
+c // 2 + 1). No dropout on attention weights, a norm behind the last block, and positions that count
+from the oldest item.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig
+from mltfr_dist.errors import CheckpointError
 from mltfr_dist.models.backbone import PositionalBackbone
 from mltfr_dist.models.dropout import Dropout
 from mltfr_dist.models.packing import Packing
@@ -29,14 +32,12 @@ from mltfr_dist.models.transformer import SelfAttention
 
 
 def low_pass_matrix(max_len: int, num_frequencies: int) -> Tensor:
-    """[L, L] whose row t gives the last value of the low-passed prefix 0..t: its
-    ``num_frequencies`` lowest components.
+    """[L, L] that takes whole sequences to their ``num_frequencies`` lowest components: what
+    stands at row t and column s depends on t - s alone, modulo L.
     """
-    matrix = torch.zeros(max_len, max_len, dtype=torch.float64)
-    for t in range(max_len):
-        spectrum = torch.fft.rfft(torch.eye(t + 1, dtype=torch.float64), dim=0)
-        spectrum[num_frequencies:] = 0
-        matrix[t, : t + 1] = torch.fft.irfft(spectrum, n=t + 1, dim=0)[-1]
+    spectrum = torch.fft.rfft(torch.eye(max_len, dtype=torch.float64), dim=0)
+    spectrum[num_frequencies:] = 0
+    matrix: Tensor = torch.fft.irfft(spectrum, n=max_len, dim=0)
     return matrix.float()
 
 
@@ -44,12 +45,12 @@ class FrequencyFilter(nn.Module):
     """Split into low and high frequencies, the high ones rescaled."""
 
     low_pass: Tensor
-    """[max_len, max_len]."""
+    """[max_len, max_len]; kept with the weights, which were trained with it."""
 
     def __init__(self, hidden_dim: int, low_pass: Tensor) -> None:
         """Args: hidden_dim: D; low_pass: [max_len, max_len] what low-passes a sequence."""
         super().__init__()
-        self.register_buffer("low_pass", low_pass, persistent=False)
+        self.register_buffer("low_pass", low_pass)
         self.beta = nn.Parameter(torch.randn(hidden_dim))
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
@@ -58,6 +59,17 @@ class FrequencyFilter(nn.Module):
         length = padded.shape[1]
         low = packing.pack(self.low_pass[:length, :length].to(x.dtype) @ padded)
         return low + self.beta.square() * (x - low)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        if f"{prefix}low_pass" not in state:
+            raise CheckpointError(
+                "This model's BSARec was trained with another low-pass filter, by an older release "
+                "of mltfr_dist.",
+                rule="Of a history shorter than data.max_len it gives other scores with the filter "
+                "of this release.",
+                remedy="Use the mltfr_dist release that wrote it, or train it anew.",
+            )
+        super()._load_from_state_dict(state, prefix, *rest)
 
 
 class BSARecBlock(nn.Module):
@@ -101,5 +113,5 @@ class BSARec(PositionalBackbone):
         return BSARecBlock(config, FrequencyFilter(config.hidden_dim, low_pass))
 
     def low_pass(self, max_len: int, num_frequencies: int) -> Tensor:
-        """[max_len, max_len] what low-passes a sequence."""
-        return low_pass_matrix(max_len, num_frequencies)
+        """[max_len, max_len] what low-passes a sequence: a position reads the past alone."""
+        return low_pass_matrix(max_len, num_frequencies).tril()

@@ -9,11 +9,10 @@ Shapes: B users, L positions, D hidden size.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import BackboneConfig
-from mltfr_dist.models.bsarec import BSARec
+from mltfr_dist.models.bsarec import BSARec, low_pass_matrix
 from mltfr_dist.models.fmlp import FMLPRec, SequenceFilter, convolved
 
 
@@ -42,7 +41,4 @@ class WholeSequenceBSARec(BSARec):
 
     def low_pass(self, max_len: int, num_frequencies: int) -> Tensor:
         """[max_len, max_len]."""
-        spectrum = torch.fft.rfft(torch.eye(max_len, dtype=torch.float64), dim=0)
-        spectrum[num_frequencies:] = 0
-        matrix: Tensor = torch.fft.irfft(spectrum, n=max_len, dim=0)
-        return matrix.float()
+        return low_pass_matrix(max_len, num_frequencies)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import new_model, with_loss
 from torch import Tensor
+from torch.nn import functional as F
 
 from mltfr_dist.backbones import BACKBONES, Entry
 from mltfr_dist.config import (
@@ -28,11 +29,10 @@ from mltfr_dist.config import (
     RunConfig,
 )
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
-from mltfr_dist.errors import ConfigError
+from mltfr_dist.errors import CheckpointError, ConfigError
 from mltfr_dist.losses import LOSSES
 from mltfr_dist.models.backbone import Backbone, PositionalBackbone, backbone_class
 from mltfr_dist.models.bert4rec import BERT4Rec
-from mltfr_dist.models.bsarec import low_pass_matrix
 from mltfr_dist.models.esasrec import LiGRBlock
 from mltfr_dist.models.fmlp import SequenceFilter
 from mltfr_dist.models.linrec import CausalLinearAttention, causal_product
@@ -333,18 +333,26 @@ def test_fmlps_filter_is_a_causal_convolution() -> None:
 
 
 def test_bsarecs_low_pass_is_the_published_one_at_the_end_of_each_prefix() -> None:
+    """Theirs transforms whole sequences, padded in front."""
     x = torch.randn(MAX_LEN, 5)
     for count in (1, 2, 3):
-        matrix = low_pass_matrix(MAX_LEN, count)
-        assert torch.equal(matrix, matrix.tril())
-        torch.testing.assert_close(matrix.sum(1), torch.ones(MAX_LEN))  # a constant is all low
+        model = recommender.__wrapped__("bsarec", bsarec={"low_frequencies": count})
+        low_pass = model.backbone.blocks[0].filter.low_pass.float()
+        assert torch.equal(low_pass, low_pass.tril())
         for t in range(MAX_LEN):
-            spectrum = torch.fft.rfft(x[: t + 1], dim=0)
+            spectrum = torch.fft.rfft(F.pad(x[: t + 1], (0, 0, MAX_LEN - t - 1, 0)), dim=0)
             spectrum[count:] = 0
             torch.testing.assert_close(
-                (matrix @ x)[t], torch.fft.irfft(spectrum, n=t + 1, dim=0)[-1]
+                (low_pass @ x)[t], torch.fft.irfft(spectrum, n=MAX_LEN, dim=0)[-1]
             )
-    assert not torch.allclose(low_pass_matrix(MAX_LEN, 1), low_pass_matrix(MAX_LEN, 2))
+
+
+def test_a_bsarec_of_another_filter_is_refused() -> None:
+    model = recommender("bsarec")
+    former = {k: v for k, v in model.state_dict().items() if not k.endswith("low_pass")}
+    with pytest.raises(CheckpointError, match="trained with another low-pass filter") as caught:
+        model.load_state_dict(former)
+    assert "train it anew" in caught.value.remedy
 
 
 @pytest.mark.parametrize("change", [{"inductive_bias": 0.2}, {"low_frequencies": 1}])
