@@ -62,7 +62,8 @@ class Fitted:
 
 
 def preset(name: str, overrides: Overrides | None = None) -> RunConfig:
-    """A complete configuration by name: demo, smoke, sasrec_beauty, esasrec_beauty, paper.
+    """A complete configuration by name: demo, smoke, beauty, toys, sasrec_beauty, esasrec_beauty,
+    paper.
 
     Args:
         name: Of the preset.

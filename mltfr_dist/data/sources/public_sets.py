@@ -94,12 +94,12 @@ def _amazon_2023(category: str, sha256: str = "") -> PublicSet:
 PUBLIC_SETS = {
     "beauty": _s3rec(
         "Beauty",
-        "Amazon Beauty 2014, 5-core, as sequences (S3-Rec): the set of the presets *_beauty",
+        "Amazon Beauty 2014, 5-core, as sequences (S3-Rec): the set of presets beauty, *_beauty",
         "226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
     ),
     "toys": _s3rec(
         "Toys_and_Games",
-        "Amazon Toys and Games 2014, 5-core, as sequences (S3-Rec)",
+        "Amazon Toys and Games 2014, 5-core, as sequences (S3-Rec): the set of the preset toys",
         "176c680c688d497598c4a89a03b402c0fe78d795e5db335c2e78dd5f2d778a3f",
     ),
     "sports": _s3rec(
