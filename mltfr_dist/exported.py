@@ -127,7 +127,7 @@ def load_model(
     if info.folded:
         model = folded(model)
     with safe_open(folder / MODEL, framework="pt") as opened:
-        names = opened.keys() if divide is None else model.state_dict()
+        names = set(opened.keys()) if divide is None else opened.keys() & model.state_dict().keys()
         state = {name: opened.get_tensor(name) for name in names}
     model.load_state_dict(state, assign=True)  # mapped, so that processes share the file's pages
     return model.eval()

@@ -63,10 +63,10 @@ class FrequencyFilter(nn.Module):
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         if f"{prefix}low_pass" not in state:
             raise CheckpointError(
-                "This model's BSARec was trained with another low-pass filter, by an older release "
-                "of mltfr_dist.",
-                rule="Of a history shorter than data.max_len it gives other scores with the filter "
-                "of this release.",
+                "This model's BSARec was trained by an older release of mltfr_dist, without its "
+                "low-pass filter beside the weights.",
+                rule="The filter was another then, so that histories shorter than data.max_len "
+                "would get other scores.",
                 remedy="Use the mltfr_dist release that wrote it, or train it anew.",
             )
         super()._load_from_state_dict(state, prefix, *rest)
