@@ -52,11 +52,11 @@ def demo() -> RunConfig:
 
 
 def sasrec_beauty() -> RunConfig:
-    """Bare SASRec with full cross-entropy on Amazon Beauty (5-core).
+    """Bare SASRec on Amazon Beauty (5-core).
 
-    The common benchmark. Published for this setting: test HR@10 0.083, NDCG@10 0.0416 (RecBole 1.x,
-    issue 1290); five seeds here: .091 and .055. Prepare the data first: `mltfr prepare beauty
-    data/beauty --download`, then `python train.py --preset sasrec_beauty`.
+    The common benchmark, with full cross-entropy. Published: test HR@10 0.083, NDCG@10 0.0416
+    (RecBole 1.x, issue 1290); five seeds here: .091 and .055. Prepare the data first: `mltfr
+    prepare beauty data/beauty --download`, then `python train.py --preset sasrec_beauty`.
     """
     return RunConfig(
         name="sasrec_beauty",
@@ -88,7 +88,7 @@ def esasrec_beauty() -> RunConfig:
 
 
 def beauty() -> RunConfig:
-    """BSARec, tuned on the validation split of Amazon Beauty (5-core).
+    """Bare BSARec on Amazon Beauty (5-core), tuned by validation.
 
     The strongest bare backbone that was found there (docs/results.md has the trials). Expect test
     HR@10 .096, NDCG@10 .0595 (one seed; the best of 25 epochs by validation, .0733), in 10 minutes
@@ -106,7 +106,7 @@ def beauty() -> RunConfig:
 
 
 def toys() -> RunConfig:
-    """Preset `beauty` on Amazon Toys and Games (5-core), not tuned there.
+    """Preset `beauty` on Amazon Toys and Games, not tuned there.
 
     Expect test HR@10 .100, NDCG@10 .063 (one seed; the best of 24 epochs by validation, .0763), in
     10 minutes of one core with AVX512. Prepare the data first: `mltfr prepare toys data/toys
@@ -148,10 +148,9 @@ def paper() -> RunConfig:
 
 
 def smoke() -> RunConfig:
-    """The demo in miniature: one epoch of each stage, to see that an installation works. Its
-    figures mean nothing.
+    """The demo in miniature, to see that an installation works.
 
-    `make quick`; under a minute on 2 CPU cores.
+    One epoch of each stage: its figures mean nothing. `make quick`; under a minute on 2 CPU cores.
     """
     fields = {
         "name": "smoke",
