@@ -21,7 +21,8 @@ struct Projection {
     for (int64_t r = 0; r < USERS; ++r) read[r] = rows + std::min(first + r, count - 1) * width;
     const int64_t some = std::min(USERS, count - first);
     prefetch(first + USERS);
-    for (int64_t p = 0; p < weight.size(); ++p)  // a copy, as `put` counts the rows of what it gets
+    // `put` gets a copy: what it indexes by a number stands in memory, not in registers.
+    for (int64_t p = 0; p < weight.size(); ++p)
       put(products(read, weight[p], width).copy(), mapped + first * dim + p * PANEL, p, some);
     for (int64_t r = first; normalised && r < first + some; ++r) normalise(mapped + r * dim);
   }
