@@ -87,15 +87,16 @@ def _batch_squares(
     gradients = torch.autograd.grad(
         output.terms["loss"].sum, [tap.outputs for core_taps in taps for tap in core_taps]
     )
-    valid_mask = model.backbone.pack(batch.item_ids).read.valid_mask
-    sample_of_block = mltfr.blocks(valid_mask[..., None].float(), valid_mask).users  # [G]
+    read = model.backbone.pack(batch.item_ids).read
+    ones = read.pack(torch.ones_like(read.item_ids, dtype=torch.float32)[..., None])  # [N, 1]
+    sample_of_block = mltfr.blocks(ones, read).users  # [G]
     remaining = iter(gradients)
     return [
         {
             name: squares
             for tap in core_taps
             for name, squares in _tap_squares(
-                tap, next(remaining), sample_of_block, len(valid_mask)
+                tap, next(remaining), sample_of_block, len(read.item_ids)
             ).items()
         }
         for core_taps in taps

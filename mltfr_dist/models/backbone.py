@@ -93,10 +93,10 @@ class Backbone(nn.Module):
         """
         return Packing(item_ids, lengths)
 
-    def inputs(self, item_ids: Tensor) -> Tensor:
-        """Item ids [B, L] -> input embeddings [B, L, D], zero at padding: what MLTFR reads."""
+    def inputs(self, item_ids: Tensor) -> tuple[Tensor, Packing]:
+        """Item ids [B, L] -> what MLTFR reads: input embeddings [N, D], and where they stand."""
         layout = self.pack(item_ids)
-        return layout.read.unpack(layout.real(self.enter(layout)))
+        return layout.real(self.enter(layout)), layout.read
 
     def enter(self, layout: Packing) -> Tensor:
         """Input embeddings [N, D] of the positions that blocks compute on."""

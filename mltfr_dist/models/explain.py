@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mltfr_dist.data.batch import lengths
 from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.packing import Packing
 
 EXPLAINED = 16
 """Tokens that an explanation lists at most, where all of a table's rows are attended to."""
@@ -31,20 +32,19 @@ class Explanation(NamedTuple):
 
 
 @torch.no_grad()
-def explain(mltfr: MLTFR, x: Tensor, valid_mask: Tensor, item_ids: Tensor) -> list[Explanation]:
+def explain(mltfr: MLTFR, x: Tensor, packing: Packing) -> list[Explanation]:
     """Kept tokens and gate weights at the last real position of each user.
 
     Args:
         mltfr: The model.
-        x: [B, L, D] input embeddings.
-        valid_mask: [B, L].
-        item_ids: [B, L].
+        x: [N, D] input embeddings of the real positions.
+        packing: Where they stand.
     """
-    blocks = mltfr.blocks(x, valid_mask)
-    selections = mltfr.selections(blocks.queries, mltfr.keys(blocks, item_ids))
+    blocks = mltfr.blocks(x, packing)
+    selections = mltfr.selections(blocks.queries, mltfr.keys(blocks))
     gate_weights = mltfr.router(blocks.positions)
     explanations = []
-    for user, length in enumerate(lengths(item_ids).tolist()):
+    for user, length in enumerate(lengths(packing.item_ids).tolist()):
         g, at = blocks.index(user, length - 1)
         ids, weights = [], []
         for selection in selections:

@@ -24,7 +24,7 @@ from mltfr_dist.models.experts import (
     shared_experts,
 )
 from mltfr_dist.models.kernels import mix
-from mltfr_dist.models.packing import Lengths
+from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
 from mltfr_dist.models.selectors import Reduce, Selection, Selector, selector_class
@@ -33,7 +33,7 @@ from mltfr_dist.models.selectors import Reduce, Selection, Selector, selector_cl
 class Components(NamedTuple):
     """What MLTFR is put together from, beside its configuration; the published form has others."""
 
-    blocks: Callable[[Tensor, Tensor, int, Lengths], QueryBlocks] = QueryBlocks
+    blocks: Callable[[Tensor, Packing, int], QueryBlocks] = QueryBlocks
     selector: type[Selector] | None = None
     """None: that of the strategy."""
     experts: Callable[[ExpertConfig, int, Sequence[int]], Experts] = shared_experts
@@ -170,14 +170,14 @@ class MLTFR(nn.Module):
 
     # --- forward -----------------------------------------------------------------------------
 
-    def blocks(self, x: Tensor, valid_mask: Tensor, lengths: Lengths = None) -> QueryBlocks:
-        """Positions [B, L, D] in blocks that share a query."""
-        return self.components.blocks(x, valid_mask, self.config.filter.query_every, lengths)
+    def blocks(self, x: Tensor, packing: Packing) -> QueryBlocks:
+        """The real positions [N, D] in blocks that share a query."""
+        return self.components.blocks(x, packing, self.config.filter.query_every)
 
-    def keys(self, blocks: QueryBlocks, item_ids: Tensor | None) -> Tensor | None:
-        """[G] hashes of the histories [B, L] of the blocks, where any selector reads them."""
+    def keys(self, blocks: QueryBlocks) -> Tensor | None:
+        """[G] hashes of the blocks' histories, where any selector reads them."""
         reads = any(self.selector(m).reads_keys for m in range(self.num_tables))
-        return blocks.keys(item_ids) if reads else None
+        return blocks.keys() if reads else None
 
     def selections(self, queries: Tensor, keys: Tensor | None) -> list[Selection]:
         """What each table contributes for ``queries`` [G, D] of histories with hashes ``keys``
@@ -195,27 +195,19 @@ class MLTFR(nn.Module):
             for selection, adapter in zip(of_experts, self.adapters, strict=True)
         ]
 
-    def forward(
-        self,
-        x: Tensor,
-        valid_mask: Tensor,
-        item_ids: Tensor | None = None,
-        lengths: Lengths = None,
-    ) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, packing: Packing) -> tuple[Tensor, Routing]:
         """What is added to block 0's output: sum_m pi_m E_m + lambda C.
 
         Args:
-            x: [B, L, D] input embeddings.
-            valid_mask: [B, L].
-            item_ids: [B, L] the history itself, which only random draws read: strategy
-                random_tokens, and noise.
-            lengths: Positions of each row that ``valid_mask`` names, where they are known.
+            x: [N, D] input embeddings of the real positions.
+            packing: Where they stand, and the histories themselves, which only random draws read:
+                strategy random_tokens, and noise.
 
         Returns:
-            [B, L, D], zero at padding, and what is known of the gate and the filters.
+            [N, D], and what is known of the gate and the filters.
         """
-        blocks = self.blocks(x, valid_mask, lengths)
-        selections = self.selections(blocks.queries, self.keys(blocks, item_ids))
+        blocks = self.blocks(x, packing)
+        selections = self.selections(blocks.queries, self.keys(blocks))
         attended = self.attended(selections)
         outputs = [self.core(e).output(blocks.positions, [m]) for e, m in enumerate(attended)]
         gate = self.router(blocks.positions)  # [G, n, E]
@@ -225,7 +217,7 @@ class MLTFR(nn.Module):
             members = self.components.of_consensus([attended[e] for e in self.consensus_members])
             mixed = mixed + self._lambda() * self.consensus(blocks.positions, members)
         kept = [selection.weights().detach() for selection in selections]
-        return blocks.spread(mixed), Routing(blocks.at_real(gate), kept, blocks.queries.shape[0])
+        return blocks.at_real(mixed), Routing(blocks.at_real(gate), kept, blocks.queries.shape[0])
 
     def _lambda(self) -> Tensor | float:
         consensus = self.config.consensus
@@ -239,11 +231,12 @@ class MLTFR(nn.Module):
         return any(self.selector(m).uses_shortlist for m in range(self.num_tables))
 
     @torch.no_grad()
-    def refresh(self, inputs: list[tuple[Tensor, Tensor]], reduce: Reduce) -> Tensor:
+    def refresh(self, inputs: list[tuple[Tensor, Packing]], reduce: Reduce) -> Tensor:
         """Choose anew what is searched of each table; every process must call.
 
         Args:
-            inputs: Input embeddings [B, L, D] and mask [B, L] of each micro-batch of this process.
+            inputs: Input embeddings [N, D] of each micro-batch of this process, and where they
+                stand.
             reduce: Combines what processes have.
 
         Returns:

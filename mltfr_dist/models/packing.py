@@ -70,13 +70,13 @@ class Packing:
             if whole
             else indices_where(real, None if lengths is None else sum(lengths))
         )
-        counts = self.valid_mask.sum(1)
-        before = counts.cumsum(0) - counts  # [B] packed positions of earlier rows
+        self.counts = self.valid_mask.sum(1)
+        """[B] positions of each row that are computed on."""
+        before = self.counts.cumsum(0) - self.counts  # [B] packed positions of earlier rows
         self.item_ids = item_ids
         self.num_items = real.sum(1)
         """[B] real positions of each row, a mask included."""
         self._ends = before + self.num_items - 1
-        self._counts = counts
 
     @property
     def columns(self) -> Tensor:
@@ -91,7 +91,7 @@ class Packing:
     @cached_property
     def starts(self) -> Tensor:
         """[B + 1] where each row's positions begin among those of all rows, and N."""
-        return F.pad(self._counts.cumsum(0), (1, 0))
+        return F.pad(self.counts.cumsum(0), (1, 0))
 
     @property
     def read(self) -> Packing:

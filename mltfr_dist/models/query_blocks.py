@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mltfr_dist.models.draws import history_keys
 from mltfr_dist.models.kernels import blocks as kernels
 from mltfr_dist.models.kernels import usable
-from mltfr_dist.models.packing import Lengths, indices_where
+from mltfr_dist.models.packing import Packing, indices_where
 
 
 def prefix_mean(x: Tensor, valid_mask: Tensor) -> Tensor:
@@ -40,29 +40,25 @@ class QueryBlocks:
     """[G, D]."""
     occupied: Tensor
     """[B, ceil(L / n)], which blocks hold a real position."""
-    real: Tensor
-    """[G, n], which of their positions are real."""
     offset = 0
     """Where in a block its query is taken."""
 
-    def __init__(
-        self, x: Tensor, valid_mask: Tensor, block_len: int, lengths: Lengths = None
-    ) -> None:
-        """Args: x: [B, L, D] input embeddings; valid_mask: [B, L]; block_len: n; lengths: positions
-        of each row that ``valid_mask`` names, where they are known.
+    def __init__(self, x: Tensor, packing: Packing, block_len: int) -> None:
+        """Args: x: [N, D] input embeddings of the real positions; packing: where they stand;
+        block_len: n.
         """
-        self.valid_mask, self.block_len = valid_mask, block_len
+        self.packing, self.block_len, lengths = packing, block_len, packing.lengths
+        valid_mask = packing.valid_mask
         self.occupied = self._cut(valid_mask)[..., 0]  # sequences start at 0 and have no gaps
         self._num_real = None if lengths is None else sum(lengths)
         num_blocks = None if lengths is None else sum(-(-n // block_len) for n in lengths)
         self._indices = indices_where(self.occupied, num_blocks)
         if usable(x) is None:
-            self.positions = self._held(self._cut(x))
-            self.queries = self._held(self.at_queries(prefix_mean(x, valid_mask)))
+            padded = packing.unpack(x)  # [B, L, D]
+            self.positions = self._held(self._cut(padded))
+            self.queries = self._held(self.at_queries(prefix_mean(padded, valid_mask)))
         else:
-            counts = valid_mask.sum(1)
-            self.positions, self.queries = kernels.cut(x, counts, block_len, self.offset)
-        self.real = self._held(self._cut(valid_mask))
+            self.positions, self.queries = kernels.cut(x, packing.counts, block_len, self.offset)
 
     def _cut(self, t: Tensor) -> Tensor:
         """[B, L, ...] -> [B, ceil(L / n), n, ...], zero behind."""
@@ -75,33 +71,24 @@ class QueryBlocks:
         return t.flatten(0, 1).index_select(0, self._indices)
 
     def at_real(self, t: Tensor) -> Tensor:
-        """What stands at the real positions, row by row: [G, n, ...] -> [N, ...]."""
-        return t.flatten(0, 1).index_select(0, indices_where(self.real, self._num_real))
+        """What stands at the real positions, as they are packed: [G, n, D] -> [N, D]."""
+        if usable(t) is not None:
+            return kernels.at_real(t, self.packing.counts)
+        real = self._held(self._cut(self.packing.valid_mask))  # [G, n]
+        return t.flatten(0, 1).index_select(0, indices_where(real, self._num_real))
 
     def at_queries(self, t: Tensor) -> Tensor:
         """What stands where the queries are taken: [B, L, ...] -> [B, ceil(L / n), ...]."""
         return t[:, self.offset :: self.block_len]
 
-    def keys(self, item_ids: Tensor | None) -> Tensor | None:
-        """[G] hash of each block's history [B, L] up to where its query is taken; None where none
-        is given.
-        """
-        return None if item_ids is None else self._held(self.at_queries(history_keys(item_ids)))
+    def keys(self) -> Tensor | None:
+        """[G] hash of each block's history up to where its query is taken."""
+        return self._held(self.at_queries(history_keys(self.packing.item_ids)))
 
     @property
     def users(self) -> Tensor:
         """[G] row of the batch that each block belongs to."""
         return self._indices // self.occupied.shape[1]
-
-    def spread(self, output: Tensor) -> Tensor:
-        """[G, n, D] -> [B, L, D], zero at padding."""
-        length = self.valid_mask.shape[1]
-        if usable(output) is not None:
-            return kernels.spread(output, self.valid_mask.sum(1), length)
-        empty = output.new_zeros(self.occupied.numel(), *output.shape[1:])
-        whole = empty.index_copy(0, self._indices, output)
-        whole = whole.view(*self.occupied.shape, *output.shape[1:])  # [B, L/n, n, D]
-        return whole.flatten(1, 2)[:, :length] * self.valid_mask[..., None]
 
     def index(self, user: int, position: int) -> tuple[int, int]:
         """Block and offset in it of a real position."""

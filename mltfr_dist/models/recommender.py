@@ -111,9 +111,8 @@ class Recommender(nn.Module):
         inputs = self.backbone.enter(layout)
         hidden, routing = self.backbone.blocks[0](inputs, layout), None
         if self.mltfr is not None:
-            x = real.unpack(layout.real(inputs))  # [B, L, D]
-            added, routing = self.mltfr(x, real.valid_mask, real.item_ids, real.lengths)
-            hidden = hidden + layout.spread(real.pack(added))
+            added, routing = self.mltfr(layout.real(inputs), real)
+            hidden = hidden + layout.spread(added)
         for block in further:
             hidden = block(hidden, layout)
         return hidden, layout, routing
@@ -260,8 +259,7 @@ class Recommender(nn.Module):
         for batch in batches:
             item_ids = batch.item_ids.to(device)
             self.look_up(item_ids)
-            read = self.backbone.pack(item_ids).read.item_ids
-            inputs.append((self.backbone.inputs(item_ids), read != PADDING_IDX))
+            inputs.append(self.backbone.inputs(item_ids))
         recall = self.mltfr.refresh(inputs, reduce)
         self.train(was_training)
         return recall
@@ -291,5 +289,4 @@ class Recommender(nn.Module):
         assert self.mltfr is not None
         ranked = self.backbone.for_ranking(item_ids)
         self.look_up(ranked)
-        read = self.backbone.pack(ranked).read
-        return explain(self.mltfr, self.backbone.inputs(ranked), read.valid_mask, read.item_ids)
+        return explain(self.mltfr, *self.backbone.inputs(ranked))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mltfr_dist.models.packing import Lengths
+from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.query_blocks import QueryBlocks
 
 
 class WholeHistory(QueryBlocks):
     """A batch [B, L] in one block a user, whose query is the mean over the history."""
 
-    def __init__(
-        self, x: Tensor, valid_mask: Tensor, block_len: int, lengths: Lengths = None
-    ) -> None:
+    def __init__(self, x: Tensor, packing: Packing, block_len: int) -> None:
         """Args: as for :class:`QueryBlocks`; ``block_len`` is not looked at."""
-        self.offset = x.shape[1] - 1  # at the end, where the prefix is all there is
-        super().__init__(x, valid_mask, x.shape[1], lengths)
+        length = packing.batch_shape[1]
+        self.offset = length - 1  # at the end, where the prefix is all there is
+        super().__init__(x, packing, length)

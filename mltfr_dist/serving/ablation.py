@@ -134,8 +134,7 @@ def gates(model: Ranker, history: list[str]) -> list[list[float]]:
         return []
     device = next(whole.parameters()).device
     item_ids = torch.tensor([model.items.encode(history)], device=device)
-    read = whole.backbone.pack(item_ids).read
-    blocks = mltfr.blocks(whole.backbone.inputs(item_ids), read.valid_mask)
-    gate = blocks.spread(mltfr.router(blocks.positions))[0, :, : mltfr.num_experts]  # [L, E]
+    blocks = mltfr.blocks(*whole.backbone.inputs(item_ids))
+    gate = blocks.at_real(mltfr.router(blocks.positions))[:, : mltfr.num_experts]  # [L, E]
     weights: list[list[float]] = gate.view(len(gate), mltfr.num_tables, -1).sum(2).tolist()
     return weights

@@ -24,7 +24,7 @@ from mltfr_dist.models.fmlp import SequenceFilter
 from mltfr_dist.models.fmlp_original import SpectralFilter
 from mltfr_dist.models.folded import Stored, folded
 from mltfr_dist.models.mltfr import MLTFR
-from mltfr_dist.models.packing import Lengths, Packing, Padded
+from mltfr_dist.models.packing import Packing, Padded
 from mltfr_dist.models.padded import PaddedBackbone
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.query_blocks import QueryBlocks, prefix_mean
@@ -123,32 +123,27 @@ class DensePadded(Padded):
 class DenseBlocks(QueryBlocks):
     """All blocks of all histories, occupied or not."""
 
-    def __init__(
-        self, x: Tensor, valid_mask: Tensor, block_len: int, lengths: Lengths = None
-    ) -> None:
-        """Args: x: [B, W, D]; valid_mask: [B, W]; block_len: n; lengths: not looked at."""
-        self.valid_mask, self.block_len = valid_mask, block_len
-        self.positions = self._cut(x).flatten(0, 1)
-        self.queries = self.at_queries(prefix_mean(x, valid_mask)).flatten(0, 1)
+    def __init__(self, x: Tensor, packing: Packing, block_len: int) -> None:
+        """Args: x: [B W, D]; packing: a dense one; block_len: n."""
+        self.packing, self.block_len = packing, block_len
+        padded = packing.unpack(x)
+        self.positions = self._cut(padded).flatten(0, 1)
+        self.queries = self.at_queries(prefix_mean(padded, packing.valid_mask)).flatten(0, 1)
 
     def _cut(self, t: Tensor) -> Tensor:
         """[B, W, D] -> [B, ceil(W / n), n, D], zero behind."""
         padded = F.pad(t, (0, 0, 0, -t.shape[1] % self.block_len))
         return padded.reshape(t.shape[0], -1, self.block_len, t.shape[2])
 
-    def at_real(self, t: Tensor) -> Tensor:
-        """All of it: nothing reads what stands at padding."""
-        return t
-
-    def keys(self, item_ids: Tensor | None) -> None:
+    def keys(self) -> None:
         """Nothing draws here."""
 
-    def spread(self, output: Tensor) -> Tensor:
-        """[B ceil(W / n), n, D] -> [B, W, D], zero at padding."""
-        width = self.valid_mask.shape[1]
-        blocks = -(-width // self.block_len)
-        whole = output.reshape(-1, blocks, *output.shape[1:]).flatten(1, 2)[:, :width]
-        return torch.where(self.valid_mask[..., None], whole, whole.new_zeros(()))
+    def at_real(self, t: Tensor) -> Tensor:
+        """[B ceil(W / n), n, D] -> [B W, D], zero at padding."""
+        mask = self.packing.valid_mask
+        blocks = -(-mask.shape[1] // self.block_len)
+        whole = t.reshape(-1, blocks, *t.shape[1:]).flatten(1, 2)[:, : mask.shape[1]]
+        return torch.where(mask[..., None], whole, whole.new_zeros(())).flatten(0, 1)
 
 
 class DenseSearch(Selector):

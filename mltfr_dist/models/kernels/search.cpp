@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int64_t ALIKE = 8;  // queries in a row of which the first gives the others a bound
+constexpr int64_t MANY = 16;  // blocks of a tile that hold a candidate, where that bound is too low
 
 // The product in float64, rounded once.
 float exact_product(const float* a, const float* b, int64_t dim) {
@@ -122,6 +123,19 @@ struct Caught {
     starts[block] = (int32_t)start;
     return above[block] != 0;
   }
+
+  // Those of ``count`` blocks, of ``whole`` rows from ``first`` on, that still hold some above the
+  // bound that the blocks themselves give.
+  int64_t under(Candidates& of, int64_t count, int64_t first, int64_t whole) {
+    for (int64_t b = 0; b < count; ++b)
+      of.group(Sums::read(sums[b]), first + starts[b], whole - starts[b]);
+    of.bound();
+    const Sums limit = Sums::of((int16_t)of.behind);
+    int64_t kept = 0;
+    for (int64_t b = 0; b < count; ++b)
+      kept += put(kept, starts[b], Sums::read(sums[b]), limit);
+    return kept;
+  }
 };
 
 // A search for the best rows of some queries, neighbours of which are alike.
@@ -212,7 +226,8 @@ struct Search {
         blocks[j] += caught[j].put(blocks[j], start, sums[j], limits[j]);
     });
     for (int64_t j = 0; j < number; ++j) {
-      const Caught& c = caught[j];
+      Caught& c = caught[j];
+      if (hinted && blocks[j] > MANY) blocks[j] = c.under(of[j], blocks[j], first, whole);
       for (int64_t b = 0; b < blocks[j]; ++b)
         of[j].take(c.sums[b], c.above[b], first + c.starts[b], whole - c.starts[b]);
       if ((int64_t)of[j].values.size() > std::max(POOL, 8 * sought)) of[j].drop();

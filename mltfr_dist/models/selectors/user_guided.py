@@ -24,6 +24,10 @@ from mltfr_dist.numerics import at_least_fp32
 
 PROJECTED_ROWS = 4096
 """Rows projected at a time, so that rows of another device or format are never all copied."""
+WORTH_A_COPY = 0.8
+"""Share of a shortlist's rows that queries keep up to which these alone go on: a copy of more costs
+more than it saves.
+"""
 
 
 class _Known(torch.autograd.Function):
@@ -207,9 +211,13 @@ class UserGuided(Selector):
                 unit_rows = F.normalize(mapped, dim=-1)
                 selected = search(unit_query, unit_rows, self.num_kept, noise)
             used, kept = those_kept(selected, len(rows))
-            mapped = None if rows.requires_grad else mapped.index_select(0, used)
-            rows, row_ids = rows.index_select(0, used), row_ids.index_select(0, used)
-            noise = None if noise is None else noise._replace(row_ids=row_ids)
+            if len(used) > WORTH_A_COPY * len(rows):
+                kept = selected
+            else:
+                mapped = mapped.index_select(0, used)
+                rows, row_ids = rows.index_select(0, used), row_ids.index_select(0, used)
+                noise = None if noise is None else noise._replace(row_ids=row_ids)
+            mapped = None if rows.requires_grad else mapped
         unit_rows = self.project(rows) if mapped is None else self.projection(rows, mapped=mapped)
         if kept is None:
             with torch.no_grad():

@@ -205,23 +205,23 @@ def test_mltfr_joins_after_the_first_block_only(name: str) -> None:
     model, item_ids = recommender.__wrapped__(name, False), padded([[1, 2, 3], [4]])
     backbone, seen = model.backbone, []
 
-    def mltfr(x: Tensor, valid_mask: Tensor, ids: Tensor, _: None) -> tuple[Tensor, None]:
+    def mltfr(x: Tensor, packing: Packing) -> tuple[Tensor, None]:
         seen.append(x)
-        assert torch.equal(valid_mask, item_ids != 0)
-        assert torch.equal(ids, item_ids)
+        assert torch.equal(packing.valid_mask, item_ids != 0)
+        assert torch.equal(packing.item_ids, item_ids)
         return x.cos(), None  # not constant, which a norm would take away
 
     with torch.no_grad():
         bare, packing, _ = model.hidden(item_ids)
         model.__dict__["mltfr"] = mltfr  # in place of a module
         hidden, _, _ = model.hidden(item_ids)
-        inputs = packing.pack(backbone.inputs(item_ids))
+        inputs, _ = backbone.inputs(item_ids)
         expected = backbone.blocks[0](inputs, packing) + inputs.cos()
         for block in list(backbone.blocks)[1:]:
             expected = block(expected, packing)
         torch.testing.assert_close(hidden, backbone.finish(expected))
         assert len(seen) == 1
-        assert torch.equal(seen[0], backbone.inputs(item_ids))
+        assert torch.equal(seen[0], inputs)
         assert not torch.allclose(hidden, bare)
 
 
@@ -414,7 +414,7 @@ def test_explanations_are_made_where_ranking_reads() -> None:
         (explanation,) = model.explain(padded([[1, 2, 3]]))
         read = model.backbone.for_ranking(padded([[1, 2, 3]]))
         with torch.no_grad():
-            gates = model.mltfr.router(model.backbone.inputs(read)[0, place])
+            gates = model.mltfr.router(model.backbone.inputs(read)[0][place])
         torch.testing.assert_close(explanation.gate_weights.double(), gates, rtol=0, atol=1e-6)
 
 

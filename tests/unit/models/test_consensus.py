@@ -16,6 +16,7 @@ from mltfr_dist.config import ConsensusConfig, ExpertConfig, FilterConfig, MLTFR
 from mltfr_dist.models.consensus import State, freeze, merge
 from mltfr_dist.models.experts import ExpertCore
 from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.packing import Packing
 
 few = settings(max_examples=30, deadline=None, derandomize=True)
 SEED = st.integers(0, 10_000)
@@ -179,9 +180,9 @@ def module(num_tables: int, *, weight: float, seed: int = 0) -> MLTFR:
 
 
 def added(mltfr: MLTFR) -> Tensor:
-    x = torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(9))
+    x = torch.randn(3 * 5, DIM, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
-        return mltfr(x, torch.ones(3, 5, dtype=torch.bool))[0]
+        return mltfr(x, Packing(torch.ones(3, 5, dtype=torch.int64)))[0]
 
 
 def test_the_consensus_of_equal_experts_over_equal_tables_is_that_expert() -> None:
@@ -217,8 +218,7 @@ def test_gradients_pass_through_the_frozen_consensus_to_what_feeds_it() -> None:
         {name: 0.3 * torch.randn_like(p) for name, p in mltfr.cores[0].named_parameters()}
     )
     assert mltfr.consensus is not None
-    x = torch.randn(2, 4, DIM)
-    blocks = mltfr.blocks(x, torch.ones(2, 4, dtype=torch.bool))
+    blocks = mltfr.blocks(torch.randn(2 * 4, DIM), Packing(torch.ones(2, 4, dtype=torch.int64)))
     attended = [
         selection.attended(adapter)
         for selection, adapter in zip(mltfr.selections(blocks.queries, None), mltfr.adapters)

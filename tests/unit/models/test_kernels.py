@@ -31,6 +31,7 @@ from mltfr_dist.models.kernels import (
     nearest,
     row_maxima,
 )
+from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
 from mltfr_dist.models.search import nearest_rows, row_relevance, search, search_rows
@@ -441,10 +442,10 @@ def test_where_gradients_are_wanted_only_kept_rows_go_on() -> None:
 def test_blocks_and_their_gradients(
     lengths: list[int], width: int, block_len: int, whole: bool, threads: int
 ) -> None:
-    """Against torch's operators in float64, whose path they are; padding holds numbers, too."""
-    valid = torch.arange(9) < torch.tensor(lengths)[:, None]
+    """Against torch's operators in float64, whose path they are."""
+    packing = Packing((torch.arange(9) < torch.tensor(lengths)[:, None]).long())
     kind = WholeHistory if whole else QueryBlocks
-    x = torch.randn(len(lengths), 9, width)
+    x = torch.randn(sum(lengths), width)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     result: list[list[Tensor]] = []
@@ -452,14 +453,14 @@ def test_blocks_and_their_gradients(
     weights = torch.randn(9 * len(lengths), 11, width).double()
     for dtype in (torch.float32, torch.float64):
         leaf = x.to(dtype).requires_grad_()
-        blocks = kind(leaf, valid, block_len)
+        blocks = kind(leaf, packing, block_len)
         shape = blocks.positions.shape
         weight = weights[: shape[0], : shape[1]].to(dtype)
-        spread = blocks.spread(blocks.positions * weight)
-        total = (spread**2).sum() + (blocks.positions * weight).sum()
+        real = blocks.at_real(blocks.positions * weight)
+        total = (real**2).sum() + (blocks.positions * weight).sum()
         total = total + (blocks.queries * weight[:, 0]).sum()
         (gradient,) = torch.autograd.grad(total, leaf)
-        result.append([t.double() for t in (blocks.positions, blocks.queries, spread, gradient)])
+        result.append([t.double() for t in (blocks.positions, blocks.queries, real, gradient)])
     torch.set_num_threads(before)
     for got, wanted in zip(*result, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -19,6 +19,7 @@ from mltfr_dist.config import (
 )
 from mltfr_dist.models.experts import ExpertCore, ExpertRows, Router, router_class
 from mltfr_dist.models.mltfr import MLTFR, routing_sums
+from mltfr_dist.models.packing import Packing
 from mltfr_dist.published.experts import mean_rows, pooled
 from mltfr_dist.published.selecting import WeightedSelection
 from mltfr_dist.routers import ROUTERS
@@ -62,7 +63,8 @@ def embeddings() -> Tensor:
 
 
 def added(mltfr: MLTFR) -> Tensor:
-    output = mltfr(embeddings(), ITEMS != 0, ITEMS)[0]
+    packing = Packing(ITEMS)
+    output = packing.unpack(mltfr(packing.pack(embeddings()), packing)[0])
     assert isinstance(output, Tensor)
     return output
 
@@ -110,7 +112,7 @@ def test_experts_of_a_table_share_its_filter_and_start_apart_by_their_adapters_o
 def test_the_output_is_the_gated_sum_of_every_tables_experts() -> None:
     mltfr = make(expert={"per_table": 2}, router={"null_expert": True})
     x = embeddings()
-    blocks = mltfr.blocks(x, ITEMS != 0)
+    blocks = mltfr.blocks(Packing(ITEMS).pack(x), Packing(ITEMS))
     positions, queries, occupied = blocks.positions, blocks.queries, blocks.occupied
     attended = mltfr.attended(mltfr.selections(queries, None))
     assert len(attended) == 6
@@ -144,7 +146,7 @@ def test_a_position_can_do_without_experts() -> None:
         mltfr.router.linear.bias[-1] = 100.0
     assert added(mltfr).abs().max() < 1e-30
     assert mltfr.gate_names(NAMES)[-1] == "none"
-    sums = routing_sums(mltfr(embeddings(), ITEMS != 0, ITEMS)[1])
+    sums = routing_sums(mltfr(Packing(ITEMS).pack(embeddings()), Packing(ITEMS))[1])
     assert sums.top.tolist() == [0, 0, 0, 8]
 
 

@@ -32,6 +32,7 @@ from mltfr_dist.models import search as searching
 from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.experts import ExpertCore, ExpertRows, Router
 from mltfr_dist.models.mltfr import MLTFR, routing_sums
+from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.query_blocks import prefix_mean
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
@@ -105,11 +106,10 @@ def padded(histories: list[list[int]], width: int = 0) -> Tensor:
     return torch.tensor([h + [0] * (width - len(h)) for h in histories])
 
 
-def inputs(histories: list[list[int]], model: Recommender) -> tuple[Tensor, Tensor]:
-    """What MLTFR is given: input embeddings and the valid mask."""
-    item_ids = padded(histories)
+def inputs(histories: list[list[int]], model: Recommender) -> tuple[Tensor, Packing]:
+    """What MLTFR is given: input embeddings of the real positions, and where they stand."""
     with torch.no_grad():
-        return model.backbone.inputs(item_ids), item_ids != 0
+        return model.backbone.inputs(padded(histories))
 
 
 def kept_tokens(mltfr: MLTFR, queries: Tensor) -> list[Selection]:
@@ -117,15 +117,15 @@ def kept_tokens(mltfr: MLTFR, queries: Tensor) -> list[Selection]:
     return [replace(s, kept=s.row_ids[s.kept]) for s in mltfr.selections(queries, None)]
 
 
-def queries_of(mltfr: MLTFR, x: Tensor, valid: Tensor) -> Tensor:
-    return mltfr.blocks(x, valid).queries
+def queries_of(mltfr: MLTFR, x: Tensor, packing: Packing) -> Tensor:
+    return mltfr.blocks(x, packing).queries
 
 
-def relevance_of(mltfr: MLTFR, x: Tensor, valid: Tensor) -> list[Tensor]:
+def relevance_of(mltfr: MLTFR, x: Tensor, packing: Packing) -> list[Tensor]:
     """Per table, [V_m] largest cosine of each row with any query."""
     with torch.no_grad():
         return [
-            mltfr.table(m).relevance(queries_of(mltfr, x, valid), mltfr.selectors[m].project)
+            mltfr.table(m).relevance(queries_of(mltfr, x, packing), mltfr.selectors[m].project)
             for m in range(len(SHAPES))
         ]
 
@@ -186,16 +186,15 @@ def test_a_user_is_the_same_alone_and_in_any_batch_of_any_width(
 @pytest.mark.parametrize("query_every", EVERY)
 @few
 @given(histories=st.lists(HISTORY, min_size=1, max_size=4))
-def test_what_mltfr_adds_is_zero_at_padding_and_equal_alone(
+def test_what_mltfr_adds_to_a_history_is_what_it_adds_alone(
     query_every: int, histories: list[list[int]]
 ) -> None:
     model = shared(query_every)
     added, _ = mltfr_of(model)(*inputs(histories, model))
-    for row, history in zip(added, histories, strict=True):
+    for row, history in zip(added.split([len(h) for h in histories]), histories, strict=True):
         alone, _ = mltfr_of(model)(*inputs([history], model))
-        torch.testing.assert_close(row[: len(history)], alone[0], rtol=0, atol=2e-6)
-        assert row[len(history) :].abs().sum() == 0
-        assert row[: len(history)].abs().amax(1).min() > 1e-3
+        torch.testing.assert_close(row, alone, rtol=0, atol=2e-6)
+        assert row.abs().amax(1).min() > 1e-3
 
 
 @pytest.mark.parametrize("query_every", EVERY)
@@ -228,8 +227,9 @@ def test_in_float64_neither_batch_nor_padding_nor_future_shows(query_every: int)
 def test_a_blocks_query_is_the_prefix_mean_at_its_first_position(query_every: int) -> None:
     model = shared(query_every)
     histories = some_histories()
-    x, valid = inputs(histories, model)
-    blocks = mltfr_of(model).blocks(x, valid)
+    x, packing = inputs(histories, model)
+    blocks = mltfr_of(model).blocks(x, packing)
+    x = packing.unpack(x)
     positions, queries, occupied = blocks.positions, blocks.queries, blocks.occupied
     group = 0
     for user, history in enumerate(histories):
@@ -344,21 +344,17 @@ def test_gate_weights_sum_to_one_and_their_sums_are_additive() -> None:
     model = shared()
     histories = some_histories()
     positions = sum(map(len, histories))
-    x, valid = inputs(histories, model)
-    whole = routing_sums(mltfr_of(model)(x, valid)[1])
-    gate = mltfr_of(model).router(x).detach()
-    torch.testing.assert_close(gate.sum(-1), torch.ones(x.shape[:2]))
+    x, packing = inputs(histories, model)
+    whole = routing_sums(mltfr_of(model)(x, packing)[1])
+    gate = mltfr_of(model).router(x[:, None])[:, 0].detach()
+    torch.testing.assert_close(gate.sum(-1), torch.ones(positions))
     assert gate.min() > 0
-    torch.testing.assert_close(whole.gate, gate[valid].sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole.gate, gate.sum(0), rtol=1e-5, atol=1e-5)
     assert whole.gate.sum() == pytest.approx(positions, rel=1e-6)
-    assert (
-        whole.top.tolist() == torch.bincount(gate[valid].argmax(-1), minlength=len(SHAPES)).tolist()
-    )
-    assert whole.entropy.item() == pytest.approx(
-        -(gate[valid] * gate[valid].log()).sum().item(), rel=1e-5
-    )
+    assert whole.top.tolist() == torch.bincount(gate.argmax(-1), minlength=len(SHAPES)).tolist()
+    assert whole.entropy.item() == pytest.approx(-(gate * gate.log()).sum().item(), rel=1e-5)
     blocks = [
-        routing_sums(mltfr_of(model)(x[i : i + 2], valid[i : i + 2])[1])
+        routing_sums(mltfr_of(model)(*inputs(histories[i : i + 2], model))[1])
         for i in range(0, len(histories), 2)
     ]
     for name in ("gate", "top", "entropy", "kept_entropy"):
@@ -476,23 +472,25 @@ def forward_by_hand(mltfr: MLTFR, x: Tensor, history_lengths: list[int]) -> Tens
 def test_forward_equals_the_formulas(query_every: int, consensus: bool) -> None:
     model = make(query_every, consensus=consensus).double()
     histories = [[3, 7, 7, 1, 30], [5, 2], [9]]
-    x, valid = inputs(histories, model)
+    x, packing = inputs(histories, model)
     assert x.dtype == torch.float64
     with torch.no_grad():
-        added, _ = mltfr_of(model)(x, valid)
-    expected = forward_by_hand(mltfr_of(model), x, [len(h) for h in histories])
-    torch.testing.assert_close(added, expected, rtol=0, atol=1e-10)
+        added, _ = mltfr_of(model)(x, packing)
+    padded_x = packing.unpack(x)
+    expected = forward_by_hand(mltfr_of(model), padded_x, [len(h) for h in histories])
+    torch.testing.assert_close(packing.unpack(added), expected, rtol=0, atol=1e-10)
     assert expected.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("query_every", [1, 4])
 def test_fp32_stays_near_the_formulas(query_every: int) -> None:
     model = make(query_every, consensus=True)
-    x, valid = inputs([[3, 7, 7, 1, 30], [5, 2]], model)
+    x, packing = inputs([[3, 7, 7, 1, 30], [5, 2]], model)
     with torch.no_grad():
-        added, _ = mltfr_of(model)(x, valid)
-    expected = forward_by_hand(mltfr_of(copy.deepcopy(model).double()), x.double(), [5, 2])
-    torch.testing.assert_close(added.double(), expected, rtol=0, atol=1e-5)
+        added, _ = mltfr_of(model)(x, packing)
+    padded_x = packing.unpack(x).double()
+    expected = forward_by_hand(mltfr_of(copy.deepcopy(model).double()), padded_x, [5, 2])
+    torch.testing.assert_close(packing.unpack(added).double(), expected, rtol=0, atol=1e-5)
 
 
 def test_kept_tokens_are_the_exact_top_k_by_cosine() -> None:
@@ -697,8 +695,8 @@ def test_a_shortlist_that_holds_the_top_k_gives_the_full_search() -> None:
     full, short = make(3, consensus=True), make(3, consensus=True, shortlist=45)
     short.load_state_dict(full.state_dict(), strict=False)
     histories = some_histories(3)
-    x, valid = inputs(histories, full)
-    queries = queries_of(mltfr_of(full), x, valid)
+    x, packing = inputs(histories, full)
+    queries = queries_of(mltfr_of(full), x, packing)
     needed = []
     for kept, (rows, _) in zip(kept_tokens(mltfr_of(full), queries), SHAPES, strict=True):
         marks = torch.zeros(rows)
@@ -708,7 +706,7 @@ def test_a_shortlist_that_holds_the_top_k_gives_the_full_search() -> None:
     set_shortlists(mltfr_of(short), needed)
     with torch.no_grad():
         torch.testing.assert_close(
-            mltfr_of(short)(x, valid)[0], mltfr_of(full)(x, valid)[0], rtol=0, atol=1e-6
+            mltfr_of(short)(x, packing)[0], mltfr_of(full)(x, packing)[0], rtol=0, atol=1e-6
         )
         for m in range(len(SHAPES)):
             result = kept_tokens(mltfr_of(short), queries)[m].kept
@@ -718,9 +716,9 @@ def test_a_shortlist_that_holds_the_top_k_gives_the_full_search() -> None:
 
 def test_shortlist_recall_is_the_share_of_the_exact_top_k() -> None:
     model = make(3, shortlist=20)
-    x, valid = inputs(some_histories(3), model)
+    x, packing = inputs(some_histories(3), model)
     mltfr = mltfr_of(model)
-    queries = queries_of(mltfr, x, valid)
+    queries = queries_of(mltfr, x, packing)
     recall = recall_of(mltfr, queries[:3])
     for m in range(len(SHAPES)):
         exact = [set(kept_by_hand(mltfr, m, query)[0]) for query in queries[:3]]
@@ -728,18 +726,18 @@ def test_shortlist_recall_is_the_share_of_the_exact_top_k() -> None:
             sum(len(kept & set(range(20))) / TOP_K for kept in exact) / 3
         )
     # The rows furthest from all queries:
-    set_shortlists(mltfr, [-r for r in relevance_of(mltfr, x, valid)])
+    set_shortlists(mltfr, [-r for r in relevance_of(mltfr, x, packing)])
     assert recall_of(mltfr, queries) == [0.0] * len(SHAPES)
 
 
 def test_relevance_puts_a_single_users_top_k_on_the_shortlist() -> None:
     model = make(16, shortlist=TOP_K)  # one query a user
-    x, valid = inputs([[4, 8, 15]], model)
+    x, packing = inputs([[4, 8, 15]], model)
     mltfr = mltfr_of(model)
-    relevance = relevance_of(mltfr, x, valid)
+    relevance = relevance_of(mltfr, x, packing)
     assert [len(r) for r in relevance] == [rows for rows, _ in SHAPES]
     set_shortlists(mltfr, relevance)
-    assert recall_of(mltfr, queries_of(mltfr, x, valid)) == [1.0, 1.0, 1.0]
+    assert recall_of(mltfr, queries_of(mltfr, x, packing)) == [1.0, 1.0, 1.0]
 
 
 def test_a_shortlist_as_long_as_the_table_is_the_whole_table() -> None:
@@ -755,12 +753,13 @@ def test_explain_agrees_with_forward(query_every: int, shortlist: int | None) ->
     model = make(query_every, shortlist=shortlist)
     mltfr = mltfr_of(model)
     histories = some_histories()
-    x, valid = inputs(histories, model)
+    x, packing = inputs(histories, model)
     if shortlist:
-        set_shortlists(mltfr, relevance_of(mltfr, x, valid))
+        set_shortlists(mltfr, relevance_of(mltfr, x, packing))
     explanations = model.explain(padded(histories))
     with torch.no_grad():
-        added, _ = mltfr(x, valid)
+        added, _ = mltfr(x, packing)
+        x, added = packing.unpack(x), packing.unpack(added)
         for user, (history, result) in enumerate(zip(histories, explanations, strict=True)):
             last = len(history) - 1
             position = x[user, last].view(1, 1, DIM)

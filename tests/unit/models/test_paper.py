@@ -32,6 +32,7 @@ from mltfr_dist.models.draws import GumbelNoise, gumbel, history_keys
 from mltfr_dist.models.experts import ExpertCore
 from mltfr_dist.models.losses import binary_cross_entropy
 from mltfr_dist.models.mltfr import MLTFR, Routing
+from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors.user_guided import UserGuided
 from mltfr_dist.published.consensus import batch_mean_squares, merge_unnormalised
@@ -102,6 +103,12 @@ def embeddings() -> Tensor:
     return (x * (item_ids() != 0)[..., None]).requires_grad_()
 
 
+def added(mltfr: MLTFR, x: Tensor, ids: Tensor) -> Tensor:
+    """[B, L, D], of embeddings [B, L, D]."""
+    packing = Packing(ids)
+    return packing.unpack(mltfr(packing.pack(x), packing)[0])
+
+
 def noise_of(mltfr: MLTFR, m: int, ids: Tensor) -> Tensor:
     """[B, V_m] the noise that the filter draws."""
     token_filter = mltfr.selectors[m]
@@ -153,7 +160,7 @@ def test_forward_and_gradients_equal_the_statement(
     found_gradients, stated_gradients = [], []
     outputs = []
     for function, gradients in (
-        (lambda x: mltfr(x, item_ids() != 0, item_ids())[0], found_gradients),
+        (lambda x: added(mltfr, x, item_ids()), found_gradients),
         (lambda x: stated(mltfr, x, item_ids()), stated_gradients),
     ):
         x = embeddings()
@@ -179,7 +186,7 @@ def test_with_one_kept_token_no_gradient_reaches_the_filter() -> None:
     """The first of the published defects."""
     mltfr = make(1).float()
     x = embeddings().float()
-    mltfr(x, item_ids() != 0, item_ids())[0].square().sum().backward()
+    added(mltfr, x, item_ids()).square().sum().backward()
     for m, token_filter in enumerate(mltfr.selectors):
         assert (
             token_filter.projection.weight.grad is None
@@ -215,14 +222,12 @@ def test_a_user_depends_on_the_batch_and_on_the_future() -> None:
     have.
     """
     mltfr, x = make(3), embeddings().detach()
-    together = mltfr(x, item_ids() != 0, item_ids())[0]
-    alone = mltfr(x[:1], item_ids()[:1] != 0, item_ids()[:1])[0]
+    together = added(mltfr, x, item_ids())
+    alone = added(mltfr, x[:1], item_ids()[:1])
     assert (together[0] - alone[0]).abs().max() > 1e-3
     later = x[:1].clone()
     later[0, 4] = -20 * x[0].sum(0)  # the history's mean turns round
-    assert (
-        mltfr(later, item_ids()[:1] != 0, item_ids()[:1])[0][0, 0] - alone[0, 0]
-    ).abs().max() > 1e-3
+    assert (added(mltfr, later, item_ids()[:1])[0, 0] - alone[0, 0]).abs().max() > 1e-3
 
 
 def test_bce_equals_the_statement() -> None:
@@ -286,9 +291,13 @@ def procedure(
         if merged:
             mltfr.consensus.load_state_dict(merged)
         if by_statement:
-            mltfr.forward = lambda x, valid, ids, lengths, m=mltfr: (
-                stated(m, x, ids),
-                Routing(m.router(x)[valid], [torch.ones(1, 1)] * len(WIDTHS), len(x)),
+            mltfr.forward = lambda x, packing, m=mltfr: (
+                packing.pack(stated(m, packing.unpack(x), packing.item_ids)),
+                Routing(
+                    m.router(x[:, None])[:, 0],
+                    [torch.ones(1, 1)] * len(WIDTHS),
+                    len(packing.item_ids),
+                ),
             )
         optimizer = torch.optim.Adam(model.parameters(), config.optimizer.learning_rate)
         batches = [

@@ -88,9 +88,9 @@ def test_shapes_and_embeddings() -> None:
     item_ids = padded([[1, 2, 3], [4]])
     assert padded_output(model(), item_ids).shape == (2, 3, DIM)
     assert padded_output(model(), item_ids[:, :1]).shape == (2, 1, DIM)
-    embedded = model().inputs(item_ids)
-    assert embedded.shape == (2, 3, DIM)
-    assert embedded[1, 1:].abs().sum() == 0
+    embedded, packing = model().inputs(item_ids)
+    assert embedded.shape == (4, DIM)
+    assert packing.unpack(embedded)[1, 1:].abs().sum() == 0
     assert padded_output(model(), torch.zeros(0, 4, dtype=torch.int64)).shape == (0, 4, DIM)
 
 
