@@ -91,6 +91,7 @@ class Engine:
             ranks,
             [name for name, _ in tables],
             skips_on_device=fuses and OPTIMIZERS[config.optimizer.name].skips_on_device,
+            keeps_gradients=self.zero_stage == 0 and self.deepspeed.optimizer is optimizer,
         )
         self.stopwatch = Stopwatch(ranks.device)
         self._norm: Tensor | None = None

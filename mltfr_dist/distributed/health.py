@@ -18,6 +18,7 @@ from mltfr_dist.distributed.processes import Seen, machine, own_process
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.watchdog import watch_with
 from mltfr_dist.errors import StoppedError
+from mltfr_dist.models.kernels import nonfinite
 
 T = TypeVar("T")
 
@@ -40,8 +41,8 @@ class Verdict(NamedTuple):
 class Health:
     """Watches the losses and each parameter's gradient on this rank.
 
-    Local gradients, before DeepSpeed reduces and divides them: afterwards a non-finite one can no
-    longer be told by name.
+    Local gradients, as they come: once DeepSpeed has divided them a non-finite one can no longer be
+    told by name. Where it divides nothing, all are looked at together before an update.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Health:
         row_tables: Sequence[str] = (),
         *,
         skips_on_device: bool = False,
+        keeps_gradients: bool = False,
     ) -> None:
         """Watch the parameters of ``module``, and hold back ``optimizer`` where one is not finite.
 
@@ -63,6 +65,8 @@ class Health:
                 such gradient.
             skips_on_device: Whether ``optimizer`` heeds ``found_inf``: :attr:`verdict` is then read
                 once the update is on its way, and the device waits for nobody.
+            keeps_gradients: Whether ``optimizer`` steps the parameters by their ``grad``, which
+                :meth:`agree` then finds.
         """
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.ranks, self.verdict = ranks, Verdict()
@@ -72,7 +76,8 @@ class Health:
         self.names = (LOSS, *(name for name, _ in trained), *row_tables)
         self._largest: dict[int, Tensor] = {}  # magnitudes: finite if all of them are
         self._nothing = torch.zeros((), device=ranks.device)
-        for index, (_, parameter) in enumerate(trained, 1):
+        self._kept = [p for _, p in trained] if keeps_gradients else []
+        for index, (_, parameter) in enumerate(trained if not keeps_gradients else [], 1):
             parameter.register_hook(partial(self._note, index))  # type: ignore[no-untyped-call]
         self._found_inf = torch.zeros((), device=ranks.device)
         update = plain_step(optimizer)
@@ -110,16 +115,10 @@ class Health:
         Returns:
             What :meth:`read` reads, after the update.
         """
-        largest = [self._largest.get(i, self._nothing) for i in range(len(self.names))]
-        self._largest = {}
         asked = (signals.stop_requested(), self.writes())
-        flags = torch.cat(
-            [
-                (~torch.isfinite(torch.stack(largest))).double(),
-                # each is filled in where it is: numbers of a list would be copied to a GPU
-                *(sums.new_full((1,), float(flag), device=largest[0].device) for flag in asked),
-            ]
-        )
+        # each is filled in where it is: numbers of a list would be copied to a GPU
+        others = [sums.new_full((1,), float(flag), device=self._nothing.device) for flag in asked]
+        flags = torch.cat([self._seen(), *others])
         told = self.ranks.sum(torch.cat([flags, sums]))  # a flag's sum is 0 where all are
         if self._skips_on_device:
             self._found_inf.copy_(told[: len(self.names)].any())
@@ -127,6 +126,19 @@ class Health:
             told = told.cpu()
             self.read(told)
         return told
+
+    def _seen(self) -> Tensor:
+        """[names] float64: 1 where a number was not finite since the last call, otherwise 0."""
+        largest = [self._largest.get(i, self._nothing) for i in range(len(self.names))]
+        self._largest = {}
+        grads = [self._nothing if p.grad is None else p.grad for p in self._kept]
+        by_kernel = nonfinite(grads) if grads else None
+        if by_kernel is None:
+            largest[1 : 1 + len(grads)] = [_magnitude(grad).float() for grad in grads]
+        seen = (~torch.isfinite(torch.stack(largest))).double()
+        if by_kernel is not None:
+            seen[1 : 1 + len(grads)] = by_kernel
+        return seen
 
     def read(self, told: Tensor) -> Tensor:
         """Set ``verdict``: the one place of a step that waits for the device.

@@ -50,7 +50,7 @@ class QueryBlocks:
         self.packing, self.block_len, lengths = packing, block_len, packing.lengths
         valid_mask = packing.valid_mask
         self.occupied = self._cut(valid_mask)[..., 0]  # sequences start at 0 and have no gaps
-        self._num_real = None if lengths is None else sum(lengths)
+        self._num_real = len(x)
         num_blocks = None if lengths is None else sum(-(-n // block_len) for n in lengths)
         self._indices = indices_where(self.occupied, num_blocks)
         if usable(x) is None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from mltfr_dist.models.kernels.attention import attend, kept_products
 from mltfr_dist.models.kernels.build import usable
+from mltfr_dist.models.kernels.finite import nonfinite
 from mltfr_dist.models.kernels.histories import attend_histories
 from mltfr_dist.models.kernels.masks import draw_mask
 from mltfr_dist.models.kernels.mixing import mix
@@ -39,6 +40,7 @@ __all__ = [
     "mix",
     "nearest",
     "noisy_candidates",
+    "nonfinite",
     "row_maxima",
     "usable",
 ]

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 SOURCES = (
     *("attended.h", "candidates.h", "common.h", "exponential.h", "panels.h", "registers.h"),
     "rounded.h",
-    *("attention.cpp", "blocks.cpp", "counting.cpp", "histories.cpp", "leading.cpp"),
-    *("masks.cpp", "mixing.cpp", "noise.cpp", "products.cpp", "projection.cpp"),
+    *("attention.cpp", "blocks.cpp", "counting.cpp", "finite.cpp", "histories.cpp"),
+    *("leading.cpp", "masks.cpp", "mixing.cpp", "noise.cpp", "products.cpp", "projection.cpp"),
     *("search.cpp", "softmax.cpp"),
 )
 FLAGS = (
@@ -178,6 +178,11 @@ def usable(*tensors: Tensor) -> ctypes.CDLL | None:
 def pointer(t: Tensor | None) -> ctypes.c_void_p:
     """Where the numbers of a contiguous tensor stand; null for None."""
     return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    """:func:`pointer` of each."""
+    return (ctypes.c_void_p * len(tensors))(*(pointer(t).value for t in tensors))
 
 
 def sizes(*numbers: int) -> list[ctypes.c_int64]:

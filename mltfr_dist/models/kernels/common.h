@@ -25,6 +25,18 @@ inline float sum(Floats v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
+inline bool finite(const float* v, int64_t count) {
+  Floats zeros{}, others{};
+  int64_t i = 0;
+  for (; i + 2 * WIDTH <= count; i += 2 * WIDTH) {
+    zeros += load(v + i) * 0.0f;
+    others += load(v + i + WIDTH) * 0.0f;
+  }
+  float rest = 0;
+  for (; i < count; ++i) rest += v[i] * 0.0f;
+  return sum(zeros + others) + rest == 0;
+}
+
 // Of the OpenMP runtime that torch has loaded, where it is the one that is known to have them.
 extern "C" {
 void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));

@@ -5,7 +5,6 @@ Shapes: G query blocks of n positions, D hidden size, E experts.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mltfr_dist.models.kernels.build import library, pointer, sizes, usable
+from mltfr_dist.models.kernels.build import library, pointer, pointers, sizes, usable
 
 
 class _Mix(torch.autograd.Function):
@@ -23,7 +22,7 @@ class _Mix(torch.autograd.Function):
         assert kernels is not None
         gate, outputs = gate.contiguous(), tuple(output.contiguous() for output in outputs)
         mixed = torch.empty_like(outputs[0])
-        read = (_pointers(outputs), _pointers(masks), pointer(gate))
+        read = (pointers(outputs), pointers(masks), pointer(gate))
         ctx.shape = (gate.numel() // len(outputs), mixed.shape[-1], len(outputs))
         kernels.mix(*read, pointer(mixed), *sizes(*ctx.shape))
         ctx.save_for_backward(gate, *masks, *outputs)
@@ -38,8 +37,8 @@ class _Mix(torch.autograd.Function):
         masks, outputs = saved[: ctx.shape[2]], saved[ctx.shape[2] :]
         gradient = gradient.contiguous()
         of_gate, of_outputs = torch.empty_like(gate), [torch.empty_like(o) for o in outputs]
-        read = (pointer(gradient), _pointers(outputs), _pointers(masks), pointer(gate))
-        made = (_pointers(of_outputs), pointer(of_gate))
+        read = (pointer(gradient), pointers(outputs), pointers(masks), pointer(gate))
+        made = (pointers(of_outputs), pointer(of_gate))
         kernels.mix_backward(*read, *made, *sizes(*ctx.shape))
         return of_gate, None, *of_outputs
 
@@ -59,7 +58,3 @@ def mix(outputs: Sequence[Tensor], masks: Sequence[Tensor | None], gate: Tensor)
         return _Mix.apply(gate, masks, *outputs)  # type: ignore[no-untyped-call, no-any-return]
     masked = [o if m is None else o * m for o, m in zip(outputs, masks, strict=True)]
     return torch.einsum("gnde,gne->gnd", torch.stack(masked, dim=-1), gate)
-
-
-def _pointers(tensors: Sequence[Tensor | None]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(pointer(t).value for t in tensors))

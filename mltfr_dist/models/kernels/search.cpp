@@ -42,12 +42,6 @@ float quick_product(const float* a, const float* b, int64_t dim) {
 // How far a quick product may lie off another way of computing it.
 inline float slack(int64_t dim, float norms) { return 2.0f * (float)(dim + 16) * 6e-8f * norms; }
 
-bool finite(const float* v, int64_t count) {
-  Floats zeros{};
-  for (int64_t i = 0; i < count; i += WIDTH) zeros += eight(v, i, count) * 0.0f;
-  return sum(zeros) == 0;
-}
-
 // What orders candidates: the product, largest first, then the id.
 int64_t ordered_key(float product, int32_t id) {
   const float size = -product + 0.0f;  // no negative zero
