@@ -74,8 +74,11 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config
         )
-        if self.zero_stage == 0 and ranks.world_size == 1:
-            self.deepspeed.allreduce_gradients = self._fill_gradients
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        if self.zero_stage == 0:
+            self.deepspeed.zero_grad = self._clear_gradients
+            if ranks.world_size == 1:
+                self.deepspeed.allreduce_gradients = self._fill_gradients
         fuses = bool(optimizer.defaults.get("fused"))
         self.row_adam = (
             row_optimizer(*tables[0], config.optimizer, ranks, fused=fuses) if tables else None
@@ -165,9 +168,14 @@ class Engine:
         """What stage 0 does at one rank, but for two copies of all gradients to divide them by 1:
         what no loss reached has a gradient of zero.
         """
-        for p in self.module.parameters():
-            if p.requires_grad and p.grad is None:
+        for p in self._trained:
+            if p.grad is None:
                 p.grad = torch.zeros_like(p)
+
+    def _clear_gradients(self) -> None:
+        """What DeepSpeed does at stage 0, which goes through all modules to find the parameters."""
+        for p in self._trained:
+            p.grad = None
 
     def _reduce_rows(self) -> None:
         if self.row_adam is not None and self.joint_norm is not None:

@@ -115,7 +115,7 @@ class _KeptProducts(torch.autograd.Function):
         kernels = library()
         assert kernels is not None
         query, rows, kept = ctx.saved_tensors
-        made = (torch.zeros_like(query), torch.zeros_like(rows))
+        made = (torch.empty_like(query), torch.zeros_like(rows))
         read = (gradient.contiguous(), query, rows, kept)
         kernels.kept_products_backward(*map(pointer, (*read, *made)), *sizes(*ctx.shape))
         did_products(2 * kept.numel(), query.shape[1])
