@@ -62,6 +62,8 @@ VARIANTS: dict[str, Callable[[RunConfig], RunConfig]] = {
     "published": paper_frozen_tables,
 }
 PRODUCTS = "products"
+TURN = 4
+"""Steps that one contestant makes before the next has its turn."""
 SQUARE = 2048
 """Rows and columns of the matrices that the machine's speed is measured with."""
 
@@ -183,10 +185,12 @@ class Contest:
         """Mean over the steps of the fastest time of each; peers have a turn after each round."""
         fastest: dict[tuple[str, int], float] = {}
         for number in range(rounds):
-            for i, batches in enumerate(self.batches):
+            # A step follows one of its own kind, as in training, and finds in the cache what that left.
+            for first in range(0, len(self.batches), TURN):
                 for name in (*self.engines, PRODUCTS):
-                    taken = timed(lambda: self._step(name, batches, i))  # noqa: B023
-                    fastest[name, i] = min(taken, fastest.get((name, i), taken))
+                    for i in range(first, min(first + TURN, len(self.batches))):
+                        taken = timed(lambda: self._step(name, i))  # noqa: B023
+                        fastest[name, i] = min(taken, fastest.get((name, i), taken))
             for peer in peers:
                 peer.turn()
             self.ranks.say(f"  round {number + 1}/{rounds}")
@@ -196,11 +200,14 @@ class Contest:
             for name in (*self.engines, PRODUCTS)
         }
 
-    def _step(self, name: str, batches: StepBatches, number: int) -> None:
+    def _step(self, name: str, number: int) -> None:
+        batches = self.batches[number]
         if name == PRODUCTS:
             self.products.step(batches)
-        else:
-            self.engines[name].update(batches, number)
+        else:  # the norm is formed where it is logged
+            every = self.configs[name].training.log_every_steps
+            logged = (number + 1) % every == 0
+            self.engines[name].update(batches, number, forms_norm=logged)
 
     def costs(self, rounds: int, peers: list[Process]) -> list[Cost]:
         """Of all contestants but the peers."""
