@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 SOURCES = (
     *("attended.h", "candidates.h", "common.h", "exponential.h", "panels.h", "registers.h"),
-    "rounded.h",
+    *("rounded.h", "settled.h"),
     *("attention.cpp", "blocks.cpp", "counting.cpp", "finite.cpp", "histories.cpp"),
     *("leading.cpp", "masks.cpp", "mixing.cpp", "noise.cpp", "products.cpp", "projection.cpp"),
     *("search.cpp", "softmax.cpp"),
