@@ -1,8 +1,8 @@
 """What a training step costs: bare, with MLTFR (shortlist, exact, as published), beside its bare
 matrix products.
 
-The machine may be shared and noisy: read the ratios, not the seconds. Contestants take turns, step
-by step over the same batches, and the fastest time of each step counts. A step is an update, a
+The machine may be shared and noisy: read the ratios, not the seconds. Contestants take turns of a
+few steps over the same batches, and the fastest time of each step counts. A step is an update, a
 shortlist's refresh (every `mltfr.filter.shortlist_refresh_steps`) shared out over its steps. The
 matrix products are the three of the loss over all items, chunk by chunk: less work no full softmax
 can do.
