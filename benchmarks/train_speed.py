@@ -185,7 +185,7 @@ class Contest:
         """Mean over the steps of the fastest time of each; peers have a turn after each round."""
         fastest: dict[tuple[str, int], float] = {}
         for number in range(rounds):
-            # A step follows one of its own kind, as in training, and finds in the cache what that left.
+            # A step follows one of its own kind, as in training, and finds its cache.
             for first in range(0, len(self.batches), TURN):
                 for name in (*self.engines, PRODUCTS):
                     for i in range(first, min(first + TURN, len(self.batches))):
