@@ -4,7 +4,7 @@ same but for rounding.
 
 from __future__ import annotations
 
-from mltfr_dist.models.kernels.attention import attend, kept_products
+from mltfr_dist.models.kernels.attention import attend
 from mltfr_dist.models.kernels.build import usable
 from mltfr_dist.models.kernels.finite import nonfinite
 from mltfr_dist.models.kernels.histories import attend_histories
@@ -12,7 +12,7 @@ from mltfr_dist.models.kernels.masks import draw_mask
 from mltfr_dist.models.kernels.mixing import mix
 from mltfr_dist.models.kernels.nearest import largest_products, nearest
 from mltfr_dist.models.kernels.noise import noisy_candidates
-from mltfr_dist.models.kernels.projection import map_rows, row_maxima
+from mltfr_dist.models.kernels.projection import map_rows, row_maxima, unit_backward
 from mltfr_dist.models.kernels.ranking import (
     LeftOut,
     count_between,
@@ -21,6 +21,7 @@ from mltfr_dist.models.kernels.ranking import (
     leads_in_registers,
 )
 from mltfr_dist.models.kernels.softmax import exponentials
+from mltfr_dist.models.kernels.weighing import weigh_kept
 from mltfr_dist.models.kernels.work import kernel_flops
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "counts_in_registers",
     "draw_mask",
     "exponentials",
-    "kept_products",
     "kernel_flops",
     "largest_products",
     "leaders",
@@ -42,5 +42,7 @@ __all__ = [
     "noisy_candidates",
     "nonfinite",
     "row_maxima",
+    "unit_backward",
     "usable",
+    "weigh_kept",
 ]

@@ -1,4 +1,4 @@
-"""Attention to kept rows where they stand, and scores of kept rows, without a copy of the rows.
+"""Attention to kept rows where they stand, without a copy of the rows.
 
 Shapes: G query blocks of n positions, S rows, K kept rows, H heads, D numbers of all heads.
 """
@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from mltfr_dist.models.kernels.build import library, pointer, sizes, usable
+from mltfr_dist.models.kernels.build import library, pointer, sizes
 from mltfr_dist.models.kernels.work import did_products
 
 
@@ -86,7 +85,7 @@ def attend(
     Raises:
         IndexError: ``kept`` names a row that there is not.
     """
-    if not _inside(kept, len(keys)):
+    if not inside(kept, len(keys)):
         raise IndexError(f"rows are kept that are not among the {len(keys)} that there are")
     mask = draw_mask((len(query), num_heads, query.shape[1], kept.shape[1]))
     attended: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
@@ -95,43 +94,7 @@ def attend(
     return attended
 
 
-class _KeptProducts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
-        kernels = library()
-        assert kernels is not None
-        query, rows, kept = query.contiguous(), rows.contiguous(), kept.contiguous()
-        scores = query.new_empty(kept.shape)
-        shape = (len(query), query.shape[1], kept.shape[1])
-        kernels.kept_products(*map(pointer, (query, rows, kept, scores)), *sizes(*shape))
-        did_products(kept.numel(), query.shape[1])
-        ctx.save_for_backward(query, rows, kept)
-        ctx.shape = shape
-        return scores
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        kernels = library()
-        assert kernels is not None
-        query, rows, kept = ctx.saved_tensors
-        made = (torch.empty_like(query), torch.zeros_like(rows))
-        read = (gradient.contiguous(), query, rows, kept)
-        kernels.kept_products_backward(*map(pointer, (*read, *made)), *sizes(*ctx.shape))
-        did_products(2 * kept.numel(), query.shape[1])
-        return *made, None
-
-
-def kept_products(query: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
-    """Products [G, K] of each query [G, D] with the ``rows`` [S, D] that it keeps, ``kept``
-    [G, K].
-    """
-    if usable(query, rows) is None or not _inside(kept, len(rows)):  # torch says what is wrong
-        return torch.einsum("gd,gkd->gk", query, F.embedding(kept, rows))
-    return _KeptProducts.apply(query, rows, kept)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _inside(indices: Tensor, count: int) -> bool:
+def inside(indices: Tensor, count: int) -> bool:
     """Whether all are places of ``count`` rows, in the format that the kernels read."""
     if indices.dtype != torch.int64 or not indices.numel():
         return indices.dtype == torch.int64

@@ -28,8 +28,8 @@ SOURCES = (
     *("attended.h", "candidates.h", "common.h", "exponential.h", "panels.h", "registers.h"),
     *("rounded.h", "settled.h"),
     *("attention.cpp", "blocks.cpp", "counting.cpp", "finite.cpp", "histories.cpp"),
-    *("leading.cpp", "masks.cpp", "mixing.cpp", "noise.cpp", "products.cpp", "projection.cpp"),
-    *("search.cpp", "softmax.cpp"),
+    *("leading.cpp", "masks.cpp", "mixing.cpp", "noise.cpp", "projection.cpp", "search.cpp"),
+    *("softmax.cpp", "weighing.cpp"),
 )
 FLAGS = (
     *("-O3", "-std=c++17", "-mavx2", "-mfma", "-fno-math-errno", "-fno-trapping-math"),

@@ -6,13 +6,30 @@
 
 namespace {
 
-constexpr float SMALLEST_NORM = 1e-12f;  // as torch's normalize
+constexpr float SHORTEST = 1e-12f;  // as torch's normalize
+
+float product(const float* a, const float* b, int64_t count) {
+  Floats products{};
+  int64_t c = 0;
+  for (; c + WIDTH <= count; c += WIDTH) products += load(a + c) * load(b + c);
+  float total = sum(products);
+  for (; c < count; ++c) total += a[c] * b[c];
+  return total;
+}
+
+// row [D] becomes a unit vector; returns what it was divided by.
+float normalise(float* row, int64_t dim) {
+  const float length = std::max(std::sqrt(product(row, row, dim)), SHORTEST);
+  int64_t c = 0;
+  for (; c + WIDTH <= dim; c += WIDTH) store(row + c, load(row + c) / length);
+  for (; c < dim; ++c) row[c] /= length;
+  return length;
+}
 
 struct Projection {
   const float *rows, *bias;
-  float* mapped;
+  float *unit, *lengths;
   int64_t count, width, dim;  // width: E
-  bool normalised;
   const Panels& weight;
 
   // The rows of a block from ``first`` on, the last of which may come again.
@@ -23,8 +40,8 @@ struct Projection {
     prefetch(first + USERS);
     // `put` gets a copy: what it indexes by a number stands in memory, not in registers.
     for (int64_t p = 0; p < weight.size(); ++p)
-      put(products(read, weight[p], width).copy(), mapped + first * dim + p * PANEL, p, some);
-    for (int64_t r = first; normalised && r < first + some; ++r) normalise(mapped + r * dim);
+      put(products(read, weight[p], width).copy(), unit + first * dim + p * PANEL, p, some);
+    for (int64_t r = first; r < first + some; ++r) lengths[r] = normalise(unit + r * dim, dim);
   }
 
   // The block from ``first`` on: a table leaves the cache from one step to the next.
@@ -50,31 +67,37 @@ struct Projection {
       }
     }
   }
-
-  void normalise(float* row) const {
-    Floats squares{};
-    int64_t c = 0;
-    for (; c + WIDTH <= dim; c += WIDTH) squares += load(row + c) * load(row + c);
-    float total = sum(squares);
-    for (int64_t rest = c; rest < dim; ++rest) total += row[rest] * row[rest];
-    const float norm = std::max(std::sqrt(total), SMALLEST_NORM);
-    for (c = 0; c + WIDTH <= dim; c += WIDTH) store(row + c, load(row + c) / norm);
-    for (; c < dim; ++c) row[c] /= norm;
-  }
 };
 
 }  // namespace
 
 extern "C" {
 
-// rows [S, E], weight [D, E], bias [D] -> mapped [S, D], unit vectors if ``normalised``.
-void map_rows(const float* rows, const float* weight, const float* bias, float* mapped,
-             int64_t count, int64_t width, int64_t dim, int64_t normalised, int64_t threads) {
+// rows [S, E], weight [D, E], bias [D] -> unit [S, D], unit vectors, and lengths [S], what they were
+// divided by.
+void map_rows(const float* rows, const float* weight, const float* bias, float* unit,
+              float* lengths, int64_t count, int64_t width, int64_t dim, int64_t threads) {
   Panels panels(dim, width);
   panels.fill(weight, dim, threads);
-  const Projection projection{rows, bias, mapped, count, width, dim, normalised != 0, panels};
+  const Projection projection{rows, bias, unit, lengths, count, width, dim, panels};
   divided((count + USERS - 1) / USERS, threads, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) projection.map(block * USERS);
+  });
+}
+
+// Gradient [S, D] by unit vectors -> made [S, D], that by what they were made of.
+void unit_backward(const float* gradient, const float* unit, const float* lengths, float* made,
+                   int64_t count, int64_t dim, int64_t threads) {
+  divided(count, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float *g = gradient + r * dim, *u = unit + r * dim;
+      float* to = made + r * dim;
+      const float along = product(g, u, dim);
+      int64_t c = 0;
+      for (; c + WIDTH <= dim; c += WIDTH)
+        store(to + c, (load(g + c) - load(u + c) * along) / lengths[r]);
+      for (; c < dim; ++c) to[c] = (g[c] - u[c] * along) / lengths[r];
+    }
   });
 }
 

@@ -12,19 +12,33 @@ from mltfr_dist.models.kernels.build import pointer, sizes, usable
 from mltfr_dist.models.kernels.work import did_products
 
 
-def map_rows(rows: Tensor, weight: Tensor, bias: Tensor, normalised: bool) -> Tensor | None:
-    """Rows [S, E] through a linear map [D, E] with a bias [D], without gradient -> [S, D], unit
-    vectors if ``normalised``; None where there is no kernel for it.
+def map_rows(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rows [S, E] through a linear map [D, E] with a bias [D], without gradient: unit vectors
+    [S, D], and what they were divided by [S, 1]; None where there is no kernel for it.
     """
     kernels = usable(rows, weight, bias)
     if kernels is None or torch.is_grad_enabled() or not rows.numel():
         return None
     rows, weight, bias = rows.contiguous(), weight.contiguous(), bias.contiguous()
-    mapped = rows.new_empty(len(rows), len(weight))
-    shape = sizes(len(rows), rows.shape[1], len(weight), int(normalised))
-    kernels.map_rows(*map(pointer, (rows, weight, bias, mapped)), *shape)
-    did_products(mapped.numel(), rows.shape[1])
-    return mapped
+    unit, lengths = rows.new_empty(len(rows), len(weight)), rows.new_empty(len(rows), 1)
+    shape = sizes(len(rows), rows.shape[1], len(weight))
+    kernels.map_rows(*map(pointer, (rows, weight, bias, unit, lengths)), *shape)
+    did_products(unit.numel(), rows.shape[1])
+    return unit, lengths
+
+
+def unit_backward(gradient: Tensor, unit: Tensor, lengths: Tensor) -> Tensor:
+    """From the gradient [S, D] by the ``unit`` vectors [S, D] that by the vectors that ``lengths``
+    [S, 1] divided.
+    """
+    kernels = usable(gradient, unit, lengths)
+    if kernels is None:
+        along = (gradient * unit).sum(-1, keepdim=True)
+        return (gradient - unit * along) / lengths
+    gradient, made = gradient.contiguous(), torch.empty_like(unit)
+    read = (gradient, unit, lengths)
+    kernels.unit_backward(*map(pointer, (*read, made)), *sizes(*unit.shape))
+    return made
 
 
 def row_maxima(query: Tensor, rows: Tensor) -> Tensor | None:

@@ -7,41 +7,54 @@ Shapes: G queries, S candidate rows of one table, V_m x D_m the table, D hidden 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.draws import LARGEST, GumbelNoise, mix
-from mltfr_dist.models.kernels import kept_products, map_rows
+from mltfr_dist.models.kernels import map_rows, unit_backward, weigh_kept
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.search import TOLERANCE, Project, row_relevance, search
 from mltfr_dist.models.selectors.base import Reduce, Selection, Selector, those_kept
 from mltfr_dist.models.selectors.shortlist import RECALL_QUERIES, Shortlist
-from mltfr_dist.numerics import at_least_fp32
 
 PROJECTED_ROWS = 4096
 """Rows projected at a time, so that rows of another device or format are never all copied."""
+SHORTEST = 1e-12
+"""Vectors are divided by no less, as ``F.normalize`` does."""
 WORTH_A_COPY = 0.8
 """Share of a shortlist's rows that queries keep up to which these alone go on: a copy of more costs
 more than it saves.
 """
 
 
+class Unit(NamedTuple):
+    """What a projection makes of rows."""
+
+    vectors: Tensor
+    """[S, D] unit vectors."""
+    lengths: Tensor
+    """[S, 1] what they were divided by."""
+
+
 class _Known(torch.autograd.Function):
-    """A linear map whose outputs are known: only the gradients of weight and bias are formed."""
+    """A projection whose outputs are known: only the gradients of weight and bias are formed."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, mapped: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        return mapped.view_as(mapped)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, known: Unit) -> Tensor:
+        ctx.save_for_backward(rows, *known)
+        return known.vectors.view_as(known.vectors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return None, gradient.T @ rows.to(gradient), gradient.sum(0), None
+        rows, *known = ctx.saved_tensors
+        of_mapped = unit_backward(gradient, *known)
+        return None, of_mapped.T @ rows.to(of_mapped), of_mapped.sum(0), None
 
 
 class Projection(nn.Linear):
@@ -55,35 +68,41 @@ class Projection(nn.Linear):
         rows: Tensor,
         dtype: torch.dtype | None = None,
         *,
-        mapped: Tensor | None = None,
-        normalised: bool = True,
+        lengths: Tensor | None = None,
+        known: Unit | None = None,
     ) -> Tensor:
-        """[S, D_in] -> [S, D_out].
+        """[S, D_in] -> unit vectors [S, D_out].
 
         Args:
             rows: [S, D_in].
             dtype: In which it is computed; None: that of the parameters.
-            mapped: [S, D_out] what they map to before they become unit vectors, where that is known
-                and they are not trained: it is not computed again.
-            normalised: Whether they become unit vectors.
+            lengths: [S, 1], gets what the vectors are divided by; where no gradient is wanted.
+            known: What it gives without gradient, where that is known and the rows are not trained:
+                it is not computed again.
         """
-        if mapped is not None:
-            known: Tensor = _Known.apply(rows, self.weight, self.bias, mapped)  # type: ignore[no-untyped-call]
-            return F.normalize(known, dim=-1)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        by_kernel = map_rows(rows, weight, bias, normalised)
+        if rows.requires_grad and torch.is_grad_enabled():
+            return F.normalize(self._mapped(rows, weight, bias), dim=-1)
+        if known is None:
+            with torch.no_grad():
+                known = self._known(rows, weight, bias)
+        if lengths is not None:
+            lengths.copy_(known.lengths)
+        if not torch.is_grad_enabled():
+            return known.vectors
+        return _Known.apply(rows, weight, bias, known)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _known(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Unit:
+        by_kernel = map_rows(rows, weight, bias)
         if by_kernel is not None:
-            return by_kernel
-        if not normalised:
-            return self._mapped(rows, weight, bias)
-        blocks = torch.split(rows, PROJECTED_ROWS)
-        if torch.is_grad_enabled():
-            made = [F.normalize(self._mapped(block, weight, bias), dim=-1) for block in blocks]
-            return made[0] if len(made) == 1 else torch.cat(made)
-        unit = weight.new_empty(len(rows), len(weight))
-        for block, to in zip(blocks, torch.split(unit, PROJECTED_ROWS), strict=True):
-            F.normalize(self._mapped(block, weight, bias), dim=-1, out=to)
-        return unit
+            return Unit(*by_kernel)
+        made = Unit(weight.new_empty(len(rows), len(weight)), weight.new_empty(len(rows), 1))
+        parts = (torch.split(t, PROJECTED_ROWS) for t in (rows, *made))
+        for block, vectors, lengths in zip(*parts, strict=True):
+            mapped = self._mapped(block, weight, bias)
+            lengths.copy_(mapped.norm(dim=-1, keepdim=True).clamp_min(SHORTEST))
+            torch.div(mapped, lengths, out=vectors)
+        return made
 
     def _mapped(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(rows.to(self.weight).to(weight), weight, bias)
@@ -203,30 +222,26 @@ class UserGuided(Selector):
         """Keep K of the candidates ``rows`` [S, D_m] for each query; ``kept`` [G, K] where a search
         has found them.
         """
-        unit_query = F.normalize(query, dim=-1)
-        mapped = None
+        unit_query, known = F.normalize(query, dim=-1), None
         if kept is None and _narrows(query):
             with torch.no_grad():
-                mapped = self.projection(rows, normalised=False)
-                unit_rows = F.normalize(mapped, dim=-1)
-                selected = search(unit_query, unit_rows, self.num_kept, noise)
+                lengths = query.new_empty(len(rows), 1)
+                known = Unit(self.projection(rows, lengths=lengths), lengths)
+                selected = search(unit_query, known.vectors, self.num_kept, noise)
             used, kept = those_kept(selected, len(rows))
             if len(used) > WORTH_A_COPY * len(rows):
                 kept = selected
             else:
-                mapped = mapped.index_select(0, used)
+                known = Unit(*(t.index_select(0, used) for t in known))
                 rows, row_ids = rows.index_select(0, used), row_ids.index_select(0, used)
                 noise = None if noise is None else noise._replace(row_ids=row_ids)
-            mapped = None if rows.requires_grad else mapped
-        unit_rows = self.project(rows) if mapped is None else self.projection(rows, mapped=mapped)
+        unit_rows = self.project(rows) if known is None else self.projection(rows, known=known)
         if kept is None:
             with torch.no_grad():
                 kept = search(unit_query, unit_rows, self.num_kept, noise)
-        scores = kept_products(unit_query, unit_rows, kept)
-        if noise is not None:
-            scores = scores + noise.at(kept).to(scores.dtype)
-        scores = at_least_fp32(scores) / at_least_fp32(self.temperature)
-        return Selection(rows, row_ids, kept, F.log_softmax(scores, dim=-1).to(query.dtype))
+        drawn = None if noise is None else noise.at(kept).to(unit_query.dtype)
+        log_weights = weigh_kept(unit_query, unit_rows, kept, self.temperature, drawn)
+        return Selection(rows, row_ids, kept, log_weights)
 
     def fixed_rows(self, table: PlacedTable) -> Tensor | None:
         """Those of the shortlist; a whole table is searched anew for every batch."""

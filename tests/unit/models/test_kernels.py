@@ -24,12 +24,13 @@ from mltfr_dist.models.experts import ExpertCore, ExpertRows
 from mltfr_dist.models.kernels import (
     attend,
     build,
-    kept_products,
     largest_products,
     map_rows,
     mix,
     nearest,
     row_maxima,
+    unit_backward,
+    weigh_kept,
 )
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.placed_table import ReplicatedTable
@@ -166,23 +167,47 @@ def test_every_rank_calls_the_same_modules(
     assert all(p.grad is not None for p in core.parameters())
 
 
+@pytest.mark.parametrize("count", [1, 6, 8, 21])
+@pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("width", [64, 3, 21])
-def test_products_with_kept_rows_and_their_gradients(width: int) -> None:
+def test_weights_of_kept_rows_and_their_gradients(width: int, noisy: bool, count: int) -> None:
     torch.manual_seed(0)
-    query, rows = (torch.randn(n, width, requires_grad=True) for n in (9, 14))
-    kept = torch.randint(14, (9, 6))
-    exact = [t.detach().double().requires_grad_() for t in (query, rows)]
-    result, expected = (
-        kept_products(query, rows, kept),
-        (exact[0][:, None] * exact[1][kept]).sum(-1),
-    )
-    gradient = torch.randn(9, 6)
-    got = [result, *torch.autograd.grad(result, [query, rows], gradient)]
+    units = (F.normalize(torch.randn(n, width), dim=-1) for n in (9, 24))
+    query, rows = (unit.requires_grad_() for unit in units)
+    temperature = torch.tensor([0.3], requires_grad=True)
+    kept = torch.rand(9, 24).argsort(1)[:, :count]
+    noise = torch.randn(9, count) if noisy else None
+    exact = [t.detach().double().requires_grad_() for t in (query, rows, temperature)]
+    scores = (exact[0][:, None] * exact[1][kept]).sum(-1) + (0 if noise is None else noise.double())
+    expected = (scores / exact[2]).log_softmax(-1)
+    result = weigh_kept(query, rows, kept, temperature, noise)
+    gradient = torch.randn(9, count)
+    got = [result, *torch.autograd.grad(result, [query, rows, temperature], gradient)]
     wanted = [expected, *torch.autograd.grad(expected, exact, gradient.double())]
     for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-5)
     with pytest.raises(IndexError):  # torch says so, and no memory is read
-        kept_products(query, rows, kept + 14)
+        weigh_kept(query, rows, kept + 24, temperature, noise)
+
+
+def test_a_broken_number_is_seen_in_the_weights_of_its_query_alone() -> None:
+    query, rows = torch.randn(3, 8), torch.randn(5, 8)
+    query[1, 2] = torch.nan
+    result = weigh_kept(query, rows, torch.arange(5).expand(3, -1), torch.ones(1))
+    assert result.isnan().all(1).tolist() == [False, True, False]
+    assert result[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("width", [64, 3, 21])
+def test_gradients_through_unit_vectors(width: int) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(14, width).double().requires_grad_()
+    unit, gradient = F.normalize(rows, dim=-1), torch.randn(14, width)
+    (expected,) = torch.autograd.grad(unit, rows, gradient.double())
+    made = unit_backward(
+        gradient, unit.detach().float(), rows.detach().norm(dim=1)[:, None].float()
+    )
+    torch.testing.assert_close(made.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -247,14 +272,14 @@ def test_rows_are_mapped_and_their_largest_products_are_those_of_float64(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     with torch.no_grad():
-        mapped, unit = (map_rows(table, linear.weight, linear.bias, n) for n in (False, True))
+        made = map_rows(table, linear.weight, linear.bias)
         expected = linear.double()(table.double())
-    assert mapped is not None
-    assert unit is not None
+    assert made is not None
+    unit, divided_by = made
     maxima = row_maxima(query, unit)
     torch.set_num_threads(before)
     assert maxima is not None
-    torch.testing.assert_close(mapped.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((unit * divided_by).double(), expected, rtol=1e-5, atol=1e-5)
     lengths = unit.double().norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=1e-6)
     along = unit.double() * expected.norm(dim=1, keepdim=True)
@@ -265,12 +290,12 @@ def test_rows_are_mapped_and_their_largest_products_are_those_of_float64(
 
 def test_rows_are_mapped_by_torch_where_gradients_are_wanted() -> None:
     linear = nn.Linear(5, 4)
-    assert map_rows(torch.randn(3, 5), linear.weight, linear.bias, True) is None
+    assert map_rows(torch.randn(3, 5), linear.weight, linear.bias) is None
     with torch.no_grad():
-        zeros = map_rows(torch.zeros(3, 5), linear.weight, torch.zeros(4), True)
+        zeros = map_rows(torch.zeros(3, 5), linear.weight, torch.zeros(4))
         assert zeros is not None
-        assert torch.equal(zeros, torch.zeros(3, 4))  # of length zero, as torch's normalize
-        assert map_rows(torch.randn(0, 5), linear.weight, linear.bias, True) is None
+        assert torch.equal(zeros[0], torch.zeros(3, 4))  # of length zero, as torch's normalize
+        assert map_rows(torch.randn(0, 5), linear.weight, linear.bias) is None
     assert row_maxima(torch.randn(0, 4), torch.randn(3, 4)) is None
 
 

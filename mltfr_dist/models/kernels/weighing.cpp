@@ -1,0 +1,113 @@
+// How much each row that a query keeps weighs, from rows read where they stand.
+//
+// G queries and S rows of D numbers, K kept rows a query. Sums over queries are divided over threads
+// by columns, so no result depends on the number of threads.
+
+#include "attended.h"
+
+namespace {
+
+// Products of a query with ``count`` <= 8 of its rows.
+Floats products(const float* query, const float* rows, const int64_t* kept, int64_t count,
+                int64_t width) {
+  Floats sums[WIDTH] = {};
+  const float* read[WIDTH];
+  for (int64_t k = 0; k < WIDTH; ++k) read[k] = rows + kept[std::min(k, count - 1)] * width;
+  int64_t c = 0;
+  for (; c + WIDTH <= width; c += WIDTH) {
+    const Floats numbers = load(query + c);
+    for (int64_t k = 0; k < WIDTH; ++k) sums[k] += numbers * load(read[k] + c);
+  }
+  if (c < width) {
+    const Floats numbers = load_some(query + c, width - c);
+    for (int64_t k = 0; k < WIDTH; ++k) sums[k] += numbers * load_some(read[k] + c, width - c);
+  }
+  transpose_block(sums);
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+// From the gradient of one query's log-weights [K] that of its products; returns that of the
+// temperature. Scores enter it but for a number that all share, and their gradients sum to zero.
+double through_softmax(const float* gradient, const float* log_weights, float temperature,
+                       float* of_products, int64_t count) {
+  double total = 0, of_temperature = 0;
+  for (int64_t k = 0; k < count; ++k) total += gradient[k];
+  for (int64_t k = 0; k < count; k += WIDTH) {
+    const int64_t some = std::min(WIDTH, count - k);
+    float weights[WIDTH] = {};
+    copy(weights, log_weights + k, some);
+    store(weights, exponential(load(weights)));
+    for (int64_t j = 0; j < some; ++j) {
+      of_products[k + j] = (float)(gradient[k + j] - weights[j] * total) / temperature;
+      of_temperature -= (double)of_products[k + j] * log_weights[k + j];
+    }
+  }
+  return of_temperature;
+}
+
+// Gradients of the products, ``factors`` [G, K]; ``of_rows`` begins as zeros.
+void through_products(const float* factors, const float* query, const float* rows,
+                      const int64_t* kept, float* of_query, float* of_rows, int64_t groups,
+                      int64_t width, int64_t count, int64_t threads) {
+  constexpr int64_t SOME = 2 * WIDTH;  // columns: a line of the cache
+  divided((width + SOME - 1) / SOME, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t c = begin * SOME; c < std::min(width, end * SOME); c += SOME) {
+        const float* q = query + g * width + c;
+        const auto through = [&](const auto& some) {
+          const Floats first = some.left(q), second = some.right(q);
+          Floats left{}, right{};
+          for (int64_t k = 0; k < count; ++k) {
+            const int64_t at = kept[g * count + k] * width + c;
+            const float factor = factors[g * count + k];
+            left += factor * some.left(rows + at);
+            right += factor * some.right(rows + at);
+            float* of_row = of_rows + at;
+            some.put(of_row, some.left(of_row) + factor * first, some.right(of_row) + factor * second);
+          }
+          some.put(of_query + g * width + c, left, right);
+        };
+        if (c + SOME <= width) through(All());
+        else through(Some(width - c));
+      }
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+// query [G, D], rows [S, D], kept [G, K], noise [G, K] or null, temperature [1] -> log_weights
+// [G, K], the log-softmax over K of (products + noise) / temperature.
+void weigh_kept(const float* query, const float* rows, const int64_t* kept, const float* noise,
+                const float* temperature, float* log_weights, int64_t groups, int64_t width,
+                int64_t count, int64_t threads) {
+  divided(groups, threads, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores(padded(count)), weights(padded(count));
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t first = g * count;
+      for (int64_t k = 0; k < count; k += WIDTH)
+        store(&scores[k], products(query + g * width, rows, kept + first + k,
+                                   std::min(WIDTH, count - k), width));
+      for (int64_t k = 0; noise && k < count; ++k) scores[k] += noise[first + k];
+      for (int64_t k = 0; k < count; ++k) weights[k] = scores[k] /= *temperature;
+      const float log_sum = softmax(weights.data(), count, padded(count));
+      for (int64_t k = 0; k < count; ++k) log_weights[first + k] = scores[k] - log_sum;
+    }
+  });
+}
+
+// Gradients of ``weigh_kept``: ``of_products`` [G, K] on the way; ``of_rows`` begins as zeros.
+void weigh_kept_backward(const float* gradient, const float* query, const float* rows,
+                         const int64_t* kept, const float* temperature, const float* log_weights,
+                         float* of_products, float* of_query, float* of_rows,
+                         float* of_temperature, int64_t groups, int64_t width, int64_t count,
+                         int64_t threads) {
+  double total = 0;
+  for (int64_t g = 0; g < groups; ++g)
+    total += through_softmax(gradient + g * count, log_weights + g * count, *temperature,
+                             of_products + g * count, count);
+  *of_temperature = (float)total;
+  through_products(of_products, query, rows, kept, of_query, of_rows, groups, width, count, threads);
+}
+}
