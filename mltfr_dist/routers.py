@@ -15,9 +15,9 @@ class Entry(NamedTuple):
 
 
 ROUTERS: dict[str, Entry] = {
-    "softmax": Entry("experts:Router", "a linear layer and a softmax over the experts"),
+    "softmax": Entry("router:Router", "a linear layer and a softmax over the experts"),
     "sigmoid": Entry(
-        "experts:SigmoidRouter",
+        "router:SigmoidRouter",
         "a sigmoid for each expert, divided by their sum (DeepSeek-V3, arXiv 2412.19437)",
     ),
 }

@@ -1,4 +1,4 @@
-"""Cross-attention experts over token tables, and the router that mixes them.
+"""Cross-attention experts over token tables.
 
 Shapes: G query blocks of n positions, K kept tokens, S candidate rows, H heads of size d, D hidden
 size, E experts (or the width of its rows).
@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mltfr_dist.config import ExpertConfig, RouterConfig
+from mltfr_dist.config import ExpertConfig
 from mltfr_dist.models.dropout import Dropout
-from mltfr_dist.models.kernels import attend, usable
+from mltfr_dist.models.kernels import Blocks, attend, usable
 from mltfr_dist.models.transformer import init_weights
 from mltfr_dist.numerics import at_least_fp32
-from mltfr_dist.registry import load
-from mltfr_dist.routers import ROUTERS
 
 
 class ExpertRows(NamedTuple):
@@ -51,7 +49,7 @@ class Tap(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What an expert says [G, n, D], and what it is still to be multiplied with; None: nothing."""
+    """What an expert says [..., D], and what it is still to be multiplied with; None: nothing."""
 
     values: Tensor
     mask: Tensor | None
@@ -86,38 +84,56 @@ class ExpertCore(nn.Module):
         finally:
             self._taps = None
 
-    def forward(self, x: Tensor, attended: list[ExpertRows]) -> Tensor:
-        """Positions [G, n, D], in blocks that share a query, attend to the kept tokens of all
-        ``attended`` at once (one for an expert, one per table for the consensus expert) -> [G, n,
-        D].
+    def forward(
+        self, x: Tensor, attended: list[ExpertRows], blocks: Blocks | None = None
+    ) -> Tensor:
+        """Positions attend to the kept tokens of all ``attended`` at once (one for an expert, one
+        per table for the consensus expert).
+
+        Args:
+            x: [G, n, D], in blocks that share a query; or [N, D].
+            attended: What they attend to.
+            blocks: How [N, D] is in blocks; where :meth:`reads_in_place` says yes.
+
+        Returns:
+            As ``x``.
         """
-        output = self.output(x, attended)
+        output = self.output(x, attended, blocks)
         return output.values if output.mask is None else output.values * output.mask
 
-    def output(self, x: Tensor, attended: list[ExpertRows]) -> Output:
+    def output(self, x: Tensor, attended: list[ExpertRows], blocks: Blocks | None = None) -> Output:
         """:meth:`forward`; where there are kernels, its dropout is left to who mixes."""
         query = self._tap("query", x, self.query(x))
-        mixed = self._attended_in_place(query, attended)
-        if mixed is None:
+        num_blocks = len(x) if blocks is None else len(blocks.ends)
+        if self.reads_in_place(query, attended, num_blocks):
+            mixed = self._attended_in_place(query, attended, blocks)
+        else:
             mixed = self._attended(query, attended)
         values = self._tap("out", mixed, self.out(mixed))
         # No call of the dropout's module, for with kernels there is none: a process may have
         # them, another not.
         if usable(values) is None:
             return Output(self.output_dropout.forward(values), None)
-        return Output(values, self.output_dropout.mask(values.shape))
+        if blocks is None:
+            return Output(values, self.output_dropout.mask(values.shape))
+        mask = self.output_dropout.mask((num_blocks * blocks.block_len, values.shape[-1]))
+        return Output(values, None if mask is None else mask.index_select(0, blocks.places))
 
-    def _attended_in_place(self, query: Tensor, attended: list[ExpertRows]) -> Tensor | None:
-        """[G, n, H*d] what queries of that shape read, without a copy of the kept rows; None where
-        there is no kernel for it, or copies are asked for.
+    def reads_in_place(self, x: Tensor, attended: list[ExpertRows], num_blocks: int) -> bool:
+        """Whether kept rows are read where they stand, without a copy: where there is a kernel, and
+        no copies are asked for.
 
         The batch has no say in it, for every process must call the linear maps equally often: a
         call may gather their parameters from all.
         """
-        if self._taps is not None or usable(query) is None:
-            return None
-        if any(m.kept is None or len(m.log_weights) != len(query) for m in attended):
-            return None
+        if self._taps is not None or usable(x) is None:
+            return False
+        return all(m.kept is not None and len(m.log_weights) == num_blocks for m in attended)
+
+    def _attended_in_place(
+        self, query: Tensor, attended: list[ExpertRows], blocks: Blocks | None
+    ) -> Tensor:
+        """What queries read, of their shape [..., H*d]."""
         keys = torch.cat([self.key(m.rows) for m in attended])  # [S of all, H*d]
         values = torch.cat([self.value(m.rows) for m in attended])
         starts = accumulate((len(m.rows) for m in attended), initial=0)
@@ -126,7 +142,7 @@ class ExpertCore(nn.Module):
         )
         log_weights = torch.cat([m.log_weights for m in attended], dim=1)
         draw_mask = self.attention_dropout.mask
-        return attend(query, keys, values, kept, log_weights, draw_mask, self.num_heads)
+        return attend(query, keys, values, kept, log_weights, draw_mask, self.num_heads, blocks)
 
     def _attended(self, query: Tensor, attended: list[ExpertRows]) -> Tensor:
         """[G, n, H*d] what queries of that shape read of rows copied for each of them."""
@@ -210,90 +226,3 @@ def shared_experts(config: ExpertConfig, hidden_dim: int, table_dims: Sequence[i
     adapters = nn.ModuleList(TableAdapter(width, hidden_dim) for width in table_dims)
     core = ExpertCore(config, hidden_dim, hidden_dim)
     return Experts(adapters, nn.ModuleList(copy.deepcopy(core) for _ in table_dims))
-
-
-class Router(nn.Module):
-    """Gate over the experts: dense or over the best few, optionally with the choice of no expert at
-    all.
-    """
-
-    LOAD_DECAY = 0.9
-    """Share of the old value in the moving average of the load."""
-
-    load: Tensor
-    """[E] moving average of each gate's weight over past steps."""
-
-    def __init__(self, config: RouterConfig, hidden_dim: int, num_experts: int) -> None:
-        super().__init__()
-        self.config, self.num_experts = config, num_experts
-        num_gates = num_experts + config.null_expert
-        self.linear = nn.Linear(hidden_dim, num_gates)
-        self.apply(init_weights)
-        self.register_buffer("load", torch.full((num_gates,), 1 / num_gates))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[G, n, D] -> gate weights [G, n, E], summing to 1; E counts the null expert, which stands
-        last.
-        """
-        return self.weights(x).to(x.dtype)
-
-    def weights(self, x: Tensor) -> Tensor:
-        """[G, n, D] -> [G, n, E], in fp32 at least."""
-        logits = at_least_fp32(self.linear(x))
-        if self.training and self.config.expert_dropout:
-            logits = logits.masked_fill(self._dropped(logits), -torch.inf)
-        if self.config.top_k is not None:
-            last_kept = logits.topk(self.config.top_k, dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < last_kept, -torch.inf)
-        return self.normalised(logits)
-
-    def normalised(self, logits: Tensor) -> Tensor:
-        """[G, n, E], -inf for what is left out -> weights that sum to 1, zero for what is left
-        out.
-        """
-        return torch.softmax(logits, dim=-1)
-
-    def _dropped(self, logits: Tensor) -> Tensor:
-        """[G, 1, E] experts left out of each query block; never the null expert, and never all."""
-        dropped = torch.rand_like(logits[:, :1]) < self.config.expert_dropout
-        dropped[..., self.num_experts :] = False
-        return dropped & ~dropped.all(-1, keepdim=True)
-
-    def balance_loss(self, gate_weights: Tensor) -> Tensor:
-        """Sum over positions of E * <load, gate weights>: pushes weight off experts that have
-        carried much of late.
-
-        The load is that of *past* steps over the whole batch, so the term is a plain sum over
-        positions, equal for any division of the batch. Balanced experts give
-        exactly 1 a position.
-
-        Args:
-            gate_weights: [N, E].
-        """
-        return (
-            at_least_fp32(gate_weights) @ self.load.to(at_least_fp32(gate_weights))
-        ).sum() * len(self.load)
-
-    @torch.no_grad()
-    def update_load(self, mean_gate_weights: Tensor) -> None:
-        """Take in one step's mean gate weights [E] over the global batch."""
-        self.load.lerp_(mean_gate_weights.to(self.load), 1 - self.LOAD_DECAY)
-
-
-class SigmoidRouter(Router):
-    """Gate whose experts do not compete before they are added up (DeepSeek-V3, arXiv 2412.19437,
-    eq. 13 to 15).
-    """
-
-    def normalised(self, logits: Tensor) -> Tensor:
-        """[G, n, E], -inf for what is left out -> weights that sum to 1, zero for what is left
-        out.
-        """
-        affinity = torch.sigmoid(logits)
-        return affinity / affinity.sum(-1, keepdim=True).clamp(min=torch.finfo(affinity.dtype).tiny)
-
-
-def router_class(name: str) -> type[Router]:
-    """The class that the registry names."""
-    router: type[Router] = load(ROUTERS[name].path, "mltfr_dist.models")
-    return router

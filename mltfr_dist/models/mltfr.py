@@ -15,18 +15,12 @@ from torch import Tensor, nn
 
 from mltfr_dist.config import ExpertConfig, MLTFRConfig
 from mltfr_dist.models.consensus import State, freeze
-from mltfr_dist.models.experts import (
-    ExpertCore,
-    ExpertRows,
-    Experts,
-    Router,
-    router_class,
-    shared_experts,
-)
+from mltfr_dist.models.experts import ExpertCore, ExpertRows, Experts, shared_experts
 from mltfr_dist.models.kernels import mix
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
+from mltfr_dist.models.router import Router, router_class
 from mltfr_dist.models.selectors import Reduce, Selection, Selector, selector_class
 
 
@@ -209,15 +203,30 @@ class MLTFR(nn.Module):
         blocks = self.blocks(x, packing)
         selections = self.selections(blocks.queries, self.keys(blocks))
         attended = self.attended(selections)
-        outputs = [self.core(e).output(blocks.positions, [m]) for e, m in enumerate(attended)]
-        gate = self.router(blocks.positions)  # [G, n, E]
+        num_blocks = len(blocks.queries)
+        packed = blocks.packed if self._reads_in_place(x, attended, num_blocks) else None
+        positions = blocks.positions if packed is None else x
+        outputs = [self.core(e).output(positions, [m], packed) for e, m in enumerate(attended)]
+        gate = self.router(positions)  # [G, n, E] or [N, E]
         of_experts, masks = zip(*outputs, strict=True)
         mixed = mix(of_experts, masks, gate[..., : self.num_experts])
         if self.consensus is not None:
             members = self.components.of_consensus([attended[e] for e in self.consensus_members])
-            mixed = mixed + self._lambda() * self.consensus(blocks.positions, members)
+            mixed = mixed + self._lambda() * self.consensus(positions, members, packed)
+        if packed is None:
+            mixed, gate = blocks.at_real(mixed), blocks.at_real(gate)
         kept = [selection.weights().detach() for selection in selections]
-        return blocks.at_real(mixed), Routing(blocks.at_real(gate), kept, blocks.queries.shape[0])
+        return mixed, Routing(gate, kept, num_blocks)
+
+    def _reads_in_place(self, x: Tensor, attended: list[ExpertRows], num_blocks: int) -> bool:
+        """Whether all experts take positions as they are packed, without padding: where kernels
+        read what is kept, and nothing is drawn for whole blocks.
+        """
+        if self.config.router.expert_dropout and self.training:
+            return False
+        experts = [self.core(e) for e in range(self.num_experts)]
+        experts += [] if self.consensus is None else [self.consensus]
+        return all(expert.reads_in_place(x, attended, num_blocks) for expert in experts)
 
     def _lambda(self) -> Tensor | float:
         consensus = self.config.consensus

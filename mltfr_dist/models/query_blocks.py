@@ -6,12 +6,13 @@ positions, D hidden size.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from mltfr_dist.models.draws import history_keys
-from mltfr_dist.models.kernels import blocks as kernels
-from mltfr_dist.models.kernels import usable
+from mltfr_dist.models.kernels import Blocks, block_means, usable
 from mltfr_dist.models.packing import Packing, indices_where
 
 
@@ -34,12 +35,14 @@ class QueryBlocks:
     causal for all.
     """
 
-    positions: Tensor
-    """[G, n, D]."""
+    x: Tensor
+    """[N, D] the real positions."""
     queries: Tensor
     """[G, D]."""
     occupied: Tensor
     """[B, ceil(L / n)], which blocks hold a real position."""
+    packed: Blocks | None = None
+    """The blocks of ``x`` as it is, for kernels; None where there are none."""
     offset = 0
     """Where in a block its query is taken."""
 
@@ -47,18 +50,20 @@ class QueryBlocks:
         """Args: x: [N, D] input embeddings of the real positions; packing: where they stand;
         block_len: n.
         """
-        self.packing, self.block_len, lengths = packing, block_len, packing.lengths
+        self.x, self.packing, self.block_len, lengths = x, packing, block_len, packing.lengths
         valid_mask = packing.valid_mask
         self.occupied = self._cut(valid_mask)[..., 0]  # sequences start at 0 and have no gaps
-        self._num_real = len(x)
         num_blocks = None if lengths is None else sum(-(-n // block_len) for n in lengths)
         self._indices = indices_where(self.occupied, num_blocks)
         if usable(x) is None:
-            padded = packing.unpack(x)  # [B, L, D]
-            self.positions = self._held(self._cut(padded))
-            self.queries = self._held(self.at_queries(prefix_mean(padded, valid_mask)))
+            self.queries = self._held(self.at_queries(prefix_mean(packing.unpack(x), valid_mask)))
         else:
-            self.positions, self.queries = kernels.cut(x, packing.counts, block_len, self.offset)
+            self.queries, self.packed = block_means(x, packing.counts, block_len, self.offset)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[G, n, D], zero behind a history."""
+        return self._held(self._cut(self.packing.unpack(self.x)))
 
     def _cut(self, t: Tensor) -> Tensor:
         """[B, L, ...] -> [B, ceil(L / n), n, ...], zero behind."""
@@ -72,10 +77,15 @@ class QueryBlocks:
 
     def at_real(self, t: Tensor) -> Tensor:
         """What stands at the real positions, as they are packed: [G, n, D] -> [N, D]."""
-        if usable(t) is not None:
-            return kernels.at_real(t, self.packing.counts)
+        return t.flatten(0, 1).index_select(0, self._places)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """[N] where the real positions stand among G n."""
+        if self.packed is not None:
+            return self.packed.places
         real = self._held(self._cut(self.packing.valid_mask))  # [G, n]
-        return t.flatten(0, 1).index_select(0, indices_where(real, self._num_real))
+        return indices_where(real, len(self.x))
 
     def at_queries(self, t: Tensor) -> Tensor:
         """What stands where the queries are taken: [B, L, ...] -> [B, ceil(L / n), ...]."""

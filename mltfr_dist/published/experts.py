@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mltfr_dist.config import ExpertConfig
-from mltfr_dist.models.experts import ExpertCore, ExpertRows, Experts, Router
+from mltfr_dist.models.experts import ExpertCore, ExpertRows, Experts
+from mltfr_dist.models.router import Router
 from mltfr_dist.numerics import at_least_fp32
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mltfr_dist.models.experts import ExpertCore, ExpertRows, Output
 from mltfr_dist.models.folded import shallow
+from mltfr_dist.models.kernels import Blocks
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.ranking import Ranker
 from mltfr_dist.serving.explaining import TableView
@@ -29,9 +30,13 @@ class Nothing(ExpertCore):
     def __init__(self) -> None:
         nn.Module.__init__(self)
 
-    def output(self, x: Tensor, attended: list[ExpertRows]) -> Output:
-        """[G, n, D] zeros."""
+    def output(self, x: Tensor, attended: list[ExpertRows], blocks: Blocks | None = None) -> Output:
+        """Zeros, as ``x``."""
         return Output(torch.zeros_like(x), None)
+
+    def reads_in_place(self, x: Tensor, attended: list[ExpertRows], num_blocks: int) -> bool:
+        """Nothing is read."""
+        return True
 
 
 def without_table(model: Recommender, m: int) -> Recommender:

@@ -5,6 +5,7 @@ same but for rounding.
 from __future__ import annotations
 
 from mltfr_dist.models.kernels.attention import attend
+from mltfr_dist.models.kernels.blocks import Blocks, block_means
 from mltfr_dist.models.kernels.build import usable
 from mltfr_dist.models.kernels.finite import nonfinite
 from mltfr_dist.models.kernels.histories import attend_histories
@@ -25,9 +26,11 @@ from mltfr_dist.models.kernels.weighing import weigh_kept
 from mltfr_dist.models.kernels.work import kernel_flops
 
 __all__ = [
+    "Blocks",
     "LeftOut",
     "attend",
     "attend_histories",
+    "block_means",
     "count_between",
     "counts_in_registers",
     "draw_mask",

@@ -1,31 +1,47 @@
 // Attention from blocks of positions to rows that each block keeps, read where they stand.
 //
-// G blocks of n positions, H heads of d numbers (D = H d), S rows, K kept rows a block. Sums over
-// blocks are divided over threads by columns, so no result depends on the number of threads.
+// G blocks of n positions, H heads of d numbers (D = H d), S rows, K kept rows a block. Blocks may
+// hold fewer positions, which then stand one behind another, N in all; weights have room for n. Sums
+// over blocks are divided over threads by columns, so no result depends on the number of threads.
 
 #include "attended.h"
 
 namespace {
 
 struct Shape {
+  const int64_t* ends;  // [G] of the blocks among all positions; null where each holds n
   int64_t groups, positions, heads, dim, kept;
-  int64_t num_padded() const { return padded(kept); }
   int64_t width() const { return heads * dim; }
-  int64_t row(int64_t g, int64_t i, int64_t h) const {  // where a position's numbers of a head are
-    return (g * positions + i) * width() + h * dim;
-  }
-  int64_t cell(int64_t g, int64_t i, int64_t h) const {  // and its weights
+  int64_t start(int64_t g) const { return !ends ? g * positions : g ? ends[g - 1] : 0; }
+  int64_t size(int64_t g) const { return ends ? ends[g] - start(g) : positions; }
+  // Where the numbers of a head are of the block's position ``i``, and its weights.
+  int64_t row(int64_t g, int64_t i, int64_t h) const { return (start(g) + i) * width() + h * dim; }
+  int64_t cell(int64_t g, int64_t i, int64_t h) const {
     return ((g * heads + h) * positions + i) * kept;
   }
 };
+
+inline void multiply(float* by, const float* factors, int64_t count) {
+  in_columns<Wide>(count, [&](int64_t k, const auto& columns) {
+    for (int64_t r = 0; r < columns.REGISTERS; ++r)
+      columns.put(by + k, r, columns.get(by + k, r) * columns.get(factors + k, r));
+  });
+}
+
+// Numbers are few: a call of memcpy would cost more than the copy.
+inline void copy(float* to, const float* from, int64_t count) {
+  in_columns<Wide>(count, [&](int64_t k, const auto& columns) {
+    for (int64_t r = 0; r < columns.REGISTERS; ++r) columns.put(to + k, r, columns.get(from + k, r));
+  });
+}
 
 void forward(const float* query, const float* keys, const float* values, const int64_t* kept,
              const float* log_weights, const float* mask, float* weights, float* mixed,
              const Shape& s, int64_t threads) {
   const float scale = 1.0f / std::sqrt((float)s.dim);
-  const int64_t num_padded = s.num_padded();
+  const int64_t num_padded = Rows<Wide>::padded(s.kept);
   divided(s.groups, threads, [&](int64_t begin, int64_t end) {
-    Rows key(s.dim, s.kept), value(s.dim, s.kept);
+    Rows<Wide> key(s.dim, s.kept), value(s.dim, s.kept);
     std::vector<float> rows(TOGETHER * num_padded), logs(num_padded);
     for (int64_t g = begin; g < end; ++g) {
       const int64_t* ids = kept + g * s.kept;
@@ -34,15 +50,15 @@ void forward(const float* query, const float* keys, const float* values, const i
         key.at(keys + h * s.dim, s.width(), ids);
         key.transpose();
         value.at(values + h * s.dim, s.width(), ids);
-        in_fours(s.positions, [&](int64_t first, auto together) {
+        in_fours(s.size(g), [&](int64_t first, auto together) {
           constexpr int64_t P = decltype(together)::value;
           const int64_t at = s.row(g, first, h), cell = s.cell(g, first, h);
           key.products<P>(query + at, s.width(), rows.data());
           for (int64_t i = 0; i < P; ++i) {
             float* row = &rows[i * num_padded];
-            for (int64_t k = 0; k < num_padded; k += WIDTH)
-              store(row + k, load(row + k) * scale + load(&logs[k]));
-            softmax(row, s.kept, num_padded);
+            for (int64_t k = 0; k < num_padded; k += WIDE)
+              put(row + k, get<Wide>(row + k) * scale + get<Wide>(&logs[k]));
+            softmax<Wide>(row, s.kept, num_padded);
             copy(weights + cell + i * s.kept, row, s.kept);
             if (mask) multiply(row, mask + cell + i * s.kept, s.kept);
           }
@@ -59,13 +75,13 @@ void through_softmax(const float* weights, const float* mask, float* row, float*
                      float scale, int64_t kept, int64_t num_padded) {
   copy(masked, weights, kept);
   if (mask) multiply(row, mask, kept);
-  Floats total{};
-  for (int64_t k = 0; k < num_padded; k += WIDTH) total += load(masked + k) * load(row + k);
+  Wide total{};
+  for (int64_t k = 0; k < num_padded; k += WIDE) total += get<Wide>(masked + k) * get<Wide>(row + k);
   const float inner = sum(total);
-  for (int64_t k = 0; k < num_padded; k += WIDTH) {
-    const Floats of_logits = load(masked + k) * (load(row + k) - inner);
-    store(logs + k, load(logs + k) + of_logits);
-    store(row + k, of_logits * scale);
+  for (int64_t k = 0; k < num_padded; k += WIDE) {
+    const Wide of_logits = get<Wide>(masked + k) * (get<Wide>(row + k) - inner);
+    put(logs + k, get<Wide>(logs + k) + of_logits);
+    put(row + k, of_logits * scale);
   }
   if (mask) multiply(masked, mask, kept);
 }
@@ -75,9 +91,9 @@ void backward(const float* gradient, const float* query, const float* keys, cons
               float* of_keys, float* of_values, float* of_log_weights, const Shape& s,
               int64_t threads) {
   const float scale = 1.0f / std::sqrt((float)s.dim);
-  const int64_t num_padded = s.num_padded(), width = s.width();
+  const int64_t num_padded = Rows<Wide>::padded(s.kept), width = s.width();
   divided(s.heads, threads, [&](int64_t begin, int64_t end) {
-    Rows key(s.dim, s.kept), value(s.dim, s.kept);
+    Rows<Wide> key(s.dim, s.kept), value(s.dim, s.kept);
     std::vector<float> rows(TOGETHER * num_padded), masked(TOGETHER * num_padded), logs(num_padded);
     for (int64_t g = 0; g < s.groups; ++g) {
       const int64_t* ids = kept + g * s.kept;
@@ -86,7 +102,7 @@ void backward(const float* gradient, const float* query, const float* keys, cons
         value.at(values + h * s.dim, s.width(), ids);
         value.transpose();
         std::fill(logs.begin(), logs.end(), 0.0f);
-        in_fours(s.positions, [&](int64_t first, auto together) {
+        in_fours(s.size(g), [&](int64_t first, auto together) {
           constexpr int64_t P = decltype(together)::value;
           const int64_t at = s.row(g, first, h), cell = s.cell(g, first, h);
           value.products<P>(gradient + at, width, rows.data());
@@ -109,24 +125,25 @@ void backward(const float* gradient, const float* query, const float* keys, cons
 
 extern "C" {
 
-// query [G, n, D], keys and values [S, D], kept [G, K], log_weights [G, K], mask [G, H, n, K] or
-// null -> weights [G, H, n, K] (before the mask) and mixed [G, n, D].
-void attend(const float* query, const float* keys, const float* values, const int64_t* kept,
-            const float* log_weights, const float* mask, float* weights, float* mixed,
-            int64_t groups, int64_t positions, int64_t heads, int64_t dim, int64_t count,
-            int64_t threads) {
+// query [N, D], ends [G] or null (N = G n), keys and values [S, D], kept [G, K], log_weights [G, K],
+// mask [G, H, n, K] or null -> weights [G, H, n, K] (before the mask; of positions that there are)
+// and mixed [N, D].
+void attend(const float* query, const int64_t* ends, const float* keys, const float* values,
+            const int64_t* kept, const float* log_weights, const float* mask, float* weights,
+            float* mixed, int64_t groups, int64_t positions, int64_t heads, int64_t dim,
+            int64_t count, int64_t threads) {
   forward(query, keys, values, kept, log_weights, mask, weights, mixed,
-          {groups, positions, heads, dim, count}, threads);
+          {ends, groups, positions, heads, dim, count}, threads);
 }
 
 // Gradients of ``attend`` by its inputs, ``of_log_weights`` [G, H, K] by head; ``of_keys`` and
 // ``of_values`` [S, D] begin as zeros.
-void attend_backward(const float* gradient, const float* query, const float* keys,
-                     const float* values, const int64_t* kept, const float* mask,
-                     const float* weights, float* of_query, float* of_keys, float* of_values,
-                     float* of_log_weights, int64_t groups, int64_t positions, int64_t heads,
-                     int64_t dim, int64_t count, int64_t threads) {
+void attend_backward(const float* gradient, const float* query, const int64_t* ends,
+                     const float* keys, const float* values, const int64_t* kept,
+                     const float* mask, const float* weights, float* of_query, float* of_keys,
+                     float* of_values, float* of_log_weights, int64_t groups, int64_t positions,
+                     int64_t heads, int64_t dim, int64_t count, int64_t threads) {
   backward(gradient, query, keys, values, kept, mask, weights, of_query, of_keys, of_values,
-           of_log_weights, {groups, positions, heads, dim, count}, threads);
+           of_log_weights, {ends, groups, positions, heads, dim, count}, threads);
 }
 }

@@ -1,6 +1,7 @@
 """Attention to kept rows where they stand, without a copy of the rows.
 
-Shapes: G query blocks of n positions, S rows, K kept rows, H heads, D numbers of all heads.
+Shapes: G query blocks of n positions, N positions of all, S rows, K kept rows, H heads, D numbers
+of all heads.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mltfr_dist.models.kernels.blocks import Blocks
 from mltfr_dist.models.kernels.build import library, pointer, sizes
 from mltfr_dist.models.kernels.work import did_products
 
@@ -27,21 +29,23 @@ class _Attention(torch.autograd.Function):
         log_weights: Tensor,
         mask: Tensor | None,
         num_heads: int,
+        blocks: Blocks | None,
     ) -> Tensor:
         kernels = library()
         assert kernels is not None
         query, keys, values, kept, log_weights = (
             t.contiguous() for t in (query, keys, values, kept, log_weights)
         )
-        groups, positions, width = query.shape
-        shape = (groups, positions, num_heads, width // num_heads, kept.shape[1])
-        weights = query.new_empty(groups, num_heads, positions, kept.shape[1])
+        groups, count = kept.shape
+        width, (ends, positions) = query.shape[-1], _ends(query, blocks)
+        shape = (groups, positions, num_heads, width // num_heads, count)
+        weights = query.new_empty(groups, num_heads, positions, count)
         mixed = torch.empty_like(query)
-        read = (query, keys, values, kept, log_weights, mask)
+        read = (query, ends, keys, values, kept, log_weights, mask)
         kernels.attend(*map(pointer, (*read, weights, mixed)), *sizes(*shape))
-        did_products(2 * groups * positions * kept.shape[1], width)
+        did_products(2 * query.numel() // width * count, width)
         ctx.save_for_backward(query, keys, values, kept, weights, mask)
-        ctx.shape = shape
+        ctx.shape, ctx.ends = shape, ends
         return mixed
 
     @staticmethod
@@ -50,13 +54,19 @@ class _Attention(torch.autograd.Function):
         kernels = library()
         assert kernels is not None
         query, keys, values, kept, weights, mask = ctx.saved_tensors
-        groups, positions, num_heads, head_dim, count = ctx.shape
+        groups, _, num_heads, head_dim, count = ctx.shape
         made = (torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values))
         by_head = query.new_empty(groups, num_heads, count)
-        read = (gradient.contiguous(), query, keys, values, kept, mask, weights)
+        read = (gradient.contiguous(), query, ctx.ends, keys, values, kept, mask, weights)
         kernels.attend_backward(*map(pointer, (*read, *made, by_head)), *sizes(*ctx.shape))
-        did_products(4 * groups * positions * count, num_heads * head_dim)
-        return *made, None, by_head.sum(1), None, None
+        width = num_heads * head_dim
+        did_products(4 * query.numel() // width * count, width)
+        return *made, None, by_head.sum(1), None, None, None
+
+
+def _ends(query: Tensor, blocks: Blocks | None) -> tuple[Tensor | None, int]:
+    """Of blocks among all positions, None where all hold n; and n."""
+    return (None, query.shape[1]) if blocks is None else (blocks.ends, blocks.block_len)
 
 
 def attend(
@@ -67,29 +77,32 @@ def attend(
     log_weights: Tensor,
     draw_mask: Callable[[tuple[int, ...]], Tensor | None],
     num_heads: int,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """softmax(query keys^T / sqrt(D / H) + log_weights) values of each head.
 
     Args:
-        query: [G, n, D].
+        query: [G, n, D]; [N, D] of the positions of ``blocks``.
         keys: [S, D].
         values: [S, D].
         kept: [G, K] rows that each block attends to.
         log_weights: [G, K].
         draw_mask: Gives [G, H, n, K] that the weights are multiplied with; None: with 1.
         num_heads: H.
+        blocks: Where positions stand; None: in whole blocks.
 
     Returns:
-        [G, n, D].
+        [G, n, D] or [N, D].
 
     Raises:
         IndexError: ``kept`` names a row that there is not.
     """
     if not inside(kept, len(keys)):
         raise IndexError(f"rows are kept that are not among the {len(keys)} that there are")
-    mask = draw_mask((len(query), num_heads, query.shape[1], kept.shape[1]))
+    _, positions = _ends(query, blocks)
+    mask = draw_mask((len(kept), num_heads, positions, kept.shape[1]))
     attended: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-        query, keys, values, kept, log_weights, mask, num_heads
+        query, keys, values, kept, log_weights, mask, num_heads, blocks
     )
     return attended
 

@@ -1,5 +1,4 @@
-"""Packed histories cut into blocks, a mean of the past for each, and blocks put together again; see
-``models/query_blocks.py``.
+"""Packed histories in blocks, with a mean of the past for each; see ``models/query_blocks.py``.
 
 Shapes: B users, N real positions, n positions a block, G blocks that hold a real position, D
 hidden size.
@@ -7,7 +6,7 @@ hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,63 +15,44 @@ from torch.autograd.function import once_differentiable
 from mltfr_dist.models.kernels.build import library, pointer, sizes
 
 
-class _Cut(torch.autograd.Function):
+class Blocks(NamedTuple):
+    """Blocks of positions that stand one behind another, without padding between them."""
+
+    ends: Tensor
+    """[G] int64, where each block ends among the N positions."""
+    places: Tensor
+    """[N] int64, where each position stands among the G n that whole blocks would have."""
+    block_len: int
+    """n."""
+
+
+class _Means(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lengths: Tensor, block_len: int, offset: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, x: Tensor, lengths: Tensor, ends: Tensor, places: Tensor, n: int, offset: int
+    ) -> Tensor:
         kernels = library()
         assert kernels is not None
-        x, dim = x.contiguous(), x.shape[1]
-        num_blocks = _blocks(lengths, block_len)
-        positions = x.new_empty(num_blocks, block_len, dim)
-        means = x.new_empty(num_blocks, dim)
-        ctx.num_real, ctx.shape = len(x), (len(lengths), dim, block_len, offset)
-        kernels.cut_blocks(*map(pointer, (x, lengths, positions, means)), *sizes(*ctx.shape))
+        x, means = x.contiguous(), x.new_empty(len(ends), x.shape[1])
+        ctx.num_real, ctx.shape = len(x), (len(lengths), x.shape[1], n, offset)
+        kernels.block_means(*map(pointer, (x, lengths, means, ends, places)), *sizes(*ctx.shape))
         ctx.save_for_backward(lengths)
-        return positions, means
+        return means
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, of_positions: Tensor, of_means: Tensor
-    ) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, of_means: Tensor) -> tuple[Tensor | None, ...]:
         kernels = library()
         assert kernels is not None
         (lengths,) = ctx.saved_tensors
         of_x = of_means.new_empty(ctx.num_real, ctx.shape[1])
-        read = (of_positions.contiguous(), of_means.contiguous(), lengths)
-        kernels.cut_blocks_backward(*map(pointer, (*read, of_x)), *sizes(*ctx.shape))
-        return of_x, None, None, None
+        read = (of_means.contiguous(), lengths)
+        kernels.block_means_backward(*map(pointer, (*read, of_x)), *sizes(*ctx.shape))
+        return of_x, None, None, None, None, None
 
 
-class _AtReal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, blocks: Tensor, lengths: Tensor, num_real: int) -> Tensor:
-        kernels = library()
-        assert kernels is not None
-        blocks = blocks.contiguous()
-        _, block_len, dim = ctx.of_blocks = blocks.shape
-        x = blocks.new_empty(num_real, dim)
-        ctx.shape = (len(lengths), dim, block_len)
-        kernels.join_blocks(*map(pointer, (blocks, lengths, x)), *sizes(*ctx.shape))
-        ctx.save_for_backward(lengths)
-        return x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_x: Tensor) -> tuple[Tensor, None, None]:
-        kernels = library()
-        assert kernels is not None
-        (lengths,) = ctx.saved_tensors
-        of_blocks = of_x.new_empty(ctx.of_blocks)
-        read = (of_x.contiguous(), lengths)
-        kernels.join_blocks_backward(*map(pointer, (*read, of_blocks)), *sizes(*ctx.shape))
-        return of_blocks, None, None
-
-
-def cut(x: Tensor, lengths: Tensor, block_len: int, offset: int) -> tuple[Tensor, Tensor]:
-    """Blocks and means; where :func:`usable` takes ``x``.
+def block_means(x: Tensor, lengths: Tensor, block_len: int, offset: int) -> tuple[Tensor, Blocks]:
+    """Means of the past and the blocks; where :func:`usable` takes ``x``.
 
     Args:
         x: [N, D], row by row.
@@ -81,21 +61,12 @@ def cut(x: Tensor, lengths: Tensor, block_len: int, offset: int) -> tuple[Tensor
         offset: Of a block where its mean is taken: over all positions of the row up to there.
 
     Returns:
-        [G, n, D], zero behind a row's positions, and [G, D].
+        [G, D], and the blocks.
     """
     assert len(x) == int(lengths.sum())
-    return _Cut.apply(x, lengths, block_len, offset)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def at_real(blocks: Tensor, lengths: Tensor) -> Tensor:
-    """[G, n, D] -> [N, D], the ``lengths`` [B] positions of each row; where :func:`usable` takes
-    ``blocks``.
-    """
-    assert len(blocks) == _blocks(lengths, blocks.shape[1])
-    num_real = int(lengths.sum())
-    return _AtReal.apply(blocks, lengths, num_real)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _blocks(lengths: Tensor, block_len: int) -> int:
-    """G."""
-    return int(((lengths + block_len - 1) // block_len).sum())
+    num_blocks = int(((lengths + block_len - 1) // block_len).sum())
+    blocks = Blocks(lengths.new_empty(num_blocks), lengths.new_empty(len(x)), block_len)
+    means: Tensor = _Means.apply(  # type: ignore[no-untyped-call]
+        x, lengths, blocks.ends, blocks.places, block_len, offset
+    )
+    return means, blocks

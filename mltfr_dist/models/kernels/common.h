@@ -25,6 +25,34 @@ inline float sum(Floats v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
+// The widest vectors that there are.
+#ifdef __AVX512F__
+typedef float Wide __attribute__((vector_size(64)));
+
+inline float sum(Wide v) {
+  Floats halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  return sum(halves[0] + halves[1]);
+}
+#else
+typedef Floats Wide;
+#endif
+constexpr int64_t WIDE = sizeof(Wide) / sizeof(float);
+
+// Vectors of either kind.
+template <typename V>
+constexpr int64_t size_of() { return sizeof(V) / sizeof(float); }
+
+template <typename V>
+inline V get(const float* from) {
+  V numbers;
+  std::memcpy(&numbers, from, sizeof numbers);
+  return numbers;
+}
+
+template <typename V>
+inline void put(float* to, V value) { std::memcpy(to, &value, sizeof value); }
+
 inline bool finite(const float* v, int64_t count) {
   Floats zeros{}, others{};
   int64_t i = 0;

@@ -24,7 +24,7 @@ template <typename Work>
 void in_turn(const Histories& s, const float* qkv, int64_t threads, const Work& work) {
   const int64_t pieces = s.count * s.heads, most = s.longest(), step = 3 * s.width();
   divided(threads, threads, [&](int64_t begin, int64_t end) {
-    Rows key(s.dim, most), value(s.dim, most);
+    Rows<Floats> key(s.dim, most), value(s.dim, most);
     std::vector<int64_t> ids(most);
     for (int64_t t = begin; t < end; ++t)
       for (int64_t piece = t; piece < pieces; piece += threads) {
@@ -52,7 +52,7 @@ void attend_histories(const float* qkv, const int64_t* starts, float* mixed, flo
                       int64_t threads) {
   const Histories s{starts, count, heads, dim, causal};
   const float scale = 1.0f / std::sqrt((float)dim);
-  in_turn(s, qkv, threads, [&](int64_t start, int64_t length, int64_t h, Rows& key, Rows& value,
+  in_turn(s, qkv, threads, [&](int64_t start, int64_t length, int64_t h, Rows<Floats>& key, Rows<Floats>& value,
                                const int64_t*) {
     std::vector<float> rows(TOGETHER * key.stride);
     in_fours(length, [&](int64_t first, auto together) {
@@ -65,7 +65,7 @@ void attend_histories(const float* qkv, const int64_t* starts, float* mixed, flo
         float* row = &rows[i * key.stride];
         for (int64_t k = 0; k < key.num_padded; k += WIDTH) store(row + k, load(row + k) * scale);
         log_sums[(start + first + i) * heads + h] =
-            softmax(row, causal ? first + i + 1 : length, key.num_padded);
+            softmax<Floats>(row, causal ? first + i + 1 : length, key.num_padded);
       }
       value.mixed<P>(rows.data(), mixed + (start + first) * s.width() + h * dim, s.width());
     });
@@ -79,7 +79,7 @@ void attend_histories_backward(const float* gradient, const float* qkv, const in
   const Histories s{starts, count, heads, dim, causal};
   const float scale = 1.0f / std::sqrt((float)dim);
   const int64_t width = s.width(), step = 3 * width;
-  in_turn(s, qkv, threads, [&](int64_t start, int64_t length, int64_t h, Rows& key, Rows& value,
+  in_turn(s, qkv, threads, [&](int64_t start, int64_t length, int64_t h, Rows<Floats>& key, Rows<Floats>& value,
                                const int64_t* ids) {
     value.transpose();
     std::vector<float> weights(TOGETHER * key.stride), rows(TOGETHER * key.stride);

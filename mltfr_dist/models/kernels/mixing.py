@@ -1,6 +1,6 @@
 """The experts' outputs, dropped out and added up by the gate, in one pass.
 
-Shapes: G query blocks of n positions, D hidden size, E experts.
+Shapes: D hidden size, E experts; dots stand for positions in any shape.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class _Mix(torch.autograd.Function):
 
 
 def mix(outputs: Sequence[Tensor], masks: Sequence[Tensor | None], gate: Tensor) -> Tensor:
-    """Sum of the E outputs [G, n, D], each times its mask (None: ones) and its gate weight.
+    """Sum of the E outputs [..., D], each times its mask (None: ones) and its gate weight.
 
     Args:
-        outputs: E times [G, n, D].
-        masks: E times [G, n, D], without gradient.
-        gate: [G, n, E].
+        outputs: E times [..., D].
+        masks: E times [..., D], without gradient.
+        gate: [..., E].
 
     Returns:
-        [G, n, D].
+        [..., D].
     """
     if usable(gate, *outputs) is not None:
         return _Mix.apply(gate, masks, *outputs)  # type: ignore[no-untyped-call, no-any-return]
     masked = [o if m is None else o * m for o, m in zip(outputs, masks, strict=True)]
-    return torch.einsum("gnde,gne->gnd", torch.stack(masked, dim=-1), gate)
+    return torch.einsum("...de,...e->...d", torch.stack(masked, dim=-1), gate)

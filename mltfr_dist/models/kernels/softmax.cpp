@@ -6,28 +6,16 @@
 
 namespace {
 
-#ifdef __AVX512F__
-typedef float Wide __attribute__((vector_size(64)));
-#else
-typedef Floats Wide;
-#endif
-constexpr int64_t LANES = sizeof(Wide) / sizeof(float);
-constexpr int64_t SOME = 32 * LANES;  // numbers whose exponentials are added up in fp32
-
-Wide wide(const float* from) {
-  Wide numbers;
-  std::memcpy(&numbers, from, sizeof numbers);
-  return numbers;
-}
+constexpr int64_t SOME = 32 * WIDE;  // numbers whose exponentials are added up in fp32
 
 float largest_of(const float* row, int64_t count, float largest) {
   Wide lanes = Wide{} + largest;
   int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    const Wide x = wide(row + i);
+  for (; i + WIDE <= count; i += WIDE) {
+    const Wide x = get<Wide>(row + i);
     lanes = x > lanes ? x : lanes;
   }
-  for (int64_t lane = 0; lane < LANES; ++lane) largest = std::max(largest, lanes[lane]);
+  for (int64_t lane = 0; lane < WIDE; ++lane) largest = std::max(largest, lanes[lane]);
   for (; i < count; ++i) largest = std::max(largest, row[i]);
   return largest;
 }
@@ -36,19 +24,19 @@ float largest_of(const float* row, int64_t count, float largest) {
 double exponentiate(float* row, int64_t count, float largest) {
   double total = 0;
   int64_t i = 0;
-  while (i + LANES <= count) {
+  while (i + WIDE <= count) {
     Wide lanes{};
-    for (const int64_t end = std::min(i + SOME, count); i + LANES <= end; i += LANES) {
-      const Wide e = exponential(wide(row + i) - largest);
+    for (const int64_t end = std::min(i + SOME, count); i + WIDE <= end; i += WIDE) {
+      const Wide e = exponential(get<Wide>(row + i) - largest);
       std::memcpy(row + i, &e, sizeof e);
       lanes += e;
     }
-    for (int64_t lane = 0; lane < LANES; ++lane) total += lanes[lane];
+    for (int64_t lane = 0; lane < WIDE; ++lane) total += lanes[lane];
   }
   if (i < count) {
-    float rest[LANES] = {};
+    float rest[WIDE] = {};
     std::copy(row + i, row + count, rest);
-    const Wide e = exponential(wide(rest) - largest);
+    const Wide e = exponential(get<Wide>(rest) - largest);
     std::memcpy(rest, &e, sizeof e);
     std::copy(rest, rest + (count - i), row + i);
     for (; i < count; ++i) total += row[i];

@@ -28,48 +28,49 @@ Floats products(const float* query, const float* rows, const int64_t* kept, int6
 
 // From the gradient of one query's log-weights [K] that of its products; returns that of the
 // temperature. Scores enter it but for a number that all share, and their gradients sum to zero.
-double through_softmax(const float* gradient, const float* log_weights, float temperature,
-                       float* of_products, int64_t count) {
-  double total = 0, of_temperature = 0;
-  for (int64_t k = 0; k < count; ++k) total += gradient[k];
-  for (int64_t k = 0; k < count; k += WIDTH) {
-    const int64_t some = std::min(WIDTH, count - k);
-    float weights[WIDTH] = {};
-    copy(weights, log_weights + k, some);
-    store(weights, exponential(load(weights)));
-    for (int64_t j = 0; j < some; ++j) {
-      of_products[k + j] = (float)(gradient[k + j] - weights[j] * total) / temperature;
-      of_temperature -= (double)of_products[k + j] * log_weights[k + j];
-    }
-  }
-  return of_temperature;
+float through_softmax(const float* gradient, const float* log_weights, float temperature,
+                      float* of_products, int64_t count) {
+  const float inverse = 1.0f / temperature;
+  const auto eights = [&](const auto& work) {
+    int64_t k = 0;
+    for (; k + WIDTH <= count; k += WIDTH) work(k, Columns<Floats, 1, true>{WIDTH});
+    if (k < count) work(k, Columns<Floats, 1, false>{count - k});
+  };
+  Floats total{}, of_temperature{};
+  eights([&](int64_t k, const auto& some) { total += some.get(gradient + k, 0); });
+  const float whole = sum(total);
+  eights([&](int64_t k, const auto& some) {
+    const Floats logs = some.get(log_weights + k, 0);
+    const Floats made = (some.get(gradient + k, 0) - exponential(logs) * whole) * inverse;
+    some.put(of_products + k, 0, made);
+    of_temperature -= made * logs;  // behind the last one logs are zero
+  });
+  return sum(of_temperature);
 }
 
 // Gradients of the products, ``factors`` [G, K]; ``of_rows`` begins as zeros.
 void through_products(const float* factors, const float* query, const float* rows,
                       const int64_t* kept, float* of_query, float* of_rows, int64_t groups,
                       int64_t width, int64_t count, int64_t threads) {
-  constexpr int64_t SOME = 2 * WIDTH;  // columns: a line of the cache
+  constexpr int64_t SOME = 16;  // columns: a line of the cache
   divided((width + SOME - 1) / SOME, threads, [&](int64_t begin, int64_t end) {
     for (int64_t g = 0; g < groups; ++g)
-      for (int64_t c = begin * SOME; c < std::min(width, end * SOME); c += SOME) {
-        const float* q = query + g * width + c;
-        const auto through = [&](const auto& some) {
-          const Floats first = some.left(q), second = some.right(q);
-          Floats left{}, right{};
+      for (int64_t from = begin * SOME; from < std::min(width, end * SOME); from += SOME)
+        in_columns<Wide>(std::min(SOME, width - from), [&](int64_t column, const auto& columns) {
+          constexpr int64_t R = std::decay_t<decltype(columns)>::REGISTERS;
+          const int64_t c = from + column;
+          Wide own[R], sums[R] = {};
+          for (int64_t r = 0; r < R; ++r) own[r] = columns.get(query + g * width + c, r);
           for (int64_t k = 0; k < count; ++k) {
             const int64_t at = kept[g * count + k] * width + c;
             const float factor = factors[g * count + k];
-            left += factor * some.left(rows + at);
-            right += factor * some.right(rows + at);
-            float* of_row = of_rows + at;
-            some.put(of_row, some.left(of_row) + factor * first, some.right(of_row) + factor * second);
+            for (int64_t r = 0; r < R; ++r) {
+              sums[r] += factor * columns.get(rows + at, r);
+              columns.put(of_rows + at, r, columns.get(of_rows + at, r) + factor * own[r]);
+            }
           }
-          some.put(of_query + g * width + c, left, right);
-        };
-        if (c + SOME <= width) through(All());
-        else through(Some(width - c));
-      }
+          for (int64_t r = 0; r < R; ++r) columns.put(of_query + g * width + c, r, sums[r]);
+        });
   });
 }
 
@@ -91,7 +92,7 @@ void weigh_kept(const float* query, const float* rows, const int64_t* kept, cons
                                    std::min(WIDTH, count - k), width));
       for (int64_t k = 0; noise && k < count; ++k) scores[k] += noise[first + k];
       for (int64_t k = 0; k < count; ++k) weights[k] = scores[k] /= *temperature;
-      const float log_sum = softmax(weights.data(), count, padded(count));
+      const float log_sum = softmax<Floats>(weights.data(), count, padded(count));
       for (int64_t k = 0; k < count; ++k) log_weights[first + k] = scores[k] - log_sum;
     }
   });
