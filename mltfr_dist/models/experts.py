@@ -134,13 +134,14 @@ class ExpertCore(nn.Module):
         self, query: Tensor, attended: list[ExpertRows], blocks: Blocks | None
     ) -> Tensor:
         """What queries read, of their shape [..., H*d]."""
-        keys = torch.cat([self.key(m.rows) for m in attended])  # [S of all, H*d]
-        values = torch.cat([self.value(m.rows) for m in attended])
+        keys = _joined([self.key(m.rows) for m in attended])  # [S of all, H*d]
+        values = _joined([self.value(m.rows) for m in attended])
         starts = accumulate((len(m.rows) for m in attended), initial=0)
-        kept = torch.cat(
-            [m.kept + start for m, start in zip(attended, starts) if m.kept is not None], dim=1
+        pairs = zip(attended, starts)
+        kept = _joined(
+            [m.kept + start if start else m.kept for m, start in pairs if m.kept is not None], dim=1
         )
-        log_weights = torch.cat([m.log_weights for m in attended], dim=1)
+        log_weights = _joined([m.log_weights for m in attended], dim=1)
         draw_mask = self.attention_dropout.mask
         return attend(query, keys, values, kept, log_weights, draw_mask, self.num_heads, blocks)
 
@@ -192,6 +193,11 @@ class ExpertCore(nn.Module):
         if self._taps is not None:
             self._taps.append(Tap(parameter, inputs.detach(), outputs))
         return outputs
+
+
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """``torch.cat``, which copies a single part as well."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class TableAdapter(nn.Module):

@@ -39,8 +39,6 @@ class QueryBlocks:
     """[N, D] the real positions."""
     queries: Tensor
     """[G, D]."""
-    occupied: Tensor
-    """[B, ceil(L / n)], which blocks hold a real position."""
     packed: Blocks | None = None
     """The blocks of ``x`` as it is, for kernels; None where there are none."""
     offset = 0
@@ -50,15 +48,24 @@ class QueryBlocks:
         """Args: x: [N, D] input embeddings of the real positions; packing: where they stand;
         block_len: n.
         """
-        self.x, self.packing, self.block_len, lengths = x, packing, block_len, packing.lengths
-        valid_mask = packing.valid_mask
-        self.occupied = self._cut(valid_mask)[..., 0]  # sequences start at 0 and have no gaps
-        num_blocks = None if lengths is None else sum(-(-n // block_len) for n in lengths)
-        self._indices = indices_where(self.occupied, num_blocks)
+        self.x, self.packing, self.block_len = x, packing, block_len
         if usable(x) is None:
-            self.queries = self._held(self.at_queries(prefix_mean(packing.unpack(x), valid_mask)))
+            means = prefix_mean(packing.unpack(x), packing.valid_mask)
+            self.queries = self._held(self.at_queries(means))
         else:
             self.queries, self.packed = block_means(x, packing.counts, block_len, self.offset)
+
+    @cached_property
+    def occupied(self) -> Tensor:
+        """[B, ceil(L / n)], which blocks hold a real position."""
+        return self._cut(self.packing.valid_mask)[..., 0]  # sequences start at 0 and have no gaps
+
+    @cached_property
+    def _indices(self) -> Tensor:
+        """[G] where the blocks that hold a real position stand among all."""
+        lengths, n = self.packing.lengths, self.block_len
+        num_blocks = None if lengths is None else sum([-(-length // n) for length in lengths])
+        return indices_where(self.occupied, num_blocks)
 
     @cached_property
     def positions(self) -> Tensor:

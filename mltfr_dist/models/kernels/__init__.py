@@ -13,7 +13,12 @@ from mltfr_dist.models.kernels.masks import draw_mask
 from mltfr_dist.models.kernels.mixing import mix
 from mltfr_dist.models.kernels.nearest import largest_products, nearest
 from mltfr_dist.models.kernels.noise import noisy_candidates
-from mltfr_dist.models.kernels.projection import map_rows, row_maxima, unit_backward
+from mltfr_dist.models.kernels.projection import (
+    map_rows,
+    row_maxima,
+    unit_backward,
+    unit_vectors,
+)
 from mltfr_dist.models.kernels.ranking import (
     LeftOut,
     count_between,
@@ -22,7 +27,7 @@ from mltfr_dist.models.kernels.ranking import (
     leads_in_registers,
 )
 from mltfr_dist.models.kernels.softmax import exponentials
-from mltfr_dist.models.kernels.weighing import weigh_kept
+from mltfr_dist.models.kernels.weighing import used_rows, weigh_kept
 from mltfr_dist.models.kernels.work import kernel_flops
 
 __all__ = [
@@ -46,6 +51,8 @@ __all__ = [
     "nonfinite",
     "row_maxima",
     "unit_backward",
+    "unit_vectors",
     "usable",
+    "used_rows",
     "weigh_kept",
 ]

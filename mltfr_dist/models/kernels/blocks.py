@@ -63,8 +63,9 @@ def block_means(x: Tensor, lengths: Tensor, block_len: int, offset: int) -> tupl
     Returns:
         [G, D], and the blocks.
     """
-    assert len(x) == int(lengths.sum())
-    num_blocks = int(((lengths + block_len - 1) // block_len).sum())
+    of_rows = lengths.tolist()
+    assert len(x) == sum(of_rows)
+    num_blocks = sum([-(-length // block_len) for length in of_rows])
     blocks = Blocks(lengths.new_empty(num_blocks), lengths.new_empty(len(x)), block_len)
     means: Tensor = _Means.apply(  # type: ignore[no-untyped-call]
         x, lengths, blocks.ends, blocks.places, block_len, offset

@@ -168,11 +168,10 @@ def _speaks() -> bool:
 
 def usable(*tensors: Tensor) -> ctypes.CDLL | None:
     """The kernels where they take these ``tensors``: in fp32 on the CPU, and not traced."""
-    plain = all(
-        type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == torch.float32
-        for t in tensors
-    )
-    return library() if plain and not torch.compiler.is_compiling() else None
+    for t in tensors:  # many times a step
+        if type(t) not in (Tensor, nn.Parameter) or not t.is_cpu or t.dtype != torch.float32:
+            return None
+    return None if torch.compiler.is_compiling() else library()
 
 
 def pointer(t: Tensor | None) -> ctypes.c_void_p:

@@ -85,6 +85,15 @@ void map_rows(const float* rows, const float* weight, const float* bias, float* 
   });
 }
 
+// rows [S, D] -> unit [S, D] and lengths [S], as ``map_rows``.
+void unit_vectors(const float* rows, float* unit, float* lengths, int64_t count, int64_t dim,
+                  int64_t threads) {
+  divided(count, threads, [&](int64_t begin, int64_t end) {
+    std::memcpy(unit + begin * dim, rows + begin * dim, (end - begin) * dim * sizeof(float));
+    for (int64_t r = begin; r < end; ++r) lengths[r] = normalise(unit + r * dim, dim);
+  });
+}
+
 // Gradient [S, D] by unit vectors -> made [S, D], that by what they were made of.
 void unit_backward(const float* gradient, const float* unit, const float* lengths, float* made,
                    int64_t count, int64_t dim, int64_t threads) {

@@ -5,10 +5,14 @@ Shapes: S rows of E numbers, mapped to D numbers, G queries.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from mltfr_dist.models.kernels.build import pointer, sizes, usable
+from mltfr_dist.models.kernels.build import library, pointer, sizes, usable
 from mltfr_dist.models.kernels.work import did_products
 
 
@@ -25,6 +29,30 @@ def map_rows(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     kernels.map_rows(*map(pointer, (rows, weight, bias, unit, lengths)), *shape)
     did_products(unit.numel(), rows.shape[1])
     return unit, lengths
+
+
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        kernels = library()
+        assert kernels is not None
+        rows = rows.contiguous()
+        unit, lengths = torch.empty_like(rows), rows.new_empty(len(rows), 1)
+        kernels.unit_vectors(*map(pointer, (rows, unit, lengths)), *sizes(*rows.shape))
+        ctx.save_for_backward(unit, lengths)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return unit_backward(gradient, *ctx.saved_tensors)
+
+
+def unit_vectors(rows: Tensor) -> Tensor:
+    """``F.normalize`` of rows [S, D]."""
+    if usable(rows) is None:
+        return F.normalize(rows, dim=-1)
+    return _Unit.apply(rows)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def unit_backward(gradient: Tensor, unit: Tensor, lengths: Tensor) -> Tensor:

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <mutex>
 
 #include "registers.h"
 
@@ -118,33 +119,51 @@ struct RoundedRows {
   bool finite = true;          // whether all numbers are; nothing is rounded where not
   std::vector<uint8_t> bytes;  // [blocks, parts, LANES, PART], plus 128
 
-  RoundedRows(const float* rows, int64_t count, int64_t dim)
+  RoundedRows(const float* rows, int64_t count, int64_t dim, int64_t threads)
       : count(count), parts((dim + PART - 1) / PART), tiles((count + TILE - 1) / TILE) {
-    float top = 0, largest, size;
-    for (int64_t r = 0; r < count; ++r) {
-      measure(rows + r * dim, dim, largest, size);
-      top = std::max(top, largest);
-      norm = std::max(norm, size);
-      finite &= size < INFINITY;
-    }
+    std::mutex alone;
+    float top = 0;
+    divided(count, threads, [&](int64_t begin, int64_t end) {
+      float most = 0, longest = 0, largest, size;
+      bool all = true;
+      for (int64_t r = begin; r < end; ++r) {
+        measure(rows + r * dim, dim, largest, size);
+        most = std::max(most, largest);
+        longest = std::max(longest, size);
+        all &= size < INFINITY;
+      }
+      const std::lock_guard<std::mutex> guard(alone);
+      top = std::max(top, most);
+      norm = std::max(norm, longest);
+      finite &= all;
+    });
     if (!finite) return;
     scale = std::min(LARGEST_ROW / std::max(top, 1e-30f), ROW_NORM / std::max(norm, 1e-30f));
     bytes.assign((count + BLOCK - 1) / BLOCK * BLOCK * parts * PART, 128);
     double worst = 0;
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t row = r / BLOCK * BLOCK + standing(r % BLOCK);
-      uint8_t* to = &bytes[(row / LANES * parts * LANES + row % LANES) * PART];
-      __m256d squares = _mm256_setzero_pd();
-      for (int64_t c = 0; c < dim; c += WIDTH) {
-        const uint64_t some = bytes_of(whole_numbers(eight(rows + r * dim, c, dim), scale, squares), 128);
-        for (int64_t p = 0; p < std::min(WIDTH / PART, parts - c / PART); ++p) {
-          const uint64_t part = some >> 8 * PART * p;
-          std::memcpy(to + (c / PART + p) * LANES * PART, &part, PART);
-        }
-      }
-      worst = std::max(worst, total_of(squares));
-    }
+    divided(count, threads, [&](int64_t begin, int64_t end) {
+      double largest = 0;
+      for (int64_t r = begin; r < end; ++r) largest = std::max(largest, round(rows, r, dim));
+      const std::lock_guard<std::mutex> guard(alone);
+      worst = std::max(worst, largest);
+    });
     error = (float)std::sqrt(worst) / scale;
+  }
+
+ private:
+  // Row ``r`` in bytes; returns the sum of squares that this changes.
+  double round(const float* rows, int64_t r, int64_t dim) {
+    const int64_t row = r / BLOCK * BLOCK + standing(r % BLOCK);
+    uint8_t* to = &bytes[(row / LANES * parts * LANES + row % LANES) * PART];
+    __m256d squares = _mm256_setzero_pd();
+    for (int64_t c = 0; c < dim; c += WIDTH) {
+      const uint64_t some = bytes_of(whole_numbers(eight(rows + r * dim, c, dim), scale, squares), 128);
+      for (int64_t p = 0; p < std::min(WIDTH / PART, parts - c / PART); ++p) {
+        const uint64_t part = some >> 8 * PART * p;
+        std::memcpy(to + (c / PART + p) * LANES * PART, &part, PART);
+      }
+    }
+    return total_of(squares);
   }
 };
 

@@ -162,7 +162,7 @@ extern "C" {
 // Returns 0, or 1 where a number is not finite or too many to a sum, and nothing was found.
 int nearest(const float* queries, const float* rows, float* scores, int64_t* ids, int64_t groups,
             int64_t count, int64_t dim, int64_t sought, int64_t threads) {
-  const RoundedRows rounded(rows, count, dim);
+  const RoundedRows rounded(rows, count, dim, threads);
   if (!finite(queries, groups * dim) || !rounded.finite) return 1;
   if (RoundedQuery::limit(0, 1, dim, rounded) < 16) return 1;
   divided(groups, threads, [&](int64_t begin, int64_t end) {
@@ -177,7 +177,7 @@ int nearest(const float* queries, const float* rows, float* scores, int64_t* ids
 // how far the product may lie above it. Returns as ``nearest`` does.
 int largest_products(const float* queries, const float* rows, float* bounds, float* error,
                      int64_t groups, int64_t count, int64_t dim, int64_t threads) {
-  const RoundedRows rounded(rows, count, dim);
+  const RoundedRows rounded(rows, count, dim, threads);
   if (!finite(queries, groups * dim) || !rounded.finite) return 1;
   if (RoundedQuery::limit(0, 1, dim, rounded) < 16) return 1;
   float scale = 1e30f, largest, norm, worst = 0;

@@ -78,6 +78,26 @@ void through_products(const float* factors, const float* query, const float* row
 
 extern "C" {
 
+// kept [N], numbers of ``count`` rows -> used [min(N, S)], those that are there, ascending, and
+// renumbered [N], kept as places among them; returns how many they are, -1 where there is no such
+// row. ``places`` [S] is on the way.
+int64_t used_rows(const int64_t* kept, int64_t* places, int64_t* used, int64_t* renumbered,
+                  int64_t number, int64_t count, int64_t) {
+  std::fill_n(places, count, -1);
+  for (int64_t i = 0; i < number; ++i) {
+    if (kept[i] < 0 || kept[i] >= count) return -1;
+    places[kept[i]] = 0;
+  }
+  int64_t found = 0;
+  for (int64_t r = 0; r < count; ++r)
+    if (places[r] == 0) {
+      used[found] = r;
+      places[r] = found++;
+    }
+  for (int64_t i = 0; i < number; ++i) renumbered[i] = places[kept[i]];
+  return found;
+}
+
 // query [G, D], rows [S, D], kept [G, K], noise [G, K] or null, temperature [1] -> log_weights
 // [G, K], the log-softmax over K of (products + noise) / temperature.
 void weigh_kept(const float* query, const float* rows, const int64_t* kept, const float* noise,

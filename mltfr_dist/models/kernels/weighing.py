@@ -76,3 +76,17 @@ def weigh_kept(
         scores = scores + noise
     scores = at_least_fp32(scores) / at_least_fp32(temperature)
     return F.log_softmax(scores, dim=-1).to(query.dtype)
+
+
+def used_rows(kept: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """[U], ascending: which of ``count`` rows any query keeps; and ``kept`` [G, K] as indices into
+    them. None where there is no kernel for it.
+    """
+    kernels = usable()
+    if kernels is None or not kept.is_cpu or kept.dtype != torch.int64:
+        return None
+    kept, places = kept.contiguous(), kept.new_empty(count)
+    used, renumbered = kept.new_empty(min(count, kept.numel())), torch.empty_like(kept)
+    made = map(pointer, (kept, places, used, renumbered))
+    found = kernels.used_rows(*made, *sizes(kept.numel(), count))
+    return None if found < 0 else (used[:found], renumbered)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.experts import ExpertRows
+from mltfr_dist.models.kernels import used_rows
 from mltfr_dist.models.placed_table import PlacedTable
 
 
@@ -144,6 +145,9 @@ def those_kept(kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if kept.device.type != "cpu":
         used, inverse = torch.unique(kept, return_inverse=True)
         return used, inverse
+    by_kernel = used_rows(kept, count)
+    if by_kernel is not None:
+        return by_kernel
     flat = kept.flatten()
     held = torch.zeros(count, dtype=torch.bool).index_fill_(0, flat, True)
     return held.nonzero()[:, 0], (held.cumsum(0) - 1).index_select(0, flat).view_as(kept)

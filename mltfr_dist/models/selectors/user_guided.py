@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.draws import LARGEST, GumbelNoise, mix
-from mltfr_dist.models.kernels import map_rows, unit_backward, weigh_kept
+from mltfr_dist.models.kernels import map_rows, unit_backward, unit_vectors, weigh_kept
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.search import TOLERANCE, Project, row_relevance, search
 from mltfr_dist.models.selectors.base import Reduce, Selection, Selector, those_kept
@@ -222,7 +222,7 @@ class UserGuided(Selector):
         """Keep K of the candidates ``rows`` [S, D_m] for each query; ``kept`` [G, K] where a search
         has found them.
         """
-        unit_query, known = F.normalize(query, dim=-1), None
+        unit_query, known = unit_vectors(query), None
         if kept is None and _narrows(query):
             with torch.no_grad():
                 lengths = query.new_empty(len(rows), 1)
