@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mltfr_dist.models.kernels import draw_mask
+from mltfr_dist.models.kernels import draw_masks
 
 LARGEST = (1 << 31) - 1
 
@@ -27,28 +28,41 @@ class Dropout(nn.Dropout):
             return input
         if input.device.type != "cpu":
             return F.dropout(input, self.p)
-        return input * scaled_mask(input.shape, self.p).to(input.dtype)
-
-    def mask(self, shape: Sequence[int]) -> Tensor | None:
-        """What :meth:`forward` would multiply fp32 numbers of ``shape`` with on the CPU; None: with
-        1.
-        """
-        return scaled_mask(torch.Size(shape), self.p) if self.training and self.p else None
+        return input * scaled_masks([input.shape], [self.p])[0].to(input.dtype)
 
 
-def scaled_mask(shape: torch.Size, p: float) -> Tensor:
-    """fp32 ``shape``: zero with probability p, otherwise 1 / (1 - p); on the CPU.
+def masks(dropouts: Sequence[Dropout], shapes: Sequence[Sequence[int]]) -> list[Tensor | None]:
+    """What each of the ``dropouts`` would multiply fp32 numbers of its shape with on the CPU, one
+    drawn after another; None: with 1.
+    """
+    active = [i for i, dropout in enumerate(dropouts) if dropout.training and dropout.p]
+    drawn = scaled_masks([shapes[i] for i in active], [dropouts[i].p for i in active])
+    made: list[Tensor | None] = [None] * len(dropouts)
+    for i, mask in zip(active, drawn, strict=True):
+        made[i] = mask
+    return made
+
+
+def scaled_masks(shapes: Sequence[Sequence[int]], ps: Sequence[float]) -> list[Tensor]:
+    """fp32 of each of the ``shapes``: zero with probability p, otherwise 1 / (1 - p); on the CPU.
 
     The numbers are those of SFC64 (Doty-Humphrey 2010; six times as fast as torch's Mersenne
-    twister), seeded by one draw from torch's generator.
+    twister), seeded by one draw from torch's generator for each.
     """
-    generator = np.random.SFC64(int(torch.randint(1 << 62, ())))
-    threshold, scale = int((1 - p) * LARGEST), np.float32(1 / (1 - p))
-    drawn = draw_mask(generator, threshold, float(scale), shape)
+    seeds = torch.randint(1 << 62, (len(shapes),)).tolist()
+    thresholds, scales = [int((1 - p) * LARGEST) for p in ps], [1 / (1 - p) for p in ps]
+    drawn = draw_masks(seeds, thresholds, scales, shapes)
     if drawn is not None:
         return drawn
-    words = generator.random_raw(-(-shape.numel() // 2)).view(np.int32)
-    uniform = torch.from_numpy(words)[: shape.numel()].bitwise_right_shift_(1).bitwise_and_(LARGEST)
+    each = zip(seeds, thresholds, scales, shapes, strict=True)
+    return [_mask_of_numpy(*numbers) for numbers in each]
+
+
+def _mask_of_numpy(seed: int, threshold: int, scale: float, shape: Sequence[int]) -> Tensor:
+    count = math.prod(shape)
+    words = np.random.SFC64(seed).random_raw(-(-count // 2)).view(np.int32)
+    uniform = torch.from_numpy(words)[:count].bitwise_right_shift_(1).bitwise_and_(LARGEST)
     # Below the threshold a difference is negative: shifted by 31 bits all ones, otherwise zero.
     kept = uniform.sub_(threshold).bitwise_right_shift_(31)
-    return kept.bitwise_and_(int(scale.view(np.int32))).view(torch.float32).view(shape)
+    bits = int(np.float32(scale).view(np.int32))
+    return kept.bitwise_and_(bits).view(torch.float32).view(*shape)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mltfr_dist.config import ExpertConfig
-from mltfr_dist.models.dropout import Dropout
+from mltfr_dist.models.dropout import Dropout, masks
 from mltfr_dist.models.kernels import Blocks, attend, usable
 from mltfr_dist.models.transformer import init_weights
 from mltfr_dist.numerics import at_least_fp32
@@ -105,8 +105,10 @@ class ExpertCore(nn.Module):
         """:meth:`forward`; where there are kernels, its dropout is left to who mixes."""
         query = self._tap("query", x, self.query(x))
         num_blocks = len(x) if blocks is None else len(blocks.ends)
-        if self.reads_in_place(query, attended, num_blocks):
-            mixed = self._attended_in_place(query, attended, blocks)
+        in_place = self.reads_in_place(query, attended, num_blocks)
+        if in_place:
+            on_weights, mask = self._masks(query, attended, blocks)
+            mixed = self._attended_in_place(query, attended, blocks, on_weights)
         else:
             mixed = self._attended(query, attended)
         values = self._tap("out", mixed, self.out(mixed))
@@ -114,10 +116,24 @@ class ExpertCore(nn.Module):
         # them, another not.
         if usable(values) is None:
             return Output(self.output_dropout.forward(values), None)
-        if blocks is None:
-            return Output(values, self.output_dropout.mask(values.shape))
-        mask = self.output_dropout.mask((num_blocks * blocks.block_len, values.shape[-1]))
-        return Output(values, None if mask is None else mask.index_select(0, blocks.places))
+        if not in_place:
+            (mask,) = masks([self.output_dropout], [values.shape])
+        return Output(values, mask)
+
+    def _masks(
+        self, query: Tensor, attended: list[ExpertRows], blocks: Blocks | None
+    ) -> list[Tensor | None]:
+        """What kernels multiply attention's weights [G, H, n, K] and the output with; drawn for
+        whole blocks, so that what is drawn does not depend on how positions stand.
+        """
+        size = query.shape[1] if blocks is None else blocks.block_len
+        groups, count = len(attended[0].log_weights), sum(m.log_weights.shape[1] for m in attended)
+        of_weights = (groups, self.num_heads, size, count)
+        dropouts = [self.attention_dropout, self.output_dropout]
+        on_weights, on_output = masks(dropouts, [of_weights, (groups, size, self.out.out_features)])
+        if on_output is not None and blocks is not None:
+            on_output = on_output.flatten(0, 1).index_select(0, blocks.places)
+        return [on_weights, on_output]
 
     def reads_in_place(self, x: Tensor, attended: list[ExpertRows], num_blocks: int) -> bool:
         """Whether kept rows are read where they stand, without a copy: where there is a kernel, and
@@ -131,9 +147,13 @@ class ExpertCore(nn.Module):
         return all(m.kept is not None and len(m.log_weights) == num_blocks for m in attended)
 
     def _attended_in_place(
-        self, query: Tensor, attended: list[ExpertRows], blocks: Blocks | None
+        self,
+        query: Tensor,
+        attended: list[ExpertRows],
+        blocks: Blocks | None,
+        mask: Tensor | None,
     ) -> Tensor:
-        """What queries read, of their shape [..., H*d]."""
+        """What queries read, of their shape [..., H*d]; ``mask`` [G, H, n, K] of the weights."""
         keys = _joined([self.key(m.rows) for m in attended])  # [S of all, H*d]
         values = _joined([self.value(m.rows) for m in attended])
         starts = accumulate((len(m.rows) for m in attended), initial=0)
@@ -142,8 +162,7 @@ class ExpertCore(nn.Module):
             [m.kept + start if start else m.kept for m, start in pairs if m.kept is not None], dim=1
         )
         log_weights = _joined([m.log_weights for m in attended], dim=1)
-        draw_mask = self.attention_dropout.mask
-        return attend(query, keys, values, kept, log_weights, draw_mask, self.num_heads, blocks)
+        return attend(query, keys, values, kept, log_weights, mask, self.num_heads, blocks)
 
     def _attended(self, query: Tensor, attended: list[ExpertRows]) -> Tensor:
         """[G, n, H*d] what queries of that shape read of rows copied for each of them."""

@@ -400,7 +400,7 @@ def test_matrix_work_holds_that_of_kernels() -> None:
     kept, log_weights = torch.randint(6, (5, 4)), torch.zeros(5, 4)
     searched, rows = torch.randn(40, 8), torch.randn(300, 8)
     with MatrixWork() as work:
-        attend(query, keys[0], values[0], kept, log_weights, lambda _: None, 2).sum().backward()
+        attend(query, keys[0], values[0], kept, log_weights, None, 2).sum().backward()
         nearest(searched, rows, 3)
     attended = 6 * 2 * 5 * 6 * 4 * 8  # two products forward and four backward
     assert work.flops == attended + 2 * 40 * 300 * 8

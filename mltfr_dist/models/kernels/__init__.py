@@ -9,7 +9,7 @@ from mltfr_dist.models.kernels.blocks import Blocks, block_means
 from mltfr_dist.models.kernels.build import usable
 from mltfr_dist.models.kernels.finite import nonfinite
 from mltfr_dist.models.kernels.histories import attend_histories
-from mltfr_dist.models.kernels.masks import draw_mask
+from mltfr_dist.models.kernels.masks import draw_masks
 from mltfr_dist.models.kernels.mixing import mix
 from mltfr_dist.models.kernels.nearest import largest_products, nearest
 from mltfr_dist.models.kernels.noise import noisy_candidates
@@ -38,7 +38,7 @@ __all__ = [
     "block_means",
     "count_between",
     "counts_in_registers",
-    "draw_mask",
+    "draw_masks",
     "exponentials",
     "kernel_flops",
     "largest_products",

@@ -6,7 +6,6 @@ of all heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ def attend(
     values: Tensor,
     kept: Tensor,
     log_weights: Tensor,
-    draw_mask: Callable[[tuple[int, ...]], Tensor | None],
+    mask: Tensor | None,
     num_heads: int,
     blocks: Blocks | None = None,
 ) -> Tensor:
@@ -87,7 +86,7 @@ def attend(
         values: [S, D].
         kept: [G, K] rows that each block attends to.
         log_weights: [G, K].
-        draw_mask: Gives [G, H, n, K] that the weights are multiplied with; None: with 1.
+        mask: [G, H, n, K], what the weights are multiplied with; None: ones.
         num_heads: H.
         blocks: Where positions stand; None: in whole blocks.
 
@@ -99,8 +98,6 @@ def attend(
     """
     if not inside(kept, len(keys)):
         raise IndexError(f"rows are kept that are not among the {len(keys)} that there are")
-    _, positions = _ends(query, blocks)
-    mask = draw_mask((len(kept), num_heads, positions, kept.shape[1]))
     attended: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
         query, keys, values, kept, log_weights, mask, num_heads, blocks
     )

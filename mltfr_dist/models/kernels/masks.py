@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mltfr_dist.models.kernels.build import pointer, usable
+from mltfr_dist.models.kernels.build import pointers, sizes, usable
 
 
-def draw_mask(
-    generator: np.random.SFC64, threshold: int, scale: float, shape: torch.Size
-) -> Tensor | None:
-    """fp32 ``shape``: ``scale`` where the next 31 bits of a fresh generator are below the
-    ``threshold``, otherwise 0; None where there is no kernel for it.
-
-    The generator itself is not advanced.
+def draw_masks(
+    seeds: Sequence[int],
+    thresholds: Sequence[int],
+    scales: Sequence[float],
+    shapes: Sequence[Sequence[int]],
+) -> list[Tensor] | None:
+    """fp32 of each of the ``shapes``: its scale where the next 31 bits of ``np.random.SFC64(seed)``
+    are below its threshold, otherwise 0; None where there is no kernel for it.
     """
-    mask = torch.empty(shape, dtype=torch.float32)
-    kernels = usable(mask)
+    kernels = usable()
     if kernels is None:
         return None
-    state = np.ascontiguousarray(generator.state["state"]["state"], dtype=np.uint64)
-    numbers = (ctypes.c_int64(mask.numel()), ctypes.c_int64(threshold), ctypes.c_double(scale))
-    kernels.scaled_mask(ctypes.c_void_p(state.ctypes.data), pointer(mask), *numbers)
-    return mask
+    masks = [torch.empty(*shape, dtype=torch.float32, device="cpu") for shape in shapes]
+    number = len(masks)
+    kernels.draw_masks(
+        (ctypes.c_uint64 * number)(*seeds),
+        pointers(masks),
+        (ctypes.c_int64 * number)(*(mask.numel() for mask in masks)),
+        (ctypes.c_int64 * number)(*thresholds),
+        (ctypes.c_double * number)(*scales),
+        *sizes(number),
+    )
+    return masks

@@ -124,10 +124,14 @@ void weigh_kept_backward(const float* gradient, const float* query, const float*
                          float* of_products, float* of_query, float* of_rows,
                          float* of_temperature, int64_t groups, int64_t width, int64_t count,
                          int64_t threads) {
+  std::vector<float> of_each(groups);
+  divided(groups, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g)
+      of_each[g] = through_softmax(gradient + g * count, log_weights + g * count, *temperature,
+                                   of_products + g * count, count);
+  });
   double total = 0;
-  for (int64_t g = 0; g < groups; ++g)
-    total += through_softmax(gradient + g * count, log_weights + g * count, *temperature,
-                             of_products + g * count, count);
+  for (const float one : of_each) total += one;
   *of_temperature = (float)total;
   through_products(of_products, query, rows, kept, of_query, of_rows, groups, width, count, threads);
 }

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from mltfr_dist.config import BackboneConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig
 from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.models import dropout
-from mltfr_dist.models.dropout import scaled_mask
+from mltfr_dist.models.dropout import scaled_masks
 from mltfr_dist.models.experts import ExpertCore, ExpertRows
 from mltfr_dist.models.kernels import (
     attend,
@@ -88,7 +88,7 @@ def test_attention_and_its_gradients(positions: int, dim: int, kept: int, masked
 
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
-        result = attend(*given[:3], which, given[3], lambda shape: mask, HEADS)
+        result = attend(*given[:3], which, given[3], mask, HEADS)
         return [result, *torch.autograd.grad(result, given, gradient)]
 
     before = torch.get_num_threads()
@@ -129,16 +129,13 @@ def test_attention_says_what_is_wrong_and_hides_nothing() -> None:
     query, rows = torch.randn(2, 4, HEADS * 5), torch.randn(7, HEADS * 5)
     kept, weights = torch.randint(7, (2, 3)), torch.randn(2, 3)
 
-    def nothing(shape: object) -> None:
-        return None
-
     for which in (kept + 7, kept - 7, kept.int()):
         with pytest.raises(IndexError, match="among the 7"):
-            attend(query, rows, rows, which, weights, nothing, HEADS)
+            attend(query, rows, rows, which, weights, None, HEADS)
     for offset in range(3):  # one broken row is enough, wherever it stands
         broken = rows.clone()
         broken[kept[0, offset]] = torch.nan
-        result = attend(query, broken, rows, kept, weights, nothing, HEADS)
+        result = attend(query, broken, rows, kept, weights, None, HEADS)
         assert result[0].isnan().all()
 
 
@@ -506,7 +503,10 @@ def test_masks_are_drawn_alike_by_both_paths(
     count: int, p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(count)
-    by_kernel = scaled_mask(torch.Size((count,)), p)
+    shapes, ps = [(count,), (count // 2 + 3, 2), (5,)], [p, 0.3, p]
+    by_kernel = scaled_masks(shapes, ps)
     torch.manual_seed(count)
-    monkeypatch.setattr(dropout, "draw_mask", lambda *_: None)
-    assert torch.equal(by_kernel, scaled_mask(torch.Size((count,)), p))
+    monkeypatch.setattr(dropout, "draw_masks", lambda *_: None)
+    by_numpy = scaled_masks(shapes, ps)
+    assert [tuple(mask.shape) for mask in by_kernel] == shapes
+    assert all(torch.equal(a, b) for a, b in zip(by_kernel, by_numpy, strict=True))
