@@ -1,4 +1,4 @@
-"""Number formats."""
+"""Number formats, and numbers among others."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ def at_least_fp32(t: Tensor) -> Tensor:
     the digits.
     """
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of ``values`` [S]; sorts nothing."""
+    return values.kthvalue(len(values) - k + 1).values

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mltfr_dist.models.draws import GumbelNoise
 from mltfr_dist.models.kernels import largest_products, nearest, row_maxima
+from mltfr_dist.numerics import kth_largest
 
 CACHED_ELEMENTS = 1 << 21
 """Scores held at a time on a CPU (8 MiB in fp32), so that they stay in its cache."""
@@ -275,10 +276,10 @@ def row_relevance(
         return _largest_cosines(unit_query, unit_rows).float()
     cosines, error = bounds
     needed = min(needed, len(cosines))
-    first = cosines.topk(min(2 * needed, len(cosines))).indices
+    first = cosines.topk(min(2 * needed, len(cosines)), sorted=False).indices
     cosines.index_copy_(0, first, _largest_cosines(unit_query, unit_rows[first]))
     # What the first reach bounds the last that is needed, and few others can reach that.
-    last = cosines.topk(needed).values[-1] - 4 * TOLERANCE[torch.float32]
+    last = kth_largest(cosines, needed) - 4 * TOLERANCE[torch.float32]
     near = (cosines + error >= last).index_fill_(0, first, False).nonzero()[:, 0]
     cosines.index_copy_(0, near, _largest_cosines(unit_query, unit_rows[near]))
     return cosines

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.search import Project
 from mltfr_dist.models.selectors.base import Reduce
+from mltfr_dist.numerics import kth_largest
 
 RECALL_QUERIES = 64
 """Queries at most that the recall of an outgoing list is measured on."""
@@ -53,14 +54,14 @@ class Shortlist(nn.Module):
 
         None of them but those can change places with another across the end of the list.
         """
-        last = relevance.topk(len(self.row_ids)).values[-1]
+        last = kth_largest(relevance, len(self.row_ids))
         return ((relevance - last).abs() <= 2 * tolerance).nonzero()[:, 0]
 
     @torch.no_grad()
     def choose(self, relevance: Tensor) -> None:
         """Search from now on the rows of highest ``relevance`` [V] (ties: lower row number)."""
         size = len(self.row_ids)
-        near = (~(relevance < relevance.topk(size).values[-1])).nonzero()[:, 0]  # few beyond
+        near = (~(relevance < kth_largest(relevance, size))).nonzero()[:, 0]  # few beyond
         best = relevance[near].sort(descending=True, stable=True).indices[:size]
         self.row_ids.copy_(near[best].sort().values)
         self.forget()
