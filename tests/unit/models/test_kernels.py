@@ -30,6 +30,8 @@ from mltfr_dist.models.kernels import (
     nearest,
     row_maxima,
     unit_backward,
+    unit_vectors,
+    used_rows,
     weigh_kept,
 )
 from mltfr_dist.models.packing import Packing
@@ -195,16 +197,33 @@ def test_a_broken_number_is_seen_in_the_weights_of_its_query_alone() -> None:
     assert result[[0, 2]].isfinite().all()
 
 
+@few
+@given(st.lists(st.integers(0, 30), max_size=80), st.integers(31, 60))
+def test_rows_that_are_kept_are_numbered_anew(kept: list[int], count: int) -> None:
+    given_rows = torch.tensor(kept, dtype=torch.int64).view(-1, 1)
+    result = used_rows(given_rows, count)
+    assert result is not None
+    used, numbers = result
+    assert used.tolist() == sorted(set(kept))
+    assert torch.equal(used[numbers], given_rows)
+    assert used_rows(torch.tensor([[0, count]]), count) is None
+    assert used_rows(torch.tensor([[0, -1]]), count) is None
+
+
 @pytest.mark.parametrize("width", [64, 3, 21])
 def test_gradients_through_unit_vectors(width: int) -> None:
     torch.manual_seed(0)
     rows = torch.randn(14, width).double().requires_grad_()
     unit, gradient = F.normalize(rows, dim=-1), torch.randn(14, width)
     (expected,) = torch.autograd.grad(unit, rows, gradient.double())
-    made = unit_backward(
-        gradient, unit.detach().float(), rows.detach().norm(dim=1)[:, None].float()
-    )
+    leaf = rows.detach().float().requires_grad_()
+    by_kernel = unit_vectors(leaf)
+    torch.testing.assert_close(by_kernel.double(), unit, rtol=1e-5, atol=1e-6)
+    (made,) = torch.autograd.grad(by_kernel, leaf, gradient)
     torch.testing.assert_close(made.double(), expected, rtol=1e-5, atol=1e-6)
+    lengths = rows.detach().norm(dim=1)[:, None]
+    made = unit_backward(gradient.double(), unit.detach(), lengths)  # by torch
+    torch.testing.assert_close(made, expected, rtol=1e-9, atol=1e-12)
 
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -674,6 +674,35 @@ def test_rows_that_are_trained_have_their_gradient() -> None:
     assert set(kept.nonzero()[:, 0].tolist()) <= set(chosen.row_ids.tolist())
 
 
+@pytest.mark.parametrize("query_every", [1, 3, 4])
+@pytest.mark.parametrize("consensus", [False, True])
+def test_packed_positions_give_what_whole_blocks_give(
+    query_every: int, consensus: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout's masks too, and the gradients."""
+    model = make(query_every, consensus=consensus, shortlist=45).train()
+    mltfr = mltfr_of(model)
+    x, packing = inputs(some_histories(7), model)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(5)
+        leaf = x.clone().requires_grad_()
+        added, routing = mltfr(leaf, packing)
+        weights = torch.linspace(-1, 1, added.numel()).view_as(added)
+        total = (added * weights).sum() + (routing.gate**2).sum()
+        trained = [p for p in mltfr.parameters() if p.requires_grad]
+        return [added, routing.gate, *torch.autograd.grad(total, [leaf, *trained])]
+
+    packed = run()
+    read = []
+    monkeypatch.setattr(MLTFR, "_reads_in_place", lambda *_: read.append(1) or False)
+    whole = run()
+    assert read
+    for one, other in zip(packed, whole, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 # --- shortlist and explanation
 # -----------------------------------------------------------------------------------
 
