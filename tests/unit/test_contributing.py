@@ -84,7 +84,7 @@ def steps(lines: list[dict[str, Any]]) -> list[float]:
 
 
 def test_a_router(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_code(monkeypatch, "router", "mltfr_dist.models.experts")
+    with_code(monkeypatch, "router", "mltfr_dist.models.router")
     name = registered(monkeypatch, "router", routers.ROUTERS, routers)
     lines = trained(folder, "router", mltfr__router__name=name)
     gates = [v for line in lines for key, v in line.items() if key.startswith("gate_weight/")]
