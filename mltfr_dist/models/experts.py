@@ -104,7 +104,7 @@ class ExpertCore(nn.Module):
     def output(self, x: Tensor, attended: list[ExpertRows], blocks: Blocks | None = None) -> Output:
         """:meth:`forward`; where there are kernels, its dropout is left to who mixes."""
         query = self._tap("query", x, self.query(x))
-        num_blocks = len(x) if blocks is None else len(blocks.ends)
+        num_blocks = x.shape[0] if blocks is None else blocks.ends.shape[0]
         in_place = self.reads_in_place(query, attended, num_blocks)
         if in_place:
             on_weights, mask = self._masks(query, attended, blocks)

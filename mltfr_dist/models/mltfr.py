@@ -203,7 +203,7 @@ class MLTFR(nn.Module):
         blocks = self.blocks(x, packing)
         selections = self.selections(blocks.queries, self.keys(blocks))
         attended = self.attended(selections)
-        num_blocks = len(blocks.queries)
+        num_blocks = blocks.queries.shape[0]  # not `len`, which is no symbol in an export
         packed = blocks.packed if self._reads_in_place(x, attended, num_blocks) else None
         positions = blocks.positions if packed is None else x
         outputs = [self.core(e).output(positions, [m], packed) for e, m in enumerate(attended)]

@@ -77,6 +77,13 @@ def _freedom(observed: Spread, seeds: int) -> float:
     return observed.variance(seeds) ** 2 / least if least else users - 1
 
 
+def difference_p(observed: Spread) -> float:
+    """Two-sided p of the t-test that the true difference is 0, over users and seeds."""
+    if observed.error == 0:
+        return float(observed.mean == 0)
+    return float(2 * stats.t.sf(abs(observed.mean) / observed.error, observed.freedom))
+
+
 def equivalence_p(mean: float, error: float, freedom: float, margin: float) -> float:
     """P of two one-sided tests: that the true difference is not within +-``margin``.
 

@@ -168,10 +168,12 @@ def _speaks() -> bool:
 
 def usable(*tensors: Tensor) -> ctypes.CDLL | None:
     """The kernels where they take these ``tensors``: in fp32 on the CPU, and not traced."""
+    if torch.compiler.is_compiling():
+        return None
     for t in tensors:  # many times a step
         if type(t) not in (Tensor, nn.Parameter) or not t.is_cpu or t.dtype != torch.float32:
             return None
-    return None if torch.compiler.is_compiling() else library()
+    return library()
 
 
 def pointer(t: Tensor | None) -> ctypes.c_void_p:

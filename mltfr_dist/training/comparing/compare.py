@@ -18,6 +18,7 @@ from mltfr_dist.schema import or_nearest
 from mltfr_dist.statistics.power import (
     ALPHA,
     detectable,
+    difference_p,
     equivalence_p,
     holm,
     seeds_needed,
@@ -105,7 +106,7 @@ class Difference:
     changes: dict[str, Change]
     """By metric."""
     p: float
-    """Of the paired randomisation test over users."""
+    """The larger p of the randomisation test over users and of the t-test over users and seeds."""
     p_holm: float
     effect: float
     """Mean difference by its standard deviation between users (Cohen's d of paired values)."""
@@ -250,7 +251,7 @@ def _difference(
         for name, members in user_slices(among.slicing, among.users)
         if len(np.unique(among.users[members])) > 1
     ]
-    p = randomisation_p(by_user, options.resamples, random)
+    p = max(randomisation_p(by_user, options.resamples, random), difference_p(overall))
     margin = options.margin
     return Difference(
         model.label,

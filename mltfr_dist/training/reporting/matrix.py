@@ -192,10 +192,9 @@ def how(options: Options) -> list[str]:
         "Intervals over users and seeds are bootstrap intervals of the users' ranks, "
         f"{options.resamples:,} resamples, seed {options.seed}; those over seeds alone are "
         f"t-intervals.",
-        "p: of the paired randomisation test over users, or of the t-test over seeds; Holm over "
-        "the "
-        "lines of a table. A difference is shown where p is below 0.05 and the interval leaves "
-        "zero out.",
+        "p: the larger of those of the paired randomisation test over users and of the t-test over "
+        "users and seeds; where users are not known of the t-test over seeds. Holm over the lines "
+        "of a table. A difference is shown where p is below 0.05 and the interval leaves zero out.",
         "Detectable: the smallest true difference that this design finds with 80% power. Seeds "
         f"needed: to find {of} so; `more users` where no number of seeds does.",
     ]
