@@ -228,7 +228,17 @@ def num_parameters(config: RunConfig) -> int:
 def plan(base: RunConfig, options: argparse.Namespace) -> list[tuple[str, RunConfig]]:
     """All runs: every variant of a seed before the next seed, so that any prefix is a fair
     comparison.
+
+    Raises:
+        ConfigError: Variants of MLTFR are asked for where it is off.
     """
+    names = ", ".join(name for name in options.variants if name != "bare")
+    if names and not base.mltfr.enabled:
+        raise ConfigError(
+            f"The variants {names} are forms of MLTFR, and mltfr.enabled is false.",
+            rule="They would all be the bare backbone, under other names.",
+            remedy="Add mltfr.enabled=true and mltfr.tables=[...] to --set, or name `bare` alone.",
+        )
     runs = []
     for seed in options.seeds:
         for data in options.data or [base.data.path]:

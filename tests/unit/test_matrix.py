@@ -290,6 +290,17 @@ def test_the_wide_bare_backbone_has_as_many_parameters(tmp_path: Path) -> None:
     assert more == 32 * sum(table.rows.shape[1] for table in load_inputs(base).tables)
 
 
+def test_arms_of_mltfr_are_refused_where_it_is_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each would be the bare backbone under another name."""
+    matrix = [str(tmp_path / "m.parquet"), "--preset", "sasrec_beauty", "--seeds", "0"]
+    assert quality.main([*matrix, "--variants", "bare", "repaired", "random_tables"]) == 2
+    said = capsys.readouterr().err
+    assert "repaired, random_tables are forms of MLTFR, and mltfr.enabled is false" in said
+    assert not (tmp_path / "m.parquet").exists()
+
+
 def test_an_unknown_variant_names_the_valid_ones() -> None:
     with pytest.raises(ConfigError, match="no variant `random`") as caught:
         quality.variant("random")
