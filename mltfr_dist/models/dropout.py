@@ -35,12 +35,12 @@ def masks(dropouts: Sequence[Dropout], shapes: Sequence[Sequence[int]]) -> list[
     """What each of the ``dropouts`` would multiply fp32 numbers of its shape with on the CPU, one
     drawn after another; None: with 1.
     """
-    active = [i for i, dropout in enumerate(dropouts) if dropout.training and dropout.p]
-    drawn = scaled_masks([shapes[i] for i in active], [dropouts[i].p for i in active])
-    made: list[Tensor | None] = [None] * len(dropouts)
-    for i, mask in zip(active, drawn, strict=True):
-        made[i] = mask
-    return made
+    active = [dropout.training and dropout.p > 0 for dropout in dropouts]
+    wanted = [(shape, d.p) for shape, d, on in zip(shapes, dropouts, active, strict=True) if on]
+    if not wanted:
+        return [None] * len(dropouts)
+    drawn = iter(scaled_masks([shape for shape, _ in wanted], [p for _, p in wanted]))
+    return [next(drawn) if on else None for on in active]
 
 
 def scaled_masks(shapes: Sequence[Sequence[int]], ps: Sequence[float]) -> list[Tensor]:

@@ -266,3 +266,13 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
         if DISTRIBUTIONS.get(module, module).lower() not in declared
     }
     assert not undeclared
+
+
+def test_kernels_keep_to_100_columns() -> None:
+    """As Python does by ruff."""
+    sources = [
+        path for kind in ("*.cpp", "*.h") for path in (PACKAGE / "models/kernels").glob(kind)
+    ]
+    assert len(sources) > 10
+    lines = [(path.name, line) for path in sources for line in path.read_text().splitlines()]
+    assert not [(name, line) for name, line in lines if len(line) > 100]

@@ -24,7 +24,7 @@ inline void in_fours(int64_t positions, const Work& work) {
 }
 
 // Rows of one head: where they stand, and a transposed copy. What belongs to several positions
-// stands ``stride`` numbers apart, for as many rows as there may be. V: the vectors it computes with.
+// stands ``stride`` numbers apart, for as many rows as there may be. V: its kind of vectors.
 template <typename V>
 struct Rows {
   static constexpr int64_t LANES = size_of<V>();

@@ -1,8 +1,8 @@
 // Attention from blocks of positions to rows that each block keeps, read where they stand.
 //
 // G blocks of n positions, H heads of d numbers (D = H d), S rows, K kept rows a block. Blocks may
-// hold fewer positions, which then stand one behind another, N in all; weights have room for n. Sums
-// over blocks are divided over threads by columns, so no result depends on the number of threads.
+// hold fewer positions, which then stand one behind another, N in all; weights have room for n.
+// Sums over blocks are divided over threads by columns, so no result depends on their number.
 
 #include "attended.h"
 
@@ -31,7 +31,8 @@ inline void multiply(float* by, const float* factors, int64_t count) {
 // Numbers are few: a call of memcpy would cost more than the copy.
 inline void copy(float* to, const float* from, int64_t count) {
   in_columns<Wide>(count, [&](int64_t k, const auto& columns) {
-    for (int64_t r = 0; r < columns.REGISTERS; ++r) columns.put(to + k, r, columns.get(from + k, r));
+    for (int64_t r = 0; r < columns.REGISTERS; ++r)
+      columns.put(to + k, r, columns.get(from + k, r));
   });
 }
 
@@ -71,12 +72,13 @@ void forward(const float* query, const float* keys, const float* values, const i
 
 // Of one position: what its output's gradient makes of ``row`` [K], its products with the values,
 // the gradient of the logits; their own sum goes to ``logs``.
-void through_softmax(const float* weights, const float* mask, float* row, float* masked, float* logs,
-                     float scale, int64_t kept, int64_t num_padded) {
+void through_softmax(const float* weights, const float* mask, float* row, float* masked,
+                     float* logs, float scale, int64_t kept, int64_t num_padded) {
   copy(masked, weights, kept);
   if (mask) multiply(row, mask, kept);
   Wide total{};
-  for (int64_t k = 0; k < num_padded; k += WIDE) total += get<Wide>(masked + k) * get<Wide>(row + k);
+  for (int64_t k = 0; k < num_padded; k += WIDE)
+    total += get<Wide>(masked + k) * get<Wide>(row + k);
   const float inner = sum(total);
   for (int64_t k = 0; k < num_padded; k += WIDE) {
     const Wide of_logits = get<Wide>(masked + k) * (get<Wide>(row + k) - inner);
@@ -125,9 +127,9 @@ void backward(const float* gradient, const float* query, const float* keys, cons
 
 extern "C" {
 
-// query [N, D], ends [G] or null (N = G n), keys and values [S, D], kept [G, K], log_weights [G, K],
-// mask [G, H, n, K] or null -> weights [G, H, n, K] (before the mask; of positions that there are)
-// and mixed [N, D].
+// query [N, D], ends [G] or null (N = G n), keys and values [S, D], kept [G, K], log_weights
+// [G, K], mask [G, H, n, K] or null -> weights [G, H, n, K] (before the mask; of positions that
+// there are) and mixed [N, D].
 void attend(const float* query, const int64_t* ends, const float* keys, const float* values,
             const int64_t* kept, const float* log_weights, const float* mask, float* weights,
             float* mixed, int64_t groups, int64_t positions, int64_t heads, int64_t dim,

@@ -1,7 +1,7 @@
 // Packed histories in blocks of n positions, with a mean of the past for each.
 //
-// B histories, ``lengths`` [B] positions of D numbers each, one behind the other [N, D]; G blocks that
-// hold a position, history by history, the last of which may hold fewer.
+// B histories, ``lengths`` [B] positions of D numbers each, one behind the other [N, D]; G blocks
+// that hold a position, history by history, of which a history's last may hold fewer.
 
 #include "common.h"
 
@@ -29,8 +29,8 @@ void each(const int64_t* lengths, const Shape& s, int64_t threads, const Work& w
 
 extern "C" {
 
-// x [N, D] -> means [G, D] of the positions of the history up to ``offset`` of each block, summed in
-// float64; ends [G] of the blocks among all positions; places [N] of the positions among G n.
+// x [N, D] -> means [G, D] of the positions of the history up to ``offset`` of each block, summed
+// in float64; ends [G] of the blocks among all positions; places [N] of the positions among G n.
 void block_means(const float* x, const int64_t* lengths, float* means, int64_t* ends,
                  int64_t* places, int64_t rows, int64_t dim, int64_t block, int64_t offset,
                  int64_t threads) {

@@ -1,5 +1,5 @@
-// How many items score higher than each user's target, and how many the same; on the way, the sum of
-// the exponentials of all scores.
+// How many items score higher than each user's target, and how many the same; on the way, the sum
+// of the exponentials of all scores.
 //
 // A score above ``high`` is certainly higher than the target's, one not above ``low`` lower; what
 // lies between is computed again as it counts. Users are divided over threads, and counts are whole
@@ -14,7 +14,7 @@ namespace {
 constexpr float ABOVE = 40;  // by how much a score may be above what exponentials are shifted by
 
 // Sums of exp(score - shift) of a block of users over some panels. The shift is near the largest
-// score, or was when there was none above it; sums are in fp32 for a few panels and then in float64.
+// score, or was when none was above it; sums are in fp32 for a few panels and then in float64.
 class Exponentials {
  public:
   // Per user, so far: shifts (-inf before the first score), and sums.
@@ -196,7 +196,7 @@ extern "C" {
 // Adds to better and equal [B] what T items count, the first of which stands at index ``start``;
 // and, unless these are null, exponentials of all their scores less the shifts [B] to sums [B].
 //
-// hidden [B, D], vectors [T, D], low, high and targets [B]; bounds [B + 1] and indices: see LeftOut.
+// hidden [B, D], vectors [T, D], low, high, targets [B]; bounds [B + 1] and indices: see LeftOut.
 void count_better(const float* hidden, const float* vectors, const float* low, const float* high,
                   const float* targets, const int64_t* bounds, const int64_t* indices,
                   int64_t* better, int64_t* equal, double* shifts, double* sums, int64_t users,

@@ -52,8 +52,8 @@ void attend_histories(const float* qkv, const int64_t* starts, float* mixed, flo
                       int64_t threads) {
   const Histories s{starts, count, heads, dim, causal};
   const float scale = 1.0f / std::sqrt((float)dim);
-  in_turn(s, qkv, threads, [&](int64_t start, int64_t length, int64_t h, Rows<Floats>& key, Rows<Floats>& value,
-                               const int64_t*) {
+  in_turn(s, qkv, threads, [&](int64_t start, int64_t length, int64_t h, Rows<Floats>& key,
+                               Rows<Floats>& value, const int64_t*) {
     std::vector<float> rows(TOGETHER * key.stride);
     in_fours(length, [&](int64_t first, auto together) {
       constexpr int64_t P = decltype(together)::value;
@@ -79,8 +79,8 @@ void attend_histories_backward(const float* gradient, const float* qkv, const in
   const Histories s{starts, count, heads, dim, causal};
   const float scale = 1.0f / std::sqrt((float)dim);
   const int64_t width = s.width(), step = 3 * width;
-  in_turn(s, qkv, threads, [&](int64_t start, int64_t length, int64_t h, Rows<Floats>& key, Rows<Floats>& value,
-                               const int64_t* ids) {
+  in_turn(s, qkv, threads, [&](int64_t start, int64_t length, int64_t h, Rows<Floats>& key,
+                               Rows<Floats>& value, const int64_t* ids) {
     value.transpose();
     std::vector<float> weights(TOGETHER * key.stride), rows(TOGETHER * key.stride);
     in_fours(length, [&](int64_t first, auto together) {

@@ -1,7 +1,7 @@
 // The items of highest score of each user.
 //
 // A user's candidates are all items whose score, as computed, may belong to one of the best; when
-// they grow too many, those that fell behind go, and if that is not enough, the exact scores decide.
+// they grow too many, those that fell behind go, and if that is not enough, exact scores decide.
 // Users are divided over threads, so no result depends on their number.
 //
 // B users and I items of D numbers, K items sought.
@@ -65,7 +65,7 @@ struct Leaders {
   }
 };
 
-// The items of ``panels``, the first of which stands at ``start``, for a block of users from ``user``.
+// The items of ``panels``, the first of which stands at ``start``, for a block of users.
 void look(const Panels& panels, int64_t start, int64_t user, int64_t first, int64_t end,
           std::vector<Leaders>& all, const LeftOut& left_out, Exact& exact) {
   const int64_t users = all.size(), some = std::min(USERS, users - user);
@@ -88,7 +88,8 @@ void look(const Panels& panels, int64_t start, int64_t user, int64_t first, int6
       Leaders& one = all[user + u];
       each(lanes<_CMP_GE_OQ>(copy.of[u], least[u]), [&](int64_t lane) {
         const int64_t item = p * PANEL + lane;
-        if (item < panels.count && numbers[lane] >= one.least && !left_out.has(user + u, start + item))
+        if (item < panels.count && numbers[lane] >= one.least &&
+            !left_out.has(user + u, start + item))
           one.take(numbers[lane], start + item, exact);
       });
       least[u] = ON_REGISTERS(set1_ps)(one.least);
@@ -100,8 +101,8 @@ void look(const Panels& panels, int64_t start, int64_t user, int64_t first, int6
 
 extern "C" {
 
-// The K best of each user: scores and indices [B, K], best first, of equal scores the lower indices;
-// -inf and 0 where fewer are left.
+// The K best of each user: scores and indices [B, K], best first, of equal scores the lower
+// indices; -inf and 0 where fewer are left.
 //
 // hidden [B, D], vectors [I, D], errors [B] bound those of computed scores; bounds [B + 1] and
 // left_out: see LeftOut. ``together`` items are looked at by all users at a time.
@@ -110,7 +111,8 @@ void top_items(const float* hidden, const float* vectors, const double* errors,
                int64_t users, int64_t items, int64_t dim, int64_t sought, int64_t together,
                int64_t threads) {
   std::vector<Leaders> all;
-  for (int64_t u = 0; u < users; ++u) all.emplace_back(hidden + u * dim, vectors, sought, errors[u]);
+  for (int64_t u = 0; u < users; ++u)
+    all.emplace_back(hidden + u * dim, vectors, sought, errors[u]);
   const LeftOut out{bounds, left_out};
   const int64_t cached = std::max<int64_t>(1, CACHED_NUMBERS / (PANEL * dim));
   const int64_t blocks = (users + USERS - 1) / USERS;

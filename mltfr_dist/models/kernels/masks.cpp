@@ -1,5 +1,5 @@
-// Masks of dropout from the numbers of SFC64 (Doty-Humphrey 2010), each of which makes two; seeded as
-// NumPy does it (O'Neill's seed sequence).
+// Masks of dropout from the numbers of SFC64 (Doty-Humphrey 2010), each of which makes two; seeded
+// as NumPy does it (O'Neill's seed sequence).
 
 #include "common.h"
 
@@ -106,7 +106,8 @@ void draw_masks(const uint64_t* seeds, float* const* masks, const int64_t* count
   divided((number + together - 1) / together, threads, [&](int64_t begin, int64_t end) {
     std::vector<Mask> mine;
     for (int64_t m = begin * together; m < std::min(number, end * together); ++m)
-      mine.push_back({Generator(seeds[m]), masks[m], counts[m], 0, (int32_t)limits[m], (float)kept[m]});
+      mine.push_back(
+          {Generator(seeds[m]), masks[m], counts[m], 0, (int32_t)limits[m], (float)kept[m]});
     for (size_t m = 0; together == 2 && m + 1 < mine.size(); m += 2) draw<2>(&mine[m]);
     for (Mask& mask : mine) draw<1>(&mask);
   });

@@ -73,8 +73,8 @@ struct Projection {
 
 extern "C" {
 
-// rows [S, E], weight [D, E], bias [D] -> unit [S, D], unit vectors, and lengths [S], what they were
-// divided by.
+// rows [S, E], weight [D, E], bias [D] -> unit [S, D], unit vectors, and lengths [S], what they
+// were divided by.
 void map_rows(const float* rows, const float* weight, const float* bias, float* unit,
               float* lengths, int64_t count, int64_t width, int64_t dim, int64_t threads) {
   Panels panels(dim, width);

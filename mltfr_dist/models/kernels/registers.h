@@ -117,7 +117,8 @@ inline void transpose_block(Wide (&rows)[WIDE]) {
   }
   for (int i = 0; i < 4; ++i) {
     const __m512 *a = &fours[i], *b = a + 4, *c = a + 8, *d = a + 12;
-    const __m512 even = _mm512_shuffle_f32x4(*a, *b, 0x88), odd = _mm512_shuffle_f32x4(*a, *b, 0xDD);
+    const __m512 even = _mm512_shuffle_f32x4(*a, *b, 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(*a, *b, 0xDD);
     const __m512 more_even = _mm512_shuffle_f32x4(*c, *d, 0x88);
     const __m512 more_odd = _mm512_shuffle_f32x4(*c, *d, 0xDD);
     rows[i] = (Wide)_mm512_shuffle_f32x4(even, more_even, 0x88);

@@ -17,7 +17,7 @@ constexpr int64_t LANES = 16;    // rows in a register
 constexpr int64_t BLOCK = 2 * LANES;  // rows whose sums are looked at together
 constexpr int64_t TILE = 2048;   // rows looked at together: 128 KiB where D = 64
 #ifdef __AVX512VNNI__
-constexpr int64_t QUERIES = 8, PART = 4;  // queries looked at, and numbers of a row added up, together
+constexpr int64_t QUERIES = 8, PART = 4;  // queries looked at, numbers of a row added up, together
 #else
 constexpr int64_t QUERIES = 4, PART = 2;
 #endif
@@ -157,7 +157,8 @@ struct RoundedRows {
     uint8_t* to = &bytes[(row / LANES * parts * LANES + row % LANES) * PART];
     __m256d squares = _mm256_setzero_pd();
     for (int64_t c = 0; c < dim; c += WIDTH) {
-      const uint64_t some = bytes_of(whole_numbers(eight(rows + r * dim, c, dim), scale, squares), 128);
+      const __m256i whole = whole_numbers(eight(rows + r * dim, c, dim), scale, squares);
+      const uint64_t some = bytes_of(whole, 128);
       for (int64_t p = 0; p < std::min(WIDTH / PART, parts - c / PART); ++p) {
         const uint64_t part = some >> 8 * PART * p;
         std::memcpy(to + (c / PART + p) * LANES * PART, &part, PART);

@@ -79,7 +79,8 @@ struct Search {
       if (hinted) candidates[m].bound((float)(least(members[m]) * scale));
     }
     for (int64_t first = 0, whole; first < rounded.count; first += whole) {
-      whole = std::min(rounded.count - first, std::min(TILE, hinted ? TILE : std::max(FIRST, first)));
+      const int64_t most = hinted ? TILE : std::min(TILE, std::max(FIRST, first));
+      whole = std::min(rounded.count - first, most);
       for (int64_t m = 0; m < number; m += QUERIES)
         look(&some[m], &candidates[m], std::min(QUERIES, number - m), first, whole, hinted);
     }
@@ -96,7 +97,8 @@ struct Search {
     const float* query = queries + g * dim;
     float bound = -INFINITY, largest, norm;
     measure(query, dim, largest, norm);
-    for (int64_t other = g / ALIKE * ALIKE; other <= std::min(g + ALIKE, count - 1); other += ALIKE) {
+    const int64_t last = std::min(g + ALIKE, count - 1);
+    for (int64_t other = g / ALIKE * ALIKE; other <= last; other += ALIKE) {
       float smallest = INFINITY;
       for (int64_t k = 0; k < sought; ++k)
         smallest = std::min(

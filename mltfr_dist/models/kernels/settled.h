@@ -1,5 +1,5 @@
-// The best of one query's candidates, in the order that counts: the product in float64, rounded once,
-// largest first; of equal ones the lower ids.
+// The best of one query's candidates, in the order that counts: the product in float64, rounded
+// once, largest first; of equal ones the lower ids.
 #pragma once
 
 #include "candidates.h"
@@ -11,7 +11,8 @@ float exact_product(const float* a, const float* b, int64_t dim) {
   __m256d even = _mm256_setzero_pd(), odd = even;
   int64_t c = 0;
   for (; c + 8 <= dim; c += 8) {
-    const __m256d x = _mm256_cvtps_pd(_mm_loadu_ps(a + c)), y = _mm256_cvtps_pd(_mm_loadu_ps(b + c));
+    const __m256d x = _mm256_cvtps_pd(_mm_loadu_ps(a + c));
+    const __m256d y = _mm256_cvtps_pd(_mm_loadu_ps(b + c));
     even = _mm256_fmadd_pd(x, y, even);
     odd = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(a + c + 4)),
                           _mm256_cvtps_pd(_mm_loadu_ps(b + c + 4)), odd);
@@ -92,7 +93,8 @@ void settle(const float* query, const float* rows, int64_t dim, float largest_ro
   room.keys.clear();
   for (size_t i = 0; i < count; ++i)
     if (room.quick[i] >= least)
-      room.keys.push_back(ordered_key(exact_product(query, rows + of.ids[i] * dim, dim), of.ids[i]));
+      room.keys.push_back(
+          ordered_key(exact_product(query, rows + of.ids[i] * dim, dim), of.ids[i]));
   order(room);
   for (int64_t k = 0; k < of.sought; ++k) {
     scores[k] = product_of(room.ordered[k]);

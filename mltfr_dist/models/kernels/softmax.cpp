@@ -48,8 +48,9 @@ double exponentiate(float* row, int64_t count, float largest) {
 
 extern "C" {
 
-// logits [n, width] become exp(logits - largest) and sums [n] their sums, where largest [n] is first
-// raised to the largest logit of each row. What is not finite makes its row's sum NaN or infinite.
+// logits [n, width] become exp(logits - largest) and sums [n] their sums, where largest [n] is
+// first raised to the largest logit of each row. What is not finite makes its row's sum NaN or
+// infinite.
 void exponentials(float* logits, float* largest, float* sums, int64_t n, int64_t width,
                   int64_t threads) {
   divided(n, threads, [&](int64_t begin, int64_t end) {

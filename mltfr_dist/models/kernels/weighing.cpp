@@ -1,7 +1,7 @@
 // How much each row that a query keeps weighs, from rows read where they stand.
 //
-// G queries and S rows of D numbers, K kept rows a query. Sums over queries are divided over threads
-// by columns, so no result depends on the number of threads.
+// G queries and S rows of D numbers, K kept rows a query. Sums over queries are divided over
+// threads by columns, so no result depends on the number of threads.
 
 #include "attended.h"
 
@@ -133,6 +133,7 @@ void weigh_kept_backward(const float* gradient, const float* query, const float*
   double total = 0;
   for (const float one : of_each) total += one;
   *of_temperature = (float)total;
-  through_products(of_products, query, rows, kept, of_query, of_rows, groups, width, count, threads);
+  through_products(of_products, query, rows, kept, of_query, of_rows, groups, width, count,
+                   threads);
 }
 }
