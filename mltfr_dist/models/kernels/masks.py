@@ -17,8 +17,9 @@ def draw_masks(
     scales: Sequence[float],
     shapes: Sequence[Sequence[int]],
 ) -> list[Tensor] | None:
-    """fp32 of each of the ``shapes``: its scale where the next 31 bits of ``np.random.SFC64(seed)``
-    are below its threshold, otherwise 0; None where there is no kernel for it.
+    """fp32 of each of the ``shapes``: its scale where the next 31 bits of eight SFC64 in turn, the
+    first of them ``np.random.SFC64(seed)``, are below its threshold, otherwise 0; None where there
+    is no kernel for it.
     """
     kernels = usable()
     if kernels is None:
