@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import ExpertConfig
 from mltfr_dist.models.dropout import Dropout, masks
-from mltfr_dist.models.kernels import Blocks, attend, usable
+from mltfr_dist.models.kernels import Blocks, attend, masked_by, usable
 from mltfr_dist.models.transformer import init_weights
 from mltfr_dist.numerics import at_least_fp32
 
@@ -49,10 +49,12 @@ class Tap(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What an expert says [..., D], and what it is still to be multiplied with; None: nothing."""
+    """What an expert says, and what it is still to be multiplied with."""
 
     values: Tensor
+    """[G, n, D], or [N, D] of positions without padding."""
     mask: Tensor | None
+    """[G, n, D], of whole blocks in either case; None: nothing."""
 
 
 class ExpertCore(nn.Module):
@@ -99,7 +101,7 @@ class ExpertCore(nn.Module):
             As ``x``.
         """
         output = self.output(x, attended, blocks)
-        return output.values if output.mask is None else output.values * output.mask
+        return masked_by(*output, None if blocks is None else blocks.places)
 
     def output(self, x: Tensor, attended: list[ExpertRows], blocks: Blocks | None = None) -> Output:
         """:meth:`forward`; where there are kernels, its dropout is left to who mixes."""
@@ -130,10 +132,7 @@ class ExpertCore(nn.Module):
         groups, count = len(attended[0].log_weights), sum(m.log_weights.shape[1] for m in attended)
         of_weights = (groups, self.num_heads, size, count)
         dropouts = [self.attention_dropout, self.output_dropout]
-        on_weights, on_output = masks(dropouts, [of_weights, (groups, size, self.out.out_features)])
-        if on_output is not None and blocks is not None:
-            on_output = on_output.flatten(0, 1).index_select(0, blocks.places)
-        return [on_weights, on_output]
+        return masks(dropouts, [of_weights, (groups, size, self.out.out_features)])
 
     def reads_in_place(self, x: Tensor, attended: list[ExpertRows], num_blocks: int) -> bool:
         """Whether kept rows are read where they stand, without a copy: where there is a kernel, and

@@ -209,7 +209,8 @@ class MLTFR(nn.Module):
         outputs = [self.core(e).output(positions, [m], packed) for e, m in enumerate(attended)]
         gate = self.router(positions)  # [G, n, E] or [N, E]
         of_experts, masks = zip(*outputs, strict=True)
-        mixed = mix(of_experts, masks, gate[..., : self.num_experts])
+        places = None if packed is None else packed.places
+        mixed = mix(of_experts, masks, gate[..., : self.num_experts], places)
         if self.consensus is not None:
             members = self.components.of_consensus([attended[e] for e in self.consensus_members])
             mixed = mixed + self._lambda() * self.consensus(positions, members, packed)

@@ -10,7 +10,7 @@ from mltfr_dist.models.kernels.build import usable
 from mltfr_dist.models.kernels.finite import nonfinite
 from mltfr_dist.models.kernels.histories import attend_histories
 from mltfr_dist.models.kernels.masks import draw_masks
-from mltfr_dist.models.kernels.mixing import mix
+from mltfr_dist.models.kernels.mixing import masked_by, mix
 from mltfr_dist.models.kernels.nearest import largest_products, nearest
 from mltfr_dist.models.kernels.noise import noisy_candidates
 from mltfr_dist.models.kernels.projection import (
@@ -45,6 +45,7 @@ __all__ = [
     "leaders",
     "leads_in_registers",
     "map_rows",
+    "masked_by",
     "mix",
     "nearest",
     "noisy_candidates",

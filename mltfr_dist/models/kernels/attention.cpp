@@ -10,7 +10,7 @@ namespace {
 
 struct Shape {
   const int64_t* ends;  // [G] of the blocks among all positions; null where each holds n
-  int64_t groups, positions, heads, dim, kept;
+  int64_t groups, positions, heads, dim, kept, rows;
   int64_t width() const { return heads * dim; }
   int64_t start(int64_t g) const { return !ends ? g * positions : g ? ends[g - 1] : 0; }
   int64_t size(int64_t g) const { return ends ? ends[g] - start(g) : positions; }
@@ -95,6 +95,8 @@ void backward(const float* gradient, const float* query, const float* keys, cons
   const float scale = 1.0f / std::sqrt((float)s.dim);
   const int64_t num_padded = Rows<Wide>::padded(s.kept), width = s.width();
   divided(s.heads, threads, [&](int64_t begin, int64_t end) {
+    for (float* of_rows : {of_keys, of_values})
+      clear(of_rows, s.rows, width, begin * s.dim, end * s.dim);
     Rows<Wide> key(s.dim, s.kept), value(s.dim, s.kept);
     std::vector<float> rows(TOGETHER * num_padded), masked(TOGETHER * num_padded), logs(num_padded);
     for (int64_t g = 0; g < s.groups; ++g) {
@@ -133,19 +135,18 @@ extern "C" {
 void attend(const float* query, const int64_t* ends, const float* keys, const float* values,
             const int64_t* kept, const float* log_weights, const float* mask, float* weights,
             float* mixed, int64_t groups, int64_t positions, int64_t heads, int64_t dim,
-            int64_t count, int64_t threads) {
+            int64_t count, int64_t rows, int64_t threads) {
   forward(query, keys, values, kept, log_weights, mask, weights, mixed,
-          {ends, groups, positions, heads, dim, count}, threads);
+          {ends, groups, positions, heads, dim, count, rows}, threads);
 }
 
-// Gradients of ``attend`` by its inputs, ``of_log_weights`` [G, H, K] by head; ``of_keys`` and
-// ``of_values`` [S, D] begin as zeros.
+// Gradients of ``attend`` by its inputs, ``of_log_weights`` [G, H, K] by head.
 void attend_backward(const float* gradient, const float* query, const int64_t* ends,
                      const float* keys, const float* values, const int64_t* kept,
                      const float* mask, const float* weights, float* of_query, float* of_keys,
                      float* of_values, float* of_log_weights, int64_t groups, int64_t positions,
-                     int64_t heads, int64_t dim, int64_t count, int64_t threads) {
+                     int64_t heads, int64_t dim, int64_t count, int64_t rows, int64_t threads) {
   backward(gradient, query, keys, values, kept, mask, weights, of_query, of_keys, of_values,
-           of_log_weights, {ends, groups, positions, heads, dim, count}, threads);
+           of_log_weights, {ends, groups, positions, heads, dim, count, rows}, threads);
 }
 }

@@ -37,7 +37,7 @@ class _Attention(torch.autograd.Function):
         )
         groups, count = kept.shape
         width, (ends, positions) = query.shape[-1], _ends(query, blocks)
-        shape = (groups, positions, num_heads, width // num_heads, count)
+        shape = (groups, positions, num_heads, width // num_heads, count, keys.shape[0])
         weights = query.new_empty(groups, num_heads, positions, count)
         mixed = torch.empty_like(query)
         read = (query, ends, keys, values, kept, log_weights, mask)
@@ -53,8 +53,8 @@ class _Attention(torch.autograd.Function):
         kernels = library()
         assert kernels is not None
         query, keys, values, kept, weights, mask = ctx.saved_tensors
-        groups, _, num_heads, head_dim, count = ctx.shape
-        made = (torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values))
+        groups, _, num_heads, head_dim, count, _ = ctx.shape
+        made = tuple(torch.empty_like(t) for t in (query, keys, values))
         by_head = query.new_empty(groups, num_heads, count)
         read = (gradient.contiguous(), query, ctx.ends, keys, values, kept, mask, weights)
         kernels.attend_backward(*map(pointer, (*read, *made, by_head)), *sizes(*ctx.shape))
@@ -96,7 +96,7 @@ def attend(
     Raises:
         IndexError: ``kept`` names a row that there is not.
     """
-    if not inside(kept, len(keys)):
+    if not inside(kept, keys.shape[0]):
         raise IndexError(f"rows are kept that are not among the {len(keys)} that there are")
     attended: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
         query, keys, values, kept, log_weights, mask, num_heads, blocks
@@ -105,8 +105,11 @@ def attend(
 
 
 def inside(indices: Tensor, count: int) -> bool:
-    """Whether all are places of ``count`` rows, in the format that the kernels read."""
-    if indices.dtype != torch.int64 or not indices.numel():
-        return indices.dtype == torch.int64
-    least, largest = torch.aminmax(indices)
-    return int(least) >= 0 and int(largest) < count
+    """Whether all are places of ``count`` rows, in the format that the kernels read; where there
+    are kernels.
+    """
+    kernels = library()
+    if kernels is None or indices.dtype != torch.int64:
+        return False
+    indices = indices.contiguous()
+    return bool(kernels.inside(pointer(indices), *sizes(indices.numel(), count)))

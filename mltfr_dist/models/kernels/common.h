@@ -53,6 +53,12 @@ inline V get(const float* from) {
 template <typename V>
 inline void put(float* to, V value) { std::memcpy(to, &value, sizeof value); }
 
+// Columns from..to-1 of numbers [rows, width] become zero.
+inline void clear(float* numbers, int64_t rows, int64_t width, int64_t from, int64_t to) {
+  for (int64_t r = 0; r < rows; ++r)
+    std::memset(numbers + r * width + from, 0, (to - from) * sizeof(float));
+}
+
 inline bool finite(const float* v, int64_t count) {
   Floats zeros{}, others{};
   int64_t i = 0;

@@ -48,12 +48,13 @@ float through_softmax(const float* gradient, const float* log_weights, float tem
   return sum(of_temperature);
 }
 
-// Gradients of the products, ``factors`` [G, K]; ``of_rows`` begins as zeros.
+// Gradients of the products, ``factors`` [G, K].
 void through_products(const float* factors, const float* query, const float* rows,
                       const int64_t* kept, float* of_query, float* of_rows, int64_t groups,
-                      int64_t width, int64_t count, int64_t threads) {
+                      int64_t width, int64_t count, int64_t num_rows, int64_t threads) {
   constexpr int64_t SOME = 16;  // columns: a line of the cache
   divided((width + SOME - 1) / SOME, threads, [&](int64_t begin, int64_t end) {
+    clear(of_rows, num_rows, width, begin * SOME, std::min(width, end * SOME));
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t from = begin * SOME; from < std::min(width, end * SOME); from += SOME)
         in_columns<Wide>(std::min(SOME, width - from), [&](int64_t column, const auto& columns) {
@@ -77,6 +78,13 @@ void through_products(const float* factors, const float* query, const float* row
 }  // namespace
 
 extern "C" {
+
+// Whether all of indices [N] are numbers of ``count`` rows.
+int inside(const int64_t* indices, int64_t number, int64_t count, int64_t) {
+  bool all = true;
+  for (int64_t i = 0; i < number; ++i) all &= (uint64_t)indices[i] < (uint64_t)count;
+  return all;
+}
 
 // kept [N], numbers of ``count`` rows -> used [min(N, S)], those that are there, ascending, and
 // renumbered [N], kept as places among them; returns how many they are, -1 where there is no such
@@ -102,7 +110,7 @@ int64_t used_rows(const int64_t* kept, int64_t* places, int64_t* used, int64_t* 
 // [G, K], the log-softmax over K of (products + noise) / temperature.
 void weigh_kept(const float* query, const float* rows, const int64_t* kept, const float* noise,
                 const float* temperature, float* log_weights, int64_t groups, int64_t width,
-                int64_t count, int64_t threads) {
+                int64_t count, int64_t, int64_t threads) {
   divided(groups, threads, [&](int64_t begin, int64_t end) {
     std::vector<float> scores(padded(count)), weights(padded(count));
     for (int64_t g = begin; g < end; ++g) {
@@ -118,12 +126,12 @@ void weigh_kept(const float* query, const float* rows, const int64_t* kept, cons
   });
 }
 
-// Gradients of ``weigh_kept``: ``of_products`` [G, K] on the way; ``of_rows`` begins as zeros.
+// Gradients of ``weigh_kept``; ``of_products`` [G, K] are on the way.
 void weigh_kept_backward(const float* gradient, const float* query, const float* rows,
                          const int64_t* kept, const float* temperature, const float* log_weights,
                          float* of_products, float* of_query, float* of_rows,
                          float* of_temperature, int64_t groups, int64_t width, int64_t count,
-                         int64_t threads) {
+                         int64_t num_rows, int64_t threads) {
   std::vector<float> of_each(groups);
   divided(groups, threads, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g)
@@ -134,6 +142,6 @@ void weigh_kept_backward(const float* gradient, const float* query, const float*
   for (const float one : of_each) total += one;
   *of_temperature = (float)total;
   through_products(of_products, query, rows, kept, of_query, of_rows, groups, width, count,
-                   threads);
+                   num_rows, threads);
 }
 }

@@ -34,7 +34,7 @@ class _Weighing(torch.autograd.Function):
         noise = None if noise is None else noise.contiguous()
         log_weights = query.new_empty(kept.shape)
         read = (query, rows, kept, noise, temperature)
-        shape = (len(query), query.shape[1], kept.shape[1])
+        shape = (*query.shape, kept.shape[1], rows.shape[0])
         kernels.weigh_kept(*map(pointer, (*read, log_weights)), *sizes(*shape))
         did_products(kept.numel(), query.shape[1])
         ctx.save_for_backward(query, rows, kept, temperature, log_weights)
@@ -48,7 +48,7 @@ class _Weighing(torch.autograd.Function):
         assert kernels is not None
         query, rows, kept, temperature, log_weights = ctx.saved_tensors
         of_products = torch.empty_like(log_weights)
-        made = (torch.empty_like(query), torch.zeros_like(rows), torch.empty_like(temperature))
+        made = tuple(torch.empty_like(t) for t in (query, rows, temperature))
         read = (gradient.contiguous(), query, rows, kept, temperature, log_weights)
         kernels.weigh_kept_backward(*map(pointer, (*read, of_products, *made)), *sizes(*ctx.shape))
         did_products(2 * kept.numel(), query.shape[1])
@@ -69,7 +69,7 @@ def weigh_kept(
         noise: [G, K], without gradient; None: none.
     """
     usual = usable(query, rows, temperature, *([] if noise is None else [noise])) is not None
-    if usual and inside(kept, len(rows)):
+    if usual and inside(kept, rows.shape[0]):
         return _Weighing.apply(query, rows, kept, temperature, noise)  # type: ignore[no-untyped-call, no-any-return]
     scores = torch.einsum("gd,gkd->gk", query, F.embedding(kept, rows))  # says what is wrong
     if noise is not None:
