@@ -41,7 +41,7 @@ def explain(mltfr: MLTFR, x: Tensor, packing: Packing) -> list[Explanation]:
         packing: Where they stand.
     """
     blocks = mltfr.blocks(x, packing)
-    selections = mltfr.selections(blocks.queries, mltfr.keys(blocks))
+    selections = mltfr.selections(mltfr.queries(blocks))
     gate_weights = mltfr.router(blocks.positions)
     explanations = []
     for user, length in enumerate(lengths(packing.item_ids).tolist()):

@@ -21,7 +21,7 @@ from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
 from mltfr_dist.models.router import Router, router_class
-from mltfr_dist.models.selectors import Reduce, Selection, Selector, selector_class
+from mltfr_dist.models.selectors import Queries, Reduce, Selection, Selector, selector_class
 
 
 class Components(NamedTuple):
@@ -168,18 +168,14 @@ class MLTFR(nn.Module):
         """The real positions [N, D] in blocks that share a query."""
         return self.components.blocks(x, packing, self.config.filter.query_every)
 
-    def keys(self, blocks: QueryBlocks) -> Tensor | None:
-        """[G] hashes of the blocks' histories, where any selector reads them."""
+    def queries(self, blocks: QueryBlocks) -> Queries:
+        """Those of the blocks, with their histories' hashes where any selector reads them."""
         reads = any(self.selector(m).reads_keys for m in range(self.num_tables))
-        return blocks.keys() if reads else None
+        return Queries(blocks.queries, blocks.keys() if reads else None)
 
-    def selections(self, queries: Tensor, keys: Tensor | None) -> list[Selection]:
-        """What each table contributes for ``queries`` [G, D] of histories with hashes ``keys``
-        [G].
-        """
-        return [
-            selector(queries, keys, table) for selector, table in zip(self.selectors, self.tables)
-        ]
+    def selections(self, queries: Queries) -> list[Selection]:
+        """What each table contributes."""
+        return [selector(queries, table) for selector, table in zip(self.selectors, self.tables)]
 
     def attended(self, selections: Sequence[Selection]) -> list[ExpertRows]:
         """What each expert attends to, of what its table contributes."""
@@ -201,7 +197,7 @@ class MLTFR(nn.Module):
             [N, D], and what is known of the gate and the filters.
         """
         blocks = self.blocks(x, packing)
-        selections = self.selections(blocks.queries, self.keys(blocks))
+        selections = self.selections(self.queries(blocks))
         attended = self.attended(selections)
         num_blocks = blocks.queries.shape[0]  # not `len`, which is no symbol in an export
         packed = blocks.packed if self._reads_in_place(x, attended, num_blocks) else None
@@ -274,21 +270,17 @@ class MLTFR(nn.Module):
 @torch.no_grad()
 def routing_sums(routing: Routing) -> RoutingSums:
     """Sums of a batch."""
-    gate = routing.gate.detach().float()
-    top = (
-        gate.argmax(-1, keepdim=True) == torch.arange(gate.shape[-1], device=gate.device)
-    ).float()
-    entropy = -(gate * gate.clamp(min=1e-12).log()).sum().view(1)
-    num_queries = routing.num_queries
+    gate, num_queries = routing.gate.detach().float(), routing.num_queries
+    gates = torch.arange(gate.shape[-1], device=gate.device)
     of_kept = []
     for weights in routing.kept_weights:
-        entropies = torch.special.entr(weights.float()).sum(-1)  # log K where K weigh alike
-        shared = len(weights) != num_queries  # all queries keep the same rows: one value for each
-        of_kept.append(entropies.sum() * (num_queries if shared else 1))
+        entropies = torch.special.entr(weights.float()).sum()  # log K a query, where K weigh alike
+        shared = len(weights) != num_queries  # all queries keep the same rows
+        of_kept.append(entropies * num_queries if shared else entropies)
     return RoutingSums(
         gate.sum(0),
-        top.sum(0),
-        entropy,
+        (gate.argmax(-1, keepdim=True) == gates).sum(0).to(gate.dtype),
+        torch.special.entr(gate).sum().view(1),
         torch.stack(of_kept),
         gate.new_full((1,), float(num_queries)),
     )

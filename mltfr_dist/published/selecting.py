@@ -17,7 +17,7 @@ from mltfr_dist.models.experts import ExpertRows
 from mltfr_dist.models.noisy_search import noisy_rows
 from mltfr_dist.models.placed_table import PlacedTable, WholeTable
 from mltfr_dist.models.search import largest, search
-from mltfr_dist.models.selectors.base import Selection
+from mltfr_dist.models.selectors.base import Queries, Selection
 from mltfr_dist.models.selectors.user_guided import UserGuided
 from mltfr_dist.numerics import at_least_fp32
 
@@ -67,26 +67,26 @@ class StraightThrough(UserGuided):
 
     scales_rows = True
 
-    def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
+    def forward(self, queries: Queries, table: PlacedTable) -> Selection:
         """Search the whole table, unless there is a shortlist."""
         if self.shortlist is not None:
-            return super().forward(query, keys, table)
+            return super().forward(queries, table)
         assert isinstance(table, WholeTable)
         rows = table.whole()
         row_ids = torch.arange(len(rows), device=rows.device)
-        return self.select(query, rows, row_ids, self.noise(keys, row_ids))
+        return self.select(queries, rows, row_ids, self.noise(queries.keys, row_ids))
 
     def select(
         self,
-        query: Tensor,
+        queries: Queries,
         rows: Tensor,
         row_ids: Tensor,
         noise: GumbelNoise | None = None,
         kept: Tensor | None = None,
     ) -> Selection:
         """Keep K of the candidates ``rows`` [S, D_m] for each query."""
-        unit_query = F.normalize(query, dim=-1)
-        if self.num_kept == 1 and query.dtype != torch.float64:
+        unit_query = queries.unit
+        if self.num_kept == 1 and unit_query.dtype != torch.float64:
             return self._single(unit_query, rows, row_ids, noise)
         scores = unit_query @ self.project(rows).T  # [G, S]
         if noise is not None:

@@ -29,7 +29,7 @@ from mltfr_dist.models.padded import PaddedBackbone
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.query_blocks import QueryBlocks, prefix_mean
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.models.selectors import Selection, Selector
+from mltfr_dist.models.selectors import Queries, Selection, Selector
 from mltfr_dist.models.selectors.user_guided import UserGuided
 
 
@@ -159,9 +159,9 @@ class DenseSearch(Selector):
         self.register_buffer("unit_rows", unit_rows)
         self.register_buffer("log_temperature", selector.log_tau().detach().float())
 
-    def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
+    def forward(self, queries: Queries, table: PlacedTable) -> Selection:
         """Keep the K best of each query."""
-        scores = F.normalize(query, dim=-1) @ self.unit_rows.T
+        scores = F.normalize(queries.vectors, dim=-1) @ self.unit_rows.T
         values, kept = scores.topk(self.num_kept, dim=1)
         weights = F.log_softmax(values / self.log_temperature.exp(), dim=-1)
         return Selection(self.unit_rows, kept, kept, weights)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mltfr_dist.models.selectors.base import Reduce, Selection, Selector
+from mltfr_dist.models.selectors.base import Queries, Reduce, Selection, Selector
 from mltfr_dist.registry import load
 from mltfr_dist.selectors import SELECTORS
 
-__all__ = ["Reduce", "Selection", "Selector", "selector_class"]
+__all__ = ["Queries", "Reduce", "Selection", "Selector", "selector_class"]
 
 
 def selector_class(name: str) -> type[Selector]:

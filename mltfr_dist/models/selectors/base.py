@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.experts import ExpertRows
-from mltfr_dist.models.kernels import used_rows
+from mltfr_dist.models.kernels import unit_vectors, used_rows
 from mltfr_dist.models.placed_table import PlacedTable
 
 
@@ -27,6 +28,23 @@ class Reduce(Protocol):
 
     def max(self, values: Tensor) -> Tensor:
         """Element-wise maximum over ranks."""
+
+
+@dataclass
+class Queries:
+    """On whose behalf tables are read."""
+
+    vectors: Tensor
+    """[G, D] user vectors."""
+    keys: Tensor | None = None
+    """[G] hashes of the histories up to where the queries are taken; None where no selector reads
+    them.
+    """
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """[G, D] unit vectors, made once for all tables."""
+        return unit_vectors(self.vectors)
 
 
 @dataclass(frozen=True)
@@ -92,15 +110,8 @@ class Selector(nn.Module):
         """
         return None
 
-    def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
-        """What the table contributes.
-
-        Args:
-            query: [G, D] user vectors.
-            keys: [G] hashes of the histories up to where the queries are taken, which random draws
-                read; None where no history is given.
-            table: The table.
-        """
+    def forward(self, queries: Queries, table: PlacedTable) -> Selection:
+        """What the table contributes."""
         raise NotImplementedError
 
     def fixed_rows(self, table: PlacedTable) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.draws import LARGEST, STEP, mix
 from mltfr_dist.models.placed_table import PlacedTable, WholeTable
-from mltfr_dist.models.selectors.base import Selection, Selector, all_kept
+from mltfr_dist.models.selectors.base import Queries, Selection, Selector, all_kept
 
 
 class RandomTokens(Selector):
@@ -46,8 +46,9 @@ class RandomTokens(Selector):
         """Always."""
         return True
 
-    def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
+    def forward(self, queries: Queries, table: PlacedTable) -> Selection:
         """The batch's rows, and which each query keeps."""
+        keys = queries.keys
         assert keys is not None
         counters = torch.arange(1, self.num_kept + 1, device=keys.device) * STEP
         drawn = mix(mix(keys ^ self.salt)[:, None] + counters) & LARGEST  # [G, K]
@@ -59,7 +60,7 @@ class RandomTokens(Selector):
 class AllRows(Selector):
     """No choice: every query attends to all rows, weighed alike."""
 
-    def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
+    def forward(self, queries: Queries, table: PlacedTable) -> Selection:
         """The table's rows [V, D_m] for all."""
         return all_kept(self.fixed_rows(table))
 
@@ -89,7 +90,7 @@ class Prototypes(Selector):
         """P."""
         return config.num_prototypes
 
-    def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
+    def forward(self, queries: Queries, table: PlacedTable) -> Selection:
         """[V, D_m] -> [P, D_m]."""
         return all_kept(self.fixed_rows(table))
 

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.draws import LARGEST, GumbelNoise, mix
-from mltfr_dist.models.kernels import map_rows, unit_backward, unit_vectors, weigh_kept
+from mltfr_dist.models.kernels import map_rows, unit_backward, weigh_kept
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.search import TOLERANCE, Project, row_relevance, search
-from mltfr_dist.models.selectors.base import Reduce, Selection, Selector, those_kept
+from mltfr_dist.models.selectors.base import Queries, Reduce, Selection, Selector, those_kept
 from mltfr_dist.models.selectors.shortlist import RECALL_QUERIES, Shortlist
 
 PROJECTED_ROWS = 4096
@@ -197,11 +197,12 @@ class UserGuided(Selector):
         unit: Tensor = self.projection(rows, dtype)
         return unit
 
-    def forward(self, query: Tensor, keys: Tensor | None, table: PlacedTable) -> Selection:
+    def forward(self, queries: Queries, table: PlacedTable) -> Selection:
         """Keep the K rows of highest score (cosine + noise) / tau_s for each query."""
+        query, keys = queries.vectors, queries.keys
         if self.shortlist is not None:
             rows, row_ids = self.shortlist.candidates(table), self.shortlist.row_ids
-            return self.select(query, rows, row_ids, self.noise(keys, row_ids))
+            return self.select(queries, rows, row_ids, self.noise(keys, row_ids))
         noise = None
         if self.config.noise:
             noise = self.noise(keys, torch.arange(table.num_rows, device=query.device))
@@ -209,11 +210,11 @@ class UserGuided(Selector):
             selected = table.search(query, self.project, self.num_kept, noise)  # [G, K]
         row_ids, kept = those_kept(selected, table.num_rows)
         noise = None if noise is None else noise._replace(row_ids=row_ids)
-        return self.select(query, table.take(row_ids), row_ids, noise, kept)
+        return self.select(queries, table.take(row_ids), row_ids, noise, kept)
 
     def select(
         self,
-        query: Tensor,
+        queries: Queries,
         rows: Tensor,
         row_ids: Tensor,
         noise: GumbelNoise | None = None,
@@ -222,10 +223,10 @@ class UserGuided(Selector):
         """Keep K of the candidates ``rows`` [S, D_m] for each query; ``kept`` [G, K] where a search
         has found them.
         """
-        unit_query, known = unit_vectors(query), None
-        if kept is None and _narrows(query):
+        unit_query, known = queries.unit, None
+        if kept is None and _narrows(unit_query):
             with torch.no_grad():
-                lengths = query.new_empty(len(rows), 1)
+                lengths = unit_query.new_empty(len(rows), 1)
                 known = Unit(self.projection(rows, lengths=lengths), lengths)
                 selected = search(unit_query, known.vectors, self.num_kept, noise)
             used, kept = those_kept(selected, len(rows))

@@ -17,6 +17,7 @@ from mltfr_dist.models.consensus import State, freeze, merge
 from mltfr_dist.models.experts import ExpertCore
 from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.packing import Packing
+from mltfr_dist.models.selectors import Queries
 
 few = settings(max_examples=30, deadline=None, derandomize=True)
 SEED = st.integers(0, 10_000)
@@ -221,7 +222,7 @@ def test_gradients_pass_through_the_frozen_consensus_to_what_feeds_it() -> None:
     blocks = mltfr.blocks(torch.randn(2 * 4, DIM), Packing(torch.ones(2, 4, dtype=torch.int64)))
     attended = [
         selection.attended(adapter)
-        for selection, adapter in zip(mltfr.selections(blocks.queries, None), mltfr.adapters)
+        for selection, adapter in zip(mltfr.selections(Queries(blocks.queries)), mltfr.adapters)
     ]
     mltfr.consensus(blocks.positions, attended).square().sum().backward()
     for m in range(2):

@@ -38,6 +38,7 @@ from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
 from mltfr_dist.models.search import nearest_rows, row_relevance, search, search_rows
+from mltfr_dist.models.selectors import Queries
 from mltfr_dist.models.selectors.user_guided import UserGuided
 from mltfr_dist.published.queries import WholeHistory
 
@@ -460,9 +461,9 @@ def test_where_gradients_are_wanted_only_kept_rows_go_on() -> None:
     table = ReplicatedTable(torch.randn(300, 24))
     selector = UserGuided(FilterConfig(top_k=4, shortlist_size=100), 300, 24, 16)
     query = torch.randn(20, 16, requires_grad=True)
-    narrow = selector(query, None, table)
+    narrow = selector(Queries(query), table)
     with torch.no_grad():
-        whole = selector(query, None, table)
+        whole = selector(Queries(query), table)
     assert narrow.kept is not None
     assert whole.kept is not None
     assert len(whole.candidates) == 100

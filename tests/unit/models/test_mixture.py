@@ -21,6 +21,7 @@ from mltfr_dist.models.experts import ExpertCore, ExpertRows
 from mltfr_dist.models.mltfr import MLTFR, routing_sums
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.router import Router, router_class
+from mltfr_dist.models.selectors import Queries
 from mltfr_dist.published.experts import mean_rows, pooled
 from mltfr_dist.published.selecting import WeightedSelection
 from mltfr_dist.routers import ROUTERS
@@ -115,7 +116,7 @@ def test_the_output_is_the_gated_sum_of_every_tables_experts() -> None:
     x = embeddings()
     blocks = mltfr.blocks(Packing(ITEMS).pack(x), Packing(ITEMS))
     positions, queries, occupied = blocks.positions, blocks.queries, blocks.occupied
-    attended = mltfr.attended(mltfr.selections(queries, None))
+    attended = mltfr.attended(mltfr.selections(Queries(queries)))
     assert len(attended) == 6
     assert torch.equal(attended[2].kept, attended[3].kept)  # one filter
     weights = mltfr.router(positions)

@@ -38,7 +38,7 @@ from mltfr_dist.models.query_blocks import prefix_mean
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
 from mltfr_dist.models.router import Router
 from mltfr_dist.models.search import best, largest, row_relevance, search, search_rows, top_of
-from mltfr_dist.models.selectors import Selection
+from mltfr_dist.models.selectors import Queries, Selection
 from mltfr_dist.models.selectors.user_guided import UserGuided
 from mltfr_dist.tables.store import table_hash
 
@@ -115,7 +115,7 @@ def inputs(histories: list[list[int]], model: Recommender) -> tuple[Tensor, Pack
 
 def kept_tokens(mltfr: MLTFR, queries: Tensor) -> list[Selection]:
     """What each table's user-guided filter keeps for queries [G, D]; kept are row numbers."""
-    return [replace(s, kept=s.row_ids[s.kept]) for s in mltfr.selections(queries, None)]
+    return [replace(s, kept=s.row_ids[s.kept]) for s in mltfr.selections(Queries(queries))]
 
 
 def queries_of(mltfr: MLTFR, x: Tensor, packing: Packing) -> Tensor:
@@ -652,11 +652,11 @@ def test_kept_rows_are_projected_once_and_have_the_gradients_of_a_second_time() 
     def gradients(chosen: Selection) -> tuple[Tensor, ...]:
         return torch.autograd.grad((weights * chosen.log_weights).sum(), parameters)
 
-    result = selector(query, None, ReplicatedTable(rows))
+    result = selector(Queries(query), ReplicatedTable(rows))
     assert result.kept is not None
     assert given == [40, len(result.candidates)]
     assert len(result.candidates) < 40
-    again = selector.select(query, result.candidates, result.row_ids, kept=result.kept)
+    again = selector.select(Queries(query), result.candidates, result.row_ids, kept=result.kept)
     torch.testing.assert_close(result.log_weights, again.log_weights, rtol=0, atol=1e-12)
     for one, other in zip(gradients(result), gradients(again), strict=True):
         assert one.abs().max() > 1e-3
@@ -667,7 +667,7 @@ def test_rows_that_are_trained_have_their_gradient() -> None:
     torch.manual_seed(0)
     selector = UserGuided(FilterConfig(top_k=3, shortlist_size=40), 90, 12, DIM)
     rows = torch.randn(40, 12, requires_grad=True)
-    chosen = selector.select(torch.randn(7, DIM), rows, torch.arange(40))
+    chosen = selector.select(Queries(torch.randn(7, DIM)), rows, torch.arange(40))
     (gradient,) = torch.autograd.grad(chosen.log_weights[:, 0].sum(), [rows])
     kept = gradient.abs().sum(1) > 0
     assert 3 <= int(kept.sum()) <= len(chosen.row_ids) < 40

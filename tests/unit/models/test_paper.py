@@ -34,6 +34,7 @@ from mltfr_dist.models.losses import binary_cross_entropy
 from mltfr_dist.models.mltfr import MLTFR, Routing
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.selectors import Queries
 from mltfr_dist.models.selectors.user_guided import UserGuided
 from mltfr_dist.published.consensus import batch_mean_squares, merge_unnormalised
 from mltfr_dist.published.experts import DoubleSoftmax
@@ -192,7 +193,7 @@ def test_with_one_kept_token_no_gradient_reaches_the_filter() -> None:
             token_filter.projection.weight.grad is None
         )  # nothing is spent on it, for it is nothing:
         rows, queries = mltfr.table(m).whole(), x.detach()[:, 0]
-        kept = token_filter.select(queries, rows, torch.arange(len(rows)))
+        kept = token_filter.select(Queries(queries), rows, torch.arange(len(rows)))
         scores = F.normalize(queries, dim=-1) @ token_filter.project(rows).T
         index, weights = straight_through(scores, token_filter.temperature, 1)
         assert torch.equal(kept.kept, index)

@@ -32,6 +32,7 @@ from mltfr_dist.models.draws import history_keys
 from mltfr_dist.models.experts import ExpertCore, ExpertRows
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.selectors import Queries
 from mltfr_dist.models.selectors.others import Prototypes, RandomTokens
 from mltfr_dist.selectors import SELECTORS, Entry
 from mltfr_dist.tables.store import load_table
@@ -194,7 +195,7 @@ def test_random_tokens_are_uniform_over_the_whole_table_and_follow_from_the_seed
     one = RandomTokens(FilterConfig(top_k=8), 50, 3, DIM)
     keys = history_keys(torch.randint(1, 1000, (4000, 5)))[:, -1]
     table = torch.randn(50, 3)
-    chosen = one(torch.zeros(4000, DIM), keys, ReplicatedTable(table))
+    chosen = one(Queries(torch.zeros(4000, DIM), keys), ReplicatedTable(table))
     ids = chosen.row_ids[chosen.kept]
     assert ids.shape == (4000, 8)
     counts = torch.bincount(ids.flatten(), minlength=50).double()
@@ -235,7 +236,7 @@ def test_prototypes_by_hand() -> None:
     torch.manual_seed(0)
     config = FilterConfig(strategy="learned_prototypes", num_prototypes=3)
     one, table = Prototypes(config, 20, 5, DIM), torch.randn(20, 5)
-    made = one(torch.zeros(1, DIM), None, ReplicatedTable(table))
+    made = one(Queries(torch.zeros(1, DIM)), ReplicatedTable(table))
     for column in range(5):
         inner = nn.functional.gelu(one.inner.weight @ table[:, column] + one.inner.bias)
         torch.testing.assert_close(
@@ -350,7 +351,7 @@ def test_the_example_of_contributing_is_a_strategy(monkeypatch: pytest.MonkeyPat
     model = make("longest_rows")
     table = torch.randn(60, 24, generator=torch.Generator().manual_seed(0))
     longest = table[table.norm(dim=1).topk(4).indices]
-    chosen = model.mltfr.selectors[0](torch.zeros(1, DIM), None, model.mltfr.table(0))
+    chosen = model.mltfr.selectors[0](Queries(torch.zeros(1, DIM)), model.mltfr.table(0))
     assert torch.equal(chosen.candidates, longest)
     before, after = hidden(model, [[1, 2, 3, 4]])[0], hidden(model, [[1, 2, 9, 4]])[0]
     torch.testing.assert_close(after[:2], before[:2], rtol=0, atol=2e-6)
