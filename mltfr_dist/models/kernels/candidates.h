@@ -8,29 +8,23 @@ namespace {
 constexpr int NONE = -32768;    // smaller than all other 16-bit numbers
 constexpr int64_t FIRST = 512;  // rows that are looked at before there is a bound
 
-// The k-th largest of 16-bit numbers, ``count`` of them, a multiple of 16: bit by bit, as what k of
+// The k-th largest of 16-bit numbers, ``count`` of them, in whole blocks: bit by bit, as what k of
 // them reach.
 int kth_largest(const int16_t* numbers, int64_t count, int64_t k) {
   int kth = NONE;
   for (int bit = 1 << 15; bit; bit >>= 1) {
-    const __m256i below = _mm256_set1_epi16((int16_t)(kth + bit - 1));
-    __m256i reaching = _mm256_setzero_si256();
-    for (int64_t i = 0; i < count; i += LANES) {
-      const __m256i some = _mm256_loadu_si256((const __m256i*)(numbers + i));
-      reaching = _mm256_sub_epi16(reaching, _mm256_cmpgt_epi16(some, below));
-    }
-    __m256i pairs = _mm256_madd_epi16(reaching, _mm256_set1_epi16(1));
-    pairs = _mm256_hadd_epi32(pairs, pairs);
-    pairs = _mm256_hadd_epi32(pairs, pairs);
-    const int total = _mm256_extract_epi32(pairs, 0) + _mm256_extract_epi32(pairs, 4);
-    kth += total >= k ? bit : 0;
+    const Sums below = Sums::of((int16_t)(kth + bit - 1));
+    int64_t reaching = 0;
+    for (int64_t i = 0; i < count; i += BLOCK)
+      reaching += __builtin_popcount(Sums::read(numbers + i).above(below));
+    kth += reaching >= k ? bit : 0;
   }
   return kth;
 }
 
 int kth_largest(std::vector<int16_t>& numbers, int64_t k) {
   const size_t count = numbers.size();
-  numbers.resize((count + LANES - 1) / LANES * LANES, NONE);
+  numbers.resize((count + BLOCK - 1) / BLOCK * BLOCK, NONE);
   const int kth = kth_largest(numbers.data(), (int64_t)numbers.size(), k);
   numbers.resize(count);
   return kth;
@@ -38,22 +32,31 @@ int kth_largest(std::vector<int16_t>& numbers, int64_t k) {
 
 // What may be among the best of one query.
 struct Candidates {
-  int64_t sought, groups;
+  int64_t sought, groups;  // a power of two
   int window, behind = NONE;  // candidates are larger than ``behind``
   std::vector<int16_t> values, largest;  // of candidates; of groups of rows
   std::vector<int32_t> ids;
 
-  Candidates(int64_t sought, int window)
+  explicit Candidates(int64_t sought, int window = 0)
       : sought(sought), groups(sought <= 32 ? 8 : 16), window(window),
         largest(groups * LANES, NONE) {
     values.reserve(RESERVED);
     ids.reserve(RESERVED);
   }
 
+  // Those of another query are forgotten.
+  void begin(int of_window) {
+    window = of_window;
+    behind = NONE;
+    values.clear();
+    ids.clear();
+    std::fill(largest.begin(), largest.end(), NONE);
+  }
+
   // Of the block from row ``id`` on, of which ``left`` are there at most.
   void group(const Sums& sums, int64_t id, int64_t left) {
     if (left < BLOCK) return;  // what is not there would count as zero
-    int16_t* best = largest.data() + id % (int64_t)largest.size();
+    int16_t* best = largest.data() + (id & (groups * LANES - 1));
     Sums::read(best).larger(sums).put(best);
   }
 

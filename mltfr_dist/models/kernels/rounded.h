@@ -169,13 +169,13 @@ struct RoundedRows {
 };
 
 struct RoundedQuery {
-  float scale, error;            // error: of the product with any row
+  float scale, error, norm;      // error: of the product with any row
   int32_t shift;                 // what 128 added to each row's numbers adds to the sum
   std::vector<int32_t> parts;    // PART numbers, as often as they fit
 
   RoundedQuery(const float* query, int64_t dim, const RoundedRows& rows, float at_most)
       : parts(rows.parts) {
-    float largest, norm;
+    float largest;
     measure(query, dim, largest, norm);
     scale = std::min(at_most, RoundedQuery::limit(largest, norm, dim, rows));
     __m256d squares = _mm256_setzero_pd();

@@ -7,34 +7,48 @@
 
 namespace {
 
+constexpr int64_t BLOCKS = TILE / BLOCK;
 constexpr int64_t ALIKE = 8;  // queries in a row of which the first gives the others a bound
 constexpr int64_t MANY = 16;  // blocks of a tile that hold a candidate, where that bound is too low
 
-// The blocks of a tile that hold rows above a limit. All are written and those without overwritten,
-// for a branch that depends on sums cannot be foreseen.
+// Bits for the first ``count`` blocks of a tile, and work(block) for each bit.
+inline uint64_t all(int64_t count) { return ~uint64_t{0} >> (BLOCKS - count); }
+
+template <typename Work>
+inline void each(uint64_t blocks, const Work& work) {
+  for (; blocks; blocks &= blocks - 1) work(__builtin_ctzll(blocks));
+}
+
+// The sums of a tile with one query, and which of them are above a limit.
 struct Caught {
-  int16_t sums[TILE / BLOCK + 1][BLOCK];
-  uint32_t above[TILE / BLOCK + 1];
-  int32_t starts[TILE / BLOCK + 1];
-  // Whether the block from row ``start`` of the tile on has any.
-  bool put(int64_t block, int64_t start, const Sums& some, const Sums& limit) {
+  int16_t sums[BLOCKS][BLOCK];
+  uint32_t above[BLOCKS];  // a bit for each row of a block
+
+  void put(int64_t block, const Sums& some, const Sums& limit) {
     some.put(sums[block]);
     above[block] = some.above(limit);
-    starts[block] = (int32_t)start;
-    return above[block] != 0;
   }
 
-  // Those of ``count`` blocks, of ``whole`` rows from ``first`` on, that still hold some above the
-  // bound that the blocks themselves give.
-  int64_t under(Candidates& of, int64_t count, int64_t first, int64_t whole) {
-    for (int64_t b = 0; b < count; ++b)
-      of.group(Sums::read(sums[b]), first + starts[b], whole - starts[b]);
+  // A bit for each block that holds any.
+  uint64_t held() const {
+    uint64_t empty = 0;
+    for (int64_t b = 0; b < BLOCKS; b += WIDTH) {
+      const __m256i some = _mm256_loadu_si256((const __m256i*)(above + b));
+      const __m256i zero = _mm256_cmpeq_epi32(some, _mm256_setzero_si256());
+      empty |= (uint64_t)_mm256_movemask_ps(_mm256_castsi256_ps(zero)) << b;
+    }
+    return ~empty;
+  }
+
+  // Keeps of ``blocks``, of ``whole`` rows from ``first`` on, what is above the bound that they
+  // themselves give.
+  void under(Candidates& of, uint64_t blocks, int64_t first, int64_t whole) {
+    each(blocks, [&](int64_t b) {
+      of.group(Sums::read(sums[b]), first + b * BLOCK, whole - b * BLOCK);
+    });
     of.bound();
     const Sums limit = Sums::of((int16_t)of.behind);
-    int64_t kept = 0;
-    for (int64_t b = 0; b < count; ++b)
-      kept += put(kept, starts[b], Sums::read(sums[b]), limit);
-    return kept;
+    each(blocks, [&](int64_t b) { above[b] = Sums::read(sums[b]).above(limit); });
   }
 };
 
@@ -48,35 +62,72 @@ struct Search {
   Room room{};
   Caught caught[QUERIES];
 
-  // Every ALIKE-th query first: what is best of it bounds what is best of its neighbours, blocks of
-  // one history, and few rows reach such a bound.
+  // Where rows fill more than a tile, every ALIKE-th query first: what is best of it bounds what is
+  // best of its neighbours, blocks of one history, and few rows reach such a bound.
   void run() {
+    if (rounded.count <= TILE) return in_one_tile();
     scan([](int64_t g) { return g % ALIKE == 0; }, false);
     scan([](int64_t g) { return g % ALIKE != 0; }, true);
   }
 
-  // As many queries at once as share what is read of the rows: all where these leave the cache.
+  // The sums themselves give a bound.
+  void in_one_tile() {
+    const int64_t blocks = (rounded.count + BLOCK - 1) / BLOCK;
+    Candidates of(sought);
+    std::vector<RoundedQuery> some;
+    for (int64_t g = 0; g < count; g += QUERIES) {
+      const int64_t number = std::min(QUERIES, count - g);
+      some.clear();
+      for (int64_t j = 0; j < number; ++j)
+        some.emplace_back(queries + (g + j) * dim, dim, rounded, 1e30f);
+      const RoundedQuery* looked[QUERIES];
+      for (int64_t j = 0; j < QUERIES; ++j) looked[j] = &some[std::min(j, number - 1)];
+      products(rounded, 0, rounded.count, looked, [&](int64_t start, const Sums* sums) {
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < QUERIES; ++j) sums[j].put(caught[j].sums[start / BLOCK]);
+      });
+      for (int64_t j = 0; j < number; ++j) {
+        of.begin(window(some[j]));
+        caught[j].under(of, all(blocks), 0, rounded.count);
+        take(of, caught[j], all(blocks), 0, rounded.count);
+        settle(g + j, some[j], of);
+      }
+    }
+  }
+
+  // How much smaller the sum of a row may be than that of another whose product is smaller.
+  int window(const RoundedQuery& query) const {
+    const double of_sums = 2.0 * query.error * query.scale * rounded.scale;
+    return (int)std::ceil(std::min(of_sums, 65536.0)) + 1;
+  }
+
+  void take(Candidates& of, const Caught& c, uint64_t blocks, int64_t first, int64_t whole) {
+    each(blocks & c.held(), [&](int64_t b) {
+      of.take(c.sums[b], c.above[b], first + b * BLOCK, whole - b * BLOCK);
+    });
+  }
+
+  void settle(int64_t g, const RoundedQuery& query, Candidates& of) {
+    ::settle(queries + g * dim, rows, dim, query.norm * rounded.norm, of, room,
+             scores + g * sought, ids + g * sought);
+  }
+
+  // All queries share what is read of the rows, which leave the cache.
   template <typename Wanted>
   void scan(const Wanted& wanted, bool hinted) {
     std::vector<int64_t> members;
     for (int64_t g = 0; g < count; ++g)
       if (wanted(g)) members.push_back(g);
-    const size_t at_once = rounded.count <= TILE ? QUERIES : members.size();
-    for (size_t m = 0; m < members.size(); m += at_once)
-      scan(&members[m], (int64_t)std::min(at_once, members.size() - m), hinted);
-  }
-
-  void scan(const int64_t* members, int64_t number, bool hinted) {
+    const int64_t number = (int64_t)members.size();
     std::vector<RoundedQuery> some;
     std::vector<Candidates> candidates;
     some.reserve(number);
     candidates.reserve(number);
     for (int64_t m = 0; m < number; ++m) {
       some.emplace_back(queries + members[m] * dim, dim, rounded, 1e30f);
+      candidates.emplace_back(sought, window(some[m]));
       const double scale = (double)some[m].scale * rounded.scale;
-      const double window = std::min(2.0 * some[m].error * scale, 65536.0);
-      candidates.emplace_back(sought, (int)std::ceil(window) + 1);
-      if (hinted) candidates[m].bound((float)(least(members[m]) * scale));
+      if (hinted) candidates[m].bound((float)(least(members[m], some[m].norm) * scale));
     }
     for (int64_t first = 0, whole; first < rounded.count; first += whole) {
       const int64_t most = hinted ? TILE : std::min(TILE, std::max(FIRST, first));
@@ -84,19 +135,14 @@ struct Search {
       for (int64_t m = 0; m < number; m += QUERIES)
         look(&some[m], &candidates[m], std::min(QUERIES, number - m), first, whole, hinted);
     }
-    for (int64_t m = 0; m < number; ++m) {
-      const int64_t g = members[m];
-      settle(queries + g * dim, rows, dim, rounded.norm, candidates[m], room, scores + g * sought,
-             ids + g * sought);
-    }
+    for (int64_t m = 0; m < number; ++m) settle(members[m], some[m], candidates[m]);
   }
 
   // A bound of the last product sought of query ``g``, by the rows that are best of the queries
   // before and after it that have been looked at: as many have products that large.
-  float least(int64_t g) const {
+  float least(int64_t g, float norm) const {
     const float* query = queries + g * dim;
-    float bound = -INFINITY, largest, norm;
-    measure(query, dim, largest, norm);
+    float bound = -INFINITY;
     const int64_t last = std::min(g + ALIKE, count - 1);
     for (int64_t other = g / ALIKE * ALIKE; other <= last; other += ALIKE) {
       float smallest = INFINITY;
@@ -119,19 +165,17 @@ struct Search {
     Sums limits[QUERIES];
     for (int64_t j = 0; j < QUERIES; ++j)
       limits[j] = Sums::of((int16_t)of[std::min(j, number - 1)].behind);
-    int64_t blocks[QUERIES] = {};
     products(rounded, first, whole, looked, [&](int64_t start, const Sums* sums) {
       for (int64_t j = 0; j < number && !hinted; ++j)
         of[j].group(sums[j], first + start, whole - start);
 #pragma GCC unroll 8
-      for (int64_t j = 0; j < QUERIES; ++j)
-        blocks[j] += caught[j].put(blocks[j], start, sums[j], limits[j]);
+      for (int64_t j = 0; j < QUERIES; ++j) caught[j].put(start / BLOCK, sums[j], limits[j]);
     });
     for (int64_t j = 0; j < number; ++j) {
       Caught& c = caught[j];
-      if (hinted && blocks[j] > MANY) blocks[j] = c.under(of[j], blocks[j], first, whole);
-      for (int64_t b = 0; b < blocks[j]; ++b)
-        of[j].take(c.sums[b], c.above[b], first + c.starts[b], whole - c.starts[b]);
+      const uint64_t blocks = c.held() & all((whole + BLOCK - 1) / BLOCK);
+      if (hinted && __builtin_popcountll(blocks) > MANY) c.under(of[j], blocks, first, whole);
+      take(of[j], c, blocks, first, whole);
       if ((int64_t)of[j].values.size() > std::max(POOL, 8 * sought)) of[j].drop();
     }
   }

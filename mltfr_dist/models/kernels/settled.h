@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr int64_t FEW = 4;  // candidates for each row sought, of which none is dropped unseen
+
 // The product in float64, rounded once.
 float exact_product(const float* a, const float* b, int64_t dim) {
   __m256d even = _mm256_setzero_pd(), odd = even;
@@ -74,22 +76,20 @@ void order(Room& room) {
 }
 
 // The best of one query's candidates, by fp32 products first: those whose error cannot matter.
-void settle(const float* query, const float* rows, int64_t dim, float largest_row, Candidates& of,
+// ``norms``: the product of the query's and of the largest row's.
+void settle(const float* query, const float* rows, int64_t dim, float norms, Candidates& of,
             Room& room, float* scores, int64_t* ids) {
-  of.drop();
+  if ((int64_t)of.ids.size() > FEW * of.sought) of.drop();
   for (const int32_t id : of.ids) __builtin_prefetch(rows + id * dim);
   const size_t count = of.ids.size();
-  float largest, norm;
-  measure(query, dim, largest, norm);
-  const float scale = 32000.0f / std::max(norm * largest_row, 1e-30f);
+  const float scale = 32000.0f / std::max(norms, 1e-30f);
   room.quick.resize(count);
   room.rounded.resize(count);
-  for (size_t i = 0; i < count; ++i) {
+  for (size_t i = 0; i < count; ++i)
     room.quick[i] = quick_product(query, rows + of.ids[i] * dim, dim);
-    room.rounded[i] = (int16_t)std::floor(room.quick[i] * scale);
-  }
+  for (size_t i = 0; i < count; ++i) room.rounded[i] = (int16_t)std::floor(room.quick[i] * scale);
   const float least =
-      (float)kth_largest(room.rounded, of.sought) / scale - slack(dim, norm * largest_row);
+      (float)kth_largest(room.rounded, of.sought) / scale - slack(dim, norms);
   room.keys.clear();
   for (size_t i = 0; i < count; ++i)
     if (room.quick[i] >= least)
