@@ -31,8 +31,10 @@ from mltfr_dist.headers import parse_header
 from mltfr_dist.schema import Section
 
 SCHEMA_VERSION = 3
-DRAWS = 2
-"""Of dropout: 1, by torch's generator; 2, on a CPU by `models/dropout.py`."""
+DRAWS = 3
+"""Of dropout: 1, by torch's generator; 2, on a CPU by `models/dropout.py`; 3, there by several
+generators in turn.
+"""
 HEADER = "state.json"
 PARTIAL = ".partial-"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
