@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mltfr_dist.models.dropout import Dropout
+from mltfr_dist.distributed import checkpoint
+from mltfr_dist.models.dropout import Dropout, scaled_masks
 from mltfr_dist.training.seeds import seed_all
 
 
@@ -24,7 +25,7 @@ def test_the_share_is_p_and_the_mean_stays(p: float) -> None:
 def test_neighbours_are_dropped_independently() -> None:
     torch.manual_seed(0)
     kept = (Dropout(0.5)(torch.ones(500_000)) > 0).double() - 0.5
-    for apart in (1, 2, 3, 4, 64, 256):
+    for apart in (1, 2, 3, 4, 8, 16, 32, 64, 256):
         correlation = 4 * float((kept[:-apart] * kept[apart:]).mean())
         assert abs(correlation) < 4 / 500_000**0.5
 
@@ -50,6 +51,15 @@ def test_masks_are_a_function_of_seed_step_and_rank() -> None:
     assert not torch.equal(first[0], first[1])
     for other in ((1, 0, 7, 0), (0, 1, 7, 0), (0, 0, 8, 0), (0, 0, 7, 1)):
         assert not torch.equal(first, masks(*other))
+
+
+def test_what_is_drawn_belongs_to_the_number_in_checkpoints() -> None:
+    """Whoever changes the draws changes :data:`checkpoint.DRAWS`, or runs go on with others."""
+    torch.manual_seed(0)
+    (mask,) = scaled_masks([(64,)], [0.5])
+    kept = "".join("01"[int(number > 0)] for number in mask)
+    assert kept == "0110100000101000111110011110111100101011100000000100010000000000"
+    assert checkpoint.DRAWS == 3
 
 
 def test_nothing_is_dropped_outside_training_or_at_zero() -> None:
