@@ -5,6 +5,7 @@ Shapes: N scored positions, n of a chunk, D hidden size, I items, i of a tile.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,38 +56,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad = hidden.requires_grad or table.requires_grad
         weight = table[items]
         rows, width = chunk_shape(len(weight), hidden.device.type)
-        tiles = torch.split(weight, width)
-        kept = hidden.new_empty(min(rows, len(hidden)) * len(weight))
         grad_hidden = at_least_fp32(torch.zeros_like(hidden)) if needs_grad else hidden
         grad_table = at_least_fp32(torch.zeros_like(table)) if needs_grad else table
         grad_weight = grad_table[items]
         totals = at_least_fp32(hidden.new_empty(len(hidden), 1))
-        tops = torch.empty_like(totals)
+        tops = torch.full_like(totals, -torch.inf)
         position_weights = weights[:, None].to(totals.dtype)  # [N, 1]
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
-            h = hidden[chunk]
-            sizes = [len(h) * len(tile) for tile in tiles]
-            powers = [column.view(len(h), -1) for column in torch.split(kept[: sum(sizes)], sizes)]
+        tiles, of_tiles = torch.split(weight, width), torch.split(grad_weight, width)
+        kept = hidden.new_empty(min(rows, len(hidden)) * len(weight))
+        powers: list[Tensor] = []
+        by_position = (hidden, grad_hidden, totals, tops, position_weights)
+        chunks = (torch.split(t, rows) for t in by_position)
+        for h, of_h, total, largest, weight_of in zip(*chunks, strict=True):
+            if not powers or len(h) != len(powers[0]):  # the first chunk, and a shorter last one
+                powers = _buffers(kept, len(h), tiles)
             shifts: list[Tensor] = []
-            total, largest = totals[chunk], tops[chunk].fill_(-torch.inf)
             for tile, power in zip(tiles, powers, strict=True):
                 shift, sums = _exponentials(torch.mm(h, tile.T, out=power), largest)
                 if shifts:
                     rescale = (largest - shift).exp_()
                     sums += total * rescale
                     if needs_grad:
-                        grad_hidden[chunk] *= rescale
+                        of_h *= rescale
                 if needs_grad:
-                    _add_product(grad_hidden[chunk], power, tile)
+                    _add_product(of_h, power, tile)
                 total.copy_(sums)
                 largest.copy_(shift)
                 shifts.append(shift)
             if needs_grad:
-                share = position_weights[chunk] / total
-                for column, power, shift in zip(torch.split(grad_weight, width), powers, shifts):
-                    of_tile = share if len(tiles) == 1 else share * (shift - largest).exp_()
-                    _add_product(column, power.T, (h * of_tile).to(h.dtype))
+                share = weight_of / total
+                for of_tile, power, shift in zip(of_tiles, powers, shifts, strict=True):
+                    shares = share if len(tiles) == 1 else share * (shift - largest).exp_()
+                    _add_product(of_tile, power.T, (h * shares).to(h.dtype))
         chosen = weight.index_select(0, targets)  # [N, D]
         logits = at_least_fp32(hidden * chosen).sum(1, keepdim=True)
         if needs_grad:
@@ -107,6 +108,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _buffers(kept: Tensor, rows: int, tiles: Sequence[Tensor]) -> list[Tensor]:
+    """Room for the logits [rows, i] of each tile [i, D], at the beginning of ``kept``."""
+    sizes = [rows * len(tile) for tile in tiles]
+    parts = torch.split(kept[: sum(sizes)], sizes)
+    return [part.view(rows, len(tile)) for part, tile in zip(parts, tiles, strict=True)]
 
 
 def _exponentials(logits: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
