@@ -73,16 +73,15 @@ def sasrec_beauty() -> RunConfig:
 def esasrec_beauty() -> RunConfig:
     """Bare eSASRec (arXiv 2508.06450) on Amazon Beauty (5-core).
 
-    LiGR layers and the sampled softmax, beside `sasrec_beauty`. The paper's abstract reports 23 %
-    above the most recent models on academic benchmarks; sizes here are those of `sasrec_beauty`, so
-    that the two can be compared, and not the paper's. No figure has been measured yet. `python
-    train.py --preset esasrec_beauty`, after the preparation that `sasrec_beauty` names.
+    LiGR layers, in the sizes of `sasrec_beauty`, so that the two can be compared, and with the
+    softmax over all items, which did better on validation than the paper's sampled one (.0701
+    against .0657; docs/results.md). Expect test HR@10 .094, NDCG@10 .056 (one seed; the best of 46
+    epochs by validation), in 10 minutes of one core with AVX512. `python train.py --preset
+    esasrec_beauty`, after the preparation that `sasrec_beauty` names.
     """
     fields = {
         "name": "esasrec_beauty",
         "backbone.name": "esasrec",
-        "loss.name": "sampled_softmax",
-        "loss.num_negatives": 256,
     }
     return changed(sasrec_beauty(), fields, source="preset esasrec_beauty")
 
