@@ -128,6 +128,25 @@ def test_mixing_and_its_gradients(
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=3e-6)
 
 
+@pytest.mark.parametrize("with_kernels", [True, False])
+def test_masks_of_whole_blocks_are_seen_where_positions_stand(
+    with_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    if not with_kernels:
+        monkeypatch.setattr(build, "library", lambda: None)
+    places = torch.tensor([0, 1, 2, 4, 5, 8, 11])
+    outputs = [torch.randn(7, 13, requires_grad=True) for _ in range(3)]
+    masks = [(torch.rand(3, 4, 13) > 0.2) / 0.8 for _ in range(3)]
+    of_those = [mask.flatten(0, 1)[places] for mask in masks]
+    gate, gradient = torch.rand(7, 3, requires_grad=True), torch.randn(7, 13)
+    made, wanted = mix(outputs, masks, gate, places), mix(outputs, of_those, gate)
+    assert torch.equal(made, wanted)
+    leaves = [gate, *outputs]
+    of_made, of_wanted = (torch.autograd.grad(t, leaves, gradient) for t in (made, wanted))
+    assert all(map(torch.equal, of_made, of_wanted))
+
+
 def test_attention_says_what_is_wrong_and_hides_nothing() -> None:
     query, rows = torch.randn(2, 4, HEADS * 5), torch.randn(7, HEADS * 5)
     kept, weights = torch.randint(7, (2, 3)), torch.randn(2, 3)
