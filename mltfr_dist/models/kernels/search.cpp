@@ -72,7 +72,6 @@ struct Search {
 
   // The sums themselves give a bound.
   void in_one_tile() {
-    const int64_t blocks = (rounded.count + BLOCK - 1) / BLOCK;
     Candidates of(sought);
     std::vector<RoundedQuery> some;
     for (int64_t g = 0; g < count; g += QUERIES) {
@@ -82,17 +81,28 @@ struct Search {
         some.emplace_back(queries + (g + j) * dim, dim, rounded, 1e30f);
       const RoundedQuery* looked[QUERIES];
       for (int64_t j = 0; j < QUERIES; ++j) looked[j] = &some[std::min(j, number - 1)];
-      products(rounded, 0, rounded.count, looked, [&](int64_t start, const Sums* sums) {
-#pragma GCC unroll 8
-        for (int64_t j = 0; j < QUERIES; ++j) sums[j].put(caught[j].sums[start / BLOCK]);
-      });
+      keep_sums(looked, rounded.count);
       for (int64_t j = 0; j < number; ++j) {
         of.begin(window(some[j]));
-        caught[j].under(of, all(blocks), 0, rounded.count);
-        take(of, caught[j], all(blocks), 0, rounded.count);
+        begin(of, caught[j], rounded.count);
         settle(g + j, some[j], of);
       }
     }
+  }
+
+  // Those with the first ``whole`` rows, a tile at most.
+  void keep_sums(const RoundedQuery* const* looked, int64_t whole) {
+    products(rounded, 0, whole, looked, [&](int64_t start, const Sums* sums) {
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < QUERIES; ++j) sums[j].put(caught[j].sums[start / BLOCK]);
+    });
+  }
+
+  // Takes of the first ``whole`` rows those above the bound that they themselves give.
+  void begin(Candidates& of, Caught& c, int64_t whole) {
+    const uint64_t blocks = all((whole + BLOCK - 1) / BLOCK);
+    c.under(of, blocks, 0, whole);
+    take(of, c, blocks, 0, whole);
   }
 
   // How much smaller the sum of a row may be than that of another whose product is smaller.
@@ -159,7 +169,11 @@ struct Search {
             bool hinted) {
     const RoundedQuery* looked[QUERIES];
     for (int64_t j = 0; j < QUERIES; ++j) looked[j] = some + std::min(j, number - 1);
-    if (!hinted && !first) return begin(looked, of, number, whole);
+    if (!hinted && !first) {
+      keep_sums(looked, whole);
+      for (int64_t j = 0; j < number; ++j) begin(of[j], caught[j], whole);
+      return;
+    }
     if (!hinted && (first & (first - 1)) == 0)  // as many rows again: a better bound
       for (int64_t j = 0; j < number; ++j) of[j].bound();
     Sums limits[QUERIES];
@@ -177,25 +191,6 @@ struct Search {
       if (hinted && __builtin_popcountll(blocks) > MANY) c.under(of[j], blocks, first, whole);
       take(of[j], c, blocks, first, whole);
       if ((int64_t)of[j].values.size() > std::max(POOL, 8 * sought)) of[j].drop();
-    }
-  }
-
-  // The first rows, kept until they have given a bound.
-  void begin(const RoundedQuery* const* looked, Candidates* of, int64_t number, int64_t whole) {
-    int16_t kept[QUERIES][FIRST];
-    products(rounded, 0, whole, looked, [&](int64_t start, const Sums* sums) {
-      for (int64_t j = 0; j < number; ++j) {
-        of[j].group(sums[j], start, whole - start);
-        sums[j].put(&kept[j][start]);
-      }
-    });
-    for (int64_t j = 0; j < number; ++j) {
-      of[j].bound();
-      const Sums limit = Sums::of((int16_t)of[j].behind);
-      for (int64_t start = 0; start < whole; start += BLOCK) {
-        const int16_t* sums = &kept[j][start];
-        of[j].take(sums, Sums::read(sums).above(limit), start, whole - start);
-      }
     }
   }
 };
