@@ -156,7 +156,6 @@ def config_for(case: Case, inputs: Inputs) -> RunConfig:
             "tables": inputs.tables() if case.with_tables else [],
         },
         "training": {"global_batch_size": 256},
-        "deepspeed": str(REPOSITORY / "ds_configs" / "zero1.json"),
     }
     base = validate(RunConfig, values, source="the benchmark")
     return changed(base, case.changes, source="the benchmark")
@@ -166,7 +165,7 @@ def train_step(engine: Engine, batches: StepBatches, step: int) -> None:
     """A whole step as a run makes it, but for what it logs."""
     seed_all(0, 0, step, engine.ranks.rank)
     engine.module.before_update(step, batches.micro_batches, engine.ranks)
-    totals = step_totals(engine.update(batches, step), batches)
+    totals = step_totals(engine.update(batches, step, forms_norm=False), batches)
     engine.stopwatch.take()
     engine.module.after_update(None if totals.routing is None else totals.routing.gate)
 
@@ -191,10 +190,9 @@ def waits(engine: Engine, batches: StepBatches) -> dict[str, int]:
 
     def note(message: Warning | str, *_: Any, **__: Any) -> None:
         if "synchroniz" in str(message):
-            lines = [f for f in traceback.extract_stack() if PACKAGE in f.filename]
-            where = lines[-1] if lines else None
-            place = f"{where.filename.partition(PACKAGE)[2]}:{where.lineno}" if where else "torch"
-            result[place] += 1
+            stack = traceback.extract_stack()[:-1]
+            lines = [f for f in stack if PACKAGE in f.filename] or stack
+            result[f"{lines[-1].filename.rpartition(PACKAGE)[2]}:{lines[-1].lineno}"] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")

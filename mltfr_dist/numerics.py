@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+LARGEST_INT32 = (1 << 31) - 1
+GROUP = 8
+"""Scores that one maximum stands for while the largest of many are sought."""
 
 
 def at_least_fp32(t: Tensor) -> Tensor:
@@ -16,3 +22,43 @@ def at_least_fp32(t: Tensor) -> Tensor:
 def kth_largest(values: Tensor, k: int) -> Tensor:
     """The k-th largest of ``values`` [S]; sorts nothing."""
     return values.kthvalue(len(values) - k + 1).values
+
+
+def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[Tensor]:
+    """Scalars: the norm of each of several ``tensors`` on one GPU, by a few launches for all."""
+    return list(torch._foreach_norm(list(tensors), order))
+
+
+def top_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[G, count] largest of ``scores`` [G, S], largest first, and their indices.
+
+    The largest lie in the groups of the largest maxima, so most scores are looked at once, by an
+    operation that is fast, and not by the selection, which is slow.
+    """
+    num_groups = scores.shape[1] // GROUP
+    if scores.device.type != "cpu" or num_groups < 16 * count:
+        values, indices = scores.topk(count, dim=1)
+        return values, indices
+    grouped = scores[:, : GROUP * num_groups].view(len(scores), GROUP, num_groups)
+    groups = top_of(grouped.amax(dim=1), count)[1]  # [G, count]
+    members = torch.arange(GROUP)[:, None] * num_groups
+    columns = (groups[:, None, :] + members).flatten(1)  # [G, GROUP * count]
+    ungrouped = torch.arange(GROUP * num_groups, scores.shape[1]).expand(len(scores), -1)
+    columns = torch.cat([columns, ungrouped], dim=1)
+    values, indices = scores.gather(1, columns).topk(count, dim=1)
+    return values, columns.gather(1, indices)
+
+
+def in_order(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Numbers that are ordered as the ``count`` largest of ``scores`` [..., S] (fp32 or narrower),
+    largest first, of equal ones the lower index; and these indices. Nobody has to look at how far
+    ties reach, so that a GPU is not waited for.
+    """
+    # A float's bits, read as an integer, are ordered as it is where it is positive, and the other
+    # way round where it is negative; -0 becomes +0. The indices are behind them, backwards.
+    bits = (at_least_fp32(scores) + 0.0).view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & LARGEST_INT32)).long()
+    last = scores.shape[-1] - 1
+    backwards = torch.arange(last, -1, -1, device=scores.device)
+    keys = torch.add(backwards, ordered, alpha=1 << 32).topk(count, dim=-1).values
+    return keys, last - (keys & ((1 << 32) - 1))

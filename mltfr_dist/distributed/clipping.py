@@ -12,15 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from mltfr_dist.numerics import norms
+
 EPSILON = 1e-6
 """What DeepSpeed and torch add to a norm before they divide by it."""
 
 
 def total_norm(model: nn.Module) -> Tensor:
-    """Norm of all gradients, as DeepSpeed forms it at stages 1 to 3: of squares in float64."""
+    """Norm of all gradients, as DeepSpeed forms it at stages 1 to 3: of squares in float64; on a
+    GPU each gradient's own in fp32, by a few launches for all of them together.
+    """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norms = torch.stack([torch.linalg.vector_norm(grad.double()) for grad in grads])
-    return norms.square().sum().float().sqrt()
+    on_cpu = grads[0].device.type == "cpu"
+    each = [torch.linalg.vector_norm(grad.double()) for grad in grads] if on_cpu else norms(grads)
+    return torch.stack(each).double().square().sum().float().sqrt()
 
 
 class JointNorm:

@@ -77,6 +77,11 @@ class ExpertCore(nn.Module):
         self.apply(init_weights)
         self._taps: list[Tap] | None = None
 
+    @property
+    def is_tapped(self) -> bool:
+        """Whether inputs and outputs of its linear maps are kept now."""
+        return self._taps is not None
+
     @contextmanager
     def tapped(self) -> Iterator[list[Tap]]:
         """Inputs and outputs of its linear maps in the forward passes meanwhile."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import ExpertConfig, MLTFRConfig
+from mltfr_dist.models.at_once import all_alike, read_at_once
 from mltfr_dist.models.consensus import State, freeze
 from mltfr_dist.models.experts import ExpertCore, ExpertRows, Experts, shared_experts
 from mltfr_dist.models.kernels import mix
@@ -197,7 +198,13 @@ class MLTFR(nn.Module):
             [N, D], and what is known of the gate and the filters.
         """
         blocks = self.blocks(x, packing)
-        selections = self.selections(self.queries(blocks))
+        queries = self.queries(blocks)
+        if all_alike(self, queries.vectors):
+            read = read_at_once(self, blocks.positions, queries)
+            weights = list(read.log_weights.detach().exp().unbind(1))
+            routing = Routing(blocks.at_real(read.gate), weights, len(queries.vectors))
+            return blocks.at_real(read.mixed), routing
+        selections = self.selections(queries)
         attended = self.attended(selections)
         num_blocks = blocks.queries.shape[0]  # not `len`, which is no symbol in an export
         packed = blocks.packed if self._reads_in_place(x, attended, num_blocks) else None
@@ -209,7 +216,7 @@ class MLTFR(nn.Module):
         mixed = mix(of_experts, masks, gate[..., : self.num_experts], places)
         if self.consensus is not None:
             members = self.components.of_consensus([attended[e] for e in self.consensus_members])
-            mixed = mixed + self._lambda() * self.consensus(positions, members, packed)
+            mixed = mixed + self.consensus_scale() * self.consensus(positions, members, packed)
         if packed is None:
             mixed, gate = blocks.at_real(mixed), blocks.at_real(gate)
         kept = [selection.weights().detach() for selection in selections]
@@ -225,7 +232,8 @@ class MLTFR(nn.Module):
         experts += [] if self.consensus is None else [self.consensus]
         return all(expert.reads_in_place(x, attended, num_blocks) for expert in experts)
 
-    def _lambda(self) -> Tensor | float:
+    def consensus_scale(self) -> Tensor | float:
+        """What the consensus expert counts: lambda."""
         consensus = self.config.consensus
         return self.consensus_weight if consensus.learn_weight else consensus.weight
 

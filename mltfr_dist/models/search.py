@@ -20,14 +20,12 @@ from torch.nn import functional as F
 
 from mltfr_dist.models.draws import GumbelNoise
 from mltfr_dist.models.kernels import largest_products, nearest, row_maxima
-from mltfr_dist.numerics import kth_largest
+from mltfr_dist.numerics import in_order, kth_largest, top_of
 
 CACHED_ELEMENTS = 1 << 21
 """Scores held at a time on a CPU (8 MiB in fp32), so that they stay in its cache."""
 CHUNK_ELEMENTS = 1 << 24
 """Scores held at a time on a GPU (64 MiB in fp32)."""
-GROUP = 8
-"""Scores that one maximum stands for while the largest of many are sought."""
 MARGIN = 16
 """Rows looked at beyond the K best, at least; more where these do not tell the best apart."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
@@ -69,7 +67,10 @@ def search(
     by_kernel = nearest(unit_query, unit_rows, num_kept) if noise is None else None
     if by_kernel is not None:
         return by_kernel[1]
-    settled = unit_query.device.type == "cpu" and unit_query.dtype == torch.float32
+    on_cpu = unit_query.device.type == "cpu"
+    if not on_cpu and unit_query.dtype != torch.float64:
+        return _top(unit_query, unit_rows, num_kept, noise, in_order)[1]
+    settled = on_cpu and unit_query.dtype == torch.float32
     tolerance = TOLERANCE[torch.float32] if settled else 0.0
 
     def exact(doubtful: Tensor, indices: Tensor) -> Tensor:
@@ -86,6 +87,8 @@ def largest(scores: Tensor, count: int) -> Tensor:
     """[G, count] indices of the largest of ``scores`` [G, S], best first; of equal ones the lower
     indices.
     """
+    if scores.device.type != "cpu" and scores.dtype != torch.float64:
+        return in_order(scores, count)[1]
     separated = _separated(
         lambda width: top_of(scores, width), scores.shape[1], count, 0.0, margin=1
     )
@@ -209,7 +212,11 @@ def _best_of(
 
 @torch.no_grad()
 def _top(
-    unit_query: Tensor, unit_rows: Tensor, count: int, noise: GumbelNoise | None
+    unit_query: Tensor,
+    unit_rows: Tensor,
+    count: int,
+    noise: GumbelNoise | None,
+    choose: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """[G, count] largest products (plus noise) and their indices, in chunks of queries so that
     memory is bounded.
@@ -224,30 +231,10 @@ def _top(
         scores = torch.mm(queries, unit_rows.T, out=kept[: len(queries)])
         if noise is not None:
             scores += noise.of(slice(start, start + chunk)).to(scores.dtype)
-        top = top_of(scores, count)
+        top = (choose or top_of)(scores, count)
         values.append(top[0])
         indices.append(top[1])
     return torch.cat(values), torch.cat(indices)
-
-
-def top_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """[G, count] largest of ``scores`` [G, S], largest first, and their indices.
-
-    The largest lie in the groups of the largest maxima, so most scores are looked at once, by an
-    operation that is fast, and not by the selection, which is slow.
-    """
-    num_groups = scores.shape[1] // GROUP
-    if scores.device.type != "cpu" or num_groups < 16 * count:
-        values, indices = scores.topk(count, dim=1)
-        return values, indices
-    grouped = scores[:, : GROUP * num_groups].view(len(scores), GROUP, num_groups)
-    groups = top_of(grouped.amax(dim=1), count)[1]  # [G, count]
-    members = torch.arange(GROUP)[:, None] * num_groups
-    columns = (groups[:, None, :] + members).flatten(1)  # [G, GROUP * count]
-    ungrouped = torch.arange(GROUP * num_groups, scores.shape[1]).expand(len(scores), -1)
-    columns = torch.cat([columns, ungrouped], dim=1)
-    values, indices = scores.gather(1, columns).topk(count, dim=1)
-    return values, columns.gather(1, indices)
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ class Projection(nn.Linear):
         """
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         if rows.requires_grad and torch.is_grad_enabled():
-            return F.normalize(self._mapped(rows, weight, bias), dim=-1)
+            return F.normalize(self.mapped(rows, weight, bias), dim=-1)
         if known is None:
             with torch.no_grad():
                 known = self._known(rows, weight, bias)
@@ -99,12 +99,18 @@ class Projection(nn.Linear):
         made = Unit(weight.new_empty(len(rows), len(weight)), weight.new_empty(len(rows), 1))
         parts = (torch.split(t, PROJECTED_ROWS) for t in (rows, *made))
         for block, vectors, lengths in zip(*parts, strict=True):
-            mapped = self._mapped(block, weight, bias)
+            mapped = self.mapped(block, weight, bias)
             lengths.copy_(mapped.norm(dim=-1, keepdim=True).clamp_min(SHORTEST))
             torch.div(mapped, lengths, out=vectors)
         return made
 
-    def _mapped(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def mapped(
+        self, rows: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """[S, D_in] -> [S, D_out], not yet of unit length; by its own parameters, or the same in
+        another format.
+        """
+        weight, bias = (weight, bias) if weight is not None else (self.weight, self.bias)
         return F.linear(rows.to(self.weight).to(weight), weight, bias)
 
 

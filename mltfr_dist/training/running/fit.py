@@ -253,15 +253,15 @@ def check_checkpoints(config: RunConfig, ranks: Ranks) -> None:
     """Refuse a run whose checkpoints another release wrote, before any work.
 
     Raises:
-        CheckpointError: A header is of another schema version, or the run is not finished and would
-            go on with other draws than it began with.
+        CheckpointError: A header is of another schema, or the run would go on with other draws.
     """
-    dropout = config.backbone.dropout or (config.mltfr.enabled and config.mltfr.expert.dropout)
-    goes_on = dropout and ranks.device.type == "cpu" and load_result(config.folder) is None
+    on_cpu = ranks.device.type == "cpu"
+    of_mltfr = config.mltfr.enabled and config.mltfr.expert.dropout
+    goes_on = (of_mltfr or (on_cpu and config.backbone.dropout)) and not load_result(config.folder)
     for file in (config.folder / CHECKPOINTS).glob(f"*/{checkpoint.HEADER}"):
         with suppress(DamagedError):  # skipped when its turn comes
             header = checkpoint.read_header(file.parent)
-            if goes_on and header.draws != checkpoint.DRAWS:
+            if goes_on and not checkpoint.drawn_as_now(header.draws, on_cpu=on_cpu):
                 raise CheckpointError(
                     f"{file.parent} was written by a release that draws dropout otherwise.",
                     rule="A run that goes on has the losses of one that was never interrupted.",

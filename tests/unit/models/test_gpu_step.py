@@ -61,9 +61,10 @@ def check(folder: Path, fields: list[str]) -> dict[str, set[str]]:
 
 
 def test_a_step_waits_once_for_the_device(tmp_path: Path) -> None:
-    """Once, and for MLTFR's search."""
+    """Once; where experts read tables one by one, or every token is searched, for that too."""
     others = check(tmp_path, list(FEW))
     assert not others["mltfr.enabled"]
+    assert not others["base"]
     assert all(places <= SEARCHES for places in others.values())
 
 

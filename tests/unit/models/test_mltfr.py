@@ -37,9 +37,10 @@ from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.query_blocks import prefix_mean
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
 from mltfr_dist.models.router import Router
-from mltfr_dist.models.search import best, largest, row_relevance, search, search_rows, top_of
+from mltfr_dist.models.search import best, largest, row_relevance, search, search_rows
 from mltfr_dist.models.selectors import Queries, Selection
 from mltfr_dist.models.selectors.user_guided import UserGuided
+from mltfr_dist.numerics import top_of
 from mltfr_dist.tables.store import table_hash
 
 NUM_ITEMS, MAX_LEN, DIM, TOP_K = 30, 10, 16, 4

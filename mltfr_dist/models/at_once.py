@@ -1,0 +1,206 @@
+"""MLTFR over all its tables in one pass, for a GPU: small kernels cost it their launches, and
+tables one by one launch M times as many.
+
+Shapes: M tables of S candidate rows each, G query blocks of n positions, K kept rows, E experts (a
+table's follow one another), H heads of size d, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mltfr_dist.models.selectors import Queries
+from mltfr_dist.models.selectors.user_guided import UserGuided
+from mltfr_dist.numerics import at_least_fp32, in_order
+
+if TYPE_CHECKING:
+    from mltfr_dist.models.experts import ExpertCore
+    from mltfr_dist.models.mltfr import MLTFR
+
+LARGEST = 1 << 28
+"""Scores [G, M, S] of a pass at most (1 GiB in fp32); more are formed table by table."""
+
+
+class Read(NamedTuple):
+    """What positions have read of all tables."""
+
+    mixed: Tensor
+    """[G, n, D] the sum over experts, weighed by the gate, and the consensus expert's part."""
+    gate: Tensor
+    """[G, n, gates]."""
+    log_weights: Tensor
+    """[G, M, K] of the kept rows."""
+
+
+class Kept(NamedTuple):
+    """What filters have chosen."""
+
+    rows: Tensor
+    """[E, S, D] candidate rows in the space of each expert."""
+    indices: Tensor
+    """[G, M, K] int64, of the candidates that each query keeps, best first."""
+    log_weights: Tensor
+    """[G, M, K]."""
+
+
+def all_alike(mltfr: MLTFR, query: Tensor) -> bool:
+    """Whether one pass can serve all tables, and is worth it: on a GPU, where each has a shortlist
+    of one size, nothing is drawn in the choice, and parameters are held whole.
+    """
+    if query.device.type == "cpu":
+        return False
+    return may_be_one(mltfr) and len(query) * mltfr.num_tables * _size(mltfr) <= LARGEST
+
+
+def may_be_one(mltfr: MLTFR) -> bool:
+    """:func:`all_alike`, on any device."""
+    if mltfr.components != type(mltfr.components)() or not _size(mltfr):
+        return False
+    cores = [mltfr.core(e) for e in range(mltfr.num_experts)]
+    cores += [] if mltfr.consensus is None else [mltfr.consensus]
+    if any(core.is_tapped for core in cores):
+        return False
+    # ZeRO 3 gathers the parameters of a module at its call, and these are read without one.
+    return not any(hasattr(p, "ds_id") for p in mltfr.parameters())
+
+
+def _size(mltfr: MLTFR) -> int:
+    """S, or 0 where tables are not searched alike."""
+    sizes = set()
+    for m in range(mltfr.num_tables):
+        selector = mltfr.selector(m)
+        shortlist = selector.shortlist if type(selector) is UserGuided else None
+        if shortlist is None or selector.reads_keys or mltfr.table(m).trained:
+            return 0
+        sizes.add(len(shortlist.row_ids))
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+def read_at_once(mltfr: MLTFR, positions: Tensor, queries: Queries) -> Read:
+    """What :meth:`MLTFR.forward` makes of the positions [G, n, D] before they are packed again."""
+    chosen = _chosen(mltfr, queries)
+    each = mltfr.per_table
+    kept, log_weights = (
+        t.repeat_interleave(each, dim=1) if each > 1 else t
+        for t in (chosen.indices, chosen.log_weights)
+    )  # [G, E, K]
+    num_experts, num_rows, _ = chosen.rows.shape
+    first = num_rows * torch.arange(num_experts, device=kept.device)
+    places = kept + first[:, None]  # among the rows of all experts
+    cores = [mltfr.core(e) for e in range(num_experts)]
+    values = _of_experts(cores, positions, chosen.rows, places, log_weights)  # [E, G n, D]
+    gate = mltfr.router(positions)
+    of_experts = gate[..., :num_experts].flatten(0, 1).T[..., None]  # [E, G n, 1]
+    mixed = (values * of_experts).sum(0).view_as(positions)
+    if mltfr.consensus is not None:
+        said = _of_consensus(
+            mltfr.consensus, positions, chosen.rows, places, log_weights, mltfr.consensus_members
+        )
+        mixed = mixed + mltfr.consensus_scale() * said
+    return Read(mixed, gate, chosen.log_weights)
+
+
+def _chosen(mltfr: MLTFR, queries: Queries) -> Kept:
+    """The K rows of each table nearest to each query, as :meth:`UserGuided.select` has them."""
+    unit_query = queries.unit
+    mapped, adapted, of_tau, num_kept = [], [], [], 0
+    for m in range(mltfr.num_tables):
+        selector = mltfr.selector(m)
+        assert isinstance(selector, UserGuided)
+        assert selector.shortlist is not None
+        rows = selector.shortlist.candidates(mltfr.table(m))
+        mapped.append(selector.projection.mapped(rows))
+        of_tau.append(selector.log_tau())
+        num_kept = selector.num_kept
+        experts = mltfr.experts_of([m])
+        adapted += [mltfr.adapters[e](rows) for e in experts]
+    unit_rows = F.normalize(torch.stack(mapped), dim=-1)  # [M, S, D]
+    scores = F.linear(unit_query, unit_rows.flatten(0, 1))
+    scores = scores.view(len(unit_query), *unit_rows.shape[:2])  # [G, M, S]
+    with torch.no_grad():
+        indices = in_order(scores, num_kept)[1]
+    tau = at_least_fp32(torch.cat(of_tau)).exp()[:, None]
+    of_kept = at_least_fp32(scores.gather(-1, indices)) / tau
+    log_weights = F.log_softmax(of_kept, dim=-1).to(unit_query.dtype)
+    return Kept(torch.stack(adapted), indices, log_weights)
+
+
+def _of_experts(
+    cores: Sequence[ExpertCore],
+    positions: Tensor,
+    rows: Tensor,
+    places: Tensor,
+    log_weights: Tensor,
+) -> Tensor:
+    """[E, G n, D] what each expert says of the positions [G, n, D]: see :class:`ExpertCore`.
+
+    Args:
+        cores: E of one shape.
+        positions: [G, n, D].
+        rows: [E, S, D] in their spaces.
+        places: [G, E, K] what each query keeps, among all E S rows.
+        log_weights: [G, E, K].
+    """
+    weight, bias = _stacked([m for core in cores for m in (core.key, core.value)])  # [2 E, H d, .]
+    both = weight.view(len(cores), -1, weight.shape[-1])  # [E, 2 H d, D]
+    pairs = torch.baddbmm(bias.view(len(cores), 1, -1), rows, both.mT)  # [E, S, 2 H d]
+    weight, bias = _stacked([core.query for core in cores])
+    query = F.linear(positions, weight.flatten(0, 1), bias.flatten())  # [G, n, E H d]
+    mixed = _attended(cores[0], query, F.embedding(places, pairs.flatten(0, 1)), log_weights)
+    weight, bias = _stacked([core.out for core in cores])
+    said = torch.baddbmm(bias[:, None], mixed, weight.mT)
+    # No call of the module, as in :meth:`ExpertCore.output`.
+    dropped: Tensor = cores[0].output_dropout.forward(said)
+    return dropped
+
+
+def _of_consensus(
+    core: ExpertCore,
+    positions: Tensor,
+    rows: Tensor,
+    places: Tensor,
+    log_weights: Tensor,
+    members: Sequence[int],
+) -> Tensor:
+    """[G, n, D] what the consensus expert says, which attends to what all ``members`` keep."""
+    if len(members) < len(rows):
+        which = list(members)
+        places, log_weights = places[:, which], log_weights[:, which]
+    weight, bias = (
+        torch.cat([core.key.weight, core.value.weight]),
+        torch.cat([core.key.bias, core.value.bias]),
+    )
+    pairs = F.linear(rows, weight, bias).flatten(0, 1)  # [E S, 2 H d]
+    kept = F.embedding(places.flatten(1), pairs)[:, None]  # [G, 1, E K, 2 H d]
+    mixed = _attended(core, core.query(positions), kept, log_weights.flatten(1)[:, None])
+    said: Tensor = core.output_dropout.forward(core.out(mixed[0]))
+    return said.view_as(positions)
+
+
+def _attended(core: ExpertCore, query: Tensor, pairs: Tensor, log_weights: Tensor) -> Tensor:
+    """[C, G n, H d] what the queries of C cores of one shape read.
+
+    Args:
+        core: One of them.
+        query: [G, n, C H d].
+        pairs: [G, C, K, 2 H d] keys and values of what is kept.
+        log_weights: [G, C, K].
+    """
+    heads, (groups, num_cores, count) = (core.num_heads, core.head_dim), log_weights.shape
+    query = query.view(groups, -1, num_cores, *heads).permute(0, 2, 3, 1, 4)  # [G, C, H, n, d]
+    both = pairs.view(groups, num_cores, count, 2, *heads).permute(3, 0, 1, 4, 2, 5)
+    keys, values = both  # [G, C, H, K, d]
+    logits = at_least_fp32(query @ keys.mT / core.head_dim**0.5)
+    weights = torch.softmax(logits + at_least_fp32(log_weights)[:, :, None, None], dim=-1)
+    mixed: Tensor = core.attention_dropout.forward(weights.to(query.dtype)) @ values
+    return mixed.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
+
+
+def _stacked(maps: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """Weights [., out, in] and biases [., out] of linear maps of one shape."""
+    return torch.stack([m.weight for m in maps]), torch.stack([m.bias for m in maps])
