@@ -25,8 +25,19 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
 
 
 def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[Tensor]:
-    """Scalars: the norm of each of several ``tensors`` on one GPU, by a few launches for all."""
-    return list(torch._foreach_norm(list(tensors), order))
+    """Scalars in fp32: the norm of each of several ``tensors`` on a GPU, 0 of an empty one; by a
+    few launches for all that are of one format.
+    """
+    made: dict[int, Tensor] = {}
+    for dtype in {t.dtype for t in tensors}:
+        some = {
+            i: t if t.numel() else t.new_zeros(1) for i, t in enumerate(tensors) if t.dtype == dtype
+        }
+        of_some = torch._foreach_norm(
+            list(some.values()), order, dtype=torch.promote_types(dtype, torch.float32)
+        )
+        made |= dict(zip(some, of_some, strict=True))
+    return [made[i].float() for i in range(len(tensors))]
 
 
 def top_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ from mltfr_dist.numerics import norms
 
 T = TypeVar("T")
 
+HELD_BYTES = 32 << 20
+"""Gradients that wait to be looked at together on a GPU, at most."""
 LOSS, NORM = "loss", "gradient norm"
 
 
@@ -76,6 +78,8 @@ class Health:
         self._skips_on_device = skips_on_device
         self.names = (LOSS, *(name for name, _ in trained), *row_tables)
         self._largest: dict[int, Tensor] = {}  # magnitudes: finite if all of them are
+        self._waiting: list[tuple[int, Tensor]] = []  # not yet looked at, and how many bytes
+        self._held, self._most_held = 0, 0 if ranks.device.type == "cpu" else HELD_BYTES
         self._nothing = torch.zeros((), device=ranks.device)
         self._kept = [p for _, p in trained] if keeps_gradients else []
         for index, (_, parameter) in enumerate(trained if not keeps_gradients else [], 1):
@@ -102,9 +106,18 @@ class Health:
         self._note(len(self.names) - 1, squared_norm)
 
     def _note(self, index: int, values: Tensor) -> None:
-        largest = _magnitude(values.detach()).float()
-        known = self._largest.get(index)
-        self._largest[index] = largest if known is None else torch.maximum(known, largest)
+        self._waiting.append((index, values.detach()))
+        self._held += values.nbytes
+        if self._held > self._most_held:
+            self._look()
+
+    def _look(self) -> None:
+        """Look at what waits; on a GPU together, for each launch costs as much as a look."""
+        waiting, self._waiting, self._held = self._waiting, [], 0
+        largest = _magnitudes([values for _, values in waiting])
+        for (index, _), magnitude in zip(waiting, largest, strict=True):
+            known = self._largest.get(index)
+            self._largest[index] = magnitude if known is None else torch.maximum(known, magnitude)
 
     def agree(self, sums: Tensor) -> Tensor:
         """Agree with all ranks, before an update, on what was seen since the last call. All ranks
@@ -130,6 +143,7 @@ class Health:
 
     def _seen(self) -> Tensor:
         """[names] float64: 1 where a number was not finite since the last call, otherwise 0."""
+        self._look()
         largest = [self._largest.get(i, self._nothing) for i in range(len(self.names))]
         self._largest = {}
         grads = [self._nothing if p.grad is None else p.grad for p in self._kept]
@@ -160,12 +174,11 @@ class Health:
 
 
 def _magnitude(values: Tensor) -> Tensor:
-    """Scalar: the largest magnitude, or what is not finite where one is. On a CPU the two extremes
-    are found 15 times as fast as the maximum norm; elsewhere one call is better than three.
+    """Scalar: the largest magnitude, or what is not finite where one is. The two extremes are found
+    15 times as fast as the maximum norm.
     """
-    if values.device.type != "cpu" or not values.numel():
-        norm: Tensor = torch.linalg.vector_norm(values, ord=torch.inf)
-        return norm
+    if not values.numel():
+        return values.new_zeros(())
     low, high = torch.aminmax(values)
     return torch.maximum(high, -low)
 
@@ -174,7 +187,7 @@ def _magnitudes(tensors: Sequence[Tensor]) -> list[Tensor]:
     """:func:`_magnitude` of each, as fp32; on a GPU by a few launches for all of them together."""
     if not tensors or tensors[0].device.type == "cpu":
         return [_magnitude(tensor).float() for tensor in tensors]
-    return [norm.float() for norm in norms(tensors, torch.inf)]
+    return norms(tensors, torch.inf)
 
 
 def watch_neighbours(ranks: Ranks) -> None:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mltfr_dist.models.experts import ExpertCore, TableAdapter
 from mltfr_dist.models.selectors import Queries
 from mltfr_dist.models.selectors.user_guided import UserGuided
 from mltfr_dist.numerics import at_least_fp32, in_order
 
 if TYPE_CHECKING:
-    from mltfr_dist.models.experts import ExpertCore
     from mltfr_dist.models.mltfr import MLTFR
 
 LARGEST = 1 << 28
@@ -58,12 +58,15 @@ def all_alike(mltfr: MLTFR, query: Tensor) -> bool:
 
 
 def may_be_one(mltfr: MLTFR) -> bool:
-    """:func:`all_alike`, on any device."""
+    """:func:`all_alike`, on any device. A model that is folded, or lacks an expert, has parts of
+    other classes.
+    """
     if mltfr.components != type(mltfr.components)() or not _size(mltfr):
         return False
-    cores = [mltfr.core(e) for e in range(mltfr.num_experts)]
-    cores += [] if mltfr.consensus is None else [mltfr.consensus]
-    if any(core.is_tapped for core in cores):
+    cores = [*mltfr.cores, *([] if mltfr.consensus is None else [mltfr.consensus])]
+    if any(type(core) is not ExpertCore or core.is_tapped for core in cores):
+        return False
+    if any(type(adapter) is not TableAdapter for adapter in mltfr.adapters):
         return False
     # ZeRO 3 gathers the parameters of a module at its call, and these are read without one.
     return not any(hasattr(p, "ds_id") for p in mltfr.parameters())

@@ -21,9 +21,11 @@ from mltfr_dist.config import (
 )
 from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.models import at_once, mltfr
+from mltfr_dist.models.folded import folded
 from mltfr_dist.models.kernels import build
 from mltfr_dist.models.recommender import Recommender, TrainingOutput
 from mltfr_dist.numerics import in_order
+from mltfr_dist.serving.ablation import without_table
 
 WIDTHS = (12, 5, 20)
 EXPERT = ExpertConfig(num_heads=2, head_dim=4, dropout=0.0)
@@ -121,6 +123,14 @@ def test_a_tapped_expert_is_read_by_itself() -> None:
     assert at_once.may_be_one(module)
     with module.core(1).tapped():
         assert not at_once.may_be_one(module)
+
+
+def test_a_folded_model_and_one_without_an_expert_are_read_by_their_own_parts() -> None:
+    """On a GPU, too: a model that recommends is folded."""
+    model = made(consensus=True).eval()
+    for lean in (folded(model), without_table(model, 1)):
+        assert lean.mltfr is not None
+        assert not at_once.may_be_one(lean.mltfr)
 
 
 def test_a_cpu_reads_tables_one_by_one() -> None:
