@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mltfr_dist.models.mltfr import RoutingSums
 from mltfr_dist.models.recommender import TrainingOutput
+from mltfr_dist.models.routing import RoutingSums
 
 
 class StepSums:

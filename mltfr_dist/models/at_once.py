@@ -8,22 +8,51 @@ table's follow one another), H heads of size d, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mltfr_dist.models.experts import ExpertCore, TableAdapter
+from mltfr_dist.models.placed_table import PlacedTable
+from mltfr_dist.models.router import Router
 from mltfr_dist.models.selectors import Queries
 from mltfr_dist.models.selectors.user_guided import UserGuided
 from mltfr_dist.numerics import at_least_fp32, in_order
 
-if TYPE_CHECKING:
-    from mltfr_dist.models.mltfr import MLTFR
-
 LARGEST = 1 << 28
 """Scores [G, M, S] of a pass at most (1 GiB in fp32); more are formed table by table."""
+
+
+class Parts(NamedTuple):
+    """MLTFR's."""
+
+    tables: Sequence[PlacedTable]
+    """M."""
+    selectors: Sequence[nn.Module]
+    """M."""
+    adapters: Sequence[nn.Module]
+    """E."""
+    cores: Sequence[nn.Module]
+    """E."""
+    router: Router
+    consensus: nn.Module | None
+    members: Sequence[int]
+    """Experts whose rows the consensus expert reads."""
+    weight: Tensor | float
+    """lambda, of the consensus expert."""
+
+    @property
+    def num_rows(self) -> int:
+        """S, or 0 where tables are not searched alike."""
+        sizes = set()
+        for selector, table in zip(self.selectors, self.tables, strict=True):
+            shortlist = selector.shortlist if type(selector) is UserGuided else None
+            if shortlist is None or selector.reads_keys or table.trained:
+                return 0
+            sizes.add(len(shortlist.row_ids))
+        return sizes.pop() if len(sizes) == 1 else 0
 
 
 class Read(NamedTuple):
@@ -48,46 +77,32 @@ class Kept(NamedTuple):
     """[G, M, K]."""
 
 
-def all_alike(mltfr: MLTFR, query: Tensor) -> bool:
+def all_alike(parts: Parts, query: Tensor) -> bool:
     """Whether one pass can serve all tables, and is worth it: on a GPU, where each has a shortlist
     of one size, nothing is drawn in the choice, and parameters are held whole.
     """
     if query.device.type == "cpu":
         return False
-    return may_be_one(mltfr) and len(query) * mltfr.num_tables * _size(mltfr) <= LARGEST
+    return may_be_one(parts) and len(query) * len(parts.tables) * parts.num_rows <= LARGEST
 
 
-def may_be_one(mltfr: MLTFR) -> bool:
+def may_be_one(parts: Parts) -> bool:
     """:func:`all_alike`, on any device. A model that is folded, or lacks an expert, has parts of
     other classes.
     """
-    if mltfr.components != type(mltfr.components)() or not _size(mltfr):
-        return False
-    cores = [*mltfr.cores, *([] if mltfr.consensus is None else [mltfr.consensus])]
+    cores = [*parts.cores, *([] if parts.consensus is None else [parts.consensus])]
     if any(type(core) is not ExpertCore or core.is_tapped for core in cores):
         return False
-    if any(type(adapter) is not TableAdapter for adapter in mltfr.adapters):
+    if any(type(adapter) is not TableAdapter for adapter in parts.adapters) or not parts.num_rows:
         return False
-    # ZeRO 3 gathers the parameters of a module at its call, and these are read without one.
-    return not any(hasattr(p, "ds_id") for p in mltfr.parameters())
+    # What is held in pieces is gathered at the call of its module, and is read without one here.
+    return not any(hasattr(p, "ds_id") for core in cores for p in core.parameters())
 
 
-def _size(mltfr: MLTFR) -> int:
-    """S, or 0 where tables are not searched alike."""
-    sizes = set()
-    for m in range(mltfr.num_tables):
-        selector = mltfr.selector(m)
-        shortlist = selector.shortlist if type(selector) is UserGuided else None
-        if shortlist is None or selector.reads_keys or mltfr.table(m).trained:
-            return 0
-        sizes.add(len(shortlist.row_ids))
-    return sizes.pop() if len(sizes) == 1 else 0
-
-
-def read_at_once(mltfr: MLTFR, positions: Tensor, queries: Queries) -> Read:
-    """What :meth:`MLTFR.forward` makes of the positions [G, n, D] before they are packed again."""
-    chosen = _chosen(mltfr, queries)
-    each = mltfr.per_table
+def read_at_once(parts: Parts, positions: Tensor, queries: Queries) -> Read:
+    """What blocks of positions [G, n, D] with a query each read of all tables."""
+    chosen = _chosen(parts, queries)
+    each = len(parts.cores) // len(parts.tables)
     kept, log_weights = (
         t.repeat_interleave(each, dim=1) if each > 1 else t
         for t in (chosen.indices, chosen.log_weights)
@@ -95,42 +110,41 @@ def read_at_once(mltfr: MLTFR, positions: Tensor, queries: Queries) -> Read:
     num_experts, num_rows, _ = chosen.rows.shape
     first = num_rows * torch.arange(num_experts, device=kept.device)
     places = kept + first[:, None]  # among the rows of all experts
-    cores = [mltfr.core(e) for e in range(num_experts)]
+    cores = [cast(ExpertCore, core) for core in parts.cores]
     values = _of_experts(cores, positions, chosen.rows, places, log_weights)  # [E, G n, D]
-    gate = mltfr.router(positions)
+    gate = parts.router(positions)
     of_experts = gate[..., :num_experts].flatten(0, 1).T[..., None]  # [E, G n, 1]
     mixed = (values * of_experts).sum(0).view_as(positions)
-    if mltfr.consensus is not None:
-        said = _of_consensus(
-            mltfr.consensus, positions, chosen.rows, places, log_weights, mltfr.consensus_members
-        )
-        mixed = mixed + mltfr.consensus_scale() * said
+    if parts.consensus is not None:
+        members = list(parts.members)
+        if len(members) < num_experts:
+            places, log_weights = places[:, members], log_weights[:, members]
+        core = cast(ExpertCore, parts.consensus)
+        said = _of_consensus(core, positions, chosen.rows, places, log_weights)
+        mixed = mixed + parts.weight * said
     return Read(mixed, gate, chosen.log_weights)
 
 
-def _chosen(mltfr: MLTFR, queries: Queries) -> Kept:
+def _chosen(parts: Parts, queries: Queries) -> Kept:
     """The K rows of each table nearest to each query, as :meth:`UserGuided.select` has them."""
-    unit_query = queries.unit
-    mapped, adapted, of_tau, num_kept = [], [], [], 0
-    for m in range(mltfr.num_tables):
-        selector = mltfr.selector(m)
-        assert isinstance(selector, UserGuided)
+    mapped, of_tau, of_tables = [], [], []
+    selectors = [cast(UserGuided, selector) for selector in parts.selectors]
+    for selector, table in zip(selectors, parts.tables, strict=True):
         assert selector.shortlist is not None
-        rows = selector.shortlist.candidates(mltfr.table(m))
+        rows = selector.shortlist.candidates(table)
         mapped.append(selector.projection.mapped(rows))
         of_tau.append(selector.log_tau())
-        num_kept = selector.num_kept
-        experts = mltfr.experts_of([m])
-        adapted += [mltfr.adapters[e](rows) for e in experts]
+        of_tables += [rows] * (len(parts.cores) // len(parts.tables))
     unit_rows = F.normalize(torch.stack(mapped), dim=-1)  # [M, S, D]
-    scores = F.linear(unit_query, unit_rows.flatten(0, 1))
-    scores = scores.view(len(unit_query), *unit_rows.shape[:2])  # [G, M, S]
+    scores = F.linear(queries.unit, unit_rows.flatten(0, 1))
+    scores = scores.view(len(scores), *unit_rows.shape[:2])  # [G, M, S]
     with torch.no_grad():
-        indices = in_order(scores, num_kept)[1]
+        indices = in_order(scores, selectors[0].num_kept)[1]
     tau = at_least_fp32(torch.cat(of_tau)).exp()[:, None]
     of_kept = at_least_fp32(scores.gather(-1, indices)) / tau
-    log_weights = F.log_softmax(of_kept, dim=-1).to(unit_query.dtype)
-    return Kept(torch.stack(adapted), indices, log_weights)
+    log_weights = F.log_softmax(of_kept, dim=-1).to(scores.dtype)
+    pairs = zip(parts.adapters, of_tables, strict=True)
+    return Kept(torch.stack([adapter(rows) for adapter, rows in pairs]), indices, log_weights)
 
 
 def _of_experts(
@@ -163,23 +177,15 @@ def _of_experts(
 
 
 def _of_consensus(
-    core: ExpertCore,
-    positions: Tensor,
-    rows: Tensor,
-    places: Tensor,
-    log_weights: Tensor,
-    members: Sequence[int],
+    core: ExpertCore, positions: Tensor, rows: Tensor, places: Tensor, log_weights: Tensor
 ) -> Tensor:
-    """[G, n, D] what the consensus expert says, which attends to what all ``members`` keep."""
-    if len(members) < len(rows):
-        which = list(members)
-        places, log_weights = places[:, which], log_weights[:, which]
-    weight, bias = (
-        torch.cat([core.key.weight, core.value.weight]),
-        torch.cat([core.key.bias, core.value.bias]),
-    )
+    """[G, n, D] what an expert says that attends to all kept rows [G, C, K] of C experts at once;
+    see :func:`_of_experts`.
+    """
+    weight = torch.cat([core.key.weight, core.value.weight])
+    bias = torch.cat([core.key.bias, core.value.bias])
     pairs = F.linear(rows, weight, bias).flatten(0, 1)  # [E S, 2 H d]
-    kept = F.embedding(places.flatten(1), pairs)[:, None]  # [G, 1, E K, 2 H d]
+    kept = F.embedding(places.flatten(1), pairs)[:, None]  # [G, 1, C K, 2 H d]
     mixed = _attended(core, core.query(positions), kept, log_weights.flatten(1)[:, None])
     said: Tensor = core.output_dropout.forward(core.out(mixed[0]))
     return said.view_as(positions)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.config import ExpertConfig, MLTFRConfig
-from mltfr_dist.models.at_once import all_alike, read_at_once
+from mltfr_dist.models.at_once import Parts, all_alike, read_at_once
 from mltfr_dist.models.consensus import State, freeze
 from mltfr_dist.models.experts import ExpertCore, ExpertRows, Experts, shared_experts
 from mltfr_dist.models.kernels import mix
@@ -22,6 +22,7 @@ from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
 from mltfr_dist.models.router import Router, router_class
+from mltfr_dist.models.routing import Routing
 from mltfr_dist.models.selectors import Queries, Reduce, Selection, Selector, selector_class
 
 
@@ -39,32 +40,6 @@ class Components(NamedTuple):
     of_consensus: Callable[[list[ExpertRows]], list[ExpertRows]] = lambda attended: attended
     """What the consensus expert attends to, of its members' rows."""
     consensus: type[ExpertCore] = ExpertCore
-
-
-class Routing(NamedTuple):
-    """What one forward pass says of its gate and its filters."""
-
-    gate: Tensor
-    """[N, E] gate weights, with gradient."""
-    kept_weights: list[Tensor]
-    """Per table: [G, K] or [1, S] weights of the kept rows, without gradient."""
-    num_queries: int
-    """G."""
-
-
-class RoutingSums(NamedTuple):
-    """Sums over the real positions and query blocks of a batch; those of its pieces add."""
-
-    gate: Tensor
-    """[E] gate weights."""
-    top: Tensor
-    """[E] positions at which the gate is the largest."""
-    entropy: Tensor
-    """[1] entropy of the gate, nats."""
-    kept_entropy: Tensor
-    """[M] entropy of the kept tokens' weights of each table, nats, over the query blocks."""
-    num_queries: Tensor
-    """[1] query blocks."""
 
 
 class MLTFR(nn.Module):
@@ -199,10 +174,11 @@ class MLTFR(nn.Module):
         """
         blocks = self.blocks(x, packing)
         queries = self.queries(blocks)
-        if all_alike(self, queries.vectors):
-            read = read_at_once(self, blocks.positions, queries)
+        parts = self._parts
+        if parts is not None and all_alike(parts, queries.vectors):
+            read = read_at_once(parts, blocks.positions, queries)
             weights = list(read.log_weights.detach().exp().unbind(1))
-            routing = Routing(blocks.at_real(read.gate), weights, len(queries.vectors))
+            routing = Routing(blocks.at_real(read.gate), weights, len(weights[0]))
             return blocks.at_real(read.mixed), routing
         selections = self.selections(queries)
         attended = self.attended(selections)
@@ -216,7 +192,7 @@ class MLTFR(nn.Module):
         mixed = mix(of_experts, masks, gate[..., : self.num_experts], places)
         if self.consensus is not None:
             members = self.components.of_consensus([attended[e] for e in self.consensus_members])
-            mixed = mixed + self.consensus_scale() * self.consensus(positions, members, packed)
+            mixed = mixed + self._lambda() * self.consensus(positions, members, packed)
         if packed is None:
             mixed, gate = blocks.at_real(mixed), blocks.at_real(gate)
         kept = [selection.weights().detach() for selection in selections]
@@ -232,8 +208,25 @@ class MLTFR(nn.Module):
         experts += [] if self.consensus is None else [self.consensus]
         return all(expert.reads_in_place(x, attended, num_blocks) for expert in experts)
 
-    def consensus_scale(self) -> Tensor | float:
-        """What the consensus expert counts: lambda."""
+    @property
+    def _parts(self) -> Parts | None:
+        """None where it is put together in another way."""
+        if self.components != Components():
+            return None
+        tables = [self.table(m) for m in range(self.num_tables)]
+        assert isinstance(self.router, Router)
+        return Parts(
+            tables,
+            [*self.selectors],
+            [*self.adapters],
+            [*self.cores],
+            self.router,
+            self.consensus,
+            self.consensus_members,
+            0.0 if self.consensus is None else self._lambda(),
+        )
+
+    def _lambda(self) -> Tensor | float:
         consensus = self.config.consensus
         return self.consensus_weight if consensus.learn_weight else consensus.weight
 
@@ -273,22 +266,3 @@ class MLTFR(nn.Module):
             self.router.update_load(gate_weights)
         for m in range(self.num_tables):
             self.selector(m).after_update()
-
-
-@torch.no_grad()
-def routing_sums(routing: Routing) -> RoutingSums:
-    """Sums of a batch."""
-    gate, num_queries = routing.gate.detach().float(), routing.num_queries
-    gates = torch.arange(gate.shape[-1], device=gate.device)
-    of_kept = []
-    for weights in routing.kept_weights:
-        entropies = torch.special.entr(weights.float()).sum()  # log K a query, where K weigh alike
-        shared = len(weights) != num_queries  # all queries keep the same rows
-        of_kept.append(entropies * num_queries if shared else entropies)
-    return RoutingSums(
-        gate.sum(0),
-        (gate.argmax(-1, keepdim=True) == gates).sum(0).to(gate.dtype),
-        torch.special.entr(gate).sum().view(1),
-        torch.stack(of_kept),
-        gate.new_full((1,), float(num_queries)),
-    )

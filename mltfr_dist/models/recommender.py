@@ -20,8 +20,9 @@ from mltfr_dist.models.divided_rows import Division, divided_rows, own_vectors
 from mltfr_dist.models.explain import Explanation, explain
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.losses import Scored
-from mltfr_dist.models.mltfr import MLTFR, Routing, RoutingSums, routing_sums
+from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.packing import Lengths, Packing, indices_where
+from mltfr_dist.models.routing import Routing, RoutingSums, routing_sums
 from mltfr_dist.models.selectors import Reduce
 from mltfr_dist.numerics import at_least_fp32
 from mltfr_dist.registry import load

@@ -40,7 +40,7 @@ from mltfr_dist.distributed.signals import forget_request, request_stop
 from mltfr_dist.errors import ConfigError, StoppedError
 from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.kernels import attend, nearest, usable
-from mltfr_dist.models.mltfr import Routing, routing_sums
+from mltfr_dist.models.routing import Routing, routing_sums
 from mltfr_dist.training.evaluating.rankers import ByModel, MeanLoss, excluded
 from mltfr_dist.training.reporting import services
 from mltfr_dist.training.reporting.hparams import SESSION, write_session

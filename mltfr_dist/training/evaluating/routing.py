@@ -8,8 +8,8 @@ import torch
 
 from mltfr_dist.data.batch import RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
-from mltfr_dist.models.mltfr import routing_sums
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.routing import routing_sums
 
 WEIGHT, TOP_SHARE = "weight/", "top_share/"
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.state import whole_parameter
-from mltfr_dist.models.mltfr import MLTFR, RoutingSums
+from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.recommender import TrainingOutput
+from mltfr_dist.models.routing import RoutingSums
 
 
 @dataclass

@@ -59,6 +59,12 @@ def made(*, consensus: bool = False, **changes: Any) -> Recommender:
     return model.train()
 
 
+def parts_of(model: Recommender) -> at_once.Parts:
+    assert model.mltfr is not None
+    assert model.mltfr._parts is not None
+    return model.mltfr._parts
+
+
 def step(model: Recommender) -> dict[str, Tensor]:
     """All numbers of one forward and backward pass."""
     model.zero_grad()
@@ -90,8 +96,8 @@ def test_one_pass_gives_what_tables_one_by_one_give(
     one_by_one = step(model)
     passes: list[bool] = []
 
-    def alike(module: mltfr.MLTFR, _: Tensor) -> bool:
-        passes.append(at_once.may_be_one(module))
+    def alike(parts: at_once.Parts, _: Tensor) -> bool:
+        passes.append(at_once.may_be_one(parts))
         return passes[-1]
 
     monkeypatch.setattr(mltfr, "all_alike", alike)
@@ -112,31 +118,26 @@ def test_one_pass_gives_what_tables_one_by_one_give(
     ids=["every token", "noise", "prototypes"],
 )
 def test_tables_that_are_read_otherwise_stay_one_by_one(changes: dict[str, Any]) -> None:
-    module = made(**changes).mltfr
-    assert module is not None
-    assert not at_once.may_be_one(module)
+    assert not at_once.may_be_one(parts_of(made(**changes)))
 
 
 def test_a_tapped_expert_is_read_by_itself() -> None:
-    module = made().mltfr
-    assert module is not None
-    assert at_once.may_be_one(module)
-    with module.core(1).tapped():
-        assert not at_once.may_be_one(module)
+    model = made()
+    assert model.mltfr is not None
+    assert at_once.may_be_one(parts_of(model))
+    with model.mltfr.core(1).tapped():
+        assert not at_once.may_be_one(parts_of(model))
 
 
 def test_a_folded_model_and_one_without_an_expert_are_read_by_their_own_parts() -> None:
     """On a GPU, too: a model that recommends is folded."""
     model = made(consensus=True).eval()
     for lean in (folded(model), without_table(model, 1)):
-        assert lean.mltfr is not None
-        assert not at_once.may_be_one(lean.mltfr)
+        assert not at_once.may_be_one(parts_of(lean))
 
 
 def test_a_cpu_reads_tables_one_by_one() -> None:
-    module = made().mltfr
-    assert module is not None
-    assert not at_once.all_alike(module, torch.zeros(2, 16))
+    assert not at_once.all_alike(parts_of(made()), torch.zeros(2, 16))
 
 
 @settings(max_examples=60, deadline=None)

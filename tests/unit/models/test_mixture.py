@@ -18,9 +18,10 @@ from mltfr_dist.config import (
     RouterConfig,
 )
 from mltfr_dist.models.experts import ExpertCore, ExpertRows
-from mltfr_dist.models.mltfr import MLTFR, routing_sums
+from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.router import Router, router_class
+from mltfr_dist.models.routing import routing_sums
 from mltfr_dist.models.selectors import Queries
 from mltfr_dist.published.experts import mean_rows, pooled
 from mltfr_dist.published.selecting import WeightedSelection

@@ -31,9 +31,10 @@ from mltfr_dist.models.consensus import merge
 from mltfr_dist.models.draws import GumbelNoise, gumbel, history_keys
 from mltfr_dist.models.experts import ExpertCore
 from mltfr_dist.models.losses import binary_cross_entropy
-from mltfr_dist.models.mltfr import MLTFR, Routing
+from mltfr_dist.models.mltfr import MLTFR
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.routing import Routing
 from mltfr_dist.models.selectors import Queries
 from mltfr_dist.models.selectors.user_guided import UserGuided
 from mltfr_dist.published.consensus import batch_mean_squares, merge_unnormalised
