@@ -21,8 +21,8 @@ from mltfr_dist.models.selectors import Queries
 from mltfr_dist.models.selectors.user_guided import UserGuided
 from mltfr_dist.numerics import at_least_fp32, in_order
 
-LARGEST = 1 << 28
-"""Scores [G, M, S] of a pass at most (1 GiB in fp32); more are formed table by table."""
+SCORES = 1 << 26
+"""Scores held at a time (256 MiB in fp32, and twice as much for their keys)."""
 
 
 class Parts(NamedTuple):
@@ -77,13 +77,13 @@ class Kept(NamedTuple):
     """[G, M, K]."""
 
 
-def all_alike(parts: Parts, query: Tensor) -> bool:
+def all_alike(parts: Parts, device: torch.device) -> bool:
     """Whether one pass can serve all tables, and is worth it: on a GPU, where each has a shortlist
     of one size, nothing is drawn in the choice, and parameters are held whole.
+
+    The batch has no say in it: gradients must be formed in one order in every process.
     """
-    if query.device.type == "cpu":
-        return False
-    return may_be_one(parts) and len(query) * len(parts.tables) * parts.num_rows <= LARGEST
+    return device.type != "cpu" and may_be_one(parts)
 
 
 def may_be_one(parts: Parts) -> bool:
@@ -136,15 +136,26 @@ def _chosen(parts: Parts, queries: Queries) -> Kept:
         of_tau.append(selector.log_tau())
         of_tables += [rows] * (len(parts.cores) // len(parts.tables))
     unit_rows = F.normalize(torch.stack(mapped), dim=-1)  # [M, S, D]
-    scores = F.linear(queries.unit, unit_rows.flatten(0, 1))
-    scores = scores.view(len(scores), *unit_rows.shape[:2])  # [G, M, S]
-    with torch.no_grad():
-        indices = in_order(scores, selectors[0].num_kept)[1]
+    scores, indices = _nearest(queries.unit, unit_rows, selectors[0].num_kept)
     tau = at_least_fp32(torch.cat(of_tau)).exp()[:, None]
-    of_kept = at_least_fp32(scores.gather(-1, indices)) / tau
-    log_weights = F.log_softmax(of_kept, dim=-1).to(scores.dtype)
+    log_weights = F.log_softmax(at_least_fp32(scores) / tau, dim=-1).to(scores.dtype)
     pairs = zip(parts.adapters, of_tables, strict=True)
     return Kept(torch.stack([adapter(rows) for adapter, rows in pairs]), indices, log_weights)
+
+
+def _nearest(unit_query: Tensor, unit_rows: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
+    """[G, M, K] largest products of each query [G, D] with the rows [M, S, D] of each table, best
+    first, and which rows these are.
+    """
+    num_tables, num_rows, _ = unit_rows.shape
+    found = []
+    for some in torch.split(unit_query, max(1, SCORES // (num_tables * num_rows))):
+        scores = F.linear(some, unit_rows.flatten(0, 1)).view(len(some), num_tables, num_rows)
+        with torch.no_grad():
+            indices = in_order(scores, num_kept)[1]
+        found.append((scores.gather(-1, indices), indices))
+    of_kept, of_rows = zip(*found, strict=True)
+    return torch.cat(of_kept), torch.cat(of_rows)
 
 
 def _of_experts(
@@ -201,9 +212,9 @@ def _attended(core: ExpertCore, query: Tensor, pairs: Tensor, log_weights: Tenso
         log_weights: [G, C, K].
     """
     heads, (groups, num_cores, count) = (core.num_heads, core.head_dim), log_weights.shape
-    query = query.view(groups, -1, num_cores, *heads).permute(0, 2, 3, 1, 4)  # [G, C, H, n, d]
+    query = query.view(*query.shape[:2], num_cores, *heads).permute(0, 2, 3, 1, 4)
     both = pairs.view(groups, num_cores, count, 2, *heads).permute(3, 0, 1, 4, 2, 5)
-    keys, values = both  # [G, C, H, K, d]
+    keys, values = both  # [G, C, H, K, d], of queries [G, C, H, n, d]
     logits = at_least_fp32(query @ keys.mT / core.head_dim**0.5)
     weights = torch.softmax(logits + at_least_fp32(log_weights)[:, :, None, None], dim=-1)
     mixed: Tensor = core.attention_dropout.forward(weights.to(query.dtype)) @ values

@@ -175,7 +175,7 @@ class MLTFR(nn.Module):
         blocks = self.blocks(x, packing)
         queries = self.queries(blocks)
         parts = self._parts
-        if parts is not None and all_alike(parts, queries.vectors):
+        if parts is not None and all_alike(parts, x.device):
             read = read_at_once(parts, blocks.positions, queries)
             weights = list(read.log_weights.detach().exp().unbind(1))
             routing = Routing(blocks.at_real(read.gate), weights, len(weights[0]))

@@ -65,10 +65,10 @@ def parts_of(model: Recommender) -> at_once.Parts:
     return model.mltfr._parts
 
 
-def step(model: Recommender) -> dict[str, Tensor]:
+def step(model: Recommender, batch: SequenceBatch = BATCH) -> dict[str, Tensor]:
     """All numbers of one forward and backward pass."""
     model.zero_grad()
-    output = model(BATCH)
+    output = model(batch)
     assert isinstance(output, TrainingOutput)
     terms = {name: term.sum for name, term in output.terms.items()}
     torch.stack([term.sum() for term in terms.values()]).sum().backward()
@@ -77,6 +77,7 @@ def step(model: Recommender) -> dict[str, Tensor]:
     return result | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("scores", [1, 300, at_once.SCORES])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -89,14 +90,16 @@ def step(model: Recommender) -> dict[str, Tensor]:
     ids=["usual", "consensus", "two experts a table", "null expert", "learned temperature"],
 )
 def test_one_pass_gives_what_tables_one_by_one_give(
-    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """However many queries are scored at a time."""
+    monkeypatch.setattr(at_once, "SCORES", scores)
     monkeypatch.setattr(build, "library", lambda: None)  # kernels are for the CPU alone
     model = made(**changes)
     one_by_one = step(model)
     passes: list[bool] = []
 
-    def alike(parts: at_once.Parts, _: Tensor) -> bool:
+    def alike(parts: at_once.Parts, _: torch.device) -> bool:
         passes.append(at_once.may_be_one(parts))
         return passes[-1]
 
@@ -106,6 +109,38 @@ def test_one_pass_gives_what_tables_one_by_one_give(
     assert together.keys() == one_by_one.keys()
     for name, value in one_by_one.items():
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_batch_of_nobody_is_read_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank may have none; its gradients are zero, and of every parameter that others have."""
+    monkeypatch.setattr(build, "library", lambda: None)
+    monkeypatch.setattr(mltfr, "all_alike", lambda parts, _: at_once.may_be_one(parts))
+    model = made(consensus=True)
+    everyone = step(model)
+    empty = torch.zeros(2, 6, dtype=torch.int64)
+    nobody = step(model, SequenceBatch(empty, empty, torch.arange(2)).counted())
+    assert nobody.keys() == everyone.keys()
+    assert all(not nobody[name].any() for name, _ in model.named_parameters() if name in nobody)
+
+
+def test_gradients_come_in_one_order_whatever_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes add them up in buckets, by the order in which they come."""
+    monkeypatch.setattr(build, "library", lambda: None)
+    monkeypatch.setattr(mltfr, "all_alike", lambda parts, _: at_once.may_be_one(parts))
+    model, come = made(consensus=True), list[str]()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda _, name=name: come.append(name))
+    orders = set()
+    shorter = torch.tensor([[1, 0, 0, 0, 0, 0]])
+    for item_ids in (ITEM_IDS, shorter, torch.zeros_like(shorter)):
+        for scores in (1, 300, 1 << 26):
+            monkeypatch.setattr(at_once, "SCORES", scores)
+            come.clear()
+            step(model, SequenceBatch(item_ids, item_ids, torch.arange(len(item_ids))).counted())
+            orders.add(tuple(come))
+    assert len(orders) == 1
+    assert len(come) > 30
 
 
 @pytest.mark.parametrize(
@@ -137,7 +172,7 @@ def test_a_folded_model_and_one_without_an_expert_are_read_by_their_own_parts() 
 
 
 def test_a_cpu_reads_tables_one_by_one() -> None:
-    assert not at_once.all_alike(parts_of(made()), torch.zeros(2, 16))
+    assert not at_once.all_alike(parts_of(made()), torch.device("cpu"))
 
 
 @settings(max_examples=60, deadline=None)
