@@ -1,5 +1,5 @@
-"""MLTFR over all its tables in one pass, for a GPU: small kernels cost it their launches, and
-tables one by one launch M times as many.
+"""MLTFR over all its tables in one pass, for training on a GPU: small kernels cost it their
+launches, and tables one by one launch M times as many.
 
 Shapes: M tables of S candidate rows each, G query blocks of n positions, K kept rows, E experts (a
 table's follow one another), H heads of size d, D hidden size.

@@ -174,7 +174,7 @@ class MLTFR(nn.Module):
         """
         blocks = self.blocks(x, packing)
         queries = self.queries(blocks)
-        parts = self._parts
+        parts = self._parts if self.training else None  # what is folded stays equal to the bit
         if parts is not None and all_alike(parts, x.device):
             read = read_at_once(parts, blocks.positions, queries)
             weights = list(read.log_weights.detach().exp().unbind(1))

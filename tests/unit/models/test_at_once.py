@@ -171,6 +171,17 @@ def test_a_folded_model_and_one_without_an_expert_are_read_by_their_own_parts() 
         assert not at_once.may_be_one(parts_of(lean))
 
 
+def test_evaluation_reads_tables_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is computed once for an export is equal to the bit, on a GPU too."""
+    passes: list[bool] = []
+    monkeypatch.setattr(mltfr, "all_alike", lambda *_: passes.append(True))
+    model = made().eval()
+    model.last_hidden(ITEM_IDS)
+    assert not passes
+    step(model.train())
+    assert passes
+
+
 def test_a_cpu_reads_tables_one_by_one() -> None:
     assert not at_once.all_alike(parts_of(made()), torch.device("cpu"))
 
