@@ -21,10 +21,9 @@ from typing import Literal
 import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from mltfr_dist.errors import CheckpointError, DamagedError
-from mltfr_dist.files import file_sha256
+from mltfr_dist.files import ALIGNMENT, file_sha256
 from mltfr_dist.headers import parse_header
 from mltfr_dist.models.divided_rows import Division
 from mltfr_dist.models.folded import folded
@@ -85,8 +84,8 @@ class Exported(Ranker):
 def load_exported(folder: str | Path, divide: Callable[[int], Division] | None = None) -> Exported:
     """Read what `mltfr export` wrote; the model is in evaluation mode, on the CPU.
 
-    Its weights are the file's own pages: they take no memory of this process, and the file must
-    stay as it is.
+    Its weights are the file's own pages, but for few: they take no memory of this process, and the
+    file must stay as it is.
 
     Args:
         folder: To read.
@@ -118,19 +117,31 @@ def load_model(
     folder: Path, info: ExportInfo, divide: Callable[[int], Division] | None = None
 ) -> Recommender:
     """The model alone of an export whose files are what was written: see :func:`load_exported`."""
-    rows = load_file(folder / TABLES) if TABLES in info.sha256 else {}
+    rows = _mapped(folder / TABLES) if TABLES in info.sha256 else {}
     rows |= {name: torch.zeros(count, 1) for name, count in info.folded.items()}
     has_features = ITEM_TOKENS in info.sha256
-    features = load_file(folder / ITEM_TOKENS)[FEATURES] if has_features else None
+    features = _mapped(folder / ITEM_TOKENS)[FEATURES] if has_features else None
     with undrawn_items():
         model = info.spec.build(rows, features, divide).eval()
     if info.folded:
         model = folded(model)
-    with safe_open(folder / MODEL, framework="pt") as opened:
-        names = set(opened.keys()) if divide is None else opened.keys() & model.state_dict().keys()
-        state = {name: opened.get_tensor(name) for name in names}
-    model.load_state_dict(state, assign=True)  # mapped, so that processes share the file's pages
+    state = _mapped(folder / MODEL, None if divide is None else set(model.state_dict()))
+    model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def _mapped(file: Path, names: set[str] | None = None) -> dict[str, torch.Tensor]:
+    """Tensors of a file as its own pages, which processes share; copies of those that do not begin
+    where torch would have put them, for products may then round otherwise.
+
+    Args:
+        file: To map.
+        names: Those to map, as far as they are there; None: all.
+    """
+    with safe_open(file, framework="pt") as opened:
+        found = set(opened.keys()) if names is None else names & set(opened.keys())
+        stored = {name: opened.get_tensor(name) for name in found}
+    return {n: t.clone() if t.data_ptr() % ALIGNMENT else t for n, t in stored.items()}
 
 
 def check_files(folder: Path, info: ExportInfo) -> None:

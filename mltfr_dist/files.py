@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_BYTES, READ_BYTES = 1 << 26, 1 << 20
+ALIGNMENT = 64
+"""Bytes at whose multiples torch has its tensors begin on a CPU. A product may round otherwise
+where one begins elsewhere, as in the pages of a file.
+"""
 
 
 def file_sha256(path: Path, after_block: Callable[[], object] = lambda: None) -> str:

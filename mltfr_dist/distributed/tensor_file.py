@@ -1,5 +1,9 @@
 """Safetensors files written in pieces, to the disk: nothing is copied but a piece, and the hash
-comes with it. The bytes are those of the library's own `save_file`.
+comes with it.
+
+The bytes are those of the library's own `save_file`, but that a file's numbers begin at a multiple
+of :data:`ALIGNMENT`, and the largest tensors of a format come first: who maps a file into memory
+then finds these where torch would have put them.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mltfr_dist.errors import DamagedError
+from mltfr_dist.files import ALIGNMENT
 
 PIECE_BYTES = 1 << 22
 """Bytes that are copied at a time."""
@@ -67,7 +72,11 @@ def write_tensors(
         OSError: The disk does not take it.
     """
     order = list(NAMES)
-    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+
+    def place(name: str) -> tuple[int, int, str]:
+        return order.index(tensors[name].dtype), -_num_bytes(tensors[name]), name
+
+    names = sorted(tensors, key=place)
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
 
@@ -88,11 +97,15 @@ def write_tensors(
     return digest.hexdigest()
 
 
+def _num_bytes(tensor: Tensor | Streamed) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
 def _header(tensors: Mapping[str, Tensor | Streamed]) -> bytes:
     """What stands before the numbers."""
     described, start = {}, 0
     for name, t in tensors.items():
-        end = start + math.prod(t.shape) * t.dtype.itemsize
+        end = start + _num_bytes(t)
         described[name] = {
             "dtype": NAMES[t.dtype],
             "shape": list(t.shape),
@@ -100,7 +113,7 @@ def _header(tensors: Mapping[str, Tensor | Streamed]) -> bytes:
         }
         start = end
     header = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
     return len(header).to_bytes(8, "little") + header
 
 

@@ -44,16 +44,30 @@ def test_tensors_are_as_readable_as_any_new_file(tmp_path: Path, umask: int) -> 
 def test_tensors_written_in_pieces_are_those_of_the_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bytes, for every kind of number that a checkpoint holds."""
+    """The same numbers, for every kind that a checkpoint holds; those of the largest tensor of a
+    kind, and of all where sizes allow it, begin where torch would have put them.
+    """
     monkeypatch.setattr(tensor_file, "PIECE_BYTES", 20)
     tensors = {f"of {kind}": torch.arange(21).view(7, 3).to(kind) for kind in tensor_file.NAMES}
     tensors |= {"one": torch.tensor(2.5), "none": torch.ones(0, 3), "é": torch.ones(9)[::2]}
     beats: list[None] = []
     digest = write_tensors(tmp_path / "pieces", tensors, lambda: beats.append(None))
     files.save_tensors(tensors, tmp_path / "whole")
-    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert digest == files.file_sha256(tmp_path / "whole")
+    written, whole = load_file(tmp_path / "pieces"), load_file(tmp_path / "whole")
+    assert written.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert written[name].dtype == tensor.dtype
+        assert torch.equal(written[name], tensor)
+    assert digest == files.file_sha256(tmp_path / "pieces")
     assert len(beats) > 3 * len(tensors)
+
+
+def test_a_file_that_is_mapped_holds_its_tensors_where_torch_would_put_them(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(3), "of items": torch.ones(50, 5), "rows": torch.arange(8)}
+    write_tensors(tmp_path / "t", tensors)
+    offsets = {name: held.offset for name, held in tensor_file.tensors_in(tmp_path / "t").items()}
+    assert offsets["rows"] % 64 == offsets["of items"] % 64 == 0
+    assert offsets["rows"] < offsets["of items"] < offsets["a"]
 
 
 @pytest.mark.parametrize("of_folder", [False, True])
