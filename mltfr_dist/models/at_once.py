@@ -44,15 +44,15 @@ class Parts(NamedTuple):
     """lambda, of the consensus expert."""
 
     @property
-    def num_rows(self) -> int:
-        """S, or 0 where tables are not searched alike."""
+    def are_searched_alike(self) -> bool:
+        """Whether each table has a shortlist of S rows of which a query keeps K."""
         sizes = set()
         for selector, table in zip(self.selectors, self.tables, strict=True):
             shortlist = selector.shortlist if type(selector) is UserGuided else None
             if shortlist is None or selector.reads_keys or table.trained:
-                return 0
-            sizes.add(len(shortlist.row_ids))
-        return sizes.pop() if len(sizes) == 1 else 0
+                return False
+            sizes.add((len(shortlist.row_ids), selector.num_kept))
+        return len(sizes) == 1
 
 
 class Read(NamedTuple):
@@ -93,10 +93,11 @@ def may_be_one(parts: Parts) -> bool:
     cores = [*parts.cores, *([] if parts.consensus is None else [parts.consensus])]
     if any(type(core) is not ExpertCore or core.is_tapped for core in cores):
         return False
-    if any(type(adapter) is not TableAdapter for adapter in parts.adapters) or not parts.num_rows:
+    if any(type(adapter) is not TableAdapter for adapter in parts.adapters):
         return False
     # What is held in pieces is gathered at the call of its module, and is read without one here.
-    return not any(hasattr(p, "ds_id") for core in cores for p in core.parameters())
+    whole = not any(hasattr(p, "ds_id") for core in cores for p in core.parameters())
+    return whole and parts.are_searched_alike
 
 
 def read_at_once(parts: Parts, positions: Tensor, queries: Queries) -> Read:

@@ -34,7 +34,9 @@ ITEM_IDS = torch.tensor([[1, 2, 0, 0, 0, 0], [3, 4, 5, 0, 0, 0], [6, 7, 8, 9, 10
 BATCH = SequenceBatch(ITEM_IDS, (ITEM_IDS + 1) * (ITEM_IDS > 0), torch.arange(3)).counted()
 
 
-def made(*, consensus: bool = False, **changes: Any) -> Recommender:
+def made(
+    *, consensus: bool = False, rows: tuple[int, ...] = (60, 60, 60), **changes: Any
+) -> Recommender:
     """A model of three tables of different widths in training."""
     torch.manual_seed(0)
     fields = {
@@ -48,7 +50,7 @@ def made(*, consensus: bool = False, **changes: Any) -> Recommender:
         LossConfig(),
         num_items=20,
         max_len=6,
-        table_rows=[torch.randn(60, width) for width in WIDTHS],
+        table_rows=[torch.randn(*shape) for shape in zip(rows, WIDTHS, strict=True)],
     )
     assert model.mltfr is not None
     with torch.no_grad():  # experts start equal, which would hide that two are exchanged
@@ -86,8 +88,16 @@ def step(model: Recommender, batch: SequenceBatch = BATCH) -> dict[str, Tensor]:
         {"consensus": True, "expert": EXPERT.model_copy(update={"per_table": 2})},
         {"router": RouterConfig(top_k=2, null_expert=True)},
         {"filter": FilterConfig(top_k=3, shortlist_size=40, learn_temperature=True)},
+        {"rows": (60, 70, 300)},
     ],
-    ids=["usual", "consensus", "two experts a table", "null expert", "learned temperature"],
+    ids=[
+        "usual",
+        "consensus",
+        "two experts a table",
+        "null expert",
+        "learned temperature",
+        "other sizes",
+    ],
 )
 def test_one_pass_gives_what_tables_one_by_one_give(
     changes: dict[str, Any], scores: int, monkeypatch: pytest.MonkeyPatch
@@ -149,8 +159,13 @@ def test_gradients_come_in_one_order_whatever_the_batch(monkeypatch: pytest.Monk
         {"filter": FilterConfig(top_k=3, shortlist_size=None)},
         {"filter": FilterConfig(top_k=3, shortlist_size=40, noise=0.5)},
         {"filter": FilterConfig(strategy="learned_prototypes")},
+        {"filter": FilterConfig(top_k=3, shortlist_size=40), "rows": (60, 40, 60)},
+        {
+            "filter": FilterConfig(top_k=None, filter_ratio=0.1, shortlist_size=40),
+            "rows": (60, 60, 80),
+        },
     ],
-    ids=["every token", "noise", "prototypes"],
+    ids=["every token", "noise", "prototypes", "one without a list", "other numbers kept"],
 )
 def test_tables_that_are_read_otherwise_stay_one_by_one(changes: dict[str, Any]) -> None:
     assert not at_once.may_be_one(parts_of(made(**changes)))
