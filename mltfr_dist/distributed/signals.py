@@ -25,6 +25,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _requested = threading.Event()
 _pause: list[int] = []
 """Epochs after which the run stops; at most one number."""
+_ending: list[int] = []
+"""The signal that ends this process, once one does. Ray pickles the handler, which an event
+forbids.
+"""
 
 
 def stop_requested() -> bool:
@@ -110,6 +114,7 @@ def ended_by_signals(words: str = "") -> Iterator[None]:
         leave_lost_terminal()
         remedy = "Start the same command again and it goes on."
         error = StoppedError(f"{asked(number)} ended {words}.", remedy=remedy)
+        _ending.append(number)
         end_children()
         with suppress(OSError, RuntimeError, ValueError):  # it may be written to in this moment
             sys.stdout.flush()
@@ -139,6 +144,13 @@ def taken() -> dict[int, signal._HANDLER]:
         for number, handler in before.items()
         if handler is not None and handler != signal.SIG_IGN
     }
+
+
+def is_ending() -> bool:
+    """Whether a signal ends this process now, and it its children: whoever misses one says
+    nothing.
+    """
+    return bool(_ending)
 
 
 def end_children() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import ray
 
-from mltfr_dist.distributed.signals import end_children, taken
+from mltfr_dist.distributed.signals import end_children, is_ending, taken
 from mltfr_dist.errors import EXIT_LOST, LostRankError, StoppedError, fail
 from mltfr_dist.progress import say
 
@@ -133,7 +133,7 @@ def _watch(watched: list[psutil.Process], over: threading.Event) -> None:
     noted = 0.0
     while not over.wait(WATCH_SECONDS):
         for process in watched:
-            if not _lives(process):
+            if not _lives(process) and not is_ending():
                 _end(f"Ray's {names[process.pid]} (process {process.pid})", started)
         if time.monotonic() - noted > NOTE_SECONDS:
             noted = time.monotonic()

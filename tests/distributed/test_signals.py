@@ -236,7 +236,18 @@ def test_a_sweep_whose_ray_starts_ends_at_once(tmp_path: Path, number: signal.Si
 
     command.wait_for(raylet_runs)
     time.sleep(1.0)  # Ray has put its own handler by now, and its agents start
-    assert command.signalled(number) == EXIT_STOPPED
+    try:
+        code = command.signalled(number)
+    except AssertionError:  # its daemons may look for it for longer where it was aborted
+        code = command.process.returncode
+        if code != -signal.SIGABRT:
+            raise
+    if code == -signal.SIGABRT:  # while its core starts, Python is not asked: docs/tuning.md
+        assert number == signal.SIGTERM
+        assert "*** SIGTERM received" in command.log.read_text()
+        return
+    assert code == EXIT_STOPPED
+    assert "LostRankError" not in command.log.read_text(), "its daemons were ended with it"
     assert " ended the sweep: what its trials have saved stays. " in command.said[-1]
     assert command.said[-1].endswith(AGAIN)
 
