@@ -190,9 +190,10 @@ def waits(engine: Engine, batches: StepBatches) -> dict[str, int]:
 
     def note(message: Warning | str, *_: Any, **__: Any) -> None:
         if "synchroniz" in str(message):
-            stack = traceback.extract_stack()[:-1]
-            lines = [f for f in stack if PACKAGE in f.filename] or stack
-            result[f"{lines[-1].filename.rpartition(PACKAGE)[2]}:{lines[-1].lineno}"] += 1
+            lines = [f for f in traceback.extract_stack() if PACKAGE in f.filename]
+            where = lines[-1] if lines else None
+            place = f"{where.filename.partition(PACKAGE)[2]}:{where.lineno}" if where else "torch"
+            result[place] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")

@@ -216,7 +216,7 @@ def _top(
     unit_rows: Tensor,
     count: int,
     noise: GumbelNoise | None,
-    choose: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
+    choose: Callable[[Tensor, int], tuple[Tensor, Tensor]] = top_of,
 ) -> tuple[Tensor, Tensor]:
     """[G, count] largest products (plus noise) and their indices, in chunks of queries so that
     memory is bounded.
@@ -231,7 +231,7 @@ def _top(
         scores = torch.mm(queries, unit_rows.T, out=kept[: len(queries)])
         if noise is not None:
             scores += noise.of(slice(start, start + chunk)).to(scores.dtype)
-        top = (choose or top_of)(scores, count)
+        top = choose(scores, count)
         values.append(top[0])
         indices.append(top[1])
     return torch.cat(values), torch.cat(indices)
