@@ -2,12 +2,13 @@
 step, by collective.
 
 One thread a rank; each number of ranks runs in processes of its own (torchrun), in turn, round by
-round, and the fastest round counts. Bytes are those that a rank receives, by what torch.distributed
+round; medians count. Bytes are those that a rank receives, by what torch.distributed
 is asked to do, beside the lower bound: an all-reduce of n bytes cannot be done with fewer than 2 n
-(N - 1) / N to each rank.
+(N - 1) / N to each rank. What ranks of one machine add in memory that they share is told by its own
+size.
 
-`unconnected` is the machine's own limit: as many single ranks at the same time, which know nothing
-of each other and share only caches, memory and cores.
+Unconnected ranks are the machine's own limit: as many single ranks at the same time, which know
+nothing of each other and share only caches, memory and cores.
 
     python benchmarks/scaling.py --data data/ml-100k --tables data/tables
 """
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import chain, count, islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from support import REPOSITORY, clean_environment, torchrun
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.engine import Engine, batch_layout
 from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.shared_memory import SharedMemory
 from mltfr_dist.schema import validate
 from mltfr_dist.training.build import build_model
 from mltfr_dist.training.inputs import load_inputs
@@ -54,7 +57,7 @@ ranks.
 
 
 def count_collectives(counted: Counter[str], calls: Counter[str]) -> None:
-    """Let torch.distributed count the bytes of what it is asked to do, and how often it is."""
+    """Let torch.distributed, and the memory that ranks share, count what they are asked to do."""
 
     def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*given: Any, **named: Any) -> Any:
@@ -69,6 +72,28 @@ def count_collectives(counted: Counter[str], calls: Counter[str]) -> None:
 
     for name in RECEIVED:
         setattr(dist, name, counting(name, getattr(dist, name)))
+    added = SharedMemory.reduce
+
+    def through_memory(
+        shared: SharedMemory, tensors: list[torch.Tensor], *given: Any, **named: Any
+    ) -> None:
+        calls["sum through memory"] += 1
+        counted["sum through memory"] += sum(t.nbytes for t in tensors)
+        added(shared, tensors, *given, **named)
+
+    SharedMemory.reduce = through_memory  # type: ignore[method-assign, assignment]
+
+
+def arrived(output: str, ending: str) -> int:
+    """How many groups have left a file of such a name beside this group's output."""
+    return len(list(Path(output).parent.glob(f"*{ending}")))
+
+
+def meet(output: str, ending: str, groups: int) -> None:
+    """Wait until so many groups have come here, so that all of them are measured at once."""
+    Path(output).with_suffix(ending).touch()
+    while arrived(output, ending) < groups:
+        time.sleep(0.001)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -97,6 +122,7 @@ def measure(options: argparse.Namespace) -> None:
     steps = enumerate(chain.from_iterable(map(stream.epoch, count())))
     for step, batches in islice(steps, 2):  # warm
         engine.update(batches, step)
+    meet(options.output, ".warm", options.groups)
     ranks.barrier()
     counted.clear()
     calls.clear()
@@ -113,6 +139,11 @@ def measure(options: argparse.Namespace) -> None:
             "calls": {k: v / options.steps for k, v in calls.items()},
         }
         Path(options.output).write_text(json.dumps(result))
+    if options.groups > 1:  # the others are measured beside work like theirs to their end
+        for step, batches in steps:
+            if arrived(options.output, ".json") == options.groups:
+                break
+            engine.update(batches, step)
     stop_ranks()
     leave()
 
@@ -123,9 +154,8 @@ def run_at_once(groups: list[int]) -> list[dict[str, Any]]:
         running = []
         for number, num_ranks in enumerate(groups):
             output = Path(scratch) / f"{number}.json"
-            command = torchrun(
-                num_ranks, Path(__file__).resolve(), *sys.argv[1:], "--output", str(output)
-            )
+            told = ["--output", str(output), "--groups", str(len(groups))]
+            command = torchrun(num_ranks, Path(__file__).resolve(), *sys.argv[1:], *told)
             pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
             running.append((output, subprocess.Popen(command, env=clean_environment(), **pipes)))  # type: ignore[call-overload]
         for _, process in running:
@@ -153,29 +183,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", help=argparse.SUPPRESS)
+    parser.add_argument("--groups", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.output:
         return measure(options)
-    best: dict[int, dict[str, Any]] = {}
-    apart: dict[int, float] = {}
+    found: dict[int, list[dict[str, Any]]] = {n: [] for n in options.ranks}
+    apart: dict[int, list[float]] = {n: [] for n in options.ranks}
     for _ in range(options.rounds):
         for num_ranks in options.ranks:
-            (result,) = run_at_once([num_ranks])
-            if num_ranks not in best or result["seconds"] < best[num_ranks]["seconds"]:
-                best[num_ranks] = result
+            found[num_ranks] += run_at_once([num_ranks])
             if num_ranks > 1:
-                speed = sum(
-                    options.batch / alone["seconds"] for alone in run_at_once([1] * num_ranks)
-                )
-                apart[num_ranks] = max(speed, apart.get(num_ranks, 0.0))
-    base = options.batch * options.ranks[0] / best[options.ranks[0]]["seconds"]
-    for num_ranks, result in best.items():
-        speed = options.batch * num_ranks / result["seconds"]
-        limit = f"; unconnected {apart[num_ranks] / base:.2f} times" if num_ranks in apart else ""
-        print(
-            f"{num_ranks} rank(s): {speed:8.1f} sequences/s, {speed / base:.2f} times the "
-            f"first{limit}"
-        )
+                alone = run_at_once([1] * num_ranks)
+                apart[num_ranks].append(sum(options.batch / one["seconds"] for one in alone))
+    speeds = {n: [options.batch * n / one["seconds"] for one in found[n]] for n in options.ranks}
+    base = median(speeds[options.ranks[0]])
+    for num_ranks, (result, *_) in found.items():
+        speed = median(speeds[num_ranks])
+        shares = sorted(a / b for a, b in zip(speeds[num_ranks], apart[num_ranks], strict=False))
+        print(f"{num_ranks} rank(s): {speed:8.1f} sequences/s, {speed / base:.2f} times the first")
+        if shares:
+            each = ", ".join(f"{share:.3f}" for share in shares)
+            print(f"    {median(shares):.3f} of unconnected ranks (by round {each})")
         bound = 2 * result["trained"] * (num_ranks - 1) / num_ranks
         sent = ", ".join(
             f"{result['calls'][name]:.0f} {name} {size / 1e6:.3f} MB"

@@ -79,6 +79,8 @@ class Engine:
             self.deepspeed.zero_grad = self._clear_gradients
             if ranks.world_size == 1:
                 self.deepspeed.allreduce_gradients = self._fill_gradients
+            elif ranks.shared is not None:
+                self.deepspeed.allreduce_gradients = self._share_gradients
         fuses = bool(optimizer.defaults.get("fused"))
         self.row_adam = (
             row_optimizer(*tables[0], config.optimizer, ranks, fused=fuses) if tables else None
@@ -171,6 +173,16 @@ class Engine:
         for p in self._trained:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
+
+    def _share_gradients(self, *_: object, **__: object) -> None:
+        """What DeepSpeed does at stage 0, through memory: the mean over the ranks."""
+        if self.ranks.shared is None or not self.deepspeed.is_gradient_accumulation_boundary():
+            return
+        grads = []
+        for p in self._trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+            grads.append(p.grad)
+        self.ranks.shared.reduce(grads, scale=1 / self.ranks.world_size)
 
     def _clear_gradients(self) -> None:
         """What DeepSpeed does at stage 0, which goes through all modules to find the parameters."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import NoReturn
 
@@ -23,7 +24,9 @@ from mltfr_dist.distributed.devices import sees_gpus, share_of_cores, take_gpu, 
 from mltfr_dist.distributed.freed_memory import keep_freed_memory
 from mltfr_dist.distributed.last_word import last_word
 from mltfr_dist.distributed.launch import expected_rank, is_launched
+from mltfr_dist.distributed.processes import machine
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.distributed.shared_memory import SharedMemory
 from mltfr_dist.distributed.signals import ended_by_signals
 from mltfr_dist.errors import (
     ConfigError,
@@ -33,6 +36,7 @@ from mltfr_dist.errors import (
     StoppedError,
     fail,
 )
+from mltfr_dist.models.kernels.build import library
 
 RENDEZVOUS_SECONDS = 300
 """How long the ranks wait for each other at the start."""
@@ -55,6 +59,9 @@ once that rank knows.
 SINGLE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 """What DeepSpeed wants to read where no launcher has set it."""
 
+
+APART = "apart"
+"""Of ranks that stand on several machines or have no kernels."""
 
 _meeting: list[Store] = []
 """The store by which the ranks met, from then on."""
@@ -87,7 +94,31 @@ def start_ranks(threads: int | None = None) -> Ranks:
     keep_freed_memory()
     ranks = Ranks(rank, world_size, torch.device("cpu"))
     torch.set_num_threads(threads or share_of_cores(ranks.gather, rank))
-    return ranks
+    return replace(ranks, shared=_share_memory(ranks)) if world_size > 1 else ranks
+
+
+def _share_memory(ranks: Ranks) -> SharedMemory | None:
+    """Memory of all ranks, where all are processes of one machine and have the kernels; otherwise
+    None, on every rank. All ranks must call.
+    """
+    kernels = library()
+    here = machine() if kernels is not None else ""
+    file = os.memfd_create("mltfr_dist") if ranks.is_main and here else None  # gone with its users
+    there, _, path = ranks.from_main(f"{here}\n/proc/{os.getpid()}/fd/{file}").partition("\n")
+    shared, reason = None, APART
+    if kernels is not None and here and here == there:
+        try:
+            own = os.open(path, os.O_RDWR) if file is None else file
+            shared, reason = SharedMemory(kernels, own, ranks.rank, ranks.world_size), ""
+        except OSError as error:  # no right to open it, no memory, no locks
+            reason = f"rank {ranks.rank}: {error}"
+    reasons = {text for text in ranks.texts(reason) if text}
+    if reasons and APART not in reasons:
+        ranks.say(
+            "The ranks of this machine cannot share memory and exchange their sums by gloo, and "
+            f"slower: {min(reasons)}."
+        )
+    return None if reasons else shared
 
 
 def _init_process_group(backend: str, *, launched: bool) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mltfr_dist.distributed.shared_memory import SharedMemory
 from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.errors import (
     ConfigError,
@@ -36,6 +37,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    shared: SharedMemory | None = None
+    """Of the ranks, where all stand on one machine and compute on its CPU."""
 
     @property
     def is_first_of_node(self) -> bool:
@@ -61,11 +64,17 @@ class Ranks:
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-        reduced = values.to(self.device, copy=True)
-        if self.world_size > 1:
-            dist.all_reduce(reduced, op=operation)
-        heartbeat()
+        reduced = values.to(self.device, copy=True).contiguous()
+        self.reduce(reduced, operation)
         return reduced
+
+    def reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        """Contiguous ``values`` of all ranks become one, in place."""
+        if self.shared is not None and self.shared.takes([values], operation):
+            self.shared.reduce([values], operation)
+        elif self.world_size > 1:
+            dist.all_reduce(values, op=operation)
+        heartbeat()
 
     def gather(self, values: Tensor) -> Tensor:
         """[...] of each rank -> [world size, ...] on every rank."""

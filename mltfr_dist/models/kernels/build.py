@@ -29,7 +29,7 @@ SOURCES = (
     *("rounded.h", "settled.h"),
     *("attention.cpp", "blocks.cpp", "counting.cpp", "finite.cpp", "histories.cpp"),
     *("leading.cpp", "masks.cpp", "mixing.cpp", "noise.cpp", "projection.cpp", "search.cpp"),
-    *("softmax.cpp", "weighing.cpp"),
+    *("softmax.cpp", "together.cpp", "weighing.cpp"),
 )
 FLAGS = (
     *("-O3", "-std=c++17", "-mavx2", "-mfma", "-fno-math-errno", "-fno-trapping-math"),

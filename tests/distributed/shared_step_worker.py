@@ -1,0 +1,41 @@
+"""Two ranks that make the same steps with and without shared memory; started by torchrun.
+
+Usage: shared_step_worker.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from worker import make_engine, no_dropout, steps
+
+from mltfr_dist.distributed.meeting import leave, start_ranks, stop_ranks
+from mltfr_dist.distributed.ranks import Ranks
+
+
+def trained(folder: Path, ranks: Ranks, micro_batch_size: int | None) -> list[torch.Tensor]:
+    """Losses and parameters after some steps at stage 0."""
+    config = no_dropout(folder, 0)
+    engine = make_engine(config, ranks, micro_batch_size)
+    losses = torch.tensor(steps(engine, config, ranks, 0, 6), dtype=torch.float64)
+    return [losses, *(p.detach().clone() for p in engine.module.parameters())]
+
+
+if __name__ == "__main__":
+    ranks = start_ranks(1)
+    assert ranks.shared is not None
+    by_gloo = replace(ranks, shared=None)
+    for micro_batch_size in (None, 8):
+        pairs = zip(
+            trained(Path(sys.argv[1]), ranks, micro_batch_size),
+            trained(Path(sys.argv[1]), by_gloo, micro_batch_size),
+            strict=True,
+        )
+        if all(torch.equal(a, b) for a, b in pairs) and ranks.is_main:
+            print("equal to the bit", flush=True)
+    ranks.barrier()
+    stop_ranks()
+    leave()
