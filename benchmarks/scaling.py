@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
 from statistics import median
@@ -101,6 +102,8 @@ def measure(options: argparse.Namespace) -> None:
     counted, calls = Counter[str](), Counter[str]()
     count_collectives(counted, calls)
     ranks = start_ranks(1)
+    if options.gloo:
+        ranks = replace(ranks, shared=None)
     config = validate(
         RunConfig,
         {
@@ -182,6 +185,9 @@ def main() -> None:
     parser.add_argument("--stage", type=int, default=1, help="ZeRO stage")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--gloo", action="store_true", help="as ranks of several machines, which share no memory"
+    )
     parser.add_argument("--output", help=argparse.SUPPRESS)
     parser.add_argument("--groups", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()

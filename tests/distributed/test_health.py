@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import clean_environment, read_lines, run_ranks, tiny_config, torchrun
+from support import REPOSITORY, clean_environment, read_lines, run_ranks, tiny_config, torchrun
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed import checkpoint, kept
@@ -62,6 +62,10 @@ def faulty_run(config: RunConfig, fault: str, step: int) -> tuple[str, str, floa
     return done.stdout, done.stderr, time.monotonic() - started
 
 
+def stage_file(stage: int) -> str:
+    return str(REPOSITORY / "ds_configs" / f"zero{stage}.json")
+
+
 def assert_last(stderr: str, message: str) -> None:
     """torchrun's summary ends with the message, and with the rule below it."""
     *_, last, rule = stderr.rstrip().splitlines()
@@ -93,7 +97,7 @@ def test_too_many_faults_stop_the_run_and_name_what_is_not_finite(tmp_path: Path
 
 @pytest.mark.integration
 def test_a_hang_ends_with_a_stack_trace_of_every_rank(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, training__hang_seconds=20)
+    config = tiny_config(tmp_path, training__hang_seconds=20, deepspeed=stage_file(0))
     _, stderr, seconds = faulty_run(config, "hang", 3)
     assert seconds < 150
     for rank in (0, 1):
@@ -109,8 +113,9 @@ def test_a_hang_ends_with_a_stack_trace_of_every_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_a_killed_rank_is_told_in_words(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, training__hang_seconds=60)
+@pytest.mark.parametrize("stage", [0, 1], ids=["through memory", "through gloo"])
+def test_a_killed_rank_is_told_in_words(tmp_path: Path, stage: int) -> None:
+    config = tiny_config(tmp_path, training__hang_seconds=60, deepspeed=stage_file(stage))
     _, stderr, seconds = faulty_run(config, "die", 3)
     assert seconds < 60
     assert "has lost another rank" in stderr
