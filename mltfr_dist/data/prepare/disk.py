@@ -18,7 +18,7 @@ from mltfr_dist.errors import DataError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # DuckDB spills at most 90% of what is free, and then names the setting that says so.
 _FULL_TEXTS = (*(os.strerror(number) for number in _FULL), "max_temp_directory_size")
-_LEAST_SHARE, _USUAL_SHARE = 0.1, 2.0
+_LEAST_SHARE, _USUAL_SHARE = 0.1, 3.0
 """Disk that a preparation takes, in sizes of its source: at least the first, often the second."""
 
 
@@ -116,12 +116,12 @@ def check_space(folder: Path, source_bytes: int, log: Callable[[str], None]) -> 
     if free < _LEAST_SHARE * source_bytes:
         raise DiskError(
             f"The disk is too small: {need}.",
-            rule="A preparation often takes twice its source's size there, never less than a "
-            "tenth.",
+            rule="A preparation often takes three times its source's size there, never less "
+            "than a tenth.",
             remedy="Free some room, or name a folder on another disk with --temp-dir.",
         )
     if free < _USUAL_SHARE * source_bytes:
-        log(f"The disk may not suffice: {need}; often twice that is needed.")
+        log(f"The disk may not suffice: {need}; often three times that is needed.")
 
 
 def free_bytes(folder: Path) -> int:

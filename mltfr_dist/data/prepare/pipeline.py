@@ -9,7 +9,6 @@ import duckdb
 
 from mltfr_dist.config import PrepareConfig
 from mltfr_dist.data.prepare import splits
-from mltfr_dist.data.prepare.leaks import check_train_shards
 from mltfr_dist.data.prepare.steps import (
     StepLog,
     count_cold,
@@ -20,7 +19,6 @@ from mltfr_dist.data.prepare.steps import (
     order_by_time,
 )
 from mltfr_dist.data.prepare.workspace import Workspace
-from mltfr_dist.data.prepare.write import write_maps, write_splits
 from mltfr_dist.data.shards.manifest import (
     SCHEMA_VERSION,
     SEVERAL_TARGETS_VERSION,
@@ -106,6 +104,9 @@ def _write(
     steps: StepLog,
 ) -> tuple[dict[str, int], dict[str, SplitInfo], dict[str, str]]:
     """Shards and maps, read back; the manifest's version, sizes and entries of both."""
+    from mltfr_dist.data.prepare.leaks import check_train_shards
+    from mltfr_dist.data.prepare.write import write_maps, write_splits
+
     num_users = count_rows(connection, "SELECT count(*) FROM user_map")
     num_items = count_rows(connection, "SELECT count(*) FROM item_map")
     written = write_splits(connection, workspace, config, num_items=num_items, num_users=num_users)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 
 from mltfr_dist import __version__
 from mltfr_dist.config import PrepareConfig, PrepareResources
@@ -106,6 +108,8 @@ def _prepared(
     """:func:`run_steps` on the workspace's database, published; of bad input nothing stays."""
     plan = info.model_dump(mode="json") | recorded.model_dump(mode="json")
     workspace.claim(plan | {"schema_version": SCHEMA_VERSION, "program": __version__}, info.bytes)
+    # WebDataset brings torch along, which takes a second: meanwhile the database reads.
+    Thread(target=import_module, args=["mltfr_dist.data.prepare.leaks"], name="imports").start()
     bad_input: MltfrError | None = None
     with workspace.database() as connection:
         try:

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from mltfr_dist.config import PrepareConfig
-from mltfr_dist.data.prepare import leaks
-from mltfr_dist.data.prepare import pipeline as module
+from mltfr_dist.data.prepare import leaks, pipeline, write
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.prepare.workspace import Workspace
 from mltfr_dist.data.shards.manifest import SplitInfo
@@ -47,7 +46,7 @@ def rewrite(monkeypatch: pytest.MonkeyPatch, change: Callable[[PackedSequences],
     """Let the training shards be written as usual and then again, whole and in order, with
     ``change`` made to the second.
     """
-    real = module.write_splits
+    real = write.write_splits
 
     def tampering(
         connection, workspace: Workspace, config, *, num_items: int, num_users: int
@@ -64,7 +63,7 @@ def rewrite(monkeypatch: pytest.MonkeyPatch, change: Callable[[PackedSequences],
             writer.add(packed)
         return written | {"train": writer.finish()}
 
-    monkeypatch.setattr(module, "write_splits", tampering)
+    monkeypatch.setattr(write, "write_splits", tampering)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -81,13 +80,13 @@ def test_shards_are_read_back_in_runs_of_any_size(tmp_path, monkeypatch, split):
 @pytest.mark.parametrize("split", SPLITS)
 def test_one_interaction_too_many_is_found(tmp_path, monkeypatch, split):
     """The split is proved free of leaks; what is written from it afterwards is not."""
-    real = module.make_id_maps
+    real = pipeline.make_id_maps
 
     def tampering(connection):
         real(connection)
         connection.execute("UPDATE user_map SET train_end = train_end + 1 WHERE user_index = 50")
 
-    monkeypatch.setattr(module, "make_id_maps", tampering)
+    monkeypatch.setattr(pipeline, "make_id_maps", tampering)
     with pytest.raises(
         DataError,
         match=r"train-000001\.tar: .* user 50 .* holds \d+ items, of which 1 lie at or after the "
@@ -122,7 +121,7 @@ def test_a_sequence_of_another_user_is_found(tmp_path, monkeypatch):
 
 
 def test_what_the_disk_did_not_keep_is_found(tmp_path, monkeypatch):
-    real = module.write_splits
+    real = write.write_splits
 
     def damaging(connection, workspace: Workspace, *arguments, **more):
         written = real(connection, workspace, *arguments, **more)
@@ -132,6 +131,6 @@ def test_what_the_disk_did_not_keep_is_found(tmp_path, monkeypatch):
         path.write_bytes(content)
         return written
 
-    monkeypatch.setattr(module, "write_splits", damaging)
+    monkeypatch.setattr(write, "write_splits", damaging)
     with pytest.raises(DataError, match=r"train-000002\.tar is damaged"):
         run(tmp_path, "leave_one_out")

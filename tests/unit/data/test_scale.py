@@ -17,7 +17,7 @@ import pytest
 from support import REPOSITORY, clean_environment
 
 from mltfr_dist.config import PrepareConfig, PrepareResources
-from mltfr_dist.data.prepare import pipeline as module
+from mltfr_dist.data.prepare import pipeline, write
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.prepare.workspace import Workspace
 from mltfr_dist.data.shards.manifest import load_manifest
@@ -107,7 +107,7 @@ def test_an_interruption_in_any_step_loses_nothing_that_was_done(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, step, interrupted)
+    monkeypatch.setattr(write if step == "write_maps" else pipeline, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(str(source), tmp_path / "out", CONFIG, log=quiet)
     monkeypatch.undo()
@@ -193,7 +193,7 @@ def test_what_another_configuration_began_is_refused(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "k_core", interrupted)
+    monkeypatch.setattr(pipeline, "k_core", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(str(source), tmp_path / "out", CONFIG, log=quiet)
     monkeypatch.undo()

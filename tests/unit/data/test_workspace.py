@@ -20,7 +20,7 @@ import pytest
 
 from mltfr_dist.cli import main as mltfr
 from mltfr_dist.config import PrepareConfig, PrepareResources
-from mltfr_dist.data.prepare import pipeline as module
+from mltfr_dist.data.prepare import pipeline, write
 from mltfr_dist.data.prepare.disk import check_space
 from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.errors import DataError
@@ -82,7 +82,7 @@ def interrupted(
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, step, cut_off)
+        patch.setattr(write if step == "write_maps" else pipeline, step, cut_off)
         with pytest.raises(KeyboardInterrupt):
             prepared(source, output, config, **resources)
 
@@ -367,7 +367,7 @@ def test_little_room_is_said_before(tmp_path: Path) -> None:
     check_space(tmp_path, free // 100, lines.append)
     assert not lines
     check_space(tmp_path / "not" / "there", free, lines.append)
-    assert "often twice that is needed" in lines[0]
+    assert "often three times that is needed" in lines[0]
     with pytest.raises(DataError, match="The disk is too small"):
         check_space(tmp_path, 20 * free, lines.append)
 
