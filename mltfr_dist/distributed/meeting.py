@@ -103,12 +103,17 @@ def _share_memory(ranks: Ranks) -> SharedMemory | None:
     """
     kernels = library()
     here = machine() if kernels is not None else ""
-    file = os.memfd_create("mltfr_dist") if ranks.is_main and here else None  # gone with its users
+    file: int | str = "none"
+    if ranks.is_main and here:
+        try:
+            file = os.memfd_create("mltfr_dist")  # has no name, and is gone with its users
+        except OSError as error:
+            file = f"none ({error.strerror})"
     there, _, path = ranks.from_main(f"{here}\n/proc/{os.getpid()}/fd/{file}").partition("\n")
     shared, reason = None, APART
     if kernels is not None and here and here == there:
         try:
-            own = os.open(path, os.O_RDWR) if file is None else file
+            own = os.open(path, os.O_RDWR) if isinstance(file, str) else file
             shared, reason = SharedMemory(kernels, own, ranks.rank, ranks.world_size), ""
         except OSError as error:  # no right to open it, no memory, no locks
             reason = f"rank {ranks.rank}: {error}"

@@ -109,3 +109,11 @@ def test_a_step_is_the_same_with_and_without(tmp_path: Path) -> None:
     tiny_config(tmp_path)  # writes the data, which one process does
     printed = run_ranks(2, Path(__file__).parent / "shared_step_worker.py", str(tmp_path))
     assert printed.count("equal to the bit") == 2, printed
+
+
+@pytest.mark.integration
+@needs_kernels
+def test_ranks_that_cannot_share_say_so_and_go_on() -> None:
+    printed = run_ranks(2, Path(__file__).parent / "shared_step_worker.py", "refused")
+    assert printed.count("cannot share memory and exchange their sums by gloo, and slower: ") == 1
+    assert "fd/none (not here)" in printed
