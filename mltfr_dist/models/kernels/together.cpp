@@ -1,24 +1,25 @@
 // Sums and maxima of numbers of several processes of one machine, through memory that they share.
 //
-// Nobody sleeps until a message arrives: each process sees the others come, which takes a fraction
-// of a microsecond. A network's threads need one to several milliseconds on a busy machine.
+// Nobody has to be woken by a message: each process looks whether the others have come, and sees it
+// within a fraction of a microsecond. Only where one lets the others wait for long do they sleep, a
+// little at a time. A network's threads take one to several milliseconds on a busy machine.
 
 #include <fcntl.h>
 #include <sched.h>
 #include <time.h>
 
 #include <atomic>
-#include <limits>
 #include <type_traits>
 
 #include "common.h"
 
 namespace {
 
-constexpr int64_t LOOKS = 1 << 10;       // before others may have the core
-constexpr int64_t YIELDING = 1'000'000;  // nanoseconds of that, before this process sleeps
-constexpr int64_t SHORT_SLEEP = 50'000, LONG_SLEEP = 500'000, SOON = 20'000'000;
-constexpr int64_t ASKED_EVERY = 100'000'000;  // nanoseconds from one look for the dead to the next
+// How a process waits: it looks, then lets others have the core, then sleeps. In nanoseconds:
+constexpr int64_t LOOKS = 1 << 10;  // a number of them
+constexpr int64_t YIELDING = 1'000'000, SOON = 20'000'000;      // until it sleeps, until for longer
+constexpr int64_t SHORT_SLEEP = 50'000, LONG_SLEEP = 500'000;
+constexpr int64_t ASKED_EVERY = 100'000'000;  // from one look for the dead to the next
 constexpr int64_t DONE = -1, OUT_OF_STEP = -2;
 
 // What a process tells the others, in a cache line of its own.
@@ -121,9 +122,9 @@ int64_t reduce(Group& group, T* const* tensors, const int64_t* counts, int64_t n
   T* const own = reinterpret_cast<T*>(group.slot(group.process));
   T* const results = reinterpret_cast<T*>(group.slot(group.processes));
   const T factor = static_cast<T>(scale);
-  group.told[group.process].message =
+  const int64_t message =
       (left << 8) + static_cast<int64_t>(sizeof(T)) * 4 + std::is_integral<T>() * 2 + LARGEST;
-  const int64_t message = group.told[group.process].message;
+  group.told[group.process].message = message;
   while (left > 0) {
     const int64_t count = std::min(left, room);
     from.next(count, [&](const T* numbers, int64_t first, int64_t n) {
