@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ from mltfr_dist.distributed.engine import Engine, batch_layout
 from mltfr_dist.distributed.meeting import start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.distributed.resources import MatrixWork, matrix_peak
+from mltfr_dist.models.replay import SWITCH
 from mltfr_dist.schema import changed, validate
 from mltfr_dist.training.build import build_model
 from mltfr_dist.training.evaluating.evaluate import evaluate
@@ -74,6 +76,8 @@ class Case:
     with_tables: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
     max_steps: int = 1 << 30
+    recorded: bool = False
+    """Whether passes are recorded and played (models/replay.py)."""
 
 
 BF16 = {"training.precision": "bf16"}
@@ -85,8 +89,10 @@ SPARSE = {
 EXACT = {"mltfr.filter.shortlist_size": None}
 CASES = (
     Case("bare", "beauty"),
+    Case("bare, recorded", "beauty", recorded=True),
     Case("bare bf16", "beauty", changes=BF16),
     Case("MLTFR, shortlist", "beauty", with_tables=True),
+    Case("MLTFR, shortlist, recorded", "beauty", with_tables=True, recorded=True),
     Case("MLTFR, shortlist, bf16", "beauty", with_tables=True, changes=BF16),
     Case("MLTFR, exact", "beauty", with_tables=True, changes=EXACT, max_steps=30),
     Case("million, full softmax", "million", max_steps=30),
@@ -207,6 +213,7 @@ def waits(engine: Engine, batches: StepBatches) -> dict[str, int]:
 def measure(case: Case, inputs: Inputs, ranks: Ranks, max_steps: int) -> dict[str, Any]:
     """One case: what an epoch, a step and a validation take."""
     config = config_for(case, inputs)
+    os.environ[SWITCH] = "on" if case.recorded else "off"
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     layout = batch_layout(config, ranks)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PADDING_IDX = 0
 """Item id of an empty position. Real items are ``1..num_items``."""
@@ -25,6 +26,28 @@ class Counts(NamedTuple):
     """Positions that are scored."""
     view_lengths: tuple[int, ...] | None = None
     """Real positions of each view [2 B], where there are views."""
+
+
+class Room(NamedTuple):
+    """Places that a batch's real positions and targets are given, more than they need, so that few
+    shapes serve all batches. What is computed at the places beyond counts for nothing.
+    """
+
+    positions: int
+    """More than there are real positions."""
+    targets: int
+    """At least as many as are scored."""
+
+    @classmethod
+    def for_counts(cls, counts: Counts) -> Room:
+        """The next of a few sizes."""
+        return cls(_next_size(sum(counts.lengths) + 1), _next_size(counts.num_targets))
+
+
+def _next_size(count: int) -> int:
+    """``count`` or up to an eighth more: a multiple of 16, or of a sixteenth to an eighth of it."""
+    step = max(16, 1 << max(0, count.bit_length() - 4))
+    return -(-count // step) * step
 
 
 class SequenceBatch(NamedTuple):
@@ -51,6 +74,8 @@ class SequenceBatch(NamedTuple):
     """[B, 2, L] int64, two augmented views of each history, where the loss contrasts them."""
     counts: Counts | None = None
     """Of the tensors above; None: not known, and looked up where they are needed."""
+    room: Room | None = None
+    """Where there is room for more, of :meth:`in_room`; ``counts`` are None then."""
 
     @property
     def num_targets(self) -> int:
@@ -73,6 +98,25 @@ class SequenceBatch(NamedTuple):
                 int((self.target_ids != PADDING_IDX).sum()),
                 None if views is None else tuple(lengths(views.flatten(0, 1)).tolist()),
             )
+        )
+
+    def in_room(self, max_len: int) -> SequenceBatch:
+        """The same batch in a shape that many others have, too: as wide as a multiple of 16, and
+        with an empty row behind, where the places beyond its positions find padding.
+
+        Args:
+            max_len: Width at most.
+        """
+        assert self.counts is not None
+        wider = min(max_len, -(-self.item_ids.shape[1] // 16) * 16) - self.item_ids.shape[1]
+        negatives = self.negative_ids
+        return self._replace(
+            item_ids=F.pad(self.item_ids, (0, wider, 0, 1), value=PADDING_IDX),
+            target_ids=F.pad(self.target_ids, (0, wider, 0, 1), value=PADDING_IDX),
+            sample_ids=F.pad(self.sample_ids, (0, 1), value=-1),
+            negative_ids=None if negatives is None else F.pad(negatives, (0, 0, 0, wider, 0, 1)),
+            counts=None,
+            room=Room.for_counts(self.counts),
         )
 
     @property

@@ -20,7 +20,9 @@ from mltfr_dist.distributed.step_sums import StepSums
 from mltfr_dist.errors import ConfigError
 from mltfr_dist.files import code_sha256
 from mltfr_dist.models.item_rows import ItemRows
-from mltfr_dist.models.recommender import Recommender, TrainingOutput
+from mltfr_dist.models.output import TrainingOutput
+from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.replay import Replay, can_be_recorded
 from mltfr_dist.optim import build_optimizer, learning_rate
 from mltfr_dist.optimizers import OPTIMIZERS
 
@@ -75,6 +77,9 @@ class Engine:
             model=model, optimizer=optimizer, config=ds_config
         )
         self._trained = [p for p in model.parameters() if p.requires_grad]
+        self.replay: Replay | None = None
+        if self.zero_stage < 3 and can_be_recorded(model, ranks.device):
+            self.replay = model.replay = Replay(model)
         if self.zero_stage == 0:
             self.deepspeed.zero_grad = self._clear_gradients
             if ranks.world_size == 1:
@@ -139,7 +144,8 @@ class Engine:
         outputs: list[TrainingOutput] = []
         for batch in batches.micro_batches:
             self.stopwatch.mark("forward")
-            output: TrainingOutput = self.deepspeed(batch.to(self.ranks.device))
+            given = batch if self.replay is None else batch.in_room(self.replay.max_len)
+            output: TrainingOutput = self.deepspeed(given.to(self.ranks.device))
             counts = batches.counts()
             means = [t.weight * (t.sum * (shares / counts[t.over])) for t in output.terms.values()]
             loss = sum(means[1:], means[0])
@@ -215,6 +221,7 @@ class Engine:
 
     def destroy(self) -> None:
         """Free what DeepSpeed holds, so that another engine can follow in the same process."""
+        self.replay = self.module.replay = None
         self.deepspeed.destroy()
 
 

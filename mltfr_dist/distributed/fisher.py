@@ -25,7 +25,8 @@ from mltfr_dist.distributed.watchdog import heartbeat
 from mltfr_dist.models.consensus import State
 from mltfr_dist.models.experts import ExpertCore, Tap
 from mltfr_dist.models.mltfr import MLTFR
-from mltfr_dist.models.recommender import Recommender, TrainingOutput
+from mltfr_dist.models.output import TrainingOutput
+from mltfr_dist.models.recommender import Recommender
 
 
 def fisher_diagonals(

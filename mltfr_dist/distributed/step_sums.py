@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mltfr_dist.models.recommender import TrainingOutput
+from mltfr_dist.models.output import TrainingOutput
 from mltfr_dist.models.routing import RoutingSums
 
 

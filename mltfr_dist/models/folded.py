@@ -180,7 +180,7 @@ def _without_rows(
         lean._modules |= {"projection": Stored(selector.projection(rows))}
         if selector.shortlist is not None:
             lean.shortlist = shallow(selector.shortlist)
-            lean.shortlist.forget()
+            lean.shortlist.rows = None  # the selector's own
         selector = lean
     return selector, ReplicatedTable(rows.new_zeros(1, 1).expand(num_rows, 1))
 

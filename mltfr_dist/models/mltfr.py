@@ -177,9 +177,12 @@ class MLTFR(nn.Module):
         parts = self._parts if self.training else None  # what is folded stays equal to the bit
         if parts is not None and all_alike(parts, x.device):
             read = read_at_once(parts, blocks.positions, queries)
-            weights = list(read.log_weights.detach().exp().unbind(1))
-            routing = Routing(blocks.at_real(read.gate), weights, len(weights[0]))
-            return blocks.at_real(read.mixed), routing
+            mixed, gate = blocks.at_real(read.mixed), blocks.at_real(read.gate)
+            weights, real = read.log_weights.detach().exp(), None
+            if packing.room:
+                real = blocks.are_real
+                gate, weights = gate * packing.are_real[:, None], weights * real[:, None, None]
+            return mixed, Routing(gate, list(weights.unbind(1)), len(weights), real)
         selections = self.selections(queries)
         attended = self.attended(selections)
         num_blocks = blocks.queries.shape[0]  # not `len`, which is no symbol in an export
@@ -207,6 +210,16 @@ class MLTFR(nn.Module):
         experts = [self.core(e) for e in range(self.num_experts)]
         experts += [] if self.consensus is None else [self.consensus]
         return all(expert.reads_in_place(x, attended, num_blocks) for expert in experts)
+
+    def fetch(self) -> None:
+        """Have at hand the rows that are searched; every process must call where a step would."""
+        for m in range(self.num_tables):
+            self.selector(m).fixed_rows(self.table(m))
+
+    def reads_at_once(self, device: torch.device) -> bool:
+        """Whether training reads all tables in one pass on ``device``."""
+        parts = self._parts
+        return parts is not None and all_alike(parts, device)
 
     @property
     def _parts(self) -> Parts | None:

@@ -26,16 +26,17 @@ Lengths = Sequence[int] | None
 """Real positions of each row, where they are known without asking a device."""
 
 
-def indices_where(mask: Tensor, count: int | None = None) -> Tensor:
+def indices_where(mask: Tensor, count: int | None = None, beyond: int = -1) -> Tensor:
     """[n] int64, where a mask of any shape holds, in the order of its flat positions.
 
     Args:
         mask: bool.
         count: n, where it is known: a GPU is then not waited for.
+        beyond: What stands behind them where ``count`` is more.
     """
     if count is None:
         return mask.flatten().nonzero()[:, 0]
-    return torch.nonzero_static(mask.flatten(), size=count)[:, 0]
+    return torch.nonzero_static(mask.flatten(), size=count, fill_value=beyond)[:, 0]
 
 
 class Group(NamedTuple):
@@ -53,13 +54,22 @@ class Packing:
     lengths: Lengths = None
     """Positions of each row that are computed on, where they are known."""
 
-    def __init__(self, item_ids: Tensor, lengths: Lengths = None, *, whole: bool = False) -> None:
+    def __init__(
+        self,
+        item_ids: Tensor,
+        lengths: Lengths = None,
+        *,
+        whole: bool = False,
+        room: int | None = None,
+    ) -> None:
         """Pack the positions that are computed on.
 
         Args:
             item_ids: [B, L], padding behind the real positions.
             lengths: Real positions of each row, where they are known.
             whole: Whether padding is computed on, too.
+            room: N, where it is more than there are real positions: those beyond stand for the last
+                place of the last row, which is padding.
         """
         real = item_ids != PADDING_IDX
         self.valid_mask = torch.ones_like(real) if whole else real
@@ -68,8 +78,11 @@ class Packing:
         self._indices = (  # [N]
             torch.arange(item_ids.numel(), device=item_ids.device)
             if whole
-            else indices_where(real, None if lengths is None else sum(lengths))
+            else indices_where(
+                real, room or (None if lengths is None else sum(lengths)), real.numel() - 1
+            )
         )
+        self.room = room
         self.counts = self.valid_mask.sum(1)
         """[B] positions of each row that are computed on."""
         before = self.counts.cumsum(0) - self.counts  # [B] packed positions of earlier rows
@@ -94,6 +107,12 @@ class Packing:
         return F.pad(self.counts.cumsum(0), (1, 0))
 
     @property
+    def are_real(self) -> Tensor:
+        """[N] bool: all, or the first of them, where there is room for more."""
+        indices = self._indices
+        return torch.arange(len(indices), device=indices.device) < self.counts.sum()
+
+    @property
     def read(self) -> Packing:
         """The positions that MLTFR reads and the loss scores: these."""
         return self
@@ -115,7 +134,7 @@ class Packing:
         from the device, and many small products keep it waiting.
         """
         whole = [Group(len(self._indices), self)]
-        if self.item_ids.device.type != "cpu" or type(self) is not Packing:
+        if self.item_ids.device.type != "cpu" or type(self) is not Packing or self.room:
             return whole
         lengths = self.num_items.tolist() if self.lengths is None else list(self.lengths)
         if not any(lengths) or lengths != sorted(lengths, reverse=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,9 +64,17 @@ class QueryBlocks:
     @cached_property
     def _indices(self) -> Tensor:
         """[G] where the blocks that hold a real position stand among all."""
-        lengths, n = self.packing.lengths, self.block_len
+        lengths, n, room = self.packing.lengths, self.block_len, self.packing.room
         num_blocks = None if lengths is None else sum([-(-length // n) for length in lengths])
-        return indices_where(self.occupied, num_blocks)
+        if room:  # each row's last block may lack n - 1 positions
+            num_blocks = (room + len(self.occupied) * (n - 1)) // n
+        return indices_where(self.occupied, num_blocks, self.occupied.numel() - 1)
+
+    @property
+    def are_real(self) -> Tensor:
+        """[G] bool: all, or the first of them, where there is room for more."""
+        indices = self._indices
+        return torch.arange(len(indices), device=indices.device) < self.occupied.sum()
 
     @cached_property
     def positions(self) -> Tensor:
@@ -92,7 +101,7 @@ class QueryBlocks:
         if self.packed is not None:
             return self.packed.places
         real = self._held(self._cut(self.packing.valid_mask))  # [G, n]
-        return indices_where(real, len(self.x))
+        return indices_where(real, len(self.x), real.numel() - 1)
 
     def at_queries(self, t: Tensor) -> Tensor:
         """What stands where the queries are taken: [B, L, ...] -> [B, ceil(L / n), ...]."""

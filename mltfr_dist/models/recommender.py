@@ -7,7 +7,7 @@ Shapes: B users, L positions, N real positions, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,34 +21,12 @@ from mltfr_dist.models.explain import Explanation, explain
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.losses import Scored
 from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.output import Term, TrainingOutput
 from mltfr_dist.models.packing import Lengths, Packing, indices_where
-from mltfr_dist.models.routing import Routing, RoutingSums, routing_sums
+from mltfr_dist.models.routing import Routing, routing_sums
 from mltfr_dist.models.selectors import Reduce
 from mltfr_dist.numerics import at_least_fp32
 from mltfr_dist.registry import load
-
-Over = Literal["targets", "positions", "sequences"]
-"""What a term of the loss is a mean over: scored positions, real positions, or sequences of the
-global batch.
-"""
-
-
-class Term(NamedTuple):
-    """One term of the loss, as a sum over one micro-batch."""
-
-    sum: Tensor
-    """Scalar, with gradient."""
-    over: Over
-    weight: float
-
-
-class TrainingOutput(NamedTuple):
-    """What one micro-batch gives."""
-
-    terms: dict[str, Term]
-    """By name; `loss` is the recommendation loss."""
-    routing: RoutingSums | None
-    """Over the real positions."""
 
 
 class Recommender(nn.Module):
@@ -72,6 +50,8 @@ class Recommender(nn.Module):
             LOSSES[loss.name].path, "mltfr_dist.models"
         )
         self.backbone, self.mltfr = backbone, mltfr
+        self.replay: Callable[[SequenceBatch], TrainingOutput] | None = None
+        """Takes the place of :meth:`train_on` for batches in room (models/replay.py)."""
 
     @property
     def num_trained(self) -> int:
@@ -92,7 +72,7 @@ class Recommender(nn.Module):
         rows.look_up(torch.cat([ids.flatten() for ids in item_ids if ids is not None]))
 
     def hidden(
-        self, item_ids: Tensor, lengths: Lengths = None
+        self, item_ids: Tensor, lengths: Lengths = None, room: int | None = None
     ) -> tuple[Tensor, Packing, Routing | None]:
         """Item ids [B, L] -> hidden states of the real positions [N, D], where they stand, and how
         MLTFR routed.
@@ -100,14 +80,17 @@ class Recommender(nn.Module):
         The one place where MLTFR joins a backbone: it reads the input embeddings, and adds to the
         first block's output.
         """
-        hidden, layout, routing = self._through(item_ids, lengths, self.backbone.blocks[1:])
+        if room is None:
+            layout = self.backbone.pack(item_ids, lengths)
+        else:
+            layout = Packing(item_ids, room=room)
+        hidden, routing = self._through(layout, self.backbone.blocks[1:])
         return self.backbone.finish(layout.real(hidden)), layout.read, routing
 
     def _through(
-        self, item_ids: Tensor, lengths: Lengths, further: Iterable[nn.Module]
-    ) -> tuple[Tensor, Packing, Routing | None]:
+        self, layout: Packing, further: Iterable[nn.Module]
+    ) -> tuple[Tensor, Routing | None]:
         """What :meth:`hidden` does in the first block, with MLTFR, and in ``further`` ones."""
-        layout = self.backbone.pack(item_ids, lengths)
         real = layout.read
         inputs = self.backbone.enter(layout)
         hidden, routing = self.backbone.blocks[0](inputs, layout), None
@@ -116,7 +99,7 @@ class Recommender(nn.Module):
             hidden = hidden + layout.spread(added)
         for block in further:
             hidden = block(hidden, layout)
-        return hidden, layout, routing
+        return hidden, routing
 
     def last_hidden(self, item_ids: Tensor) -> Tensor:
         """Item ids [B, L] as :meth:`Backbone.for_ranking` gives them -> the states [B, D] that rank
@@ -134,7 +117,8 @@ class Recommender(nn.Module):
         if len(blocks) == 1:  # MLTFR joins behind it
             hidden, packing, _ = self.hidden(item_ids, lengths)
             return self.backbone.last(hidden, packing)
-        hidden, layout, _ = self._through(item_ids, lengths, blocks[1:-1])
+        layout = self.backbone.pack(item_ids, lengths)
+        hidden, _ = self._through(layout, blocks[1:-1])
         return self.backbone.finish_last(hidden, layout)
 
     def forward(
@@ -162,10 +146,17 @@ class Recommender(nn.Module):
             self.look_up(ranked, batch.target_ids)
             final = self.last_hidden(ranked)
             return self._scores(final) if read is None else read(final, self._item_vectors())
+        if self.replay is not None and batch.room is not None:
+            return self.replay(batch)
+        return self.train_on(batch, weights)
+
+    def train_on(self, batch: SequenceBatch, weights: Tensor | None = None) -> TrainingOutput:
+        """The loss sums of a training batch: see :meth:`forward`."""
         if weights is None:
             weights = torch.ones_like(batch.target_ids, dtype=torch.float32)
         self.look_up(batch.item_ids, batch.target_ids, batch.view_ids, *batch.sampled)
-        hidden, packing, routing = self.hidden(batch.item_ids, batch.lengths)
+        room = None if batch.room is None else batch.room.positions
+        hidden, packing, routing = self.hidden(batch.item_ids, batch.lengths, room)
         total = self._loss(hidden, batch, packing, packing.pack(weights))
         terms = {"loss": Term(total, "targets", 1.0)}
         if routing is not None and self.mltfr is not None:
@@ -184,11 +175,12 @@ class Recommender(nn.Module):
         target.
         """
         targets = packing.pack(batch.target_ids)
-        counts = batch.counts
-        scored = indices_where(
-            targets != PADDING_IDX, None if counts is None else counts.num_targets
-        )
+        counts, room = batch.counts, batch.room
+        wanted = room.targets if room else None if counts is None else counts.num_targets
+        scored = indices_where(targets != PADDING_IDX, wanted, len(targets) - 1)
         hidden, targets, weights = (t.index_select(0, scored) for t in (hidden, targets, weights))
+        if room:  # beyond the scored positions stands one without a target
+            weights, targets = weights * (targets != PADDING_IDX), targets.clamp(min=1)
         drawn, shared = batch.negative_ids, batch.shared_negative_ids
         log_probability = batch.shared_log_probability
         return self._loss_sum(

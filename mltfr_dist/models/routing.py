@@ -21,6 +21,9 @@ class Routing(NamedTuple):
     """Per table: [G, K] or [1, S] weights of the kept rows, without gradient."""
     num_queries: int
     """G."""
+    are_real: Tensor | None = None
+    """[G] which of the blocks hold a position, where there is room for more: weights of others, and
+    gates of positions beyond the real ones, are zero."""
 
 
 class RoutingSums(NamedTuple):
@@ -42,6 +45,10 @@ class RoutingSums(NamedTuple):
 def routing_sums(routing: Routing) -> RoutingSums:
     """Sums of a batch."""
     gate, num_queries = routing.gate.detach().float(), routing.num_queries
+    real = routing.are_real
+    counted = (
+        gate.new_full((1,), float(num_queries)) if real is None else real.sum().float().view(1)
+    )
     gates = torch.arange(gate.shape[-1], device=gate.device)
     of_kept = []
     for weights in routing.kept_weights:
@@ -50,8 +57,8 @@ def routing_sums(routing: Routing) -> RoutingSums:
         of_kept.append(entropies * num_queries if shared else entropies)
     return RoutingSums(
         gate.sum(0),
-        (gate.argmax(-1, keepdim=True) == gates).sum(0).to(gate.dtype),
+        ((gate.argmax(-1, keepdim=True) == gates) & (gate > 0)).sum(0).to(gate.dtype),
         torch.special.entr(gate).sum().view(1),
         torch.stack(of_kept),
-        gate.new_full((1,), float(num_queries)),
+        counted,
     )

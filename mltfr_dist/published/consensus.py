@@ -12,7 +12,8 @@ from mltfr_dist.config import ExpertConfig
 from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.models.consensus import State, check_mergeable
 from mltfr_dist.models.experts import ExpertCore
-from mltfr_dist.models.recommender import Recommender, TrainingOutput
+from mltfr_dist.models.output import TrainingOutput
+from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.selectors import Reduce
 
 EPS = 1e-12

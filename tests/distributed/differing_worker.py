@@ -1,7 +1,8 @@
 """train.py whose rank 1 is as on a node that differs; started by a launcher.
 
 Usage: differing_worker.py CONFIG PACKAGE FOLDER [OVERRIDE ...]: rank 1 imports mltfr_dist from
-PACKAGE, runs in FOLDER and gets the overrides; "-" leaves the first two as they are.
+PACKAGE, runs in FOLDER and gets the overrides, MLTFR_GRAPHS=on in its environment; "-" leaves the
+first two as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ if __name__ == "__main__":
         sys.path.insert(0, package)
     if other and folder != "-":
         os.chdir(folder)
+    if other and "MLTFR_GRAPHS=on" in overrides:
+        overrides.remove("MLTFR_GRAPHS=on")
+        os.environ["MLTFR_GRAPHS"] = "on"
     import train
     from mltfr_dist.distributed.meeting import leave
 

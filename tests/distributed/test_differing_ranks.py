@@ -66,6 +66,12 @@ def test_another_configuration(tmp_path: Path) -> None:
     assert "`optimizer.betas`, `training.seed` are not the same on rank 1 (" in error
 
 
+def test_another_way_of_computing(tmp_path: Path) -> None:
+    """Gradients would come in another order, in which ZeRO adds them up."""
+    error = refused(tiny_config(tmp_path), tmp_path, overrides=("MLTFR_GRAPHS=on",))
+    assert "the environment's MLTFR_GRAPHS is not the same on rank 1 (" in error
+
+
 def test_a_table_that_differs_between_nodes(tmp_path: Path) -> None:
     config = tiny_config(
         tmp_path, mltfr__tables=["tables/first", str(tmp_path / "tables" / "second")]

@@ -56,8 +56,20 @@ CASES: dict[str, dict[str, Any]] = {
     "ZeRO 3": zero("zero3"),
     "ZeRO 3 and tables in it": zero("zero3") | {"mltfr__placement": "zero3"},
     "offloaded": zero("zero2_offload"),
+    "recorded": {"mltfr__consensus__learn_weight": True},
+    "recorded bare": {"mltfr__enabled": False},
+    "recorded bert4rec": backbone("bert4rec"),
+    "recorded accumulated": {"training__micro_batch_size": 16},
+    "recorded ZeRO 0": zero("zero0"),
+    "recorded ZeRO 2": zero("zero2"),
+    "recorded sampled softmax": SAMPLED,
 }
-"""Name to changes of :func:`support.tiny_config`; `published` is added by the worker."""
+"""Name to changes of :func:`support.tiny_config`; `published` is added by the worker. Those
+that begin with `recorded` have their passes recorded (models/replay.py).
+"""
 
-BF16 = ("sasrec", "bare sasrec", "exact search", "sparse items", "ZeRO 2", "ZeRO 3")
+BF16 = (
+    *("sasrec", "bare sasrec", "exact search", "sparse items", "ZeRO 2", "ZeRO 3"),
+    *("recorded", "recorded bare"),
+)
 """Cases that are trained in bf16 too."""

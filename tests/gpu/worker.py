@@ -7,6 +7,7 @@ python worker.py FOLDER OUTPUT PRECISION CASE...
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -20,6 +21,7 @@ from support import read_lines, tiny_config
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed.meeting import stop_ranks
+from mltfr_dist.models.replay import SWITCH
 from mltfr_dist.repairs import as_published
 from mltfr_dist.schema import changed
 from mltfr_dist.training.running.fit import fit
@@ -47,7 +49,8 @@ def case(folder: Path, name: str, precision: str) -> RunConfig:
     return config
 
 
-def trained(config: RunConfig) -> dict[str, Any]:
+def trained(config: RunConfig, name: str) -> dict[str, Any]:
+    os.environ[SWITCH] = "on" if name.startswith("recorded") else "off"
     try:
         result = fit(config)[-1]
     except Exception:
@@ -58,7 +61,7 @@ def trained(config: RunConfig) -> dict[str, Any]:
 
 def main() -> None:
     folder, output, precision, *names = sys.argv[1:]
-    result = {name: trained(case(Path(folder), name, precision)) for name in names}
+    result = {name: trained(case(Path(folder), name, precision), name) for name in names}
     Path(output).write_text(json.dumps(result))
     stop_ranks()
 

@@ -34,19 +34,25 @@ class Shortlist(nn.Module):
         super().__init__()
         self.register_buffer("row_ids", torch.arange(size))
         self.register_buffer("rows", None, persistent=False)
+        self._is_old = False
         self.register_load_state_dict_post_hook(lambda shortlist, _: shortlist.forget())  # type: ignore[no-untyped-call]
 
     def candidates(self, table: PlacedTable) -> Tensor:
         """[S, D_m]; where they are not held, every process must ask at the same point."""
         if table.trained:
             return table.take(self.row_ids)
-        if self.rows is None:
-            self.rows = table.take(self.row_ids)
+        if self.rows is None or self._is_old:
+            rows, held = table.take(self.row_ids), self.rows
+            kept = held is not None and _form(held) == _form(rows)
+            self.rows = held.copy_(rows) if held is not None and kept else rows
+            self._is_old = False
         return self.rows
 
     def forget(self) -> None:
-        """Fetch the rows anew when they are next needed."""
-        self.rows = None
+        """Fetch the rows anew when they are next needed, to where they are: what a GPU has recorded
+        reads them there.
+        """
+        self._is_old = True
 
     def in_doubt(self, relevance: Tensor, tolerance: float) -> Tensor:
         """Numbers of the rows, ascending, that ``relevance`` [V] does not settle where differences
@@ -77,3 +83,7 @@ class Shortlist(nn.Module):
         recalled = torch.isin(exact, self.row_ids).float().mean(1).sum().double().view(1)
         total = reduce.sum(torch.cat([recalled, recalled.new_tensor([float(len(queries))])]))
         return total[:1] / total[1:]
+
+
+def _form(rows: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return rows.shape, rows.dtype, rows.device

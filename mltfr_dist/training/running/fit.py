@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from mltfr_dist.distributed.signals import stop_signals
 from mltfr_dist.distributed.watchdog import watched
 from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError, StoppedError
 from mltfr_dist.files import file_sha256, with_packaged
+from mltfr_dist.models.replay import SWITCH
 from mltfr_dist.progress import say
 from mltfr_dist.published.checks import check_division
 from mltfr_dist.schema import changed
@@ -230,7 +232,9 @@ def same_everywhere(config: RunConfig, ranks: Ranks) -> None:
     )
     leaves = {f"`{path}`": str(value) for path, value in leaf_values(config).items()}
     ranks.agree(
-        leaves, rule=rule, remedy="Start every rank with the same preset, file and overrides."
+        leaves | {f"the environment's {SWITCH}": os.environ.get(SWITCH, "")},
+        rule=rule,
+        remedy="Start every rank with the same preset, file, overrides and environment.",
     )
 
 

@@ -10,7 +10,7 @@ from mltfr_dist.data.stream.training import StepBatches
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.state import whole_parameter
 from mltfr_dist.models.mltfr import MLTFR
-from mltfr_dist.models.recommender import TrainingOutput
+from mltfr_dist.models.output import TrainingOutput
 from mltfr_dist.models.routing import RoutingSums
 
 

@@ -23,7 +23,8 @@ from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.models import at_once, mltfr
 from mltfr_dist.models.folded import folded
 from mltfr_dist.models.kernels import build
-from mltfr_dist.models.recommender import Recommender, TrainingOutput
+from mltfr_dist.models.output import TrainingOutput
+from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.numerics import in_order
 from mltfr_dist.serving.ablation import without_table
 

@@ -35,7 +35,13 @@ SEARCHES = {
 SAME_STEP = ("training.", "evaluation.", "checkpoint.", "baselines", "deepspeed", "data.left_out")
 """Fields that change no operator of a step: numbers of steps, rates, what is recorded."""
 FIELDS = [field for field in CHANGES if not field.startswith(SAME_STEP)]
-FEW = ("mltfr.enabled", "base", "mltfr.expert.per_table", "backbone.cl4srec.crop_ratio")
+FEW = (
+    "mltfr.enabled",
+    "base",
+    "a batch in room",
+    "mltfr.expert.per_table",
+    "backbone.cl4srec.crop_ratio",
+)
 
 
 def waits(folder: Path, fields: list[str]) -> dict[str, dict[str, int]]:
@@ -65,6 +71,7 @@ def test_a_step_waits_once_for_the_device(tmp_path: Path) -> None:
     others = check(tmp_path, list(FEW))
     assert not others["mltfr.enabled"]
     assert not others["base"]
+    assert not others["a batch in room"]
     assert all(places <= SEARCHES for places in others.values())
 
 

@@ -13,7 +13,8 @@ from mltfr_dist.backbones import BACKBONES
 from mltfr_dist.config import BackboneConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
 from mltfr_dist.models.item_tokens import ItemVectors
-from mltfr_dist.models.recommender import Recommender, TrainingOutput
+from mltfr_dist.models.output import TrainingOutput
+from mltfr_dist.models.recommender import Recommender
 
 NUM_ITEMS, DIM, COLUMNS = 12, 8, 5
 WITHOUT = 7

@@ -32,10 +32,11 @@ from mltfr_dist.models import search as searching
 from mltfr_dist.models.cross_entropy import full_cross_entropy
 from mltfr_dist.models.experts import ExpertCore, ExpertRows
 from mltfr_dist.models.mltfr import MLTFR
+from mltfr_dist.models.output import TrainingOutput
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.query_blocks import prefix_mean
-from mltfr_dist.models.recommender import Recommender, TrainingOutput
+from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.router import Router
 from mltfr_dist.models.routing import routing_sums
 from mltfr_dist.models.search import best, largest, row_relevance, search, search_rows

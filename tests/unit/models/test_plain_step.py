@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from mltfr_dist.config import BackboneConfig, LossConfig
 from mltfr_dist.data.batch import RankingBatch, SequenceBatch
+from mltfr_dist.models.output import TrainingOutput
 from mltfr_dist.models.packing import Packing
-from mltfr_dist.models.recommender import Recommender, TrainingOutput
+from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.sasrec import SASRec
 from mltfr_dist.models.transformer import SelfAttention, TransformerBlock
 

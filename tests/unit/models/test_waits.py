@@ -20,7 +20,7 @@ import mltfr_dist
 from mltfr_dist.config import BackboneConfig, ExpertConfig, FilterConfig, LossConfig, MLTFRConfig
 from mltfr_dist.data.batch import SequenceBatch
 from mltfr_dist.models.kernels import build
-from mltfr_dist.models.recommender import TrainingOutput
+from mltfr_dist.models.output import TrainingOutput
 
 PACKAGE = Path(mltfr_dist.__file__).parent
 aten = torch.ops.aten
