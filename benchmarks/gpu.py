@@ -236,7 +236,7 @@ def measure(case: Case, inputs: Inputs, ranks: Ranks, max_steps: int) -> dict[st
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     num_batches = 40
-    evaluate(ByModel(engine.deepspeed), islice(users, num_batches), config.evaluation, ranks)
+    evaluate(ByModel(engine.module), islice(users, num_batches), config.evaluation, ranks)
     torch.cuda.synchronize()
     ranked = min(users.num_users, num_batches * config.evaluation.batch_size)
     result = {

@@ -99,11 +99,13 @@ def folded(model: Recommender, *, whole_tables: bool = False) -> Recommender:
 
 
 def can_fold(mltfr: MLTFR) -> bool:
-    """Whether keys and values are those of single adapted rows, and this is no folded model
-    already.
+    """Whether keys and values are those of single adapted rows, parameters are held whole, and this
+    is no folded model already.
     """
     scaled = any(mltfr.selector(m).scales_rows for m in range(mltfr.num_tables))
     own = all(isinstance(adapter, TableAdapter) for adapter in mltfr.adapters)
+    # What is held in pieces is whole in the calls of its module alone, and only for their time.
+    own = own and not any(hasattr(parameter, "ds_id") for parameter in mltfr.parameters())
     return own and not scaled and mltfr.components.shared is Components().shared
 
 

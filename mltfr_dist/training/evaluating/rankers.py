@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mltfr_dist.data.batch import PADDING_IDX, RankingBatch
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.models.divided_rows import Division, division_of
+from mltfr_dist.models.folded import folded
 from mltfr_dist.models.rank_counts import LogNormaliser, RankCounts, count_better
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.tiles import Pairs, exact_scores
@@ -78,8 +79,14 @@ class ByModel:
     """A model as a placer: :func:`count_better` with its states and item vectors."""
 
     def __init__(self, model: Callable[..., Any], loss: MeanLoss | None = None) -> None:
-        """Args: model: a Recommender, or what calls one; loss: takes in the losses."""
-        self._model, self._loss = model, loss
+        """Args: model: a Recommender in evaluation, as it is now, or what calls one; loss: takes in
+        the losses.
+
+        All ranks must call.
+        """
+        # What no history changes is computed once, and not for each batch.
+        self._model = folded(model) if isinstance(model, Recommender) else model
+        self._loss = loss
 
     def __call__(self, batch: RankingBatch, exclude: Pairs) -> RankCounts:
         """Count for each target; under ZeRO-3 all ranks must call."""
