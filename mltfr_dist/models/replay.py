@@ -10,10 +10,9 @@ copied to where the recorded one stood. Batches come in few shapes for that
 from __future__ import annotations
 
 import os
-import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from mltfr_dist.data.batch import SequenceBatch
+from mltfr_dist.errors import ConfigError
 from mltfr_dist.models.backbone import Backbone, PositionalBackbone
 from mltfr_dist.models.initial import ItemEmbedding
 from mltfr_dist.models.output import TrainingOutput
@@ -28,8 +28,8 @@ from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.routing import RoutingSums
 
 SWITCH = "MLTFR_GRAPHS"
-"""Environment variable: `on` records passes. It is off where nothing is said, for no GPU has run it
-yet.
+"""Environment variable: `on` records passes. They are not where nothing is said, for no GPU has
+done it yet.
 """
 MOST_TRAINED = 1 << 24
 """Numbers that are trained, at most: kernels over more take longer than their launches, and each
@@ -53,6 +53,68 @@ def can_be_recorded(model: Recommender, device: torch.device) -> bool:
     return model.num_trained <= MOST_TRAINED and (mltfr is None or mltfr.reads_at_once(device))
 
 
+class Replay:
+    """A model's training passes, each recorded when its shape first comes."""
+
+    def __init__(self, model: Recommender) -> None:
+        """Args: model: one that can be recorded, on a GPU, as it stays."""
+        assert isinstance(model.backbone, PositionalBackbone)
+        self.model, self.max_len = model, model.backbone.position_embedding.num_embeddings
+        self.records = True
+        """False: each kernel is launched, and draws the same."""
+        self._parameters = list(model.parameters())
+        self._holders = [m for m in model.modules() if m._buffers]
+        self._held: OrderedDict[Any, Recorded] = OrderedDict()
+        self._places: list[int] = []
+        """Where all that passes read stood when the first of ``_held`` was made."""
+        self._pool: Any = None
+
+    def __call__(self, batch: SequenceBatch) -> TrainingOutput:
+        """What :meth:`Recommender.train_on` gives, of a batch in room on the GPU.
+
+        Raises:
+            ConfigError: The pass cannot be recorded.
+        """
+        if self.model.mltfr is not None:
+            self.model.mltfr.fetch()
+        watched = torch._C._len_torch_dispatch_stack() > 0  # who counts operators is to see them
+        launches = watched or not self.records
+        found = Launched(self.model, batch) if launches else self._recorded(batch)
+        outputs: list[TrainingOutput] = []
+        trained = [p for p in self._parameters if p.requires_grad]
+        sums = _Whole.apply(found, outputs, *trained)  # type: ignore[no-untyped-call]
+        terms = {
+            name: term._replace(sum=total)
+            for (name, term), total in zip(outputs[0].terms.items(), sums, strict=True)
+        }
+        return outputs[0]._replace(terms=terms)
+
+    def _recorded(self, batch: SequenceBatch) -> Recorded:
+        """The recording of passes over batches like this one, which stands in it; made where there
+        is none, or where what it reads has moved.
+        """
+        buffers = [b for m in self._holders for b in m._buffers.values() if b is not None]
+        places = [t.data_ptr() for t in (*self._parameters, *buffers)]
+        if places != self._places:
+            self._held.clear()
+            self._places = places
+        tensors = tensors_of(batch)
+        shape = (batch.room, *(t.shape for t in tensors))
+        if shape not in self._held:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            copy = (t.clone() if isinstance(t, Tensor) else t for t in batch)
+            passes = Launched(self.model, SequenceBatch(*copy))  # type: ignore[arg-type]
+            self._held[shape] = Recorded(passes, self._pool)
+            if len(self._held) > MOST_HELD:
+                self._held.popitem(last=False)
+        self._held.move_to_end(shape)
+        recorded = self._held[shape]
+        for place, tensor in zip(recorded.batch, tensors, strict=True):
+            place.copy_(tensor)
+        return recorded
+
+
 class _Pass(nn.Module):
     """A training pass as the call of a module."""
 
@@ -64,144 +126,118 @@ class _Pass(nn.Module):
         return self.model.train_on(batch)
 
 
-class Recording(NamedTuple):
-    """A pass over batches of one shape: what it reads, and what it leaves in place."""
+class Launched:
+    """A pass whose kernels are launched one by one."""
 
-    batch: list[Tensor]
-    output: TrainingOutput
-    forward: torch.cuda.CUDAGraph
-    of_sums: list[Tensor]
-    """Gradients of the terms' sums, which the pass back begins with."""
-    gradients: list[Tensor | None]
-    """Of the trained parameters."""
-    backward: torch.cuda.CUDAGraph
-
-
-class Replay:
-    """A model's training passes, each recorded when its shape first comes."""
-
-    def __init__(self, model: Recommender) -> None:
-        """Args: model: one that can be recorded, on a GPU, as it stays."""
-        assert isinstance(model.backbone, PositionalBackbone)
-        self.model, self.max_len = model, model.backbone.position_embedding.num_embeddings
-        self.records = True
-        """False: each kernel is launched, and draws the same."""
-        self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._parameters = list(model.parameters())
-        self._holders = [m for m in model.modules() if m._buffers]
-        self._held: OrderedDict[Any, Recording] = OrderedDict()
-        self._places: list[int] = []
-        """Where all that passes read stood when the first of ``_held`` was made."""
-        self._pool: Any = None
-
-    def __call__(self, batch: SequenceBatch) -> TrainingOutput:
-        """What :meth:`Recommender.train_on` gives, of a batch in room on the GPU."""
-        watched = torch._C._len_torch_dispatch_stack() > 0  # who counts operators is to see them
-        if not self.records or watched:
-            return self.model.train_on(batch)
-        self._look_at_places()
-        tensors = [t for t in batch if isinstance(t, Tensor)]
-        shape = (batch.room, *(t.shape for t in tensors))
-        recording = self._held.get(shape)
-        if recording is None:
-            recording = self._recorded(batch)
-            if recording is None:
-                return self.model.train_on(batch)
-            self._held[shape] = recording
-            if len(self._held) > MOST_HELD:
-                self._held.popitem(last=False)
-        self._held.move_to_end(shape)
-        for place, tensor in zip(recording.batch, tensors, strict=True):
-            place.copy_(tensor)
-        sums = _Played.apply(recording, *self._trained)  # type: ignore[no-untyped-call]
-        output = recording.output
-        terms = {
-            name: term._replace(sum=total)
-            for (name, term), total in zip(output.terms.items(), sums, strict=True)
-        }
-        routing = output.routing
-        return TrainingOutput(terms, None if routing is None else RoutingSums(*_copies(routing)))
-
-    def _look_at_places(self) -> None:
-        """Have at hand what passes read, and begin anew where any of it has moved."""
-        if self.model.mltfr is not None:
-            self.model.mltfr.fetch()
-        buffers = [b for m in self._holders for b in m._buffers.values() if b is not None]
-        places = [t.data_ptr() for t in (*self._parameters, *buffers)]
-        if places != self._places:
-            self._held.clear()
-            self._places = places
-
-    def _recorded(self, batch: SequenceBatch) -> Recording | None:
-        """A recording of a pass over batches like this one; None where it cannot be made, which is
-        said.
+    def __init__(self, model: Recommender, batch: SequenceBatch) -> None:
+        """Args: model: its parameters are read where they are, by other tensors: hooks on a
+        parameter are for the gradient that it gets; batch: in room.
         """
-        # Read by other tensors over the same memory: who watches a gradient has hooks on the
-        # parameters themselves.
-        over = {
+        self.batch, self._pass = batch, _Pass(model)
+        self._over = {
             f"model.{name}": p.detach().requires_grad_(p.requires_grad)
-            for name, p in self.model.named_parameters()
+            for name, p in model.named_parameters()
         }
-        of_pass, trained = _Pass(self.model), [p for p in over.values() if p.requires_grad]
-        batch = SequenceBatch(*(t.clone() if isinstance(t, Tensor) else t for t in batch))  # type: ignore[arg-type]
+        self._sums: list[Tensor] = []
 
-        def run() -> TrainingOutput:
-            return cast(TrainingOutput, functional_call(of_pass, over, (batch,)))
+    def forward(self) -> TrainingOutput:
+        """Sums, without gradient."""
+        with torch.enable_grad():
+            output = cast(TrainingOutput, functional_call(self._pass, self._over, (self.batch,)))
+        self._sums = [term.sum for term in output.terms.values()]
+        terms = {name: t._replace(sum=t.sum.detach()) for name, t in output.terms.items()}
+        return output._replace(terms=terms)
 
-        def back(output: TrainingOutput, of_sums: Sequence[Tensor] | None) -> list[Tensor | None]:
-            sums = [term.sum for term in output.terms.values()]
-            return list(torch.autograd.grad(sums, trained, of_sums, allow_unused=True))
+    def backward(self, of_sums: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of the trained parameters, for those of the sums."""
+        trained = [p for p in self._over.values() if p.requires_grad]
+        sums, self._sums = self._sums, []
+        return list(torch.autograd.grad(sums, trained, of_sums, allow_unused=True))
 
-        device = batch.item_ids.device
+
+class Recorded:
+    """A pass over batches of one shape that is played."""
+
+    def __init__(self, passes: Launched, pool: Any) -> None:
+        """Record it.
+
+        Args:
+            passes: Over a batch that stays where it is.
+            pool: Memory that recordings share, as only one is played at a time and what it leaves
+                is copied at once.
+
+        Raises:
+            ConfigError: It cannot be recorded.
+        """
+        self.batch = tensors_of(passes.batch)
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        device = passes.batch.item_ids.device
         state, stream = torch.cuda.get_rng_state(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # libraries choose and load what they need
-            back(run(), None)
+            output = passes.forward()
+            self._of_sums = [torch.ones_like(term.sum) for term in output.terms.values()]
+            passes.backward(self._of_sums)
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.set_rng_state(state, device)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        how = {"pool": self._pool, "stream": stream, "capture_error_mode": "thread_local"}
+        how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.graph(forward, **how):
-                output = run()
-            of_sums = [torch.ones_like(term.sum) for term in output.terms.values()]
-            with torch.cuda.graph(backward, **how):
-                gradients = back(output, of_sums)
+            with torch.cuda.graph(self._forward, **how):
+                self._output = passes.forward()
+            with torch.cuda.graph(self._backward, **how):
+                self._gradients = passes.backward(self._of_sums)
         except RuntimeError as error:
-            self.records = False
-            warnings.warn(
-                f"Training steps cannot be recorded for the GPU as {SWITCH}=on asks, and are "
-                f"launched kernel by kernel: {error}. Results are the same.",
-                stacklevel=2,
-            )
-            return None
-        kept = [t for t in batch if isinstance(t, Tensor)]
-        terms = {name: t._replace(sum=t.sum.detach()) for name, t in output.terms.items()}
-        return Recording(kept, output._replace(terms=terms), forward, of_sums, gradients, backward)
+            raise ConfigError(
+                f"The training passes of this model cannot be recorded for the GPU: {error}",
+                rule=f"{SWITCH}=on records passes whose kernels follow from a batch's shape.",
+                remedy=f"Start it again without {SWITCH}.",
+            ) from error
+
+    def forward(self) -> TrainingOutput:
+        """Sums, without gradient."""
+        self._forward.replay()
+        terms, routing = self._output.terms, self._output.routing
+        copies = _copies([term.sum for term in terms.values()])
+        pairs = zip(terms.items(), copies, strict=True)
+        return TrainingOutput(
+            {name: term._replace(sum=total) for (name, term), total in pairs},
+            None if routing is None else RoutingSums(*_copies(routing)),
+        )
+
+    def backward(self, of_sums: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of the trained parameters, for those of the sums."""
+        for place, gradient in zip(self._of_sums, of_sums, strict=True):
+            place.copy_(gradient)
+        self._backward.replay()
+        copies = iter(_copies([g for g in self._gradients if g is not None]))
+        return [None if g is None else next(copies) for g in self._gradients]
 
 
-class _Played(torch.autograd.Function):
-    """The sums of a recording's terms, by its parameters."""
+class _Whole(torch.autograd.Function):
+    """A pass as one operator: whether it is launched or played, gradients come in one order, by
+    which ranks add them up.
+    """
 
     @staticmethod
-    def forward(ctx: Any, recording: Recording, *_: Tensor) -> tuple[Tensor, ...]:
-        ctx.recording = recording
-        recording.forward.replay()
-        return tuple(_copies([term.sum for term in recording.output.terms.values()]))
+    def forward(
+        ctx: Any, passes: Launched | Recorded, outputs: list[TrainingOutput], *_: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.passes = passes
+        outputs.append(passes.forward())
+        return tuple(term.sum for term in outputs[0].terms.values())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *of_sums: Tensor) -> tuple[Tensor | None, ...]:
-        recording: Recording = ctx.recording
-        for place, gradient in zip(recording.of_sums, of_sums, strict=True):
-            place.copy_(gradient)
-        recording.backward.replay()
-        # The next pass, of this update or the next one, leaves its own where these stand.
-        copies = iter(_copies([g for g in recording.gradients if g is not None]))
-        return None, *(None if g is None else next(copies) for g in recording.gradients)
+        passes: Launched | Recorded = ctx.passes
+        return None, None, *passes.backward(of_sums)
+
+
+def tensors_of(batch: SequenceBatch) -> list[Tensor]:
+    """Those that there are, in their order."""
+    return [t for t in batch if isinstance(t, Tensor)]
 
 
 def _copies(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """By a few launches for all."""
     return torch._foreach_mul(list(tensors), 1)

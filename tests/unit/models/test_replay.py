@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.stream.training import BatchLayout
 from mltfr_dist.distributed.ranks import ALONE
+from mltfr_dist.errors import ConfigError
 from mltfr_dist.models import at_once, mltfr, replay
 from mltfr_dist.models.kernels import build
 from mltfr_dist.models.recommender import Recommender
@@ -146,7 +147,7 @@ def test_played_steps_are_those_that_launch_their_kernels(
     assert trained(model, batches, player) == pytest.approx(launched, rel=1e-5, abs=1e-6)
     assert player.records
     assert 1 < len(player._held) < len(batches)
-    assert sum(r.forward.played for r in player._held.values()) == len(batches)  # type: ignore[attr-defined]
+    assert sum(r._forward.played for r in player._held.values()) == len(batches)  # type: ignore[attr-defined]
 
 
 def gradients(model: Recommender) -> dict[str, Tensor]:
@@ -218,17 +219,33 @@ def test_who_counts_operators_sees_them(tmp_path: Path) -> None:
     assert len(counted.calls) > 100
 
 
-def test_what_cannot_be_recorded_is_launched_and_said(
+def test_what_cannot_be_recorded_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Another rank may be able to: gradients of one that launches would come in another order."""
     model, (batch, *_) = model_and_batches(tmp_path, mltfr__enabled=False)
     loss_sum = model._loss_sum
     monkeypatch.setattr(
         model, "_loss_sum", lambda scored: loss_sum(scored) * float(scored.weights.max())
     )
-    expected = model(batch.in_room(10)).terms["loss"].sum.item()
-    player = model.replay = Replay(model)
-    with pytest.warns(UserWarning, match="cannot be recorded.*MLTFR_GRAPHS=on"):
-        assert model(batch.in_room(10)).terms["loss"].sum.item() == expected
-    assert not player.records
-    assert model(batch.in_room(10)).terms["loss"].sum.item() == expected
+    model.replay = Replay(model)
+    with pytest.raises(ConfigError, match="cannot ask for numbers"):
+        model(batch.in_room(10))
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_gradients_come_in_one_order(records: bool, tmp_path: Path) -> None:
+    """Launched, counted or played."""
+    model, (batch, *_) = model_and_batches(tmp_path)
+    come: list[str] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda _, name=name: come.append(name))
+    model.replay = Replay(model)
+    model.replay.records = records
+    model(batch.in_room(10)).terms["loss"].sum.backward()
+    with recording(Graph()):
+        model(batch.in_room(10)).terms["loss"].sum.backward()
+    half = len(come) // 2
+    assert half > 30
+    assert come[:half] == come[half:]
