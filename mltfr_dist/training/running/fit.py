@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from mltfr_dist.config.published import MLTFR, without
 from mltfr_dist.data.shards.manifest import verify_folder
 from mltfr_dist.distributed import checkpoint
 from mltfr_dist.distributed.deepspeed_file import deepspeed_config, sharding_file, zero_stage
-from mltfr_dist.distributed.engine import batch_layout, versions
+from mltfr_dist.distributed.engine import batch_layout
 from mltfr_dist.distributed.health import watch_neighbours
 from mltfr_dist.distributed.item_placement import check_items_divide, resolve_items
 from mltfr_dist.distributed.launch import expected_rank
@@ -28,7 +27,6 @@ from mltfr_dist.distributed.signals import stop_signals
 from mltfr_dist.distributed.watchdog import watched
 from mltfr_dist.errors import CheckpointError, ConfigError, DamagedError, StoppedError
 from mltfr_dist.files import file_sha256, with_packaged
-from mltfr_dist.models.replay import SWITCH
 from mltfr_dist.progress import say
 from mltfr_dist.published.checks import check_division
 from mltfr_dist.schema import changed
@@ -43,9 +41,9 @@ from mltfr_dist.training.run_folder import (
     check_claim,
     claim,
     has_run,
-    leaf_values,
     load_result,
 )
+from mltfr_dist.training.running.agreement import same_everywhere
 from mltfr_dist.training.running.stages import fit_model
 from mltfr_dist.training.streams import train_stream
 
@@ -216,26 +214,6 @@ def blind_ranks(folder: Path, ranks: Ranks) -> list[int]:
     """Ranks that see no run there. All ranks must call."""
     sees = ranks.gather(torch.tensor([float(has_run(folder))]))[:, 0].tolist()
     return [rank for rank, seen in enumerate(sees) if not seen]
-
-
-def same_everywhere(config: RunConfig, ranks: Ranks) -> None:
-    """Compare code and configuration between ranks.
-
-    Raises:
-        ConfigError: They differ.
-    """
-    rule = "All ranks of a run execute one program with one configuration."
-    ranks.agree(
-        versions(),
-        rule=rule,
-        remedy="Install the same release on every node, or share one environment.",
-    )
-    leaves = {f"`{path}`": str(value) for path, value in leaf_values(config).items()}
-    ranks.agree(
-        leaves | {f"the environment's {SWITCH}": os.environ.get(SWITCH, "")},
-        rule=rule,
-        remedy="Start every rank with the same preset, file, overrides and environment.",
-    )
 
 
 def run(config: RunConfig, inputs: Inputs, ranks: Ranks, *, read_test: bool) -> list[Result]:
