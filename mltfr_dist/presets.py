@@ -75,7 +75,7 @@ def esasrec_beauty() -> RunConfig:
 
     LiGR layers, in the sizes of `sasrec_beauty`, so that the two can be compared, and with the
     softmax over all items, which did better on validation than the paper's sampled one (.0701
-    against .0657; docs/results.md). Expect test HR@10 .094, NDCG@10 .056 (one seed; the best of 46
+    against .0657; docs/results.md). Expect test HR@10 .094, NDCG@10 .056 (one seed; the best of 44
     epochs by validation), in 10 minutes of one core with AVX512. `python train.py --preset
     esasrec_beauty`, after the preparation that `sasrec_beauty` names.
     """
@@ -90,7 +90,7 @@ def beauty() -> RunConfig:
     """Bare BSARec on Amazon Beauty (5-core), tuned by validation.
 
     The strongest bare backbone that was found there (docs/results.md has the trials). Expect test
-    HR@10 .096, NDCG@10 .0595 (one seed; the best of 25 epochs by validation, .0733), in 10 minutes
+    HR@10 .097, NDCG@10 .0593 (one seed; the best of 28 epochs by validation, .0727), in 10 minutes
     of one core with AVX512. Prepare the data first: `mltfr prepare beauty data/beauty --download`,
     then `python train.py --preset beauty`.
     """
@@ -107,7 +107,7 @@ def beauty() -> RunConfig:
 def toys() -> RunConfig:
     """Preset `beauty` on Amazon Toys and Games, not tuned there.
 
-    Expect test HR@10 .100, NDCG@10 .063 (one seed; the best of 24 epochs by validation, .0763), in
+    Expect test HR@10 .098, NDCG@10 .062 (one seed; the best of 25 epochs by validation, .0756), in
     10 minutes of one core with AVX512. Prepare the data first: `mltfr prepare toys data/toys
     --download`, then `python train.py --preset toys`.
     """

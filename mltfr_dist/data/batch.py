@@ -72,10 +72,10 @@ class SequenceBatch(NamedTuple):
     """[S] logarithm of the probability with which each of them is drawn."""
     view_ids: Tensor | None = None
     """[B, 2, L] int64, two augmented views of each history, where the loss contrasts them."""
-    counts: Counts | None = None
-    """Of the tensors above; None: not known, and looked up where they are needed."""
     room: Room | None = None
     """Where there is room for more, of :meth:`in_room`; ``counts`` are None then."""
+    counts: Counts | None = None
+    """Of the tensors above; None: not known, and looked up where they are needed."""
 
     @property
     def num_targets(self) -> int:
