@@ -22,7 +22,7 @@ from mltfr_dist.files import code_sha256
 from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.output import TrainingOutput
 from mltfr_dist.models.recommender import Recommender
-from mltfr_dist.models.replay import Replay, can_be_recorded
+from mltfr_dist.models.replay import SWITCH, Replay, is_asked_for, why_launched
 from mltfr_dist.optim import build_optimizer, learning_rate
 from mltfr_dist.optimizers import OPTIMIZERS
 
@@ -77,9 +77,7 @@ class Engine:
             model=model, optimizer=optimizer, config=ds_config
         )
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self.replay: Replay | None = None
-        if self.zero_stage < 3 and can_be_recorded(model, ranks.device):
-            self.replay = model.replay = Replay(model)
+        self.replay = model.replay = self._recorder(model) if is_asked_for() else None
         if self.zero_stage == 0:
             self.deepspeed.zero_grad = self._clear_gradients
             if ranks.world_size == 1:
@@ -105,6 +103,18 @@ class Engine:
         )
         self.stopwatch = Stopwatch(ranks.device)
         self._norm: Tensor | None = None
+
+    def _recorder(self, model: Recommender) -> Replay | None:
+        """What records training passes; None, and why is said, where they are not."""
+        why = why_launched(model, self.ranks.device)
+        if self.zero_stage == 3:
+            why = "ZeRO 3 holds parameters in pieces"
+        if why is None:
+            return Replay(model)
+        self.ranks.say(
+            f"{SWITCH}=on: passes are launched kernel by kernel all the same, for {why}."
+        )
+        return None
 
     @property
     def module(self) -> Recommender:

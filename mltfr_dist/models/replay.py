@@ -39,18 +39,35 @@ MOST_HELD = 16
 """Recordings that are kept; of more shapes the one that was played longest ago makes way."""
 
 
-def can_be_recorded(model: Recommender, device: torch.device) -> bool:
-    """Whether it is asked for, all that a training pass of ``model`` does follows from its batch's
-    shape, and the launches of its kernels weigh.
+def is_asked_for() -> bool:
+    """Whether passes are to be recorded."""
+    return os.environ.get(SWITCH) == "on"
+
+
+def why_launched(model: Recommender, device: torch.device) -> str | None:
+    """Why passes of ``model`` are not recorded, as they ask for more than the shape of a batch, or
+    would gain nothing; None where they can be.
     """
     backbone, mltfr = model.backbone, model.mltfr
-    if device.type != "cuda" or os.environ.get(SWITCH) != "on":
-        return False
+    if device.type != "cuda":
+        return "the model is not on a CUDA GPU"
     if not isinstance(backbone, PositionalBackbone) or type(backbone).pack is not Backbone.pack:
-        return False  # others may ask the device for lengths
-    if backbone.contrasts_views or type(backbone.item_embedding) is not ItemEmbedding:
-        return False
-    return model.num_trained <= MOST_TRAINED and (mltfr is None or mltfr.reads_at_once(device))
+        return "its backbone computes on padding, or may ask for lengths"
+    if backbone.contrasts_views:
+        return "its backbone contrasts views, whose lengths are their own"
+    if type(backbone.item_embedding) is not ItemEmbedding:
+        return "vectors of items are made of tokens, or their rows divided or stepped one by one"
+    if model.num_trained > MOST_TRAINED:
+        return (
+            f"it trains {model.num_trained:,} numbers, more than {MOST_TRAINED:,}: kernels take "
+            "longer than their launches"
+        )
+    if mltfr is not None and not mltfr.reads_at_once(device):
+        return (
+            "not every table is read in one pass: that takes shortlists of one size, no noise, "
+            "tables that are not trained, and none of the published defects"
+        )
+    return None
 
 
 class Replay:

@@ -22,7 +22,7 @@ from support import REPOSITORY, clean_environment, read_lines, tiny_config
 from mltfr_dist.data.stream.training import BatchLayout
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.exported import load_exported
-from mltfr_dist.models.replay import SWITCH, Replay, can_be_recorded
+from mltfr_dist.models.replay import Replay, why_launched
 from mltfr_dist.training.build import build_model
 from mltfr_dist.training.inputs import load_inputs
 from mltfr_dist.training.run_folder import dump_config, load_result
@@ -151,18 +151,15 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
         assert second.test[key] == pytest.approx(value, abs=0.01), key
 
 
-def test_recorded_steps_are_those_that_launch_their_kernels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recorded_steps_are_those_that_launch_their_kernels(tmp_path: Path) -> None:
     """With dropout, which both draw alike, and shortlists that are chosen anew."""
-    monkeypatch.setenv(SWITCH, "on")
     config, device = tiny_config(tmp_path), torch.device("cuda")
     size, runs = config.training.global_batch_size, list[list[float]]()
     for records in (False, True):
         torch.manual_seed(0)
         model = build_model(config, load_inputs(config, verify=False), with_consensus=True)
         model.to(device).train()
-        assert can_be_recorded(model, device)
+        assert why_launched(model, device) is None
         model.replay = player = Replay(model)
         player.records = records
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)

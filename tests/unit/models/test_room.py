@@ -23,6 +23,7 @@ from mltfr_dist.models.output import TrainingOutput
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.training.build import build_model
 from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.running.fit import fit
 from mltfr_dist.training.streams import train_stream
 
 PACKED = [
@@ -125,21 +126,27 @@ def test_only_what_follows_from_a_shape_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = torch.device("cuda")
-    monkeypatch.setenv(replay.SWITCH, "on")
     model, _ = model_and_batches(tmp_path, {})
-    assert replay.can_be_recorded(model, gpu)
-    assert not replay.can_be_recorded(model, torch.device("cpu"))
-    for changes in (
-        {"backbone__name": "cl4srec"},
-        {"mltfr__filter__shortlist_size": None},
-        {"mltfr__filter__noise": 0.5},
-        {"backbone__name": "bsarec_original", "data__samples": "prefixes"},
-        {"mltfr__item_tokens__source": "titles"},
-    ):
+    assert replay.why_launched(model, gpu) is None
+    assert replay.why_launched(model, torch.device("cpu")) == "the model is not on a CUDA GPU"
+    for reason, changes in {
+        "contrasts views": {"backbone__name": "cl4srec"},
+        "shortlists of one size": {"mltfr__filter__shortlist_size": None},
+        "no noise": {"mltfr__filter__noise": 0.5},
+        "computes on padding": {"backbone__name": "bsarec_original", "data__samples": "prefixes"},
+        "made of tokens": {"mltfr__item_tokens__source": "titles"},
+    }.items():
         other, _ = model_and_batches(tmp_path, changes)
-        assert not replay.can_be_recorded(other, gpu), changes
+        assert reason in str(replay.why_launched(other, gpu)), changes
     monkeypatch.setattr(replay, "MOST_TRAINED", 100)
-    assert not replay.can_be_recorded(model, gpu)
-    monkeypatch.setattr(replay, "MOST_TRAINED", 1 << 24)
-    monkeypatch.delenv(replay.SWITCH)
-    assert not replay.can_be_recorded(model, gpu)
+    assert "more than 100: kernels take" in str(replay.why_launched(model, gpu))
+
+
+def test_who_asks_for_what_cannot_be_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(replay.SWITCH, "on")
+    fit(tiny_config(tmp_path, training__epochs=1, mltfr__enabled=False))
+    said = capsys.readouterr().out
+    assert "MLTFR_GRAPHS=on: passes are launched kernel by kernel all the same" in said
+    assert "not on a CUDA GPU" in said
