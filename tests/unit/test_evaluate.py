@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import tiny_config
 from torch import Tensor
 
 from mltfr_dist.config import EvaluationConfig, PrepareConfig
@@ -15,9 +16,14 @@ from mltfr_dist.data.prepare.run import prepare
 from mltfr_dist.data.stream.ranking import RankingStream
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.metrics import metric_names
+from mltfr_dist.models.folded import folded
+from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.training.build import build_model
 from mltfr_dist.training.evaluating import rankers
 from mltfr_dist.training.evaluating.evaluate import evaluate, rank_users
-from mltfr_dist.training.evaluating.rankers import ByScores, SameForAll, excluded
+from mltfr_dist.training.evaluating.rankers import ByModel, ByScores, MeanLoss, SameForAll, excluded
+from mltfr_dist.training.inputs import load_inputs
+from mltfr_dist.training.streams import ranking_stream
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NO = -math.inf
@@ -198,3 +204,29 @@ def test_an_oracle_over_real_data_is_perfect_at_any_batch_size(tmp_path: Path) -
         results.append(evaluate(ByScores(by_id, manifest.num_items), stream(), config(), ALONE))
     assert results[0] == results[1] == results[2]
     assert 0 < results[0]["MRR"] < 1
+
+
+@pytest.mark.parametrize("strategy", ["user_guided", "random_tokens", "learned_prototypes"])
+def test_a_model_ranks_as_it_would_with_nothing_computed_before(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no history changes is computed once a pass: losses and ranks are equal to the bit."""
+    config = tiny_config(tmp_path, mltfr__filter__strategy=strategy)
+    torch.manual_seed(0)
+    model = build_model(config, load_inputs(config, verify=False), with_consensus=True).eval()
+    folds, found = [], []
+
+    def told(given: Recommender) -> Recommender:
+        folds.append(folded(given))
+        return folds[-1]
+
+    for fold in (told, lambda given: given):
+        monkeypatch.setattr(rankers, "folded", fold)
+        loss = MeanLoss(ALONE)
+        users = rank_users(
+            ByModel(model, loss), ranking_stream(config, "valid", ALONE), config.evaluation, ALONE
+        )
+        found.append((users.ranks.tolist(), loss.mean()))
+    assert (folds[0] is not model) == (strategy != "random_tokens")
+    assert found[0] == found[1]
+    assert len(set(found[0][0])) > 10
