@@ -119,7 +119,11 @@ def read_at_once(parts: Parts, positions: Tensor, queries: Queries) -> Read:
     if parts.consensus is not None:
         members = list(parts.members)
         if len(members) < num_experts:
-            places, log_weights = places[:, members], log_weights[:, members]
+            # No index by a list, which would be copied to the device.
+            places, log_weights = (
+                torch.cat([t.narrow(1, e, 1) for e in members], dim=1)
+                for t in (places, log_weights)
+            )
         core = cast(ExpertCore, parts.consensus)
         said = _of_consensus(core, positions, chosen.rows, places, log_weights)
         mixed = mixed + parts.weight * said
