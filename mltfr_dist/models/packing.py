@@ -158,15 +158,19 @@ class Packing:
     def pack(self, padded: Tensor) -> Tensor:
         """[B, L, ...] -> [N, ...]."""
         flat = padded.flatten(0, 1)
-        return flat if len(flat) == len(self._indices) else flat.index_select(0, self._indices)
+        return flat if self._has_all(len(flat)) else flat.index_select(0, self._indices)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[N, ...] -> [B, L, ...], zero at padding."""
         batch, length = self.batch_shape
-        if len(packed) == batch * length:  # no padding
+        if self._has_all(batch * length):
             return packed.view(batch, length, *packed.shape[1:])
         empty = packed.new_zeros(batch * length, *packed.shape[1:])
         return empty.index_copy(0, self._indices, packed).view(batch, length, *packed.shape[1:])
+
+    def _has_all(self, num_places: int) -> bool:
+        """Whether there is no padding among so many places."""
+        return len(self._indices) == num_places and self.room is None
 
     def last(self, packed: Tensor, back: int = 0) -> Tensor:
         """[N, ...] -> [B, ...], each row's last real position, or ``back`` before it; zero where

@@ -20,6 +20,7 @@ from mltfr_dist.models import at_once, mltfr, replay
 from mltfr_dist.models.backbone import Backbone, backbone_class
 from mltfr_dist.models.kernels import build
 from mltfr_dist.models.output import TrainingOutput
+from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.training.build import build_model
 from mltfr_dist.training.inputs import load_inputs
@@ -96,6 +97,20 @@ def test_a_batch_of_nobody_has_room_too(tmp_path: Path) -> None:
     found = numbers(model, nobody.in_room(10))
     assert not any(found[name].any() for name, p in model.named_parameters() if name in found)
     assert all(found[name].isfinite().all() for name in found)
+
+
+def test_room_may_be_for_as_many_as_there_are_places() -> None:
+    """Though there is padding in front of the last ones."""
+    ids = torch.randint(1, 20, (31, 16))
+    ids[0, 10:] = PADDING_IDX
+    batch = SequenceBatch(ids, ids, torch.arange(31)).counted().in_room(16)
+    assert batch.room is not None
+    assert batch.room.positions == batch.item_ids.numel()
+    packing = Packing(batch.item_ids, room=batch.room.positions)
+    packed = packing.pack(batch.item_ids)
+    assert torch.equal(packed[:490], ids[ids != PADDING_IDX])
+    assert not packed[490:].any()
+    assert torch.equal(packing.unpack(packed)[:31], ids)
 
 
 def test_room_is_a_little_more_than_is_needed() -> None:
