@@ -53,6 +53,8 @@ class Packing:
 
     lengths: Lengths = None
     """Positions of each row that are computed on, where they are known."""
+    room: int | None = None
+    """N, where it is more than there are real positions."""
 
     def __init__(
         self,
