@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,6 +11,19 @@ from torch import Tensor
 LARGEST_INT32 = (1 << 31) - 1
 GROUP = 8
 """Scores that one maximum stands for while the largest of many are sought."""
+HALF_RATE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+"""Compute capabilities of the GPUs that work in float64 at half their rate in fp32 (P100, V100,
+A100, H100, B200); others do at a 32nd of it or less (CUDA C++ Programming Guide, arithmetic
+instructions).
+"""
+
+
+@cache
+def is_fast_in_float64(device: torch.device) -> bool:
+    """Whether products in float64 cost a GPU less than to be asked which of them it needs."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) in HALF_RATE
 
 
 def at_least_fp32(t: Tensor) -> Tensor:
@@ -73,3 +87,24 @@ def in_order(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     backwards = torch.arange(last, -1, -1, device=scores.device)
     keys = torch.add(backwards, ordered, alpha=1 << 32).topk(count, dim=-1).values
     return keys, last - (keys & ((1 << 32) - 1))
+
+
+def distinct_in_room(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What :func:`torch.unique` gives, with room for as many as there can be, so that a GPU is not
+    asked how many there are.
+
+    Args:
+        values: [...] int64, of 0 to ``count`` - 1.
+        count: Of what there is.
+
+    Returns:
+        [U] the distinct ones, ascending, and the largest again in the places that are left, U being
+        the number of values or ``count``, the smaller; and ``values`` as indices into them.
+    """
+    ordered, order = values.flatten().sort()
+    is_new = torch.ones_like(ordered, dtype=torch.bool)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    places = is_new.cumsum(0) - 1
+    distinct = ordered[-1:].repeat(len(ordered)).scatter_(0, places, ordered)
+    indices = torch.empty_like(order).scatter_(0, order, places)
+    return distinct[:count], indices.view_as(values)

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.models.draws import GumbelNoise
 from mltfr_dist.models.placed_table import PlacedTable, WholeTable
-from mltfr_dist.models.search import Project, best, nearest_rows, row_relevance, search_rows
+from mltfr_dist.models.relevance import row_relevance
+from mltfr_dist.models.search import Project, best, nearest_rows, search_rows
 
 
 def row_bounds(num_rows: int, world_size: int) -> list[int]:

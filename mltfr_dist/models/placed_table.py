@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mltfr_dist.models.draws import GumbelNoise
-from mltfr_dist.models.search import Project, nearest_rows, row_relevance
+from mltfr_dist.models.relevance import row_relevance
+from mltfr_dist.models.search import Project, nearest_rows
 
 
 class PlacedTable(nn.Module):

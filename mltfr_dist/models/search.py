@@ -2,7 +2,8 @@
 matrices.
 
 A product of matrices may round otherwise in another shape, so its last bits must not decide. They
-only find the rows that may be among the best; those are scored again in float64. Order: the score
+only find the rows that may be among the best; those are scored again in float64. A GPU that is fast
+in float64 scores all rows so, for which it need not be asked which ones are near. Order: the score
 rounded to float32, then the lower row number.
 
 Shapes: G queries, S rows of D_m columns, D hidden size, K kept rows, C >= K rows that may be among
@@ -19,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mltfr_dist.models.draws import GumbelNoise
-from mltfr_dist.models.kernels import largest_products, nearest, row_maxima
-from mltfr_dist.numerics import in_order, kth_largest, top_of
+from mltfr_dist.models.kernels import nearest
+from mltfr_dist.numerics import in_order, is_fast_in_float64, top_of
 
 CACHED_ELEMENTS = 1 << 21
 """Scores held at a time on a CPU (8 MiB in fp32), so that they stay in its cache."""
@@ -104,6 +105,8 @@ def search_rows(
     ``project`` is called twice, whatever there is to find: it may gather sharded parameters.
     """
     num_kept = min(num_kept, len(rows))
+    if is_fast_in_float64(query.device):
+        return _in_float64(query, rows, project, num_kept, noise)
     _, indices = _near(query, rows, project, num_kept, noise)
     scores = _cosines(query, rows, project, indices)
     if noise is not None:
@@ -118,12 +121,29 @@ def nearest_rows(
     apart without.
     """
     num_kept = min(num_kept, len(rows))
+    if is_fast_in_float64(query.device):
+        return _in_float64(query, rows, project, num_kept, noise)[1]
 
     def exact(doubtful: Tensor, indices: Tensor) -> Tensor:
         return _cosines(query[doubtful], rows, project, indices)
 
     near = _near(query, rows, project, num_kept, noise)
     return _ordered(*near, num_kept, TOLERANCE[query.dtype], exact, noise)
+
+
+def _in_float64(
+    query: Tensor, rows: Tensor, project: Project, num_kept: int, noise: GumbelNoise | None
+) -> tuple[Tensor, Tensor]:
+    """Scores (fp32) and indices [G, K] of the best rows, all of them scored in float64."""
+    unit_query = F.normalize(query.double(), dim=-1)
+    unit_rows = project(rows, torch.float64)
+
+    def choose(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        rounded = scores.float()
+        indices = in_order(rounded, count)[1]
+        return rounded.gather(1, indices), indices
+
+    return _top(unit_query, unit_rows, num_kept, noise, choose)
 
 
 def _near(
@@ -235,53 +255,3 @@ def _top(
         values.append(top[0])
         indices.append(top[1])
     return torch.cat(values), torch.cat(indices)
-
-
-@torch.no_grad()
-def row_relevance(
-    query: Tensor,
-    rows: Tensor,
-    project: Project,
-    dtype: torch.dtype | None = None,
-    needed: int | None = None,
-) -> Tensor:
-    """[S] fp32, largest cosine of each row with any of the queries [G, D]; -1 where there is no
-    query.
-
-    Args:
-        query: [G, D].
-        rows: [S, D_m].
-        project: Computes unit vectors.
-        dtype: In which it does; None: that of the parameters.
-        needed: How many of the highest are wanted; what cannot be among them, or within the
-            tolerance of the last, may be given lower than it is. None: all.
-    """
-    unit_rows = project(rows, dtype)
-    unit_query = F.normalize(query.to(unit_rows.dtype), dim=-1)
-    bounds = None if needed is None else largest_products(unit_query, unit_rows)
-    if bounds is None or needed is None:
-        return _largest_cosines(unit_query, unit_rows).float()
-    cosines, error = bounds
-    needed = min(needed, len(cosines))
-    first = cosines.topk(min(2 * needed, len(cosines)), sorted=False).indices
-    cosines.index_copy_(0, first, _largest_cosines(unit_query, unit_rows[first]))
-    # What the first reach bounds the last that is needed, and few others can reach that.
-    last = kth_largest(cosines, needed) - 4 * TOLERANCE[torch.float32]
-    near = (cosines + error >= last).index_fill_(0, first, False).nonzero()[:, 0]
-    cosines.index_copy_(0, near, _largest_cosines(unit_query, unit_rows[near]))
-    return cosines
-
-
-def _largest_cosines(unit_query: Tensor, unit_rows: Tensor) -> Tensor:
-    """[S] largest product of each row with any query; -1 where there is none."""
-    by_kernel = row_maxima(unit_query, unit_rows)
-    if by_kernel is not None:
-        return by_kernel
-    cosines = unit_rows.new_full((len(unit_rows),), -1.0)
-    chunk = queries_at_once(max(1, len(unit_rows)), unit_rows.device)
-    kept = unit_query.new_empty(min(chunk, len(unit_query)), len(unit_rows))
-    for queries in torch.split(unit_query, chunk):
-        if len(queries):
-            scores = torch.mm(queries, unit_rows.T, out=kept[: len(queries)])
-            torch.maximum(cosines, scores.amax(dim=0), out=cosines)
-    return cosines

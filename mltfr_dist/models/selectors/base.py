@@ -18,6 +18,7 @@ from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.experts import ExpertRows
 from mltfr_dist.models.kernels import unit_vectors, used_rows
 from mltfr_dist.models.placed_table import PlacedTable
+from mltfr_dist.numerics import distinct_in_room
 
 
 class Reduce(Protocol):
@@ -54,7 +55,7 @@ class Selection:
     candidates: Tensor
     """[S, D_m] rows, of which each query keeps some."""
     row_ids: Tensor
-    """[S] their numbers in the table (of prototypes: their own)."""
+    """[S] their numbers in the table (of prototypes: their own), ascending."""
     kept: Tensor | None
     """[G, K] int64, indices of the candidates that each query keeps, best first; None: every query
     keeps all.
@@ -151,11 +152,10 @@ def all_kept(rows: Tensor) -> Selection:
 
 def those_kept(kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """[U], ascending: which of ``count`` rows any query keeps; and ``kept`` [G, K] as indices into
-    them.
+    them. On a GPU the last may come several times.
     """
     if kept.device.type != "cpu":
-        used, inverse = torch.unique(kept, return_inverse=True)
-        return used, inverse
+        return distinct_in_room(kept, count)
     by_kernel = used_rows(kept, count)
     if by_kernel is not None:
         return by_kernel

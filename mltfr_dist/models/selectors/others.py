@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mltfr_dist.config import FilterConfig
 from mltfr_dist.models.draws import LARGEST, STEP, mix
 from mltfr_dist.models.placed_table import PlacedTable, WholeTable
-from mltfr_dist.models.selectors.base import Queries, Selection, Selector, all_kept
+from mltfr_dist.models.selectors.base import Queries, Selection, Selector, all_kept, those_kept
 
 
 class RandomTokens(Selector):
@@ -52,7 +52,7 @@ class RandomTokens(Selector):
         assert keys is not None
         counters = torch.arange(1, self.num_kept + 1, device=keys.device) * STEP
         drawn = mix(mix(keys ^ self.salt)[:, None] + counters) & LARGEST  # [G, K]
-        row_ids, kept = torch.unique(drawn % table.num_rows, return_inverse=True)
+        row_ids, kept = those_kept(drawn % table.num_rows, table.num_rows)
         rows = table.take(row_ids)
         return Selection(rows, row_ids, kept, rows.new_full(kept.shape, -math.log(self.num_kept)))
 

@@ -8,7 +8,9 @@ torch lets a test register. It is registered for good, so this is a process of i
 step asks for numbers, it gets the answer that asks for the most work: all places of a mask, all
 values distinct, every comparison true.
 
-`a batch in room` is no field: its step changes none, over a batch of the shape of recorded passes.
+Three are no fields. `a batch in room` changes none, over a batch of the shape of recorded passes;
+`every token searched` and `every token searched, slow in float64` search whole tables, on a GPU
+that does float64 at half its rate in fp32, as all others here, and on one that does not.
 Not covered: DeepSpeed's own step (the optimizer is stepped as DeepSpeed would), SGD's fused kernel,
 collectives, a shortlist's refresh (run, not counted), and what kernels compute.
 """
@@ -38,6 +40,7 @@ from mltfr_dist.data.stream.training import BatchLayout, StepBatches
 from mltfr_dist.distributed.health import Health
 from mltfr_dist.distributed.ranks import ALONE, Ranks
 from mltfr_dist.distributed.step_sums import StepSums
+from mltfr_dist.models import search
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.optim import build_optimizer
 from mltfr_dist.optimizers import OPTIMIZERS
@@ -49,6 +52,8 @@ from mltfr_dist.training.streams import ranking_stream, train_stream
 PACKAGE = Path(mltfr_dist.__file__).parent
 CARD = "card"
 ROOM = "a batch in room"
+WHOLE, WHOLE_SLOW = "every token searched", "every token searched, slow in float64"
+NO_SHORTLIST = {"mltfr.filter.shortlist_size": None}
 aten = torch.ops.aten
 
 
@@ -146,6 +151,8 @@ def train(model: Recommender, config: RunConfig, batches: StepBatches, given: An
 def tried(folder: Path, field: str) -> dict[str, int]:
     """A step and a ranking batch of the configuration; what waits in the step."""
     changes = {**WITH.get(field, {}), **({field: CHANGES[field]} if field in CHANGES else {})}
+    changes |= NO_SHORTLIST if field in (WHOLE, WHOLE_SLOW) else {}
+    search.is_fast_in_float64 = lambda _: field != WHOLE_SLOW  # the device itself cannot say
     dotted = {key.replace(".", "__"): value for key, value in changes.items()}
     config = tiny_config(folder, **dotted)
     consensus = config.mltfr.enabled and config.mltfr.consensus.enabled

@@ -37,7 +37,8 @@ from mltfr_dist.models.kernels import (
 from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.query_blocks import QueryBlocks
-from mltfr_dist.models.search import nearest_rows, row_relevance, search, search_rows
+from mltfr_dist.models.relevance import row_relevance
+from mltfr_dist.models.search import nearest_rows, search, search_rows
 from mltfr_dist.models.selectors import Queries
 from mltfr_dist.models.selectors.user_guided import UserGuided
 from mltfr_dist.published.queries import WholeHistory

@@ -37,9 +37,10 @@ from mltfr_dist.models.packing import Packing
 from mltfr_dist.models.placed_table import ReplicatedTable
 from mltfr_dist.models.query_blocks import prefix_mean
 from mltfr_dist.models.recommender import Recommender
+from mltfr_dist.models.relevance import row_relevance
 from mltfr_dist.models.router import Router
 from mltfr_dist.models.routing import routing_sums
-from mltfr_dist.models.search import best, largest, row_relevance, search, search_rows
+from mltfr_dist.models.search import best, largest, search, search_rows
 from mltfr_dist.models.selectors import Queries, Selection
 from mltfr_dist.models.selectors.user_guided import UserGuided
 from mltfr_dist.numerics import top_of
