@@ -1,17 +1,20 @@
 """Clipping to one norm of all gradients, where DeepSpeed holds only a part of them.
 
 DeepSpeed forms the norm of what it holds and clips by it, in one place at stage 0 and in another at
-stages 1 to 3; both are given the norm of everything instead.
+stages 1 to 3; both are given the norm of everything instead. And stages 1 and 2 ask a GPU for
+numbers on the way, which need not leave it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from mltfr_dist.distributed.ranks import Ranks
 from mltfr_dist.numerics import norms
 
 EPSILON = 1e-6
@@ -68,3 +71,62 @@ class JointNorm:
             if self._max_norm is None
             else min(1.0, self._max_norm / (float(self._norm) + EPSILON))
         )
+
+
+def may_be_asked(device: torch.device) -> bool:
+    """Whether asking ``device`` for a number costs nothing: it has done all that it was told."""
+    return device.type == "cpu"
+
+
+class NormOnDevice:
+    """Stages 1 and 2 without waiting for a GPU: the norm, whether it is finite, and clipping by it.
+
+    DeepSpeed waits six times a step for these. What is not finite by itself is seen in `health.py`,
+    and an optimizer that heeds ``found_inf`` need not be told on the host that it is to skip.
+    """
+
+    norm: Tensor
+    """Scalar fp32, of the last step before clipping."""
+
+    def __init__(
+        self, zero: Any, max_norm: float | None, ranks: Ranks, note: Callable[[Tensor], None]
+    ) -> None:
+        """Take the place of what DeepSpeed does.
+
+        Args:
+            zero: Its optimizer.
+            max_norm: What to clip to; None for no clipping.
+            ranks: All processes.
+            note: Gets the norm before the optimizer's step.
+        """
+        self._zero, self._max_norm, self._ranks, self._note = zero, max_norm, ranks, note
+        zero.check_grad_overflow = False
+        zero.scaled_global_norm = self._form
+        zero.unscale_and_clip_grads = self._clip
+
+    def _form(self, norm_type: int = 2) -> float:
+        """DeepSpeed gets a number in place of a tensor, for it would look whether that is finite;
+        it hands it to :meth:`_clip` and keeps it as the norm that :meth:`Engine.grad_norm` does
+        not ask it for.
+        """
+        held = self._zero.averaged_gradients
+        pieces = [
+            gradient
+            for group in range(len(self._zero.bit16_groups))
+            for gradient in held[group]
+            if not getattr(gradient, "_zero_padding", False)
+        ]
+        own = torch.stack(norms(pieces)).double().square().sum() if pieces else self._nothing()
+        self.norm = self._ranks.sum(own).sqrt().float()
+        self._note(self.norm)
+        return 0.0
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self._ranks.device)
+
+    def _clip(self, gradients: Sequence[Tensor], _: float) -> None:
+        """As DeepSpeed does, with :attr:`norm`."""
+        if self._max_norm is not None:
+            divisor = ((self.norm + EPSILON) / self._max_norm).clamp(min=1.0)
+            for gradient in gradients:
+                gradient.mul_(1.0 / divisor)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.data.stream.training import BatchLayout, StepBatches
-from mltfr_dist.distributed.clipping import JointNorm, total_norm
+from mltfr_dist.distributed.clipping import JointNorm, NormOnDevice, may_be_asked, total_norm
 from mltfr_dist.distributed.compiler import leave_compiler_out
 from mltfr_dist.distributed.deepspeed_file import deepspeed_config, zero_stage
 from mltfr_dist.distributed.divided_optimizer import row_optimizer
@@ -101,6 +101,7 @@ class Engine:
             skips_on_device=fuses and OPTIMIZERS[config.optimizer.name].skips_on_device,
             keeps_gradients=self.zero_stage == 0 and self.deepspeed.optimizer is optimizer,
         )
+        self.norm_on_device = self._norm_on_device() if self.health.skips_on_device else None
         self.stopwatch = Stopwatch(ranks.device)
         self._norm: Tensor | None = None
 
@@ -115,6 +116,15 @@ class Engine:
             f"{SWITCH}=on: passes are launched kernel by kernel all the same, for {why}."
         )
         return None
+
+    def _norm_on_device(self) -> NormOnDevice | None:
+        """What spares stages 1 and 2 their waits; None where they are none, or rows that DeepSpeed
+        does not hold have a part in the norm, which are counted on the host anyway.
+        """
+        if self.zero_stage not in (1, 2) or self.joint_norm or may_be_asked(self.ranks.device):
+            return None
+        max_norm = self.config.optimizer.max_grad_norm
+        return NormOnDevice(self.deepspeed.optimizer, max_norm, self.ranks, self.health.note_norm)
 
     @property
     def module(self) -> Recommender:
@@ -224,6 +234,8 @@ class Engine:
         """Global gradient norm of the last update before clipping; None where it was not formed:
         at stage 0 by us if it is asked for, at stages 1 to 3 by DeepSpeed.
         """
+        if self.norm_on_device is not None:
+            return float(self.norm_on_device.norm)
         norm = self._norm if self.zero_stage == 0 else self.deepspeed.get_global_grad_norm()
         if norm is None or self.joint_norm is None:
             return None if norm is None else float(norm)

@@ -75,7 +75,7 @@ class Health:
         self.ranks, self.verdict = ranks, Verdict()
         self.writes: Callable[[], bool] = lambda: False
         """Whether this rank still writes its part of a checkpoint."""
-        self._skips_on_device = skips_on_device
+        self.skips_on_device = skips_on_device
         self.names = (LOSS, *(name for name, _ in trained), *row_tables)
         self._largest: dict[int, Tensor] = {}  # magnitudes: finite if all of them are
         self._waiting: list[tuple[int, Tensor]] = []  # not yet looked at, and how many bytes
@@ -85,6 +85,7 @@ class Health:
         for index, (_, parameter) in enumerate(trained if not keeps_gradients else [], 1):
             parameter.register_hook(partial(self._note, index))  # type: ignore[no-untyped-call]
         self._found_inf = torch.zeros((), device=ranks.device)
+        self._bad_norm: Tensor | None = None  # 1 where it is not finite
         update = plain_step(optimizer)
 
         def step(closure: None = None) -> float | None:
@@ -104,6 +105,13 @@ class Health:
     def note_rows(self, squared_norm: Tensor) -> None:
         """Look at the squared norm of the gradient of a table that is stepped by rows."""
         self._note(len(self.names) - 1, squared_norm)
+
+    def note_norm(self, norm: Tensor) -> None:
+        """Skip the update on the device where the ``norm`` of all ranks' gradients is not finite,
+        the same on each; between :meth:`agree` and the update.
+        """
+        self._bad_norm = (~torch.isfinite(norm)).to(self._found_inf)
+        torch.maximum(self._found_inf, self._bad_norm, out=self._found_inf)
 
     def _note(self, index: int, values: Tensor) -> None:
         self._waiting.append((index, values.detach()))
@@ -134,7 +142,7 @@ class Health:
         others = [sums.new_full((1,), float(flag), device=self._nothing.device) for flag in asked]
         flags = torch.cat([self._seen(), *others])
         told = self.ranks.sum(torch.cat([flags, sums]))  # a flag's sum is 0 where all are
-        if self._skips_on_device:
+        if self.skips_on_device:
             self._found_inf.copy_(told[: len(self.names)].any())
         else:
             told = told.cpu()
@@ -164,9 +172,13 @@ class Health:
         Returns:
             [S] the sums over all ranks, on the CPU.
         """
+        if self._bad_norm is not None:
+            told = torch.cat([told, self._bad_norm.to(told).view(1)])
         told, count = told.cpu(), len(self.names)
         *bad, stop, writes = told[: count + 2].tolist()
         nonfinite = tuple(name for name, some in zip(self.names, bad, strict=True) if some)
+        if self._bad_norm is not None:
+            nonfinite, told = nonfinite or (NORM,) * bool(told[-1]), told[:-1]
         self.verdict = Verdict(nonfinite, stop=bool(stop), writes=bool(writes))
         if self.verdict.stop:
             signals.request_stop()
