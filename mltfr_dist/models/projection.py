@@ -17,6 +17,8 @@ from mltfr_dist.models.search import Project
 
 PROJECTED_ROWS = 4096
 """Rows projected at a time, so that rows of another device or format are never all copied."""
+PROJECTED_ELEMENTS = 1 << 24
+"""Their numbers on a GPU (128 MiB in float64), where each time costs five launches."""
 SHORTEST = 1e-12
 """Vectors are divided by no less, as ``F.normalize`` does."""
 
@@ -86,7 +88,10 @@ class Projection(nn.Linear):
         if by_kernel is not None:
             return Unit(*by_kernel)
         made = Unit(weight.new_empty(len(rows), len(weight)), weight.new_empty(len(rows), 1))
-        parts = (torch.split(t, PROJECTED_ROWS) for t in (rows, *made))
+        at_once = PROJECTED_ROWS
+        if weight.device.type != "cpu":
+            at_once = max(at_once, PROJECTED_ELEMENTS // rows.shape[1])
+        parts = (torch.split(t, at_once) for t in (rows, *made))
         for block, vectors, lengths in zip(*parts, strict=True):
             mapped = self.mapped(block, weight, bias)
             lengths.copy_(mapped.norm(dim=-1, keepdim=True).clamp_min(SHORTEST))
