@@ -23,6 +23,7 @@ from mltfr_dist.models.item_rows import ItemRows
 from mltfr_dist.models.output import TrainingOutput
 from mltfr_dist.models.recommender import Recommender
 from mltfr_dist.models.replay import SWITCH, Replay, is_asked_for, why_launched
+from mltfr_dist.numerics import is_fast_in_float64
 from mltfr_dist.optim import build_optimizer, learning_rate
 from mltfr_dist.optimizers import OPTIMIZERS
 
@@ -69,6 +70,14 @@ class Engine:
             for _, rows in tables:
                 rows.dtype = torch.bfloat16
         self.zero_stage = zero_stage(ds_config)
+        if self.zero_stage == 3:
+            fast = is_fast_in_float64(ranks.device)
+            ranks.agree(
+                {"whether the GPU works in float64 at half its rate in fp32": str(fast)},
+                rule="Under ZeRO 3 ranks gather parameters together, and a GPU that does searches "
+                "tables in one pass where others take two.",
+                remedy="Start it on GPUs of one kind, or with a stage below 3.",
+            )
         offloads = "offload_optimizer" in ds_config.get("zero_optimization", {})
         if offloads:
             ds_config.setdefault("zero_force_ds_cpu_optimizer", False)

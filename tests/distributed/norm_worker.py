@@ -1,6 +1,7 @@
 """Stages 1 and 2 with the norm left on the device and without; started by torchrun.
 
 Usage: norm_worker.py compared FOLDER OUTPUT
+       norm_worker.py unlike FOLDER OUTPUT      GPUs of two kinds
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from health_worker import INF_STEP, NAN_STEP, STEPS, poisoned_engine
 from torch.utils._python_dispatch import TorchDispatchMode
-from worker import no_dropout, steps
+from worker import make_engine, no_dropout, steps
 
 from mltfr_dist.config import RunConfig
 from mltfr_dist.distributed import engine as engines
 from mltfr_dist.distributed.engine import Engine
 from mltfr_dist.distributed.meeting import start_ranks, stop_ranks
 from mltfr_dist.distributed.ranks import Ranks
+from mltfr_dist.errors import MltfrError
 
 HUGE_STEP = 6
 assert HUGE_STEP not in (NAN_STEP, INF_STEP)
@@ -97,6 +99,22 @@ def compared(folder: Path, output: Path) -> None:
     stop_ranks()
 
 
+def unlike(folder: Path, output: Path) -> None:
+    """What ranks say of each stage where only the first one's GPU is fast in float64."""
+    ranks = start_ranks(1)
+    engines.is_fast_in_float64 = lambda _: ranks.is_main
+    said = {}
+    for stage in (2, 3):
+        try:
+            make_engine(no_dropout(folder, stage), ranks).destroy()
+            said[str(stage)] = ""
+        except MltfrError as error:
+            said[str(stage)] = str(error)
+    if ranks.is_main:
+        output.write_text(json.dumps(said))
+    stop_ranks()
+
+
 if __name__ == "__main__":
-    _, _, data, found = sys.argv
-    compared(Path(data), Path(found))
+    _, task, data, found = sys.argv
+    {"compared": compared, "unlike": unlike}[task](Path(data), Path(found))

@@ -1,4 +1,4 @@
-"""Stages 1 and 2 on a GPU: DeepSpeed's numbers, and nobody waits for the device."""
+"""ZeRO on GPUs: DeepSpeed's numbers, and nobody waits for the device or for another rank."""
 
 from __future__ import annotations
 
@@ -27,3 +27,12 @@ def test_a_norm_that_stays_on_the_device_clips_and_skips_alike(
         assert ours["norms"] == pytest.approx(plain["norms"], rel=10 * digits), name
         assert plain["asked"][0] > 0, name
         assert ours["asked"] == [0], name
+
+
+@pytest.mark.integration
+def test_ranks_that_would_gather_unequally_often_are_refused(tmp_path: Path) -> None:
+    tiny_config(tmp_path)
+    said = findings(WORKER, "unlike", tmp_path, 2)
+    assert said["2"] == ""
+    assert "float64 at half its rate in fp32 is not the same on rank 1 (" in said["3"]
+    assert "with a stage below 3" in said["3"]
