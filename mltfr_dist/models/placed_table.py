@@ -28,6 +28,10 @@ class PlacedTable(nn.Module):
     """D_m."""
     trained = False
     """Whether rows change in training."""
+    is_at_hand = False
+    """Whether rows are in the memory of the model's device, so that taking more of them costs
+    little.
+    """
 
     def take(self, row_ids: Tensor) -> Tensor:
         """Rows of ascending numbers ``row_ids`` [n] -> [n, D_m], on the model's device."""
@@ -81,6 +85,8 @@ class OwnTable(WholeTable):
 
 class ReplicatedTable(OwnTable):
     """In the memory of this process, on the model's device."""
+
+    is_at_hand = True
 
     def __init__(self, rows: Tensor) -> None:
         """Args: rows: [V, D_m]."""

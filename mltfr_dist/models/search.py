@@ -102,7 +102,8 @@ def search_rows(
     """Scores (fp32) and indices [G, K] of the K rows of highest cosine (plus noise), in the order
     stated above.
 
-    ``project`` is called twice, whatever there is to find: it may gather sharded parameters.
+    ``project`` is called twice (once where float64 is fast), whatever there is to find: it may
+    gather sharded parameters.
     """
     num_kept = min(num_kept, len(rows))
     if is_fast_in_float64(query.device):

@@ -11,7 +11,7 @@ from mltfr_dist.models.placed_table import OwnTable
 class TrainedTable(OwnTable):
     """A table whose rows are a trained parameter."""
 
-    trained = True
+    trained = is_at_hand = True
 
     def __init__(self, rows: Tensor) -> None:
         """Args: rows: [V, D_m], copied."""

@@ -150,12 +150,24 @@ def all_kept(rows: Tensor) -> Selection:
     return Selection(rows, torch.arange(len(rows), device=rows.device), None, log_weights)
 
 
-def those_kept(kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """[U], ascending: which of ``count`` rows any query keeps; and ``kept`` [G, K] as indices into
-    them. On a GPU the last may come several times.
+def those_kept(kept: Tensor, count: int, *, are_at_hand: bool = False) -> tuple[Tensor, Tensor]:
+    """Which of ``count`` rows any query keeps.
+
+    Args:
+        kept: [G, K] int64, what each query keeps.
+        count: Rows that there are.
+        are_at_hand: Whether taking more rows than are kept costs less than asking a GPU how many
+            are.
+
+    Returns:
+        [U] these rows, ascending, on a GPU maybe the last of them several times; and ``kept`` as
+        indices into them.
     """
     if kept.device.type != "cpu":
-        return distinct_in_room(kept, count)
+        if are_at_hand:
+            return distinct_in_room(kept, count)
+        used, inverse = torch.unique(kept, return_inverse=True)
+        return used, inverse
     by_kernel = used_rows(kept, count)
     if by_kernel is not None:
         return by_kernel

@@ -52,7 +52,8 @@ class RandomTokens(Selector):
         assert keys is not None
         counters = torch.arange(1, self.num_kept + 1, device=keys.device) * STEP
         drawn = mix(mix(keys ^ self.salt)[:, None] + counters) & LARGEST  # [G, K]
-        row_ids, kept = those_kept(drawn % table.num_rows, table.num_rows)
+        drawn = drawn % table.num_rows
+        row_ids, kept = those_kept(drawn, table.num_rows, are_at_hand=table.is_at_hand)
         rows = table.take(row_ids)
         return Selection(rows, row_ids, kept, rows.new_full(kept.shape, -math.log(self.num_kept)))
 

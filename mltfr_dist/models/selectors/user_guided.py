@@ -115,7 +115,7 @@ class UserGuided(Selector):
             noise = self.noise(keys, torch.arange(table.num_rows, device=query.device))
         with torch.no_grad():
             selected = table.search(query, self.project, self.num_kept, noise)  # [G, K]
-        row_ids, kept = those_kept(selected, table.num_rows)
+        row_ids, kept = those_kept(selected, table.num_rows, are_at_hand=table.is_at_hand)
         noise = None if noise is None else noise._replace(row_ids=row_ids)
         return self.select(queries, table.take(row_ids), row_ids, noise, kept)
 

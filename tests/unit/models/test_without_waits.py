@@ -86,7 +86,8 @@ def test_a_step_over_rows_that_come_twice_is_the_same_step(
     expected = step(made(filter=made_filter, consensus=True))
     calls = []
 
-    def in_room(kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def in_room(kept: Tensor, count: int, *, are_at_hand: bool) -> tuple[Tensor, Tensor]:
+        assert are_at_hand  # the whole table is in memory
         calls.append(len(those_kept(kept, count)[0]) < min(kept.numel(), count))
         return distinct_in_room(kept, count)
 
