@@ -209,7 +209,7 @@ except MltfrError as error:
     meeting.leave(meeting.say_why(error))
 met.barrier()
 print(f"met {met.world_size}")
-ranks.leave()
+meeting.leave()
 """
 
 
