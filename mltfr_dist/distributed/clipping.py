@@ -105,9 +105,8 @@ class NormOnDevice:
         zero.unscale_and_clip_grads = self._clip
 
     def _form(self, norm_type: int = 2) -> float:
-        """DeepSpeed gets a number in place of a tensor, for it would look whether that is finite;
-        it hands it to :meth:`_clip` and keeps it as the norm that :meth:`Engine.grad_norm` does
-        not ask it for.
+        """Form :attr:`norm`. DeepSpeed gets a number that stands for nothing: of a tensor it would
+        ask whether it is finite.
         """
         held = self._zero.averaged_gradients
         pieces = [
