@@ -127,8 +127,8 @@ class Engine:
         return None
 
     def _norm_on_device(self) -> NormOnDevice | None:
-        """What spares stages 1 and 2 their waits for a GPU. None at other stages, on a CPU, and where
-        rows that DeepSpeed does not hold have a part in the norm: these are counted on the host.
+        """What spares stages 1 and 2 their waits for a GPU. None at other stages, on a CPU, and
+        where rows that DeepSpeed does not hold have a part in the norm: the host counts these.
         """
         if self.zero_stage not in (1, 2) or self.joint_norm or may_be_asked(self.ranks.device):
             return None
