@@ -1,6 +1,8 @@
 """MLTFR over all its tables in one pass, for training on a GPU: small kernels cost it their
 launches, and tables one by one launch M times as many.
 
+Candidates are the tables' shortlists, or what a search of every token finds.
+
 Shapes: M tables of S candidate rows each, G query blocks of n positions, K kept rows, E experts (a
 table's follow one another), H heads of size d, D hidden size.
 """
@@ -19,7 +21,7 @@ from mltfr_dist.models.placed_table import PlacedTable
 from mltfr_dist.models.router import Router
 from mltfr_dist.models.selectors import Queries
 from mltfr_dist.models.selectors.user_guided import UserGuided
-from mltfr_dist.numerics import at_least_fp32, in_order
+from mltfr_dist.numerics import at_least_fp32, distinct_in_room, in_order
 
 SCORES = 1 << 26
 """Scores held at a time (256 MiB in fp32, and twice as much for their keys)."""
@@ -45,14 +47,21 @@ class Parts(NamedTuple):
 
     @property
     def are_searched_alike(self) -> bool:
-        """Whether each table has a shortlist of S rows of which a query keeps K."""
+        """Whether a query keeps K of a shortlist of S rows of each table, or K of all rows."""
         sizes = set()
         for selector, table in zip(self.selectors, self.tables, strict=True):
-            shortlist = selector.shortlist if type(selector) is UserGuided else None
-            if shortlist is None or selector.reads_keys or table.trained:
+            if type(selector) is not UserGuided or selector.reads_keys or table.trained:
                 return False
-            sizes.add((len(shortlist.row_ids), selector.num_kept))
+            size = None if selector.shortlist is None else len(selector.shortlist.row_ids)
+            if size is None and not table.is_at_hand:  # more rows are taken than are kept
+                return False
+            sizes.add((size, selector.num_kept))
         return len(sizes) == 1
+
+    @property
+    def have_shortlists(self) -> bool:
+        """Where all are searched alike: whether shortlists are."""
+        return all(selector.uses_shortlist for selector in self.selectors)
 
 
 class Read(NamedTuple):
@@ -78,8 +87,8 @@ class Kept(NamedTuple):
 
 
 def all_alike(parts: Parts, device: torch.device) -> bool:
-    """Whether one pass can serve all tables, and is worth it: on a GPU, where each has a shortlist
-    of one size, nothing is drawn in the choice, and parameters are held whole.
+    """Whether one pass can serve all tables, and is worth it: on a GPU, where all have shortlists
+    of one size or none, nothing is drawn in the choice, and parameters are held whole.
 
     The batch has no say in it: gradients must be formed in one order in every process.
     """
@@ -132,20 +141,41 @@ def read_at_once(parts: Parts, positions: Tensor, queries: Queries) -> Read:
 
 def _chosen(parts: Parts, queries: Queries) -> Kept:
     """The K rows of each table nearest to each query, as :meth:`UserGuided.select` has them."""
-    mapped, of_tau, of_tables = [], [], []
+    mapped, of_tau, of_tables, found = [], [], [], []
     selectors = [cast(UserGuided, selector) for selector in parts.selectors]
+    room = max(table.num_rows for table in parts.tables)
     for selector, table in zip(selectors, parts.tables, strict=True):
-        assert selector.shortlist is not None
-        rows = selector.shortlist.candidates(table)
+        if selector.shortlist is None:
+            with torch.no_grad():
+                kept = table.search(queries.vectors, selector.project, selector.num_kept)
+            row_ids, places = distinct_in_room(kept, room)
+            rows = table.take(row_ids)
+            found.append(places)
+        else:
+            rows = selector.shortlist.candidates(table)
         mapped.append(selector.projection.mapped(rows))
         of_tau.append(selector.log_tau())
         of_tables += [rows] * (len(parts.cores) // len(parts.tables))
     unit_rows = F.normalize(torch.stack(mapped), dim=-1)  # [M, S, D]
-    scores, indices = _nearest(queries.unit, unit_rows, selectors[0].num_kept)
+    if found:
+        indices = torch.stack(found, dim=1)
+        scores = _products(queries.unit, unit_rows, indices)
+    else:
+        scores, indices = _nearest(queries.unit, unit_rows, selectors[0].num_kept)
     tau = at_least_fp32(torch.cat(of_tau)).exp()[:, None]
     log_weights = F.log_softmax(at_least_fp32(scores) / tau, dim=-1).to(scores.dtype)
     pairs = zip(parts.adapters, of_tables, strict=True)
     return Kept(torch.stack([adapter(rows) for adapter, rows in pairs]), indices, log_weights)
+
+
+def _products(unit_query: Tensor, unit_rows: Tensor, indices: Tensor) -> Tensor:
+    """[G, M, K] products of each query [G, D] with the rows [M, S, D] of each table at ``indices``
+    [G, M, K].
+    """
+    num_tables, num_rows, _ = unit_rows.shape
+    first = num_rows * torch.arange(num_tables, device=indices.device)
+    kept = F.embedding(indices + first[:, None], unit_rows.flatten(0, 1))  # [G, M, K, D]
+    return torch.einsum("gd,gmkd->gmk", unit_query, kept)
 
 
 def _nearest(unit_query: Tensor, unit_rows: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:

@@ -217,9 +217,9 @@ class MLTFR(nn.Module):
             self.selector(m).fixed_rows(self.table(m))
 
     def reads_at_once(self, device: torch.device) -> bool:
-        """Whether training reads all tables in one pass on ``device``."""
+        """Whether training reads all tables' shortlists in one pass on ``device``."""
         parts = self._parts
-        return parts is not None and all_alike(parts, device)
+        return parts is not None and all_alike(parts, device) and parts.have_shortlists
 
     @property
     def _parts(self) -> Parts | None:

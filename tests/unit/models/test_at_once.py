@@ -35,6 +35,9 @@ ITEM_IDS = torch.tensor([[1, 2, 0, 0, 0, 0], [3, 4, 5, 0, 0, 0], [6, 7, 8, 9, 10
 BATCH = SequenceBatch(ITEM_IDS, (ITEM_IDS + 1) * (ITEM_IDS > 0), torch.arange(3)).counted()
 
 
+WHOLE = FilterConfig(top_k=3, shortlist_size=None, query_every=2)
+
+
 def made(
     *, consensus: bool = False, rows: tuple[int, ...] = (60, 60, 60), **changes: Any
 ) -> Recommender:
@@ -90,6 +93,7 @@ def step(model: Recommender, batch: SequenceBatch = BATCH) -> dict[str, Tensor]:
         {"router": RouterConfig(top_k=2, null_expert=True)},
         {"filter": FilterConfig(top_k=3, shortlist_size=40, learn_temperature=True)},
         {"rows": (60, 70, 300)},
+        {"filter": WHOLE, "consensus": True, "rows": (60, 7, 300)},
     ],
     ids=[
         "usual",
@@ -98,6 +102,7 @@ def step(model: Recommender, batch: SequenceBatch = BATCH) -> dict[str, Tensor]:
         "null expert",
         "learned temperature",
         "other sizes",
+        "every token",
     ],
 )
 def test_one_pass_gives_what_tables_one_by_one_give(
@@ -122,11 +127,14 @@ def test_one_pass_gives_what_tables_one_by_one_give(
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_a_batch_of_nobody_is_read_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changes", [{}, {"filter": WHOLE}], ids=["shortlists", "every token"])
+def test_a_batch_of_nobody_is_read_too(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rank may have none; its gradients are zero, and of every parameter that others have."""
     monkeypatch.setattr(build, "library", lambda: None)
     monkeypatch.setattr(mltfr, "all_alike", lambda parts, _: at_once.may_be_one(parts))
-    model = made(consensus=True)
+    model = made(consensus=True, **changes)
     everyone = step(model)
     empty = torch.zeros(2, 6, dtype=torch.int64)
     nobody = step(model, SequenceBatch(empty, empty, torch.arange(2)).counted())
@@ -134,11 +142,14 @@ def test_a_batch_of_nobody_is_read_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(not nobody[name].any() for name, _ in model.named_parameters() if name in nobody)
 
 
-def test_gradients_come_in_one_order_whatever_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changes", [{}, {"filter": WHOLE}], ids=["shortlists", "every token"])
+def test_gradients_come_in_one_order_whatever_the_batch(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Processes add them up in buckets, by the order in which they come."""
     monkeypatch.setattr(build, "library", lambda: None)
     monkeypatch.setattr(mltfr, "all_alike", lambda parts, _: at_once.may_be_one(parts))
-    model, come = made(consensus=True), list[str]()
+    model, come = made(consensus=True, **changes), list[str]()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.register_hook(lambda _, name=name: come.append(name))
@@ -157,8 +168,8 @@ def test_gradients_come_in_one_order_whatever_the_batch(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "changes",
     [
-        {"filter": FilterConfig(top_k=3, shortlist_size=None)},
         {"filter": FilterConfig(top_k=3, shortlist_size=40, noise=0.5)},
+        {"filter": WHOLE.model_copy(update={"noise": 0.5})},
         {"filter": FilterConfig(strategy="learned_prototypes")},
         {"filter": FilterConfig(top_k=3, shortlist_size=40), "rows": (60, 40, 60)},
         {
@@ -166,7 +177,13 @@ def test_gradients_come_in_one_order_whatever_the_batch(monkeypatch: pytest.Monk
             "rows": (60, 60, 80),
         },
     ],
-    ids=["every token", "noise", "prototypes", "one without a list", "other numbers kept"],
+    ids=[
+        "noise",
+        "every token and noise",
+        "prototypes",
+        "one without a list",
+        "other numbers kept",
+    ],
 )
 def test_tables_that_are_read_otherwise_stay_one_by_one(changes: dict[str, Any]) -> None:
     assert not at_once.may_be_one(parts_of(made(**changes)))

@@ -59,10 +59,10 @@ def test_what_is_drawn_belongs_to_the_number_in_checkpoints() -> None:
     (mask,) = scaled_masks([(64,)], [0.5])
     kept = "".join("01"[int(number > 0)] for number in mask)
     assert kept == "0110100000101000111110011110111100101011100000000100010000000000"
-    of_cpu = [checkpoint.drawn_as_now(draws, on_cpu=True) for draws in (1, 2, 3, 4, 5)]
-    assert of_cpu == [False, False, True, True, False]
-    of_gpu = [checkpoint.drawn_as_now(draws, on_cpu=False) for draws in (1, 2, 3, 4, 5)]
-    assert of_gpu == [False, False, False, True, False]
+    of_cpu = [checkpoint.drawn_as_now(draws, on_cpu=True) for draws in range(1, 7)]
+    assert of_cpu == [False, False, True, True, True, False]
+    of_gpu = [checkpoint.drawn_as_now(draws, on_cpu=False) for draws in range(1, 7)]
+    assert of_gpu == [False, False, False, False, True, False]
 
 
 def test_nothing_is_dropped_outside_training_or_at_zero() -> None:
