@@ -45,6 +45,21 @@ def batch_layout(config: RunConfig, ranks: Ranks) -> BatchLayout:
     return BatchLayout(ranks.rank, ranks.world_size, size, micro)
 
 
+def gather_alike(ranks: Ranks) -> None:
+    """Compare what decides how often a rank gathers the parameters that ZeRO 3 holds in pieces.
+
+    Raises:
+        ConfigError: It differs.
+    """
+    fast = is_fast_in_float64(ranks.device)
+    ranks.agree(
+        {"whether the GPU works in float64 at half its rate in fp32": str(fast)},
+        rule="Under ZeRO 3 ranks gather parameters together, and a GPU that does searches tables "
+        "in one pass where others take two.",
+        remedy="Start it on GPUs of one kind, or with a stage below 3.",
+    )
+
+
 class Engine:
     """A model under DeepSpeed with its optimizer."""
 
@@ -71,13 +86,7 @@ class Engine:
                 rows.dtype = torch.bfloat16
         self.zero_stage = zero_stage(ds_config)
         if self.zero_stage == 3:
-            fast = is_fast_in_float64(ranks.device)
-            ranks.agree(
-                {"whether the GPU works in float64 at half its rate in fp32": str(fast)},
-                rule="Under ZeRO 3 ranks gather parameters together, and a GPU that does searches "
-                "tables in one pass where others take two.",
-                remedy="Start it on GPUs of one kind, or with a stage below 3.",
-            )
+            gather_alike(ranks)
         offloads = "offload_optimizer" in ds_config.get("zero_optimization", {})
         if offloads:
             ds_config.setdefault("zero_force_ds_cpu_optimizer", False)
